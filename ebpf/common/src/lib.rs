@@ -1,0 +1,1 @@
+//! The one definition of what kernel programs and the agent share.

@@ -1,0 +1,1 @@
+//! Loads, attaches and fills the redirection programs of one pod.

@@ -1,0 +1,1 @@
+//! How a Culvert process runs: threads, sockets, drain, readiness, admin, metrics, logs, settings.

@@ -1,0 +1,1 @@
+//! Where mesh knowledge comes from: a folder of YAML today; every source ends in changes for one publisher.
