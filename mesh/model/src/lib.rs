@@ -1,1 +1,27 @@
-//! What the mesh knows and every decision made from it: pure, no I/O, no clock.
+//! What the mesh knows, and every decision made from it.
+//!
+//! Pure: no tokio, no TLS, no clock, no I/O. A decision is a function of `(&Snapshot, facts)`; whatever needs the
+//! outside world (a DNS answer, a random draw) is either handed in as a fact or handed out as data (`Dial::Name`).
+//! Upstream: `mesh-sources` builds [`change::Change`]s. Downstream: the proxies carry out plans and verdicts.
+#![forbid(unsafe_code)]
+
+pub mod addr;
+pub mod authz;
+pub mod change;
+pub mod conn;
+pub mod id;
+pub mod inbound;
+pub mod lb;
+pub mod plan;
+pub mod policy;
+pub mod reason;
+pub mod service;
+pub mod shard;
+pub mod snapshot;
+pub mod workload;
+
+pub use addr::{ClientAddr, DialAddr, HboneAuthority, Network, NetworkAddr, OrigDst};
+pub use change::{Change, Origin};
+pub use id::{SpiffeId, TrustDomain};
+pub use reason::{Reason, Refusal, Side};
+pub use snapshot::{Snapshot, Version};

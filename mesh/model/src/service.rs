@@ -1,0 +1,188 @@
+//! Services: names and virtual addresses in front of workloads.
+use crate::addr::{Network, NetworkAddr};
+use crate::change::Origin;
+use crate::id::SpiffeId;
+use crate::workload::GatewayRef;
+use ipnet::IpNet;
+use std::fmt;
+use std::sync::Arc;
+
+/// `namespace/hostname`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ServiceKey {
+    /// Namespace.
+    pub namespace: Arc<str>,
+    /// Fully qualified, lower-case host name; may start with `*.`.
+    pub hostname: Arc<str>,
+}
+impl ServiceKey {
+    /// A key from its parts.
+    pub fn new(namespace: &str, hostname: &str) -> Self {
+        Self { namespace: namespace.into(), hostname: hostname.into() }
+    }
+}
+impl fmt::Display for ServiceKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.hostname)
+    }
+}
+
+/// What a service port carries, when declared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+pub enum AppProtocol {
+    /// Not declared.
+    #[default]
+    Unknown,
+    /// HTTP/1.1.
+    Http11,
+    /// HTTP/2.
+    Http2,
+    /// gRPC.
+    Grpc,
+    /// TLS, passed through.
+    Tls,
+    /// Opaque TCP.
+    Tcp,
+}
+/// One port of a service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ServicePort {
+    /// Port clients connect to.
+    pub port: u16,
+    /// Default port at the endpoint; 0: named, only the endpoint knows.
+    pub target: u16,
+    /// Declared protocol.
+    pub protocol: AppProtocol,
+}
+/// Who may see the service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+pub enum Visibility {
+    /// Everyone.
+    #[default]
+    Public,
+    /// Only clients of its own namespace. Sources map unknown values here, not to `Public` (Istio fails open).
+    Namespace,
+}
+/// Address families of the service's clients.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+pub enum IpFamilies {
+    /// No restriction.
+    #[default]
+    Automatic,
+    /// IPv4 endpoints only.
+    V4,
+    /// IPv6 endpoints only.
+    V6,
+    /// Both.
+    Dual,
+}
+/// Scope of one locality preference, widest meaning given by the client's own value.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum LbScope {
+    /// Same region.
+    Region,
+    /// Same zone.
+    Zone,
+    /// Same subzone.
+    Subzone,
+    /// Same node.
+    Node,
+    /// Same cluster.
+    Cluster,
+    /// Same network.
+    Network,
+}
+/// How preferences are applied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+pub enum LbMode {
+    /// All endpoints alike.
+    #[default]
+    Any,
+    /// Only endpoints that match every scope.
+    Strict,
+    /// The endpoints that match the longest prefix of scopes.
+    Failover,
+    /// Original destination, no endpoint choice.
+    Passthrough,
+}
+/// Which endpoints count as usable.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+pub enum HealthPolicy {
+    /// Healthy ones.
+    #[default]
+    OnlyHealthy,
+    /// All (`publishNotReadyAddresses`).
+    AllowAll,
+}
+/// Load balancing of a service.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Default)]
+pub struct LoadBalancing {
+    /// Ordered scopes.
+    pub scopes: Vec<LbScope>,
+    /// Mode.
+    pub mode: LbMode,
+    /// Health.
+    pub health: HealthPolicy,
+}
+/// One service.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Service {
+    /// `namespace/hostname`.
+    pub key: ServiceKey,
+    /// Short name (`metadata.name`).
+    pub name: Arc<str>,
+    /// Virtual addresses.
+    pub vips: Vec<NetworkAddr>,
+    /// Virtual address ranges (ServiceEntry CIDRs).
+    pub cidr_vips: Vec<(Network, IpNet)>,
+    /// Ports.
+    pub ports: Vec<ServicePort>,
+    /// Accepted identities of its endpoints beside the endpoint's own (`subjectAltNames`).
+    pub sans: Vec<SpiffeId>,
+    /// Its waypoints with weights (per-connection draw); one with weight 100 in the plain case, empty for none.
+    pub waypoints: Vec<WeightedWaypoint>,
+    /// A waypoint is declared but cannot be used: traffic is refused with this text, never sent around it.
+    pub waypoint_error: Option<Arc<str>>,
+    /// Load balancing.
+    pub lb: LoadBalancing,
+    /// Families.
+    pub ip_families: IpFamilies,
+    /// Preferred among services of one hostname (Kubernetes services, oldest ServiceEntry).
+    pub canonical: bool,
+    /// Who sees it.
+    pub visibility: Visibility,
+    /// Where the object came from.
+    pub origin: Option<Arc<Origin>>,
+}
+/// A waypoint and its share of connections.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct WeightedWaypoint {
+    /// The waypoint.
+    pub waypoint: GatewayRef,
+    /// Its weight; 0 draws nothing.
+    pub weight: u32,
+}
+impl Service {
+    /// A public service without ports; sources and tests fill in the rest.
+    pub fn new(name: &str, namespace: &str, hostname: &str) -> Self {
+        Self {
+            key: ServiceKey::new(namespace, hostname),
+            name: name.into(),
+            vips: Vec::new(),
+            cidr_vips: Vec::new(),
+            ports: Vec::new(),
+            sans: Vec::new(),
+            waypoints: Vec::new(),
+            waypoint_error: None,
+            lb: LoadBalancing::default(),
+            ip_families: IpFamilies::default(),
+            canonical: false,
+            visibility: Visibility::default(),
+            origin: None,
+        }
+    }
+    /// The declared port, if the service has it.
+    pub fn port(&self, port: u16) -> Option<&ServicePort> {
+        self.ports.iter().find(|p| p.port == port)
+    }
+}
