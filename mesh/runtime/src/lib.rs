@@ -1,1 +1,17 @@
 //! How a Culvert process runs: threads, sockets, drain, readiness, admin, metrics, logs, settings.
+//!
+//! Nothing here knows what a workload or a policy is: the crate is the ground both proxies stand on and depends on no
+//! other crate of the house. The only module with `unsafe` is [`sockets`].
+#![deny(unsafe_code)]
+
+pub mod admin;
+pub mod drain;
+// pub mod logging;
+pub mod memory;
+pub mod metrics;
+pub mod readiness;
+// pub mod settings;
+pub mod signals;
+#[allow(unsafe_code)]
+pub mod sockets;
+pub mod threads;

@@ -1,0 +1,126 @@
+//! A network namespace held by descriptor, and the short excursion into it.
+//!
+//! A socket belongs for ever to the namespace it was created in, so only its creation happens inside; the thread is back
+//! before anything can suspend. A thread that cannot come back would run later connections in a stranger's network, so the
+//! process aborts instead.
+
+use std::cell::{Cell, OnceCell};
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::rc::Rc;
+
+use nix::sched::{CloneFlags, setns};
+use nix::sys::stat::fstat;
+
+/// What makes two descriptors the same namespace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct NetnsId {
+    /// Device of the namespace file system.
+    pub dev: u64,
+    /// Inode: the number shown by `ls -l /proc/PID/ns/net`. Also what `SO_NETNS_COOKIE`-less tools print.
+    pub inode: u64,
+}
+
+/// An open network namespace. The namespace lives at least as long as this.
+#[derive(Debug)]
+pub struct NetnsFd {
+    fd: OwnedFd,
+    id: NetnsId,
+}
+
+/// `NSFS_MAGIC` of linux/magic.h: what `fstatfs` reports for a namespace descriptor.
+const NSFS_MAGIC: i64 = 0x6e73_6673;
+
+thread_local! {
+    /// The namespace this thread belongs to, opened at its first excursion.
+    static OWN: OnceCell<Rc<NetnsFd>> = const { OnceCell::new() };
+    static AWAY: Cell<bool> = const { Cell::new(false) };
+}
+
+impl NetnsFd {
+    /// Opens the namespace at `path` (`/proc/PID/ns/net`, `/var/run/netns/NAME`).
+    pub fn open(path: impl AsRef<Path>) -> io::Result<Self> {
+        Self::from_fd(File::open(path)?.into())
+    }
+
+    /// Takes a descriptor that somebody sent. Refused with `InvalidInput` unless it is a namespace.
+    ///
+    /// That it is a *network* namespace is checked by the kernel when it is entered.
+    pub fn from_fd(fd: OwnedFd) -> io::Result<Self> {
+        let kind = nix::sys::statfs::fstatfs(&fd)?.filesystem_type();
+        // Widened because the type of the constant differs between libc flavours.
+        #[expect(clippy::useless_conversion, clippy::unnecessary_cast, reason = "the width depends on the target")]
+        if kind.0 as i64 != NSFS_MAGIC {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a namespace descriptor"));
+        }
+        let stat = fstat(&fd)?;
+        Ok(Self { fd, id: NetnsId { dev: stat.st_dev, inode: stat.st_ino } })
+    }
+
+    /// The namespace the calling thread is in now.
+    pub fn current() -> io::Result<Self> {
+        Self::open("/proc/thread-self/ns/net")
+    }
+
+    /// Device and inode.
+    pub fn id(&self) -> NetnsId {
+        self.id
+    }
+
+    /// Runs `f` with the calling thread inside this namespace, and comes back. No excursion when it is the thread's own.
+    ///
+    /// `f` must not block for long: nothing else runs on this thread meanwhile. Excursions do not nest.
+    ///
+    /// # Errors
+    /// The namespace cannot be entered (CAP_SYS_ADMIN missing, not a network namespace), or the error of `f`.
+    ///
+    /// # Aborts
+    /// The process, when the way back fails.
+    pub fn run_in<T>(&self, f: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        if AWAY.get() {
+            return Err(io::Error::other("a network namespace excursion inside another one"));
+        }
+        let own = own()?;
+        if own.id == self.id {
+            return f();
+        }
+        setns(&self.fd, CloneFlags::CLONE_NEWNET)?;
+        AWAY.set(true);
+        let _back = Back { own };
+        f()
+    }
+}
+
+impl AsFd for NetnsFd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+fn own() -> io::Result<Rc<NetnsFd>> {
+    OWN.with(|cell| {
+        if let Some(own) = cell.get() {
+            return Ok(Rc::clone(own));
+        }
+        let own = Rc::new(NetnsFd::current()?);
+        Ok(Rc::clone(cell.get_or_init(|| own)))
+    })
+}
+
+/// Goes back when dropped, also when the closure panics.
+struct Back {
+    own: Rc<NetnsFd>,
+}
+
+impl Drop for Back {
+    fn drop(&mut self) {
+        if let Err(error) = setns(&self.own.fd, CloneFlags::CLONE_NEWNET) {
+            // No logger: nothing may run in this state, not even a log thread wake-up.
+            eprintln!("fatal: cannot return to the own network namespace: {error}");
+            std::process::abort();
+        }
+        AWAY.set(false);
+    }
+}
