@@ -6,11 +6,11 @@
 
 pub mod admin;
 pub mod drain;
-// pub mod logging;
+pub mod logging;
 pub mod memory;
 pub mod metrics;
 pub mod readiness;
-// pub mod settings;
+pub mod settings;
 pub mod signals;
 #[allow(unsafe_code)]
 pub mod sockets;
