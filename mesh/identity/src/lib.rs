@@ -1,1 +1,35 @@
-//! Who we are and who we believe: SVIDs, rotation, TLS configurations, SPIFFE verification.
+//! Who we are and who we believe: SVIDs, their rotation, the TLS configurations made from them, and the verification of peers.
+//!
+//! A byte stream goes in ([`tls::connect`], [`tls::accept`]), an authenticated stream and a [`tls::Peer`] come out; what is
+//! tunnelled inside is nobody's business here. Every refusal carries a [`mesh_model::Reason`].
+//!
+//! Upstream: an [`source::IdentitySource`] (the built-in [`local_ca`], or a client of a real authority) issues certificates
+//! and publishes trust bundles. Downstream: the proxies keep a [`cache::SvidHandle`] per pod and hand the [`svid::Svid`] it
+//! holds to `connect` and `accept`.
+//!
+//! One TLS state machine (rustls), two crypto libraries under it ([`crypto::Provider`]). Signing of the development
+//! authority's own certificates always runs on aws-lc, whichever library carries the handshakes.
+#![forbid(unsafe_code)]
+
+#[cfg(not(any(feature = "tls-aws-lc", feature = "tls-boring")))]
+compile_error!("mesh-identity needs a crypto provider: feature `tls-aws-lc` or `tls-boring`");
+
+pub mod bundle;
+pub mod cache;
+pub mod clock;
+pub mod crypto;
+pub mod error;
+pub mod local_ca;
+mod pem;
+pub mod source;
+mod span;
+pub mod svid;
+pub mod tls;
+pub mod verify;
+
+pub use bundle::TrustBundles;
+pub use cache::{SvidCache, SvidHandle};
+pub use error::IdentityError;
+pub use source::{IdentitySource, IssuedSvid};
+pub use svid::{Svid, TlsContext};
+pub use tls::{Peer, TlsError};

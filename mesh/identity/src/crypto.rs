@@ -1,0 +1,101 @@
+//! Which crypto library carries the handshakes, and with which algorithms.
+//!
+//! Both libraries sit under the same rustls state machine and are narrowed to the same list: TLS 1.3 with AES-GCM (what
+//! Istio's proxies offer, node-agent §1.5) and X25519, P-256 or the X25519MLKEM768 hybrid. Refuses a combination the library
+//! lacks. Downstream: [`crate::svid`].
+
+use std::sync::Arc;
+
+use rustls::crypto::CryptoProvider;
+use rustls::{CipherSuite, NamedGroup};
+use serde::{Deserialize, Serialize};
+
+use crate::error::IdentityError;
+
+/// The crypto library under rustls.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Provider {
+    /// aws-lc-rs.
+    #[cfg(feature = "tls-aws-lc")]
+    AwsLc,
+    /// BoringSSL.
+    #[cfg(feature = "tls-boring")]
+    Boring,
+}
+
+#[expect(clippy::derivable_impls, reason = "the default depends on the features; aws-lc wins when both are built in")]
+impl Default for Provider {
+    fn default() -> Self {
+        #[cfg(feature = "tls-aws-lc")]
+        return Self::AwsLc;
+        #[cfg(not(feature = "tls-aws-lc"))]
+        return Self::Boring;
+    }
+}
+
+impl Provider {
+    /// The name in settings, logs and the configuration dump.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            #[cfg(feature = "tls-aws-lc")]
+            Self::AwsLc => "aws-lc",
+            #[cfg(feature = "tls-boring")]
+            Self::Boring => "boring",
+        }
+    }
+
+    fn everything(self) -> CryptoProvider {
+        match self {
+            #[cfg(feature = "tls-aws-lc")]
+            Self::AwsLc => rustls::crypto::aws_lc_rs::default_provider(),
+            #[cfg(feature = "tls-boring")]
+            Self::Boring => boring_rustls_provider::provider(),
+        }
+    }
+}
+
+/// Key exchange preference. The side that connects decides; the side that accepts takes whatever of the list is offered.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum KeyExchange {
+    /// X25519 first; the hybrid is accepted from peers that insist on it. The cheapest: the hybrid adds about a kilobyte each
+    /// way and CPU on both ends (`cargo bench -p mesh-identity` prints both figures).
+    #[default]
+    Classical,
+    /// X25519MLKEM768 first, X25519 for peers without it: protects recorded traffic from a future quantum computer.
+    PreferHybrid,
+    /// X25519MLKEM768 only (Istio's `COMPLIANCE_POLICY=pqc`).
+    RequireHybrid,
+}
+
+/// Settings of the TLS layer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub struct TlsSettings {
+    /// The crypto library: `aws-lc` or `boring`, as far as compiled in.
+    pub provider: Provider,
+    /// `classical`, `prefer-hybrid` or `require-hybrid`.
+    pub key_exchange: KeyExchange,
+}
+
+impl TlsSettings {
+    /// The narrowed crypto provider of these settings.
+    pub fn crypto(&self) -> Result<Arc<CryptoProvider>, IdentityError> {
+        let mut crypto = self.provider.everything();
+        let suites = [CipherSuite::TLS13_AES_256_GCM_SHA384, CipherSuite::TLS13_AES_128_GCM_SHA256];
+        crypto.cipher_suites =
+            suites.iter().filter_map(|want| crypto.cipher_suites.iter().find(|have| have.suite() == *want).copied()).collect();
+        let groups: &[NamedGroup] = match self.key_exchange {
+            KeyExchange::Classical => &[NamedGroup::X25519, NamedGroup::secp256r1, NamedGroup::X25519MLKEM768],
+            KeyExchange::PreferHybrid => &[NamedGroup::X25519MLKEM768, NamedGroup::X25519, NamedGroup::secp256r1],
+            KeyExchange::RequireHybrid => &[NamedGroup::X25519MLKEM768],
+        };
+        crypto.kx_groups =
+            groups.iter().filter_map(|want| crypto.kx_groups.iter().find(|have| have.name() == *want).copied()).collect();
+        if crypto.cipher_suites.len() != suites.len() || crypto.kx_groups.len() != groups.len() {
+            return Err(IdentityError::Crypto(format!("{} lacks an algorithm of {self:?}", self.provider.as_str())));
+        }
+        Ok(Arc::new(crypto))
+    }
+}
