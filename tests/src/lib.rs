@@ -1,1 +1,21 @@
-//! Black-box suites and the harness that builds topologies.
+//! Black-box suites and the harness that builds topologies: real network namespaces, the real agent binary driven only
+//! through its public contract (flags, environment, files, HTTP), and plain programs in the pods.
+//!
+//! Owns: what it takes to build and take down a small cluster on one machine ([`topology`]), to run agents in it
+//! ([`agent`]), to run programs in its pods ([`program`]), to give them a mesh to obey ([`mesh_dir`]), to look at the
+//! bytes on a link ([`capture`]), and to report honestly what could not run here ([`skip`], [`suite`]).
+//! Refuses: any knowledge of the product's insides; nothing here links against a product crate.
+//! Upstream: the suites in `tests/tests`, the demo and the benchmarks. Downstream: the `ip` command and the kernel.
+#![forbid(unsafe_code)]
+
+pub mod agent;
+pub mod capture;
+pub mod dev_ca;
+pub mod http;
+pub mod mesh_dir;
+pub mod netns;
+pub mod program;
+pub mod skip;
+pub mod suite;
+pub mod topology;
+pub mod wait;

@@ -1,0 +1,70 @@
+//! The smallest HTTP/1.1 client that can read an agent's pages: one request per connection, blocking, bounded.
+//! Refuses: keep-alive, redirects, compression, bodies over 64 MiB.
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+
+use crate::netns::Netns;
+
+/// Status and body.
+#[derive(Clone, Debug)]
+pub struct Answer {
+    /// HTTP status.
+    pub status: u16,
+    /// Header lines, lower-cased names.
+    pub headers: Vec<(String, String)>,
+    /// Body as text.
+    pub body: String,
+}
+
+/// GET `path` from `to`, connecting from inside `ns`.
+pub fn get(ns: &Netns, to: SocketAddr, path: &str) -> anyhow::Result<Answer> {
+    request(ns, to, "GET", path)
+}
+
+/// Any method without a body.
+pub fn request(ns: &Netns, to: SocketAddr, method: &str, path: &str) -> anyhow::Result<Answer> {
+    const LIMIT: Duration = Duration::from_secs(5);
+    let mut stream = ns.connect(to, LIMIT).with_context(|| format!("connect to {to}"))?;
+    stream.set_read_timeout(Some(LIMIT))?;
+    stream.set_write_timeout(Some(LIMIT))?;
+    write!(stream, "{method} {path} HTTP/1.1\r\nhost: {to}\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")?;
+    let mut reader = BufReader::new(stream.take(64 << 20));
+    let mut line = String::new();
+    reader.read_line(&mut line)?;
+    let status: u16 = line.split(' ').nth(1).and_then(|code| code.parse().ok()).with_context(|| format!("status line {line:?}"))?;
+    let mut headers = Vec::new();
+    loop {
+        line.clear();
+        if reader.read_line(&mut line)? == 0 {
+            bail!("connection closed inside the headers of {path}");
+        }
+        let Some((name, value)) = line.trim_end().split_once(':') else { break };
+        headers.push((name.to_ascii_lowercase(), value.trim().to_owned()));
+    }
+    let header = |name: &str| headers.iter().find(|(key, _)| key == name).map(|(_, value)| value.as_str());
+    let mut body = Vec::new();
+    if header("transfer-encoding") == Some("chunked") {
+        loop {
+            line.clear();
+            reader.read_line(&mut line)?;
+            let size = usize::from_str_radix(line.trim(), 16).with_context(|| format!("chunk size {line:?}"))?;
+            let start = body.len();
+            body.resize(start + size, 0);
+            reader.read_exact(&mut body[start..])?;
+            line.clear();
+            reader.read_line(&mut line)?;
+            if size == 0 {
+                break;
+            }
+        }
+    } else if let Some(length) = header("content-length").and_then(|text| text.parse::<usize>().ok()) {
+        body.resize(length, 0);
+        reader.read_exact(&mut body)?;
+    } else {
+        reader.read_to_end(&mut body)?;
+    }
+    Ok(Answer { status, headers, body: String::from_utf8_lossy(&body).into_owned() })
+}

@@ -1,0 +1,298 @@
+//! Network namespaces: making one, running code and programs in it, and removing it whatever happens.
+//!
+//! Owns: the names (`cv<pid>-…`, unique per run), the way in (a short-lived thread that enters the namespace; sockets
+//! opened there stay there), the interrupt handler and the sweep of what a killed run left behind.
+//! Refuses: touching any namespace that does not carry a name of ours, and any process that does not live in one.
+//! Upstream: [`crate::topology`]. Downstream: the `ip` command, `setns(2)`, `/proc`.
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, Once};
+use std::time::Duration;
+
+use anyhow::{Context, bail, ensure};
+use nix::sched::{CloneFlags, setns};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+/// Where iproute2 keeps its named namespaces.
+const NETNS_DIR: &str = "/run/netns";
+
+/// The prefix of everything this process makes: `cv<pid>-`.
+pub fn own_prefix() -> String {
+    format!("cv{}-", std::process::id())
+}
+
+/// One named network namespace. Dropping it ends the processes in it and removes it.
+#[derive(Debug)]
+pub struct Netns {
+    name: String,
+    file: File,
+}
+
+impl Netns {
+    /// Makes the namespace `name` (which must start with [`own_prefix`]) and brings its loopback up.
+    pub fn create(name: &str) -> anyhow::Result<Self> {
+        ensure!(name.starts_with(&own_prefix()), "`{name}` does not carry this run's prefix");
+        install_interrupt_handler();
+        ip(&["netns", "add", name])?;
+        let path = Path::new(NETNS_DIR).join(name);
+        let file = File::open(&path).with_context(|| format!("open {}", path.display()))?;
+        let ns = Self { name: name.to_owned(), file };
+        ip(&["-n", name, "link", "set", "lo", "up"])?;
+        // Addresses must be usable at once: no duplicate address detection; the agent answers with other hosts'
+        // addresses, so the reverse-path filter is off; pods and nodes route.
+        ns.sysctl(&[
+            ("ipv6/conf/all/accept_dad", "0"),
+            ("ipv6/conf/default/accept_dad", "0"),
+            ("ipv6/conf/all/accept_ra", "0"),
+            ("ipv6/conf/default/accept_ra", "0"),
+            ("ipv4/conf/all/rp_filter", "0"),
+            ("ipv4/conf/default/rp_filter", "0"),
+        ])?;
+        Ok(ns)
+    }
+
+    /// Its name, as `ip netns` shows it.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Its path, as an agent takes it.
+    pub fn path(&self) -> PathBuf {
+        Path::new(NETNS_DIR).join(&self.name)
+    }
+
+    /// Sets kernel parameters below `/proc/sys/net`.
+    pub fn sysctl(&self, values: &[(&str, &str)]) -> anyhow::Result<()> {
+        self.enter(|| {
+            for (key, value) in values {
+                let path = Path::new("/proc/sys/net").join(key);
+                fs::write(&path, value).with_context(|| format!("write {value} to {}", path.display()))?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Runs `work` on a thread which is inside the namespace. A socket made there belongs to the namespace for ever and may
+    /// be used from any thread.
+    ///
+    /// # Panics
+    /// When the namespace cannot be entered, or when `work` panics: a harness without its namespace has nothing to say.
+    #[expect(clippy::expect_used, reason = "a test that cannot enter its own namespace must stop there")]
+    pub fn enter<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
+        std::thread::scope(|scope| {
+            let thread = scope.spawn(|| {
+                setns(&self.file, CloneFlags::CLONE_NEWNET).expect("enter a network namespace of our own");
+                work()
+            });
+            match thread.join() {
+                Ok(result) => result,
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+        })
+    }
+
+    /// A TCP connection from inside the namespace.
+    pub fn connect(&self, to: SocketAddr, limit: Duration) -> io::Result<TcpStream> {
+        self.enter(|| TcpStream::connect_timeout(&to, limit))
+    }
+
+    /// A TCP listener inside the namespace.
+    pub fn listen(&self, on: SocketAddr) -> io::Result<TcpListener> {
+        self.enter(|| TcpListener::bind(on))
+    }
+
+    /// Starts a program inside the namespace. (Not through `ip netns exec`, which would also give it another `/sys` and so
+    /// hide pinned eBPF objects.)
+    pub fn spawn(&self, command: &mut Command) -> io::Result<Child> {
+        self.enter(|| command.spawn())
+    }
+
+    /// Runs a program inside the namespace to its end and takes what it wrote.
+    pub fn output(&self, command: &mut Command) -> io::Result<std::process::Output> {
+        self.enter(|| command.stdin(Stdio::null()).output())
+    }
+
+    /// Device and inode: which namespace a process is in is told by these.
+    fn key(&self) -> io::Result<(u64, u64)> {
+        self.file.metadata().map(|meta| (meta.dev(), meta.ino()))
+    }
+}
+
+impl Drop for Netns {
+    fn drop(&mut self) {
+        if let Ok(key) = self.key() {
+            end_processes_in(&BTreeSet::from([key]));
+        }
+        let _gone_already = ip(&["netns", "del", &self.name]);
+    }
+}
+
+/// Runs `ip` with these arguments; its own words on failure.
+pub fn ip(args: &[&str]) -> anyhow::Result<String> {
+    let out = Command::new("ip").args(args).stdin(Stdio::null()).output().context("run `ip`")?;
+    if !out.status.success() {
+        bail!("`ip {}` failed: {}", args.join(" "), String::from_utf8_lossy(&out.stderr).trim());
+    }
+    Ok(String::from_utf8_lossy(&out.stdout).into_owned())
+}
+
+/// Runs many `ip` commands inside one namespace in one process.
+pub fn ip_batch(ns: &Netns, lines: &[String]) -> anyhow::Result<()> {
+    use std::io::Write as _;
+    let mut child = Command::new("ip")
+        .args(["-n", ns.name(), "-batch", "-"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .context("run `ip -batch`")?;
+    if let Some(mut stdin) = child.stdin.take() {
+        stdin.write_all(lines.join("\n").as_bytes())?;
+        stdin.write_all(b"\n")?;
+    }
+    let out = child.wait_with_output()?;
+    ensure!(
+        out.status.success(),
+        "`ip -batch` in {} failed: {}\n{}",
+        ns.name(),
+        String::from_utf8_lossy(&out.stderr).trim(),
+        lines.join("\n")
+    );
+    Ok(())
+}
+
+/// Ends every process (but this one) whose network namespace is one of these, and waits a moment until they are gone.
+fn end_processes_in(keys: &BTreeSet<(u64, u64)>) {
+    for _round in 0..100 {
+        let mut any = false;
+        let Ok(entries) = fs::read_dir("/proc") else { return };
+        for entry in entries.flatten() {
+            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else { continue };
+            if u32::try_from(pid) == Ok(std::process::id()) {
+                continue;
+            }
+            let Ok(meta) = fs::metadata(entry.path().join("ns/net")) else { continue };
+            if keys.contains(&(meta.dev(), meta.ino())) {
+                any = true;
+                let _gone_already = kill(Pid::from_raw(pid), Signal::SIGKILL);
+            }
+        }
+        if !any {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Names of the namespaces present now.
+fn present() -> Vec<String> {
+    let Ok(entries) = fs::read_dir(NETNS_DIR) else { return Vec::new() };
+    entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect()
+}
+
+/// Removes every namespace whose name starts with `prefix`, and the processes inside.
+pub fn sweep_prefix(prefix: &str) {
+    let names: Vec<String> = present().into_iter().filter(|name| name.starts_with(prefix)).collect();
+    let keys: BTreeSet<(u64, u64)> = names
+        .iter()
+        .filter_map(|name| fs::metadata(Path::new(NETNS_DIR).join(name)).ok())
+        .map(|meta| (meta.dev(), meta.ino()))
+        .collect();
+    if !keys.is_empty() {
+        end_processes_in(&keys);
+    }
+    for name in names {
+        let _gone_already = ip(&["netns", "del", &name]);
+    }
+}
+
+/// Removes what runs that are no longer alive have left: namespaces `cv<pid>-…` whose process is gone. Returns how many runs.
+pub fn sweep_leftovers() -> usize {
+    let dead: BTreeSet<String> = present()
+        .iter()
+        .filter_map(|name| {
+            let pid = name.strip_prefix("cv")?.split_once('-')?.0;
+            let number: u32 = pid.parse().ok()?;
+            (!Path::new("/proc").join(number.to_string()).exists()).then(|| format!("cv{pid}-"))
+        })
+        .filter(|prefix| !kept(prefix))
+        .collect();
+    for prefix in &dead {
+        sweep_prefix(prefix);
+    }
+    dead.len()
+}
+
+/// Runs that were asked to stay (`--keep`) leave a note, so that the next run's sweep lets them be.
+fn keep_note(prefix: &str) -> PathBuf {
+    Path::new("/run").join(format!("culvert-keep-{}", prefix.trim_end_matches('-')))
+}
+fn kept(prefix: &str) -> bool {
+    keep_note(prefix).exists()
+}
+/// Marks this run as one to be kept after its process ends. [`forget_kept`] removes it.
+pub fn keep_this_run() -> io::Result<()> {
+    fs::write(keep_note(&own_prefix()), b"")
+}
+/// Removes every kept run (and dead ones). Returns how many runs were removed.
+pub fn forget_kept() -> usize {
+    if let Ok(entries) = fs::read_dir("/run") {
+        for entry in entries.flatten() {
+            if entry.file_name().to_string_lossy().starts_with("culvert-keep-cv") {
+                let _gone_already = fs::remove_file(entry.path());
+            }
+        }
+    }
+    sweep_leftovers()
+}
+
+/// Directories to remove when the run is interrupted (on a normal end, their owners remove them).
+static DIRS: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+
+/// Registers a directory which the interrupt handler removes too.
+pub fn remove_on_interrupt(dir: &Path) {
+    if let Ok(mut dirs) = DIRS.lock() {
+        dirs.push(dir.to_owned());
+    }
+}
+
+/// Removes all that this process has made. Called by the interrupt handler; harmless at any time.
+pub fn clean_up_this_run() {
+    sweep_prefix(&own_prefix());
+    if let Ok(dirs) = DIRS.lock() {
+        for dir in dirs.iter() {
+            let _gone_already = fs::remove_dir_all(dir);
+        }
+    }
+}
+
+/// Ctrl-C and SIGTERM take the topology down before the process ends.
+fn install_interrupt_handler() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let spawned = std::thread::Builder::new().name("interrupt".into()).spawn(|| {
+            let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return };
+            let signal = runtime.block_on(async {
+                use tokio::signal::unix::{SignalKind, signal};
+                let (Ok(mut int), Ok(mut term)) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate())) else {
+                    return 0;
+                };
+                tokio::select! { _ = int.recv() => 2, _ = term.recv() => 15 }
+            });
+            if signal != 0 {
+                eprintln!("\ninterrupted: taking the topology down");
+                clean_up_this_run();
+                std::process::exit(128 + signal);
+            }
+        });
+        if let Err(error) = spawned {
+            eprintln!("no interrupt handler ({error}): Ctrl-C would leave namespaces for the next run to sweep");
+        }
+    });
+}
