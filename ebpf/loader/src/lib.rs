@@ -1,1 +1,46 @@
-//! Loads, attaches and fills the redirection programs of one pod.
+//! Puts one pod's TCP traffic in front of the agent, and takes it away again.
+//!
+//! Owns the compiled programs (`obj/redirect.bpf.o`, rebuilt by `cargo xtask ebpf`), their maps and links, and the routing
+//! rule, route and `lo` settings they need in the pod's network namespace. It refuses to attach to listeners that break the
+//! contract below, because a mistake there shows up as a loop or a bypass. Upstream: the node agent's pod table. Downstream:
+//! `ebpf-common` and the kernel. No process is spawned; the calling thread never changes its namespace.
+//!
+//! # What the agent must do
+//! All its sockets for a pod are made *in the pod's network namespace* and carry `SO_MARK` = [`MARK_AGENT`] before they
+//! bind, connect or listen. Without the mark the agent's own dials are captured again, for ever.
+//!
+//! * **Captured outbound and inbound listeners** (two sockets): `AF_INET6` with `IPV6_V6ONLY` off, `IP_TRANSPARENT` *and*
+//!   `IPV6_TRANSPARENT`, the mark, bound to `[::]` and any port (the port is never dialled), never `SO_REUSEPORT` (the kernel
+//!   would pick within the group instead of taking our choice), a backlog of 1024 or more. An accepted socket inherits mark
+//!   and transparency; its local address is the connection's original destination, its peer address the original source,
+//!   IPv4 as `::ffff:a.b.c.d`. [`Redirect::attach`] checks all of this.
+//! * **HBONE listener**: an ordinary marked listener on [`Config::hbone_port`]; the programs leave its traffic alone.
+//! * **Dial out for the pod**: a marked socket, nothing else. The pod's routes apply.
+//! * **Deliver to the application with the client's address**: a socket of the client's family with `IP_TRANSPARENT` (or
+//!   `IPV6_TRANSPARENT`) and the mark, bound to the client's address with port 0, connected to the pod's address and port. No
+//!   `SO_BINDTODEVICE`. Ask for a source port no client uses for its own dials (`IP_LOCAL_PORT_RANGE`, say 1024 to 32767, with
+//!   `IP_BIND_ADDRESS_NO_PORT`): the pod already has a socket for the client's own port, the agent's. Its answers are brought
+//!   back by the programs because they find that socket.
+//! * **Before [`Redirect::detach`]** close the captured connections: once detached, what the application still sends on
+//!   them goes to the network as it is.
+//! * **When the pod goes**, drop everything of it: any socket and the [`Redirect`] keep its namespace alive.
+//!
+//! # Limits
+//! Interfaces that appear after [`Redirect::attach`] are not covered. A process in the pod that may set packet marks
+//! (`CAP_NET_ADMIN`, `CAP_NET_RAW`) can pass for the agent, as in Istio; UDP, and tunnels inside UDP, are not captured. TCP
+//! to link-local IPv6 addresses is captured but cannot be answered from the far address on every kernel.
+#![deny(unsafe_code)]
+
+mod attach;
+mod error;
+mod listener;
+mod netlink;
+mod netns;
+mod object;
+mod plumbing;
+mod probe;
+
+pub use attach::{Listeners, PodSpec, Redirect};
+pub use ebpf_common::{Config, Counter, HBONE_PORT, MARK_AGENT, MARK_CAPTURE, MARK_MASK};
+pub use error::{ListenerFault, RedirectError, Unsupported};
+pub use probe::probe;

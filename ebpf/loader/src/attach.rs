@@ -1,0 +1,238 @@
+//! One pod's redirection, from attaching to detaching.
+//!
+//! The order matters. Attaching: routes, then listeners in their slots, then the receiving end on `lo`, and what sends
+//! traffic there last, so that no packet is ever handed to a place that does not know it. Detaching is the reverse.
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use aya::programs::{
+    LinkOrder, SchedClassifier, TcAttachType,
+    sk_lookup::SkLookupLink,
+    tc::{SchedClassifierLink, TcAttachOptions},
+};
+use ebpf_common::{Config, Slot, map, program};
+
+use crate::{
+    error::RedirectError,
+    listener::{self, NetnsCookie},
+    netlink::Netlink,
+    netns,
+    object::{Instance, Maps, map_error, program_error},
+    plumbing::{Interface, LO_INDEX, Plumbing, interfaces},
+};
+
+/// The pod to capture.
+#[derive(Debug)]
+pub struct PodSpec<'a> {
+    /// Its network namespace, as a file of `/proc/<pid>/ns/net` or a bind mount of it.
+    pub netns: BorrowedFd<'a>,
+    /// The interfaces to capture on; `None` for every Ethernet interface besides `lo`, up or not. With `None`, an interface
+    /// that is up and not Ethernet is an error, because what passes through it would not be captured.
+    pub interfaces: Option<Vec<String>>,
+    /// What the programs do; see [`Redirect::set_config`].
+    pub config: Config,
+}
+
+/// The agent's listeners of the pod; see the crate's documentation for what they must be.
+#[derive(Clone, Copy, Debug)]
+pub struct Listeners<'a> {
+    /// Accepts what the pod dials.
+    pub outbound: BorrowedFd<'a>,
+    /// Accepts what others dial at the pod, except HBONE.
+    pub inbound: BorrowedFd<'a>,
+}
+
+/// A pod's redirection. Dropping it detaches; the kernel detaches the programs when the process ends.
+#[derive(Debug)]
+pub struct Redirect {
+    // `None` only while being dropped.
+    links: Option<Links>,
+    plumbing: Option<Plumbing>,
+    maps: Maps,
+    netns: OwnedFd,
+    cookie: NetnsCookie,
+    interfaces: Vec<String>,
+}
+
+/// The attachments. The fields' order is the order of detaching. Where pins come in: each would be pinned in the pod's bpffs directory and taken
+/// over with `PinnedLink::from_pin` and `SchedClassifier::attach_to_link`, before the descriptor here is closed.
+#[derive(Debug)]
+#[expect(dead_code, reason = "held for their descriptors: closing one detaches")]
+struct Links {
+    egress: Vec<SchedClassifierLink>,
+    ingress: Vec<SchedClassifierLink>,
+    lookup: SkLookupLink,
+    lo: SchedClassifierLink,
+}
+
+impl Redirect {
+    /// Captures the pod's TCP traffic. On an error nothing is left behind.
+    ///
+    /// Connections that exist already stay as they are. Takes tens of milliseconds and blocks, mostly in the verifier.
+    pub fn attach(spec: &PodSpec<'_>, listeners: &Listeners<'_>) -> Result<Self, RedirectError> {
+        let netns = spec.netns.try_clone_to_owned().map_err(RedirectError::Namespace)?;
+        netns::within(spec.netns, move || {
+            let cookie = NetnsCookie::current().map_err(RedirectError::Namespace)?;
+            check(listeners, cookie)?;
+            let mut netlink =
+                Netlink::open().map_err(|source| RedirectError::Netlink { what: "open a netlink socket", source })?;
+            let chosen = choose(interfaces(&mut netlink)?, spec.interfaces.as_deref())?;
+            let plumbing = Plumbing::install(&mut netlink)?;
+            match attach_programs(netns.as_fd(), spec.config, listeners, &chosen) {
+                Ok((links, maps)) => {
+                    let interfaces = chosen.into_iter().map(|interface| interface.name).collect();
+                    Ok(Self { links: Some(links), plumbing: Some(plumbing), maps, netns, cookie, interfaces })
+                }
+                Err(e) => {
+                    if let Err(second) = plumbing.remove(&mut netlink) {
+                        tracing::warn!(error = %second, "cannot undo the routing of a pod that could not be captured");
+                    }
+                    Err(e)
+                }
+            }
+        })
+    }
+
+    /// What the programs counted since they were attached, by name; see [`ebpf_common::Counter`].
+    pub fn counters(&self) -> Result<Vec<(&'static str, u64)>, RedirectError> {
+        self.maps.counters()
+    }
+
+    /// Changes what the programs do, from the next packet on.
+    pub fn set_config(&mut self, config: Config) -> Result<(), RedirectError> {
+        self.maps.set_config(config)
+    }
+
+    /// Puts other listeners in the place of the present ones, from the next connection on. Accept what is left in the old
+    /// ones' queues before closing them.
+    pub fn replace_listeners(&mut self, listeners: &Listeners<'_>) -> Result<(), RedirectError> {
+        check(listeners, self.cookie)?;
+        fill_slots(&mut self.maps, listeners)
+    }
+
+    /// The interfaces captured on.
+    pub fn interfaces(&self) -> &[String] {
+        &self.interfaces
+    }
+
+    /// Ends the capture and removes what was made in the pod's namespace. Close the captured connections first.
+    pub fn detach(mut self) -> Result<(), RedirectError> {
+        self.undo()
+    }
+
+    fn undo(&mut self) -> Result<(), RedirectError> {
+        drop(self.links.take());
+        let Some(plumbing) = self.plumbing.take() else { return Ok(()) };
+        netns::within(self.netns.as_fd(), || {
+            let mut netlink =
+                Netlink::open().map_err(|source| RedirectError::Netlink { what: "open a netlink socket", source })?;
+            plumbing.remove(&mut netlink)
+        })
+    }
+}
+
+impl Drop for Redirect {
+    fn drop(&mut self) {
+        if let Err(e) = self.undo() {
+            tracing::warn!(error = %e, "a pod's redirection left something behind in its namespace");
+        }
+    }
+}
+
+fn check(listeners: &Listeners<'_>, cookie: NetnsCookie) -> Result<(), RedirectError> {
+    for (which, listener) in [("outbound", listeners.outbound), ("inbound", listeners.inbound)] {
+        listener::check(listener, cookie).map_err(|fault| RedirectError::Listener { which, fault })?;
+    }
+    Ok(())
+}
+
+/// The interfaces to attach to.
+fn choose(all: Vec<Interface>, wanted: Option<&[String]>) -> Result<Vec<Interface>, RedirectError> {
+    if !all.iter().any(|i| i.index == LO_INDEX && i.up) {
+        return Err(RedirectError::LoopbackDown);
+    }
+    let (others, mut chosen) = (all.into_iter().filter(|i| i.index != LO_INDEX), Vec::new());
+    match wanted {
+        None => {
+            for interface in others {
+                // Down and not Ethernet: the tunnel devices some kernels put in every namespace.
+                if interface.up {
+                    interface.require_ethernet()?;
+                }
+                if interface.ethernet() {
+                    chosen.push(interface);
+                }
+            }
+        }
+        Some(names) => {
+            let mut others: Vec<_> = others.collect();
+            for name in names {
+                let at = others.iter().position(|i| i.name == *name);
+                let interface = others.swap_remove(at.ok_or_else(|| RedirectError::UnknownInterface(name.clone()))?);
+                interface.require_ethernet()?;
+                chosen.push(interface);
+            }
+        }
+    }
+    if chosen.is_empty() { Err(RedirectError::NoInterface) } else { Ok(chosen) }
+}
+
+fn attach_programs(
+    netns: BorrowedFd<'_>,
+    config: Config,
+    listeners: &Listeners<'_>,
+    interfaces: &[Interface],
+) -> Result<(Links, Maps), RedirectError> {
+    let (mut instance, mut maps) = Instance::load()?;
+    maps.set_config(config)?;
+    fill_slots(&mut maps, listeners)?;
+
+    let lo = attach_classifier(instance.classifier(program::LO_INGRESS)?, program::LO_INGRESS, "lo", TcAttachType::Ingress)?;
+    let lookup = instance.sk_lookup(program::STEER_LOOKUP)?;
+    let id = lookup.attach(netns).map_err(program_error(program::STEER_LOOKUP))?;
+    let lookup = lookup.take_link(id).map_err(program_error(program::STEER_LOOKUP))?;
+
+    let mut attach_all = |name: &'static str, direction| {
+        let classifier = instance.classifier(name)?;
+        interfaces.iter().map(|i| attach_classifier(classifier, name, &i.name, direction)).collect::<Result<Vec<_>, _>>()
+    };
+    let ingress = attach_all(program::ETH_INGRESS, TcAttachType::Ingress)?;
+    let egress = attach_all(program::ETH_EGRESS, TcAttachType::Egress)?;
+    Ok((Links { egress, ingress, lookup, lo }, maps))
+}
+
+/// Attaches before any other program on the hook: one of those could pass a packet on for good.
+fn attach_classifier(
+    classifier: &mut SchedClassifier,
+    name: &'static str,
+    interface: &str,
+    direction: TcAttachType,
+) -> Result<SchedClassifierLink, RedirectError> {
+    let options = TcAttachOptions::TcxOrder(LinkOrder::first());
+    let id = classifier.attach_with_options(interface, direction, options).map_err(program_error(name))?;
+    classifier.take_link(id).map_err(program_error(name))
+}
+
+fn fill_slots(maps: &mut Maps, listeners: &Listeners<'_>) -> Result<(), RedirectError> {
+    for (slot, listener) in [(Slot::Out, listeners.outbound), (Slot::In, listeners.inbound)] {
+        maps.socks.set(slot as u32, &listener.as_raw_fd(), 0).map_err(|e| map_error(map::SOCKS, e))?;
+    }
+    Ok(())
+}
+
+/// Does once, in the calling thread's scratch namespace, what [`Redirect::attach`] would do in a pod's.
+pub(crate) fn rehearse(netns: BorrowedFd<'_>) -> Result<(), RedirectError> {
+    let mut netlink = Netlink::open().map_err(|source| RedirectError::Netlink { what: "open a netlink socket", source })?;
+    crate::plumbing::raise_lo(&mut netlink)?;
+    let plumbing = Plumbing::install(&mut netlink)?;
+    let (mut instance, mut maps) = Instance::load()?;
+    maps.set_config(Config::DEFAULT)?;
+    for (name, direction) in [
+        (program::LO_INGRESS, TcAttachType::Ingress),
+        (program::ETH_INGRESS, TcAttachType::Ingress),
+        (program::ETH_EGRESS, TcAttachType::Egress),
+    ] {
+        drop(attach_classifier(instance.classifier(name)?, name, "lo", direction)?);
+    }
+    instance.sk_lookup(program::STEER_LOOKUP)?.attach(netns).map_err(program_error(program::STEER_LOOKUP))?;
+    plumbing.remove(&mut netlink)
+}

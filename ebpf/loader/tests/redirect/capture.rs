@@ -1,0 +1,282 @@
+//! What is captured, what is not, and which addresses both sides see.
+use std::{
+    io::{self, BufRead, BufReader, Read, Write},
+    net::{IpAddr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream},
+    thread,
+    time::Duration,
+};
+
+use ebpf_loader::Config;
+
+use crate::{
+    agent::{Agent, Direction},
+    net::{HOST4, HOST6, Netns, POD4, POD6, SERVICE4, SERVICE6, Topology, ip},
+    require_root, sock,
+};
+
+/// Greets with the address it sees, then echoes.
+pub fn echo_server(netns: &Netns, port: u16) {
+    let listener = netns.run(move || TcpListener::bind((Ipv6Addr::UNSPECIFIED, port))).expect("bind");
+    thread::spawn(move || {
+        for stream in listener.incoming() {
+            let Ok(mut stream) = stream else { return };
+            thread::spawn(move || {
+                let peer = sock::plain(stream.peer_addr()?);
+                writeln!(stream, "{}", peer.ip())?;
+                let mut copy = stream.try_clone()?;
+                io::copy(&mut stream, &mut copy)?;
+                copy.shutdown(Shutdown::Write)
+            });
+        }
+    });
+}
+
+/// An echo client: a connection that was greeted.
+pub struct Client {
+    pub stream: BufReader<TcpStream>,
+    pub seen_as: IpAddr,
+    pub local: SocketAddr,
+}
+
+impl Client {
+    pub fn connect(netns: &Netns, to: SocketAddr) -> io::Result<Self> {
+        let stream = netns.run(move || TcpStream::connect_timeout(&to, Duration::from_secs(2)))?;
+        Self::greeted(stream)
+    }
+
+    pub fn greeted(stream: TcpStream) -> io::Result<Self> {
+        stream.set_read_timeout(Some(Duration::from_secs(2)))?;
+        let local = sock::plain(stream.local_addr()?);
+        let mut stream = BufReader::new(stream);
+        let mut line = String::new();
+        stream.read_line(&mut line)?;
+        let seen_as = line.trim().parse().map_err(|_| io::Error::from(io::ErrorKind::UnexpectedEof))?;
+        Ok(Self { stream, seen_as, local })
+    }
+
+    pub fn echo(&mut self, text: &str) {
+        self.stream.get_mut().write_all(text.as_bytes()).expect("write");
+        let mut back = vec![0; text.len()];
+        self.stream.read_exact(&mut back).expect("echo");
+        assert_eq!(back, text.as_bytes());
+    }
+
+    /// Half-closes and expects the other side to finish too.
+    pub fn finish(mut self) {
+        self.stream.get_ref().shutdown(Shutdown::Write).expect("shutdown");
+        let mut rest = Vec::new();
+        self.stream.read_to_end(&mut rest).expect("the end");
+        assert!(rest.is_empty());
+    }
+}
+
+#[test]
+fn outbound_keeps_source_and_destination() {
+    require_root!("outbound_keeps_source_and_destination");
+    let net = Topology::new();
+    echo_server(&net.host, 8080);
+    let agent = Agent::start(&net.pod);
+    for (service, pod) in [(SERVICE4, POD4), (SERVICE6, POD6), (HOST4, POD4), (HOST6, POD6)] {
+        let to = SocketAddr::new(ip(service), 8080);
+        let mut client = Client::connect(&net.pod, to).expect("connect");
+        let captured = agent.next();
+        assert_eq!(captured.direction, Direction::Out);
+        assert_eq!(captured.peer, client.local, "source kept");
+        assert_eq!(captured.local, to, "destination kept");
+        assert_eq!(client.local.ip(), ip(pod));
+        assert_eq!(client.seen_as, ip(pod));
+        client.echo("over the agent");
+        client.finish();
+    }
+    assert_eq!(agent.count("outbound_captured"), 4);
+    assert_eq!(agent.count("outbound_assigned"), 4);
+    assert_eq!(agent.count("outbound_existing"), 0, "no segment of a captured connection left unowned");
+}
+
+#[test]
+fn inbound_keeps_source_and_destination() {
+    require_root!("inbound_keeps_source_and_destination");
+    let net = Topology::new();
+    echo_server(&net.pod, 9090);
+    let agent = Agent::start(&net.pod);
+    for (pod, host) in [(POD4, HOST4), (POD6, HOST6)] {
+        let to = SocketAddr::new(ip(pod), 9090);
+        let mut client = Client::connect(&net.host, to).expect("connect");
+        let captured = agent.next();
+        assert_eq!(captured.direction, Direction::In);
+        assert_eq!(captured.peer, client.local);
+        assert_eq!(captured.local, to);
+        assert_eq!(client.seen_as, ip(host), "the application sees the client's address");
+        client.echo("delivered");
+        client.finish();
+    }
+    assert_eq!(agent.count("inbound_assigned"), 2);
+    assert!(agent.count("outbound_owned") > 0, "the application's answers came back to the agent");
+    assert!(agent.nothing_captured());
+}
+
+#[test]
+fn closed_ports_are_refused_through_the_agent() {
+    require_root!("closed_ports_are_refused_through_the_agent");
+    let net = Topology::new();
+    let agent = Agent::start(&net.pod);
+    for (from, to) in [(&net.pod, SERVICE4), (&net.pod, SERVICE6), (&net.host, POD4), (&net.host, POD6)] {
+        let to = SocketAddr::new(ip(to), 8081);
+        let error = Client::connect(from, to).err().expect("nobody greets");
+        assert!(
+            matches!(error.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionRefused),
+            "{to}: {error}"
+        );
+        assert_eq!(agent.next().refused, Some(io::ErrorKind::ConnectionRefused), "{to}");
+    }
+}
+
+#[test]
+fn the_pods_own_addresses_are_not_captured() {
+    require_root!("the_pods_own_addresses_are_not_captured");
+    let net = Topology::new();
+    echo_server(&net.pod, 9090);
+    let agent = Agent::start(&net.pod);
+    for own in [POD4, POD6, "127.0.0.1", "::1"] {
+        let mut client = Client::connect(&net.pod, SocketAddr::new(ip(own), 9090)).expect("connect");
+        assert_eq!(client.seen_as, ip(own));
+        client.echo("to myself");
+        client.finish();
+    }
+    assert!(agent.nothing_captured());
+}
+
+#[test]
+fn hbone_reaches_its_own_listener_on_a_changeable_port() {
+    require_root!("hbone_reaches_its_own_listener_on_a_changeable_port");
+    let net = Topology::new();
+    echo_server(&net.pod, 15008);
+    echo_server(&net.pod, 15108);
+    let mut agent = Agent::start(&net.pod);
+    for (pod, host) in [(POD4, HOST4), (POD6, HOST6)] {
+        let mut client = Client::connect(&net.host, SocketAddr::new(ip(pod), 15008)).expect("connect");
+        assert_eq!(client.seen_as, ip(host));
+        client.echo("tunnelled");
+        client.finish();
+    }
+    assert!(agent.nothing_captured());
+    assert_eq!(agent.count("inbound_hbone"), 2);
+
+    agent.redirect().set_config(Config::default().with_hbone_port(15108)).expect("configure");
+    Client::connect(&net.host, SocketAddr::new(ip(POD4), 15108)).expect("connect").finish();
+    assert!(agent.nothing_captured());
+    Client::connect(&net.host, SocketAddr::new(ip(POD4), 15008)).expect("connect").finish();
+    assert_eq!(agent.next().direction, Direction::In);
+}
+
+/// The agent closes first and so keeps the tuple in TIME_WAIT; the client's port comes round again.
+#[test]
+fn a_client_may_reuse_its_port_at_once() {
+    require_root!("a_client_may_reuse_its_port_at_once");
+    let net = Topology::new();
+    for netns in [&net.host, &net.pod] {
+        let listener = netns.run(|| TcpListener::bind((Ipv6Addr::UNSPECIFIED, 7070))).expect("bind");
+        thread::spawn(move || {
+            for stream in listener.incoming() {
+                let Ok(mut stream) = stream else { return };
+                let peer = sock::plain(stream.peer_addr().expect("peer"));
+                let _ = writeln!(stream, "{}", peer.ip());
+                // Dropped: the server closes first.
+            }
+        });
+    }
+    let agent = Agent::start(&net.pod);
+    for (netns, local, to) in
+        [(&net.pod, POD4, SERVICE4), (&net.pod, POD6, SERVICE6), (&net.host, HOST4, POD4), (&net.host, HOST6, POD6)]
+    {
+        for attempt in 0..3 {
+            let (from, to) = (SocketAddr::new(ip(local), 24111), SocketAddr::new(ip(to), 7070));
+            let stream = netns.run(move || {
+                let socket = sock::socket(to.is_ipv6(), libc::SOCK_STREAM, 0)?;
+                sock::set_number(&socket, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)?;
+                sock::limit(&socket, Duration::from_secs(4))?;
+                sock::bind(&socket, from)?;
+                sock::connect(socket, to)
+            });
+            let client = Client::greeted(stream.unwrap_or_else(|e| panic!("{from} to {to}, attempt {attempt}: {e}")));
+            client.unwrap_or_else(|e| panic!("{from} to {to}, attempt {attempt}: {e}")).finish();
+            agent.next();
+        }
+    }
+    assert!(agent.count("tuple_reused") >= 8, "{} of 8 through the socket lookup", agent.count("tuple_reused"));
+}
+
+/// With cookies the listener keeps no socket between SYN and acknowledgement.
+#[test]
+fn inbound_syn_cookies_come_back_to_the_agent() {
+    require_root!("inbound_syn_cookies_come_back_to_the_agent");
+    let net = Topology::new();
+    net.pod.sysctl("net/ipv4/tcp_syncookies", "2");
+    echo_server(&net.pod, 15008);
+    // The application's own port, to which a stray acknowledgement would otherwise belong.
+    echo_server(&net.pod, 9090);
+    let agent = Agent::start(&net.pod);
+    for pod in [POD4, POD6] {
+        // The relay to the application cannot work with cookies on its loopback side; what counts is who accepts.
+        let to = SocketAddr::new(ip(pod), 9090);
+        let stream = net.host.run(move || TcpStream::connect_timeout(&to, Duration::from_secs(2))).expect("connect");
+        let captured = agent.next();
+        assert_eq!((captured.direction, captured.local), (Direction::In, to));
+        drop(stream);
+    }
+    assert!(agent.count("inbound_stray") >= 2);
+}
+
+#[test]
+fn strict_reverse_path_filtering_is_no_obstacle() {
+    require_root!("strict_reverse_path_filtering_is_no_obstacle");
+    for rp_filter in ["1", "2"] {
+        let net = Topology::new();
+        for device in ["all", "eth0", "lo"] {
+            net.pod.sysctl(&format!("net/ipv4/conf/{device}/rp_filter"), rp_filter);
+        }
+        echo_server(&net.host, 8080);
+        echo_server(&net.pod, 9090);
+        let agent = Agent::start(&net.pod);
+        Client::connect(&net.pod, SocketAddr::new(ip(SERVICE4), 8080)).expect("outbound").finish();
+        Client::connect(&net.host, SocketAddr::new(ip(POD4), 9090)).expect("inbound").finish();
+        agent.next();
+        agent.next();
+    }
+}
+
+/// Many connections at once, to see that nothing depends on being alone.
+#[test]
+fn many_connections_at_once() {
+    require_root!("many_connections_at_once");
+    const EACH: usize = 50;
+    let net = Topology::new();
+    echo_server(&net.host, 8080);
+    echo_server(&net.pod, 9090);
+    let agent = Agent::start(&net.pod);
+    let clients: Vec<_> = [(&net.pod, SERVICE4, 8080), (&net.pod, SERVICE6, 8080), (&net.host, POD4, 9090), (&net.host, POD6, 9090)]
+        .into_iter()
+        .map(|(netns, to, port)| {
+            let to = SocketAddr::new(ip(to), port);
+            netns.spawn(move || {
+                let mut clients: Vec<_> = (0..EACH)
+                    .map(|_| {
+                        let stream = TcpStream::connect_timeout(&to, Duration::from_secs(5)).expect("connect");
+                        Client::greeted(stream).expect("greeting")
+                    })
+                    .collect();
+                for (n, client) in clients.iter_mut().enumerate() {
+                    client.echo(&format!("connection {n}"));
+                }
+                clients.into_iter().for_each(Client::finish);
+            })
+        })
+        .collect();
+    for client in clients {
+        client.join().expect("client");
+    }
+    for _ in 0..4 * EACH {
+        assert_eq!(agent.next().refused, None);
+    }
+    assert!(agent.nothing_captured(), "no loops");
+}

@@ -1,0 +1,238 @@
+//! Attaching, detaching, failing closed and open, and what is left behind.
+use std::{
+    net::SocketAddr,
+    net::TcpListener,
+    os::fd::AsFd,
+    time::{Duration, Instant},
+};
+
+use aya::programs::{SchedClassifier, TcAttachType};
+use ebpf_loader::{Config, ListenerFault, Listeners, PodSpec, Redirect, RedirectError};
+
+use crate::{
+    agent::{Agent, Direction},
+    capture::{Client, echo_server},
+    net::{Netns, POD4, POD6, SERVICE4, SERVICE6, Topology, ip, timed_out},
+    require_root,
+    sock::{self, GOOD, ListenerKind},
+};
+
+/// Everything the redirection could leave in a namespace, as text.
+fn remains(pod: &Netns) -> String {
+    let mut found = String::new();
+    for family in ["-4", "-6"] {
+        found += &pod.ip(&format!("{family} rule show"));
+        found += &pod.ip(&format!("{family} route show table all"));
+    }
+    for key in ["accept_local", "src_valid_mark"] {
+        found += &format!("{key}={}\n", pod.read_sysctl(&format!("net/ipv4/conf/lo/{key}")));
+    }
+    let programs = pod.run(|| {
+        [("lo", TcAttachType::Ingress), ("eth0", TcAttachType::Ingress), ("eth0", TcAttachType::Egress)]
+            .map(|(device, direction)| SchedClassifier::query_tcx(device, direction).expect("query").1.len())
+    });
+    found + &format!("programs={programs:?}\n")
+}
+
+#[test]
+fn connections_older_than_the_enrolment_live_on() {
+    require_root!("connections_older_than_the_enrolment_live_on");
+    let net = Topology::new();
+    echo_server(&net.host, 8080);
+    echo_server(&net.pod, 9090);
+    let mut old: Vec<_> =
+        [(&net.pod, SERVICE4, 8080), (&net.pod, SERVICE6, 8080), (&net.host, POD4, 9090), (&net.host, POD6, 9090)]
+            .into_iter()
+            .map(|(netns, to, port)| Client::connect(netns, SocketAddr::new(ip(to), port)).expect("direct"))
+            .collect();
+    let mut agent = Agent::start(&net.pod);
+    for client in &mut old {
+        client.echo("still here");
+    }
+    assert!(agent.nothing_captured());
+    assert!(agent.count("outbound_existing") >= 4);
+    assert_eq!(agent.count("outbound_owned"), 0);
+    // New ones are captured meanwhile.
+    Client::connect(&net.pod, SocketAddr::new(ip(SERVICE4), 8080)).expect("captured").finish();
+    assert_eq!(agent.next().direction, Direction::Out);
+    agent.redirect.take().expect("attached").detach().expect("detach");
+    for mut client in old {
+        client.echo("and after");
+        client.finish();
+    }
+}
+
+#[test]
+fn detaching_leaves_nothing_and_restores_direct_traffic() {
+    require_root!("detaching_leaves_nothing_and_restores_direct_traffic");
+    let net = Topology::new();
+    echo_server(&net.host, 8080);
+    echo_server(&net.pod, 9090);
+    let before = remains(&net.pod);
+    for dropped in [false, true] {
+        let mut agent = Agent::start(&net.pod);
+        let during = remains(&net.pod);
+        assert!(during.contains("fwmark 0x53a/0xfff") && during.contains("programs=[1, 1, 1]"), "{during}");
+        let redirect = agent.redirect.take().expect("attached");
+        assert_eq!(redirect.interfaces(), ["eth0"]);
+        if dropped {
+            drop(redirect);
+        } else {
+            redirect.detach().expect("detach");
+        }
+        assert_eq!(remains(&net.pod), before);
+        for (netns, to, port) in [(&net.pod, SERVICE4, 8080), (&net.pod, SERVICE6, 8080), (&net.host, POD4, 9090), (&net.host, POD6, 9090)] {
+            Client::connect(netns, SocketAddr::new(ip(to), port)).expect("direct").finish();
+        }
+        assert!(agent.nothing_captured());
+    }
+}
+
+#[test]
+fn what_a_dead_agent_left_is_taken_over() {
+    require_root!("what_a_dead_agent_left_is_taken_over");
+    let net = Topology::new();
+    echo_server(&net.host, 8080);
+    let before = remains(&net.pod);
+    // The links of a killed agent end with it, the rest stays.
+    let mut first = Agent::start(&net.pod);
+    let mut second = {
+        first.stop_listening();
+        Agent::start(&net.pod)
+    };
+    std::mem::forget(first.redirect.take());
+    Client::connect(&net.pod, SocketAddr::new(ip(SERVICE4), 8080)).expect("captured").finish();
+    second.next();
+    second.redirect.take().expect("attached").detach().expect("detach");
+    let after = remains(&net.pod);
+    // The forgotten links are still there, as they are in this process; rules, routes and settings are not.
+    assert_eq!(after.replace("programs=[1, 1, 1]", "programs=[0, 0, 0]"), before);
+}
+
+#[test]
+fn without_a_listener_new_connections_are_dropped_or_by_choice_direct() {
+    require_root!("without_a_listener_new_connections_are_dropped_or_by_choice_direct");
+    let net = Topology::new();
+    echo_server(&net.host, 8080);
+    echo_server(&net.pod, 9090);
+    let mut agent = Agent::start(&net.pod);
+    agent.stop_listening();
+    let ways = [(&net.pod, SERVICE4, 8080), (&net.pod, SERVICE6, 8080), (&net.host, POD4, 9090), (&net.host, POD6, 9090)];
+    let try_one = |netns: &Netns, to: &str, port| {
+        let to = SocketAddr::new(ip(to), port);
+        netns.run(move || std::net::TcpStream::connect_timeout(&to, Duration::from_millis(400)))
+    };
+    for (netns, to, port) in ways {
+        let error = try_one(netns, to, port).expect_err("dropped");
+        assert!(timed_out(&error), "{to}: {error}");
+    }
+    assert!(agent.count("outbound_no_listener") >= 2);
+    assert!(agent.count("inbound_no_listener") >= 2);
+    agent.redirect().set_config(Config::default().with_fail_open(true)).expect("configure");
+    for (netns, to, port) in ways {
+        try_one(netns, to, port).unwrap_or_else(|e| panic!("{to} directly: {e}"));
+    }
+    // And new listeners take over without attaching again.
+    let (out, inbound) = net.pod.run(|| (sock::listen(GOOD, 0), sock::listen(GOOD, 0)));
+    let (out, inbound) = (out.expect("listen"), inbound.expect("listen"));
+    let listeners = Listeners { outbound: out.as_fd(), inbound: inbound.as_fd() };
+    agent.redirect().replace_listeners(&listeners).expect("replace");
+    let _client = try_one(&net.pod, SERVICE4, 8080).expect("captured");
+    let (accepted, _) = out.accept().expect("accept");
+    assert_eq!(sock::plain(accepted.local_addr().expect("address")), SocketAddr::new(ip(SERVICE4), 8080));
+}
+
+#[test]
+fn listeners_that_break_the_contract_are_refused() {
+    require_root!("listeners_that_break_the_contract_are_refused");
+    let net = Topology::new();
+    let before = remains(&net.pod);
+    let fault = |outbound: &TcpListener, inbound: &TcpListener| {
+        let spec = PodSpec { netns: net.pod.fd(), interfaces: None, config: Config::default() };
+        match Redirect::attach(&spec, &Listeners { outbound: outbound.as_fd(), inbound: inbound.as_fd() }) {
+            Err(RedirectError::Listener { fault, .. }) => fault,
+            Err(other) => panic!("{other}"),
+            Ok(_) => panic!("accepted"),
+        }
+    };
+    let good = net.pod.run(|| sock::listen(GOOD, 0)).expect("listen");
+    let bad = |kind: ListenerKind| net.pod.run(move || sock::listen(kind, 0)).expect("listen");
+    assert!(matches!(fault(&bad(ListenerKind { mark: 0, ..GOOD }), &good), ListenerFault::Unmarked));
+    assert!(matches!(fault(&good, &bad(ListenerKind { transparent: false, ..GOOD })), ListenerFault::NotTransparent));
+    assert!(matches!(fault(&bad(ListenerKind { reuse_port: true, ..GOOD }), &good), ListenerFault::ReusePort));
+    assert!(matches!(fault(&bad(ListenerKind { v6_only: true, ..GOOD }), &good), ListenerFault::V6Only));
+    let elsewhere = net.host.run(|| sock::listen(GOOD, 0)).expect("listen");
+    assert!(matches!(fault(&elsewhere, &good), ListenerFault::ForeignNamespace));
+    let four = net.pod.run(|| TcpListener::bind("0.0.0.0:0")).expect("bind");
+    assert!(matches!(fault(&four, &good), ListenerFault::NotTcp6));
+    assert_eq!(remains(&net.pod), before);
+}
+
+#[test]
+fn unusable_namespaces_are_refused() {
+    require_root!("unusable_namespaces_are_refused");
+    let net = Topology::new();
+    let (out, inbound) = net.pod.run(|| (sock::listen(GOOD, 0), sock::listen(GOOD, 0)));
+    let (out, inbound) = (out.expect("listen"), inbound.expect("listen"));
+    let attach = |interfaces: Option<Vec<String>>| {
+        let spec = PodSpec { netns: net.pod.fd(), interfaces, config: Config::default() };
+        Redirect::attach(&spec, &Listeners { outbound: out.as_fd(), inbound: inbound.as_fd() }).map(drop)
+    };
+    assert!(matches!(attach(Some(vec!["eth9".into()])), Err(RedirectError::UnknownInterface(_))));
+    assert!(matches!(attach(Some(vec!["lo".into()])), Err(RedirectError::UnknownInterface(_))));
+    assert!(matches!(attach(Some(Vec::new())), Err(RedirectError::NoInterface)));
+    attach(Some(vec!["eth0".into()])).expect("attach");
+    net.pod.ip("link set lo down");
+    assert!(matches!(attach(None), Err(RedirectError::LoopbackDown)));
+}
+
+#[test]
+fn a_pod_without_ipv6_is_captured_all_the_same() {
+    require_root!("a_pod_without_ipv6_is_captured_all_the_same");
+    let net = Topology::new();
+    for device in ["all", "default", "lo", "eth0"] {
+        net.pod.sysctl(&format!("net/ipv6/conf/{device}/disable_ipv6"), "1");
+    }
+    echo_server(&net.host, 8080);
+    let before = remains(&net.pod);
+    let mut agent = Agent::start(&net.pod);
+    Client::connect(&net.pod, SocketAddr::new(ip(SERVICE4), 8080)).expect("captured").finish();
+    agent.next();
+    agent.redirect.take().expect("attached").detach().expect("detach");
+    assert_eq!(remains(&net.pod), before);
+}
+
+#[test]
+fn every_interface_is_captured() {
+    require_root!("every_interface_is_captured");
+    let net = Topology::new();
+    net.pod.ip(&format!("link add eth1 type veth peer name eth1 netns {}", net.host.name));
+    net.pod.ip("addr add 10.9.2.2/24 dev eth1");
+    net.host.ip("addr add 10.9.2.1/24 dev eth1");
+    net.pod.ip("link set eth1 up");
+    net.host.ip("link set eth1 up");
+    echo_server(&net.host, 8080);
+    echo_server(&net.pod, 9090);
+    let agent = Agent::start(&net.pod);
+    Client::connect(&net.pod, "10.9.2.1:8080".parse().expect("address")).expect("outbound").finish();
+    assert_eq!(agent.next().direction, Direction::Out);
+    Client::connect(&net.host, "10.9.2.2:9090".parse().expect("address")).expect("inbound").finish();
+    assert_eq!(agent.next().direction, Direction::In);
+}
+
+/// Not an assertion about time: the machine is shared. The number is printed for whoever looks.
+#[test]
+fn enrolment_time() {
+    require_root!("enrolment_time");
+    let net = Topology::new();
+    let (out, inbound) = net.pod.run(|| (sock::listen(GOOD, 0), sock::listen(GOOD, 0)));
+    let (out, inbound) = (out.expect("listen"), inbound.expect("listen"));
+    for _ in 0..5 {
+        let spec = PodSpec { netns: net.pod.fd(), interfaces: None, config: Config::default() };
+        let start = Instant::now();
+        let redirect = Redirect::attach(&spec, &Listeners { outbound: out.as_fd(), inbound: inbound.as_fd() }).expect("attach");
+        let attached = start.elapsed();
+        redirect.detach().expect("detach");
+        eprintln!("MEASURED: attach {attached:?}, detach {:?}", start.elapsed() - attached);
+    }
+}

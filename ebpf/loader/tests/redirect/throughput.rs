@@ -1,0 +1,83 @@
+//! Bulk data through the captured path: every byte arrives, and how fast is printed.
+use std::{
+    io::{Read, Write},
+    net::{Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream},
+    thread,
+    time::{Duration, Instant},
+};
+
+use crate::{
+    agent::Agent,
+    net::{Netns, POD4, POD6, SERVICE4, SERVICE6, Topology, ip},
+    require_root,
+};
+
+const BYTES: usize = 64 << 20;
+const CHUNK: usize = 128 << 10;
+
+/// A position-dependent sum: reordered, lost or doubled bytes change it. The generator's state is the whole stream's.
+struct Pattern(u64);
+
+impl Pattern {
+    fn fill(&mut self, chunk: &mut [u8]) {
+        for word in chunk.chunks_exact_mut(8) {
+            self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            word.copy_from_slice(&self.0.to_ne_bytes());
+        }
+    }
+}
+
+/// Reads everything, compares it to the pattern, answers with how much was right.
+fn sink(netns: &Netns, port: u16) {
+    let listener = netns.run(move || TcpListener::bind((Ipv6Addr::UNSPECIFIED, port))).expect("bind");
+    thread::spawn(move || {
+        for stream in listener.incoming() {
+            let Ok(mut stream) = stream else { return };
+            thread::spawn(move || {
+                let (mut pattern, mut right) = (Pattern(1), 0u64);
+                let (mut chunk, mut expected) = (vec![0; CHUNK], vec![0; CHUNK]);
+                while stream.read_exact(&mut chunk).is_ok() {
+                    pattern.fill(&mut expected);
+                    if chunk != expected {
+                        break;
+                    }
+                    right += CHUNK as u64;
+                }
+                stream.write_all(&right.to_ne_bytes())
+            });
+        }
+    });
+}
+
+fn send(netns: &Netns, to: SocketAddr) -> f64 {
+    let mut stream = netns.run(move || TcpStream::connect_timeout(&to, Duration::from_secs(2))).expect("connect");
+    stream.set_read_timeout(Some(Duration::from_secs(20))).expect("timeout");
+    let (mut pattern, mut chunk, start) = (Pattern(1), vec![0; CHUNK], Instant::now());
+    for _ in 0..BYTES / CHUNK {
+        pattern.fill(&mut chunk);
+        stream.write_all(&chunk).expect("write");
+    }
+    stream.shutdown(Shutdown::Write).expect("shutdown");
+    let mut right = [0; 8];
+    stream.read_exact(&mut right).expect("the answer");
+    assert_eq!(u64::from_ne_bytes(right), BYTES as u64, "bytes that arrived as sent");
+    BYTES as f64 * 8.0 / start.elapsed().as_secs_f64() / 1e9
+}
+
+#[test]
+fn bulk_data_arrives_whole() {
+    require_root!("bulk_data_arrives_whole");
+    let net = Topology::new();
+    sink(&net.host, 8080);
+    sink(&net.pod, 9090);
+    let ways = [("out v4", &net.pod, SERVICE4, 8080), ("out v6", &net.pod, SERVICE6, 8080), ("in v4", &net.host, POD4, 9090), ("in v6", &net.host, POD6, 9090)];
+    let direct = ways.map(|(_, netns, to, port)| send(netns, SocketAddr::new(ip(to), port)));
+    let agent = Agent::start(&net.pod);
+    for ((name, netns, to, port), direct) in ways.into_iter().zip(direct) {
+        let captured = send(netns, SocketAddr::new(ip(to), port));
+        agent.next();
+        eprintln!("MEASURED: {name}: direct {direct:.2} Gbit/s, captured and relayed {captured:.2} Gbit/s");
+        assert!(captured > 0.05, "{name}: {captured:.3} Gbit/s is a cliff");
+    }
+    assert_eq!(agent.count("outbound_existing"), 0);
+}

@@ -1,0 +1,72 @@
+//! tc ingress of the pod's interfaces: what others send to the pod.
+//!
+//! A connection attempt goes to the agent's inbound listener, keeping both addresses; HBONE has a listener of its own and is
+//! left alone. Segments of known connections pass to their sockets.
+use aya_ebpf::{
+    bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC},
+    macros::classifier,
+    programs::TcContext,
+};
+use ebpf_common::{Counter, MARK_AGENT, MARK_CAPTURE, MARK_MASK, Slot};
+
+use crate::{
+    assign::{Outcome, Owner, open, owner, stray},
+    maps::{config, count},
+    parse::{Packet, classify},
+};
+
+#[classifier]
+pub fn eth_ingress(ctx: TcContext) -> i32 {
+    // SAFETY: the kernel hands every classifier a valid `__sk_buff`.
+    let mark = unsafe { (*ctx.skb.skb).mark } & MARK_MASK;
+    // A mark from outside the pod (a node that redirects straight into it) must not pass for ours.
+    if mark == MARK_AGENT || mark == MARK_CAPTURE {
+        ctx.set_mark(0);
+    }
+    let config = config();
+    let segment = match classify(&ctx, &config) {
+        Packet::Tcp(segment) => segment,
+        Packet::Pass => return TC_ACT_UNSPEC,
+        Packet::Drop(why) => {
+            count(why);
+            return TC_ACT_SHOT;
+        }
+    };
+    let hbone = segment.tuple.dport() == config.hbone_port();
+    let outcome = if segment.opens() {
+        if hbone {
+            count(Counter::InboundHbone);
+            return TC_ACT_UNSPEC;
+        }
+        let outcome = open(&ctx, &segment.tuple, Slot::In);
+        if matches!(outcome, Outcome::Given) {
+            count(Counter::InboundAssigned);
+        }
+        outcome
+    } else if segment.acknowledges() && !hbone && owner(&ctx, &segment.tuple) == Owner::Nobody {
+        // Under a SYN flood our listener answers with cookies and keeps no socket; the client's acknowledgement must come
+        // back to the same listener, not to the application's, which would take it as its own.
+        let outcome = stray(&ctx, Slot::In);
+        if matches!(outcome, Outcome::Given) {
+            count(Counter::InboundStray);
+        }
+        outcome
+    } else {
+        return TC_ACT_UNSPEC;
+    };
+    match outcome {
+        Outcome::Given => TC_ACT_UNSPEC,
+        Outcome::Absent if config.fail_open() => {
+            count(Counter::InboundFailOpen);
+            TC_ACT_UNSPEC
+        }
+        Outcome::Absent => {
+            count(Counter::InboundNoListener);
+            TC_ACT_SHOT
+        }
+        Outcome::Failed => {
+            count(Counter::AssignFailed);
+            TC_ACT_SHOT
+        }
+    }
+}

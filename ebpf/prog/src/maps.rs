@@ -1,0 +1,64 @@
+//! The maps of one pod, and the few ways the programs touch them.
+use core::ffi::c_void;
+
+use aya_ebpf::{
+    bindings::bpf_sock,
+    helpers::{bpf_map_lookup_elem, bpf_sk_release},
+    macros::map,
+    maps::{Array, LruHashMap, PerCpuArray, SockMap},
+};
+use ebpf_common::{COUNTERS as COUNTER_ROOM, Config, Counter, SLOTS, Slot, Steer, SteerKey};
+
+#[map]
+pub static SOCKS: SockMap = SockMap::with_max_entries(SLOTS, 0);
+#[map]
+static CONFIG: Array<Config> = Array::with_max_entries(1, 0);
+#[map]
+static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(COUNTER_ROOM, 0);
+// Entries live for the moment between tc and the socket lookup, so few are enough even for a burst.
+#[map]
+pub static STEER: LruHashMap<SteerKey, Steer> = LruHashMap::with_max_entries(512, 0);
+
+/// The pod's configuration.
+#[inline(always)]
+pub fn config() -> Config {
+    match CONFIG.get(0) {
+        Some(config) => *config,
+        None => Config::DEFAULT,
+    }
+}
+
+/// Counts one packet.
+#[inline(always)]
+pub fn count(counter: Counter) {
+    if let Some(value) = COUNTERS.get_ptr_mut(counter as u32) {
+        // SAFETY: the pointer is this CPU's own slot, valid for the program's run.
+        unsafe { *value += 1 }
+    }
+}
+
+/// A listener the kernel counted a reference for; must be given back with [`Listener::release`].
+pub struct Listener(*mut c_void);
+
+impl Listener {
+    /// The listener in `slot`, if the agent put one there and it still listens.
+    #[inline(always)]
+    pub fn find(slot: Slot) -> Option<Self> {
+        let key = slot as u32;
+        // SAFETY: the map outlives the program and the key is a `u32` on the stack.
+        let sk = unsafe { bpf_map_lookup_elem((&raw const SOCKS).cast_mut().cast(), (&raw const key).cast()) };
+        if sk.is_null() { None } else { Some(Self(sk)) }
+    }
+
+    #[inline(always)]
+    pub fn as_ptr(&self) -> *mut c_void {
+        self.0
+    }
+
+    // Not `Drop`: the verifier wants the release at a place it can see on every path.
+    #[inline(always)]
+    pub fn release(self) {
+        // SAFETY: `find` returned a referenced, non-null socket.
+        unsafe { bpf_sk_release(self.0.cast::<bpf_sock>().cast()) };
+    }
+}

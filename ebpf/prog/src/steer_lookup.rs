@@ -1,0 +1,57 @@
+//! `sk_lookup` of the pod's namespace: names our listener for a connection attempt that tc left to the kernel.
+//!
+//! Runs whenever the kernel looks for a listener, and has an opinion only on the tuples in `STEER` (see [`crate::assign`]):
+//! the kernel found the old socket in TIME_WAIT, agreed that the SYN is a new connection, and now asks who accepts it.
+use aya_ebpf::{
+    EbpfContext as _,
+    helpers::{bpf_ktime_get_ns, bpf_sk_assign},
+    macros::sk_lookup,
+    programs::SkLookupContext,
+};
+use ebpf_common::{Counter, Slot, SteerKey};
+
+use crate::maps::{Listener, STEER, count};
+
+const SK_DROP: u32 = 0;
+const SK_PASS: u32 = 1;
+const AF_INET6: u32 = 10;
+const IPPROTO_TCP: u32 = 6;
+
+#[sk_lookup]
+pub fn steer_lookup(ctx: SkLookupContext) -> u32 {
+    // SAFETY: the kernel hands the program a valid `bpf_sk_lookup`.
+    let lookup = unsafe { &*ctx.lookup };
+    if lookup.protocol != IPPROTO_TCP {
+        return SK_PASS;
+    }
+    // Both ports as they are on the wire; the kernel gives the local one in host order.
+    let ports = u32::from_ne_bytes({
+        let remote = (lookup.remote_port as u16).to_ne_bytes();
+        let local = (lookup.local_port as u16).to_be_bytes();
+        [remote[0], remote[1], local[0], local[1]]
+    });
+    let key = if lookup.family == AF_INET6 {
+        let (r, l) = (&lookup.remote_ip6, &lookup.local_ip6);
+        SteerKey { tuple: [r[0], r[1], r[2], r[3], l[0], l[1], l[2], l[3], ports], version: 6 }
+    } else {
+        SteerKey { tuple: [lookup.remote_ip4, lookup.local_ip4, ports, 0, 0, 0, 0, 0, 0], version: 4 }
+    };
+    // SAFETY: the value is copied out before anything could remove it.
+    let Some(steer) = (unsafe { STEER.get(&key) }) else { return SK_PASS };
+    let (until, slot) = (steer.until, steer.slot);
+    let _ = STEER.remove(&key);
+    // SAFETY: takes no arguments.
+    if unsafe { bpf_ktime_get_ns() } > until {
+        return SK_PASS;
+    }
+    let Some(listener) = Listener::find(if slot == Slot::In as u32 { Slot::In } else { Slot::Out }) else { return SK_DROP };
+    // SAFETY: the socket is referenced and the context is the kernel's.
+    let refused = unsafe { bpf_sk_assign(ctx.as_ptr(), listener.as_ptr(), 0) };
+    listener.release();
+    if refused != 0 {
+        count(Counter::AssignFailed);
+        return SK_DROP;
+    }
+    count(Counter::TupleReused);
+    SK_PASS
+}
