@@ -1,2 +1,62 @@
 //! The repository's own commands: `cargo xtask help`.
-fn main() {}
+//!
+//! Owns everything a developer or CI runs that is more than one cargo invocation. Refuses to depend on any crate of the
+//! workspace: it must build in seconds and must still run when they do not compile.
+#![forbid(unsafe_code)]
+
+mod bench;
+mod ci;
+mod demo;
+mod deny;
+mod libtest;
+mod licence;
+mod metadata;
+mod setup;
+mod shell;
+mod suite;
+mod tidy;
+
+use std::process::ExitCode;
+
+const HELP: &str = "\
+cargo xtask COMMAND
+
+  demo            build the agent and run the guided tour of a two-node mesh (needs root: network namespaces, eBPF)
+  test [FILTER]   install what the suites need, build, run every ring; ends with `N passed, N failed, N skipped`
+                    --ring N       only that ring (0 pure, 1 memory, 2 process, 3 network namespaces)
+                    --no-setup     install nothing; what cannot run is counted as skipped
+                    --no-variants  leave out the suites of optional build features (tls-boring)
+  ci              everything a change must pass: fmt, clippy, tidy, deny, then test
+  tidy            walls between crates and modules, module heads, unsafe, words that must not be committed
+  deny            licences, banned and duplicated crates, sources, as deny.toml says
+  bench l4        two agents against the direct path, CPU per unit; `cargo xtask bench l4 --help` for its flags
+  bench micro     the criterion benches
+  help            this page";
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let (command, rest) = match args.split_first() {
+        Some((command, rest)) => (command.as_str(), rest),
+        None => ("help", &[][..]),
+    };
+    let result = match command {
+        "help" | "-h" | "--help" => {
+            println!("{HELP}");
+            Ok(())
+        }
+        "test" => suite::run(rest),
+        "ci" => ci::run(rest),
+        "tidy" => tidy::run(rest),
+        "deny" => deny::run(rest),
+        "demo" => demo::run(rest),
+        "bench" => bench::run(rest),
+        other => Err(anyhow::anyhow!("no such command: {other} (see `cargo xtask help`)")),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

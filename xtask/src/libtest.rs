@@ -1,0 +1,218 @@
+//! Reads what Rust's test runner prints and counts it: a test that said `SKIPPED:` did not pass, it was skipped.
+//!
+//! Owns the reading of `--show-output` text. Upstream: a test binary's standard output, line by line. Downstream: `suite`,
+//! which shows the lines this module says are worth showing and adds the tallies.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::ops::AddAssign;
+
+/// What a test prints, with a reason, when the machine cannot run it.
+pub const SKIPPED: &str = "SKIPPED:";
+
+/// How many tests ended how.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct Tally {
+    pub passed: usize,
+    pub failed: usize,
+    pub skipped: usize,
+}
+
+impl AddAssign for Tally {
+    fn add_assign(&mut self, other: Self) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+        self.skipped += other.skipped;
+    }
+}
+
+impl fmt::Display for Tally {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} passed, {} failed, {} skipped", self.passed, self.failed, self.skipped)
+    }
+}
+
+/// Counts one stream of test runner output.
+#[derive(Debug, Default)]
+pub struct Reader {
+    tally: Tally,
+    finished: bool,
+    in_successes: bool,
+    current: Option<String>,
+    /// Tests, or lines without a known test, that said SKIPPED.
+    skipped: BTreeSet<String>,
+    reasons: Vec<String>,
+}
+
+impl Reader {
+    /// Takes one line of standard output; false if it is only the captured noise of a test that passed.
+    pub fn line(&mut self, line: &str) -> bool {
+        if let Some(result) = line.strip_prefix("test result: ") {
+            self.finish(result);
+            return true;
+        }
+        match line {
+            "successes:" => {
+                self.in_successes = true;
+                return false;
+            }
+            "failures:" => {
+                self.in_successes = false;
+                self.current = None;
+                return true;
+            }
+            _ => {}
+        }
+        if let Some(name) = line.strip_prefix("---- ").and_then(|rest| rest.strip_suffix(" stdout ----")) {
+            self.current = Some(name.to_owned());
+            return !self.in_successes;
+        }
+        if self.in_successes {
+            if let Some(at) = line.find(SKIPPED) {
+                let name = self.current.clone().unwrap_or_else(|| line.to_owned());
+                let reason = line.get(at + SKIPPED.len()..).unwrap_or_default().trim();
+                if self.skipped.insert(name.clone()) {
+                    self.reasons.push(format!("{name}: {reason}"));
+                }
+            }
+            return false;
+        }
+        // The blank lines between sections say nothing on their own.
+        !line.is_empty()
+    }
+
+    /// Takes one line of standard error. The runner does not capture what threads and children write there.
+    pub fn stderr_line(&mut self, line: &str) {
+        if let Some(reason) = line.trim_start().strip_prefix(SKIPPED)
+            && self.skipped.insert(line.to_owned())
+        {
+            self.reasons.push(reason.trim().to_owned());
+        }
+    }
+
+    /// `ok. 3 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.01s`
+    fn finish(&mut self, result: &str) {
+        let number = |what: &str| {
+            result
+                .split(['.', ';'])
+                .find_map(|part| part.trim().strip_suffix(what)?.trim().parse::<usize>().ok())
+                .unwrap_or_default()
+        };
+        let passed = number("passed");
+        let skipped = std::mem::take(&mut self.skipped).len().min(passed);
+        self.tally += Tally { passed: passed - skipped, failed: number("failed"), skipped: number("ignored") + skipped };
+        self.finished = true;
+        self.in_successes = false;
+        self.current = None;
+    }
+
+    /// The tally, given how the process ended: a runner that died early, or ended badly without naming a test, failed once.
+    pub fn end(self, success: bool) -> (Tally, Vec<String>) {
+        let mut tally = self.tally;
+        // What was said on standard error may arrive after the result line.
+        let late = self.skipped.len().min(tally.passed);
+        tally.passed -= late;
+        tally.skipped += late;
+        if !success && tally.failed == 0 {
+            tally.failed = 1;
+        }
+        if success && !self.finished {
+            // Not the standard runner (`harness = false`): the exit code is all there is.
+            tally.passed += 1;
+        }
+        (tally, self.reasons)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(text: &str, success: bool) -> (Tally, Vec<String>, Vec<String>) {
+        let mut reader = Reader::default();
+        let shown = text.lines().filter(|line| reader.line(line)).map(str::to_owned).collect();
+        let (tally, reasons) = reader.end(success);
+        (tally, reasons, shown)
+    }
+
+    const MIXED: &str = "
+running 4 tests
+test a ... ok
+test b::c ... ok
+test d ... FAILED
+test e ... ignored
+
+successes:
+
+---- a stdout ----
+some noise
+SKIPPED: needs root
+SKIPPED: said twice
+
+---- b::c stdout ----
+more noise
+
+successes:
+    a
+    b::c
+
+failures:
+
+---- d stdout ----
+thread panicked
+
+failures:
+    d
+
+test result: FAILED. 2 passed; 1 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.01s
+";
+
+    #[test]
+    fn a_test_that_said_skipped_is_not_passed() {
+        let (tally, reasons, shown) = read(MIXED, false);
+        assert_eq!(tally, Tally { passed: 1, failed: 1, skipped: 2 });
+        assert_eq!(reasons, ["a: needs root"]);
+        assert!(shown.iter().any(|line| line == "thread panicked"), "failures are shown");
+        assert!(!shown.iter().any(|line| line.contains("noise")), "the output of passing tests is not");
+    }
+
+    #[test]
+    fn results_add_up_over_several_runners() {
+        let one = "test result: ok. 3 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.00s\n";
+        assert_eq!(read(&one.repeat(2), true).0, Tally { passed: 6, failed: 0, skipped: 0 });
+    }
+
+    #[test]
+    fn a_runner_that_dies_has_failed() {
+        assert_eq!(read("running 2 tests\ntest a ... ok\n", false).0, Tally { passed: 0, failed: 1, skipped: 0 });
+    }
+
+    #[test]
+    fn a_program_without_the_runner_counts_as_one() {
+        assert_eq!(read("hello\n", true).0, Tally { passed: 1, failed: 0, skipped: 0 });
+        assert_eq!(read("hello\n", false).0, Tally { passed: 0, failed: 1, skipped: 0 });
+    }
+
+    #[test]
+    fn skips_on_standard_error_count_and_never_below_zero() {
+        let mut reader = Reader::default();
+        reader.stderr_line("SKIPPED: no eBPF here");
+        reader.stderr_line("SKIPPED: no eBPF here");
+        reader.stderr_line("SKIPPED: no sudo");
+        reader.stderr_line("something else");
+        reader.line("test result: ok. 1 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.00s");
+        let (tally, reasons) = reader.end(true);
+        assert_eq!(tally, Tally { passed: 0, failed: 0, skipped: 1 });
+        assert_eq!(reasons, ["no eBPF here", "no sudo"]);
+
+        let mut late = Reader::default();
+        late.line("test result: ok. 2 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.00s");
+        late.stderr_line("SKIPPED: late");
+        assert_eq!(late.end(true).0, Tally { passed: 1, failed: 0, skipped: 1 });
+    }
+
+    #[test]
+    fn the_last_line_reads_as_promised() {
+        assert_eq!(Tally { passed: 12, failed: 0, skipped: 3 }.to_string(), "12 passed, 0 failed, 3 skipped");
+    }
+}
