@@ -24,8 +24,8 @@ pub enum Provider {
     Boring,
 }
 
-#[expect(clippy::derivable_impls, reason = "the default depends on the features; aws-lc wins when both are built in")]
 impl Default for Provider {
+    /// Aws-lc, where it is built in.
     fn default() -> Self {
         #[cfg(feature = "tls-aws-lc")]
         return Self::AwsLc;

@@ -24,6 +24,8 @@ mod pem;
 pub mod source;
 mod span;
 pub mod svid;
+#[cfg(test)]
+mod testing;
 pub mod tls;
 pub mod verify;
 

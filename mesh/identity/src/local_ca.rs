@@ -41,8 +41,8 @@ const PUBLIC_FILE: &str = "root-cert.pem";
 /// Larger files are not ours.
 const MOST_BYTES: u64 = 64 * 1024;
 /// Certificates start this much in the past: clocks of two machines differ.
-const BACKDATE: Duration = Duration::from_secs(60);
-const ROOT_LIFETIME: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
+const BACKDATE: Duration = Duration::from_mins(1);
+const ROOT_LIFETIME: Duration = Duration::from_hours(10 * 365 * 24);
 
 /// Settings of the development authority.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -65,7 +65,7 @@ impl Default for LocalCaSettings {
             directory: "./var/culvert-ca".into(),
             trust_domain: TrustDomain::default().as_str().to_owned(),
             trust_domain_aliases: Vec::new(),
-            lifetime: Duration::from_secs(3600),
+            lifetime: Duration::from_hours(1),
         }
     }
 }
@@ -91,22 +91,21 @@ impl LocalCa {
                 .map_err(|error| storage(directory, format!("trust domain {name:?} of the settings: {error}")))
         };
         let trust_domain = domain(&settings.trust_domain)?;
-        if settings.lifetime < Duration::from_secs(60) {
+        if settings.lifetime < Duration::from_mins(1) {
             return Err(storage(directory, "a certificate lifetime below one minute only produces load"));
         }
         prepare_directory(directory)?;
         let path = directory.join(CA_FILE);
-        let text = match read_private(&path)? {
-            Some(text) => text,
-            None => {
-                let text = generate_root(&trust_domain, clock.now()).map_err(|error| storage(&path, error.to_string()))?;
-                if create_whole(&path, &text).map_err(|error| storage(&path, error.to_string()))? {
-                    tracing::info!(path = %path.display(), %trust_domain, "created a development certificate authority");
-                    text
-                } else {
-                    // Another process was faster: its root is the root.
-                    read_private(&path)?.ok_or_else(|| storage(&path, "it appeared and vanished again"))?
-                }
+        let text = if let Some(text) = read_private(&path)? {
+            text
+        } else {
+            let text = generate_root(&trust_domain, clock.now()).map_err(|error| storage(&path, error.to_string()))?;
+            if create_whole(&path, &text).map_err(|error| storage(&path, error.to_string()))? {
+                tracing::info!(path = %path.display(), %trust_domain, "created a development certificate authority");
+                text
+            } else {
+                // Another process was faster: its root is the root.
+                read_private(&path)?.ok_or_else(|| storage(&path, "it appeared and vanished again"))?
             }
         };
         let root = Root::read(&text, &trust_domain, clock.now()).map_err(|why| storage(&path, why))?;
