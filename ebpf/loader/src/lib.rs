@@ -17,10 +17,12 @@
 //! * **HBONE listener**: an ordinary marked listener on [`Config::hbone_port`]; the programs leave its traffic alone.
 //! * **Dial out for the pod**: a marked socket, nothing else. The pod's routes apply.
 //! * **Deliver to the application with the client's address**: a socket of the client's family with `IP_TRANSPARENT` (or
-//!   `IPV6_TRANSPARENT`) and the mark, bound to the client's address with port 0, connected to the pod's address and port. No
-//!   `SO_BINDTODEVICE`. Ask for a source port no client uses for its own dials (`IP_LOCAL_PORT_RANGE`, say 1024 to 32767, with
-//!   `IP_BIND_ADDRESS_NO_PORT`): the pod already has a socket for the client's own port, the agent's. Its answers are brought
-//!   back by the programs because they find that socket.
+//!   `IPV6_TRANSPARENT`), the mark and `SO_REUSEADDR`, bound to the client's address and *a port chosen from
+//!   [`DELIVERY_PORTS`]*, connected to the pod's address and port; on `EADDRINUSE` or `EADDRNOTAVAIL` choose another. No
+//!   `SO_BINDTODEVICE`. Its answers are brought back by the programs because they find that socket. Port 0 is a trap: the
+//!   application's socket for (client address, our port) must not be the agent's socket for (client address, client's port),
+//!   and on one node the kernel walks both sequences alike, so that they do meet; the client's SYN then ends in a socket that
+//!   does not answer it (counter `tuple_in_use`). `IP_LOCAL_PORT_RANGE` does not help, it cannot widen the namespace's range.
 //! * **Before [`Redirect::detach`]** close the captured connections: once detached, what the application still sends on
 //!   them goes to the network as it is.
 //! * **When the pod goes**, drop everything of it: any socket and the [`Redirect`] keep its namespace alive.
@@ -39,6 +41,11 @@ mod netns;
 mod object;
 mod plumbing;
 mod probe;
+
+use std::ops::RangeInclusive;
+
+/// Ports to deliver from with a client's address: below what clients are given by default (32768 and up) and below node ports.
+pub const DELIVERY_PORTS: RangeInclusive<u16> = 2048..=29999;
 
 pub use attach::{Listeners, PodSpec, Redirect};
 pub use ebpf_common::{Config, Counter, HBONE_PORT, MARK_AGENT, MARK_CAPTURE, MARK_MASK};

@@ -4,6 +4,7 @@
 //! the kernel found the old socket in TIME_WAIT, agreed that the SYN is a new connection, and now asks who accepts it.
 use aya_ebpf::{
     EbpfContext as _,
+    bindings::bpf_sk_lookup,
     helpers::{bpf_ktime_get_ns, bpf_sk_assign},
     macros::sk_lookup,
     programs::SkLookupContext,
@@ -31,8 +32,7 @@ pub fn steer_lookup(ctx: SkLookupContext) -> u32 {
         [remote[0], remote[1], local[0], local[1]]
     });
     let key = if lookup.family == AF_INET6 {
-        let (r, l) = (&lookup.remote_ip6, &lookup.local_ip6);
-        SteerKey { tuple: [r[0], r[1], r[2], r[3], l[0], l[1], l[2], l[3], ports], version: 6 }
+        SteerKey { tuple: addresses6(lookup, ports), version: 6 }
     } else {
         SteerKey { tuple: [lookup.remote_ip4, lookup.local_ip4, ports, 0, 0, 0, 0, 0, 0], version: 4 }
     };
@@ -54,4 +54,26 @@ pub fn steer_lookup(ctx: SkLookupContext) -> u32 {
     }
     count(Counter::TupleReused);
     SK_PASS
+}
+
+/// Word by word: the verifier knows context fields, not pointers to them.
+#[inline(always)]
+fn addresses6(lookup: &bpf_sk_lookup, ports: u32) -> [u32; 9] {
+    macro_rules! word {
+        ($field:ident, $n:literal) => {
+            // SAFETY: in bounds of the array; volatile keeps the load from being merged into a copy of the array.
+            unsafe { (&raw const lookup.$field[$n]).read_volatile() }
+        };
+    }
+    [
+        word!(remote_ip6, 0),
+        word!(remote_ip6, 1),
+        word!(remote_ip6, 2),
+        word!(remote_ip6, 3),
+        word!(local_ip6, 0),
+        word!(local_ip6, 1),
+        word!(local_ip6, 2),
+        word!(local_ip6, 3),
+        ports,
+    ]
 }

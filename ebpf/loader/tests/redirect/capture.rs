@@ -261,7 +261,7 @@ fn many_connections_at_once() {
             netns.spawn(move || {
                 let mut clients: Vec<_> = (0..EACH)
                     .map(|_| {
-                        let stream = TcpStream::connect_timeout(&to, Duration::from_secs(5)).expect("connect");
+                        let stream = TcpStream::connect_timeout(&to, Duration::from_secs(5)).unwrap_or_else(|e| panic!("{to}: {e}"));
                         Client::greeted(stream).expect("greeting")
                     })
                     .collect();
@@ -273,7 +273,7 @@ fn many_connections_at_once() {
         })
         .collect();
     for client in clients {
-        client.join().expect("client");
+        assert!(client.join().is_ok(), "{:?}", agent.all_counts());
     }
     for _ in 0..4 * EACH {
         assert_eq!(agent.next().refused, None);

@@ -94,19 +94,21 @@ fn what_a_dead_agent_left_is_taken_over() {
     let net = Topology::new();
     echo_server(&net.host, 8080);
     let before = remains(&net.pod);
-    // The links of a killed agent end with it, the rest stays.
-    let mut first = Agent::start(&net.pod);
-    let mut second = {
-        first.stop_listening();
-        Agent::start(&net.pod)
-    };
-    std::mem::forget(first.redirect.take());
-    Client::connect(&net.pod, SocketAddr::new(ip(SERVICE4), 8080)).expect("captured").finish();
-    second.next();
-    second.redirect.take().expect("attached").detach().expect("detach");
-    let after = remains(&net.pod);
-    // The forgotten links are still there, as they are in this process; rules, routes and settings are not.
-    assert_eq!(after.replace("programs=[1, 1, 1]", "programs=[0, 0, 0]"), before);
+    // The links of a killed agent end with it, the rest stays; made by hand here, because links in this process would stay too.
+    for family in ["-4", "-6"] {
+        net.pod.ip(&format!("{family} rule add pref 10 fwmark 0x53a/0xfff lookup 1338 protocol 83"));
+        let everything = if family == "-4" { "0.0.0.0/0" } else { "::/0" };
+        net.pod.ip(&format!("{family} route add local {everything} dev lo table 1338 protocol 83"));
+    }
+    net.pod.sysctl("net/ipv4/conf/lo/accept_local", "1");
+    net.pod.sysctl("net/ipv4/conf/lo/src_valid_mark", "1");
+    let mut agent = Agent::start(&net.pod);
+    for service in [SERVICE4, SERVICE6] {
+        Client::connect(&net.pod, SocketAddr::new(ip(service), 8080)).expect("captured").finish();
+        agent.next();
+    }
+    agent.redirect.take().expect("attached").detach().expect("detach");
+    assert_eq!(remains(&net.pod), before);
 }
 
 #[test]

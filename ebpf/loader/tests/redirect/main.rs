@@ -15,9 +15,14 @@ macro_rules! require_root {
             eprintln!("SKIPPED: {}: needs root", $name);
             return;
         }
-        if let Err(why) = ebpf_loader::probe() {
-            eprintln!("SKIPPED: {}: {why}", $name);
-            return;
+        match ebpf_loader::probe() {
+            Ok(()) => {}
+            // A kernel that should be able to and is not is a failure of ours, not a reason to skip.
+            Err(why @ ebpf_loader::Unsupported::Trial(_)) => panic!("{why}"),
+            Err(why) => {
+                eprintln!("SKIPPED: {}: {why}", $name);
+                return;
+            }
         }
     };
 }

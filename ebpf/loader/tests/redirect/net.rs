@@ -2,11 +2,12 @@
 use std::{
     fs::File,
     io,
-    net::IpAddr,
+    net::{IpAddr, SocketAddr, TcpStream},
     os::fd::{AsFd, BorrowedFd},
     process::Command,
     sync::atomic::{AtomicU32, Ordering},
     thread::{self, JoinHandle},
+    time::Duration,
 };
 
 use nix::sched::{CloneFlags, setns};
@@ -104,6 +105,12 @@ impl Topology {
         host.ip(&format!("-6 addr add {SERVICE6}/128 dev lo nodad"));
         pod.ip(&format!("route add default via {HOST4}"));
         pod.ip(&format!("-6 route add default via {HOST6}"));
+        // A new link takes a moment to resolve neighbours over IPv6; a refusal means that packets flow both ways.
+        for address in [HOST4, HOST6] {
+            let to = SocketAddr::new(ip(address), 1);
+            let answer = pod.run(move || TcpStream::connect_timeout(&to, Duration::from_secs(10)));
+            assert!(answer.as_ref().is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused), "{answer:?}");
+        }
         Self { pod, host }
     }
 }

@@ -3,6 +3,7 @@ use std::{
     io,
     net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream},
     os::fd::{AsRawFd, FromRawFd, OwnedFd},
+    sync::atomic::{AtomicU16, Ordering},
     time::Duration,
 };
 
@@ -119,17 +120,30 @@ pub fn dial_marked(to: SocketAddr) -> io::Result<TcpStream> {
     connect(socket, to)
 }
 
-/// The agent's delivery to the application with the client's address.
+/// The agent's delivery to the application with the client's address, from a port that is not a client's own.
 pub fn dial_as(client: IpAddr, to: SocketAddr) -> io::Result<TcpStream> {
-    const IP_LOCAL_PORT_RANGE: i32 = 51;
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let ports = ebpf_loader::DELIVERY_PORTS;
+    let mut result = Err(io::ErrorKind::AddrInUse.into());
+    for _ in 0..100 {
+        let port = ports.start() + NEXT.fetch_add(1, Ordering::Relaxed) % (ports.end() - ports.start());
+        result = dial_from(SocketAddr::new(client, port), to);
+        match &result {
+            Err(e) if matches!(e.kind(), io::ErrorKind::AddrInUse | io::ErrorKind::AddrNotAvailable) => {}
+            _ => break,
+        }
+    }
+    result
+}
+
+fn dial_from(from: SocketAddr, to: SocketAddr) -> io::Result<TcpStream> {
     let socket = socket(to.is_ipv6(), libc::SOCK_STREAM, 0)?;
     set_number(&socket, libc::SOL_SOCKET, libc::SO_MARK, 0x539)?;
+    set_number(&socket, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)?;
     let (level, option) =
         if to.is_ipv6() { (libc::SOL_IPV6, libc::IPV6_TRANSPARENT) } else { (libc::SOL_IP, libc::IP_TRANSPARENT) };
     set_number(&socket, level, option, 1)?;
-    set_number(&socket, libc::SOL_IP, libc::IP_BIND_ADDRESS_NO_PORT, 1)?;
-    set_number(&socket, libc::SOL_IP, IP_LOCAL_PORT_RANGE, (32767 << 16) | 1024)?;
-    bind(&socket, SocketAddr::new(client, 0))?;
+    bind(&socket, from)?;
     connect(socket, to)
 }
 

@@ -15,15 +15,27 @@ use crate::{
 const BYTES: usize = 64 << 20;
 const CHUNK: usize = 128 << 10;
 
-/// A position-dependent sum: reordered, lost or doubled bytes change it. The generator's state is the whole stream's.
-struct Pattern(u64);
+/// Bytes that depend on their position in the stream, so that reordered, lost or doubled ones show. Windows of one random
+/// block: comparing them must not be slower than the path under test.
+struct Pattern {
+    block: Vec<u8>,
+    chunk: usize,
+}
 
 impl Pattern {
-    fn fill(&mut self, chunk: &mut [u8]) {
-        for word in chunk.chunks_exact_mut(8) {
-            self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            word.copy_from_slice(&self.0.to_ne_bytes());
+    fn new() -> Self {
+        let (mut state, mut block) = (1u64, Vec::with_capacity(2 * CHUNK));
+        while block.len() < 2 * CHUNK {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            block.extend((state >> 24).to_ne_bytes());
         }
+        Self { block, chunk: 0 }
+    }
+
+    fn next(&mut self) -> &[u8] {
+        self.chunk += 1;
+        let at = self.chunk * 4093 % CHUNK;
+        &self.block[at..at + CHUNK]
     }
 }
 
@@ -34,11 +46,9 @@ fn sink(netns: &Netns, port: u16) {
         for stream in listener.incoming() {
             let Ok(mut stream) = stream else { return };
             thread::spawn(move || {
-                let (mut pattern, mut right) = (Pattern(1), 0u64);
-                let (mut chunk, mut expected) = (vec![0; CHUNK], vec![0; CHUNK]);
+                let (mut pattern, mut right, mut chunk) = (Pattern::new(), 0u64, vec![0; CHUNK]);
                 while stream.read_exact(&mut chunk).is_ok() {
-                    pattern.fill(&mut expected);
-                    if chunk != expected {
+                    if chunk != pattern.next() {
                         break;
                     }
                     right += CHUNK as u64;
@@ -52,10 +62,9 @@ fn sink(netns: &Netns, port: u16) {
 fn send(netns: &Netns, to: SocketAddr) -> f64 {
     let mut stream = netns.run(move || TcpStream::connect_timeout(&to, Duration::from_secs(2))).expect("connect");
     stream.set_read_timeout(Some(Duration::from_secs(20))).expect("timeout");
-    let (mut pattern, mut chunk, start) = (Pattern(1), vec![0; CHUNK], Instant::now());
+    let (mut pattern, start) = (Pattern::new(), Instant::now());
     for _ in 0..BYTES / CHUNK {
-        pattern.fill(&mut chunk);
-        stream.write_all(&chunk).expect("write");
+        stream.write_all(pattern.next()).expect("write");
     }
     stream.shutdown(Shutdown::Write).expect("shutdown");
     let mut right = [0; 8];
