@@ -113,7 +113,7 @@ pub fn run<C>(suite: &str, cannot_run: Option<String>, set_up: impl FnOnce() -> 
             return ExitCode::SUCCESS;
         }
         Ok(Err(error)) => {
-            println!("setting up {suite} failed: {error:?}\n\ntest result: FAILED. 0 passed; {} failed; 0 skipped", chosen.len());
+            println!("setting up {suite} failed: {error:#}\n\ntest result: FAILED. 0 passed; {} failed; 0 skipped", chosen.len());
             return ExitCode::FAILURE;
         }
         Err(_panic) => {
@@ -137,7 +137,7 @@ pub fn run<C>(suite: &str, cannot_run: Option<String>, set_up: impl FnOnce() -> 
                 skip::skipped(&format!("{suite}::{}", test.name), &format!("{error:#}"));
             }
             Ok(Err(error)) => {
-                println!("test {} ... FAILED ({took:.2}s)\n    {}", test.name, format!("{error:?}").replace('\n', "\n    "));
+                println!("test {} ... FAILED ({took:.2}s)\n    {}", test.name, format!("{error:#}").replace('\n', "\n    "));
                 failed.push(test.name);
             }
             Err(_panic_was_printed) => {

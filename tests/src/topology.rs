@@ -285,7 +285,7 @@ impl Topology {
                 .flat_map(|node| {
                     [
                         format!("route add {}/24 via {}", node.pods_v4, node.v4),
-                        format!("-6 route add {}/64 via {}", node.pods_v6, node.v6),
+                        format!("route add {}/64 via {}", node.pods_v6, node.v6),
                     ]
                 })
                 .collect();
@@ -311,7 +311,7 @@ impl Topology {
                     format!("addr add {}/64 dev eth0 nodad", spec.v6),
                     "link set eth0 up".into(),
                     format!("route add default via {}", nth_v4(node.pods_v4, 1)),
-                    format!("-6 route add default via {}", nth_v6(node.pods_v6, 1)),
+                    format!("route add ::/0 via {}", nth_v6(node.pods_v6, 1)),
                 ],
             )?;
             pods.push(Arc::new(Place { name: spec.name.clone(), netns: ns, v4: spec.v4, v6: spec.v6 }));
