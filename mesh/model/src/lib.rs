@@ -11,13 +11,16 @@ pub mod change;
 pub mod conn;
 pub mod id;
 pub mod inbound;
+pub mod known;
 pub mod lb;
 pub mod plan;
 pub mod policy;
+pub mod policy_index;
 pub mod reason;
 pub mod service;
 pub mod shard;
 pub mod snapshot;
+pub mod view;
 pub mod workload;
 
 pub use addr::{ClientAddr, DialAddr, HboneAuthority, Network, NetworkAddr, OrigDst};

@@ -2,10 +2,15 @@
 use crate::addr::{DialAddr, HboneAuthority};
 use crate::conn::OutboundConn;
 use crate::id::SpiffeId;
-use crate::reason::Refusal;
-use crate::service::Service;
+use crate::inbound::{AGENT_PORTS, is_instance};
+use crate::known::Known;
+use crate::lb::{below, family_allowed, redraw};
+use crate::reason::{Reason, Refusal};
+use crate::service::{IpFamilies, LbMode, Service};
 use crate::snapshot::Snapshot;
-use crate::workload::Workload;
+use crate::workload::{GatewayDestination, GatewayRef, Protocol, Workload};
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 /// What to do with an outbound connection.
@@ -84,7 +89,286 @@ pub enum HopRole {
     Gateway,
 }
 
+/// Port every HBONE endpoint listens on.
+pub const HBONE_PORT: u16 = 15008;
+
+/// Decisions of one connection that draw independently.
+const DRAW_ENDPOINT: u64 = 1;
+const DRAW_WAYPOINT: u64 = 2;
+const DRAW_WAYPOINT_ENDPOINT: u64 = 3;
+const DRAW_GATEWAY_ENDPOINT: u64 = 4;
+
 /// Decides an outbound connection by one version of the mesh.
-pub fn plan_outbound(_snap: &Snapshot, _conn: &OutboundConn<'_>) -> Result<OutboundPlan, Refusal> {
-    todo!()
+///
+/// Where a service and a workload claim one address the service is meant, for its waypoint too: upstream looks for the
+/// waypoint workload-first and for the endpoint service-first, which lets such an address go around both waypoints.
+pub fn plan_outbound(snap: &Snapshot, conn: &OutboundConn<'_>) -> Result<OutboundPlan, Refusal> {
+    let (ip, port) = (conn.dst.ip(), conn.dst.port());
+    if ip.is_loopback() && AGENT_PORTS.contains(&port) {
+        return Err(Refusal::new(Reason::Recursion, conn.dst.to_string()));
+    }
+    let network = &snap.view().network;
+    if let Some(service) = snap.find_service_by_vip(network, ip, &conn.source.namespace) {
+        return plan_service(snap, conn, service);
+    }
+    if let Some(known) = snap.find_known_by_ip(network, ip) {
+        return plan_workload(snap, conn, known, None);
+    }
+    Ok(passthrough(conn, None))
 }
+
+fn passthrough(conn: &OutboundConn<'_>, service: Option<&Arc<Service>>) -> OutboundPlan {
+    OutboundPlan { dial: Dial::Passthrough(conn.dst.0.into()), workload: None, service: service.cloned() }
+}
+
+/// A connection to a virtual address.
+fn plan_service(snap: &Snapshot, conn: &OutboundConn<'_>, service: &Arc<Service>) -> Result<OutboundPlan, Refusal> {
+    let port = conn.dst.port();
+    if let Some(why) = &service.waypoint_error {
+        return Err(Refusal::new(Reason::NoWaypoint, format!("{}: {why}", service.key)));
+    }
+    if let Some(waypoint) = draw_waypoint(service, conn.draw)
+        && !service.waypoints.iter().any(|w| is_instance(snap, conn.source, &w.waypoint))
+    {
+        return through_waypoint(snap, conn, waypoint, Some(service));
+    }
+    if service.lb.mode == LbMode::Passthrough {
+        // The application chose the endpoint itself; if we know it, it is reached as the workload it is.
+        return match snap.find_known_by_ip(&snap.view().network, conn.dst.ip()) {
+            Some(known) => plan_workload(snap, conn, known, Some(service)),
+            None => Ok(passthrough(conn, Some(service))),
+        };
+    }
+    if service.port(port).is_none() {
+        return Err(Refusal::new(Reason::NoSuchPort, format!("{} port {port}", service.key)));
+    }
+    let none = || Refusal::new(Reason::NoHealthyEndpoint, format!("{} port {port}", service.key));
+    let set = snap.endpoint_set(&service.key).ok_or_else(none)?;
+    let endpoint = set.pick(Some(port), redraw(conn.draw, DRAW_ENDPOINT)).ok_or_else(none)?;
+    let w = endpoint.workload();
+    let dial = if w.network == conn.source.network {
+        let target = endpoint.target_port(service, port).ok_or_else(none)?;
+        direct(w, endpoint.expect(), conn, service.ip_families, target).ok_or_else(none)?
+    } else {
+        through_gateway(snap, conn, w, service, &service.sans)?
+    };
+    Ok(OutboundPlan { dial, workload: Some(Arc::clone(w)), service: Some(Arc::clone(service)) })
+}
+
+/// A connection to a workload's own address; `service` labels it when the address was also a pass-through service's.
+fn plan_workload(
+    snap: &Snapshot,
+    conn: &OutboundConn<'_>,
+    known: &Arc<Known>,
+    service: Option<&Arc<Service>>,
+) -> Result<OutboundPlan, Refusal> {
+    let w = known.workload();
+    if w.network != conn.source.network {
+        let detail = format!("{} is on network {:?} and was not addressed by a service", w.uid, w.network.as_str());
+        return Err(Refusal::new(Reason::NoGateway, detail));
+    }
+    if let Some(why) = &w.waypoint_error {
+        return Err(Refusal::new(Reason::NoWaypoint, format!("{}: {why}", w.uid)));
+    }
+    if let Some(waypoint) = &w.waypoint
+        && !is_instance(snap, conn.source, waypoint)
+    {
+        return through_waypoint(snap, conn, waypoint, None);
+    }
+    let dial = direct(w, known.expect(), conn, IpFamilies::Automatic, conn.dst.port())
+        .ok_or_else(|| Refusal::new(Reason::NoHealthyEndpoint, format!("{} has no identity to expect", w.uid)))?;
+    Ok(OutboundPlan { dial, workload: Some(Arc::clone(w)), service: service.cloned() })
+}
+
+/// The waypoint of this connection, by weight; `None` when the service has none that takes connections.
+fn draw_waypoint(service: &Service, draw: u64) -> Option<&GatewayRef> {
+    let total = service.waypoints.iter().map(|w| u64::from(w.weight)).sum();
+    let mut at = below(redraw(draw, DRAW_WAYPOINT), total);
+    service.waypoints.iter().find_map(|w| {
+        let weight = u64::from(w.weight);
+        if at < weight {
+            return Some(&w.waypoint);
+        }
+        at -= weight;
+        None
+    })
+}
+
+/// To a waypoint, which is told the original destination. `service` is the one addressed, if one was.
+fn through_waypoint(
+    snap: &Snapshot,
+    conn: &OutboundConn<'_>,
+    waypoint: &GatewayRef,
+    service: Option<&Arc<Service>>,
+) -> Result<OutboundPlan, Refusal> {
+    let refuse = |what: &str| Refusal::new(Reason::NoWaypoint, format!("{what} {}", GatewayName(waypoint)));
+    let at = resolve(snap, conn, waypoint, DRAW_WAYPOINT_ENDPOINT).map_err(|u| refuse(u.as_str()))?;
+    let w = at.known.workload();
+    let plan = |dial| OutboundPlan { dial, workload: Some(Arc::clone(w)), service: service.cloned() };
+    if w.network != conn.source.network {
+        let Some(service) = service else {
+            return Err(Refusal::new(Reason::NoGateway, format!("waypoint {} is on another network", w.uid)));
+        };
+        let sans = at.service.map_or(&[][..], |s| &s.sans);
+        return Ok(plan(through_gateway(snap, conn, w, service, sans)?));
+    }
+    if at.expect.is_empty() {
+        return Err(refuse("no identity to expect of waypoint"));
+    }
+    let authority = HboneAuthority::Addr(conn.dst.0);
+    let families = at.service.map_or(IpFamilies::Automatic, |s| s.ip_families);
+    let dial = match choose_ip(w, families, conn.dst.ip()) {
+        Some(ip) => Dial::Hbone(Hop {
+            dial: SocketAddr::new(ip, at.port).into(),
+            authority,
+            expect: at.expect,
+            role: HopRole::Waypoint,
+        }),
+        None => Dial::Name {
+            host: w.hostname.clone().ok_or_else(|| refuse("no address of waypoint"))?,
+            port: conn.dst.port(),
+            then: NamedDial::Hbone {
+                hbone_port: at.port,
+                authority: Some(authority),
+                expect: at.expect,
+                role: HopRole::Waypoint,
+            },
+        },
+    };
+    Ok(plan(dial))
+}
+
+/// Through the gateway in front of `upstream`'s network: an outer tunnel to the gateway and an inner one, both asking
+/// for the service by name. What ends the inner one is unknown here, so it must prove one of the service's `sans`.
+fn through_gateway(
+    snap: &Snapshot,
+    conn: &OutboundConn<'_>,
+    upstream: &Workload,
+    service: &Service,
+    sans: &[SpiffeId],
+) -> Result<Dial, Refusal> {
+    let refuse = |what: String| Refusal::new(Reason::NoGateway, what);
+    let network = upstream.network.as_str();
+    let gateway = upstream
+        .network_gateway
+        .as_ref()
+        .ok_or_else(|| refuse(format!("network {network:?} of {} has no gateway", upstream.uid)))?;
+    let at = resolve(snap, conn, gateway, DRAW_GATEWAY_ENDPOINT)
+        .map_err(|u| refuse(format!("{} {}", u.as_str(), GatewayName(gateway))))?;
+    let families = at.service.map_or(IpFamilies::Automatic, |s| s.ip_families);
+    let ip = choose_ip(at.known.workload(), families, conn.dst.ip())
+        .ok_or_else(|| refuse(format!("no address of {}", GatewayName(gateway))))?;
+    if at.expect.is_empty() {
+        return Err(refuse(format!("no identity to expect of {}", GatewayName(gateway))));
+    }
+    if sans.is_empty() {
+        return Err(refuse(format!("no subjectAltNames to verify {} behind network {network:?}", service.key)));
+    }
+    let dial: DialAddr = SocketAddr::new(ip, at.port).into();
+    let authority = HboneAuthority::Name { host: Arc::clone(&service.key.hostname), port: conn.dst.port() };
+    Ok(Dial::DoubleHbone {
+        outer: Hop { dial, authority: authority.clone(), expect: at.expect, role: HopRole::Gateway },
+        inner: Hop { dial, authority, expect: sans.into(), role: HopRole::Endpoint },
+    })
+}
+
+/// One instance of a waypoint or gateway.
+struct Instance<'a> {
+    known: &'a Arc<Known>,
+    service: Option<&'a Arc<Service>>,
+    /// Port of its HBONE listener.
+    port: u16,
+    expect: Arc<[SpiffeId]>,
+}
+/// Why a reference has no instance.
+enum Unresolved {
+    Unknown,
+    NoEndpoint,
+}
+impl Unresolved {
+    fn as_str(&self) -> &'static str {
+        match self {
+            Self::Unknown => "unknown",
+            Self::NoEndpoint => "no healthy endpoint of",
+        }
+    }
+}
+struct GatewayName<'a>(&'a GatewayRef);
+impl fmt::Display for GatewayName<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.0.destination {
+            GatewayDestination::Service(key) => write!(f, "{key}:{}", self.0.hbone_port),
+            GatewayDestination::Address(n, ip) => write!(f, "{}/{ip}:{}", n.as_str(), self.0.hbone_port),
+        }
+    }
+}
+/// An instance of a waypoint or gateway: by service, or by address (a service's first, then a workload's).
+fn resolve<'a>(
+    snap: &'a Snapshot,
+    conn: &OutboundConn<'_>,
+    gateway: &GatewayRef,
+    decision: u64,
+) -> Result<Instance<'a>, Unresolved> {
+    let service = match &gateway.destination {
+        GatewayDestination::Service(key) => Some(snap.find_service(key).ok_or(Unresolved::Unknown)?),
+        GatewayDestination::Address(network, ip) => {
+            snap.find_service_by_vip(network, *ip, &conn.source.namespace)
+        }
+    };
+    if let Some(service) = service {
+        let set = snap.endpoint_set(&service.key).ok_or(Unresolved::NoEndpoint)?;
+        // A waypoint service that does not list its HBONE port is still reached there.
+        let port = service.port(gateway.hbone_port).map(|p| p.port);
+        let endpoint = set.pick(port, redraw(conn.draw, decision)).ok_or(Unresolved::NoEndpoint)?;
+        let target = port.and_then(|p| endpoint.target_port(service, p)).unwrap_or(gateway.hbone_port);
+        let expect = Arc::clone(endpoint.expect());
+        return Ok(Instance { known: endpoint.known(), service: Some(service), port: target, expect });
+    }
+    let GatewayDestination::Address(network, ip) = &gateway.destination else { return Err(Unresolved::Unknown) };
+    let known = snap.find_known_by_ip(network, *ip).ok_or(Unresolved::Unknown)?;
+    Ok(Instance { known, service: None, port: gateway.hbone_port, expect: Arc::clone(known.expect()) })
+}
+
+/// Straight to an endpoint. `None` when it has neither an address nor a name, or HBONE without an identity to expect.
+fn direct(
+    w: &Workload,
+    expect: &Arc<[SpiffeId]>,
+    conn: &OutboundConn<'_>,
+    families: IpFamilies,
+    port: u16,
+) -> Option<Dial> {
+    if w.protocol == Protocol::Hbone && expect.is_empty() {
+        return None;
+    }
+    let expect = Arc::clone(expect);
+    match (choose_ip(w, families, conn.dst.ip()), w.protocol) {
+        (Some(ip), Protocol::Tcp) => Some(Dial::Plain(SocketAddr::new(ip, port).into())),
+        (Some(ip), Protocol::Hbone) => Some(Dial::Hbone(Hop {
+            dial: SocketAddr::new(ip, HBONE_PORT).into(),
+            authority: HboneAuthority::Addr(SocketAddr::new(ip, port)),
+            expect,
+            role: HopRole::Endpoint,
+        })),
+        (None, protocol) => {
+            let then = match protocol {
+                Protocol::Tcp => NamedDial::Plain,
+                Protocol::Hbone => {
+                    NamedDial::Hbone { hbone_port: HBONE_PORT, authority: None, expect, role: HopRole::Endpoint }
+                }
+            };
+            Some(Dial::Name { host: w.hostname.clone()?, port, then })
+        }
+    }
+}
+/// The address asked for if it is the workload's own; else one of the family asked for; else any the service allows.
+fn choose_ip(w: &Workload, families: IpFamilies, asked: IpAddr) -> Option<IpAddr> {
+    let own = || w.ips.iter().map(IpAddr::to_canonical);
+    let allowed = || own().filter(|ip| family_allowed(families, *ip));
+    own()
+        .find(|ip| *ip == asked)
+        .or_else(|| allowed().find(|ip| ip.is_ipv4() == asked.is_ipv4()))
+        .or_else(|| allowed().next())
+}
+
+#[cfg(test)]
+mod tests;

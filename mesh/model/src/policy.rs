@@ -84,7 +84,7 @@ pub struct Clause {
     pub matches: Vec<Match>,
 }
 /// AND over kinds; in a kind (no positive values or any of them) and none of the negative ones. A match with no
-/// field at all never matches (and a clause made only of such matches is true; node-agent §1.7, waypoint §1.7.8).
+/// field at all never matches, so a clause made only of such matches is false (node-agent §1.7).
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub struct Match {
     /// Source namespaces.
@@ -101,6 +101,18 @@ pub struct Match {
     pub destination_ips: Values<IpNet>,
     /// Destination ports (the application's port).
     pub destination_ports: Values<u16>,
+}
+impl Match {
+    /// No field at all.
+    pub fn is_empty(&self) -> bool {
+        self.namespaces.is_empty()
+            && self.service_accounts.is_empty()
+            && self.principals.is_empty()
+            && self.trust_domains.is_empty()
+            && self.source_ips.is_empty()
+            && self.destination_ips.is_empty()
+            && self.destination_ports.is_empty()
+    }
 }
 /// Positive and negative values of one kind.
 #[derive(Clone, Debug, PartialEq, Eq)]

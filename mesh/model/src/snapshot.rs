@@ -1,61 +1,153 @@
 //! One immutable version of all mesh knowledge, and the builder that makes the next one from changes.
-use crate::addr::Network;
+//!
+//! Owns: every lookup table. All tables are copy-on-write, so versions share what did not change and the last holder of
+//! a version frees what only it held. Every table's content depends only on the set of objects, never on the order in
+//! which they came (ties are broken by key), which is what makes "apply ≡ rebuild" true. Upstream: `change`.
+//! Downstream: `plan`, `inbound`, `authz`, and the proxies' DNS, admin and redirection.
+use crate::addr::{Network, NetworkAddr};
 use crate::change::Change;
-use crate::id::TrustDomain;
+use crate::known::Known;
+use crate::lb::EndpointSet;
 use crate::policy::{Policy, PolicyKey};
-use crate::service::{Service, ServiceKey};
-use crate::workload::{Locality, Workload};
+use crate::policy_index::PolicyIndex;
+use crate::service::{Service, ServiceKey, Visibility};
+use crate::shard::{Keep, Shards};
+pub use crate::view::Viewpoint;
+use crate::workload::{NetworkMode, PortMap, Protocol, Workload, WorkloadUid};
+use hashbrown::Equivalent;
+use ipnet::IpNet;
+use std::cmp::Reverse;
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::hash::{Hash, Hasher};
 use std::net::IpAddr;
 use std::sync::Arc;
 
 /// Version of a snapshot: increases by one with each publish.
 pub type Version = u64;
 
-/// From where this process looks at the mesh. Fixed for the life of the process.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Viewpoint {
-    /// Our network.
-    pub network: Network,
-    /// Our cluster.
-    pub cluster: Arc<str>,
-    /// Our node's name; empty for a waypoint.
-    pub node: Arc<str>,
-    /// Where the node is.
-    pub locality: Locality,
-    /// `cluster.local`: the DNS domain of Kubernetes services.
-    pub cluster_domain: Arc<str>,
-    /// Istio's root namespace.
-    pub root_namespace: Arc<str>,
-    /// Our trust domain.
-    pub trust_domain: TrustDomain,
-    /// Other names of our trust domain, accepted from peers and in policies.
-    pub trust_domain_aliases: Vec<TrustDomain>,
-}
-impl Default for Viewpoint {
-    fn default() -> Self {
-        Self {
-            network: Network::default(),
-            cluster: "Kubernetes".into(),
-            node: "".into(),
-            locality: Locality::default(),
-            cluster_domain: "cluster.local".into(),
-            root_namespace: "istio-system".into(),
-            trust_domain: TrustDomain::default(),
-            trust_domain_aliases: Vec::new(),
-        }
-    }
-}
-
 /// One version of the mesh. Cheap to clone by `Arc`; never changes.
 #[derive(Clone, Debug)]
 pub struct Snapshot {
     version: Version,
     view: Arc<Viewpoint>,
+    workloads: Shards<WorkloadUid, Arc<Known>>,
+    /// Candidates per address, best first.
+    by_ip: Shards<NetworkAddr, Candidates<Known>>,
+    local: Shards<WorkloadUid, Arc<Known>>,
+    services: Shards<ServiceKey, Arc<Backing>>,
+    /// Services per host name, sorted by key.
+    by_host: Shards<Arc<str>, Candidates<Service>>,
+    /// Services per virtual address, sorted by key.
+    by_vip: Shards<NetworkAddr, Candidates<Service>>,
+    /// Services per virtual range, sorted by key.
+    by_cidr: Shards<(Network, IpNet), Candidates<Service>>,
+    /// Prefix lengths in use in `by_cidr`, with their number of ranges; IPv4 first. Longest match walks these only.
+    cidr_lengths: Arc<BTreeMap<(bool, Reverse<u8>), usize>>,
+    policies: PolicyIndex,
 }
+
+/// A service and the workloads behind it; exists as soon as one of the two does.
+#[derive(Clone, Debug, Default)]
+struct Backing {
+    service: Option<Arc<Service>>,
+    endpoints: EndpointSet,
+}
+
+/// A few shared objects under one key, kept sorted.
+#[derive(Debug)]
+struct Candidates<T>(Vec<Arc<T>>);
+impl<T> Clone for Candidates<T> {
+    fn clone(&self) -> Self {
+        Self(self.0.clone())
+    }
+}
+impl<T> Default for Candidates<T> {
+    fn default() -> Self {
+        Self(Vec::new())
+    }
+}
+impl<T> Candidates<T> {
+    fn put<O: Ord>(&mut self, item: &Arc<T>, order: impl Fn(&T) -> O) -> Keep {
+        let at = self.0.partition_point(|c| order(c) < order(item));
+        self.0.insert(at, Arc::clone(item));
+        Keep::Yes
+    }
+    fn take(&mut self, is: impl Fn(&T) -> bool) -> Keep {
+        self.0.retain(|c| !is(c));
+        if self.0.is_empty() { Keep::No } else { Keep::Yes }
+    }
+}
+
+/// A borrowed [`NetworkAddr`]: lookups on the data path make no key.
+struct AddrRef<'a>(&'a Network, IpAddr);
+impl Hash for AddrRef<'_> {
+    fn hash<H: Hasher>(&self, h: &mut H) {
+        self.0.hash(h);
+        self.1.hash(h);
+    }
+}
+impl Equivalent<NetworkAddr> for AddrRef<'_> {
+    fn equivalent(&self, k: &NetworkAddr) -> bool {
+        *self.0 == k.network && self.1 == k.ip
+    }
+}
+/// A borrowed `(Network, IpNet)`.
+struct RangeRef<'a>(&'a Network, IpNet);
+impl Hash for RangeRef<'_> {
+    fn hash<H: Hasher>(&self, h: &mut H) {
+        self.0.hash(h);
+        self.1.hash(h);
+    }
+}
+impl Equivalent<(Network, IpNet)> for RangeRef<'_> {
+    fn equivalent(&self, k: &(Network, IpNet)) -> bool {
+        *self.0 == k.0 && self.1 == k.1
+    }
+}
+
+/// Which of several workloads with one address is meant: HBONE pods, pods, other HBONE, the rest; then by uid.
+fn ip_order(k: &Known) -> (u8, WorkloadUid) {
+    let w = k.workload();
+    let rank = match (w.uid.contains("//Pod/"), w.protocol) {
+        (true, Protocol::Hbone) => 0,
+        (true, Protocol::Tcp) => 1,
+        (false, Protocol::Hbone) => 2,
+        (false, Protocol::Tcp) => 3,
+    };
+    (rank, Arc::clone(&w.uid))
+}
+fn service_order(s: &Service) -> ServiceKey {
+    s.key.clone()
+}
+fn visible(s: &Service, client_namespace: &str) -> bool {
+    s.visibility == Visibility::Public || &*s.key.namespace == client_namespace
+}
+/// The client's own namespace, then canonical, then the first by key, among visible ones.
+fn choose<'a>(of: &'a Candidates<Service>, client_namespace: &str) -> Option<&'a Arc<Service>> {
+    let seen = || of.0.iter().filter(|s| visible(s, client_namespace));
+    seen()
+        .find(|s| &*s.key.namespace == client_namespace)
+        .or_else(|| seen().find(|s| s.canonical))
+        .or_else(|| seen().next())
+}
+
 impl Snapshot {
     /// An empty mesh, version 0.
     pub fn empty(view: Viewpoint) -> Self {
-        Self { version: 0, view: Arc::new(view) }
+        Self {
+            version: 0,
+            view: Arc::new(view),
+            workloads: Shards::default(),
+            by_ip: Shards::default(),
+            local: Shards::default(),
+            services: Shards::default(),
+            by_host: Shards::default(),
+            by_vip: Shards::default(),
+            by_cidr: Shards::default(),
+            cidr_lengths: Arc::default(),
+            policies: PolicyIndex::default(),
+        }
     }
     /// Its version.
     pub fn version(&self) -> Version {
@@ -68,51 +160,300 @@ impl Snapshot {
     /// The next version: `changes` applied in order. `self` stays as it is; untouched shards are shared.
     /// Applying any sequence of changes equals rebuilding from the final set.
     #[must_use]
-    pub fn apply(&self, _changes: &[Change]) -> Snapshot {
-        todo!()
+    pub fn apply(&self, changes: &[Change]) -> Snapshot {
+        let mut next = self.clone();
+        next.version += 1;
+        for change in changes {
+            match change {
+                Change::Workload(w) => next.put_workload(w),
+                Change::WorkloadGone(uid) => next.take_workload(uid),
+                Change::Service(s) => next.put_service(s),
+                Change::ServiceGone(key) => next.take_service(key),
+                Change::Policy(p) => next.policies.put(p),
+                Change::PolicyGone(key) => next.policies.take(key),
+                Change::OwnLocality(l) => {
+                    if next.view.locality != *l {
+                        Arc::make_mut(&mut next.view).locality = l.clone();
+                        next.regroup_all();
+                    }
+                }
+            }
+        }
+        next
     }
+
+    fn put_workload(&mut self, w: &Arc<Workload>) {
+        if let Some(old) = self.workloads.get(&*w.uid) {
+            if old.workload() == w {
+                return;
+            }
+            self.take_workload(&w.uid);
+        }
+        let known = Arc::new(Known::new(Arc::clone(w)));
+        self.workloads.insert(Arc::clone(&w.uid), Arc::clone(&known));
+        for addr in indexed_addrs(w) {
+            // An address listed twice is one address.
+            self.by_ip.edit(&addr, |c| {
+                c.take(|k| k.workload().uid == w.uid);
+                c.put(&known, ip_order)
+            });
+        }
+        if self.is_local(w) {
+            self.local.insert(Arc::clone(&w.uid), Arc::clone(&known));
+            self.policies.bind(w);
+        }
+        for (key, ports) in &w.services {
+            self.put_endpoint(key, &known, ports);
+        }
+    }
+    fn take_workload(&mut self, uid: &str) {
+        let Some(known) = self.workloads.remove(uid) else { return };
+        let w = known.workload();
+        for addr in indexed_addrs(w) {
+            self.by_ip.edit(&addr, |c| c.take(|k| &*k.workload().uid == uid));
+        }
+        if self.local.remove(uid).is_some() {
+            self.policies.unbind(w);
+        }
+        for key in w.services.keys() {
+            if let Some(backing) = self.services.get_mut(key) {
+                let backing = Arc::make_mut(backing);
+                backing.endpoints.remove(uid);
+                if backing.service.is_none() && backing.endpoints.is_empty() {
+                    self.services.remove(key);
+                }
+            }
+        }
+    }
+    fn is_local(&self, w: &Workload) -> bool {
+        !w.node.is_empty() && w.node == self.view.node
+    }
+    fn put_endpoint(&mut self, key: &ServiceKey, known: &Arc<Known>, ports: &PortMap) {
+        if self.services.get(key).is_none() {
+            self.services.insert(key.clone(), Arc::default());
+        }
+        if let Some(backing) = self.services.get_mut(key) {
+            let Backing { service, endpoints } = Arc::make_mut(backing);
+            endpoints.insert(service.as_deref(), &self.view, Arc::clone(known), Arc::clone(ports));
+        }
+    }
+
+    fn put_service(&mut self, s: &Arc<Service>) {
+        let old = self.services.get(&s.key).and_then(|b| b.service.clone());
+        if old.as_ref() == Some(s) {
+            return;
+        }
+        if let Some(old) = &old {
+            self.unlist_service(old);
+        }
+        self.by_host.edit(&s.key.hostname, |c| c.put(s, service_order));
+        for vip in distinct(s.vips.iter().map(canonical_addr)) {
+            self.by_vip.edit(&vip, |c| c.put(s, service_order));
+        }
+        for (network, net) in distinct(s.cidr_vips.iter().map(|(n, c)| (n.clone(), c.trunc()))) {
+            self.by_cidr.edit(&(network, net), |c| c.put(s, service_order));
+            *Arc::make_mut(&mut self.cidr_lengths).entry(length_key(net)).or_default() += 1;
+        }
+        if self.services.get(&s.key).is_none() {
+            self.services.insert(s.key.clone(), Arc::default());
+        }
+        if let Some(backing) = self.services.get_mut(&s.key) {
+            let backing = Arc::make_mut(backing);
+            backing.service = Some(Arc::clone(s));
+            if old.is_none_or(|old| groups_differently(&old, s)) {
+                backing.regroup(&self.view);
+            }
+        }
+    }
+    fn take_service(&mut self, key: &ServiceKey) {
+        let Some(old) = self.services.get(key).and_then(|b| b.service.clone()) else { return };
+        self.unlist_service(&old);
+        if let Some(backing) = self.services.get_mut(key) {
+            let backing = Arc::make_mut(backing);
+            backing.service = None;
+            if backing.endpoints.is_empty() {
+                self.services.remove(key);
+            } else {
+                backing.regroup(&self.view);
+            }
+        }
+    }
+    /// Takes a service out of the name and address tables.
+    fn unlist_service(&mut self, s: &Service) {
+        self.by_host.edit(&s.key.hostname, |c| c.take(|o| o.key == s.key));
+        for vip in distinct(s.vips.iter().map(canonical_addr)) {
+            self.by_vip.edit(&vip, |c| c.take(|o| o.key == s.key));
+        }
+        for (network, net) in distinct(s.cidr_vips.iter().map(|(n, c)| (n.clone(), c.trunc()))) {
+            self.by_cidr.edit(&(network, net), |c| c.take(|o| o.key == s.key));
+            let lengths = Arc::make_mut(&mut self.cidr_lengths);
+            if let Some(n) = lengths.get_mut(&length_key(net)) {
+                *n -= 1;
+                if *n == 0 {
+                    lengths.remove(&length_key(net));
+                }
+            }
+        }
+    }
+    /// Ranks every endpoint anew: our own place changed. Rare, and the only change whose cost is the whole mesh.
+    fn regroup_all(&mut self) {
+        let keys: Vec<ServiceKey> = self.services.iter().map(|(k, _)| k.clone()).collect();
+        for key in keys {
+            if let Some(b) = self.services.get_mut(&key) {
+                Arc::make_mut(b).regroup(&self.view);
+            }
+        }
+    }
+
     /// Workload by id.
-    pub fn find_workload(&self, _uid: &str) -> Option<&Arc<Workload>> {
-        todo!()
+    pub fn find_workload(&self, uid: &str) -> Option<&Arc<Workload>> {
+        self.find_known(uid).map(|k| k.workload())
+    }
+    /// Workload by id, with its identity.
+    pub fn find_known(&self, uid: &str) -> Option<&Arc<Known>> {
+        self.workloads.get(uid)
     }
     /// Workload by address (host-network ones are never found; conflicts ranked as node-agent §1.4).
-    pub fn find_workload_by_ip(&self, _network: &Network, _ip: IpAddr) -> Option<&Arc<Workload>> {
-        todo!()
+    pub fn find_workload_by_ip(&self, network: &Network, ip: IpAddr) -> Option<&Arc<Workload>> {
+        self.find_known_by_ip(network, ip).map(|k| k.workload())
+    }
+    /// Workload by address, with its identity.
+    pub fn find_known_by_ip(&self, network: &Network, ip: IpAddr) -> Option<&Arc<Known>> {
+        self.by_ip.get(&AddrRef(network, ip.to_canonical()))?.0.first()
     }
     /// Service by key.
-    pub fn find_service(&self, _key: &ServiceKey) -> Option<&Arc<Service>> {
-        todo!()
+    pub fn find_service(&self, key: &ServiceKey) -> Option<&Arc<Service>> {
+        self.services.get(key)?.service.as_ref()
     }
-    /// Service by VIP (exact, then CIDR) as a client in `client_namespace` sees it.
-    pub fn find_service_by_vip(&self, _network: &Network, _ip: IpAddr, _client_namespace: &str) -> Option<&Arc<Service>> {
-        todo!()
+    /// Service by VIP (exact, then CIDR) as a client in `client_namespace` sees it. Among ranges the client's own
+    /// namespace wins, then the longest prefix, then canonical (node-agent §1.4).
+    pub fn find_service_by_vip(&self, network: &Network, ip: IpAddr, client_namespace: &str) -> Option<&Arc<Service>> {
+        let ip = ip.to_canonical();
+        if let Some(s) = self.by_vip.get(&AddrRef(network, ip)).and_then(|c| choose(c, client_namespace)) {
+            return Some(s);
+        }
+        let mut best = None;
+        for (v6, Reverse(len)) in self.cidr_lengths.keys() {
+            if *v6 != ip.is_ipv6() {
+                continue;
+            }
+            let Ok(net) = IpNet::new(ip, *len) else { continue };
+            let found = self.by_cidr.get(&RangeRef(network, net.trunc())).and_then(|c| choose(c, client_namespace));
+            match found {
+                Some(s) if &*s.key.namespace == client_namespace => return Some(s),
+                Some(s) if best.is_none() => best = Some(s),
+                _ => {}
+            }
+        }
+        best
     }
     /// Service by host name as a client in `client_namespace` sees it.
-    pub fn find_service_by_host(&self, _hostname: &str, _client_namespace: &str) -> Option<&Arc<Service>> {
-        todo!()
+    pub fn find_service_by_host(&self, hostname: &str, client_namespace: &str) -> Option<&Arc<Service>> {
+        choose(self.by_host.get(hostname)?, client_namespace)
     }
     /// Policy by key.
-    pub fn find_policy(&self, _key: &PolicyKey) -> Option<&Arc<Policy>> {
-        todo!()
+    pub fn find_policy(&self, key: &PolicyKey) -> Option<&Arc<Policy>> {
+        self.policies.find(key)
+    }
+    /// The policies by scope and by the identities they name, for `authz`.
+    pub fn policy_index(&self) -> &PolicyIndex {
+        &self.policies
     }
     /// All workloads, in no order (admin and reconcilers, never the data path).
     pub fn workloads(&self) -> Box<dyn Iterator<Item = &Arc<Workload>> + '_> {
-        todo!()
+        Box::new(self.workloads.values().map(|k| k.workload()))
     }
     /// All services, in no order.
     pub fn services(&self) -> Box<dyn Iterator<Item = &Arc<Service>> + '_> {
-        todo!()
+        Box::new(self.services.values().filter_map(|b| b.service.as_ref()))
     }
     /// All policies, in no order.
     pub fn policies(&self) -> Box<dyn Iterator<Item = &Arc<Policy>> + '_> {
-        todo!()
+        Box::new(self.policies.iter())
     }
     /// Workloads on our own node (`view().node`), kept indexed.
     pub fn local_workloads(&self) -> Box<dyn Iterator<Item = &Arc<Workload>> + '_> {
-        todo!()
+        Box::new(self.local.values().map(|k| k.workload()))
     }
-    /// Endpoints of a service (workload uid order not defined), for admin and DNS.
-    pub fn endpoints(&self, _service: &ServiceKey) -> Box<dyn Iterator<Item = &Arc<Workload>> + '_> {
-        todo!()
+    /// Endpoints of a service that clients may be told about (not unhealthy ones unless the service publishes them;
+    /// workload uid order not defined), for admin and DNS. Empty for an unknown service.
+    pub fn endpoints(&self, service: &ServiceKey) -> Box<dyn Iterator<Item = &Arc<Workload>> + '_> {
+        match self.services.get(service) {
+            Some(b) => Box::new(b.endpoints.usable().map(|e| e.workload())),
+            None => Box::new(std::iter::empty()),
+        }
+    }
+    /// The endpoint set of a service, also of one that has not arrived yet (its endpoints are staged).
+    pub fn endpoint_set(&self, service: &ServiceKey) -> Option<&EndpointSet> {
+        self.services.get(service).map(|b| &b.endpoints)
+    }
+
+    /// All tables as text, independent of the history that led to them: two snapshots of the same objects give the same
+    /// dump. For tests and support archives; costs the whole mesh.
+    pub fn canonical_dump(&self) -> String {
+        let mut lines: Vec<String> = Vec::new();
+        for (uid, k) in &self.workloads {
+            lines.push(format!("workload {uid} {:?} {:?}", k.workload(), k.identity()));
+        }
+        for (addr, c) in &self.by_ip {
+            let uids: Vec<&str> = c.0.iter().map(|k| &*k.workload().uid).collect();
+            lines.push(format!("ip {addr} {uids:?}"));
+        }
+        lines.extend(self.local.iter().map(|(uid, k)| format!("local {uid} {:?}", k.workload())));
+        for (key, b) in &self.services {
+            let mut line = format!("service {key} {:?}", b.service);
+            for (rank, e) in b.endpoints.ranked() {
+                let _ = write!(line, " [{rank} {} {:?} {:?}]", e.workload().uid, e.workload().capacity, e.expect());
+            }
+            lines.push(line);
+        }
+        for (host, c) in &self.by_host {
+            lines.push(format!("host {host} {:?}", c.0));
+        }
+        for (addr, c) in &self.by_vip {
+            lines.push(format!("vip {addr} {:?}", c.0));
+        }
+        for ((network, net), c) in &self.by_cidr {
+            lines.push(format!("range {}/{net} {:?}", network.0, c.0));
+        }
+        lines.push(format!("lengths {:?}", self.cidr_lengths));
+        self.policies.dump(&mut lines);
+        lines.sort_unstable();
+        lines.join("\n")
     }
 }
+impl Backing {
+    fn regroup(&mut self, view: &Viewpoint) {
+        let members = self.endpoints.members();
+        self.endpoints = EndpointSet::build(self.service.as_deref(), view, members);
+    }
+}
+
+/// Whether a change of the service moves its endpoints between groups or changes what they must prove.
+fn groups_differently(old: &Service, new: &Service) -> bool {
+    old.ports != new.ports || old.lb != new.lb || old.ip_families != new.ip_families || old.sans != new.sans
+}
+/// The addresses a workload is found by.
+fn indexed_addrs(w: &Workload) -> impl Iterator<Item = NetworkAddr> {
+    let own = w.network_mode == NetworkMode::Standard;
+    w.ips.iter().filter(move |_| own).map(|ip| NetworkAddr { network: w.network.clone(), ip: ip.to_canonical() })
+}
+fn canonical_addr(a: &NetworkAddr) -> NetworkAddr {
+    NetworkAddr { network: a.network.clone(), ip: a.ip.to_canonical() }
+}
+fn length_key(net: IpNet) -> (bool, Reverse<u8>) {
+    (matches!(net, IpNet::V6(_)), Reverse(net.prefix_len()))
+}
+/// Without repetitions; the lists are short.
+fn distinct<T: PartialEq>(items: impl Iterator<Item = T>) -> Vec<T> {
+    let mut out: Vec<T> = Vec::new();
+    for item in items {
+        if !out.contains(&item) {
+            out.push(item);
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests;
