@@ -1,0 +1,400 @@
+//! Tunnels by destination, for one data thread.
+//!
+//! Owns which tunnels exist, which of them gets the next stream, and when to dial another. It refuses to hand out a tunnel
+//! that is full, dead or going away, and to let many waiters dial the same place at once. Upstream: the agent's outbound
+//! shell. Downstream: [`Dialer`] (TCP and TLS, the agent's) and [`Tunnel`].
+//!
+//! Each data thread has a pool of its own, so that several tunnels per destination arise by themselves and no stream wakes
+//! another thread. The mutex is never contended and never held across an await.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::fmt;
+use std::hash::{BuildHasherDefault, DefaultHasher, Hash, Hasher};
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Weak};
+
+use mesh_model::{Reason, SpiffeId};
+use parking_lot::Mutex;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::watch;
+
+use crate::client::{ConnectRequest, ResponseHead, Slot, Tunnel};
+use crate::error::HboneError;
+use crate::settings::Settings;
+use crate::stream::HboneStream;
+
+/// What makes two connections share a tunnel. The hash is computed once; clones are two reference counts.
+#[derive(Clone)]
+pub struct PoolKey {
+    source: SpiffeId,
+    expect: Arc<[SpiffeId]>,
+    source_ip: IpAddr,
+    dial: SocketAddr,
+    hash: u64,
+}
+
+impl PoolKey {
+    /// `source`: whose certificate is shown; `expect`: who may answer; `source_ip`: the client pod, in whose network
+    /// namespace the dial happens; `dial`: the peer's HBONE address.
+    pub fn new(source: SpiffeId, expect: Arc<[SpiffeId]>, source_ip: IpAddr, dial: SocketAddr) -> Self {
+        let mut hasher = DefaultHasher::new();
+        (&source, &expect, source_ip, dial).hash(&mut hasher);
+        Self { source, expect, source_ip, dial, hash: hasher.finish() }
+    }
+
+    /// Whose certificate is shown.
+    pub fn source(&self) -> &SpiffeId {
+        &self.source
+    }
+
+    /// Who may answer.
+    pub fn expect(&self) -> &Arc<[SpiffeId]> {
+        &self.expect
+    }
+
+    /// The client pod's address.
+    pub fn source_ip(&self) -> IpAddr {
+        self.source_ip
+    }
+
+    /// The peer's HBONE address.
+    pub fn dial(&self) -> SocketAddr {
+        self.dial
+    }
+}
+
+impl PartialEq for PoolKey {
+    fn eq(&self, other: &Self) -> bool {
+        // All of it: a hash collision must not let one identity use another's tunnel.
+        self.hash == other.hash
+            && self.dial == other.dial
+            && self.source_ip == other.source_ip
+            && self.source == other.source
+            && (Arc::ptr_eq(&self.expect, &other.expect) || self.expect == other.expect)
+    }
+}
+impl Eq for PoolKey {}
+impl Hash for PoolKey {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        state.write_u64(self.hash);
+    }
+}
+impl fmt::Debug for PoolKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} from {} to {}", self.source, self.source_ip, self.dial)
+    }
+}
+
+/// Passes the precomputed hash through.
+#[derive(Default)]
+struct Precomputed(u64);
+
+impl Hasher for Precomputed {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+    fn write(&mut self, bytes: &[u8]) {
+        // Not reached by PoolKey; kept correct all the same.
+        for byte in bytes {
+            self.0 = self.0.rotate_left(8) ^ u64::from(*byte);
+        }
+    }
+    fn write_u64(&mut self, hash: u64) {
+        self.0 = hash;
+    }
+}
+
+/// Makes the authenticated transport of a tunnel: TCP in the pod's network namespace, then TLS. Timeouts are its own.
+pub trait Dialer: Send + Sync + 'static {
+    /// The transport.
+    type Io: AsyncRead + AsyncWrite + Unpin + Send + 'static;
+    /// Dials `key.dial()` as `key.source()`, expecting one of `key.expect()`.
+    fn dial(&self, key: &PoolKey) -> impl Future<Output = Result<Self::Io, HboneError>> + Send;
+}
+
+/// A pool. Clones share it.
+pub struct Pool<D: Dialer>(Arc<Inner<D>>);
+
+impl<D: Dialer> Clone for Pool<D> {
+    fn clone(&self) -> Self {
+        Self(Arc::clone(&self.0))
+    }
+}
+
+impl<D: Dialer> fmt::Debug for Pool<D> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pool").field("stats", &self.stats()).finish_non_exhaustive()
+    }
+}
+
+struct Inner<D> {
+    dialer: D,
+    settings: Arc<Settings>,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    keys: HashMap<PoolKey, Destination, BuildHasherDefault<Precomputed>>,
+    next_id: u64,
+    closed: bool,
+}
+
+#[derive(Default)]
+struct Destination {
+    tunnels: Vec<(u64, Tunnel)>,
+    dialing: Option<Dialing>,
+}
+
+/// A dial in progress; `None` until it is decided. Its task owns the sender.
+struct Dialing {
+    outcome: watch::Receiver<Option<Result<(), HboneError>>>,
+    task: tokio::task::AbortHandle,
+}
+
+/// Tunnels and streams of a pool, for the admin endpoint.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PoolStats {
+    /// Destinations known.
+    pub keys: usize,
+    /// Tunnels that are open.
+    pub tunnels: usize,
+    /// Dials in progress.
+    pub dialing: usize,
+    /// Streams open.
+    pub streams: usize,
+}
+
+/// One destination of a pool, for the admin endpoint.
+#[derive(Clone, Debug)]
+pub struct KeyStats {
+    /// The destination.
+    pub key: PoolKey,
+    /// Streams on each of its tunnels.
+    pub tunnels: Vec<usize>,
+    /// Whether another is being dialed.
+    pub dialing: bool,
+}
+
+/// What [`Inner::find`] decided.
+enum Found {
+    Slot(Tunnel, Slot),
+    Wait(watch::Receiver<Option<Result<(), HboneError>>>),
+}
+
+impl<D: Dialer> Pool<D> {
+    /// An empty pool; to be used from within one runtime.
+    pub fn new(dialer: D, settings: Arc<Settings>) -> Self {
+        Self(Arc::new(Inner { dialer, settings, state: Mutex::new(State::default()) }))
+    }
+
+    /// Opens a stream to `key`, on a tunnel that has room or on a new one.
+    ///
+    /// A stream that a reused tunnel certainly did not process (refused, or the tunnel went away under it) is opened once
+    /// more. All callers waiting for one dial share its failure.
+    pub async fn open(
+        &self,
+        key: &PoolKey,
+        request: &ConnectRequest,
+    ) -> Result<(HboneStream, ResponseHead), HboneError> {
+        let mut retried = false;
+        // Each turn either opens, fails, or waits for a dial; a dial's slots can be taken by others before us.
+        for _ in 0..MAX_TURNS {
+            let mut outcome = match self.0.find(key)? {
+                Found::Slot(tunnel, slot) => match tunnel.open_in(slot, request).await {
+                    Err(error) if error.unprocessed && !retried => {
+                        retried = true;
+                        continue;
+                    }
+                    done => return done,
+                },
+                Found::Wait(outcome) => outcome,
+            };
+            let decided = outcome.wait_for(Option::is_some).await.ok().and_then(|outcome| outcome.clone());
+            match decided {
+                Some(Ok(())) => {}
+                Some(Err(error)) => return Err(error),
+                // Aborted by `close_where` or by shutdown.
+                None => return Err(HboneError::new(Reason::Revoked, "the tunnel was closed while it was being dialed")),
+            }
+        }
+        Err(HboneError::new(Reason::Overloaded, "no tunnel with a free stream"))
+    }
+
+    /// Ends at once every tunnel and dial whose key matches (revoked certificate, deleted pod). Their streams see
+    /// [`crate::StreamError::Tunnel`]. Returns the number of tunnels.
+    pub fn close_where(&self, mut matches: impl FnMut(&PoolKey) -> bool) -> usize {
+        let mut gone = Vec::new();
+        self.0.state.lock().keys.retain(|key, destination| {
+            let close = matches(key);
+            if close {
+                gone.push(std::mem::take(destination));
+            }
+            !close
+        });
+        // Outside the lock: aborting may run a driver's destructor, which calls back.
+        gone.into_iter().map(Destination::abort).sum()
+    }
+
+    /// Lets go of every tunnel and opens no more: tunnels end with their last stream.
+    pub fn drain(&self) {
+        let keys = {
+            let mut state = self.0.state.lock();
+            state.closed = true;
+            std::mem::take(&mut state.keys)
+        };
+        for (_, tunnel) in keys.values().flat_map(|destination| &destination.tunnels) {
+            tunnel.close();
+        }
+    }
+
+    /// Counts.
+    pub fn stats(&self) -> PoolStats {
+        let state = self.0.state.lock();
+        state.keys.values().fold(PoolStats { keys: state.keys.len(), ..PoolStats::default() }, |sum, destination| {
+            PoolStats {
+                keys: sum.keys,
+                tunnels: sum.tunnels + destination.tunnels.len(),
+                dialing: sum.dialing + usize::from(destination.dialing.is_some()),
+                streams: sum.streams + destination.tunnels.iter().map(|(_, tunnel)| tunnel.streams()).sum::<usize>(),
+            }
+        })
+    }
+
+    /// Every destination.
+    pub fn keys(&self) -> Vec<KeyStats> {
+        let state = self.0.state.lock();
+        state
+            .keys
+            .iter()
+            .map(|(key, destination)| KeyStats {
+                key: key.clone(),
+                tunnels: destination.tunnels.iter().map(|(_, tunnel)| tunnel.streams()).collect(),
+                dialing: destination.dialing.is_some(),
+            })
+            .collect()
+    }
+}
+
+/// Turns one `open` may take; only reached when every fresh tunnel is filled by others first.
+const MAX_TURNS: usize = 64;
+
+impl Destination {
+    fn abort(self) -> usize {
+        if let Some(dialing) = &self.dialing {
+            dialing.task.abort();
+        }
+        for (_, tunnel) in &self.tunnels {
+            tunnel.abort();
+        }
+        self.tunnels.len()
+    }
+}
+
+impl<D: Dialer> Inner<D> {
+    fn find(self: &Arc<Self>, key: &PoolKey) -> Result<Found, HboneError> {
+        let mut state = self.state.lock();
+        if state.closed {
+            return Err(HboneError::new(Reason::Draining, "the pool is closed"));
+        }
+        let destination = match state.keys.entry(key.clone()) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => entry.insert(Destination::default()),
+        };
+        destination.tunnels.retain(|(_, tunnel)| tunnel.is_open());
+        let count = destination.tunnels.len();
+        // The emptiest tunnel whose socket takes more; failing that the emptiest at all.
+        let best = destination
+            .tunnels
+            .iter()
+            .map(|(_, tunnel)| tunnel)
+            .filter(|tunnel| tunnel.streams() < tunnel.max_streams())
+            .min_by_key(|tunnel| (tunnel.is_busy(), tunnel.streams()));
+        if let Some((tunnel, slot)) = best.and_then(|tunnel| Some((tunnel.clone(), tunnel.reserve()?))) {
+            // Its socket is full and streams wait behind each other: the next ones get a tunnel of their own.
+            let supplement =
+                tunnel.is_busy() && count < self.settings.max_parallel_tunnels && destination.dialing.is_none();
+            if supplement {
+                self.start_dial(&mut state, key);
+            }
+            return Ok(Found::Slot(tunnel, slot));
+        }
+        if let Some(dialing) = &destination.dialing {
+            return Ok(Found::Wait(dialing.outcome.clone()));
+        }
+        Ok(Found::Wait(self.start_dial(&mut state, key)))
+    }
+
+    /// Dials on a task of its own, so that a waiter that gives up takes nobody else's dial with it.
+    fn start_dial(
+        self: &Arc<Self>,
+        state: &mut State,
+        key: &PoolKey,
+    ) -> watch::Receiver<Option<Result<(), HboneError>>> {
+        let (decide, outcome) = watch::channel(None);
+        let id = state.next_id;
+        state.next_id += 1;
+        let pool = Arc::clone(self);
+        let dialed = key.clone();
+        let task = tokio::spawn(async move {
+            let result = pool.dial(&dialed, id).await;
+            decide.send_replace(Some(result));
+        })
+        .abort_handle();
+        if let Some(destination) = state.keys.get_mut(key) {
+            destination.dialing = Some(Dialing { outcome: outcome.clone(), task });
+        }
+        outcome
+    }
+
+    async fn dial(self: &Arc<Self>, key: &PoolKey, id: u64) -> Result<(), HboneError> {
+        let result = self.connect(key, id).await;
+        let mut state = self.state.lock();
+        // Gone when the pool was drained or the key closed meanwhile: then the tunnel has no owner and ends.
+        let Some(destination) = state.keys.get_mut(key) else {
+            return result.map(|tunnel| tunnel.close());
+        };
+        destination.dialing = None;
+        match result {
+            Ok(tunnel) => {
+                destination.tunnels.push((id, tunnel));
+                Ok(())
+            }
+            Err(error) => {
+                if destination.tunnels.is_empty() {
+                    state.keys.remove(key);
+                }
+                Err(error)
+            }
+        }
+    }
+
+    async fn connect(self: &Arc<Self>, key: &PoolKey, id: u64) -> Result<Tunnel, HboneError> {
+        let io = self.dialer.dial(key).await?;
+        let pool: Weak<Self> = Arc::downgrade(self);
+        let closed = key.clone();
+        Tunnel::handshake(io, Arc::clone(&self.settings), move || {
+            if let Some(pool) = pool.upgrade() {
+                pool.forget(&closed, id);
+            }
+        })
+        .await
+    }
+
+    /// A tunnel ended or was unused for too long.
+    fn forget(&self, key: &PoolKey, id: u64) {
+        let mut dropped = None;
+        let mut state = self.state.lock();
+        if let Some(destination) = state.keys.get_mut(key) {
+            if let Some(at) = destination.tunnels.iter().position(|(other, _)| *other == id) {
+                dropped = Some(destination.tunnels.swap_remove(at));
+            }
+            if destination.tunnels.is_empty() && destination.dialing.is_none() {
+                state.keys.remove(key);
+            }
+        }
+        drop(state);
+        drop(dropped);
+    }
+}
