@@ -1,0 +1,893 @@
+//! Kubernetes, Istio and Gateway API objects → changes of the model (waypoint §1.2 to §1.8).
+//!
+//! Owns the join: which services a pod backs, which policies bind it, which waypoint stands in front of it. Objects go
+//! in one by one ([`Translator::upsert`], [`Translator::remove`]); [`Translator::flush`] recomputes what they touch
+//! and hands out the difference. The outcome depends only on the set of objects held, never on the order they came
+//! in. Departs from Istio where Istio fails open: a declared waypoint that is missing or refuses the object is an
+//! error of that object, malformed policies deny, `trustDomains` is enforced.
+//! Pure: no clock, no I/O. Upstream: [`crate::files`] (and a Kubernetes watch later). Downstream: [`crate::publisher`].
+
+mod authorization;
+mod build;
+mod intern;
+mod istio;
+mod kube;
+mod object;
+mod peer;
+mod read;
+mod selector;
+mod waypoint;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::sync::Arc;
+
+use mesh_model::policy::{Policy, PolicyKey};
+use mesh_model::service::{Service, ServiceKey};
+use mesh_model::snapshot::Viewpoint;
+use mesh_model::workload::{Locality, Workload};
+use mesh_model::{Change, Origin};
+
+pub use intern::{Interner, Labels};
+pub use object::{Body, Kind, Object, ObjectId, Reader};
+pub use peer::STATIC_STRICT;
+
+use crate::diagnostics::Problem;
+use object::{
+    AuthorizationPolicy, EndpointSlice, Gateway, GatewayClass, KubeService, Mode, Namespace, PeerAuthentication, Pod,
+    ServiceEntry, WorkloadEntry,
+};
+use selector::SelectorIndex;
+
+/// Settings of the translation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// Namespaces whose pods are never enrolled by label. The root namespace always is one of them.
+    pub excluded_namespaces: Vec<String>,
+}
+impl Default for Settings {
+    fn default() -> Self {
+        Self { excluded_namespaces: vec!["kube-system".into()] }
+    }
+}
+
+/// An object and where it came from.
+#[derive(Debug)]
+struct Slot<T> {
+    obj: T,
+    origin: Arc<Origin>,
+}
+#[derive(Debug)]
+struct PodSlot {
+    obj: Pod,
+    origin: Arc<Origin>,
+    out: Option<Arc<Workload>>,
+}
+#[derive(Debug)]
+struct ServiceSlot {
+    obj: KubeService,
+    origin: Arc<Origin>,
+    key: ServiceKey,
+}
+/// An object that becomes several workloads.
+#[derive(Debug)]
+struct ManySlot<T> {
+    obj: T,
+    origin: Arc<Origin>,
+    out: Vec<Arc<Workload>>,
+}
+#[derive(Debug)]
+struct PeerSlot {
+    obj: PeerAuthentication,
+    origin: Arc<Origin>,
+    key: PolicyKey,
+}
+
+/// All objects of one namespace.
+#[derive(Debug, Default)]
+struct Space {
+    meta: Option<Slot<Namespace>>,
+    pods: BTreeMap<Arc<str>, PodSlot>,
+    services: BTreeMap<Arc<str>, ServiceSlot>,
+    slices: BTreeMap<Arc<str>, ManySlot<EndpointSlice>>,
+    entries: BTreeMap<Arc<str>, ManySlot<WorkloadEntry>>,
+    service_entries: BTreeMap<Arc<str>, ManySlot<ServiceEntry>>,
+    policies: BTreeMap<Arc<str>, Slot<AuthorizationPolicy>>,
+    peers: BTreeMap<Arc<str>, PeerSlot>,
+    unreadable: BTreeMap<Arc<str>, Arc<Policy>>,
+    by_service_selector: SelectorIndex,
+    by_entry_selector: SelectorIndex,
+    by_policy_selector: SelectorIndex,
+    /// Slices by their service.
+    service_slices: BTreeMap<Arc<str>, BTreeSet<Arc<str>>>,
+    /// Slices of services without selector, by the pods they point at.
+    pod_slices: HashMap<Arc<str>, BTreeSet<Arc<str>>>,
+}
+
+type Name = (Arc<str>, Arc<str>);
+
+/// What must be looked at again.
+#[derive(Debug, Default)]
+struct Dirty {
+    all: bool,
+    namespaces: BTreeSet<Arc<str>>,
+    pods: BTreeSet<Name>,
+    slices: BTreeSet<Name>,
+    entries: BTreeSet<Name>,
+    service_entries: BTreeSet<Name>,
+    hosts: BTreeSet<Arc<str>>,
+    /// Everything with labels this selector selects; in one namespace, or in all.
+    selected: Vec<(Option<Arc<str>>, Labels)>,
+    nodes: BTreeSet<Arc<str>>,
+    gateways: BTreeSet<Name>,
+    policies: BTreeSet<PolicyKey>,
+    peers: bool,
+    /// Workloads of objects that went.
+    gone: Vec<Change>,
+}
+
+/// The translator; see the module.
+#[derive(Debug)]
+pub struct Translator {
+    view: Viewpoint,
+    excluded: HashSet<Arc<str>>,
+    pool: Interner,
+    spaces: BTreeMap<Arc<str>, Space>,
+    nodes: HashMap<Arc<str>, Locality>,
+    classes: BTreeMap<Arc<str>, GatewayClass>,
+    gateways: BTreeMap<Name, Slot<Gateway>>,
+    /// ServiceEntries by host.
+    host_entries: HashMap<Arc<str>, BTreeSet<Name>>,
+    services_out: HashMap<ServiceKey, Arc<Service>>,
+    /// Namespaces in which a host was handed out.
+    hosts_out: HashMap<Arc<str>, BTreeSet<Arc<str>>>,
+    policies_out: HashMap<PolicyKey, Arc<Policy>>,
+    peers_out: BTreeMap<PolicyKey, Arc<Policy>>,
+    own_locality: Locality,
+    strict_key: PolicyKey,
+    default_account: Arc<str>,
+    latest: Arc<str>,
+    empty: Arc<str>,
+    pod_type: Arc<str>,
+    dirty: Dirty,
+    problems: BTreeMap<ObjectId, Vec<Problem>>,
+    /// Network of our cluster, by the root namespace's label.
+    network: mesh_model::Network,
+}
+
+impl Translator {
+    /// An empty translator for one viewpoint.
+    pub fn new(view: Viewpoint, settings: &Settings) -> Self {
+        let mut excluded: HashSet<Arc<str>> = settings.excluded_namespaces.iter().map(|n| n.as_str().into()).collect();
+        excluded.insert(Arc::clone(&view.root_namespace));
+        Self {
+            strict_key: PolicyKey::new(&view.root_namespace, STATIC_STRICT),
+            own_locality: view.locality.clone(),
+            network: view.network.clone(),
+            view,
+            excluded,
+            pool: Interner::default(),
+            spaces: BTreeMap::new(),
+            nodes: HashMap::new(),
+            classes: BTreeMap::new(),
+            gateways: BTreeMap::new(),
+            host_entries: HashMap::new(),
+            services_out: HashMap::new(),
+            hosts_out: HashMap::new(),
+            policies_out: HashMap::new(),
+            peers_out: BTreeMap::new(),
+            default_account: "default".into(),
+            latest: "latest".into(),
+            empty: "".into(),
+            pod_type: "pod".into(),
+            // The first flush looks at everything once instead of marking each object.
+            dirty: Dirty { all: true, ..Dirty::default() },
+            problems: BTreeMap::new(),
+        }
+    }
+
+    /// A reader that shares this translator's text.
+    pub fn reader(&mut self, place: Arc<str>) -> Reader<'_> {
+        let root = Arc::clone(&self.view.root_namespace);
+        Reader::new(&mut self.pool, place, root)
+    }
+
+    /// Problems between objects (a missing waypoint, a shadowed ServiceEntry) as of the last flush.
+    pub fn problems(&self) -> impl Iterator<Item = &Problem> {
+        self.problems.values().flatten()
+    }
+
+    /// Takes an object in, or replaces the one of the same id.
+    pub fn upsert(&mut self, object: Object) {
+        self.set(&object.id, Some((object.body, object.origin)));
+    }
+
+    /// Forgets an object; unknown ones are no error.
+    pub fn remove(&mut self, id: &ObjectId) {
+        self.set(id, None);
+        self.problems.remove(id);
+    }
+
+    fn set(&mut self, id: &ObjectId, new: Option<(Body, Arc<Origin>)>) {
+        let name = Arc::clone(&id.name);
+        let ns = Arc::clone(&id.namespace);
+        let whole: Name = (Arc::clone(&ns), Arc::clone(&name));
+        match (id.kind, new) {
+            (Kind::Namespace, new) => {
+                let space = self.spaces.entry(Arc::clone(&name)).or_default();
+                let new = match new {
+                    Some((Body::Namespace(obj), origin)) => Some(Slot { obj, origin }),
+                    _ => None,
+                };
+                let same = match (&space.meta, &new) {
+                    (Some(a), Some(b)) => a.obj == b.obj,
+                    (None, None) => true,
+                    _ => false,
+                };
+                space.meta = new;
+                if !same {
+                    if name == self.view.root_namespace {
+                        self.dirty.all = true;
+                    }
+                    self.dirty.namespaces.insert(name);
+                }
+            }
+            (Kind::Node, new) => {
+                let old = match new {
+                    Some((Body::Node(l), _)) => self.nodes.insert(Arc::clone(&name), l),
+                    _ => self.nodes.remove(&name),
+                };
+                if old.as_ref() != self.nodes.get(&name) {
+                    self.dirty.nodes.insert(name);
+                }
+            }
+            (Kind::GatewayClass, new) => {
+                let old = match new {
+                    Some((Body::GatewayClass(c), _)) => self.classes.insert(Arc::clone(&name), c),
+                    _ => self.classes.remove(&name),
+                };
+                if old.as_ref() != self.classes.get(&name) {
+                    let of_class = self.gateways.iter().filter(|(_, g)| g.obj.class == name).map(|(k, _)| k.clone());
+                    self.dirty.gateways.extend(of_class);
+                }
+            }
+            (Kind::Gateway, new) => {
+                let old = match new {
+                    Some((Body::Gateway(g), origin)) => self.gateways.insert(whole.clone(), Slot { obj: *g, origin }),
+                    _ => self.gateways.remove(&whole),
+                };
+                if old.as_ref().map(|g| &g.obj) != self.gateways.get(&whole).map(|g| &g.obj) {
+                    self.dirty.gateways.insert(whole);
+                }
+            }
+            (Kind::Pod, new) => {
+                let space = self.spaces.entry(Arc::clone(&ns)).or_default();
+                match new {
+                    Some((Body::Pod(obj), origin)) => match space.pods.get_mut(&name) {
+                        Some(slot) if slot.obj == obj && slot.origin == origin => return,
+                        Some(slot) => (slot.obj, slot.origin) = (obj, origin),
+                        None => {
+                            space.pods.insert(name, PodSlot { obj, origin, out: None });
+                        }
+                    },
+                    _ => {
+                        if let Some(w) = space.pods.remove(&name).and_then(|s| s.out) {
+                            self.dirty.gone.push(Change::WorkloadGone(Arc::clone(&w.uid)));
+                        }
+                        return;
+                    }
+                }
+                if !self.dirty.all {
+                    self.dirty.pods.insert(whole);
+                }
+            }
+            (Kind::WorkloadEntry, new) => {
+                let space = self.spaces.entry(ns).or_default();
+                let new = match new {
+                    Some((Body::WorkloadEntry(obj), origin)) => Some((*obj, origin)),
+                    _ => None,
+                };
+                if replace_many(&mut space.entries, &name, new, &mut self.dirty.gone) {
+                    self.dirty.entries.insert(whole);
+                }
+            }
+            (Kind::ServiceEntry, new) => self.set_service_entry(whole, match new {
+                Some((Body::ServiceEntry(obj), origin)) => Some((*obj, origin)),
+                _ => None,
+            }),
+            (Kind::Service, new) => self.set_service(whole, match new {
+                Some((Body::Service(obj), origin)) => Some((*obj, origin)),
+                _ => None,
+            }),
+            (Kind::EndpointSlice, new) => self.set_slice(whole, match new {
+                Some((Body::EndpointSlice(obj), origin)) => Some((obj, origin)),
+                _ => None,
+            }),
+            (Kind::AuthorizationPolicy, new) => {
+                let space = self.spaces.entry(Arc::clone(&ns)).or_default();
+                let old = space.policies.remove(&name);
+                space.by_policy_selector.remove(&name);
+                let everywhere = ns == self.view.root_namespace;
+                let reach = (!everywhere).then(|| Arc::clone(&ns));
+                let selector_of = |p: &AuthorizationPolicy| p.policy.is_some().then(|| p.selector.clone()).filter(|s| !s.is_empty());
+                let before = old.as_ref().and_then(|s| selector_of(&s.obj));
+                let mut after = None;
+                if let Some((Body::AuthorizationPolicy(obj), origin)) = new {
+                    after = selector_of(&obj);
+                    if let Some(s) = &after {
+                        space.by_policy_selector.insert(&name, s);
+                    }
+                    space.policies.insert(Arc::clone(&name), Slot { obj, origin });
+                }
+                if before != after {
+                    self.dirty.selected.extend(before.into_iter().chain(after).map(|s| (reach.clone(), s)));
+                }
+                self.dirty.policies.insert(PolicyKey { namespace: ns, name });
+            }
+            (Kind::PeerAuthentication, new) => {
+                let space = self.spaces.entry(Arc::clone(&ns)).or_default();
+                let old = space.peers.remove(&name).map(|s| s.obj);
+                if let Some((Body::PeerAuthentication(obj), origin)) = new {
+                    let key = peer::converted_key(&ns, &name);
+                    space.peers.insert(Arc::clone(&name), PeerSlot { obj, origin, key });
+                }
+                let new = space.peers.get(&name).map(|s| &s.obj);
+                self.dirty.peers = true;
+                if old.as_ref() != new {
+                    let reach = (ns != self.view.root_namespace).then_some(ns);
+                    let selectors = [old.as_ref(), new].into_iter().flatten().map(|p| p.selector.clone());
+                    self.dirty.selected.extend(selectors.map(|s| (reach.clone(), s)));
+                }
+            }
+            (Kind::Unreadable, new) => {
+                let space = self.spaces.entry(Arc::clone(&ns)).or_default();
+                match new {
+                    Some((Body::Unreadable(p), _)) => space.unreadable.insert(Arc::clone(&name), p),
+                    _ => space.unreadable.remove(&name),
+                };
+                self.dirty.policies.insert(PolicyKey { namespace: ns, name });
+            }
+        }
+    }
+
+    fn set_service_entry(&mut self, id: Name, new: Option<(ServiceEntry, Arc<Origin>)>) {
+        let (ns, name) = id.clone();
+        let space = self.spaces.entry(Arc::clone(&ns)).or_default();
+        let old = space.service_entries.get(&name).map(|s| (s.obj.hosts.clone(), s.obj.selector.clone()));
+        let fresh = new.as_ref().map(|(o, _)| (o.hosts.clone(), o.selector.clone()));
+        if !replace_many(&mut space.service_entries, &name, new, &mut self.dirty.gone) {
+            return;
+        }
+        space.by_entry_selector.remove(&name);
+        if let Some((_, Some(selector))) = &fresh {
+            space.by_entry_selector.insert(&name, selector);
+        }
+        for host in old.iter().flat_map(|(h, _)| h) {
+            if let Some(set) = self.host_entries.get_mut(host) {
+                set.remove(&id);
+                if set.is_empty() {
+                    self.host_entries.remove(host);
+                }
+            }
+        }
+        for host in fresh.iter().flat_map(|(h, _)| h) {
+            self.host_entries.entry(Arc::clone(host)).or_default().insert(id.clone());
+        }
+        for (hosts, selector) in old.into_iter().chain(fresh) {
+            if let Some(s) = selector.filter(|s| !s.is_empty()) {
+                self.dirty.selected.push((Some(Arc::clone(&ns)), s));
+            }
+            for host in hosts {
+                self.touch_host(host);
+            }
+        }
+        self.dirty.service_entries.insert(id);
+    }
+
+    /// A host's owner may have changed: its service, and the endpoints of every ServiceEntry that names it.
+    fn touch_host(&mut self, host: Arc<str>) {
+        if self.dirty.all {
+            return;
+        }
+        for id in self.host_entries.get(&host).into_iter().flatten() {
+            self.dirty.service_entries.insert(id.clone());
+            if let Some(s) = self.spaces.get(&id.0).and_then(|s| s.service_entries.get(&id.1))
+                && let Some(selector) = s.obj.selector.clone().filter(|s| !s.is_empty())
+            {
+                self.dirty.selected.push((Some(Arc::clone(&id.0)), selector));
+            }
+        }
+        self.dirty.hosts.insert(host);
+    }
+
+    fn set_service(&mut self, id: Name, new: Option<(KubeService, Arc<Origin>)>) {
+        let (ns, name) = id;
+        let host = self.pool.text(&format!("{name}.{ns}.svc.{}", self.view.cluster_domain));
+        let space = self.spaces.entry(Arc::clone(&ns)).or_default();
+        let old = space.services.get(&name);
+        if old.map(|s| (&s.obj, &s.origin)) == new.as_ref().map(|(o, r)| (o, r)) {
+            return;
+        }
+        let slices: Vec<Arc<str>> = space.service_slices.get(&name).into_iter().flatten().cloned().collect();
+        for slice in &slices {
+            space.unindex_slice(slice, &mut self.dirty, &ns);
+        }
+        let old = space.services.remove(&name);
+        space.by_service_selector.remove(&name);
+        let mut selectors: Vec<Labels> = old.iter().map(|s| s.obj.selector.clone()).collect();
+        if let Some((obj, origin)) = new {
+            let key = ServiceKey { namespace: Arc::clone(&ns), hostname: Arc::clone(&host) };
+            if !obj.external_name {
+                space.by_service_selector.insert(&name, &obj.selector);
+            }
+            selectors.push(obj.selector.clone());
+            space.services.insert(Arc::clone(&name), ServiceSlot { obj, origin, key });
+        }
+        for slice in &slices {
+            space.index_slice(slice, &mut self.dirty, &ns);
+            self.dirty.slices.insert((Arc::clone(&ns), Arc::clone(slice)));
+        }
+        let selectors = selectors.into_iter().filter(|s| !s.is_empty());
+        self.dirty.selected.extend(selectors.map(|s| (Some(Arc::clone(&ns)), s)));
+        self.dirty.hosts.insert(Arc::clone(&host));
+        self.touch_host(host);
+    }
+
+    fn set_slice(&mut self, id: Name, new: Option<(EndpointSlice, Arc<Origin>)>) {
+        let (ns, name) = id.clone();
+        let space = self.spaces.entry(Arc::clone(&ns)).or_default();
+        space.unindex_slice(&name, &mut self.dirty, &ns);
+        if let Some(old) = space.slices.get(&name)
+            && let Some(set) = space.service_slices.get_mut(&old.obj.service)
+        {
+            set.remove(&name);
+            if set.is_empty() {
+                let service = Arc::clone(&old.obj.service);
+                space.service_slices.remove(&service);
+            }
+        }
+        if replace_many(&mut space.slices, &name, new, &mut self.dirty.gone) {
+            self.dirty.slices.insert(id);
+        }
+        if let Some(s) = space.slices.get(&name) {
+            space.service_slices.entry(Arc::clone(&s.obj.service)).or_default().insert(Arc::clone(&name));
+        }
+        space.index_slice(&name, &mut self.dirty, &ns);
+    }
+
+    /// The changes since the last flush. Nothing is lost when it is called rarely, nothing repeated when often.
+    pub fn flush(&mut self) -> Vec<Change> {
+        let mut dirty = std::mem::take(&mut self.dirty);
+        let mut pool = std::mem::take(&mut self.pool);
+        let mut changes = std::mem::take(&mut dirty.gone);
+        if dirty.all {
+            self.network = self
+                .spaces
+                .get(&self.view.root_namespace)
+                .and_then(|s| s.meta.as_ref())
+                .and_then(|m| m.obj.labels.get("topology.istio.io/network"))
+                .map_or_else(|| self.view.network.clone(), |n| mesh_model::Network(Arc::clone(n)));
+        }
+        self.spread(&mut dirty);
+        self.flush_policies(&dirty, &mut changes);
+        self.flush_services(&dirty, &mut changes);
+        self.flush_workloads(&dirty, &mut pool, &mut changes);
+        if dirty.all || !dirty.gateways.is_empty() || !dirty.namespaces.is_empty() {
+            self.check_namespaces();
+        }
+        let own = self.nodes.get(&self.view.node).filter(|_| !self.view.node.is_empty());
+        let own = own.cloned().unwrap_or_else(|| self.view.locality.clone());
+        if own != self.own_locality {
+            self.own_locality = own.clone();
+            changes.push(Change::OwnLocality(own));
+        }
+        self.spaces.retain(|_, s| !s.is_empty());
+        pool.prune();
+        self.pool = pool;
+        changes
+    }
+
+    /// Turns marks on selectors, nodes and gateways into marks on objects.
+    fn spread(&self, dirty: &mut Dirty) {
+        if dirty.all {
+            return;
+        }
+        for ns in std::mem::take(&mut dirty.namespaces) {
+            if let Some(space) = self.spaces.get(&ns) {
+                mark_space(&ns, space, dirty);
+            }
+            dirty.namespaces.insert(ns);
+        }
+        if !dirty.nodes.is_empty() {
+            for (ns, space) in &self.spaces {
+                let pods = space.pods.iter().filter(|(_, p)| dirty.nodes.contains(&p.obj.node));
+                dirty.pods.extend(pods.map(|(n, _)| (Arc::clone(ns), Arc::clone(n))));
+            }
+        }
+        let selected = std::mem::take(&mut dirty.selected);
+        if !selected.is_empty() {
+            for (ns, space) in &self.spaces {
+                let (mut index, mut everything, mut any) = (SelectorIndex::default(), false, false);
+                for (i, (_, s)) in selected.iter().enumerate().filter(|(_, (n, _))| n.as_ref().is_none_or(|n| n == ns)) {
+                    any = true;
+                    everything |= s.is_empty();
+                    index.insert(&i.to_string().into(), s);
+                }
+                if !any {
+                    continue;
+                }
+                let hit = |l: &Labels| everything || !index.selecting(l).is_empty();
+                let id = |n: &Arc<str>| (Arc::clone(ns), Arc::clone(n));
+                dirty.pods.extend(space.pods.iter().filter(|(_, p)| hit(&p.obj.labels)).map(|(n, _)| id(n)));
+                dirty.entries.extend(space.entries.iter().filter(|(_, e)| hit(&e.obj.labels)).map(|(n, _)| id(n)));
+                dirty
+                    .service_entries
+                    .extend(space.service_entries.iter().filter(|(_, e)| hit(&e.obj.labels)).map(|(n, _)| id(n)));
+            }
+        }
+        if !dirty.gateways.is_empty() {
+            self.spread_gateways(dirty);
+        }
+    }
+
+    fn flush_policies(&mut self, dirty: &Dirty, changes: &mut Vec<Change>) {
+        let keys: Vec<PolicyKey> = if dirty.all {
+            let here = self.spaces.iter().flat_map(|(ns, s)| {
+                s.policies.keys().chain(s.unreadable.keys()).map(|n| PolicyKey { namespace: Arc::clone(ns), name: Arc::clone(n) })
+            });
+            let all: BTreeSet<PolicyKey> = here.chain(self.policies_out.keys().cloned()).chain(dirty.policies.iter().cloned()).collect();
+            all.into_iter().collect()
+        } else {
+            dirty.policies.iter().cloned().collect()
+        };
+        for key in keys {
+            let space = self.spaces.get(&key.namespace);
+            let new = space.and_then(|s| {
+                s.unreadable.get(&key.name).or_else(|| s.policies.get(&key.name).and_then(|p| p.obj.policy.as_ref()))
+            });
+            match new {
+                Some(p) if self.policies_out.get(&key) == Some(p) => {}
+                Some(p) => {
+                    changes.push(Change::Policy(Arc::clone(p)));
+                    let p = Arc::clone(p);
+                    self.policies_out.insert(key, p);
+                }
+                None => {
+                    if self.policies_out.remove(&key).is_some() {
+                        changes.push(Change::PolicyGone(key));
+                    }
+                }
+            }
+        }
+        if dirty.peers || dirty.all {
+            let want = self.peer_policies();
+            for (key, p) in &want {
+                if self.peers_out.get(key) != Some(p) {
+                    changes.push(Change::Policy(Arc::clone(p)));
+                }
+            }
+            for key in self.peers_out.keys().filter(|k| !want.contains_key(*k)) {
+                changes.push(Change::PolicyGone(key.clone()));
+            }
+            self.peers_out = want;
+        }
+    }
+
+    /// The policies all PeerAuthentications together ask for.
+    fn peer_policies(&self) -> BTreeMap<PolicyKey, Arc<Policy>> {
+        let mut want = BTreeMap::new();
+        for (ns, space) in &self.spaces {
+            for slot in space.peers.values() {
+                want.entry(self.strict_key.clone()).or_insert_with(|| peer::static_strict(&self.view.root_namespace));
+                if *ns == self.view.root_namespace || slot.obj.selector.is_empty() {
+                    continue;
+                }
+                let effect = peer::effect(&slot.obj, self.inherited_mode(ns));
+                if let Some(p) = peer::converted(slot.key.clone(), &effect, &slot.origin) {
+                    want.insert(slot.key.clone(), p);
+                }
+            }
+        }
+        want
+    }
+
+    /// Mode of a namespace's workloads that no selector covers.
+    fn inherited_mode(&self, ns: &str) -> Mode {
+        let level = |ns: &str| {
+            let peers = self.spaces.get(ns).into_iter().flat_map(|s| s.peers.iter());
+            oldest(peers.filter(|(_, p)| p.obj.selector.is_empty())).map_or(Mode::Unset, |p| p.obj.mode)
+        };
+        match level(ns) {
+            Mode::Unset => match level(&self.view.root_namespace) {
+                Mode::Unset => Mode::Permissive,
+                m => m,
+            },
+            m => m,
+        }
+    }
+
+    /// The PeerAuthentication policy that binds a workload.
+    fn peer_policy(&self, ns: &str, labels: &Labels) -> Option<PolicyKey> {
+        if self.peers_out.is_empty() {
+            return None;
+        }
+        let root = &self.view.root_namespace;
+        let here = || self.spaces.get(ns).into_iter().flat_map(|s| s.peers.iter());
+        let in_root = self.spaces.get(root).into_iter().flat_map(|s| s.peers.iter());
+        // The empty selector selects all, so this covers whole namespaces and the mesh too.
+        if here().chain(in_root).any(|(_, p)| p.obj.forced && p.obj.selector.select(labels)) {
+            return Some(self.strict_key.clone());
+        }
+        let own = if ns == &**root {
+            None
+        } else {
+            oldest(here().filter(|(_, p)| !p.obj.selector.is_empty() && p.obj.selector.select(labels)))
+        };
+        let inherited = self.inherited_mode(ns);
+        let effect = match own {
+            Some(p) => peer::effect(&p.obj, inherited),
+            None if inherited == Mode::Strict => peer::Effect::Strict,
+            None => peer::Effect::Nothing,
+        };
+        match effect {
+            peer::Effect::Nothing => None,
+            peer::Effect::Strict => Some(self.strict_key.clone()),
+            peer::Effect::StrictExcept(_) | peer::Effect::StrictOn(_) => own.map(|p| p.key.clone()),
+        }
+    }
+
+    fn flush_services(&mut self, dirty: &Dirty, changes: &mut Vec<Change>) {
+        let keys: BTreeSet<ServiceKey> = if dirty.all {
+            let mut keys: BTreeSet<ServiceKey> = self.services_out.keys().cloned().collect();
+            for space in self.spaces.values() {
+                keys.extend(space.services.values().map(|s| s.key.clone()));
+            }
+            for (host, ids) in &self.host_entries {
+                keys.extend(ids.iter().map(|(ns, _)| ServiceKey { namespace: Arc::clone(ns), hostname: Arc::clone(host) }));
+            }
+            keys
+        } else {
+            let mut keys = BTreeSet::new();
+            for host in &dirty.hosts {
+                let mut add = |ns: &Arc<str>| {
+                    keys.insert(ServiceKey { namespace: Arc::clone(ns), hostname: Arc::clone(host) });
+                };
+                self.host_entries.get(host).into_iter().flatten().for_each(|(ns, _)| add(ns));
+                if let Some((ns, _)) = self.kube_name(host)
+                    && let Some((ns, _)) = self.spaces.get_key_value(ns)
+                {
+                    add(ns);
+                }
+                self.hosts_out.get(host).into_iter().flatten().for_each(add);
+            }
+            keys
+        };
+        for key in keys {
+            let (new, id, problems) = self.build_service(&key);
+            self.note_problems(id, problems);
+            match new {
+                Some(s) => {
+                    if self.services_out.get(&key).is_none_or(|old| **old != s) {
+                        let s = Arc::new(s);
+                        changes.push(Change::Service(Arc::clone(&s)));
+                        self.hosts_out.entry(Arc::clone(&key.hostname)).or_default().insert(Arc::clone(&key.namespace));
+                        self.services_out.insert(key, s);
+                    }
+                }
+                None => {
+                    if self.services_out.remove(&key).is_some() {
+                        if let Some(set) = self.hosts_out.get_mut(&key.hostname) {
+                            set.remove(&key.namespace);
+                            if set.is_empty() {
+                                self.hosts_out.remove(&key.hostname);
+                            }
+                        }
+                        changes.push(Change::ServiceGone(key));
+                    }
+                }
+            }
+        }
+    }
+
+    fn flush_workloads(&mut self, dirty: &Dirty, pool: &mut Interner, changes: &mut Vec<Change>) {
+        let names: Vec<Arc<str>> = self.spaces.keys().cloned().collect();
+        for ns in names {
+            let pick = |set: &BTreeSet<Name>, all: Vec<Arc<str>>| -> Vec<Arc<str>> {
+                if dirty.all {
+                    all
+                } else {
+                    let from: Name = (Arc::clone(&ns), Arc::from(""));
+                    set.range(from..).take_while(|(n, _)| *n == ns).map(|(_, n)| Arc::clone(n)).collect()
+                }
+            };
+            let Some(space) = self.spaces.get(&ns) else { continue };
+            let all = dirty.all;
+            let pods = pick(&dirty.pods, if all { space.pods.keys().cloned().collect() } else { Vec::new() });
+            let slices = pick(&dirty.slices, if all { space.slices.keys().cloned().collect() } else { Vec::new() });
+            let entries = pick(&dirty.entries, if all { space.entries.keys().cloned().collect() } else { Vec::new() });
+            let ses = pick(&dirty.service_entries, if all { space.service_entries.keys().cloned().collect() } else { Vec::new() });
+            for name in pods {
+                let Some(slot) = self.spaces.get(&ns).and_then(|s| s.pods.get(&name)) else { continue };
+                let (new, problems) = self.build_pod(&ns, &name, slot, pool);
+                let unchanged = slot.out.as_deref() == new.as_ref();
+                self.note_problems(ObjectId { kind: Kind::Pod, namespace: Arc::clone(&ns), name: Arc::clone(&name) }, problems);
+                if unchanged {
+                    continue;
+                }
+                let Some(slot) = self.spaces.get_mut(&ns).and_then(|s| s.pods.get_mut(&name)) else { continue };
+                let new = new.map(Arc::new);
+                match (&slot.out, &new) {
+                    (_, Some(w)) => changes.push(Change::Workload(Arc::clone(w))),
+                    (Some(old), None) => changes.push(Change::WorkloadGone(Arc::clone(&old.uid))),
+                    (None, None) => {}
+                }
+                slot.out = new;
+            }
+            for name in slices {
+                let Some(slot) = self.spaces.get(&ns).and_then(|s| s.slices.get(&name)) else { continue };
+                let new = self.build_slice(&ns, &name, slot, pool);
+                if let Some(slot) = self.spaces.get_mut(&ns).and_then(|s| s.slices.get_mut(&name)) {
+                    replace_out(&mut slot.out, new, changes);
+                }
+            }
+            for name in entries {
+                let Some(slot) = self.spaces.get(&ns).and_then(|s| s.entries.get(&name)) else { continue };
+                let (new, problems) = self.build_entry(&ns, &name, slot, pool);
+                self.note_problems(ObjectId { kind: Kind::WorkloadEntry, namespace: Arc::clone(&ns), name: Arc::clone(&name) }, problems);
+                if let Some(slot) = self.spaces.get_mut(&ns).and_then(|s| s.entries.get_mut(&name)) {
+                    replace_out(&mut slot.out, new.into_iter().collect(), changes);
+                }
+            }
+            for name in ses {
+                let Some(slot) = self.spaces.get(&ns).and_then(|s| s.service_entries.get(&name)) else { continue };
+                let (new, problems) = self.build_endpoints(&ns, &name, slot, pool);
+                self.note_problems(ObjectId { kind: Kind::ServiceEntry, namespace: Arc::clone(&ns), name: Arc::clone(&name) }, problems);
+                if let Some(slot) = self.spaces.get_mut(&ns).and_then(|s| s.service_entries.get_mut(&name)) {
+                    replace_out(&mut slot.out, new, changes);
+                }
+            }
+        }
+    }
+
+    fn note_problems(&mut self, id: ObjectId, problems: Vec<Problem>) {
+        if problems.is_empty() {
+            self.problems.remove(&id);
+        } else {
+            self.problems.insert(id, problems);
+        }
+    }
+}
+
+/// Istio's tie-break: the oldest wins; without a date, after those with one; then by name.
+fn oldest<'a>(peers: impl Iterator<Item = (&'a Arc<str>, &'a PeerSlot)>) -> Option<&'a PeerSlot> {
+    peers.min_by_key(|(name, p)| (p.obj.created.is_empty(), Arc::clone(&p.obj.created), Arc::clone(name))).map(|(_, p)| p)
+}
+
+/// Puts `new` in the place of the object `name`; whether anything changed. Workloads of a removed object go.
+fn replace_many<T: PartialEq>(
+    map: &mut BTreeMap<Arc<str>, ManySlot<T>>,
+    name: &Arc<str>,
+    new: Option<(T, Arc<Origin>)>,
+    gone: &mut Vec<Change>,
+) -> bool {
+    match (map.get_mut(name), new) {
+        (Some(slot), Some((obj, origin))) => {
+            if slot.obj == obj && slot.origin == origin {
+                return false;
+            }
+            (slot.obj, slot.origin) = (obj, origin);
+            true
+        }
+        (None, Some((obj, origin))) => {
+            map.insert(Arc::clone(name), ManySlot { obj, origin, out: Vec::new() });
+            true
+        }
+        (Some(_), None) => {
+            let out = map.remove(name).map(|s| s.out).unwrap_or_default();
+            gone.extend(out.into_iter().map(|w| Change::WorkloadGone(Arc::clone(&w.uid))));
+            true
+        }
+        (None, None) => false,
+    }
+}
+
+/// Replaces the workloads of one object and tells the difference.
+fn replace_out(out: &mut Vec<Arc<Workload>>, new: Vec<Workload>, changes: &mut Vec<Change>) {
+    let mut old: HashMap<Arc<str>, Arc<Workload>> = out.drain(..).map(|w| (Arc::clone(&w.uid), w)).collect();
+    for w in new {
+        match old.remove(&w.uid) {
+            Some(have) if *have == w => out.push(have),
+            _ => {
+                let w = Arc::new(w);
+                changes.push(Change::Workload(Arc::clone(&w)));
+                out.push(w);
+            }
+        }
+    }
+    let mut left: Vec<Arc<str>> = old.into_keys().collect();
+    left.sort();
+    changes.extend(left.into_iter().map(Change::WorkloadGone));
+}
+
+fn mark_space(ns: &Arc<str>, space: &Space, dirty: &mut Dirty) {
+    let id = |n: &Arc<str>| (Arc::clone(ns), Arc::clone(n));
+    dirty.pods.extend(space.pods.keys().map(id));
+    dirty.entries.extend(space.entries.keys().map(id));
+    dirty.service_entries.extend(space.service_entries.keys().map(id));
+    dirty.hosts.extend(space.services.values().map(|s| Arc::clone(&s.key.hostname)));
+    dirty.hosts.extend(space.service_entries.values().flat_map(|s| s.obj.hosts.iter().cloned()));
+}
+
+impl Space {
+    fn is_empty(&self) -> bool {
+        self.meta.is_none()
+            && self.pods.is_empty()
+            && self.services.is_empty()
+            && self.slices.is_empty()
+            && self.entries.is_empty()
+            && self.service_entries.is_empty()
+            && self.policies.is_empty()
+            && self.peers.is_empty()
+            && self.unreadable.is_empty()
+    }
+    /// Whether a slice's pods count: only those of a service without selector do.
+    fn slice_counts(&self, slice: &EndpointSlice) -> bool {
+        self.services.get(&slice.service).is_some_and(|s| s.obj.selector.is_empty() && !s.obj.external_name)
+    }
+    fn index_slice(&mut self, name: &Arc<str>, dirty: &mut Dirty, ns: &Arc<str>) {
+        let Some(slot) = self.slices.get(name) else { return };
+        if !self.slice_counts(&slot.obj) {
+            return;
+        }
+        for (pod, _) in &slot.obj.pods {
+            self.pod_slices.entry(Arc::clone(pod)).or_default().insert(Arc::clone(name));
+            dirty.pods.insert((Arc::clone(ns), Arc::clone(pod)));
+        }
+    }
+    fn unindex_slice(&mut self, name: &Arc<str>, dirty: &mut Dirty, ns: &Arc<str>) {
+        let Some(slot) = self.slices.get(name) else { return };
+        for (pod, _) in &slot.obj.pods {
+            if let Some(set) = self.pod_slices.get_mut(pod)
+                && set.remove(name)
+            {
+                if set.is_empty() {
+                    self.pod_slices.remove(pod);
+                }
+                dirty.pods.insert((Arc::clone(ns), Arc::clone(pod)));
+            }
+        }
+    }
+}
+
+/// Reads and translates any bytes, for fuzzing: whatever they are, this returns.
+pub fn fuzz_yaml(bytes: &[u8]) -> (Vec<Change>, Vec<Problem>) {
+    let text = String::from_utf8_lossy(bytes);
+    let mut t = Translator::new(Viewpoint::default(), &Settings::default());
+    let (mut ids, mut problems) = (Vec::new(), Vec::new());
+    for doc in crate::yaml::documents(&text) {
+        let mut r = t.reader("fuzz".into());
+        let Ok(root) = crate::yaml::parse_whole(doc) else { continue };
+        let mut objects = Vec::new();
+        if Reader::is_list(&root) {
+            if let Some(crate::yaml::Node { value: crate::yaml::Value::Seq(items), .. }) = root.get("items") {
+                objects.extend(items.iter().filter_map(|i| r.object(i)));
+            }
+        } else {
+            objects.extend(r.object(&root));
+        }
+        problems.append(&mut r.problems);
+        for o in objects {
+            ids.push(o.id.clone());
+            t.upsert(o);
+        }
+    }
+    let mut changes = t.flush();
+    for id in ids {
+        t.remove(&id);
+    }
+    changes.extend(t.flush());
+    problems.extend(t.problems().cloned());
+    (changes, problems)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,422 @@
+//! AuthorizationPolicy → [`Policy`] (waypoint §1.7), with the holes of the usual translation closed.
+//!
+//! Anything malformed or not known makes the policy unusable, and an unusable policy denies where it was meant to
+//! apply. Well-formed rules about HTTP cannot be judged here: such a rule allows nothing, and denies as if its HTTP
+//! part matched. Upstream: [`super::object`]. Downstream: `mesh_model::authz`.
+
+use std::sync::Arc;
+
+use mesh_model::Origin;
+use mesh_model::policy::{Action, Clause, Match, Policy, PolicyBody, PolicyKey, Rule, Scope, TextMatch, Values};
+
+use super::intern::{Interner, Labels};
+use super::object::{AuthorizationPolicy, ObjectId, Reader};
+use super::read::{self, Bad, Read};
+use crate::diagnostics::Severity;
+use crate::yaml::{Node, Value};
+
+/// Fields of `metadata` in the Kubernetes API.
+pub(super) const OBJECT_META: &[&str] = &[
+    "name", "namespace", "generateName", "labels", "annotations", "creationTimestamp", "deletionTimestamp",
+    "deletionGracePeriodSeconds", "finalizers", "generation", "managedFields", "ownerReferences", "resourceVersion",
+    "selfLink", "uid",
+];
+const UNUSABLE: &str = "until it is corrected, everything in its scope is denied";
+
+pub(super) fn read<'p>(
+    r: &mut Reader<'_>,
+    node: &'p Node<'p>,
+    id: &ObjectId,
+    origin: &Arc<Origin>,
+) -> AuthorizationPolicy {
+    let root = id.namespace == r.root_namespace;
+    let meta = node.get("metadata").unwrap_or(node);
+    let dry_run = match read::annotation(meta, "istio.io/dry-run") {
+        Some("1" | "t" | "T" | "TRUE" | "true" | "True") => true,
+        None | Some("0" | "f" | "F" | "FALSE" | "false" | "False") => false,
+        Some(_) => {
+            let at = meta.get("annotations").and_then(|a| a.get("istio.io/dry-run")).unwrap_or(meta);
+            r.report(node, &Bad::value(at, "expected `true` or `false`; the policy is enforced", ""), Severity::Warning);
+            false
+        }
+    };
+    let not_for_agent = AuthorizationPolicy { policy: None, selector: Labels::default() };
+    // Whether it is for a waypoint, and whom it binds, come first: they decide what a mistake further down closes.
+    let spec = read::map(node, "spec");
+    if let Ok(Some(spec)) = &spec {
+        let some = |key| spec.get(key).is_some_and(|n| !matches!(&n.value, Value::Seq(s) if s.is_empty()));
+        if (some("targetRef") || some("targetRefs")) && !has(spec, "selector") {
+            return not_for_agent;
+        }
+    }
+    let (selector, scope_error) = match &spec {
+        Ok(Some(spec)) => match selector(spec, r.pool) {
+            Ok(labels) => (labels, None),
+            Err(bad) => (Labels::default(), Some(bad)),
+        },
+        Ok(None) if has(node, "spec") || node.get("spec").is_none() => (Labels::default(), None),
+        Ok(None) => (Labels::default(), None),
+        Err(bad) => (Labels::default(), Some(bad.clone())),
+    };
+    let scope = match (selector.is_empty(), root) {
+        (false, _) => Scope::Selector,
+        (true, true) => Scope::Global,
+        (true, false) => Scope::Namespace,
+    };
+    let body = match scope_error {
+        Some(bad) => Err(bad),
+        None => body(r, node, dry_run, &id.namespace),
+    };
+    let body = match body {
+        Ok(Some(body)) => body,
+        Ok(None) => return not_for_agent,
+        Err(mut bad) => {
+            let why = match read::path_of(node, bad.at) {
+                Some(path) if !path.is_empty() => format!("{path}: {} (line {})", bad.message, bad.at.line),
+                _ => bad.message.clone(),
+            };
+            bad.message = format!("{}; {}", bad.message, if dry_run { "the policy is a dry run and is ignored" } else { UNUSABLE });
+            r.report(node, &bad, Severity::Error);
+            if dry_run {
+                return not_for_agent;
+            }
+            PolicyBody::Unusable { why: why.into() }
+        }
+    };
+    let key = PolicyKey { namespace: Arc::clone(&id.namespace), name: Arc::clone(&id.name) };
+    let policy = Policy { key, scope, body, origin: Some(Arc::clone(origin)) };
+    AuthorizationPolicy { policy: Some(Arc::new(policy)), selector }
+}
+
+/// Whether `key` is written at all, even as null.
+fn has(node: &Node<'_>, key: &str) -> bool {
+    matches!(&node.value, Value::Map(entries) if entries.iter().any(|e| e.key == key))
+}
+fn raw<'p>(node: &'p Node<'p>, key: &str) -> Option<&'p Node<'p>> {
+    match &node.value {
+        Value::Map(entries) => entries.iter().find(|e| e.key == key).map(|e| &e.node),
+        _ => None,
+    }
+}
+
+/// The labels of `spec.selector`; empty when there is none. A selector that is written but says nothing readable is an
+/// error: taking it for "the whole namespace" would let an ALLOW reach further than its author can see.
+pub(super) fn selector<'p>(spec: &'p Node<'p>, pool: &mut Interner) -> Read<'p, Labels> {
+    let Some(selector) = raw(spec, "selector") else { return Ok(Labels::default()) };
+    if selector.value == Value::Null {
+        return Err(Bad::value(selector, "`selector` is written but empty", "remove it to bind the whole namespace"));
+    }
+    read::only(selector, &["matchLabels"])?;
+    match raw(selector, "matchLabels") {
+        None => Ok(Labels::default()),
+        Some(n) if n.value == Value::Null => {
+            Err(Bad::value(n, "`matchLabels` is written but empty", "remove the selector to bind the whole namespace"))
+        }
+        Some(n) => {
+            for e in read::entries(n)? {
+                if e.key.is_empty() || e.key.contains('*') {
+                    return Err(Bad::value(&e.node, format!("`{}` is not a label", e.key), ""));
+                }
+                if read::scalar(&e.node)?.contains('*') {
+                    return Err(Bad::value(&e.node, "a selector has no wildcards", "write the whole value"));
+                }
+            }
+            read::labels(selector, "matchLabels", pool)
+        }
+    }
+}
+
+fn body<'p>(r: &mut Reader<'_>, node: &'p Node<'p>, dry_run: bool, namespace: &str) -> Read<'p, Option<PolicyBody>> {
+    read::only(node, &["apiVersion", "kind", "metadata", "spec", "status"])?;
+    if let Some(meta) = node.get("metadata") {
+        read::only(meta, OBJECT_META)?;
+    }
+    let empty = Node { line: node.line, tag: None, value: Value::Null };
+    let Some(spec) = read::map(node, "spec")? else {
+        drop(empty);
+        // No spec is the spec without rules: ALLOW nothing.
+        return Ok(Some(PolicyBody::Rules { action: Action::Allow, dry_run, rules: Vec::new() }));
+    };
+    read::only(spec, &["selector", "targetRef", "targetRefs", "rules", "action", "provider"])?;
+    for key in ["targetRef", "targetRefs"] {
+        if let Some(n) = spec.get(key)
+            && !matches!(&n.value, Value::Seq(s) if s.is_empty())
+        {
+            return Err(Bad::value(n, format!("`{key}` and `selector` cannot be combined"), "keep one of them"));
+        }
+    }
+    let action = match raw(spec, "action") {
+        None => Action::Allow,
+        Some(n) => match read::scalar(n)? {
+            "ALLOW" => Action::Allow,
+            "DENY" => Action::Deny,
+            "AUDIT" => {
+                let bad = Bad { at: n, missing: None, message: "AUDIT has no effect in the node agent".into(), fix: "use telemetry, or `istio.io/dry-run: \"true\"`", code: "action" };
+                r.report(node, &bad, Severity::Note);
+                return Ok(None);
+            }
+            "CUSTOM" => {
+                return Err(Bad {
+                    at: n,
+                    missing: None,
+                    message: "the node agent cannot ask an external authorizer, and without targetRefs no waypoint does".into(),
+                    fix: "bind the policy to a waypoint with targetRefs",
+                    code: "action",
+                });
+            }
+            t => return Err(Bad::value(n, format!("`{t}` is not an action"), "write ALLOW or DENY")),
+        },
+    };
+    if let Some(n) = spec.get("provider") {
+        return Err(Bad::value(n, "`provider` only goes with `action: CUSTOM`", "remove it"));
+    }
+    let mut rules = Vec::new();
+    for rule in read::list(spec, "rules")? {
+        let mut http: Option<&'p Node<'p>> = None;
+        let translated = self::rule(r, rule, namespace, &mut http)?;
+        if let Some(at) = http {
+            let (message, fix) = match action {
+                Action::Allow => ("HTTP attributes cannot be judged by the node agent; this rule allows nothing", "bind the policy to a waypoint with targetRefs, or allow by source and port"),
+                Action::Deny => ("HTTP attributes cannot be judged by the node agent; this rule denies as if they matched", "bind the policy to a waypoint with targetRefs"),
+            };
+            r.report(node, &Bad { at, missing: None, message: message.into(), fix, code: "http-in-l4" }, Severity::Warning);
+            if action == Action::Allow {
+                continue;
+            }
+        }
+        rules.push(translated);
+    }
+    if rules.is_empty() && action == Action::Deny {
+        let at = spec.get("rules").unwrap_or(spec);
+        r.report(node, &Bad { at, missing: None, message: "a DENY policy without rules denies nothing".into(), fix: "add a rule; `- {}` matches everything", code: "no-rules" }, Severity::Warning);
+    }
+    Ok(Some(PolicyBody::Rules { action, dry_run, rules }))
+}
+
+/// One rule. `http` is set to the first attribute only a waypoint can judge; that attribute then counts as matching.
+fn rule<'p>(
+    r: &mut Reader<'_>,
+    rule: &'p Node<'p>,
+    namespace: &str,
+    http: &mut Option<&'p Node<'p>>,
+) -> Read<'p, Rule> {
+    if rule.value == Value::Null {
+        return Err(Bad::value(rule, "an empty rule", "write `- {}` for a rule that matches everything"));
+    }
+    read::only(rule, &["from", "to", "when"])?;
+    let mut clauses = Vec::new();
+    for (list, inner) in [("to", "operation"), ("from", "source")] {
+        let Some(n) = raw(rule, list) else { continue };
+        let alternatives = read::list(rule, list)?;
+        if alternatives.is_empty() {
+            return Err(Bad::value(n, format!("`{list}` is written but empty"), "remove it, or list at least one element"));
+        }
+        let (mut matches, mut always) = (Vec::new(), false);
+        for alternative in alternatives {
+            read::only(alternative, &[inner])?;
+            let Some(fields) = raw(alternative, inner) else {
+                return Err(Bad::value(alternative, format!("an element of `{list}` has `{inner}`"), ""));
+            };
+            let mut m = Match::default();
+            for e in read::entries(fields)? {
+                let known = if list == "to" {
+                    operation(&e.key, &e.node, &mut m)?
+                } else {
+                    source(r, &e.key, &e.node, &mut m, namespace)?
+                };
+                match known {
+                    Known::Yes => {}
+                    Known::Http => {
+                        texts(&e.node)?;
+                        http.get_or_insert(&e.node);
+                    }
+                    Known::No => {
+                        read::only(fields, if list == "to" { OPERATION } else { SOURCE })?;
+                        return Err(Bad::value(&e.node, format!("unknown field `{}`", e.key), ""));
+                    }
+                }
+            }
+            if read::entries(fields)?.is_empty() {
+                return Err(Bad::value(fields, format!("`{inner}` is empty"), "name at least one attribute"));
+            }
+            // Only HTTP attributes: as "matching", this alternative is always true, and so is the clause.
+            if m == Match::default() {
+                always = true;
+            } else {
+                matches.push(m);
+            }
+        }
+        if !always {
+            clauses.push(Clause { matches });
+        }
+    }
+    if let Some(n) = raw(rule, "when") {
+        let conditions = read::list(rule, "when")?;
+        if conditions.is_empty() {
+            return Err(Bad::value(n, "`when` is written but empty", "remove it"));
+        }
+        for c in conditions {
+            if let Some(m) = condition(r, c, namespace, http)? {
+                clauses.push(Clause { matches: vec![m] });
+            }
+        }
+    }
+    Ok(Rule { clauses })
+}
+
+enum Known {
+    Yes,
+    Http,
+    No,
+}
+const OPERATION: &[&str] = &["hosts", "notHosts", "ports", "notPorts", "methods", "notMethods", "paths", "notPaths"];
+const SOURCE: &[&str] = &[
+    "principals", "notPrincipals", "requestPrincipals", "notRequestPrincipals", "namespaces", "notNamespaces",
+    "ipBlocks", "notIpBlocks", "remoteIpBlocks", "notRemoteIpBlocks", "serviceAccounts", "notServiceAccounts",
+    "trustDomains", "notTrustDomains",
+];
+
+fn operation<'p>(key: &str, n: &'p Node<'p>, m: &mut Match) -> Read<'p, Known> {
+    match key {
+        "ports" => m.destination_ports.any = ports(n)?,
+        "notPorts" => m.destination_ports.none = ports(n)?,
+        "hosts" | "notHosts" | "methods" | "notMethods" | "paths" | "notPaths" => return Ok(Known::Http),
+        _ => return Ok(Known::No),
+    }
+    Ok(Known::Yes)
+}
+
+fn source<'p>(r: &mut Reader<'_>, key: &str, n: &'p Node<'p>, m: &mut Match, namespace: &str) -> Read<'p, Known> {
+    match key {
+        "principals" => m.principals.any = principals(r, n)?,
+        "notPrincipals" => m.principals.none = principals(r, n)?,
+        "namespaces" => m.namespaces.any = text_matches(r, n)?,
+        "notNamespaces" => m.namespaces.none = text_matches(r, n)?,
+        "ipBlocks" => m.source_ips.any = nets(n)?,
+        "notIpBlocks" => m.source_ips.none = nets(n)?,
+        "serviceAccounts" => m.service_accounts.any = accounts(r, n, namespace)?,
+        "notServiceAccounts" => m.service_accounts.none = accounts(r, n, namespace)?,
+        "trustDomains" => m.trust_domains.any = text_matches(r, n)?,
+        "notTrustDomains" => m.trust_domains.none = text_matches(r, n)?,
+        "requestPrincipals" | "notRequestPrincipals" | "remoteIpBlocks" | "notRemoteIpBlocks" => {
+            return Ok(Known::Http);
+        }
+        _ => return Ok(Known::No),
+    }
+    Ok(Known::Yes)
+}
+
+/// One `when`; `None` when only a waypoint can judge it.
+fn condition<'p>(
+    r: &mut Reader<'_>,
+    c: &'p Node<'p>,
+    namespace: &str,
+    http: &mut Option<&'p Node<'p>>,
+) -> Read<'p, Option<Match>> {
+    read::only(c, &["key", "values", "notValues"])?;
+    let Some(key_node) = c.get("key") else { return Err(Bad::missing(c, "key", "a condition has a key")) };
+    let key = read::scalar(key_node)?;
+    let (any, none) = (raw(c, "values"), raw(c, "notValues"));
+    if any.is_none() && none.is_none() {
+        return Err(Bad::missing(c, "values", "a condition has `values` or `notValues`"));
+    }
+    fn both<'p, T>(
+        any: Option<&'p Node<'p>>,
+        none: Option<&'p Node<'p>>,
+        mut f: impl FnMut(&'p Node<'p>) -> Read<'p, Vec<T>>,
+    ) -> Read<'p, Values<T>> {
+        Ok(Values {
+            any: any.map(&mut f).transpose()?.unwrap_or_default(),
+            none: none.map(&mut f).transpose()?.unwrap_or_default(),
+        })
+    }
+    let mut m = Match::default();
+    match key {
+        "source.ip" => m.source_ips = both(any, none, nets)?,
+        "source.namespace" => m.namespaces = both(any, none, |n| text_matches(r, n))?,
+        "source.principal" => m.principals = both(any, none, |n| principals(r, n))?,
+        "source.serviceAccount" => m.service_accounts = both(any, none, |n| accounts(r, n, namespace))?,
+        "destination.ip" => m.destination_ips = both(any, none, nets)?,
+        "destination.port" => m.destination_ports = both(any, none, ports)?,
+        "remote.ip" | "connection.sni" => {
+            both(any, none, texts)?;
+            http.get_or_insert(key_node);
+            return Ok(None);
+        }
+        k if k.starts_with("request.") || k.starts_with("experimental.") => {
+            both(any, none, texts)?;
+            http.get_or_insert(key_node);
+            return Ok(None);
+        }
+        k => {
+            return Err(Bad::value(
+                key_node,
+                format!("unknown condition `{k}`"),
+                "known: source.ip, source.namespace, source.principal, source.serviceAccount, destination.ip, destination.port, request.*, remote.ip, connection.sni",
+            ));
+        }
+    }
+    Ok(Some(m))
+}
+
+/// The elements of a value list that is written. An empty one is refused: it would constrain nothing.
+fn texts<'p>(n: &'p Node<'p>) -> Read<'p, Vec<(&'p Node<'p>, &'p str)>> {
+    let Value::Seq(items) = &n.value else {
+        return Err(Bad::value(n, format!("expected a list, found {}", n.describe()), "write a list of values"));
+    };
+    if items.is_empty() {
+        return Err(Bad::value(n, "the list is empty and would constrain nothing", "remove the field, or list at least one value"));
+    }
+    items
+        .iter()
+        .map(|i| match read::scalar(i)? {
+            "" => Err(Bad::value(i, "an empty text matches nothing meaningful", "write a value, or `*` for any non-empty one")),
+            t => Ok((i, t)),
+        })
+        .collect()
+}
+fn text_matches<'p>(r: &mut Reader<'_>, n: &'p Node<'p>) -> Read<'p, Vec<TextMatch>> {
+    texts(n)?.into_iter().map(|(at, t)| text_match(r, at, t)).collect()
+}
+fn text_match<'p>(r: &mut Reader<'_>, at: &'p Node<'p>, t: &str) -> Read<'p, TextMatch> {
+    let shared = |r: &mut Reader<'_>, m| match m {
+        TextMatch::Exact(s) => TextMatch::Exact(r.pool.text(&s)),
+        m => m,
+    };
+    let m = TextMatch::parse(t).ok_or_else(|| Bad::value(at, "empty", ""))?;
+    match &m {
+        TextMatch::Exact(s) | TextMatch::Prefix(s) | TextMatch::Suffix(s) if s.contains('*') => {
+            Err(Bad::value(at, format!("`{t}`: a `*` may only stand at one end"), "write `x*`, `*x` or `*`"))
+        }
+        _ => Ok(shared(r, m)),
+    }
+}
+/// Principals are compared without their scheme; one written with it is meant the same.
+fn principals<'p>(r: &mut Reader<'_>, n: &'p Node<'p>) -> Read<'p, Vec<TextMatch>> {
+    texts(n)?
+        .into_iter()
+        .map(|(at, t)| match t.strip_prefix("spiffe://") {
+            Some("") => Err(Bad::value(at, "no identity after the scheme", "")),
+            Some(rest) => text_match(r, at, rest),
+            None => text_match(r, at, t),
+        })
+        .collect()
+}
+fn accounts<'p>(r: &mut Reader<'_>, n: &'p Node<'p>, namespace: &str) -> Read<'p, Vec<(Arc<str>, Arc<str>)>> {
+    texts(n)?
+        .into_iter()
+        .map(|(at, t)| {
+            let (ns, sa) = t.split_once('/').unwrap_or((namespace, t));
+            if ns.is_empty() || sa.is_empty() || sa.contains('/') || t.contains('*') {
+                return Err(Bad::value(at, format!("`{t}` is not a service account"), "write `name` or `namespace/name`, without wildcards"));
+            }
+            Ok((r.pool.text(ns), r.pool.text(sa)))
+        })
+        .collect()
+}
+fn nets<'p>(n: &'p Node<'p>) -> Read<'p, Vec<ipnet::IpNet>> {
+    texts(n)?.into_iter().map(|(at, _)| read::net(at)).collect()
+}
+fn ports<'p>(n: &'p Node<'p>) -> Read<'p, Vec<u16>> {
+    texts(n)?.into_iter().map(|(at, _)| read::port(at)).collect()
+}

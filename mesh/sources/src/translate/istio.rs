@@ -1,0 +1,275 @@
+//! Reading Istio networking objects and Gateway API gateways, as far as the agent uses them.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use mesh_model::Origin;
+use mesh_model::workload::Locality;
+
+use super::kube::{app_protocol, canary_weight, distribution, redirected, section};
+use super::object::{
+    AllowedRoutes, Expression, ExpressionOp, Gateway, GatewayAddress, GatewayClass, InboundBinding, Listener, Port,
+    Reader, Resolution, ServiceEntry, Target, WaypointFor, WorkloadEntry,
+};
+use super::read::{self, Bad, Read};
+use crate::diagnostics::{Problem, Severity};
+use crate::yaml::Node;
+
+pub(super) fn service_entry<'p>(r: &mut Reader<'_>, node: &'p Node<'p>) -> Read<'p, ServiceEntry> {
+    let meta = section(node, "metadata")?;
+    let spec = section(node, "spec")?;
+    let mut hosts = Vec::new();
+    for h in read::list(spec, "hosts")? {
+        let host = host_name(h, true)?;
+        hosts.push(r.pool.text(&host));
+    }
+    if hosts.is_empty() {
+        return Err(Bad::missing(spec, "hosts", "a ServiceEntry names at least one host"));
+    }
+    let mut addresses = Vec::new();
+    for a in read::list(spec, "addresses")? {
+        addresses.push(read::net(a)?);
+    }
+    let mut auto = Vec::new();
+    if read::text_or_empty(section(meta, "labels")?, "networking.istio.io/enable-autoallocate-ip")? != "false" {
+        for a in read::list(section(node, "status")?, "addresses")? {
+            if let Some(v) = a.get("value") {
+                let host = read::text_or_empty(a, "host")?.to_ascii_lowercase();
+                auto.push((r.pool.text(&host), read::ip(v)?));
+            }
+        }
+    }
+    let mut ports = Vec::new();
+    for p in read::list(spec, "ports")? {
+        let protocol = read::text_or_empty(p, "protocol")?;
+        if protocol.eq_ignore_ascii_case("UDP") {
+            continue;
+        }
+        let port = read::port_at(p, "number")?;
+        let name = read::text_or_empty(p, "name")?;
+        ports.push(Port {
+            name: r.pool.text(name),
+            port,
+            target: Target::Number(p.get("targetPort").map_or(Ok(port), read::port)?),
+            explicit_target: p.get("targetPort").is_some(),
+            app: app_protocol(protocol, name, port),
+        });
+    }
+    let resolution = match spec.get("resolution") {
+        None => Resolution::None,
+        Some(n) => match read::scalar(n)? {
+            "NONE" => Resolution::None,
+            "STATIC" => Resolution::Static,
+            "DNS" | "DNS_ROUND_ROBIN" => Resolution::Dns,
+            "DYNAMIC_DNS" => Resolution::DynamicDns,
+            t => return Err(Bad::value(n, format!("`{t}` is not a resolution"), "write NONE, STATIC, DNS, DNS_ROUND_ROBIN or DYNAMIC_DNS")),
+        },
+    };
+    let mut endpoints = Vec::new();
+    for e in read::list(spec, "endpoints")? {
+        let labels = read::labels(e, "labels", r.pool)?;
+        endpoints.push(workload_entry(r, e, labels)?);
+    }
+    let mut sans = Vec::new();
+    for s in read::list(spec, "subjectAltNames")? {
+        match read::scalar(s)?.parse() {
+            Ok(id) => sans.push(id),
+            Err(e) => {
+                let e: mesh_model::id::IdError = e;
+                let bad = Bad { at: s, missing: None, message: format!("not a SPIFFE id, not accepted from endpoints: {e}"), fix: "", code: "san" };
+                r.report(node, &bad, Severity::Warning);
+            }
+        }
+    }
+    let selector = match read::map(spec, "workloadSelector")? {
+        None => None,
+        Some(s) => Some(read::labels(s, "labels", r.pool)?),
+    };
+    Ok(ServiceEntry {
+        labels: read::labels(meta, "labels", r.pool)?,
+        hosts,
+        addresses,
+        auto,
+        ports,
+        resolution,
+        endpoints,
+        selector,
+        sans,
+        created: r.pool.text(read::text_or_empty(meta, "creationTimestamp")?),
+        distribution: distribution(r, meta),
+        canary_weight: canary_weight(r, meta),
+        redirected: redirected(meta),
+    })
+}
+
+fn host_name<'p>(n: &'p Node<'p>, wildcard: bool) -> Read<'p, String> {
+    let t = read::scalar(n)?;
+    let rest = if wildcard { t.strip_prefix("*.").unwrap_or(t) } else { t };
+    let rest = rest.strip_suffix('.').unwrap_or(rest);
+    let ok = !rest.is_empty()
+        && t.len() <= 255
+        && rest.split('.').all(|l| {
+            !l.is_empty() && l.len() <= 63 && l.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
+        });
+    if ok {
+        Ok(t.strip_suffix('.').unwrap_or(t).to_ascii_lowercase())
+    } else {
+        Err(Bad::value(n, format!("`{t}` is not a host name"), "write a DNS name such as `api.example.com` or `*.example.com`"))
+    }
+}
+
+pub(super) fn workload_entry_object<'p>(r: &mut Reader<'_>, node: &'p Node<'p>) -> Read<'p, WorkloadEntry> {
+    let meta = section(node, "metadata")?;
+    let spec = section(node, "spec")?;
+    let outer = read::labels(meta, "labels", r.pool)?;
+    let inner = read::labels(spec, "labels", r.pool)?;
+    // Both sets count; the spec's value wins where they differ.
+    let merged = r.pool.labels(outer.iter().chain(inner.iter()).cloned().collect());
+    let mut entry = workload_entry(r, spec, merged)?;
+    entry.redirected = redirected(meta);
+    Ok(entry)
+}
+
+fn workload_entry<'p>(
+    r: &mut Reader<'_>,
+    spec: &'p Node<'p>,
+    labels: super::intern::Labels,
+) -> Read<'p, WorkloadEntry> {
+    let address = spec.get("address");
+    let (ip, hostname) = match address {
+        None => (None, String::new()),
+        Some(n) => match read::scalar(n)? {
+            t if t.starts_with("unix:") => {
+                return Err(Bad::value(n, "unix sockets are not reachable through the mesh", "write an IP address or a host name"));
+            }
+            t => match t.parse::<IpAddr>() {
+                Ok(ip) => (Some(ip.to_canonical()), String::new()),
+                Err(_) => (None, host_name(n, false)?),
+            },
+        },
+    };
+    let mut ports = Vec::new();
+    for e in read::entries(section(spec, "ports")?)? {
+        ports.push((r.pool.text(&e.key), read::port(&e.node)?));
+    }
+    let mut locality = read::text_or_empty(spec, "locality")?.splitn(3, '/');
+    let mut part = || r.pool.text(locality.next().unwrap_or_default());
+    let locality = Locality { region: part(), zone: part(), subzone: part() };
+    Ok(WorkloadEntry {
+        labels,
+        ip,
+        hostname: r.pool.text(&hostname),
+        ports,
+        network: read::text(spec, "network")?.filter(|t| !t.is_empty()).map(|t| r.pool.text(t)),
+        locality,
+        weight: read::number(spec, "weight")?.unwrap_or(0),
+        service_account: r.pool.text(read::text_or_empty(spec, "serviceAccount")?),
+        redirected: false,
+    })
+}
+
+fn waypoint_for<'p>(r: &mut Reader<'_>, node: &'p Node<'p>, meta: &'p Node<'p>) -> Read<'p, Option<WaypointFor>> {
+    let Some(n) = section(meta, "labels")?.get("istio.io/waypoint-for") else { return Ok(None) };
+    Ok(match read::scalar(n)? {
+        "service" => Some(WaypointFor::Service),
+        "workload" => Some(WaypointFor::Workload),
+        "all" => Some(WaypointFor::All),
+        "none" => Some(WaypointFor::None),
+        t => {
+            let bad = Bad::value(n, format!("`{t}` is not a kind of traffic; the waypoint serves none"), "write service, workload, all or none");
+            r.report(node, &bad, Severity::Error);
+            Some(WaypointFor::None)
+        }
+    })
+}
+
+fn binding(r: &mut Reader<'_>, node: &Node<'_>, meta: &Node<'_>) -> Option<InboundBinding> {
+    let text = read::annotation(meta, "ambient.istio.io/waypoint-inbound-binding")?;
+    let (protocol, port) = text.split_once('/').map_or((text, None), |(p, n)| (p, Some(n)));
+    let port_ok = port.map(|p| p.parse::<u16>().ok().filter(|p| *p != 0));
+    match (protocol, port_ok) {
+        ("PROXY" | "NONE", None | Some(Some(_))) => {
+            Some(InboundBinding { proxy: protocol == "PROXY", port: port_ok.flatten() })
+        }
+        _ => {
+            r.problems.push(Problem {
+                severity: Severity::Error,
+                origin: Origin { place: Arc::clone(&r.place), line: node.line, object: Arc::clone(&r.object) },
+                field: "metadata.annotations[\"ambient.istio.io/waypoint-inbound-binding\"]".into(),
+                message: format!("`{text}` is not PROXY, NONE, PROXY/port or NONE/port").into(),
+                fix: "".into(),
+                code: Some("bad-value"),
+            });
+            None
+        }
+    }
+}
+
+pub(super) fn gateway_class<'p>(r: &mut Reader<'_>, node: &'p Node<'p>) -> Read<'p, GatewayClass> {
+    let meta = section(node, "metadata")?;
+    Ok(GatewayClass { waypoint_for: waypoint_for(r, node, meta)?, binding: binding(r, node, meta) })
+}
+
+pub(super) fn gateway<'p>(r: &mut Reader<'_>, node: &'p Node<'p>) -> Read<'p, Gateway> {
+    let meta = section(node, "metadata")?;
+    let spec = section(node, "spec")?;
+    let (mut hostname, mut ip) = (None, None);
+    for a in read::list(section(node, "status")?, "addresses")? {
+        let Some(value) = a.get("value") else { continue };
+        match read::text(a, "type")?.unwrap_or("IPAddress") {
+            "Hostname" if hostname.is_none() => hostname = Some(r.pool.text(&host_name(value, false)?)),
+            "IPAddress" if ip.is_none() => ip = Some(read::ip(value)?),
+            _ => {}
+        }
+    }
+    let mut listeners = Vec::new();
+    for l in read::list(spec, "listeners")? {
+        listeners.push(Listener {
+            port: read::port_at(l, "port")?,
+            protocol: r.pool.text(read::text_or_empty(l, "protocol")?),
+            allowed: allowed_routes(r, node, l)?,
+        });
+    }
+    Ok(Gateway {
+        class: r.pool.text(read::text_or_empty(spec, "gatewayClassName")?),
+        waypoint_for: waypoint_for(r, node, meta)?,
+        binding: binding(r, node, meta),
+        address: hostname.map(GatewayAddress::Hostname).or(ip.map(GatewayAddress::Ip)),
+        listeners,
+    })
+}
+
+fn allowed_routes<'p>(r: &mut Reader<'_>, root: &'p Node<'p>, listener: &'p Node<'p>) -> Read<'p, AllowedRoutes> {
+    let Some(ns) = read::map(section(listener, "allowedRoutes")?, "namespaces")? else { return Ok(AllowedRoutes::Same) };
+    let Some(from) = ns.get("from") else { return Ok(AllowedRoutes::Same) };
+    Ok(match read::scalar(from)? {
+        "All" => AllowedRoutes::All,
+        "Same" => AllowedRoutes::Same,
+        "Selector" => {
+            let Some(selector) = read::map(ns, "selector")? else { return Ok(AllowedRoutes::Nobody) };
+            let mut expressions = Vec::new();
+            for e in read::list(selector, "matchExpressions")? {
+                let op = e.get("operator");
+                let op = match op.and_then(Node::text) {
+                    Some("In") => ExpressionOp::In,
+                    Some("NotIn") => ExpressionOp::NotIn,
+                    Some("Exists") => ExpressionOp::Exists,
+                    Some("DoesNotExist") => ExpressionOp::DoesNotExist,
+                    _ => return Err(Bad::value(op.unwrap_or(e), "not an operator", "write In, NotIn, Exists or DoesNotExist")),
+                };
+                let mut values = Vec::new();
+                for v in read::list(e, "values")? {
+                    values.push(r.pool.text(read::scalar(v)?));
+                }
+                expressions.push(Expression { key: r.pool.text(read::text_or_empty(e, "key")?), op, values });
+            }
+            AllowedRoutes::Selector { labels: read::labels(selector, "matchLabels", r.pool)?, expressions }
+        }
+        "None" => AllowedRoutes::Nobody,
+        t => {
+            let bad = Bad::value(from, format!("`{t}` is not understood; nobody may attach"), "write All, Same, Selector or None");
+            r.report(root, &bad, Severity::Error);
+            AllowedRoutes::Nobody
+        }
+    })
+}
