@@ -72,7 +72,7 @@ const _: () = assert!(size_of::<Config>() == 8 && align_of::<Config>() == 4);
 const FAIL_OPEN: u32 = 1;
 const REFUSE_EXOTIC: u32 = 1 << 1;
 const CAPTURE_DNS: u32 = 1 << 2;
-const REFUSE_EXISTING: u32 = 1 << 3;
+const RESET_EXISTING: u32 = 1 << 3;
 
 impl Config {
     /// The defaults: no listener means drop, exotic traffic is refused, older connections live on, DNS is left alone.
@@ -106,11 +106,13 @@ impl Config {
         self.with(CAPTURE_DNS, on)
     }
 
-    /// Whether outgoing segments of connections the agent does not own are dropped. Off by default, so that connections
-    /// older than the enrolment live until they end; turn it on to end them.
+    /// Whether outgoing segments of connections the agent does not own are given to the agent's listener, which resets
+    /// them. Off by default, so that connections older than the enrolment live until they end. Turn it on as soon as there
+    /// are none (at once for a pod that has just been created): only then can nothing of a captured connection reach the
+    /// network after the agent's side of it is gone.
     #[must_use]
-    pub const fn with_refuse_existing(self, on: bool) -> Self {
-        self.with(REFUSE_EXISTING, on)
+    pub const fn with_reset_existing(self, on: bool) -> Self {
+        self.with(RESET_EXISTING, on)
     }
 
     /// The port whose incoming connections reach the agent's own HBONE listener directly.
@@ -135,9 +137,9 @@ impl Config {
         self.flags & CAPTURE_DNS != 0
     }
 
-    /// See [`Config::with_refuse_existing`].
-    pub const fn refuse_existing(&self) -> bool {
-        self.flags & REFUSE_EXISTING != 0
+    /// See [`Config::with_reset_existing`].
+    pub const fn reset_existing(&self) -> bool {
+        self.flags & RESET_EXISTING != 0
     }
 
     /// See [`Config::with_hbone_port`].
@@ -212,8 +214,8 @@ counters! {
     OutboundOwned = "outbound_owned",
     /// Egress: a segment of a connection the agent does not own, older than the enrolment; passed.
     OutboundExisting = "outbound_existing",
-    /// Egress: the same, dropped because the configuration refuses it.
-    OutboundExistingRefused = "outbound_existing_refused",
+    /// Egress: the same, handed to the agent's listener because the configuration says so.
+    OutboundExistingReset = "outbound_existing_reset",
     /// Egress: a connection attempt dropped because the agent does not listen.
     OutboundNoListener = "outbound_no_listener",
     /// Egress: a connection attempt passed around the absent agent (`fail_open`).

@@ -69,6 +69,7 @@ impl Redirect {
     ///
     /// Connections that exist already stay as they are. Takes tens of milliseconds and blocks, mostly in the verifier.
     pub fn attach(spec: &PodSpec<'_>, listeners: &Listeners<'_>) -> Result<Self, RedirectError> {
+        let listeners = *listeners;
         let netns = spec.netns.try_clone_to_owned().map_err(RedirectError::Namespace)?;
         netns::within(spec.netns, move || {
             let cookie = NetnsCookie::current().map_err(RedirectError::Namespace)?;
@@ -105,8 +106,8 @@ impl Redirect {
     /// Puts other listeners in the place of the present ones, from the next connection on. Accept what is left in the old
     /// ones' queues before closing them.
     pub fn replace_listeners(&mut self, listeners: &Listeners<'_>) -> Result<(), RedirectError> {
-        check(listeners, self.cookie)?;
-        fill_slots(&mut self.maps, listeners)
+        check(*listeners, self.cookie)?;
+        fill_slots(&mut self.maps, *listeners)
     }
 
     /// The interfaces captured on.
@@ -138,7 +139,7 @@ impl Drop for Redirect {
     }
 }
 
-fn check(listeners: &Listeners<'_>, cookie: NetnsCookie) -> Result<(), RedirectError> {
+fn check(listeners: Listeners<'_>, cookie: NetnsCookie) -> Result<(), RedirectError> {
     for (which, listener) in [("outbound", listeners.outbound), ("inbound", listeners.inbound)] {
         listener::check(listener, cookie).map_err(|fault| RedirectError::Listener { which, fault })?;
     }
@@ -179,7 +180,7 @@ fn choose(all: Vec<Interface>, wanted: Option<&[String]>) -> Result<Vec<Interfac
 fn attach_programs(
     netns: BorrowedFd<'_>,
     config: Config,
-    listeners: &Listeners<'_>,
+    listeners: Listeners<'_>,
     interfaces: &[Interface],
 ) -> Result<(Links, Maps), RedirectError> {
     let (mut instance, mut maps) = Instance::load()?;
@@ -212,7 +213,7 @@ fn attach_classifier(
     classifier.take_link(id).map_err(program_error(name))
 }
 
-fn fill_slots(maps: &mut Maps, listeners: &Listeners<'_>) -> Result<(), RedirectError> {
+fn fill_slots(maps: &mut Maps, listeners: Listeners<'_>) -> Result<(), RedirectError> {
     for (slot, listener) in [(Slot::Out, listeners.outbound), (Slot::In, listeners.inbound)] {
         maps.socks.set(slot as u32, &listener.as_raw_fd(), 0).map_err(|e| map_error(map::SOCKS, e))?;
     }

@@ -51,9 +51,8 @@ pub fn eth_egress(ctx: TcContext) -> i32 {
         count(Counter::OutboundCaptured);
     } else if owner(&ctx, &segment.tuple) == Owner::Connection {
         count(Counter::OutboundOwned);
-    } else if config.refuse_existing() {
-        count(Counter::OutboundExistingRefused);
-        return TC_ACT_SHOT;
+    } else if config.reset_existing() {
+        count(Counter::OutboundExistingReset);
     } else {
         count(Counter::OutboundExisting);
         return TC_ACT_UNSPEC;

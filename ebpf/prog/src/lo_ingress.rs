@@ -9,7 +9,7 @@ use aya_ebpf::{
 use ebpf_common::{Counter, MARK_CAPTURE, MARK_MASK, Slot};
 
 use crate::{
-    assign::{Outcome, open},
+    assign::{Outcome, Owner, open, owner, stray},
     maps::{config, count},
     parse::{Packet, classify},
 };
@@ -27,7 +27,8 @@ pub fn lo_ingress(ctx: TcContext) -> i32 {
         count(Counter::AssignFailed);
         return TC_ACT_SHOT;
     }
-    let segment = match classify(&ctx, &config()) {
+    let config = config();
+    let segment = match classify(&ctx, &config) {
         Packet::Tcp(segment) => segment,
         // Only plain TCP is handed over; a process that marks its own packets like this gets no further.
         Packet::Pass => return TC_ACT_SHOT,
@@ -36,14 +37,20 @@ pub fn lo_ingress(ctx: TcContext) -> i32 {
             return TC_ACT_SHOT;
         }
     };
-    if !segment.opens() {
-        return TC_ACT_UNSPEC;
-    }
-    match open(&ctx, &segment.tuple, Slot::Out) {
-        Outcome::Given => {
+    let outcome = if segment.opens() {
+        let outcome = open(&ctx, &segment.tuple, Slot::Out);
+        if matches!(outcome, Outcome::Given) {
             count(Counter::OutboundAssigned);
-            TC_ACT_UNSPEC
         }
+        outcome
+    } else if config.reset_existing() && segment.acknowledges() && owner(&ctx, &segment.tuple) == Owner::Nobody {
+        // The listener resets it, from the address the application thinks it talks to; or knows its own SYN cookie.
+        stray(&ctx, Slot::Out)
+    } else {
+        return TC_ACT_UNSPEC;
+    };
+    match outcome {
+        Outcome::Given => TC_ACT_UNSPEC,
         Outcome::Absent => {
             count(Counter::OutboundNoListener);
             TC_ACT_SHOT

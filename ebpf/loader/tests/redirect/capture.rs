@@ -219,17 +219,17 @@ fn inbound_syn_cookies_come_back_to_the_agent() {
     require_root!("inbound_syn_cookies_come_back_to_the_agent");
     let net = Topology::new();
     net.pod.sysctl("net/ipv4/tcp_syncookies", "2");
-    echo_server(&net.pod, 15008);
     // The application's own port, to which a stray acknowledgement would otherwise belong.
     echo_server(&net.pod, 9090);
     let agent = Agent::start(&net.pod);
-    for pod in [POD4, POD6] {
-        // The relay to the application cannot work with cookies on its loopback side; what counts is who accepts.
+    for (pod, host) in [(POD4, HOST4), (POD6, HOST6)] {
         let to = SocketAddr::new(ip(pod), 9090);
-        let stream = net.host.run(move || TcpStream::connect_timeout(&to, Duration::from_secs(2))).expect("connect");
+        let mut client = Client::connect(&net.host, to).expect("connect");
+        assert_eq!(client.seen_as, ip(host));
         let captured = agent.next();
         assert_eq!((captured.direction, captured.local), (Direction::In, to));
-        drop(stream);
+        client.echo("through the agent");
+        client.finish();
     }
     assert!(agent.count("inbound_stray") >= 2);
 }

@@ -1,7 +1,7 @@
 //! Attaching, detaching, failing closed and open, and what is left behind.
 use std::{
-    net::SocketAddr,
-    net::TcpListener,
+    io::{ErrorKind, Read, Write},
+    net::{SocketAddr, TcpListener},
     os::fd::AsFd,
     time::{Duration, Instant},
 };
@@ -25,7 +25,8 @@ fn remains(pod: &Netns) -> String {
         found += &pod.ip(&format!("{family} route show table all"));
     }
     for key in ["accept_local", "src_valid_mark"] {
-        found += &format!("{key}={}\n", pod.read_sysctl(&format!("net/ipv4/conf/lo/{key}")));
+        found += &pod.read_sysctl(&format!("net/ipv4/conf/lo/{key}"));
+        found += "\n";
     }
     let programs = pod.run(|| {
         [("lo", TcAttachType::Ingress), ("eth0", TcAttachType::Ingress), ("eth0", TcAttachType::Egress)]
@@ -59,6 +60,34 @@ fn connections_older_than_the_enrolment_live_on() {
     for mut client in old {
         client.echo("and after");
         client.finish();
+    }
+}
+
+/// What the agent's side no longer knows must not reach the network.
+#[test]
+fn older_connections_are_reset_by_choice() {
+    require_root!("older_connections_are_reset_by_choice");
+    let net = Topology::new();
+    echo_server(&net.host, 8080);
+    echo_server(&net.pod, 9090);
+    let outbound = [SERVICE4, SERVICE6].map(|to| Client::connect(&net.pod, SocketAddr::new(ip(to), 8080)).expect("direct"));
+    let agent = Agent::start_with(&net.pod, Config::default().with_reset_existing(true)).expect("attach");
+    for mut client in outbound {
+        client.stream.get_mut().write_all(b"still here?").expect("the first write is only queued");
+        let error = client.stream.read(&mut [0; 16]).expect_err("reset");
+        assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+    }
+    assert!(agent.count("outbound_existing_reset") >= 2);
+    assert_eq!(agent.count("outbound_existing"), 0);
+    // New connections live, with SYN cookies too: their acknowledgement is such a segment without an owner.
+    for cookies in ["1", "2"] {
+        net.pod.sysctl("net/ipv4/tcp_syncookies", cookies);
+        for (netns, to, port) in [(&net.pod, SERVICE4, 8080), (&net.pod, SERVICE6, 8080), (&net.host, POD4, 9090), (&net.host, POD6, 9090)] {
+            let mut client = Client::connect(netns, SocketAddr::new(ip(to), port)).unwrap_or_else(|e| panic!("{to}, cookies {cookies}: {e}"));
+            client.echo("captured");
+            client.finish();
+            agent.next();
+        }
     }
 }
 
@@ -233,8 +262,8 @@ fn enrolment_time() {
         let spec = PodSpec { netns: net.pod.fd(), interfaces: None, config: Config::default() };
         let start = Instant::now();
         let redirect = Redirect::attach(&spec, &Listeners { outbound: out.as_fd(), inbound: inbound.as_fd() }).expect("attach");
-        let attached = start.elapsed();
+        let (attached, start) = (start.elapsed(), Instant::now());
         redirect.detach().expect("detach");
-        eprintln!("MEASURED: attach {attached:?}, detach {:?}", start.elapsed() - attached);
+        eprintln!("MEASURED: attach {attached:?}, detach {:?}", start.elapsed());
     }
 }

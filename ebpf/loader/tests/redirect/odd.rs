@@ -98,7 +98,7 @@ fn packet(from: IpAddr, to: IpAddr, protocol: u8, fragment: Option<(u16, bool)>,
     let mut bytes = Vec::new();
     match from {
         IpAddr::V4(_) => {
-            let flags = fragment.map_or(0, |(offset, more)| offset / 8 | if more { 0x2000 } else { 0 });
+            let flags = fragment.map_or(0, |(offset, more)| (offset / 8) | if more { 0x2000 } else { 0 });
             bytes.extend([0x45, 0]);
             bytes.extend((20 + payload.len() as u16).to_be_bytes());
             bytes.extend([0x10, 0x92]);
