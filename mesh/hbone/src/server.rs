@@ -247,8 +247,12 @@ where
     }
 }
 
+/// A request and the handle to answer it.
+type Accepted = (Request<h2::RecvStream>, h2::server::SendResponse<Bytes>);
+
+#[expect(clippy::large_enum_variant, reason = "passed by value within one function, never stored")]
 enum Event {
-    Accepted(Option<Result<(Request<h2::RecvStream>, h2::server::SendResponse<Bytes>), h2::Error>>),
+    Accepted(Option<Result<Accepted, h2::Error>>),
     Health(Health),
     Draining(DrainMode),
     Expired,
@@ -269,7 +273,7 @@ fn admit(
         return None;
     }
     let incoming = Incoming {
-        authority: parts.uri.authority().map(|authority| authority.as_str()).unwrap_or_default().into(),
+        authority: parts.uri.authority().map_or("", http::uri::Authority::as_str).into(),
         headers: parts.headers,
         recv,
         respond,

@@ -74,7 +74,7 @@ impl Default for Settings {
             connect_timeout: Duration::from_secs(10),
             ping_interval: Duration::from_secs(10),
             ping_timeout: Duration::from_secs(20),
-            unused_release: Duration::from_secs(300),
+            unused_release: Duration::from_mins(5),
             max_parallel_tunnels: 4,
             budget: None,
         }

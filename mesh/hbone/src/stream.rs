@@ -253,7 +253,36 @@ impl AsyncWrite for HboneIo {
         let room = ready!(self.stream.poll_capacity(cx, buf.len().min(IO_WRITE_CHUNK)))?;
         let part = buf.get(..room.min(buf.len())).unwrap_or_default();
         self.stream.send(Bytes::copy_from_slice(part), false)?;
+        self.stream.give_back();
         Poll::Ready(Ok(part.len()))
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let total: usize = bufs.iter().map(|buf| buf.len()).sum();
+        if total == 0 {
+            return Poll::Ready(Ok(0));
+        }
+        let room = ready!(self.stream.poll_capacity(cx, total.min(IO_WRITE_CHUNK)))?;
+        let mut chunk = Vec::with_capacity(room.min(total));
+        for buf in bufs {
+            let part = buf.len().min(room - chunk.len());
+            chunk.extend_from_slice(buf.get(..part).unwrap_or_default());
+            if chunk.len() == room {
+                break;
+            }
+        }
+        let written = chunk.len();
+        self.stream.send(chunk.into(), false)?;
+        self.stream.give_back();
+        Poll::Ready(Ok(written))
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
     }
 
     fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
