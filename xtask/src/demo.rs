@@ -31,6 +31,10 @@ pub fn run(args: &[String]) -> Result<()> {
             "the demo makes network namespaces and loads eBPF programs: run it as root, or let `sudo` work without a password"
         ),
     }
-    let program = Metadata::load()?.target.join("debug/demo");
-    shell::run(shell::as_root(root, &program).args(args).current_dir(shell::root()))
+    let programs = Metadata::load()?.target.join("debug");
+    let mut demo = shell::as_root(root, &programs.join("demo"));
+    if std::env::var_os("CULVERT_ZTUNNEL").is_none() {
+        demo.env("CULVERT_ZTUNNEL", programs.join("ztunnel"));
+    }
+    shell::run(demo.args(args).current_dir(shell::root()))
 }

@@ -37,6 +37,8 @@ impl fmt::Display for Tally {
 pub struct Reader {
     tally: Tally,
     finished: bool,
+    /// The runner says itself how many it skipped; the lines then only tell why.
+    counts_skipped: bool,
     in_successes: bool,
     current: Option<String>,
     /// Tests, or lines without a known test, that said SKIPPED.
@@ -90,17 +92,21 @@ impl Reader {
         }
     }
 
-    /// `ok. 3 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.01s`
+    /// `ok. 3 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.01s`, or with `1 skipped` from the
+    /// runner of ring 3.
     fn finish(&mut self, result: &str) {
-        let number = |what: &str| {
-            result
-                .split(['.', ';'])
-                .find_map(|part| part.trim().strip_suffix(what)?.trim().parse::<usize>().ok())
-                .unwrap_or_default()
+        let number =
+            |what: &str| result.split(['.', ';']).find_map(|part| part.trim().strip_suffix(what)?.trim().parse::<usize>().ok());
+        let passed = number("passed").unwrap_or_default();
+        let said = std::mem::take(&mut self.skipped).len().min(passed);
+        let own = number("skipped");
+        self.counts_skipped |= own.is_some();
+        let skipped = if own.is_some() { 0 } else { said };
+        self.tally += Tally {
+            passed: passed - skipped,
+            failed: number("failed").unwrap_or_default(),
+            skipped: number("ignored").unwrap_or_default() + own.unwrap_or_default() + skipped,
         };
-        let passed = number("passed");
-        let skipped = std::mem::take(&mut self.skipped).len().min(passed);
-        self.tally += Tally { passed: passed - skipped, failed: number("failed"), skipped: number("ignored") + skipped };
         self.finished = true;
         self.in_successes = false;
         self.current = None;
@@ -110,7 +116,7 @@ impl Reader {
     pub fn end(self, success: bool) -> (Tally, Vec<String>) {
         let mut tally = self.tally;
         // What was said on standard error may arrive after the result line.
-        let late = self.skipped.len().min(tally.passed);
+        let late = if self.counts_skipped { 0 } else { self.skipped.len().min(tally.passed) };
         tally.passed -= late;
         tally.skipped += late;
         if !success && tally.failed == 0 {
@@ -209,6 +215,17 @@ test result: FAILED. 2 passed; 1 failed; 1 ignored; 0 measured; 0 filtered out; 
         late.line("test result: ok. 2 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.00s");
         late.stderr_line("SKIPPED: late");
         assert_eq!(late.end(true).0, Tally { passed: 1, failed: 0, skipped: 1 });
+    }
+
+    #[test]
+    fn a_runner_that_counts_its_skips_is_believed() {
+        let mut reader = Reader::default();
+        reader.stderr_line("SKIPPED: suite::a: no root");
+        reader.line("test result: ok. 3 passed; 0 failed; 2 skipped; finished in 1.20s");
+        reader.stderr_line("SKIPPED: suite::b: no root");
+        let (tally, reasons) = reader.end(true);
+        assert_eq!(tally, Tally { passed: 3, failed: 0, skipped: 2 });
+        assert_eq!(reasons, ["suite::a: no root", "suite::b: no root"]);
     }
 
     #[test]

@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
 use std::ffi::OsString;
 use std::io::{BufRead as _, BufReader, Read, Write as _};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
@@ -75,6 +75,7 @@ pub fn run_all(options: &Options, laps: &mut Laps) -> Result<Tally> {
     }
     laps.time("build the programs", || shell::run(shell::cargo().args(["build", "--workspace", "--bins", "--locked"])))?;
     let binaries = laps.time("build the tests", || build(&metadata, &["--workspace"]))?;
+    let agent = agent(&metadata);
     let root = shell::find_root();
     if root == Root::No {
         eprintln!("note: neither root nor sudo without a password: ring 3 cannot run here and is counted as skipped");
@@ -86,7 +87,7 @@ pub fn run_all(options: &Options, laps: &mut Laps) -> Result<Tally> {
         }
         let name = format!("ring {ring}");
         for binary in binaries.iter().filter(|binary| binary.ring == ring) {
-            tally += laps.time(&name, || run_binary(binary, options, root));
+            tally += laps.time(&name, || run_binary(binary, options, root, &agent));
         }
     }
     if options.ring.is_none() {
@@ -149,8 +150,10 @@ fn ring_of(package: &str, target: &str, integration: bool) -> u8 {
     }
 }
 
-fn run_binary(binary: &Binary, options: &Options, root: Root) -> Tally {
+fn run_binary(binary: &Binary, options: &Options, root: Root, agent: &Path) -> Tally {
     println!("--- ring {}: {} {}", binary.ring, binary.package, binary.target);
+    // The agent that was built with these tests, not whichever is newest; unless the caller wants to test another.
+    let agent = std::env::var_os("CULVERT_ZTUNNEL").unwrap_or_else(|| agent.into());
     let root = if binary.ring == 3 { root } else { Root::Already };
     let mut command = shell::as_root(root, &binary.executable);
     command
@@ -158,8 +161,14 @@ fn run_binary(binary: &Binary, options: &Options, root: Root) -> Tally {
         .args(&options.filter)
         .current_dir(&binary.folder)
         .env("CARGO_MANIFEST_DIR", &binary.folder)
+        .env("CULVERT_ZTUNNEL", agent)
         .env("CARGO", std::env::var_os("CARGO").unwrap_or_else(|| OsString::from("cargo")));
     count(&mut command)
+}
+
+/// The node agent as `cargo build` leaves it.
+fn agent(metadata: &Metadata) -> PathBuf {
+    metadata.target.join("debug/ztunnel")
 }
 
 fn run_documentation(metadata: &Metadata, options: &Options) -> Tally {
@@ -222,7 +231,7 @@ fn run_boring(metadata: &Metadata, options: &Options) -> Tally {
         Ok(binaries) => {
             let mut tally = Tally::default();
             for binary in &binaries {
-                tally += run_binary(binary, options, Root::Already);
+                tally += run_binary(binary, options, Root::Already, &agent(metadata));
             }
             tally
         }

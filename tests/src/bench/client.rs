@@ -11,7 +11,7 @@ use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 
 use super::outcome::{Latencies, Outcome};
-use super::wire::{CHUNK, Checker, HEADER, Mode, RECEIPT, Receipt, pattern};
+use super::wire::{CHUNK, Checker, Mode, RECEIPT, Receipt, pattern};
 
 /// No single step of a client may take longer.
 const STEP: Duration = Duration::from_secs(20);
@@ -165,10 +165,7 @@ impl Pinger {
 
     async fn ping(&mut self) -> io::Result<bool> {
         self.next();
-        let message = std::mem::take(&mut self.message);
-        let sent = self.stream.write_all(&message).await;
-        self.message = message;
-        sent?;
+        self.stream.write_all(&self.message).await?;
         self.receive().await
     }
 }
@@ -304,7 +301,9 @@ pub fn rate(to: SocketAddr, conns: u32, per_second: f64, length: Duration, size:
     });
     let seconds = start.elapsed().as_secs_f64();
     let mut sum = Outcome::default();
-    outcomes.into_iter().for_each(|outcome| sum.merge(outcome));
+    for outcome in outcomes {
+        sum.merge(outcome);
+    }
     (sum, seconds)
 }
 
@@ -318,9 +317,7 @@ fn rate_one(to: SocketAddr, first: Instant, interval: Duration, end: Instant, si
         stream.set_nodelay(true)?;
         stream.set_read_timeout(Some(STEP))?;
         stream.set_write_timeout(Some(STEP))?;
-        let mut head: [u8; HEADER] = Mode::Echo.header();
-        stream.write_all(&head)?;
-        head.fill(0);
+        stream.write_all(&Mode::Echo.header())?;
         let mut due = first;
         while due < end {
             std::thread::sleep(due.saturating_duration_since(Instant::now()));

@@ -123,6 +123,9 @@ mod tests {
         other.fail("two");
         sum.merge(other);
         let line = sum.line("ping", 2.0);
-        assert_eq!((line["errors"].as_u64(), line["first_error"].as_str(), line["rate"].as_f64()), (Some(2), Some("one"), Some(1.0)));
+        assert_eq!(
+            (line["errors"].as_u64(), line["first_error"].as_str(), line["rate"].as_f64()),
+            (Some(2), Some("one"), Some(1.0))
+        );
     }
 }

@@ -8,7 +8,10 @@ use nix::unistd::{SysconfVar, sysconf};
 
 /// Lets this process and its children open as many files as the system allows them.
 pub fn raise_open_files() {
-    if let Ok((_soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
+    const WANTED: u64 = 65_536;
+    if let Ok((_soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+        && (hard >= WANTED || setrlimit(Resource::RLIMIT_NOFILE, WANTED, WANTED).is_err())
+    {
         let _best_effort = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
     }
 }

@@ -1,8 +1,9 @@
 //! The load generator: a server and clients that check every byte. Each client prints one JSON line.
 #![forbid(unsafe_code)]
 
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
 use std::net::{Ipv6Addr, SocketAddr};
+use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -11,7 +12,6 @@ use mesh_tests::bench::flags::Flags;
 use mesh_tests::bench::outcome::Outcome;
 use mesh_tests::bench::{process, server};
 use nix::sys::prctl;
-use tokio::io::AsyncReadExt as _;
 
 const HELP: &str = "\
 loadgen server --port P
@@ -21,7 +21,17 @@ loadgen rate   --to ADDR --conns N --rps R --secs S [--size 64]
 loadgen churn  --to ADDR --conc N --count N [--size 64]
 loadgen idle   --to ADDR --conns N [--size 64]     holds until its standard input ends, then checks that all are alive";
 
-fn main() -> anyhow::Result<()> {
+fn main() -> ExitCode {
+    match start() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn start() -> anyhow::Result<()> {
     let mut args = std::env::args().skip(1);
     let mode = args.next().unwrap_or_else(|| "help".into());
     let mut flags = Flags::parse(args, &[])?;
@@ -84,7 +94,8 @@ async fn hold(to: SocketAddr, conns: u64, size: usize) -> anyhow::Result<()> {
     println!("{}", outcome.line("idle", seconds));
     std::io::stdout().flush()?;
     let mut ignored = Vec::new();
-    tokio::io::stdin().read_to_end(&mut ignored).await.context("standard input")?;
+    // Nothing else is to happen meanwhile: this thread may as well wait here.
+    std::io::stdin().read_to_end(&mut ignored).context("standard input")?;
     let alive = idle.alive().await;
     if failed || alive.count != conns {
         bail!("{} of {conns} alive at the end; first error: {}", alive.count, alive.first_error.as_deref().unwrap_or("none"));
