@@ -236,17 +236,23 @@ fn keep_note(prefix: &str) -> PathBuf {
 fn kept(prefix: &str) -> bool {
     keep_note(prefix).exists()
 }
-/// Marks this run as one to be kept after its process ends. [`forget_kept`] removes it.
-pub fn keep_this_run() -> io::Result<()> {
-    fs::write(keep_note(&own_prefix()), b"")
+/// Marks this run as one to be kept after its process ends, with the directories that belong to it. [`forget_kept`] removes
+/// all of it.
+pub fn keep_this_run(dirs: &[PathBuf]) -> io::Result<()> {
+    let lines: Vec<String> = dirs.iter().map(|dir| dir.display().to_string()).collect();
+    fs::write(keep_note(&own_prefix()), lines.join("\n"))
 }
-/// Removes every kept run (and dead ones). Returns how many runs were removed.
+/// Removes every kept run (and dead ones), with its directories. Returns how many runs were removed.
 pub fn forget_kept() -> usize {
     if let Ok(entries) = fs::read_dir("/run") {
-        for entry in entries.flatten() {
-            if entry.file_name().to_string_lossy().starts_with("culvert-keep-cv") {
-                let _gone_already = fs::remove_file(entry.path());
+        for entry in entries.flatten().filter(|entry| entry.file_name().to_string_lossy().starts_with("culvert-keep-cv")) {
+            for dir in fs::read_to_string(entry.path()).unwrap_or_default().lines().map(Path::new) {
+                // Only what this harness makes: a temporary directory of its own naming.
+                if dir.file_name().is_some_and(|name| name.to_string_lossy().starts_with("culvert-")) {
+                    let _gone_already = fs::remove_dir_all(dir);
+                }
             }
+            let _gone_already = fs::remove_file(entry.path());
         }
     }
     sweep_leftovers()

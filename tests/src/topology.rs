@@ -340,6 +340,10 @@ impl Topology {
     pub fn node(&self, name: &str) -> &Arc<Place> {
         by_name(&self.nodes, name)
     }
+    /// Leaves everything in place when this value goes (`demo --keep`).
+    pub fn leave_in_place(self) {
+        std::mem::forget(self);
+    }
     /// The prefix of all namespace names.
     pub fn prefix(&self) -> &str {
         &self.prefix

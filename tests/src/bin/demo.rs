@@ -1,2 +1,614 @@
-//! The demonstration.
-fn main() {}
+//! `cargo xtask demo`: two nodes and five pods as network namespaces, two real agents on the zamaz mesh, real programs in the
+//! pods, and a guided tour of what layer 4 gives. Every line with a tick was checked a moment before; the exit status is not
+//! zero when one of them was false.
+#![forbid(unsafe_code)]
+use std::fs;
+use std::io::{IsTerminal, Read, Write};
+use std::net::{Ipv4Addr, SocketAddr};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Output, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, ensure};
+use mesh_tests::agent::{self, Agent, AgentSpec};
+use mesh_tests::capture::Capture;
+use mesh_tests::mesh_dir::MeshDir;
+use mesh_tests::program::Program;
+use mesh_tests::topology::{Place, Plan, Topology};
+use mesh_tests::{netns, skip, wait};
+use serde_json::Value;
+use tempfile::TempDir;
+
+const HELP: &str = "\
+usage: demo [--keep | --clean]
+  --keep   leave the mesh running at the end and say what to try
+  --clean  remove meshes left running by --keep";
+
+const API: &str = "zamaz-api-service.zamaz.svc.cluster.local";
+const API_VIP: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 12);
+const REDIS_VIP: Ipv4Addr = Ipv4Addr::new(10, 97, 0, 11);
+/// Pods that serve HTTP.
+const SERVERS: [&str; 4] = ["zamaz-frontend", "zamaz-api-stable", "zamaz-api-canary", "zamaz-auth"];
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let mut keep = false;
+    for argument in &arguments {
+        match argument.as_str() {
+            "--keep" => keep = true,
+            "--clean" => {
+                println!("removed {} mesh(es)", netns::forget_kept());
+                return ExitCode::SUCCESS;
+            }
+            _ => {
+                eprintln!("{HELP}");
+                return ExitCode::from(2);
+            }
+        }
+    }
+    if let Some(why) = skip::netns_unavailable() {
+        eprintln!(
+            "The demo makes network namespaces and loads eBPF programs into them, which the kernel allows only to root.\n\
+             It cannot run here: {why}.\nTry `cargo xtask demo`, which asks sudo."
+        );
+        return ExitCode::from(2);
+    }
+    let begun = Instant::now();
+    let mut tour = Tour { page: Page::new(), step: 0, failed: 0, checked: 0 };
+    let outcome = run(&mut tour, keep);
+    if let Err(error) = &outcome {
+        tour.page.line(&tour.page.red(&format!("\nThe demo stopped: {error:#}")));
+    }
+    let seconds = begun.elapsed().as_secs_f64();
+    let verdict = match (&outcome, tour.failed) {
+        (Ok(()), 0) => tour.page.green(&format!("All {} checks hold.", tour.checked)),
+        (Ok(()), failed) => tour.page.red(&format!("{failed} of {} checks FAILED.", tour.checked)),
+        (Err(_), _) => tour.page.red("Not finished."),
+    };
+    tour.page.line(&format!("\n{verdict} ({seconds:.1} s{})", if keep { "" } else { ", everything is cleaned up" }));
+    if outcome.is_ok() && tour.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// Output: colours only where a person looks at a terminal.
+struct Page {
+    colour: bool,
+}
+
+impl Page {
+    fn new() -> Self {
+        Self { colour: std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none() }
+    }
+    fn paint(&self, code: &str, text: &str) -> String {
+        if self.colour { format!("\x1b[{code}m{text}\x1b[0m") } else { text.to_owned() }
+    }
+    fn green(&self, text: &str) -> String {
+        self.paint("32", text)
+    }
+    fn red(&self, text: &str) -> String {
+        self.paint("31;1", text)
+    }
+    fn dim(&self, text: &str) -> String {
+        self.paint("2", text)
+    }
+    fn bold(&self, text: &str) -> String {
+        self.paint("1", text)
+    }
+    fn line(&self, text: &str) {
+        println!("{text}");
+        let _closed_pipe = std::io::stdout().flush();
+    }
+}
+
+struct Tour {
+    page: Page,
+    step: usize,
+    failed: usize,
+    checked: usize,
+}
+
+/// Chapters of the tour, for "n of m".
+const STEPS: usize = 9;
+
+impl Tour {
+    fn step(&mut self, title: &str) {
+        self.step += 1;
+        let head = format!("[{}/{STEPS}] {title}", self.step);
+        self.page.line(&format!("\n{}", self.page.bold(&head)));
+    }
+    /// A claim with its proof.
+    fn check(&mut self, holds: bool, claim: &str) {
+        self.checked += 1;
+        if holds {
+            self.page.line(&format!("  {} {claim}", self.page.green("✓")));
+        } else {
+            self.failed += 1;
+            self.page.line(&format!("  {} {claim}", self.page.red("✗ NOT TRUE:")));
+        }
+    }
+    /// What a check is about: shown, and true because it was just read.
+    fn show(&self, label: &str, text: &str) {
+        self.page.line(&format!("    {} {text}", self.page.dim(&format!("{label:<13}"))));
+    }
+}
+
+/// What runs. Fields are dropped in this order: programs and agents before the network they live in.
+struct Mesh {
+    programs: Vec<Program>,
+    agents: Vec<Agent>,
+    topology: Topology,
+    dir: MeshDir,
+    files: TempDir,
+}
+
+fn run(tour: &mut Tour, keep: bool) -> anyhow::Result<()> {
+    tour.page.line(&tour.page.bold("Culvert: the zamaz mesh, layer 4, without sidecars and without a control plane"));
+    tour.page.line("Running as root: network namespaces stand in for nodes and pods, and eBPF redirects the pods' traffic.");
+    let redis = find_redis(tour)?;
+
+    tour.step("Two nodes, five pods and one host outside the mesh");
+    let mesh = start(tour, redis.as_ref())?;
+    tour.step("An allowed call: frontend → API");
+    allowed(tour, &mesh)?;
+    tour.step("A denied call: reports → API");
+    denied(tour, &mesh)?;
+    tour.step("A call from outside the mesh, in plaintext");
+    outside(tour, &mesh)?;
+    tour.step("What is on the wire between the nodes");
+    wire(tour, &mesh)?;
+    tour.step("Redis, outside the mesh");
+    match &redis {
+        Some(_) => external_redis(tour, &mesh)?,
+        None => skip::skipped("demo: Redis", "redis is neither installed nor installable here"),
+    }
+    tour.step("A policy changes while a connection is open");
+    policy_change(tour, &mesh)?;
+    tour.step("The open tunnels");
+    tunnels(tour, &mesh)?;
+    tour.step("The metrics");
+    metrics(tour, &mesh)?;
+
+    if keep && tour.failed == 0 {
+        leave_running(tour, mesh)?;
+    }
+    Ok(())
+}
+
+/// A Redis server program: its path and the name it must be called by.
+struct Redis {
+    program: PathBuf,
+    name: &'static str,
+}
+
+/// Finds Redis or installs it, saying so. Debian's `redis-tools` holds the same program as `redis-server` (it acts by the
+/// name it is called) without starting a service on this machine.
+fn find_redis(tour: &Tour) -> anyhow::Result<Option<Redis>> {
+    let find = |name: &str| {
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        std::env::split_paths(&path).chain([PathBuf::from("/usr/bin")]).map(|dir| dir.join(name)).find(|file| file.is_file())
+    };
+    let look = || -> Option<Redis> {
+        find("redis-cli")?;
+        let program = find("redis-server").or_else(|| find("redis-check-rdb"))?;
+        Some(Redis { program, name: "redis-server" })
+    };
+    if let Some(found) = look() {
+        return Ok(Some(found));
+    }
+    if skip::command_missing("apt-get").is_some() {
+        return Ok(None);
+    }
+    tour.page.line("Redis is not installed: installing Debian's redis-tools (apt-get; no service is started) ...");
+    let install = || {
+        Command::new("apt-get")
+            .args(["install", "-y", "-qq", "--no-install-recommends", "redis-tools"])
+            .env("DEBIAN_FRONTEND", "noninteractive")
+            .stdin(Stdio::null())
+            .output()
+    };
+    if !install()?.status.success() {
+        let _best_effort = Command::new("apt-get").args(["update", "-qq"]).stdin(Stdio::null()).output()?;
+        let out = install()?;
+        if !out.status.success() {
+            let said = String::from_utf8_lossy(&out.stderr);
+            tour.page.line(&format!("  not installable here: {}", said.lines().last().unwrap_or_default()));
+        }
+    }
+    Ok(look())
+}
+
+fn start(tour: &mut Tour, redis: Option<&Redis>) -> anyhow::Result<Mesh> {
+    let binary = agent::find_binary()?;
+    let zamaz = agent::workspace_dir().join("manifests/examples/zamaz");
+    let topology = Plan::from_manifests(&zamaz)?.host("data").build()?;
+    for node in &topology.plan().nodes {
+        let pods: Vec<&str> =
+            topology.plan().pods.iter().filter(|pod| pod.node == node.name).map(|pod| pod.name.as_str()).collect();
+        tour.show(&node.name, &format!("{} ({}): {}", node.v4, node.zone, pods.join(", ")));
+    }
+    let data = topology.host("data").clone();
+    tour.show("outside", &format!("{}: Redis, and a client that is not in the mesh", data.v4));
+
+    let prefix = format!("/run/netns/{}", topology.prefix());
+    let dir = MeshDir::copy_of(&zamaz, |text| text.replace("/run/netns/", &prefix))?;
+    let files = tempfile::Builder::new().prefix("culvert-demo-").tempdir()?;
+    netns::remove_on_interrupt(files.path());
+    let mut mesh = Mesh { programs: Vec::new(), agents: Vec::new(), topology, dir, files };
+
+    for name in SERVERS {
+        let place = mesh.topology.pod(name).clone();
+        let server = http_server(&place, mesh.files.path())?;
+        mesh.programs.push(server);
+    }
+    if let Some(redis) = redis {
+        let mut command = Command::new(&redis.program);
+        command.arg0(redis.name).args(["--port", "6379", "--bind", "0.0.0.0", "--protected-mode", "no", "--save", "", "--appendonly", "no"]);
+        command.arg("--dir").arg(mesh.files.path());
+        let mut server = Program::start(&data, &mut command, Some(mesh.files.path().join("redis.log")))?;
+        server.wait_listening(&data, 6379)?;
+        mesh.programs.push(server);
+    }
+    let begun = Instant::now();
+    for name in ["node-a", "node-b"] {
+        let spec = AgentSpec::new(name, mesh.dir.path(), &mesh.files.path().join("ca"), mesh.files.path())
+            .env("TRUST_DOMAIN", "zamaz.cluster.local")
+            .env("CULVERT_TRUST_DOMAIN_ALIASES", "cluster.local");
+        mesh.agents.push(spec.start(mesh.topology.node(name))?);
+    }
+    for agent in &mesh.agents {
+        agent.wait_ready(Duration::from_secs(20))?;
+    }
+    let ready = begun.elapsed();
+    tour.show("agent", &format!("{} proxy --mesh-dir … --node node-a | node-b", binary.display()));
+    let mut all = true;
+    let mut problems = 0;
+    for (agent, expected) in mesh.agents.iter().zip([3, 2]) {
+        let dump = agent.config_dump()?;
+        let up = dump["workloadState"].as_object().map_or(0, |pods| pods.values().filter(|pod| pod["state"] == "Up").count());
+        all &= up == expected;
+        problems += dump["problems"].as_array().map_or(0, Vec::len);
+    }
+    tour.check(all, &format!("both agents are ready after {:.1} s: all five pods captured, each with its own certificate", ready.as_secs_f64()));
+    tour.check(problems == 0, "every object of manifests/examples/zamaz was understood");
+    Ok(mesh)
+}
+
+/// `python3 -m http.server` in a pod, serving one page that says who it is.
+fn http_server(place: &Arc<Place>, files: &Path) -> anyhow::Result<Program> {
+    let root = files.join(format!("www-{}", place.name));
+    fs::create_dir_all(&root)?;
+    fs::write(root.join("index.html"), format!("hello from {}\n", place.name))?;
+    let mut command = Command::new("python3");
+    command.args(["-u", "-m", "http.server", "8080", "--bind", "::", "--directory"]).arg(&root);
+    let mut server = Program::start(place, &mut command, Some(server_log(files, &place.name)))?;
+    server.wait_listening(place, 8080)?;
+    Ok(server)
+}
+
+fn server_log(files: &Path, name: &str) -> PathBuf {
+    files.join(format!("www-{name}.log"))
+}
+
+impl Mesh {
+    fn a(&self) -> anyhow::Result<&Agent> {
+        self.agents.first().context("the agent of node-a runs")
+    }
+    fn b(&self) -> anyhow::Result<&Agent> {
+        self.agents.get(1).context("the agent of node-b runs")
+    }
+    /// Real `curl` in a pod or host. The API's name is resolved by curl itself, as there is no DNS in this topology.
+    fn curl(&self, from: &Place, url: &str, more: &[&str]) -> anyhow::Result<Output> {
+        let mut command = Command::new("curl");
+        command
+            .args(["-sS", "--max-time", "10", "--noproxy", "*", "--resolve", &format!("{API}:80:{API_VIP}")])
+            .args(more)
+            .arg(url);
+        from.netns.output(&mut command).context("run curl")
+    }
+}
+
+fn out(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stdout).trim().to_owned()
+}
+fn complaint(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).trim().to_owned()
+}
+fn text(record: &Value, key: &str) -> String {
+    record[key].as_str().unwrap_or_default().to_owned()
+}
+
+fn spiffe(account: &str) -> String {
+    format!("spiffe://zamaz.cluster.local/ns/zamaz/sa/{account}")
+}
+
+fn allowed(tour: &mut Tour, mesh: &Mesh) -> anyhow::Result<()> {
+    let (frontend, api) = (mesh.topology.pod("zamaz-frontend"), mesh.topology.pod("zamaz-api-stable"));
+    let (mark_a, mark_b) = (mesh.a()?.mark(), mesh.b()?.mark());
+    let url = format!("http://{API}/");
+    tour.show("frontend $", &format!("curl {url}"));
+    let mut answers = Vec::new();
+    for _ in 0..64 {
+        let output = mesh.curl(frontend, &url, &[])?;
+        ensure!(output.status.success(), "curl failed: {}", complaint(&output));
+        answers.push(out(&output));
+        if ["stable", "canary"].iter().all(|version| answers.iter().any(|answer| answer.ends_with(version))) {
+            break;
+        }
+    }
+    let mut different: Vec<String> = answers.clone();
+    different.sort();
+    different.dedup();
+    for answer in &different {
+        tour.show("answer", answer);
+    }
+    tour.check(different.len() == 2, &format!("{} calls to the service reached both endpoints, stable and canary", answers.len()));
+    let (source, destination) = (spiffe("zamaz-frontend-sa"), spiffe("zamaz-api-sa"));
+    let both = |direction: &'static str| {
+        let (source, destination) = (source.clone(), destination.clone());
+        move |record: &Value| {
+            record["direction"] == direction
+                && record["src.identity"] == source
+                && record["dst.identity"] == destination
+                && record["dst.workload"] == "zamaz-api-stable"
+                && record["error"].is_null()
+        }
+    };
+    let sent = mesh.a()?.wait_access("the call", mark_a, both("outbound"));
+    let taken = mesh.b()?.wait_access("the call", mark_b, both("inbound"));
+    for (name, record) in [("node-a log", &sent), ("node-b log", &taken)] {
+        if let Ok(record) = record {
+            tour.show(
+                name,
+                &format!(
+                    "{} {} → {}, {} bytes out, {} in, {}",
+                    text(record, "direction"),
+                    text(record, "src.identity"),
+                    text(record, "dst.identity"),
+                    record["bytes_sent"],
+                    record["bytes_recv"],
+                    text(record, "duration")
+                ),
+            );
+        }
+    }
+    tour.check(sent.is_ok() && taken.is_ok(), "both agents name both SPIFFE identities, proven by mutual TLS");
+    let log = server_log(mesh.files.path(), &api.name);
+    let original = wait::until("the server's own log", wait::PATIENCE, || {
+        fs::read_to_string(&log).ok()?.lines().any(|line| line.contains(&frontend.v4.to_string())).then_some(())
+    });
+    tour.check(original.is_ok(), &format!("the server saw the client's own address, {}", frontend.v4));
+    Ok(())
+}
+
+/// Runs curl, which must fail without an answer, and finds the reason in an agent's log.
+fn refusal(tour: &mut Tour, mesh: &Mesh, from: &Place, url: &str, agent: &Agent, reason: &str) -> anyhow::Result<Value> {
+    let mark = agent.mark();
+    tour.show(&format!("{} $", from.name.trim_start_matches("zamaz-")), &format!("curl {url}"));
+    let output = mesh.curl(from, url, &["-w", "%{http_code}"])?;
+    tour.show("curl says", &complaint(&output));
+    tour.check(!output.status.success() && out(&output) == "000", "no byte of an answer came back");
+    let record = agent.wait_access(reason, mark, |record| text(record, "error").starts_with(reason));
+    if let Ok(record) = &record {
+        tour.show(&format!("{} log", agent.node()), &text(record, "error"));
+    }
+    tour.check(record.is_ok(), &format!("the agent of the destination tells why: {reason}"));
+    record
+}
+
+fn denied(tour: &mut Tour, mesh: &Mesh) -> anyhow::Result<()> {
+    let reports = mesh.topology.pod("zamaz-reports");
+    let url = format!("http://{}:8080/", mesh.topology.pod("zamaz-api-stable").v4);
+    let record = refusal(tour, mesh, reports, &url, mesh.b()?, "not_allowed")?;
+    tour.check(
+        record["src.identity"] == spiffe("zamaz-reports-sa"),
+        &format!("it is refused for who it is ({}), not for its address", text(&record, "src.identity")),
+    );
+    Ok(())
+}
+
+fn outside(tour: &mut Tour, mesh: &Mesh) -> anyhow::Result<()> {
+    let data = mesh.topology.host("data");
+    let url = format!("http://{}:8080/", mesh.topology.pod("zamaz-api-stable").v4);
+    let record = refusal(tour, mesh, data, &url, mesh.b()?, "plaintext_refused")?;
+    tour.check(record["src.identity"].is_null(), "STRICT: without a certificate there is no identity, and no way in");
+    Ok(())
+}
+
+fn wire(tour: &mut Tour, mesh: &Mesh) -> anyhow::Result<()> {
+    let marker = format!("zamaz-secret-{:08x}", std::process::id().wrapping_mul(2_654_435_761));
+    let frontend = mesh.topology.pod("zamaz-frontend");
+    let capture = Capture::start(&mesh.topology.node("node-a").netns, "eth0")?;
+    let url = format!("http://{}:8080/", mesh.topology.pod("zamaz-api-stable").v4);
+    let header = format!("x-secret: {marker}");
+    for _ in 0..5 {
+        let output = mesh.curl(frontend, &url, &["-H", &header])?;
+        ensure!(output.status.success(), "curl failed: {}", complaint(&output));
+    }
+    // The control of the experiment: the same text to a place outside the mesh, which this capture must be able to read.
+    let data = mesh.topology.host("data");
+    let control = data.netns.listen((Ipv4Addr::UNSPECIFIED, 7000).into())?;
+    let mut stream = frontend.netns.connect(data.at(7000), Duration::from_secs(5))?;
+    stream.write_all(marker.as_bytes())?;
+    drop(stream);
+    let (mut accepted, _) = control.accept()?;
+    accepted.set_read_timeout(Some(Duration::from_secs(5)))?;
+    let mut received = String::new();
+    accepted.read_to_string(&mut received)?;
+    ensure!(received == marker, "the control text did not arrive");
+
+    let captured = capture.finish();
+    let (segments, tls) = captured.tls_on_port(15008);
+    tour.show("captured", &format!("{} frames, {} bytes on node-a's uplink (AF_PACKET)", captured.frames, captured.bytes));
+    tour.show("marker", &format!("{marker}, sent 5 times as an HTTP header"));
+    tour.check(
+        segments > 0 && tls.encrypted > 0 && tls.stray == 0,
+        &format!("{segments} packets to and from port 15008 hold {} TLS records ({} encrypted) and nothing else", tls.records, tls.encrypted),
+    );
+    tour.check(!captured.contains_on_port(15008, marker.as_bytes()), "the marker is not readable there");
+    tour.check(
+        captured.contains_on_port(7000, marker.as_bytes()),
+        "the control: sent to a host outside the mesh, the same marker is readable in the same capture",
+    );
+    let direct = captured.segments.iter().filter(|segment| segment.src.port() == 8080 || segment.dst.port() == 8080).count();
+    tour.check(direct == 0, "no packet went to or from port 8080 itself");
+    Ok(())
+}
+
+fn external_redis(tour: &mut Tour, mesh: &Mesh) -> anyhow::Result<()> {
+    let (api, data) = (mesh.topology.pod("zamaz-api-stable"), mesh.topology.host("data"));
+    let cli = |to: Ipv4Addr, words: &[&str]| -> anyhow::Result<String> {
+        let mut command = Command::new("timeout");
+        command.args(["10", "redis-cli", "-h", &to.to_string()]).args(words);
+        let output = api.netns.output(&mut command).context("run redis-cli")?;
+        ensure!(output.status.success(), "redis-cli failed: {}{}", complaint(&output), out(&output));
+        Ok(out(&output))
+    };
+    let mark = mesh.b()?.mark();
+    tour.show("api $", &format!("redis-cli -h {} SET greeting hello", data.v4));
+    let set = cli(data.v4, &["SET", "greeting", "hello"])?;
+    tour.check(set == "OK", &format!("by its own address: {set}"));
+    tour.show("api $", &format!("redis-cli -h {REDIS_VIP} GET greeting"));
+    let got = cli(REDIS_VIP, &["GET", "greeting"])?;
+    tour.check(got == "hello", &format!("by the address of its ServiceEntry: {got}"));
+    let record = mesh.b()?.wait_access("the call to Redis", mark, |record| {
+        record["direction"] == "outbound" && text(record, "dst.addr").starts_with(&data.at(6379).to_string()) && record["error"].is_null()
+    });
+    if let Ok(record) = &record {
+        tour.show("node-b log", &format!("{} → {}, {}", text(record, "src.workload"), text(record, "dst.addr"), text(record, "duration")));
+    }
+    tour.check(
+        record.is_ok_and(|record| record["dst.identity"].is_null()),
+        "passed through as it is: no tunnel, because nobody there speaks HBONE",
+    );
+    Ok(())
+}
+
+const SUSPEND: &str = r#"apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata:
+  name: suspend-frontend
+  namespace: zamaz
+spec:
+  selector:
+    matchLabels: { app: zamaz-api-service }
+  action: DENY
+  rules:
+  - from:
+    - source:
+        principals: ["zamaz.cluster.local/ns/zamaz/sa/zamaz-frontend-sa"]
+"#;
+
+fn policy_change(tour: &mut Tour, mesh: &Mesh) -> anyhow::Result<()> {
+    let (frontend, api) = (mesh.topology.pod("zamaz-frontend"), mesh.topology.pod("zamaz-api-stable"));
+    let mut live = open(frontend, api.at(8080))?;
+    let waiting = mesh.b()?.wait_config("the open connection", |dump| tunnels_of(dump, "inbound", "zamaz-api-stable") > 0);
+    tour.check(waiting.is_ok(), "a connection from the frontend to the API is open");
+    let guard = mesh.dir.put_for_now("70-suspend.yaml", SUSPEND)?;
+    let begun = Instant::now();
+    tour.show("folder", "+ 70-suspend.yaml: DENY the frontend");
+    let mut byte = [0];
+    let cut = match live.read(&mut byte) {
+        Ok(0) => true,
+        Ok(_) => false,
+        Err(error) => error.kind() == std::io::ErrorKind::ConnectionReset,
+    };
+    tour.check(cut, &format!("the open connection was cut {} ms after the file appeared", begun.elapsed().as_millis()));
+    let url = format!("http://{}:8080/", api.v4);
+    let output = mesh.curl(frontend, &url, &[])?;
+    tour.check(!output.status.success(), "a new one is refused");
+    drop(guard);
+    tour.show("folder", "- 70-suspend.yaml");
+    let again = wait::until("calls to work again", wait::PATIENCE, || {
+        mesh.curl(frontend, &url, &[]).ok().filter(|output| output.status.success())
+    });
+    tour.check(again.is_ok(), "and when the file is gone, calls work again");
+    Ok(())
+}
+
+/// A connection on which a request was begun and not finished, so that it stays.
+fn open(from: &Place, to: SocketAddr) -> anyhow::Result<std::net::TcpStream> {
+    let mut stream = from.netns.connect(to, Duration::from_secs(5))?;
+    stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+    stream.write_all(b"GET / HTTP/1.1\r\n")?;
+    Ok(stream)
+}
+
+fn pods(dump: &Value) -> impl Iterator<Item = &Value> {
+    dump["workloadState"].as_object().into_iter().flatten().map(|(_, pod)| pod)
+}
+fn tunnels_of(dump: &Value, direction: &str, pod: &str) -> usize {
+    pods(dump)
+        .filter(|one| one["info"]["name"] == pod)
+        .map(|one| one["connections"][direction].as_array().map_or(0, Vec::len))
+        .sum()
+}
+
+fn tunnels(tour: &mut Tour, mesh: &Mesh) -> anyhow::Result<()> {
+    let (frontend, api) = (mesh.topology.pod("zamaz-frontend"), mesh.topology.pod("zamaz-api-stable"));
+    let held: Vec<std::net::TcpStream> = (0..3).map(|_| open(frontend, api.at(8080))).collect::<anyhow::Result<_>>()?;
+    tour.show("node-a $", "curl localhost:15000/config_dump");
+    let seen = mesh.a()?.wait_config("the open connections", |dump| tunnels_of(dump, "outbound", "zamaz-frontend") >= held.len());
+    let dump = mesh.a()?.config_dump()?;
+    for pod in pods(&dump) {
+        for direction in ["inbound", "outbound"] {
+            for connection in pod["connections"][direction].as_array().into_iter().flatten() {
+                tour.show(
+                    &text(&pod["info"], "name").replace("zamaz-", ""),
+                    &format!("{direction} {} → {} over {}", text(connection, "src"), text(connection, "originalDst"), text(connection, "protocol")),
+                );
+            }
+        }
+    }
+    let hbone = pods(&dump)
+        .flat_map(|pod| pod["connections"]["outbound"].as_array().into_iter().flatten())
+        .filter(|connection| connection["protocol"] == "HBONE")
+        .count();
+    tour.check(seen.is_ok() && hbone >= held.len(), &format!("{hbone} open connections are listed, all in HBONE tunnels"));
+    Ok(())
+}
+
+fn metrics(tour: &mut Tour, mesh: &Mesh) -> anyhow::Result<()> {
+    tour.show("node-a $", "curl localhost:15020/metrics");
+    let frontend = spiffe("zamaz-frontend-sa");
+    let labels = [
+        ("reporter", "source"),
+        ("source_workload", "zamaz-frontend"),
+        ("source_principal", frontend.as_str()),
+        ("connection_security_policy", "mutual_tls"),
+    ];
+    let page = mesh.a()?.metrics()?;
+    for name in
+        ["istio_tcp_connections_opened_total", "istio_tcp_connections_closed_total", "istio_tcp_sent_bytes_total", "istio_tcp_received_bytes_total"]
+    {
+        let value = page.sum(name, &labels);
+        tour.check(value > 0.0, &format!("{name}{{source_workload=\"zamaz-frontend\", connection_security_policy=\"mutual_tls\"}} = {value}"));
+    }
+    let page = mesh.b()?.metrics()?;
+    let refused = page.sum("istio_tcp_connections_failed_total", &[("reporter", "destination"), ("response_flags", "DENY")]);
+    tour.check(refused >= 2.0, &format!("istio_tcp_connections_failed_total{{response_flags=\"DENY\"}} = {refused} on node-b"));
+    Ok(())
+}
+
+fn leave_running(tour: &Tour, mesh: Mesh) -> anyhow::Result<()> {
+    let Mesh { programs, agents, topology, dir, files } = mesh;
+    let (dir, files) = (dir.keep(), files.keep());
+    netns::keep_this_run(&[dir.clone(), files.clone()])?;
+    let at = |name: &str| format!("ip netns exec {}{name}", topology.prefix());
+    tour.page.line(&format!("\n{}", tour.page.bold("Left running (--keep). Things to try, as root:")));
+    for (what, command) in [
+        ("call the API", format!("{} curl --resolve {API}:80:{API_VIP} http://{API}/", at("zamaz-frontend"))),
+        ("be refused", format!("{} curl http://{}:8080/", at("zamaz-reports"), topology.pod("zamaz-api-stable").v4)),
+        ("see the state", format!("{} curl -s localhost:15000/config_dump", at("node-a"))),
+        ("see the metrics", format!("{} curl -s localhost:15020/metrics", at("node-b"))),
+        ("follow a log", format!("tail -f {}", files.join("node-b.log").display())),
+        ("change the mesh", format!("$EDITOR {}", dir.join("50-authorization.yaml").display())),
+        ("remove it all", "cargo xtask demo --clean".to_owned()),
+    ] {
+        tour.page.line(&format!("  {what:<16} {command}"));
+    }
+    programs.into_iter().for_each(Program::leave_running);
+    agents.into_iter().for_each(Agent::leave_running);
+    topology.leave_in_place();
+    Ok(())
+}
