@@ -27,10 +27,18 @@
 //!   them goes to the network as it is.
 //! * **When the pod goes**, drop everything of it: any socket and the [`Redirect`] keep its namespace alive.
 //!
+//! * **Once the pod has no connections from before** (at once for a new pod; else when `outbound_existing` stands still), set
+//!   [`Config::with_reset_existing`].
+//!
 //! # Limits
-//! Interfaces that appear after [`Redirect::attach`] are not covered. A process in the pod that may set packet marks
-//! (`CAP_NET_ADMIN`, `CAP_NET_RAW`) can pass for the agent, as in Istio; UDP, and tunnels inside UDP, are not captured. TCP
-//! to link-local IPv6 addresses is captured but cannot be answered from the far address on every kernel.
+//! * Interfaces that appear after [`Redirect::attach`] are not covered.
+//! * A process in the pod that may set packet marks (`CAP_NET_ADMIN`, `CAP_NET_RAW`) can pass for the agent, as in Istio.
+//! * UDP is not captured, so neither is TCP in a tunnel inside UDP.
+//! * A pod that forwards for others (containers in the pod, a router) must name its interfaces: on a bridge of its own, what
+//!   it would forward is taken for inbound and dropped.
+//! * TCP to link-local IPv6 addresses times out: the agent's socket would need an interface to answer from them.
+//! * Until connections from before the attachment are reset (see above), a segment of a captured connection whose agent side
+//!   is gone counts as one of them and passes.
 #![deny(unsafe_code)]
 
 mod attach;

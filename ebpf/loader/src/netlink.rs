@@ -152,3 +152,46 @@ impl Netlink {
         Err(io::ErrorKind::InvalidData.into())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn attributes_read_back_as_written() {
+        let mut bytes = Vec::new();
+        push_attribute(&mut bytes, 3, b"eth0\0");
+        push_attribute(&mut bytes, 0x8000 | 0x1a, &7u32.to_ne_bytes());
+        assert_eq!(bytes.len(), 12 + 8);
+        let read: Vec<_> = attributes(&bytes).collect();
+        assert_eq!(read, [(3, &b"eth0\0"[..]), (0x1a, &7u32.to_ne_bytes()[..])]);
+        assert_eq!(find_attribute(&bytes, 26), Some(&7u32.to_ne_bytes()[..]));
+        assert_eq!(find_attribute(&bytes, 4), None);
+    }
+
+    #[test]
+    fn broken_attributes_end_the_list_without_a_panic() {
+        let mut whole = Vec::new();
+        push_attribute(&mut whole, 1, &[1, 2, 3]);
+        push_attribute(&mut whole, 2, &[4]);
+        for cut in 0..whole.len() {
+            assert!(attributes(&whole[..cut]).count() <= 2);
+        }
+        for length in [0u16, 1, 3, 9, u16::MAX] {
+            let mut bytes = whole.clone();
+            bytes[..2].copy_from_slice(&length.to_ne_bytes());
+            assert!(attributes(&bytes).count() <= 2, "length {length}");
+        }
+    }
+
+    #[test]
+    fn the_kernel_answers_and_refuses() {
+        let mut netlink = Netlink::open().expect("anyone may open a route socket");
+        let links = netlink.ask(Request::new(RTM_GETLINK, NLM_F_DUMP, &[0; 16])).expect("and list links");
+        assert!(links.iter().any(|link| u32_at(link, 4) == Some(1)), "lo is there");
+        let mut nobody = [0; 16];
+        nobody[4..8].copy_from_slice(&0x7fff_0000u32.to_ne_bytes());
+        let error = netlink.ask(Request::new(RTM_GETLINK, 0, &nobody)).expect_err("no such link");
+        assert_eq!(error.raw_os_error(), Some(libc::ENODEV));
+    }
+}

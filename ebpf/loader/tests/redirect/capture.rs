@@ -10,7 +10,7 @@ use ebpf_loader::Config;
 
 use crate::{
     agent::{Agent, Direction},
-    net::{HOST4, HOST6, Netns, POD4, POD6, SERVICE4, SERVICE6, Topology, ip},
+    net::{HOST4, HOST6, Netns, POD4, POD6, SERVICE4, SERVICE6, Topology, ip, timed_out},
     require_root, sock,
 };
 
@@ -286,4 +286,22 @@ fn many_connections_at_once() {
         assert_eq!(agent.next().refused, None);
     }
     assert!(agent.nothing_captured(), "no loops");
+}
+
+/// Link-local addresses mean something only together with an interface, which the agent's accepted socket does not have.
+#[test]
+fn link_local_ipv6_does_not_go_around_the_agent() {
+    require_root!("link_local_ipv6_does_not_go_around_the_agent");
+    let net = Topology::new();
+    echo_server(&net.host, 8080);
+    let address = net.host.ip("-6 -o addr show dev eth0 scope link");
+    let address = address.split_whitespace().skip_while(|word| *word != "inet6").nth(1).and_then(|word| word.split('/').next());
+    let address: Ipv6Addr = address.expect("a link-local address").parse().expect("an address");
+    let index = net.pod.ip("-o link show dev eth0").split(':').next().and_then(|word| word.parse().ok()).expect("an index");
+    let to = SocketAddr::from(std::net::SocketAddrV6::new(address, 8080, 0, index));
+    Client::connect(&net.pod, to).expect("works without us").finish();
+    let agent = Agent::start(&net.pod);
+    let error = Client::connect(&net.pod, to).err().expect("a limit written down in the crate's documentation");
+    assert!(timed_out(&error), "{error}");
+    assert!(agent.count("outbound_captured") > 0 && agent.count("outbound_existing") == 0);
 }
