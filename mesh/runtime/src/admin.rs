@@ -108,7 +108,8 @@ impl HttpServer {
 
     /// Binds `addr` in the calling thread's network namespace.
     pub fn bind(&self, addr: SocketAddr) -> io::Result<BoundServer> {
-        let listener = ListenerOptions::new(addr).bind()?;
+        let stream = StreamOptions { user_timeout: Some(WRITE_TIMEOUT), ..StreamOptions::default() };
+        let listener = ListenerOptions { stream, ..ListenerOptions::new(addr) }.bind()?;
         Ok(BoundServer { server: Arc::new(self.clone()), listener })
     }
 
@@ -167,7 +168,6 @@ impl BoundServer {
     pub async fn serve(self, stop: impl Future<Output = ()>) -> io::Result<()> {
         let listener = self.listener.into_listener()?;
         let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-        let options = StreamOptions { user_timeout: Some(WRITE_TIMEOUT), ..StreamOptions::default() };
         let (stopping, stopped) = watch::channel(false);
         let mut connections = JoinSet::new();
         tokio::pin!(stop);
@@ -182,7 +182,7 @@ impl BoundServer {
                 Err(error) => break Err(error),
             };
             while connections.try_join_next().is_some() {}
-            let Ok(stream) = accepted.tune(&options).and_then(|()| accepted.into_tcp()) else { continue };
+            let Ok(stream) = accepted.into_tcp() else { continue };
             let server = Arc::clone(&self.server);
             let stopped = stopped.clone();
             connections.spawn(async move {

@@ -86,9 +86,7 @@ pub fn build(
     let (filter, reload) = reload::Layer::new(levels.targets(own_crate));
     let access = AccessLog { writer: writer.clone(), format, most: Arc::new(AtomicU8::new(0)) };
     access.follow(&levels);
-    let subscriber = tracing_subscriber::registry()
-        .with(filter)
-        .with(layer::LineLayer::new(writer.clone(), format, own_crate));
+    let subscriber = tracing_subscriber::registry().with(filter).with(layer::LineLayer::new(writer.clone(), format, own_crate));
     let initial = Arc::new(levels);
     let control = LogControl {
         inner: Arc::new(Control {

@@ -53,9 +53,7 @@ impl Inner {
     fn take(&self, bytes: usize) -> bool {
         // Relaxed: the counter guards no other memory.
         self.used
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |used| {
-                used.checked_add(bytes).filter(|sum| *sum <= self.limit)
-            })
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |used| used.checked_add(bytes).filter(|sum| *sum <= self.limit))
             .is_ok()
     }
 }

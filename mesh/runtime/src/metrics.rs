@@ -172,9 +172,9 @@ fn accepts_gzip(request: &Request) -> bool {
             let mut parts = coding.split(';').map(str::trim);
             let named = parts.next().is_some_and(|name| name.eq_ignore_ascii_case("gzip") || name == "*");
             // `q=0` means "not this one" (RFC 9110 §12.5.3).
-            named && !parts.any(|parameter| {
-                parameter.strip_prefix("q=").and_then(|q| q.parse::<f32>().ok()).is_some_and(|q| q <= 0.0)
-            })
+            named
+                && !parts
+                    .any(|parameter| parameter.strip_prefix("q=").and_then(|q| q.parse::<f32>().ok()).is_some_and(|q| q <= 0.0))
         })
     })
 }

@@ -138,10 +138,7 @@ mod tests {
         let xds = readiness.pending("xds");
         let cni = readiness.pending("cni");
         let again = readiness.pending("cni");
-        assert_eq!(
-            readiness.answer(),
-            (StatusCode::INTERNAL_SERVER_ERROR, "not ready, pending: cni, xds\n".to_owned())
-        );
+        assert_eq!(readiness.answer(), (StatusCode::INTERNAL_SERVER_ERROR, "not ready, pending: cni, xds\n".to_owned()));
         xds.ready();
         xds.ready();
         cni.ready();

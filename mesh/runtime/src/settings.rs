@@ -71,8 +71,11 @@ pub struct Overlay<T> {
 impl<T: Default + Serialize + DeserializeOwned> Overlay<T> {
     /// The defaults.
     pub fn new() -> Result<Self, SettingsError> {
-        let value = serde_json::to_value(T::default())
-            .map_err(|error| SettingsError { origin: "defaults".into(), path: String::new(), reason: error.to_string() })?;
+        let value = serde_json::to_value(T::default()).map_err(|error| SettingsError {
+            origin: "defaults".into(),
+            path: String::new(),
+            reason: error.to_string(),
+        })?;
         Ok(Self { value, origins: BTreeMap::new(), of: PhantomData })
     }
 
@@ -104,8 +107,11 @@ impl<T: Default + Serialize + DeserializeOwned> Overlay<T> {
 
     /// The settings.
     pub fn finish(self) -> Result<T, SettingsError> {
-        serde_json::from_value(self.value)
-            .map_err(|error| SettingsError { origin: "settings".into(), path: String::new(), reason: error.to_string() })
+        serde_json::from_value(self.value).map_err(|error| SettingsError {
+            origin: "settings".into(),
+            path: String::new(),
+            reason: error.to_string(),
+        })
     }
 
     /// Dotted path of every setting that is not a default, and where it came from.
@@ -119,8 +125,8 @@ impl<T: Default + Serialize + DeserializeOwned> Overlay<T> {
     }
 
     fn one(self, origin: &str, path: &str, kind: Kind, text: &str) -> Result<Self, SettingsError> {
-        let value = read(kind, text)
-            .map_err(|reason| SettingsError { origin: origin.to_owned(), path: path.to_owned(), reason })?;
+        let value =
+            read(kind, text).map_err(|reason| SettingsError { origin: origin.to_owned(), path: path.to_owned(), reason })?;
         let path = path.split('.').map(str::to_owned).collect();
         self.layer(origin, vec![(path, value)])
     }

@@ -17,5 +17,5 @@ pub use capability::{Capability, MissingCapabilities, check_capabilities, missin
 pub use connect::{ConnectOptions, connect};
 pub use listen::{BoundListener, Listener, ListenerOptions, RawAccepted, accept_pauses, bind_udp};
 pub use netns::{NetnsFd, NetnsId};
-pub use options::{Keepalive, StreamOptions, raise_nofile, reset_on_close};
+pub use options::{Keepalive, MissingRight, StreamOptions, probe_rights, raise_nofile, reset_on_close};
 pub use query::{TcpInfo, canonical, is_reset, original_dst, rtt, tcp_info};

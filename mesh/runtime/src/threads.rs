@@ -30,6 +30,9 @@ pub fn current() -> Option<usize> {
 /// A difference in live connections up to this is not worth a hand-over to another thread.
 const CLEARLY_FEWER: usize = 4;
 
+/// Most blocking helper threads (file reads, name look-ups) of one data thread. They exist only while they have work.
+const MOST_BLOCKING: usize = 8;
+
 /// The running data threads. Dropping it stops them without waiting.
 #[derive(Debug)]
 pub struct DataThreads {
@@ -71,12 +74,10 @@ impl DataThreads {
             let (started, handle) = std::sync::mpsc::sync_channel(1);
             let (ended_tx, ended) = oneshot::channel();
             let stopped = stopped.clone();
-            let thread = std::thread::Builder::new()
-                .name(format!("data-{index}"))
-                .spawn(move || {
-                    run(index, stopped, &started);
-                    let _ = ended_tx.send(());
-                })?;
+            let thread = std::thread::Builder::new().name(format!("data-{index}")).spawn(move || {
+                run(index, stopped, &started);
+                let _ = ended_tx.send(());
+            })?;
             let handle = handle.recv().map_err(io::Error::other)??;
             workers.push(Worker { index, handle, live: Arc::default() });
             running.push(Running { thread, ended });
@@ -94,7 +95,6 @@ impl DataThreads {
     ///
     /// The caller takes [`Worker::admit`] at once, so that the next pick sees this one.
     pub fn pick(&self, local: Option<usize>) -> &Worker {
-        // I: `start` makes at least one worker, so `first` never falls back to an out-of-range index.
         let least = self.workers.iter().min_by_key(|worker| worker.live());
         let home = local.and_then(|index| self.workers.get(index));
         match (home, least) {
@@ -142,6 +142,7 @@ fn run(index: usize, mut stopped: watch::Receiver<bool>, started: &std::sync::mp
         .enable_all()
         // Name of the blocking threads of this runtime (file reads, name look-ups), not of the data thread.
         .thread_name(format!("data-{index}-io"))
+        .max_blocking_threads(MOST_BLOCKING)
         .build_local(LocalOptions::default())
     {
         Ok(runtime) => runtime,

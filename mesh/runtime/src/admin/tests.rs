@@ -72,7 +72,7 @@ async fn bodies_are_bounded() {
 #[tokio::test(start_paused = true)]
 async fn garbage_and_slowness_end_the_connection() {
     assert!(say(b"\x16\x03\x01\x02\x00\x01\x00\xfc\x03\r\n\r\n").await.starts_with("HTTP/1.1 400 "));
-    let endless = [b"GET /hello HTTP/1.1\r\nx: ".as_slice(), &[b'a'; 2 * MAX_BODY]].concat();
+    let endless = [b"GET /hello HTTP/1.1\r\nx: ".as_slice(), &vec![b'a'; 2 * MAX_BODY]].concat();
     assert!(say(&endless).await.starts_with("HTTP/1.1 431 "));
     // A head that never ends, and a client that says nothing at all.
     let begun = tokio::time::Instant::now();

@@ -58,9 +58,7 @@ impl Directives {
 
     /// The level of a scope: the longest matching prefix, else the global level.
     pub fn level_of(&self, scope: &str) -> LevelFilter {
-        let within = |outer: &str| {
-            scope.strip_prefix(outer).is_some_and(|rest| rest.is_empty() || rest.starts_with("::"))
-        };
+        let within = |outer: &str| scope.strip_prefix(outer).is_some_and(|rest| rest.is_empty() || rest.starts_with("::"));
         (self.scopes.iter().filter(|(outer, _)| within(outer)).max_by_key(|(outer, _)| outer.len()))
             .map_or(self.global, |(_, level)| *level)
     }

@@ -123,9 +123,8 @@ impl Histogram {
         if let Some(bucket) = self.buckets.get(index) {
             bucket.fetch_add(1, Ordering::Relaxed);
         }
-        let _ = self.sum.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |bits| {
-            Some((f64::from_bits(bits) + value).to_bits())
-        });
+        let _ =
+            self.sum.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |bits| Some((f64::from_bits(bits) + value).to_bits()));
     }
 
     /// Counts a duration in seconds.
@@ -237,23 +236,13 @@ impl<S: Series<Shape = ()>> Family<S> {
 
 impl Family<Histogram> {
     /// A family of histograms; `bounds` in rising order, without `+Inf`.
-    pub fn with_buckets(
-        name: &'static str,
-        help: &'static str,
-        label_names: &'static [&'static str],
-        bounds: &[f64],
-    ) -> Self {
+    pub fn with_buckets(name: &'static str, help: &'static str, label_names: &'static [&'static str], bounds: &[f64]) -> Self {
         Self::with_shape(name, help, label_names, bounds.into())
     }
 }
 
 impl<S: Series> Family<S> {
-    fn with_shape(
-        name: &'static str,
-        help: &'static str,
-        label_names: &'static [&'static str],
-        shape: S::Shape,
-    ) -> Self {
+    fn with_shape(name: &'static str, help: &'static str, label_names: &'static [&'static str], shape: S::Shape) -> Self {
         let hasher = DefaultHashBuilder::default();
         let table = RwLock::new(HashTable::new());
         Self { inner: Arc::new(Inner { name, help, label_names, shape, hasher, table }) }
@@ -326,13 +315,11 @@ impl<S: Series> Family<S> {
         let mut table = inner.table.write();
         let rehash = |entry: &Entry<S>| hash_values(&inner.hasher, entry.values.iter());
         let used = if pinned { Used::Pinned } else { Used::At(Instant::now()) };
-        let mut slot = table
-            .entry(hash, |entry| entry.values.iter().eq(values()), rehash)
-            .or_insert_with(|| Entry {
-                values: Values::new(values()),
-                series: Arc::new(S::new(&inner.shape)),
-                used: Used::At(Instant::now()),
-            });
+        let mut slot = table.entry(hash, |entry| entry.values.iter().eq(values()), rehash).or_insert_with(|| Entry {
+            values: Values::new(values()),
+            series: Arc::new(S::new(&inner.shape)),
+            used: Used::At(Instant::now()),
+        });
         let entry = slot.get_mut();
         if !matches!(entry.used, Used::Pinned) {
             entry.used = used;

@@ -6,7 +6,7 @@ use http::HeaderMap;
 
 use super::*;
 
-const MINUTE: Duration = Duration::from_secs(60);
+const MINUTE: Duration = Duration::from_mins(1);
 
 fn request(accept_encoding: Option<&'static str>) -> Request {
     let mut headers = HeaderMap::new();

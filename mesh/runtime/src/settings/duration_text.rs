@@ -124,7 +124,6 @@ pub mod optional_duration {
     struct Wrapped(#[serde(with = "super::duration")] Duration);
 
     /// Writes the text form or null.
-    #[expect(clippy::ref_option, reason = "the signature serde's `with` asks for")]
     pub fn serialize<S: Serializer>(duration: &Option<Duration>, serializer: S) -> Result<S::Ok, S::Error> {
         match duration {
             Some(duration) => serializer.serialize_some(&format_duration(*duration)),

@@ -75,7 +75,7 @@ fn later_layers_win() {
         Settings {
             name: "file".into(),
             drain: Duration::from_secs(7),
-            idle: Some(Duration::from_secs(5400)),
+            idle: Some(Duration::from_mins(90)),
             pool: Pool { streams: 30, share: 0.25, on: true },
             section: None,
             hosts: vec!["x".into(), "y".into()],
@@ -156,6 +156,6 @@ fn durations_survive_the_round_trip() {
         let duration = Duration::from_nanos(nanos);
         assert_eq!(parse_duration(&format_duration(duration)), Ok(duration));
     }
-    assert_eq!(format_duration(Duration::from_secs(5400)), "1h30m");
+    assert_eq!(format_duration(Duration::from_mins(90)), "1h30m");
     assert_eq!(format_duration(Duration::from_millis(100)), "100ms");
 }

@@ -93,9 +93,6 @@ mod tests {
     #[test]
     fn the_error_names_what_is_missing() {
         let error = MissingCapabilities(vec![Capability::NetAdmin, Capability::SysAdmin]);
-        assert_eq!(
-            error.to_string(),
-            "missing capabilities: NET_ADMIN, SYS_ADMIN; add them to securityContext.capabilities.add"
-        );
+        assert_eq!(error.to_string(), "missing capabilities: NET_ADMIN, SYS_ADMIN; add them to securityContext.capabilities.add");
     }
 }

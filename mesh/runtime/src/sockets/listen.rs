@@ -29,12 +29,23 @@ pub struct ListenerOptions {
     pub reuse_port: bool,
     /// IPV6_V6ONLY. Off: `[::]` takes IPv4 as well.
     pub v6only: bool,
+    /// TCP options of the accepted connections. The kernel copies them from the listening socket, so they cost nothing per
+    /// connection; [`RawAccepted::tune`] can still change one.
+    pub stream: StreamOptions,
 }
 
 impl ListenerOptions {
-    /// Defaults for `addr`: backlog 1024, nothing special.
+    /// Defaults for `addr`: backlog 1024, the usual TCP options, nothing special.
     pub fn new(addr: SocketAddr) -> Self {
-        Self { addr, transparent: false, mark: None, backlog: 1024, reuse_port: false, v6only: false }
+        Self {
+            addr,
+            transparent: false,
+            mark: None,
+            backlog: 1024,
+            reuse_port: false,
+            v6only: false,
+            stream: StreamOptions::default(),
+        }
     }
 
     /// Binds and listens in the calling thread's network namespace ([`super::NetnsFd::run_in`] for another one).
@@ -53,6 +64,7 @@ impl ListenerOptions {
                 socket.set_ip_transparent_v4(true)?;
             }
         }
+        self.stream.apply(&socket)?;
         socket.bind(&self.addr.into())?;
         socket.listen(self.backlog)?;
         Ok(BoundListener { socket })
@@ -140,10 +152,11 @@ impl Listener {
     /// Only what will not go away by itself, such as a socket that does not listen.
     pub async fn accept(&self) -> io::Result<(RawAccepted, SocketAddr)> {
         let mut pause = FIRST_PAUSE;
+        // A full backlog must not keep the thread from the connections it already has.
+        tokio::task::coop::consume_budget().await;
         loop {
             let mut ready = self.socket.readable().await?;
-            let accepted =
-                ready.try_io(|socket| socket.get_ref().accept4(libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC));
+            let accepted = ready.try_io(|socket| socket.get_ref().accept4(libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC));
             let error = match accepted {
                 Err(_would_block) => continue,
                 Ok(Ok((socket, peer))) => match peer.as_socket() {
@@ -212,9 +225,7 @@ fn paused(error: &io::Error) {
     let total = PAUSES.fetch_add(1, Ordering::Relaxed) + 1;
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.as_secs());
     let last = WARNED.load(Ordering::Relaxed);
-    if now.saturating_sub(last) >= QUIET
-        && WARNED.compare_exchange(last, now, Ordering::Relaxed, Ordering::Relaxed).is_ok()
-    {
+    if now.saturating_sub(last) >= QUIET && WARNED.compare_exchange(last, now, Ordering::Relaxed, Ordering::Relaxed).is_ok() {
         tracing::warn!(%error, total, "cannot accept connections, waiting; raise the limit of open files");
     }
 }

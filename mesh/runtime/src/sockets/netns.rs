@@ -13,13 +13,14 @@ use std::rc::Rc;
 
 use nix::sched::{CloneFlags, setns};
 use nix::sys::stat::fstat;
+use nix::sys::statfs::{NSFS_MAGIC, fstatfs};
 
 /// What makes two descriptors the same namespace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct NetnsId {
     /// Device of the namespace file system.
     pub dev: u64,
-    /// Inode: the number shown by `ls -l /proc/PID/ns/net`. Also what `SO_NETNS_COOKIE`-less tools print.
+    /// Inode: the number shown by `ls -l /proc/PID/ns/net`.
     pub inode: u64,
 }
 
@@ -29,9 +30,6 @@ pub struct NetnsFd {
     fd: OwnedFd,
     id: NetnsId,
 }
-
-/// `NSFS_MAGIC` of linux/magic.h: what `fstatfs` reports for a namespace descriptor.
-const NSFS_MAGIC: i64 = 0x6e73_6673;
 
 thread_local! {
     /// The namespace this thread belongs to, opened at its first excursion.
@@ -49,10 +47,7 @@ impl NetnsFd {
     ///
     /// That it is a *network* namespace is checked by the kernel when it is entered.
     pub fn from_fd(fd: OwnedFd) -> io::Result<Self> {
-        let kind = nix::sys::statfs::fstatfs(&fd)?.filesystem_type();
-        // Widened because the type of the constant differs between libc flavours.
-        #[expect(clippy::useless_conversion, clippy::unnecessary_cast, reason = "the width depends on the target")]
-        if kind.0 as i64 != NSFS_MAGIC {
+        if fstatfs(&fd)?.filesystem_type() != NSFS_MAGIC {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a namespace descriptor"));
         }
         let stat = fstat(&fd)?;

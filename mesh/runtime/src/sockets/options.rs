@@ -4,8 +4,11 @@ use std::io;
 use std::os::fd::AsFd;
 use std::time::Duration;
 
+use nix::sched::{CloneFlags, setns};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use socket2::{SockRef, TcpKeepalive};
+use socket2::{Domain, SockRef, Socket, TcpKeepalive, Type};
+
+use super::netns::NetnsFd;
 
 /// TCP keepalive. Defaults are the reference node agent's: 180 s, 180 s, 9.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,7 +23,7 @@ pub struct Keepalive {
 
 impl Default for Keepalive {
     fn default() -> Self {
-        Self { time: Duration::from_secs(180), interval: Duration::from_secs(180), retries: 9 }
+        Self { time: Duration::from_mins(3), interval: Duration::from_mins(3), retries: 9 }
     }
 }
 
@@ -49,10 +52,8 @@ impl StreamOptions {
             socket.set_tcp_nodelay(true)?;
         }
         if let Some(keepalive) = self.keepalive {
-            let settings = TcpKeepalive::new()
-                .with_time(keepalive.time)
-                .with_interval(keepalive.interval)
-                .with_retries(keepalive.retries);
+            let settings =
+                TcpKeepalive::new().with_time(keepalive.time).with_interval(keepalive.interval).with_retries(keepalive.retries);
             socket.set_tcp_keepalive(&settings)?;
         }
         if self.user_timeout.is_some() {
@@ -60,6 +61,30 @@ impl StreamOptions {
         }
         Ok(())
     }
+}
+
+/// A right that in-pod mode needs and the process does not have in fact, whatever its capability set says (seccomp, a user
+/// namespace, a security module).
+#[derive(Debug, thiserror::Error)]
+pub enum MissingRight {
+    /// Entering a network namespace, tried with the own one.
+    #[error("cannot enter network namespaces (CAP_SYS_ADMIN): {0}")]
+    Setns(#[source] io::Error),
+    /// Marking packets.
+    #[error("cannot mark packets (SO_MARK, CAP_NET_ADMIN): {0}")]
+    Mark(#[source] io::Error),
+    /// Using foreign addresses.
+    #[error("cannot use foreign source addresses (IP_TRANSPARENT, CAP_NET_ADMIN or CAP_NET_RAW): {0}")]
+    Transparent(#[source] io::Error),
+}
+
+/// Tries, once at start, what in-pod mode does for every connection.
+pub fn probe_rights(mark: u32) -> Result<(), MissingRight> {
+    let own = NetnsFd::current().map_err(MissingRight::Setns)?;
+    setns(&own, CloneFlags::CLONE_NEWNET).map_err(|error| MissingRight::Setns(error.into()))?;
+    let socket = Socket::new(Domain::IPV4, Type::STREAM.cloexec(), None).map_err(MissingRight::Mark)?;
+    socket.set_mark(mark).map_err(MissingRight::Mark)?;
+    socket.set_ip_transparent_v4(true).map_err(MissingRight::Transparent)
 }
 
 /// Makes the coming close of `socket` an RST instead of a FIN (SO_LINGER with zero time), so that a reset of one side of

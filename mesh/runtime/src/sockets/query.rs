@@ -34,10 +34,7 @@ pub fn original_dst(socket: &impl AsFd, local: SocketAddr) -> SocketAddr {
 /// as a reset.
 pub fn is_reset(error: &io::Error) -> bool {
     use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, HostUnreachable, NetworkUnreachable, TimedOut};
-    matches!(
-        error.kind(),
-        ConnectionReset | ConnectionAborted | BrokenPipe | TimedOut | HostUnreachable | NetworkUnreachable
-    )
+    matches!(error.kind(), ConnectionReset | ConnectionAborted | BrokenPipe | TimedOut | HostUnreachable | NetworkUnreachable)
 }
 
 /// The part of TCP_INFO the proxies use.
@@ -60,13 +57,7 @@ pub fn tcp_info(socket: &impl AsFd) -> io::Result<TcpInfo> {
     // SAFETY: the descriptor is open for the duration of the borrow; `info` is writable for `len` bytes and the kernel
     // writes at most that many.
     let result = unsafe {
-        libc::getsockopt(
-            socket.as_fd().as_raw_fd(),
-            libc::IPPROTO_TCP,
-            libc::TCP_INFO,
-            info.as_mut_ptr().cast(),
-            &raw mut len,
-        )
+        libc::getsockopt(socket.as_fd().as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, info.as_mut_ptr().cast(), &raw mut len)
     };
     if result != 0 {
         return Err(io::Error::last_os_error());

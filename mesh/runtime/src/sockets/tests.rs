@@ -44,13 +44,14 @@ async fn a_connection_carries_bytes_and_options() {
     assert_eq!(peer, client.local_addr().unwrap());
     assert_eq!(accepted.local_addr().unwrap(), addr);
     assert_eq!(accepted.original_dst().unwrap(), addr, "nothing was redirected");
+    assert_eq!(socket2::SockRef::from(&accepted).tcp_keepalive_interval().unwrap(), Duration::from_mins(3), "inherited");
     accepted.tune(&StreamOptions { user_timeout: Some(Duration::from_secs(7)), ..Default::default() }).unwrap();
     let socket = socket2::SockRef::from(&accepted);
     assert_eq!(socket.tcp_user_timeout().unwrap(), Some(Duration::from_secs(7)));
     for socket in [socket, socket2::SockRef::from(&client)] {
         assert!(socket.tcp_nodelay().unwrap());
         assert!(socket.keepalive().unwrap());
-        assert_eq!(socket.tcp_keepalive_time().unwrap(), Duration::from_secs(180));
+        assert_eq!(socket.tcp_keepalive_time().unwrap(), Duration::from_mins(3));
         assert_eq!(socket.tcp_keepalive_retries().unwrap(), 9);
     }
     let mut server = accepted.into_tcp().unwrap();
@@ -133,6 +134,21 @@ async fn own_ports_are_used_without_a_source_too() {
 }
 
 #[tokio::test]
+async fn given_ports_are_the_only_ones_used() {
+    let (listener, addr) = listen(local(0));
+    let options = ConnectOptions { ports: Some(9100..=9115), ..from("127.0.0.78".parse().unwrap()) };
+    let (client, accepted) = pair(&listener, addr, &options).await;
+    client.unwrap();
+    assert!((9100..=9115).contains(&accepted.unwrap().1.port()));
+    // One port, taken: an error, not another port.
+    let one = ConnectOptions { ports: Some(9120..=9120), ..options };
+    let (client, accepted) = pair(&listener, addr, &one).await;
+    let held = (client.unwrap(), accepted.unwrap());
+    assert_eq!(connect(addr, &one).await.unwrap_err().kind(), io::ErrorKind::AddrNotAvailable);
+    drop(held);
+}
+
+#[tokio::test]
 async fn refusals_and_silence_are_errors() {
     let (listener, addr) = listen(local(0));
     drop(listener);
@@ -168,6 +184,17 @@ async fn a_reset_stays_a_reset() {
     assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
     assert!(is_reset(&error));
     assert!(!is_reset(&io::ErrorKind::UnexpectedEof.into()));
+}
+
+#[test]
+fn rights_are_tried_not_guessed() {
+    match probe_rights(1337) {
+        Ok(()) => {}
+        Err(error) => {
+            assert!(check_capabilities(&[Capability::SysAdmin, Capability::NetAdmin]).is_err(), "{error}");
+            eprintln!("skipped: {error}");
+        }
+    }
 }
 
 #[test]
@@ -317,4 +344,58 @@ fn child_runs_out_of_descriptors() {
         assert_eq!(client.read(&mut [0]).unwrap(), 0);
     });
     assert_eq!(raise_nofile().unwrap(), getrlimit(Resource::RLIMIT_NOFILE).unwrap().0);
+}
+
+/// Prints what connections from one source cost past the port-search cliff; run by hand with `--ignored --nocapture`.
+#[tokio::test]
+#[ignore = "a measurement"]
+async fn churn_from_one_source() {
+    use nix::sys::resource::{UsageWho, getrusage};
+    use nix::sys::time::TimeValLike;
+    use std::time::Instant;
+    let cpu = || {
+        let usage = getrusage(UsageWho::RUSAGE_SELF).unwrap();
+        usage.user_time().num_microseconds() + usage.system_time().num_microseconds()
+    };
+    for (name, adaptive) in [("kernel's port only", false), ("as built", true)] {
+        // Two namespaces and a veth: on loopback the kernel reuses ports in TIME_WAIT and there is no cliff.
+        let Some(server) = new_netns(&[]) else { return };
+        let path = format!("/proc/{}/fd/{}", std::process::id(), std::os::fd::AsRawFd::as_raw_fd(&server.as_fd()));
+        let Some(pod) = new_netns(&[
+            &["ip", "link", "add", "v0", "type", "veth", "peer", "name", "v1"],
+            &["ip", "link", "set", "v1", "netns", &path],
+            &["ip", "addr", "add", "192.0.2.1/24", "dev", "v0"],
+            &["ip", "link", "set", "v0", "up"],
+        ]) else {
+            return;
+        };
+        let listener = server.run_in(|| {
+            for command in [["addr", "add", "192.0.2.2/24", "dev", "v1"].as_slice(), &["link", "set", "v1", "up"]] {
+                assert!(Command::new("ip").args(command).status()?.success());
+            }
+            ListenerOptions::new("192.0.2.2:0".parse().unwrap()).bind()
+        });
+        let listener = listener.unwrap().into_listener().unwrap();
+        let addr = listener.local_addr().unwrap();
+        let source = Some("192.0.2.1".parse().unwrap());
+        let options = ConnectOptions { netns: Some(pod), source, ..ConnectOptions::default() };
+        for block in 0..8 {
+            let (before, cpu_before) = (Instant::now(), cpu());
+            for _ in 0..4000 {
+                if !adaptive {
+                    connect::use_own_ports(0);
+                }
+                let client = connect(addr, &options).await.unwrap();
+                let accepted = listener.accept().await.unwrap();
+                drop(client);
+                drop(accepted);
+            }
+            let rate = 4000.0 / before.elapsed().as_secs_f64();
+            let cost = (cpu() - cpu_before) as f64 / 4000.0;
+            println!("{name}, block {block}: {rate:.0} connections/s, {cost:.0} us CPU each");
+            if rate < 1000.0 {
+                break;
+            }
+        }
+    }
 }

@@ -28,10 +28,7 @@ async fn tasks_run_on_the_thread_they_were_given_to() {
     let threads = DataThreads::start(2).unwrap();
     assert_eq!(current(), None);
     for worker in threads.workers() {
-        let (index, name) = worker
-            .spawn(async { (current(), std::thread::current().name().map(str::to_owned)) })
-            .await
-            .unwrap();
+        let (index, name) = worker.spawn(async { (current(), std::thread::current().name().map(str::to_owned)) }).await.unwrap();
         assert_eq!(index, Some(worker.index()));
         assert_eq!(name, Some(format!("data-{}", worker.index())));
     }
