@@ -67,7 +67,12 @@ pub struct AgentSpec {
 impl AgentSpec {
     /// The usual settings: JSON log, two data threads, a log file `<node>.log` in `dir`.
     pub fn new(node: &str, mesh_dir: &Path, ca_dir: &Path, log_dir: &Path) -> Self {
-        let env = [("LOG_FORMAT", "json"), ("RUST_LOG", "info"), ("ZTUNNEL_WORKER_THREADS", "2"), ("CULVERT_ADMIN_ADDR", "127.0.0.1:15000")];
+        let env = [
+            ("LOG_FORMAT", "json"),
+            ("RUST_LOG", "info"),
+            ("ZTUNNEL_WORKER_THREADS", "2"),
+            ("CULVERT_ADMIN_ADDR", "127.0.0.1:15000"),
+        ];
         Self {
             node: node.into(),
             mesh_dir: mesh_dir.into(),
@@ -164,7 +169,9 @@ impl Agent {
         });
         match ready {
             Ok(Ok(())) => Ok(()),
-            Ok(Err(status)) => bail!("agent of {} ended ({status}) before it was ready; its log:\n{}", self.node(), self.log_tail(30)),
+            Ok(Err(status)) => {
+                bail!("agent of {} ended ({status}) before it was ready; its log:\n{}", self.node(), self.log_tail(30))
+            }
             Err(error) => bail!("{error} ({}): {}\nits log:\n{}", self.node(), last.trim(), self.log_tail(30)),
         }
     }
@@ -188,7 +195,8 @@ impl Agent {
 
     /// Waits until the configuration page satisfies `condition`.
     pub fn wait_config(&self, what: &str, condition: impl Fn(&Value) -> bool) -> anyhow::Result<()> {
-        wait::until(&format!("{what} on {}", self.node()), wait::PATIENCE, || self.config_dump().ok().filter(&condition)).map(|_dump| ())
+        wait::until(&format!("{what} on {}", self.node()), wait::PATIENCE, || self.config_dump().ok().filter(&condition))
+            .map(|_dump| ())
     }
 
     /// The metrics page, parsed.
@@ -220,9 +228,14 @@ impl Agent {
         String::from_utf8_lossy(&bytes[from..]).into_owned()
     }
 
+    /// All of it.
+    pub fn whole_log(&self) -> String {
+        self.log_since(Mark::default())
+    }
+
     /// The last lines of the log.
     pub fn log_tail(&self, lines: usize) -> String {
-        let text = self.log_since(Mark::default());
+        let text = self.whole_log();
         let all: Vec<&str> = text.lines().collect();
         all[all.len().saturating_sub(lines)..].join("\n")
     }

@@ -34,7 +34,8 @@ pub fn request(ns: &Netns, to: SocketAddr, method: &str, path: &str) -> anyhow::
     let mut reader = BufReader::new(stream.take(64 << 20));
     let mut line = String::new();
     reader.read_line(&mut line)?;
-    let status: u16 = line.split(' ').nth(1).and_then(|code| code.parse().ok()).with_context(|| format!("status line {line:?}"))?;
+    let status: u16 =
+        line.split(' ').nth(1).and_then(|code| code.parse().ok()).with_context(|| format!("status line {line:?}"))?;
     let mut headers = Vec::new();
     loop {
         line.clear();

@@ -123,8 +123,11 @@ impl Server {
             stop: Arc::default(),
             wake: vec![(place.clone(), (Ipv6Addr::LOCALHOST, port).into())],
         };
-        let (served, accepted, stop, name) = (server.served.clone(), server.accepted.clone(), server.stop.clone(), name.to_owned());
-        std::thread::Builder::new().name(format!("serve-{name}")).spawn(move || accept_loop(&listener, &served, &accepted, &stop, &name))?;
+        let (served, accepted, stop, name) =
+            (server.served.clone(), server.accepted.clone(), server.stop.clone(), name.to_owned());
+        std::thread::Builder::new()
+            .name(format!("serve-{name}"))
+            .spawn(move || accept_loop(&listener, &served, &accepted, &stop, &name))?;
         Ok(server)
     }
 

@@ -81,7 +81,12 @@ impl Arguments {
 }
 
 /// Runs the tests of a suite. `cannot_run` tells why none of them can run here; `set_up` makes the shared context.
-pub fn run<C>(suite: &str, cannot_run: Option<String>, set_up: impl FnOnce() -> anyhow::Result<C>, tests: &[Test<C>]) -> ExitCode {
+pub fn run<C>(
+    suite: &str,
+    cannot_run: Option<String>,
+    set_up: impl FnOnce() -> anyhow::Result<C>,
+    tests: &[Test<C>],
+) -> ExitCode {
     let arguments = Arguments::from_command_line();
     let chosen: Vec<&Test<C>> = tests.iter().filter(|test| arguments.wants(test.name, test.extended)).collect();
     if arguments.list {

@@ -145,7 +145,9 @@ impl Plan {
         let mut plan = Self::default();
         for object in crate::mesh_dir::read_objects(dir)? {
             match object["kind"].as_str() {
-                Some("Node") => plan.nodes.push(node_from(&object).with_context(|| format!("Node {}", object["metadata"]["name"]))?),
+                Some("Node") => {
+                    plan.nodes.push(node_from(&object).with_context(|| format!("Node {}", object["metadata"]["name"]))?)
+                }
                 Some("Pod") => plan.pods.push(pod_from(&object).with_context(|| format!("Pod {}", object["metadata"]["name"]))?),
                 _ => {}
             }
@@ -299,10 +301,7 @@ impl Topology {
             let ns = Netns::create(&format!("{prefix}{}", spec.name))?;
             netns::ip_batch(
                 &on.netns,
-                &[
-                    format!("link add v{n} type veth peer name eth0 netns {}", ns.name()),
-                    format!("link set v{n} master br0 up"),
-                ],
+                &[format!("link add v{n} type veth peer name eth0 netns {}", ns.name()), format!("link set v{n} master br0 up")],
             )?;
             netns::ip_batch(
                 &ns,
@@ -362,10 +361,8 @@ impl Topology {
         let spec = self.plan.pods.iter().find(|pod| pod.name == name).expect("the pod is in the plan");
         let mut all = spec.labels.clone();
         all.extend(labels.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())));
-        let mut text = format!(
-            "apiVersion: v1\nkind: Pod\nmetadata:\n  name: {}\n  namespace: {}\n  labels:\n",
-            spec.name, spec.namespace
-        );
+        let mut text =
+            format!("apiVersion: v1\nkind: Pod\nmetadata:\n  name: {}\n  namespace: {}\n  labels:\n", spec.name, spec.namespace);
         for (key, value) in &all {
             let _infallible = writeln!(text, "    {key}: \"{value}\"");
         }
@@ -402,18 +399,11 @@ fn uplink(prefix: &str, link: &Netns, port: &str, name: &str, v4: Ipv4Addr, v6: 
     let ns = Netns::create(&format!("{prefix}{name}"))?;
     netns::ip_batch(
         link,
-        &[
-            format!("link add {port} type veth peer name eth0 netns {}", ns.name()),
-            format!("link set {port} master br0 up"),
-        ],
+        &[format!("link add {port} type veth peer name eth0 netns {}", ns.name()), format!("link set {port} master br0 up")],
     )?;
     netns::ip_batch(
         &ns,
-        &[
-            format!("addr add {v4}/24 dev eth0"),
-            format!("addr add {v6}/64 dev eth0 nodad"),
-            "link set eth0 up".into(),
-        ],
+        &[format!("addr add {v4}/24 dev eth0"), format!("addr add {v6}/64 dev eth0 nodad"), "link set eth0 up".into()],
     )?;
     Ok(Arc::new(Place { name: name.into(), netns: ns, v4, v6 }))
 }

@@ -26,7 +26,10 @@ const WEB_VIP6: ([u16; 8], u16) = ([0xfd00, 0x96, 0, 0, 0, 0, 0, 0x20], 80);
 
 const TESTS: &[Test<Mesh>] = &[
     test("an_allowed_call_shows_both_identities_in_both_logs", an_allowed_call_shows_both_identities_in_both_logs),
-    test("a_source_outside_the_allow_list_is_refused_with_its_reason", a_source_outside_the_allow_list_is_refused_with_its_reason),
+    test(
+        "a_source_outside_the_allow_list_is_refused_with_its_reason",
+        a_source_outside_the_allow_list_is_refused_with_its_reason,
+    ),
     test("a_deny_policy_wins_over_an_allow_policy", a_deny_policy_wins_over_an_allow_policy),
     test("strict_refuses_plaintext_from_outside", strict_refuses_plaintext_from_outside),
     test("permissive_takes_plaintext_and_mutual_tls", permissive_takes_plaintext_and_mutual_tls),
@@ -74,7 +77,7 @@ struct Mesh {
     logs: TempDir,
 }
 
-const OBJECTS: &str = r#"
+const OBJECTS: &str = r"
 apiVersion: v1
 kind: Namespace
 metadata: { name: t, labels: { istio.io/dataplane-mode: ambient } }
@@ -88,7 +91,7 @@ apiVersion: security.istio.io/v1
 kind: PeerAuthentication
 metadata: { name: loose, namespace: t }
 spec: { selector: { matchLabels: { app: loose } }, mtls: { mode: PERMISSIVE } }
-"#;
+";
 
 const SERVICE: &str = r#"
 apiVersion: v1
@@ -158,15 +161,7 @@ fn set_up() -> anyhow::Result<Mesh> {
         }
         None => TempDir::new()?,
     };
-    let mut mesh = Mesh {
-        agent_a: None,
-        agent_b: None,
-        servers,
-        topology: Some(topology),
-        dir,
-        ca: TempDir::new()?,
-        logs,
-    };
+    let mut mesh = Mesh { agent_a: None, agent_b: None, servers, topology: Some(topology), dir, ca: TempDir::new()?, logs };
     mesh.agent_a = Some(mesh.start("node-a")?);
     mesh.agent_b = Some(mesh.start("node-b")?);
     mesh.a().wait_ready(Duration::from_secs(20))?;
@@ -175,12 +170,15 @@ fn set_up() -> anyhow::Result<Mesh> {
 }
 
 impl Mesh {
+    #[expect(clippy::expect_used, reason = "only the last test takes it away")]
     fn topology(&self) -> &Topology {
         self.topology.as_ref().expect("the topology is there until the last test")
     }
+    #[expect(clippy::expect_used, reason = "a test that stops an agent starts it again")]
     fn a(&self) -> &Agent {
         self.agent_a.as_ref().expect("agent a runs")
     }
+    #[expect(clippy::expect_used, reason = "a test that stops an agent starts it again")]
     fn b(&self) -> &Agent {
         self.agent_b.as_ref().expect("agent b runs")
     }
@@ -443,7 +441,10 @@ fn the_wire_carries_only_tls(mesh: &mut Mesh) -> anyhow::Result<()> {
     ensure!(!captured.contains_on_port(15008, MARKER), "the marker is readable on 15008");
     ensure!(captured.contains_on_port(PORT, MARKER), "the control: passed-through text is readable");
     ensure!(
-        !captured.segments.iter().any(|segment| segment.dst == mesh.pod("web1").at(PORT) || segment.src == mesh.pod("web1").at(PORT)),
+        !captured
+            .segments
+            .iter()
+            .any(|segment| segment.dst == mesh.pod("web1").at(PORT) || segment.src == mesh.pod("web1").at(PORT)),
         "something went to the pod outside the tunnel"
     );
     Ok(())
@@ -525,7 +526,8 @@ fn a_namespace_policy_cuts_a_live_connection(mesh: &mut Mesh) -> anyhow::Result<
     let mark = mesh.b().mark();
     let policy = mesh.policy("deny-client", DENY_CLIENT)?;
     live.wait_cut()?;
-    let record = mesh.b().wait_access("the cut", mark, |record| record["src.identity"] == id("client") && !record["error"].is_null())?;
+    let record =
+        mesh.b().wait_access("the cut", mark, |record| record["src.identity"] == id("client") && !record["error"].is_null())?;
     ensure!(text(&record, "error").contains("revoked") || text(&record, "error").contains("policy_denied"), "{record}");
     unaffected.ping("the neighbour's connection lives on")?;
     drop(policy);
@@ -580,7 +582,7 @@ fn a_bad_object_is_rejected_alone(mesh: &mut Mesh) -> anyhow::Result<()> {
     // One file, a bad object between two good ones.
     let guard = mesh.dir.put_for_now(
         "50-mixed.yaml",
-        r#"
+        r"
 apiVersion: v1
 kind: Service
 metadata: { name: good-one, namespace: t }
@@ -595,7 +597,7 @@ apiVersion: v1
 kind: Service
 metadata: { name: good-two, namespace: t }
 spec: { selector: { tier: web }, clusterIP: 10.96.0.33, ports: [{ name: tcp, port: 80, targetPort: 8080 }] }
-"#,
+",
     )?;
     mesh.a().wait_config("the rejected object", |dump| problems(dump).iter().any(|problem| problem.contains("50-mixed.yaml")))?;
     let dump = mesh.a().config_dump()?;
@@ -611,7 +613,9 @@ spec: { selector: { tier: web }, clusterIP: 10.96.0.33, ports: [{ name: tcp, por
 
     // A file that is no YAML at all in place of a good one: what it held before keeps running.
     mesh.dir.put("02-service.yaml", "kind: Service\nspec: [unclosed\n  : :\n")?;
-    let seen = mesh.a().wait_config("the unreadable file", |dump| problems(dump).iter().any(|problem| problem.contains("02-service.yaml")));
+    let seen = mesh
+        .a()
+        .wait_config("the unreadable file", |dump| problems(dump).iter().any(|problem| problem.contains("02-service.yaml")));
     let call = mesh.call("client", WEB_VIP.into());
     mesh.dir.put("02-service.yaml", SERVICE)?;
     seen?;
@@ -636,7 +640,9 @@ spec:
   - from: [{ source: { ipBlocks: ["10.244.0.0/99"] } }]
 "#,
     )?;
-    mesh.b().wait_config("the rejected policy", |dump| problems(dump).iter().any(|problem| problem.contains("policy-unusable.yaml")))?;
+    mesh.b().wait_config("the rejected policy", |dump| {
+        problems(dump).iter().any(|problem| problem.contains("policy-unusable.yaml"))
+    })?;
     wait::until_true("the target to be denied", || refused(mesh.pod("client"), victim).is_ok())?;
     mesh.b().wait_access("the refusal", mark, |record| starts(record, "error", "policy_unusable"))?;
     ensure!(mesh.call("client", mesh.pod("web1").at(PORT))? == "web1", "other workloads are not touched");
@@ -648,7 +654,9 @@ fn garbage_on_the_agents_ports_does_no_harm(mesh: &mut Mesh) -> anyhow::Result<(
     let noise: Vec<u8> = (0..4096_u32).map(|at| (at.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
     let web1 = mesh.pod("web1");
     for port in [15001, 15006, 15008] {
-        for bytes in [noise.as_slice(), b"GET / HTTP/1.1\r\nhost: x\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"\x16\x03\x01\xff\xff"] {
+        for bytes in
+            [noise.as_slice(), b"GET / HTTP/1.1\r\nhost: x\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"\x16\x03\x01\xff\xff"]
+        {
             for (from, to) in [
                 (mesh.outside(), web1.at(port)),
                 (mesh.outside(), web1.at6(port)),
@@ -668,7 +676,7 @@ fn garbage_on_the_agents_ports_does_no_harm(mesh: &mut Mesh) -> anyhow::Result<(
     }
     for agent in [mesh.a(), mesh.b()] {
         ensure!(agent.ended().is_none(), "agent of {} ended:\n{}", agent.node(), agent.log_tail(20));
-        ensure!(!agent.log_since(Default::default()).contains("panicked"), "agent of {} panicked", agent.node());
+        ensure!(!agent.whole_log().contains("panicked"), "agent of {} panicked", agent.node());
     }
     ensure!(mesh.call("client", web1.at(PORT))? == "web1");
     Ok(())
@@ -732,7 +740,11 @@ impl rustls::client::danger::ServerCertVerifier for AnyServer {
         Ok(rustls::client::danger::HandshakeSignatureValid::assertion())
     }
     fn supported_verify_schemes(&self) -> Vec<rustls::SignatureScheme> {
-        vec![rustls::SignatureScheme::ECDSA_NISTP256_SHA256, rustls::SignatureScheme::ECDSA_NISTP384_SHA384, rustls::SignatureScheme::ED25519]
+        vec![
+            rustls::SignatureScheme::ECDSA_NISTP256_SHA256,
+            rustls::SignatureScheme::ECDSA_NISTP384_SHA384,
+            rustls::SignatureScheme::ED25519,
+        ]
     }
 }
 
@@ -777,16 +789,20 @@ fn metrics_carry_istio_labels(mesh: &mut Mesh) -> anyhow::Result<()> {
         all.push(("reporter", reporter));
         all
     };
-    for name in
-        ["istio_tcp_connections_opened_total", "istio_tcp_connections_closed_total", "istio_tcp_sent_bytes_total", "istio_tcp_received_bytes_total"]
-    {
+    for name in [
+        "istio_tcp_connections_opened_total",
+        "istio_tcp_connections_closed_total",
+        "istio_tcp_sent_bytes_total",
+        "istio_tcp_received_bytes_total",
+    ] {
         wait::until(&format!("{name} of the source"), wait::PATIENCE, || {
             (mesh.a().metrics().ok()?.sum(name, &with("source")) > 0.0).then_some(())
         })
         .with_context(|| similar(mesh.a(), name))?;
     }
     // At the destination the tunnel carries the pod's address: the service is the one the source chose.
-    let at_destination: Vec<_> = with("destination").into_iter().filter(|(key, _)| !key.starts_with("destination_service")).collect();
+    let at_destination: Vec<_> =
+        with("destination").into_iter().filter(|(key, _)| !key.starts_with("destination_service")).collect();
     wait::until("the destination's counter", wait::PATIENCE, || {
         (mesh.b().metrics().ok()?.sum("istio_tcp_connections_opened_total", &at_destination) > 0.0).then_some(())
     })
@@ -795,7 +811,9 @@ fn metrics_carry_istio_labels(mesh: &mut Mesh) -> anyhow::Result<()> {
     let metrics = mesh.a().metrics()?;
     let family: Vec<_> = metrics.0.iter().filter(|series| series.name == "istio_tcp_connections_opened_total").collect();
     for series in family {
-        for label in ["source_cluster", "destination_cluster", "source_version", "destination_version", "destination_canonical_revision"] {
+        for label in
+            ["source_cluster", "destination_cluster", "source_version", "destination_version", "destination_canonical_revision"]
+        {
             ensure!(series.labels.contains_key(label), "{label} is missing in {series:?}");
         }
     }
@@ -804,7 +822,8 @@ fn metrics_carry_istio_labels(mesh: &mut Mesh) -> anyhow::Result<()> {
 
 fn similar(agent: &Agent, name: &str) -> String {
     let page = agent.metrics().unwrap_or_default();
-    let lines: Vec<String> = page.0.iter().filter(|series| series.name == name).map(|series| format!("{:?}", series.labels)).collect();
+    let lines: Vec<String> =
+        page.0.iter().filter(|series| series.name == name).map(|series| format!("{:?}", series.labels)).collect();
     format!("series of {name} on {}:\n{}", agent.node(), lines.join("\n"))
 }
 
@@ -819,7 +838,10 @@ fn config_dump_has_the_shape_istioctl_reads(mesh: &mut Mesh) -> anyhow::Result<(
     let workload = entries(&dump, "workloads").find(|workload| workload["name"] == "web1").context("workload web1")?;
     ensure!(workload["namespace"] == "t" && workload["serviceAccount"] == "web" && workload["node"] == "node-b", "{workload}");
     ensure!(workload["protocol"] == "HBONE", "{workload}");
-    ensure!(workload["workloadIps"].as_array().is_some_and(|ips| ips.contains(&mesh.pod("web1").v4.to_string().into())), "{workload}");
+    ensure!(
+        workload["workloadIps"].as_array().is_some_and(|ips| ips.contains(&mesh.pod("web1").v4.to_string().into())),
+        "{workload}"
+    );
     let service = entries(&dump, "services").find(|service| service["name"] == "web").context("service web")?;
     ensure!(service["hostname"] == "web.t.svc.cluster.local" && service["namespace"] == "t", "{service}");
     ensure!(has_policy(&dump, "web-allow"), "policies: {}", dump["policies"]);
@@ -861,7 +883,11 @@ fn live_connections_are_listed(mesh: &mut Mesh) -> anyhow::Result<()> {
     drop(open);
     mesh.a().wait_config("the closed connection to go", |dump| {
         dump["workloadState"].as_object().into_iter().flatten().all(|(_, one)| {
-            one["connections"]["outbound"].as_array().into_iter().flatten().all(|connection| connection["originalDst"] != web1.to_string())
+            one["connections"]["outbound"]
+                .as_array()
+                .into_iter()
+                .flatten()
+                .all(|connection| connection["originalDst"] != web1.to_string())
         })
     })
 }
@@ -912,10 +938,8 @@ fn silent_connections(mesh: &Mesh, count: usize) -> anyhow::Result<()> {
     ensure!(tls_accepted(mesh.outside(), to, &ca.issue("spiffe://test.local/ns/t/sa/client")?)?, "a new tunnel cannot be made");
     let made = silent.len();
     drop(silent);
-    wait::until("descriptors to come back", Duration::from_secs(20), || {
-        mesh.b().open_fds().ok().filter(|now| *now <= fds + 8)
-    })
-    .with_context(|| format!("{fds} before, {:?} now, {made} were made", mesh.b().open_fds()))?;
+    wait::until("descriptors to come back", Duration::from_secs(20), || mesh.b().open_fds().ok().filter(|now| *now <= fds + 8))
+        .with_context(|| format!("{fds} before, {:?} now, {made} were made", mesh.b().open_fds()))?;
     wait::until("memory to come back", Duration::from_secs(20), || {
         mesh.b().rss_kib().ok().filter(|now| *now <= rss + 16 * 1024 + rss / 4)
     })
@@ -975,7 +999,7 @@ fn a_killed_agent_fails_closed_and_a_new_one_takes_over(mesh: &mut Mesh) -> anyh
 fn nothing_is_left_behind(mesh: &mut Mesh) -> anyhow::Result<()> {
     let paths: Vec<_> = mesh.topology().plan().pods.iter().map(|pod| mesh.pod(&pod.name).netns.path()).collect();
     for agent in [mesh.agent_a.take(), mesh.agent_b.take()].into_iter().flatten() {
-        ensure!(!agent.log_since(Default::default()).contains("panicked"), "agent of {} panicked", agent.node());
+        ensure!(!agent.whole_log().contains("panicked"), "agent of {} panicked", agent.node());
         agent.signal(Signal::SIGKILL)?;
         agent.wait_end(Duration::from_secs(5))?;
     }

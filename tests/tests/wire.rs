@@ -28,7 +28,10 @@ const TESTS: &[Test<Wire>] = &[
     test("our_outbound_sends_what_a_foreign_server_expects", our_outbound_sends_what_a_foreign_server_expects),
     test("our_outbound_carries_data_through_a_foreign_server", our_outbound_carries_data_through_a_foreign_server),
     test("our_outbound_reports_a_foreign_refusal", our_outbound_reports_a_foreign_refusal),
-    test("our_outbound_refuses_a_foreign_server_with_another_identity", our_outbound_refuses_a_foreign_server_with_another_identity),
+    test(
+        "our_outbound_refuses_a_foreign_server_with_another_identity",
+        our_outbound_refuses_a_foreign_server_with_another_identity,
+    ),
 ];
 
 fn main() -> ExitCode {
@@ -104,7 +107,8 @@ fn script(name: &str) -> PathBuf {
 fn python_with_h2() -> anyhow::Result<PathBuf> {
     let home = target_dir().join("test-python");
     let python = home.join("bin/python");
-    let works = |python: &Path| Command::new(python).args(["-c", "import h2, ssl"]).output().is_ok_and(|out| out.status.success());
+    let works =
+        |python: &Path| Command::new(python).args(["-c", "import h2, ssl"]).output().is_ok_and(|out| out.status.success());
     if works(&python) {
         return Ok(python);
     }
@@ -122,7 +126,8 @@ fn python_with_h2() -> anyhow::Result<PathBuf> {
 }
 
 fn start_foreign_server(python: &Path, place: &Arc<Place>, ca: &Path, files: &Path, record: &Path) -> anyhow::Result<Program> {
-    let [cert, key, root] = TestCa::of_dir(ca)?.issue("spiffe://test.local/ns/t/sa/foreign")?.write(files, &format!("{}-server", place.name))?;
+    let [cert, key, root] =
+        TestCa::of_dir(ca)?.issue("spiffe://test.local/ns/t/sa/foreign")?.write(files, &format!("{}-server", place.name))?;
     let mut command = Command::new(python);
     command.arg(script("h2_server.py")).args([&cert, &key, &root]).arg(record);
     let mut server = Program::start(place, &mut command, Some(files.join(format!("{}-server.log", place.name))))?;
@@ -144,7 +149,12 @@ impl Wire {
         command.arg("20").arg(&self.python).arg(script("h2_client.py")).arg(job.to_string());
         let out = self.topology.pod("foreign").netns.output(&mut command)?;
         let (said, complained) = (String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
-        ensure!(out.status.success(), "the foreign client failed ({}): {complained}\nagent:\n{}", out.status, self.agent.log_tail(10));
+        ensure!(
+            out.status.success(),
+            "the foreign client failed ({}): {complained}\nagent:\n{}",
+            out.status,
+            self.agent.log_tail(10)
+        );
         serde_json::from_str(&said).with_context(|| format!("the foreign client said {said:?}"))
     }
 
@@ -203,8 +213,14 @@ fn our_inbound_answers_400_to_what_is_not_for_this_pod(wire: &mut Wire) -> anyho
         let refused = answer["status"] == 400 || (answer["status"].is_null() && answer["reset"].is_number());
         ensure!(refused, "{answer} in {said}");
     }
-    ensure!(said["answers"][0]["status"] == 400 && said["answers"][2]["status"] == 400 && said["answers"][3]["status"] == 400, "{said}");
-    ensure!(said["answers"][2]["headers"]["x-culvert-reason"].as_str().is_some_and(|why| why.starts_with("bad_request")), "{said}");
+    ensure!(
+        said["answers"][0]["status"] == 400 && said["answers"][2]["status"] == 400 && said["answers"][3]["status"] == 400,
+        "{said}"
+    );
+    ensure!(
+        said["answers"][2]["headers"]["x-culvert-reason"].as_str().is_some_and(|why| why.starts_with("bad_request")),
+        "{said}"
+    );
     Ok(())
 }
 
@@ -230,7 +246,12 @@ fn one_foreign_tunnel_carries_many_streams_after_refusals(wire: &mut Wire) -> an
     let mut requests = vec![json!({ "authority": "10.250.0.9:1" }), json!({ "authority": wire.app(9) })];
     requests.extend((0..30).map(|_| json!({ "authority": wire.app(PORT), "first": "echo\n", "send": "hello" })));
     let said = wire.foreign_client("foreign", &json!(requests))?;
-    let good = said["answers"].as_array().into_iter().flatten().filter(|answer| answer["status"] == 200 && answer["received"] == 5).count();
+    let good = said["answers"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter(|answer| answer["status"] == 200 && answer["received"] == 5)
+        .count();
     ensure!(good == 30, "{good} of 30 streams worked: {said}");
     Ok(())
 }
@@ -248,7 +269,10 @@ fn our_outbound_sends_what_a_foreign_server_expects(wire: &mut Wire) -> anyhow::
         ensure!(record["tls"] == "TLSv1.3" && record["alpn"] == "h2" && record["sni"].is_null(), "{record}");
         ensure!(record["names"] == json!(["spiffe://test.local/ns/t/sa/caller"]), "the source's own identity: {record}");
         ensure!(header(":method") == "CONNECT" && header(":authority") == to.to_string(), "{record}");
-        ensure!(record["headers"].get(":path").is_none() && record["headers"].get(":scheme").is_none(), "plain CONNECT: {record}");
+        ensure!(
+            record["headers"].get(":path").is_none() && record["headers"].get(":scheme").is_none(),
+            "plain CONNECT: {record}"
+        );
         let baggage = header("baggage");
         for item in ["k8s.namespace.name=t", "service.name=caller", "cloud.availability_zone=zone-1"] {
             ensure!(baggage.contains(item), "baggage lacks {item}: {record}");
@@ -289,7 +313,10 @@ fn our_outbound_reports_a_foreign_refusal(wire: &mut Wire) -> anyhow::Result<()>
             record["direction"] == "outbound" && record["error"].as_str().is_some_and(|why| !why.is_empty())
         })?;
         let why = record["error"].as_str().unwrap_or_default().to_owned();
-        ensure!(why.starts_with("peer_refused") || (port == 8999 && (why.starts_with("h2_failure") || why.starts_with("reset"))), "{port}: {why}");
+        ensure!(
+            why.starts_with("peer_refused") || (port == 8999 && (why.starts_with("h2_failure") || why.starts_with("reset"))),
+            "{port}: {why}"
+        );
         ensure!(port == 8999 || why.contains(if port == 8401 { "401" } else { "503" }), "it names the status: {why}");
     }
     ensure!(wire.foreign_server.ended().is_none(), "the foreign server ended");
@@ -304,7 +331,9 @@ fn our_outbound_refuses_a_foreign_server_with_another_identity(wire: &mut Wire) 
     let mark = wire.agent.mark();
     let answer = Client::open(wire.topology.pod("caller"), impostor.at(PORT), "hello").and_then(|mut client| client.line());
     ensure!(answer.is_err(), "it was answered: {answer:?}");
-    wire.agent.wait_access("the refusal", mark, |record| record["error"].as_str().is_some_and(|why| why.starts_with("identity_mismatch")))?;
+    wire.agent.wait_access("the refusal", mark, |record| {
+        record["error"].as_str().is_some_and(|why| why.starts_with("identity_mismatch"))
+    })?;
     let text = std::fs::read_to_string(&record).unwrap_or_default();
     ensure!(!text.contains("CONNECT"), "a CONNECT was sent to it: {text}");
     Ok(())

@@ -59,7 +59,7 @@ fn main() -> ExitCode {
     let mut tour = Tour { page: Page::new(), step: 0, failed: 0, checked: 0 };
     let outcome = run(&mut tour, keep);
     if let Err(error) = &outcome {
-        tour.page.line(&tour.page.red(&format!("\nThe demo stopped: {error:#}")));
+        say(&tour.page.red(&format!("\nThe demo stopped: {error:#}")));
     }
     let seconds = begun.elapsed().as_secs_f64();
     let verdict = match (&outcome, tour.failed) {
@@ -67,7 +67,7 @@ fn main() -> ExitCode {
         (Ok(()), failed) => tour.page.red(&format!("{failed} of {} checks FAILED.", tour.checked)),
         (Err(_), _) => tour.page.red("Not finished."),
     };
-    tour.page.line(&format!("\n{verdict} ({seconds:.1} s{})", if keep { "" } else { ", everything is cleaned up" }));
+    say(&format!("\n{verdict} ({seconds:.1} s{})", if keep { "" } else { ", everything is cleaned up" }));
     if outcome.is_ok() && tour.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
@@ -95,10 +95,11 @@ impl Page {
     fn bold(&self, text: &str) -> String {
         self.paint("1", text)
     }
-    fn line(&self, text: &str) {
-        println!("{text}");
-        let _closed_pipe = std::io::stdout().flush();
-    }
+}
+
+fn say(text: &str) {
+    println!("{text}");
+    let _closed_pipe = std::io::stdout().flush();
 }
 
 struct Tour {
@@ -115,21 +116,21 @@ impl Tour {
     fn step(&mut self, title: &str) {
         self.step += 1;
         let head = format!("[{}/{STEPS}] {title}", self.step);
-        self.page.line(&format!("\n{}", self.page.bold(&head)));
+        say(&format!("\n{}", self.page.bold(&head)));
     }
     /// A claim with its proof.
     fn check(&mut self, holds: bool, claim: &str) {
         self.checked += 1;
         if holds {
-            self.page.line(&format!("  {} {claim}", self.page.green("✓")));
+            say(&format!("  {} {claim}", self.page.green("✓")));
         } else {
             self.failed += 1;
-            self.page.line(&format!("  {} {claim}", self.page.red("✗ NOT TRUE:")));
+            say(&format!("  {} {claim}", self.page.red("✗ NOT TRUE:")));
         }
     }
     /// What a check is about: shown, and true because it was just read.
     fn show(&self, label: &str, text: &str) {
-        self.page.line(&format!("    {} {text}", self.page.dim(&format!("{label:<13}"))));
+        say(&format!("    {} {text}", self.page.dim(&format!("{label:<13}"))));
     }
 }
 
@@ -143,9 +144,9 @@ struct Mesh {
 }
 
 fn run(tour: &mut Tour, keep: bool) -> anyhow::Result<()> {
-    tour.page.line(&tour.page.bold("Culvert: the zamaz mesh, layer 4, without sidecars and without a control plane"));
-    tour.page.line("Running as root: network namespaces stand in for nodes and pods, and eBPF redirects the pods' traffic.");
-    let redis = find_redis(tour)?;
+    say(&tour.page.bold("Culvert: the zamaz mesh, layer 4, without sidecars and without a control plane"));
+    say("Running as root: network namespaces stand in for nodes and pods, and eBPF redirects the pods' traffic.");
+    let redis = find_redis()?;
 
     tour.step("Two nodes, five pods and one host outside the mesh");
     let mesh = start(tour, redis.as_ref())?;
@@ -183,7 +184,7 @@ struct Redis {
 
 /// Finds Redis or installs it, saying so. Debian's `redis-tools` holds the same program as `redis-server` (it acts by the
 /// name it is called) without starting a service on this machine.
-fn find_redis(tour: &Tour) -> anyhow::Result<Option<Redis>> {
+fn find_redis() -> anyhow::Result<Option<Redis>> {
     let find = |name: &str| {
         let path = std::env::var_os("PATH").unwrap_or_default();
         std::env::split_paths(&path).chain([PathBuf::from("/usr/bin")]).map(|dir| dir.join(name)).find(|file| file.is_file())
@@ -199,7 +200,7 @@ fn find_redis(tour: &Tour) -> anyhow::Result<Option<Redis>> {
     if skip::command_missing("apt-get").is_some() {
         return Ok(None);
     }
-    tour.page.line("Redis is not installed: installing Debian's redis-tools (apt-get; no service is started) ...");
+    say("Redis is not installed: installing Debian's redis-tools (apt-get; no service is started) ...");
     let install = || {
         Command::new("apt-get")
             .args(["install", "-y", "-qq", "--no-install-recommends", "redis-tools"])
@@ -212,7 +213,7 @@ fn find_redis(tour: &Tour) -> anyhow::Result<Option<Redis>> {
         let out = install()?;
         if !out.status.success() {
             let said = String::from_utf8_lossy(&out.stderr);
-            tour.page.line(&format!("  not installable here: {}", said.lines().last().unwrap_or_default()));
+            say(&format!("  not installable here: {}", said.lines().last().unwrap_or_default()));
         }
     }
     Ok(look())
@@ -243,7 +244,18 @@ fn start(tour: &mut Tour, redis: Option<&Redis>) -> anyhow::Result<Mesh> {
     }
     if let Some(redis) = redis {
         let mut command = Command::new(&redis.program);
-        command.arg0(redis.name).args(["--port", "6379", "--bind", "0.0.0.0", "--protected-mode", "no", "--save", "", "--appendonly", "no"]);
+        command.arg0(redis.name).args([
+            "--port",
+            "6379",
+            "--bind",
+            "0.0.0.0",
+            "--protected-mode",
+            "no",
+            "--save",
+            "",
+            "--appendonly",
+            "no",
+        ]);
         command.arg("--dir").arg(mesh.files.path());
         let mut server = Program::start(&data, &mut command, Some(mesh.files.path().join("redis.log")))?;
         server.wait_listening(&data, 6379)?;
@@ -269,7 +281,13 @@ fn start(tour: &mut Tour, redis: Option<&Redis>) -> anyhow::Result<Mesh> {
         all &= up == expected;
         problems += dump["problems"].as_array().map_or(0, Vec::len);
     }
-    tour.check(all, &format!("both agents are ready after {:.1} s: all five pods captured, each with its own certificate", ready.as_secs_f64()));
+    tour.check(
+        all,
+        &format!(
+            "both agents are ready after {:.1} s: all five pods captured, each with its own certificate",
+            ready.as_secs_f64()
+        ),
+    );
     tour.check(problems == 0, "every object of manifests/examples/zamaz was understood");
     Ok(mesh)
 }
@@ -297,15 +315,13 @@ impl Mesh {
     fn b(&self) -> anyhow::Result<&Agent> {
         self.agents.get(1).context("the agent of node-b runs")
     }
-    /// Real `curl` in a pod or host. The API's name is resolved by curl itself, as there is no DNS in this topology.
-    fn curl(&self, from: &Place, url: &str, more: &[&str]) -> anyhow::Result<Output> {
-        let mut command = Command::new("curl");
-        command
-            .args(["-sS", "--max-time", "10", "--noproxy", "*", "--resolve", &format!("{API}:80:{API_VIP}")])
-            .args(more)
-            .arg(url);
-        from.netns.output(&mut command).context("run curl")
-    }
+}
+
+/// Real `curl` in a pod or host. The API's name is resolved by curl itself, as there is no DNS in this topology.
+fn curl(from: &Place, url: &str, more: &[&str]) -> anyhow::Result<Output> {
+    let mut command = Command::new("curl");
+    command.args(["-sS", "--max-time", "10", "--noproxy", "*", "--resolve", &format!("{API}:80:{API_VIP}")]).args(more).arg(url);
+    from.netns.output(&mut command).context("run curl")
 }
 
 fn out(output: &Output) -> String {
@@ -329,7 +345,7 @@ fn allowed(tour: &mut Tour, mesh: &Mesh) -> anyhow::Result<()> {
     tour.show("frontend $", &format!("curl {url}"));
     let mut answers = Vec::new();
     for _ in 0..64 {
-        let output = mesh.curl(frontend, &url, &[])?;
+        let output = curl(frontend, &url, &[])?;
         ensure!(output.status.success(), "curl failed: {}", complaint(&output));
         answers.push(out(&output));
         if ["stable", "canary"].iter().all(|version| answers.iter().any(|answer| answer.ends_with(version))) {
@@ -342,7 +358,10 @@ fn allowed(tour: &mut Tour, mesh: &Mesh) -> anyhow::Result<()> {
     for answer in &different {
         tour.show("answer", answer);
     }
-    tour.check(different.len() == 2, &format!("{} calls to the service reached both endpoints, stable and canary", answers.len()));
+    tour.check(
+        different.len() == 2,
+        &format!("{} calls to the service reached both endpoints, stable and canary", answers.len()),
+    );
     let (source, destination) = (spiffe("zamaz-frontend-sa"), spiffe("zamaz-api-sa"));
     let both = |direction: &'static str| {
         let (source, destination) = (source.clone(), destination.clone());
@@ -382,10 +401,10 @@ fn allowed(tour: &mut Tour, mesh: &Mesh) -> anyhow::Result<()> {
 }
 
 /// Runs curl, which must fail without an answer, and finds the reason in an agent's log.
-fn refusal(tour: &mut Tour, mesh: &Mesh, from: &Place, url: &str, agent: &Agent, reason: &str) -> anyhow::Result<Value> {
+fn refusal(tour: &mut Tour, from: &Place, url: &str, agent: &Agent, reason: &str) -> anyhow::Result<Value> {
     let mark = agent.mark();
     tour.show(&format!("{} $", from.name.trim_start_matches("zamaz-")), &format!("curl {url}"));
-    let output = mesh.curl(from, url, &["-w", "%{http_code}"])?;
+    let output = curl(from, url, &["-w", "%{http_code}"])?;
     tour.show("curl says", &complaint(&output));
     tour.check(!output.status.success() && out(&output) == "000", "no byte of an answer came back");
     let record = agent.wait_access(reason, mark, |record| text(record, "error").starts_with(reason));
@@ -399,7 +418,7 @@ fn refusal(tour: &mut Tour, mesh: &Mesh, from: &Place, url: &str, agent: &Agent,
 fn denied(tour: &mut Tour, mesh: &Mesh) -> anyhow::Result<()> {
     let reports = mesh.topology.pod("zamaz-reports");
     let url = format!("http://{}:8080/", mesh.topology.pod("zamaz-api-stable").v4);
-    let record = refusal(tour, mesh, reports, &url, mesh.b()?, "not_allowed")?;
+    let record = refusal(tour, reports, &url, mesh.b()?, "not_allowed")?;
     tour.check(
         record["src.identity"] == spiffe("zamaz-reports-sa"),
         &format!("it is refused for who it is ({}), not for its address", text(&record, "src.identity")),
@@ -410,7 +429,7 @@ fn denied(tour: &mut Tour, mesh: &Mesh) -> anyhow::Result<()> {
 fn outside(tour: &mut Tour, mesh: &Mesh) -> anyhow::Result<()> {
     let data = mesh.topology.host("data");
     let url = format!("http://{}:8080/", mesh.topology.pod("zamaz-api-stable").v4);
-    let record = refusal(tour, mesh, data, &url, mesh.b()?, "plaintext_refused")?;
+    let record = refusal(tour, data, &url, mesh.b()?, "plaintext_refused")?;
     tour.check(record["src.identity"].is_null(), "STRICT: without a certificate there is no identity, and no way in");
     Ok(())
 }
@@ -422,7 +441,7 @@ fn wire(tour: &mut Tour, mesh: &Mesh) -> anyhow::Result<()> {
     let url = format!("http://{}:8080/", mesh.topology.pod("zamaz-api-stable").v4);
     let header = format!("x-secret: {marker}");
     for _ in 0..5 {
-        let output = mesh.curl(frontend, &url, &["-H", &header])?;
+        let output = curl(frontend, &url, &["-H", &header])?;
         ensure!(output.status.success(), "curl failed: {}", complaint(&output));
     }
     // The control of the experiment: the same text to a place outside the mesh, which this capture must be able to read.
@@ -443,7 +462,10 @@ fn wire(tour: &mut Tour, mesh: &Mesh) -> anyhow::Result<()> {
     tour.show("marker", &format!("{marker}, sent 5 times as an HTTP header"));
     tour.check(
         segments > 0 && tls.encrypted > 0 && tls.stray == 0,
-        &format!("{segments} packets to and from port 15008 hold {} TLS records ({} encrypted) and nothing else", tls.records, tls.encrypted),
+        &format!(
+            "{segments} packets to and from port 15008 hold {} TLS records ({} encrypted) and nothing else",
+            tls.records, tls.encrypted
+        ),
     );
     tour.check(!captured.contains_on_port(15008, marker.as_bytes()), "the marker is not readable there");
     tour.check(
@@ -472,10 +494,15 @@ fn external_redis(tour: &mut Tour, mesh: &Mesh) -> anyhow::Result<()> {
     let got = cli(REDIS_VIP, &["GET", "greeting"])?;
     tour.check(got == "hello", &format!("by the address of its ServiceEntry: {got}"));
     let record = mesh.b()?.wait_access("the call to Redis", mark, |record| {
-        record["direction"] == "outbound" && text(record, "dst.addr").starts_with(&data.at(6379).to_string()) && record["error"].is_null()
+        record["direction"] == "outbound"
+            && text(record, "dst.addr").starts_with(&data.at(6379).to_string())
+            && record["error"].is_null()
     });
     if let Ok(record) = &record {
-        tour.show("node-b log", &format!("{} → {}, {}", text(record, "src.workload"), text(record, "dst.addr"), text(record, "duration")));
+        tour.show(
+            "node-b log",
+            &format!("{} → {}, {}", text(record, "src.workload"), text(record, "dst.addr"), text(record, "duration")),
+        );
     }
     tour.check(
         record.is_ok_and(|record| record["dst.identity"].is_null()),
@@ -515,12 +542,12 @@ fn policy_change(tour: &mut Tour, mesh: &Mesh) -> anyhow::Result<()> {
     };
     tour.check(cut, &format!("the open connection was cut {} ms after the file appeared", begun.elapsed().as_millis()));
     let url = format!("http://{}:8080/", api.v4);
-    let output = mesh.curl(frontend, &url, &[])?;
+    let output = curl(frontend, &url, &[])?;
     tour.check(!output.status.success(), "a new one is refused");
     drop(guard);
     tour.show("folder", "- 70-suspend.yaml");
     let again = wait::until("calls to work again", wait::PATIENCE, || {
-        mesh.curl(frontend, &url, &[]).ok().filter(|output| output.status.success())
+        curl(frontend, &url, &[]).ok().filter(|output| output.status.success())
     });
     tour.check(again.is_ok(), "and when the file is gone, calls work again");
     Ok(())
@@ -555,7 +582,12 @@ fn tunnels(tour: &mut Tour, mesh: &Mesh) -> anyhow::Result<()> {
             for connection in pod["connections"][direction].as_array().into_iter().flatten() {
                 tour.show(
                     &text(&pod["info"], "name").replace("zamaz-", ""),
-                    &format!("{direction} {} → {} over {}", text(connection, "src"), text(connection, "originalDst"), text(connection, "protocol")),
+                    &format!(
+                        "{direction} {} → {} over {}",
+                        text(connection, "src"),
+                        text(connection, "originalDst"),
+                        text(connection, "protocol")
+                    ),
                 );
             }
         }
@@ -578,11 +610,17 @@ fn metrics(tour: &mut Tour, mesh: &Mesh) -> anyhow::Result<()> {
         ("connection_security_policy", "mutual_tls"),
     ];
     let page = mesh.a()?.metrics()?;
-    for name in
-        ["istio_tcp_connections_opened_total", "istio_tcp_connections_closed_total", "istio_tcp_sent_bytes_total", "istio_tcp_received_bytes_total"]
-    {
+    for name in [
+        "istio_tcp_connections_opened_total",
+        "istio_tcp_connections_closed_total",
+        "istio_tcp_sent_bytes_total",
+        "istio_tcp_received_bytes_total",
+    ] {
         let value = page.sum(name, &labels);
-        tour.check(value > 0.0, &format!("{name}{{source_workload=\"zamaz-frontend\", connection_security_policy=\"mutual_tls\"}} = {value}"));
+        tour.check(
+            value > 0.0,
+            &format!("{name}{{source_workload=\"zamaz-frontend\", connection_security_policy=\"mutual_tls\"}} = {value}"),
+        );
     }
     let page = mesh.b()?.metrics()?;
     let refused = page.sum("istio_tcp_connections_failed_total", &[("reporter", "destination"), ("response_flags", "DENY")]);
@@ -595,7 +633,7 @@ fn leave_running(tour: &Tour, mesh: Mesh) -> anyhow::Result<()> {
     let (dir, files) = (dir.keep(), files.keep());
     netns::keep_this_run(&[dir.clone(), files.clone()])?;
     let at = |name: &str| format!("ip netns exec {}{name}", topology.prefix());
-    tour.page.line(&format!("\n{}", tour.page.bold("Left running (--keep). Things to try, as root:")));
+    say(&format!("\n{}", tour.page.bold("Left running (--keep). Things to try, as root:")));
     for (what, command) in [
         ("call the API", format!("{} curl --resolve {API}:80:{API_VIP} http://{API}/", at("zamaz-frontend"))),
         ("be refused", format!("{} curl http://{}:8080/", at("zamaz-reports"), topology.pod("zamaz-api-stable").v4)),
@@ -605,7 +643,7 @@ fn leave_running(tour: &Tour, mesh: Mesh) -> anyhow::Result<()> {
         ("change the mesh", format!("$EDITOR {}", dir.join("50-authorization.yaml").display())),
         ("remove it all", "cargo xtask demo --clean".to_owned()),
     ] {
-        tour.page.line(&format!("  {what:<16} {command}"));
+        say(&format!("  {what:<16} {command}"));
     }
     programs.into_iter().for_each(Program::leave_running);
     agents.into_iter().for_each(Agent::leave_running);
