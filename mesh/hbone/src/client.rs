@@ -121,6 +121,7 @@ impl Tunnel {
             .max_frame_size(settings.frame_size)
             .max_header_list_size(settings.client_header_list)
             .max_send_buffer_size(settings.send_buffer)
+            .data_frame_budget(settings.small_frame_budget)
             .initial_max_send_streams(settings.client_max_streams)
             .max_concurrent_streams(0)
             .max_local_error_reset_streams(Some(settings.max_error_resets))

@@ -182,6 +182,7 @@ where
         .max_frame_size(settings.frame_size)
         .max_header_list_size(settings.server_header_list)
         .max_send_buffer_size(settings.send_buffer)
+        .data_frame_budget(settings.small_frame_budget)
         .max_concurrent_streams(settings.server_max_streams)
         .max_pending_accept_reset_streams(settings.max_pending_resets)
         .max_local_error_reset_streams(Some(settings.max_error_resets));

@@ -34,6 +34,10 @@ pub struct Settings {
     pub client_max_streams: usize,
     /// Streams a peer may reset before we accepted them. Default 20; more closes the connection (rapid reset).
     pub max_pending_resets: usize,
+    /// What unread DATA frames below 256 bytes may lack to 256 bytes each, over a connection, before h2 closes it
+    /// (ENHANCE_YOUR_CALM). Default 32 MiB: more than one turn of a tunnel's driver can read, so that a relay, which merges
+    /// small frames whenever it runs, always gets to run first.
+    pub small_frame_budget: usize,
     /// Streams that break the protocol over a connection's life. Default 1024; more closes the connection.
     pub max_error_resets: usize,
     /// Streams per keepalive interval a client may reset before it got an answer. Default 4096; more closes the connection.
@@ -68,6 +72,7 @@ impl Default for Settings {
             server_max_streams: 200,
             client_max_streams: 100,
             max_pending_resets: 20,
+            small_frame_budget: 32 << 20,
             max_error_resets: 1024,
             max_early_resets: 4096,
             handshake_timeout: Duration::from_secs(10),
