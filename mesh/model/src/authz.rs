@@ -40,8 +40,9 @@ pub struct Decision {
 pub fn authorize(snap: &Snapshot, workload: &Workload, conn: &InboundConn<'_>) -> Decision {
     let scope = InScope::of(snap, workload);
     let facts = Facts::of(snap.view(), conn);
-    let anchors = facts.peer.as_ref().map(|p| snap.policy_index().anchors(p.namespace, p.account));
-    let anchors: &[Anchor] = anchors.as_ref().map_or(&[], |a| a);
+    let peer = facts.peer.as_ref().map(|p| (p.namespace, p.account));
+    let anchors = snap.policy_index().anchors(facts.source, facts.port, peer);
+    let anchors = anchors.as_slice();
     Decision { verdict: verdict(snap, &scope, &facts, anchors), dry_run: dry_run(&scope, &facts, anchors) }
 }
 
@@ -252,9 +253,7 @@ impl<'a> Facts<'a> {
         !m.is_empty()
             && kind(&m.destination_ports, |p| *p == self.port)
             && kind(&m.principals, |t| peer.is_some_and(|p| self.principal(p, t)))
-            && kind(&m.service_accounts, |(ns, sa)| {
-                peer.is_some_and(|p| p.namespace == &**ns && p.account == &**sa)
-            })
+            && kind(&m.service_accounts, |(ns, sa)| peer.is_some_and(|p| p.namespace == &**ns && p.account == &**sa))
             && kind(&m.namespaces, |t| t.matches(namespace))
             && kind(&m.trust_domains, |t| peer.is_some_and(|p| self.names(p).any(|td| t.matches(Some(td)))))
             && kind(&m.source_ips, |net| net.contains(&self.source))
@@ -270,19 +269,20 @@ impl<'a> Facts<'a> {
 }
 /// Whether a text match accepts `head` and `tail` joined, without joining them.
 fn joined_matches(text: &TextMatch, head: &str, tail: &str) -> bool {
-    let bare = |s: &'_ str| s.strip_prefix("spiffe://").map_or(s.len(), str::len);
     match text {
-        TextMatch::Exact(x) => {
-            let x = x.get(x.len() - bare(x)..).unwrap_or_default();
-            x.strip_prefix(head) == Some(tail)
-        }
+        TextMatch::Exact(x) => bare(x).strip_prefix(head) == Some(tail),
         TextMatch::Prefix(x) => {
-            let x = x.get(x.len() - bare(x)..).unwrap_or_default();
+            let x = bare(x);
             head.starts_with(x) || x.strip_prefix(head).is_some_and(|rest| tail.starts_with(rest))
         }
         TextMatch::Suffix(x) => tail.ends_with(&**x) || x.strip_suffix(tail).is_some_and(|rest| head.ends_with(rest)),
         TextMatch::Presence => true,
     }
+}
+/// A principal as policies are meant to write it; one written as a URI would otherwise never match, which in a DENY
+/// policy is fail-open.
+fn bare(principal: &str) -> &str {
+    principal.strip_prefix("spiffe://").unwrap_or(principal)
 }
 /// One kind of a match: no positive values or any of them, and none of the negative ones.
 fn kind<T>(values: &Values<T>, is: impl Fn(&T) -> bool) -> bool {
@@ -336,8 +336,7 @@ pub fn explain(snap: &Snapshot, workload: &Workload, conn: &InboundConn<'_>) -> 
         Scope::Selector => false,
     };
     // A workload may also name a policy of another scope: it binds it all the same, once.
-    let mut keys: Vec<&PolicyKey> =
-        snap.policies().filter(|p| bound(p)).map(|p| &p.key).chain(&workload.policies).collect();
+    let mut keys: Vec<&PolicyKey> = snap.policies().filter(|p| bound(p)).map(|p| &p.key).chain(&workload.policies).collect();
     keys.sort_unstable();
     keys.dedup();
     let outcome = |p: &Arc<Policy>| match &p.body {

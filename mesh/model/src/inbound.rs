@@ -65,20 +65,11 @@ pub fn plan_inbound(
     if port == 0 {
         return Err(Refusal::new(Reason::BadRequest, "port 0"));
     }
-    Ok(InboundPlan {
-        dst: SocketAddr::new(pod_ip, port),
-        tunnel: workload.application_tunnel,
-        service: service.cloned(),
-    })
+    Ok(InboundPlan { dst: SocketAddr::new(pod_ip, port), tunnel: workload.application_tunnel, service: service.cloned() })
 }
 
 /// Whether `workload` is a waypoint of what `authority` addresses: a service (its VIP) or a workload (its IP).
-fn is_waypoint_of(
-    snap: &Snapshot,
-    workload: &Workload,
-    service: Option<&Arc<Service>>,
-    authority: SocketAddr,
-) -> bool {
+fn is_waypoint_of(snap: &Snapshot, workload: &Workload, service: Option<&Arc<Service>>, authority: SocketAddr) -> bool {
     if let Some(s) = service
         && s.waypoints.iter().any(|w| is_instance(snap, workload, &w.waypoint))
     {

@@ -153,8 +153,7 @@ impl EndpointSet {
     /// Chooses an endpoint that answers on `port` (`None`: on any) by a uniform draw: best rank first, then by weight.
     pub fn pick(&self, port: Option<u16>, draw: u64) -> Option<&Endpoint> {
         let open = |g: &&Group| {
-            (g.rank < RANK_STRICT_MISS || g.rank == RANK_NO_GATEWAY)
-                && port.is_none_or(|p| g.ports.binary_search(&p).is_ok())
+            (g.rank < RANK_STRICT_MISS || g.rank == RANK_NO_GATEWAY) && port.is_none_or(|p| g.ports.binary_search(&p).is_ok())
         };
         // Groups are sorted by rank: the first open one has the best.
         let best = self.groups.iter().find(open)?.rank;
@@ -192,13 +191,7 @@ impl EndpointSet {
 }
 
 /// Rank and open ports of an endpoint as seen from `view`.
-fn classify(
-    service: &Service,
-    view: &Viewpoint,
-    w: &Workload,
-    ports: &[(u16, u16)],
-    expect: &[SpiffeId],
-) -> (u8, Vec<u16>) {
+fn classify(service: &Service, view: &Viewpoint, w: &Workload, ports: &[(u16, u16)], expect: &[SpiffeId]) -> (u8, Vec<u16>) {
     let mut open: Vec<u16> =
         service.ports.iter().map(|p| p.port).filter(|p| target_port(w, ports, service, *p).is_some()).collect();
     open.sort_unstable();

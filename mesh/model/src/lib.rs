@@ -23,6 +23,9 @@ pub mod snapshot;
 pub mod view;
 pub mod workload;
 
+#[cfg(test)]
+mod fixture;
+
 pub use addr::{ClientAddr, DialAddr, HboneAuthority, Network, NetworkAddr, OrigDst};
 pub use change::{Change, Origin};
 pub use id::{SpiffeId, TrustDomain};

@@ -104,7 +104,10 @@ const DRAW_GATEWAY_ENDPOINT: u64 = 4;
 /// waypoint workload-first and for the endpoint service-first, which lets such an address go around both waypoints.
 pub fn plan_outbound(snap: &Snapshot, conn: &OutboundConn<'_>) -> Result<OutboundPlan, Refusal> {
     let (ip, port) = (conn.dst.ip(), conn.dst.port());
-    if ip.is_loopback() && AGENT_PORTS.contains(&port) {
+    // Also by the pod's own addresses: the agent's sockets inside the pod are exempt from capture, so such a connection
+    // would be accepted and planned again without end.
+    let own = ip.is_loopback() || ip.is_unspecified() || ip == conn.client.ip() || conn.source.ips.contains(&ip);
+    if own && AGENT_PORTS.contains(&port) {
         return Err(Refusal::new(Reason::Recursion, conn.dst.to_string()));
     }
     let network = &snap.view().network;
@@ -215,15 +218,12 @@ fn through_waypoint(
     if at.expect.is_empty() {
         return Err(refuse("no identity to expect of waypoint"));
     }
-    let authority = HboneAuthority::Addr(conn.dst.0);
+    let authority = HboneAuthority::Addr(SocketAddr::new(conn.dst.ip(), conn.dst.port()));
     let families = at.service.map_or(IpFamilies::Automatic, |s| s.ip_families);
     let dial = match choose_ip(w, families, conn.dst.ip()) {
-        Some(ip) => Dial::Hbone(Hop {
-            dial: SocketAddr::new(ip, at.port).into(),
-            authority,
-            expect: at.expect,
-            role: HopRole::Waypoint,
-        }),
+        Some(ip) => {
+            Dial::Hbone(Hop { dial: SocketAddr::new(ip, at.port).into(), authority, expect: at.expect, role: HopRole::Waypoint })
+        }
         None => Dial::Name {
             host: w.hostname.clone().ok_or_else(|| refuse("no address of waypoint"))?,
             port: conn.dst.port(),
@@ -311,9 +311,7 @@ fn resolve<'a>(
 ) -> Result<Instance<'a>, Unresolved> {
     let service = match &gateway.destination {
         GatewayDestination::Service(key) => Some(snap.find_service(key).ok_or(Unresolved::Unknown)?),
-        GatewayDestination::Address(network, ip) => {
-            snap.find_service_by_vip(network, *ip, &conn.source.namespace)
-        }
+        GatewayDestination::Address(network, ip) => snap.find_service_by_vip(network, *ip, &conn.source.namespace),
     };
     if let Some(service) = service {
         let set = snap.endpoint_set(&service.key).ok_or(Unresolved::NoEndpoint)?;
@@ -330,13 +328,7 @@ fn resolve<'a>(
 }
 
 /// Straight to an endpoint. `None` when it has neither an address nor a name, or HBONE without an identity to expect.
-fn direct(
-    w: &Workload,
-    expect: &Arc<[SpiffeId]>,
-    conn: &OutboundConn<'_>,
-    families: IpFamilies,
-    port: u16,
-) -> Option<Dial> {
+fn direct(w: &Workload, expect: &Arc<[SpiffeId]>, conn: &OutboundConn<'_>, families: IpFamilies, port: u16) -> Option<Dial> {
     if w.protocol == Protocol::Hbone && expect.is_empty() {
         return None;
     }
@@ -352,9 +344,7 @@ fn direct(
         (None, protocol) => {
             let then = match protocol {
                 Protocol::Tcp => NamedDial::Plain,
-                Protocol::Hbone => {
-                    NamedDial::Hbone { hbone_port: HBONE_PORT, authority: None, expect, role: HopRole::Endpoint }
-                }
+                Protocol::Hbone => NamedDial::Hbone { hbone_port: HBONE_PORT, authority: None, expect, role: HopRole::Endpoint },
             };
             Some(Dial::Name { host: w.hostname.clone()?, port, then })
         }
@@ -364,10 +354,7 @@ fn direct(
 fn choose_ip(w: &Workload, families: IpFamilies, asked: IpAddr) -> Option<IpAddr> {
     let own = || w.ips.iter().map(IpAddr::to_canonical);
     let allowed = || own().filter(|ip| family_allowed(families, *ip));
-    own()
-        .find(|ip| *ip == asked)
-        .or_else(|| allowed().find(|ip| ip.is_ipv4() == asked.is_ipv4()))
-        .or_else(|| allowed().next())
+    own().find(|ip| *ip == asked).or_else(|| allowed().find(|ip| ip.is_ipv4() == asked.is_ipv4())).or_else(|| allowed().next())
 }
 
 #[cfg(test)]

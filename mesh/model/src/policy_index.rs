@@ -1,22 +1,37 @@
 //! Policies by scope and by the identities their rules name, so that a connection is judged by the few rules that could
 //! match its peer and not by all of them.
 //!
-//! A rule is an AND of clauses: when one clause can only be true for peers of certain service accounts or namespaces
-//! (exact values), the rule is filed under those (its *anchors*) and is not even looked at for anyone else. A rule
-//! without such a clause is *general* and judged for everyone. Anchors are hashes: a collision costs one useless
+//! A rule is an AND of clauses: when one clause can only be true for certain service accounts, namespaces, source hosts
+//! or ports, the rule is filed under those (its *anchors*) and is not even looked at for any other connection. A rule
+//! without such a clause is *general* and judged for every connection. Anchors are hashes: a collision costs one useless
 //! evaluation, never a verdict, because every candidate is evaluated in full. Owns no evaluation: that is `authz`.
 //! Upstream: `snapshot`.
 use crate::policy::{Action, Clause, Match, Policy, PolicyBody, PolicyKey, Rule, Scope, TextMatch};
 use crate::shard::{Keep, Shards};
 use crate::workload::{Workload, WorkloadUid};
 use foldhash::quality::RandomState;
+use ipnet::IpNet;
 use std::collections::{BTreeMap, BTreeSet};
 use std::hash::BuildHasher;
+use std::net::IpAddr;
 use std::sync::Arc;
 
 /// The hash a rule is filed under.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Anchor(u64);
+
+/// The anchors of one connection.
+#[derive(Clone, Copy, Debug)]
+pub struct Anchors {
+    all: [Anchor; 4],
+    len: usize,
+}
+impl Anchors {
+    /// As a slice.
+    pub fn as_slice(&self) -> &[Anchor] {
+        self.all.get(..self.len).unwrap_or(&self.all)
+    }
+}
 
 /// A rule of a policy.
 #[derive(Clone, Debug)]
@@ -185,7 +200,7 @@ pub struct Bound {
     unusable: usize,
     allows: usize,
     dry_runs: usize,
-    /// General rules of the enforced policies and of the dry-run ones.
+    /// Rules the mesh-wide table of selector policies does not have under an anchor.
     deny: Vec<RuleRef>,
     allow: Vec<RuleRef>,
     dry_run: Vec<RuleRef>,
@@ -262,7 +277,8 @@ impl Bound {
                     (false, Action::Deny) => &mut self.deny,
                 };
                 for (i, rule) in rules.iter().enumerate() {
-                    if matches!(file(rule, keyed), Filing::General) {
+                    // A policy of another scope is not filed among the selector policies: all its rules go here.
+                    if p.scope != Scope::Selector || matches!(file(rule, keyed), Filing::General) {
                         let r = RuleRef { policy: Arc::clone(p), rule: i };
                         let at = list.partition_point(|o| o.order() < r.order());
                         list.insert(at, r);
@@ -326,9 +342,16 @@ impl PolicyIndex {
         let b = self.bound.get(&*workload.uid)?;
         std::ptr::eq(&raw const *b.workload, workload).then_some(b)
     }
-    /// The anchors of a peer: its service account and its namespace.
-    pub fn anchors(&self, namespace: &str, service_account: &str) -> [Anchor; 2] {
-        [account_anchor(&self.keyed, namespace, service_account), namespace_anchor(&self.keyed, namespace)]
+    /// The anchors of a connection: its source address, destination port, and (namespace, service account) of its peer.
+    pub fn anchors(&self, source: IpAddr, port: u16, peer: Option<(&str, &str)>) -> Anchors {
+        let k = &self.keyed;
+        let (source, port) = (source_anchor(k, source), port_anchor(k, port));
+        match peer {
+            None => Anchors { all: [source, port, source, port], len: 2 },
+            Some((namespace, account)) => {
+                Anchors { all: [source, port, namespace_anchor(k, namespace), account_anchor(k, namespace, account)], len: 4 }
+            }
+        }
     }
 
     /// A policy appeared or changed.
@@ -423,78 +446,123 @@ enum Filing {
     Under(Vec<Anchor>),
 }
 
-fn account_anchor(keyed: &RandomState, namespace: &str, service_account: &str) -> Anchor {
-    Anchor(keyed.hash_one((namespace, service_account)))
-}
-fn namespace_anchor(keyed: &RandomState, namespace: &str) -> Anchor {
-    Anchor(keyed.hash_one(namespace))
+/// What kind of thing an anchor names, the most selective first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+enum Kind {
+    Account,
+    Source,
+    Namespace,
+    Port,
 }
 
-/// Chooses the clause that names the fewest peers.
-fn file(rule: &Rule, keyed: &RandomState) -> Filing {
-    let mut best: Option<(bool, Vec<Anchor>)> = None;
-    for clause in &rule.clauses {
-        let Some(found) = clause_anchors(clause, keyed) else { continue };
-        if found.1.is_empty() {
-            return Filing::Never;
-        }
-        // Service accounts before whole namespaces, then the shorter list.
-        if best.as_ref().is_none_or(|b| (found.0, found.1.len()) < (b.0, b.1.len())) {
-            best = Some(found);
-        }
-    }
-    best.map_or(Filing::General, |(_, anchors)| Filing::Under(anchors))
+fn account_anchor(keyed: &RandomState, namespace: &str, service_account: &str) -> Anchor {
+    Anchor(keyed.hash_one((Kind::Account, namespace, service_account)))
 }
-/// The anchors outside of which a clause is false, and whether whole namespaces are among them. `None`: no such bound.
-/// An empty list: the clause is false for every peer.
-fn clause_anchors(clause: &Clause, keyed: &RandomState) -> Option<(bool, Vec<Anchor>)> {
+fn namespace_anchor(keyed: &RandomState, namespace: &str) -> Anchor {
+    Anchor(keyed.hash_one((Kind::Namespace, namespace)))
+}
+fn source_anchor(keyed: &RandomState, ip: IpAddr) -> Anchor {
+    Anchor(keyed.hash_one((Kind::Source, ip)))
+}
+fn port_anchor(keyed: &RandomState, port: u16) -> Anchor {
+    Anchor(keyed.hash_one((Kind::Port, port)))
+}
+
+/// Anchors outside of which something is false, with the least selective kind among them. No anchors: always false.
+#[derive(Debug)]
+struct Named {
+    kind: Kind,
+    anchors: Vec<Anchor>,
+}
+impl Named {
+    fn of(kind: Kind, anchors: impl Iterator<Item = Anchor>) -> Self {
+        Self { kind, anchors: anchors.collect() }
+    }
+    fn cost(&self) -> (Kind, usize) {
+        (self.kind, self.anchors.len())
+    }
+}
+
+/// Chooses the clause that names the fewest connections.
+fn file(rule: &Rule, keyed: &RandomState) -> Filing {
+    let found: Vec<Named> = rule.clauses.iter().filter_map(|c| clause_anchors(c, keyed)).collect();
+    if found.iter().any(|b| b.anchors.is_empty()) {
+        return Filing::Never;
+    }
+    found.into_iter().min_by_key(Named::cost).map_or(Filing::General, |b| Filing::Under(b.anchors))
+}
+/// `None`: the clause is not bounded by anchors.
+fn clause_anchors(clause: &Clause, keyed: &RandomState) -> Option<Named> {
     if clause.matches.is_empty() {
         return None;
     }
-    let mut all = (false, Vec::new());
-    for m in &clause.matches {
-        if m.is_empty() {
-            continue;
-        }
-        let (namespaces, anchors) = match_anchors(m, keyed)?;
-        all.0 |= namespaces;
-        all.1.extend(anchors);
+    let mut all = Named { kind: Kind::Account, anchors: Vec::new() };
+    // A match without fields never matches, so it names nothing.
+    for m in clause.matches.iter().filter(|m| !m.is_empty()) {
+        let of_match = match_anchors(m, keyed)?;
+        all.kind = all.kind.max(of_match.kind);
+        all.anchors.extend(of_match.anchors);
     }
-    all.1.sort_unstable();
-    all.1.dedup();
+    all.anchors.sort_unstable();
+    all.anchors.dedup();
     Some(all)
 }
-fn match_anchors(m: &Match, keyed: &RandomState) -> Option<(bool, Vec<Anchor>)> {
-    if !m.service_accounts.any.is_empty() {
-        let anchors = m.service_accounts.any.iter().map(|(ns, sa)| account_anchor(keyed, ns, sa));
-        return Some((false, anchors.collect()));
-    }
-    let exact = |t: &TextMatch| matches!(t, TextMatch::Exact(_));
-    if !m.principals.any.is_empty() && m.principals.any.iter().all(exact) {
-        let anchors = m.principals.any.iter().filter_map(|t| match t {
-            TextMatch::Exact(p) => {
-                // Not of the shape every verified identity has: it can never match.
-                let (namespace, account) = principal_account(p)?;
-                Some(account_anchor(keyed, namespace, account))
-            }
-            _ => None,
-        });
-        return Some((false, anchors.collect()));
-    }
-    if !m.namespaces.any.is_empty() && m.namespaces.any.iter().all(exact) {
-        let anchors = m.namespaces.any.iter().filter_map(|t| match t {
-            TextMatch::Exact(ns) => Some(namespace_anchor(keyed, ns)),
-            _ => None,
-        });
-        return Some((true, anchors.collect()));
-    }
-    None
+/// The most selective of the fields that bound a match.
+fn match_anchors(m: &Match, keyed: &RandomState) -> Option<Named> {
+    let accounts = &m.service_accounts.any;
+    let by_account =
+        (!accounts.is_empty()).then(|| Named::of(Kind::Account, accounts.iter().map(|(ns, sa)| account_anchor(keyed, ns, sa))));
+    let ports = &m.destination_ports.any;
+    let by_port = (!ports.is_empty()).then(|| Named::of(Kind::Port, ports.iter().map(|p| port_anchor(keyed, *p))));
+    let options = [by_account, principal_anchors(m, keyed), source_anchors(m, keyed), namespace_anchors(m, keyed), by_port];
+    options.into_iter().flatten().min_by_key(Named::cost)
 }
-/// Namespace and service account of a principal `td/ns/<ns>/sa/<sa>`, with or without `spiffe://`.
-fn principal_account(principal: &str) -> Option<(&str, &str)> {
-    let mut it = principal.strip_prefix("spiffe://").unwrap_or(principal).split('/');
-    match (it.next()?, it.next()?, it.next()?, it.next()?, it.next()?, it.next()) {
-        (_, "ns", namespace, "sa", account, None) => Some((namespace, account)),
+fn namespace_anchors(m: &Match, keyed: &RandomState) -> Option<Named> {
+    let anchor = |t: &TextMatch| match t {
+        TextMatch::Exact(ns) => Some(namespace_anchor(keyed, ns)),
         _ => None,
+    };
+    let anchors: Vec<Anchor> = m.namespaces.any.iter().map(anchor).collect::<Option<_>>()?;
+    (!anchors.is_empty()).then_some(Named { kind: Kind::Namespace, anchors })
+}
+fn source_anchors(m: &Match, keyed: &RandomState) -> Option<Named> {
+    let anchor = |net: &IpNet| (net.prefix_len() == net.max_prefix_len()).then(|| source_anchor(keyed, net.addr()));
+    let anchors: Vec<Anchor> = m.source_ips.any.iter().map(anchor).collect::<Option<_>>()?;
+    (!anchors.is_empty()).then_some(Named { kind: Kind::Source, anchors })
+}
+/// Principals bound a match when each of them fixes at least the namespace of `td/ns/<ns>/sa/<sa>`, the shape of every
+/// verified identity.
+fn principal_anchors(m: &Match, keyed: &RandomState) -> Option<Named> {
+    let mut all = Named { kind: Kind::Account, anchors: Vec::new() };
+    for t in &m.principals.any {
+        match t {
+            TextMatch::Exact(p) => {
+                let mut it = p.strip_prefix("spiffe://").unwrap_or(p).split('/');
+                let parts = (it.next(), it.next(), it.next(), it.next(), it.next(), it.next());
+                // Any other shape can never match and names nothing.
+                if let (Some(_), Some("ns"), Some(ns), Some("sa"), Some(sa), None) = parts {
+                    all.anchors.push(account_anchor(keyed, ns, sa));
+                }
+            }
+            TextMatch::Prefix(p) => {
+                let mut it = p.strip_prefix("spiffe://").unwrap_or(p).split('/');
+                // `td/ns/<ns>/…`: the slash after it makes the namespace complete.
+                let (Some(_), Some("ns"), Some(ns), Some(_)) = (it.next(), it.next(), it.next(), it.next()) else {
+                    return None;
+                };
+                all.kind = all.kind.max(Kind::Namespace);
+                all.anchors.push(namespace_anchor(keyed, ns));
+            }
+            TextMatch::Suffix(p) => {
+                let mut it = p.rsplit('/');
+                // `…/<ns>/sa/<sa>`: the slash before it makes the namespace complete.
+                let (Some(sa), Some("sa"), Some(ns), Some(_)) = (it.next(), it.next(), it.next(), it.next()) else {
+                    return None;
+                };
+                all.anchors.push(account_anchor(keyed, ns, sa));
+            }
+            TextMatch::Presence => return None,
+        }
     }
+    (!m.principals.any.is_empty()).then_some(all)
 }

@@ -209,9 +209,7 @@ fn insert<K: Eq + Clone, V: Clone>(node: &mut Node<K, V>, shift: u32, slot: Slot
                         p.push(slot);
                     }
                 }
-                *node = Node::Branch(Arc::new(
-                    parts.map(|p| if p.is_empty() { Node::Empty } else { Node::Shard(Arc::new(p)) }),
-                ));
+                *node = Node::Branch(Arc::new(parts.map(|p| if p.is_empty() { Node::Empty } else { Node::Shard(Arc::new(p)) })));
             }
             None
         }

@@ -7,7 +7,7 @@
 use crate::addr::{Network, NetworkAddr};
 use crate::change::Change;
 use crate::known::Known;
-use crate::lb::EndpointSet;
+use crate::lb::{Endpoint, EndpointSet};
 use crate::policy::{Policy, PolicyKey};
 use crate::policy_index::PolicyIndex;
 use crate::service::{Service, ServiceKey, Visibility};
@@ -126,10 +126,7 @@ fn visible(s: &Service, client_namespace: &str) -> bool {
 /// The client's own namespace, then canonical, then the first by key, among visible ones.
 fn choose<'a>(of: &'a Candidates<Service>, client_namespace: &str) -> Option<&'a Arc<Service>> {
     let seen = || of.0.iter().filter(|s| visible(s, client_namespace));
-    seen()
-        .find(|s| &*s.key.namespace == client_namespace)
-        .or_else(|| seen().find(|s| s.canonical))
-        .or_else(|| seen().next())
+    seen().find(|s| &*s.key.namespace == client_namespace).or_else(|| seen().find(|s| s.canonical)).or_else(|| seen().next())
 }
 
 impl Snapshot {
@@ -379,7 +376,7 @@ impl Snapshot {
     /// workload uid order not defined), for admin and DNS. Empty for an unknown service.
     pub fn endpoints(&self, service: &ServiceKey) -> Box<dyn Iterator<Item = &Arc<Workload>> + '_> {
         match self.services.get(service) {
-            Some(b) => Box::new(b.endpoints.usable().map(|e| e.workload())),
+            Some(b) => Box::new(b.endpoints.usable().map(Endpoint::workload)),
             None => Box::new(std::iter::empty()),
         }
     }
