@@ -157,8 +157,9 @@ fn without_a_listener_new_connections_are_dropped_or_by_choice_direct() {
         let error = try_one(netns, to, port).expect_err("dropped");
         assert!(timed_out(&error), "{to}: {error}");
     }
-    assert!(agent.count("outbound_no_listener") >= 2, "{:?}", agent.all_counts());
-    assert!(agent.count("inbound_no_listener") >= 2, "{:?}", agent.all_counts());
+    // For a moment after its end the kernel still knows the socket, but gives it nothing.
+    assert!(agent.count("outbound_no_listener") + agent.count("assign_failed") >= 2, "{:?}", agent.all_counts());
+    assert!(agent.count("inbound_no_listener") + agent.count("assign_failed") >= 2, "{:?}", agent.all_counts());
     agent.redirect().set_config(Config::default().with_fail_open(true)).expect("configure");
     for (netns, to, port) in ways {
         try_one(netns, to, port).unwrap_or_else(|e| panic!("{to} directly: {e}"));
