@@ -120,7 +120,7 @@ impl Logging {
         std::panic::set_hook(Box::new(move |info| {
             let mut line = Line::new(format, Level::ERROR, "panic", &info.to_string());
             line.raw("thread", std::thread::current().name().unwrap_or("unnamed"));
-            line.send(&writer);
+            writer.send(line);
             writer.flush(Duration::from_millis(500));
         }));
     }
@@ -218,7 +218,7 @@ impl AccessLog {
 
     /// Hands a finished line to the writer thread. Never blocks.
     pub fn send(&self, line: Line) {
-        line.send(&self.writer);
+        self.writer.send(line);
     }
 
     /// Hands over bytes that already are one or more complete lines, newline included.

@@ -90,7 +90,9 @@ impl Registry {
 
     /// Registers a family.
     pub fn family<S: Series>(&self, family: Family<S>) -> Result<Family<S>, MetricError> {
-        exposition::check_names(family.name(), family.label_names())?;
+        if let Some(bad) = exposition::bad_name(family.name(), family.label_names()) {
+            return Err(MetricError::BadName(bad.to_owned()));
+        }
         let mut families = self.inner.families.lock();
         if !families.names.insert(family.name().to_owned()) {
             return Err(MetricError::Duplicate(family.name().to_owned()));

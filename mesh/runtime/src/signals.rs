@@ -57,4 +57,26 @@ mod tests {
         nix::sys::signal::kill(nix::unistd::Pid::this(), nix::sys::signal::Signal::SIGTERM).unwrap();
         assert_eq!(seen.await, Shutdown::Terminate);
     }
+
+    /// It ends the process, so a process of its own.
+    #[test]
+    fn a_second_interrupt_exits_at_once() {
+        let status = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "--ignored", "signals::tests::child_is_interrupted_twice"])
+            .stdout(std::process::Stdio::null())
+            .status()
+            .unwrap();
+        assert_eq!(status.code(), Some(EXIT_INTERRUPTED));
+    }
+
+    #[tokio::test]
+    #[ignore = "run by a_second_interrupt_exits_at_once"]
+    async fn child_is_interrupted_twice() {
+        let interrupt = || nix::sys::signal::raise(nix::sys::signal::Signal::SIGINT).unwrap();
+        let seen = shutdown().unwrap();
+        interrupt();
+        assert_eq!(seen.await, Shutdown::Interrupt);
+        interrupt();
+        tokio::time::sleep(std::time::Duration::from_secs(20)).await;
+    }
 }

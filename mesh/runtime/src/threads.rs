@@ -246,6 +246,12 @@ pub fn worker_count(setting: Option<&str>, cores: usize) -> Result<usize, BadWor
 /// More threads than any node has cores: a typing error must not exhaust the process table.
 const MOST_WORKERS: usize = 1024;
 
+/// The control thread's runtime: everything that is not a connection (sources, identity, admin, reconcilers) runs on the
+/// thread of `main`, which calls `block_on` with it.
+pub fn control_runtime() -> io::Result<tokio::runtime::Runtime> {
+    Builder::new_current_thread().enable_all().thread_name("control-io").max_blocking_threads(MOST_BLOCKING).build()
+}
+
 /// Cores this process may use.
 pub fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, std::num::NonZero::get)

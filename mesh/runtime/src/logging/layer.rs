@@ -85,7 +85,7 @@ impl<S: Subscriber + for<'a> LookupSpan<'a>> Layer<S> for LineLayer {
                 }
             }
         }
-        line.send(&self.writer);
+        self.writer.send(line);
     }
 }
 

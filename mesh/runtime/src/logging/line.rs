@@ -10,8 +10,6 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use time::OffsetDateTime;
 use tracing::Level;
 
-use super::writer::LogWriter;
-
 /// Shape of log lines.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Format {
@@ -189,10 +187,10 @@ impl Line {
         std::mem::take(&mut self.text)
     }
 
-    /// Hands the finished line to a writer. Never blocks.
-    pub fn send(mut self, writer: &LogWriter) {
+    /// Shows the finished line, newline included, to `out` and keeps the buffer for this thread's next line.
+    pub fn finish_to(mut self, out: impl FnOnce(&[u8])) {
         self.end();
-        writer.submit(self.text.as_bytes());
+        out(self.text.as_bytes());
         if self.text.capacity() <= SPARE_MOST {
             SPARE.set(self.text);
         }

@@ -96,6 +96,11 @@ impl LogWriter {
         }
     }
 
+    /// [`Self::submit`] of a [`Line`].
+    pub fn send(&self, line: Line) {
+        line.finish_to(|bytes| self.submit(bytes));
+    }
+
     /// Lines dropped since the start.
     pub fn dropped(&self) -> u64 {
         self.entrance.shared.dropped.load(Ordering::Relaxed)

@@ -3,8 +3,6 @@
 use std::fmt::Write;
 use std::time::Duration;
 
-use super::MetricError;
-
 /// Something that writes its own lines.
 pub(super) trait Expose: Send + Sync {
     fn expose(&self, out: &mut String);
@@ -64,17 +62,15 @@ pub(super) fn single(out: &mut String, name: &str, help: &str, kind: &str, value
     out.push('\n');
 }
 
-pub(super) fn check_names(name: &str, labels: &[&'static str]) -> Result<(), MetricError> {
+/// The first name that Prometheus would not take.
+pub(super) fn bad_name<'n>(name: &'n str, labels: &[&'n str]) -> Option<&'n str> {
     let start = |c: char| c.is_ascii_alphabetic() || c == '_';
     let ok = |text: &str, colon: bool| {
         let also = |c: char| colon && c == ':';
         text.starts_with(|c| start(c) || also(c)) && text.chars().all(|c| start(c) || also(c) || c.is_ascii_digit())
     };
     if !ok(name, true) {
-        return Err(MetricError::BadName(name.to_owned()));
+        return Some(name);
     }
-    match labels.iter().find(|label| !ok(label, false) || label.starts_with("__")) {
-        Some(bad) => Err(MetricError::BadName((*bad).to_owned())),
-        None => Ok(()),
-    }
+    labels.iter().copied().find(|label| !ok(label, false) || label.starts_with("__"))
 }

@@ -152,9 +152,9 @@ impl Listener {
     /// Only what will not go away by itself, such as a socket that does not listen.
     pub async fn accept(&self) -> io::Result<(RawAccepted, SocketAddr)> {
         let mut pause = FIRST_PAUSE;
-        // A full backlog must not keep the thread from the connections it already has.
-        tokio::task::coop::consume_budget().await;
         loop {
+            // Neither a full backlog nor a queue of dead connections keeps the thread from the connections it has.
+            tokio::task::coop::consume_budget().await;
             let mut ready = self.socket.readable().await?;
             let accepted = ready.try_io(|socket| socket.get_ref().accept4(libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC));
             let error = match accepted {
@@ -203,11 +203,25 @@ enum After {
 
 fn after(error: &io::Error) -> After {
     match error.raw_os_error() {
-        Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM) => After::Pause,
         // The listening socket itself is wrong.
         Some(libc::EBADF | libc::EINVAL | libc::ENOTSOCK | libc::EOPNOTSUPP | libc::EFAULT) | None => After::Fail,
-        // accept(2): errors already pending on the new socket (ECONNABORTED, ENETDOWN, EPERM from a firewall, …).
-        Some(_) => After::Next,
+        // The connection died in the queue, or a firewall took it: accept(2), "error handling".
+        Some(
+            libc::ECONNABORTED
+            | libc::ECONNRESET
+            | libc::EINTR
+            | libc::EPERM
+            | libc::EPROTO
+            | libc::ENOPROTOOPT
+            | libc::ENETDOWN
+            | libc::ENETUNREACH
+            | libc::EHOSTDOWN
+            | libc::EHOSTUNREACH
+            | libc::ENONET
+            | libc::ETIMEDOUT,
+        ) => After::Next,
+        // EMFILE, ENFILE, ENOBUFS, ENOMEM; and whatever else, because an error that stays must not spin.
+        Some(_) => After::Pause,
     }
 }
 
@@ -276,5 +290,6 @@ mod tests {
         assert_eq!(class(libc::ECONNABORTED), After::Next);
         assert_eq!(class(libc::EPERM), After::Next);
         assert_eq!(class(libc::EINVAL), After::Fail);
+        assert_eq!(class(libc::ENOSYS), After::Pause, "unknown errors do not spin");
     }
 }
