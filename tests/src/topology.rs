@@ -146,7 +146,7 @@ impl Plan {
         for object in crate::mesh_dir::read_objects(dir)? {
             match object["kind"].as_str() {
                 Some("Node") => {
-                    plan.nodes.push(node_from(&object).with_context(|| format!("Node {}", object["metadata"]["name"]))?)
+                    plan.nodes.push(node_from(&object).with_context(|| format!("Node {}", object["metadata"]["name"]))?);
                 }
                 Some("Pod") => plan.pods.push(pod_from(&object).with_context(|| format!("Pod {}", object["metadata"]["name"]))?),
                 _ => {}

@@ -38,6 +38,7 @@ const TESTS: &[Test<Mesh>] = &[
     test("pods_of_one_node_talk_with_mutual_tls", pods_of_one_node_talk_with_mutual_tls),
     test("a_service_address_spreads_over_its_endpoints", a_service_address_spreads_over_its_endpoints),
     test("a_service_port_that_does_not_exist_is_refused", a_service_port_that_does_not_exist_is_refused),
+    test("a_service_without_endpoints_is_refused", a_service_without_endpoints_is_refused),
     test("outside_addresses_are_passed_through", outside_addresses_are_passed_through),
     test("the_wire_carries_only_tls", the_wire_carries_only_tls),
     test("large_transfers_arrive_whole_both_ways", large_transfers_arrive_whole_both_ways),
@@ -137,6 +138,7 @@ fn set_up() -> anyhow::Result<Mesh> {
         .pod("node-b", "t", "victim", "victim", &[])
         .pod("node-b", "t", "loose", "loose", &[])
         .host("outside")
+        .host("visitor")
         .build()?;
     let dir = MeshDir::empty()?;
     dir.put("00-base.yaml", OBJECTS)?;
@@ -407,6 +409,23 @@ fn a_service_port_that_does_not_exist_is_refused(mesh: &mut Mesh) -> anyhow::Res
     let mark = mesh.a().mark();
     refused(mesh.pod("client"), (WEB_VIP.0, 81).into())?;
     mesh.a().wait_access("the refusal", mark, |record| starts(record, "error", "no_such_port"))?;
+    Ok(())
+}
+
+fn a_service_without_endpoints_is_refused(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let _guard = mesh.dir.put_for_now(
+        "60-empty.yaml",
+        r"
+apiVersion: v1
+kind: Service
+metadata: { name: empty, namespace: t }
+spec: { selector: { tier: nothing-has-this }, clusterIP: 10.96.0.40, ports: [{ name: tcp, port: 80, targetPort: 8080 }] }
+",
+    )?;
+    mesh.a().wait_config("service empty", |dump| entries(dump, "services").any(|service| service["name"] == "empty"))?;
+    let mark = mesh.a().mark();
+    refused(mesh.pod("client"), SocketAddr::from(([10, 96, 0, 40], 80)))?;
+    mesh.a().wait_access("the refusal", mark, |record| starts(record, "error", "no_healthy_endpoint"))?;
     Ok(())
 }
 
@@ -935,7 +954,8 @@ fn silent_connections(mesh: &Mesh, count: usize) -> anyhow::Result<()> {
     }
     // A new peer, which has no tunnel yet, must get through too.
     let ca = TestCa::of_dir(mesh.ca.path())?;
-    ensure!(tls_accepted(mesh.outside(), to, &ca.issue("spiffe://test.local/ns/t/sa/client")?)?, "a new tunnel cannot be made");
+    let visitor = mesh.topology().host("visitor");
+    ensure!(tls_accepted(visitor, to, &ca.issue("spiffe://test.local/ns/t/sa/client")?)?, "a new tunnel cannot be made");
     let made = silent.len();
     drop(silent);
     wait::until("descriptors to come back", Duration::from_secs(20), || mesh.b().open_fds().ok().filter(|now| *now <= fds + 8))
