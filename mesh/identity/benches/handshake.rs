@@ -2,6 +2,7 @@
 //!
 //! `cargo bench -p mesh-identity` (add `--features tls-boring` for both crypto libraries). Prints the best and the median of
 //! several rounds, as a shared machine disturbs the mean.
+#![allow(clippy::unwrap_used, reason = "a benchmark stops at the first thing it did not expect")]
 
 use std::hint::black_box;
 use std::sync::Arc;
@@ -11,7 +12,7 @@ use mesh_identity::clock::SystemClock;
 use mesh_identity::crypto::{KeyExchange, Provider, TlsSettings};
 use mesh_identity::local_ca::{LocalCa, LocalCaSettings};
 use mesh_identity::{IdentitySource, Svid, TlsContext, tls, verify};
-use mesh_model::SpiffeId;
+use mesh_model::{SpiffeId, TrustDomain};
 use tokio::io::duplex;
 
 const ROUNDS: usize = 15;
@@ -39,18 +40,25 @@ async fn run(rounds: usize, each: u32) {
             let tls = TlsContext::new(&TlsSettings { provider, key_exchange }, &ca, Arc::new(SystemClock)).unwrap();
             let svid = Svid::new(&web, ca.issue(&web).await.unwrap(), &tls).unwrap();
             let expect = [web.clone()];
-            let mut times = Vec::new();
-            for _ in 0..rounds {
-                let begin = Instant::now();
-                for _ in 0..each {
-                    let (a, b) = duplex(64 * 1024);
-                    let deadline = tokio::time::Instant::now() + Duration::from_secs(10);
-                    let both = tokio::join!(tls::connect(&svid, a, &expect, deadline), tls::accept(&svid, b, deadline));
-                    black_box((both.0.unwrap(), both.1.unwrap()));
+            for news in [false, true] {
+                let mut times = Vec::new();
+                for _ in 0..rounds {
+                    let begin = Instant::now();
+                    for _ in 0..each {
+                        if news {
+                            // New bundles: nothing proven before counts any more, as if the peers had never met.
+                            ca.federate(TrustDomain::parse("other.example").unwrap(), Vec::new()).unwrap();
+                        }
+                        let (a, b) = duplex(64 * 1024);
+                        let deadline = tokio::time::Instant::now() + Duration::from_secs(10);
+                        let both = tokio::join!(tls::connect(&svid, a, &expect, deadline), tls::accept(&svid, b, deadline));
+                        black_box((both.0.unwrap(), both.1.unwrap()));
+                    }
+                    times.push(begin.elapsed() / each);
                 }
-                times.push(begin.elapsed() / each);
+                let met = if news { "first" } else { "further" };
+                report(&format!("{} {key_exchange:?}: {met} mutual handshake of two peers, both ends", provider.as_str()), times);
             }
-            report(&format!("{} {key_exchange:?}: mutual handshake, both ends", provider.as_str()), times);
         }
     }
 

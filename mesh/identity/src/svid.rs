@@ -10,7 +10,7 @@ use std::time::SystemTime;
 
 use mesh_model::SpiffeId;
 use rustls::client::Resumption;
-use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms};
+use rustls::crypto::CryptoProvider;
 use rustls::server::NoServerSessionStorage;
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::version::TLS13;
@@ -73,7 +73,7 @@ pub struct Svid {
     pub client: Arc<ClientConfig>,
     /// For accepting; demands a client certificate.
     pub server: Arc<ServerConfig>,
-    pub(crate) algorithms: WebPkiSupportedAlgorithms,
+    pub(crate) verifier: Arc<PeerVerifier>,
     pub(crate) clock: Arc<dyn Clock>,
 }
 
@@ -130,7 +130,7 @@ impl Svid {
             serial: leaf.serial,
             client: Arc::new(client),
             server: Arc::new(server),
-            algorithms: tls.crypto.signature_verification_algorithms,
+            verifier: Arc::clone(&tls.verifier),
             clock: Arc::clone(&tls.clock),
         })
     }

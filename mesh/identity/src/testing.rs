@@ -55,6 +55,15 @@ impl TestCa {
         Self { der, issuer: Issuer::new(params, key) }
     }
 
+    /// An authority below this one that ends early.
+    pub(crate) fn intermediate_until(&self, end: SystemTime) -> Self {
+        let key = KeyPair::generate().unwrap();
+        let mut params = ca_params("short-lived");
+        params.not_after = end.into();
+        let der = params.signed_by(&key, &self.issuer).unwrap().der().clone();
+        Self { der, issuer: Issuer::new(params, key) }
+    }
+
     /// A certificate as `params` say, with its key.
     pub(crate) fn sign(&self, params: &CertificateParams) -> IssuedSvid {
         let key = KeyPair::generate().unwrap();

@@ -51,19 +51,20 @@ impl Peer {
     }
 
     fn of(state: &CommonState, role: PeerRole, svid: &Svid) -> Result<Self, TlsError> {
-        // The verifier has read this leaf already; rustls has no place to keep what it found. Failing here is ours.
         let missing = || TlsError::new(Reason::Internal, "no peer certificate after a mutual handshake");
         let chain = state.peer_certificates().ok_or_else(missing)?;
-        let leaf = leaf_of(chain.first().ok_or_else(missing)?)
-            .map_err(|error| TlsError::new(Reason::Internal, error.to_string()))?;
-        Ok(Self {
-            id: leaf.id,
-            chain: chain.iter().cloned().collect(),
-            not_after: leaf.not_after,
-            verified_at: svid.clock.now(),
-            role,
-            algorithms: svid.algorithms,
-        })
+        let verified_at = svid.clock.now();
+        let (leaf, chain) = match svid.verifier.find_proven(chain, role, unix(verified_at)) {
+            Some(proven) => (proven.leaf.clone(), Arc::clone(&proven.chain)),
+            // Bundles changed since, or the memory was full. The verifier has read this leaf: failing here is ours.
+            None => {
+                let leaf = leaf_of(chain.first().ok_or_else(missing)?)
+                    .map_err(|error| TlsError::new(Reason::Internal, error.to_string()))?;
+                (leaf, chain.iter().cloned().collect())
+            }
+        };
+        let algorithms = svid.verifier.algorithms();
+        Ok(Self { id: leaf.id, chain, not_after: leaf.not_after, verified_at, role, algorithms })
     }
 }
 
@@ -110,12 +111,10 @@ pub fn explain(error: &io::Error) -> (Reason, String) {
         return (Reason::TlsFailure, detail);
     };
     match tls {
-        rustls::Error::InvalidCertificate(CertificateError::Other(other)) => {
-            match other.0.downcast_ref::<VerifyError>() {
-                Some(verify) => (verify.reason(), verify.to_string()),
-                None => (Reason::TlsFailure, tls.to_string()),
-            }
-        }
+        rustls::Error::InvalidCertificate(CertificateError::Other(other)) => match other.0.downcast_ref::<VerifyError>() {
+            Some(verify) => (verify.reason(), verify.to_string()),
+            None => (Reason::TlsFailure, tls.to_string()),
+        },
         rustls::Error::AlertReceived(alert) => {
             (Reason::TlsFailure, format!("the peer refused the handshake with alert {alert:?}"))
         }
@@ -153,8 +152,8 @@ pub async fn accept<IO>(svid: &Svid, io: IO, deadline: Instant) -> Result<(serve
 where
     IO: AsyncRead + AsyncWrite + Unpin,
 {
-    let handshake = TlsAcceptor::from(Arc::clone(&svid.server))
-        .accept_with(io, |connection| connection.set_buffer_limit(Some(BUFFER_LIMIT)));
+    let handshake =
+        TlsAcceptor::from(Arc::clone(&svid.server)).accept_with(io, |connection| connection.set_buffer_limit(Some(BUFFER_LIMIT)));
     let stream = timeout_at(deadline, handshake).await.map_err(|_| late("accepting"))??;
     let peer = Peer::of(stream.get_ref().1, PeerRole::Client, svid)?;
     Ok((stream, peer))

@@ -4,6 +4,8 @@
 //! DNS names and the subject are ignored. The check against the *expected* identity is not here but in [`crate::tls`],
 //! because one verifier serves every connection. Upstream: [`crate::bundle`]. Downstream: [`crate::svid`], [`crate::tls`].
 
+mod proven;
+
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -21,6 +23,8 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 
 use crate::bundle::TrustBundles;
 use crate::clock::date;
+pub(crate) use proven::Proven;
+use proven::ProvenChains;
 
 /// Why a certificate proves nothing to us.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
@@ -146,8 +150,7 @@ fn id_of(certificate: &X509Certificate<'_>) -> Result<SpiffeId, VerifyError> {
         0 => {}
         more => return Err(VerifyError::SeveralUris(more + 1)),
     }
-    let id: SpiffeId =
-        uri.parse().map_err(|error| VerifyError::BadId { uri: uri.chars().take(128).collect(), error })?;
+    let id: SpiffeId = uri.parse().map_err(|error| VerifyError::BadId { uri: uri.chars().take(128).collect(), error })?;
     if certificate.basic_constraints().map_err(unreadable)?.is_some_and(|constraints| constraints.value.ca) {
         return Err(VerifyError::Authority(id));
     }
@@ -203,11 +206,12 @@ pub fn verify_chain(
 pub(crate) struct PeerVerifier {
     bundles: watch::Receiver<Arc<TrustBundles>>,
     algorithms: WebPkiSupportedAlgorithms,
+    proven: ProvenChains,
 }
 
 impl PeerVerifier {
     pub(crate) fn new(bundles: watch::Receiver<Arc<TrustBundles>>, algorithms: WebPkiSupportedAlgorithms) -> Self {
-        Self { bundles, algorithms }
+        Self { bundles, algorithms, proven: ProvenChains::default() }
     }
 
     fn verify(
@@ -219,8 +223,22 @@ impl PeerVerifier {
     ) -> Result<(), rustls::Error> {
         // Clone first: the watch's lock must not be held while signatures are checked.
         let bundles = Arc::clone(&self.bundles.borrow());
-        verify_chain(leaf, intermediates, role, &bundles, &self.algorithms, now)?;
+        if self.proven.find(leaf, intermediates, role, &bundles, now).is_none() {
+            verify_chain(leaf, intermediates, role, &bundles, &self.algorithms, now)?;
+            self.proven.keep(leaf, intermediates, role, &bundles);
+        }
         Ok(())
+    }
+
+    /// What a handshake has just proven about this chain. `None` when it is not kept (any more): read it again then.
+    pub(crate) fn find_proven(&self, chain: &[CertificateDer<'_>], role: PeerRole, now: UnixTime) -> Option<Arc<Proven>> {
+        let (leaf, intermediates) = chain.split_first()?;
+        let bundles = Arc::clone(&self.bundles.borrow());
+        self.proven.find(leaf, intermediates, role, &bundles, now)
+    }
+
+    pub(crate) fn algorithms(&self) -> WebPkiSupportedAlgorithms {
+        self.algorithms
     }
 }
 

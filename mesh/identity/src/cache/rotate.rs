@@ -182,8 +182,7 @@ impl Rotation {
             if slot.phase != (Phase::Resting { until }) {
                 continue;
             }
-            let priority =
-                if slot.entry.load(&self.tls).is_some() { Priority::Background } else { Priority::Warmup };
+            let priority = if slot.entry.load(&self.tls).is_some() { Priority::Background } else { Priority::Warmup };
             slot.phase = Phase::Queued(priority);
             self.enqueue(priority, id);
         }
@@ -193,9 +192,7 @@ impl Rotation {
     fn ask(&mut self) {
         const ORDER: [Priority; 3] = [Priority::RealTime, Priority::Warmup, Priority::Background];
         while self.asking.len() < self.concurrency {
-            let next = self.queues.iter_mut().zip(ORDER).find_map(|(queue, priority)| {
-                Some((queue.pop_front()?, priority))
-            });
+            let next = self.queues.iter_mut().zip(ORDER).find_map(|(queue, priority)| Some((queue.pop_front()?, priority)));
             let Some((id, priority)) = next else { return };
             let Some(slot) = self.slots.get_mut(&id) else { continue };
             if slot.phase != Phase::Queued(priority) {

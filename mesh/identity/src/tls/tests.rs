@@ -33,10 +33,8 @@ fn soon() -> Instant {
     Instant::now() + Duration::from_secs(10)
 }
 
-type Both = (
-    Result<(client::TlsStream<DuplexStream>, Peer), TlsError>,
-    Result<(server::TlsStream<DuplexStream>, Peer), TlsError>,
-);
+type Both =
+    (Result<(client::TlsStream<DuplexStream>, Peer), TlsError>, Result<(server::TlsStream<DuplexStream>, Peer), TlsError>);
 
 async fn shake(client: &Svid, server: &Svid, expect: &[SpiffeId]) -> Both {
     let (a, b) = duplex(64 * 1024);
@@ -171,8 +169,7 @@ async fn a_client_without_a_certificate_is_refused() {
     let (a, b) = duplex(64 * 1024);
     let name = ServerName::try_from("nobody").unwrap();
     let cart = mesh.svid(CART);
-    let (_client, server) =
-        tokio::join!(TlsConnector::from(Arc::new(anonymous)).connect(name, a), accept(&cart, b, soon()));
+    let (_client, server) = tokio::join!(TlsConnector::from(Arc::new(anonymous)).connect(name, a), accept(&cart, b, soon()));
     assert_eq!(server.unwrap_err().reason, Reason::TlsFailure);
 }
 
@@ -208,14 +205,8 @@ async fn a_half_open_handshake_ends_at_its_deadline() {
 #[tokio::test]
 async fn garbage_and_hang_ups_are_tls_failures() {
     let mesh = Mesh::new();
-    let inputs: [&[u8]; 6] = [
-        b"",
-        b"GET / HTTP/1.1\r\n\r\n",
-        &[0; 1024],
-        &[0xff; 1024],
-        &[22, 3, 1, 0, 4, 1, 0, 0, 0],
-        &[21, 3, 3, 0, 2, 2, 40],
-    ];
+    let inputs: [&[u8]; 6] =
+        [b"", b"GET / HTTP/1.1\r\n\r\n", &[0; 1024], &[0xff; 1024], &[22, 3, 1, 0, 4, 1, 0, 0, 0], &[21, 3, 3, 0, 2, 2, 40]];
     for input in inputs {
         let (mut peer, io) = duplex(64 * 1024);
         peer.write_all(input).await.unwrap();

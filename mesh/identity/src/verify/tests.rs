@@ -1,9 +1,7 @@
 use std::time::{Duration, SystemTime};
 
 use mesh_model::{Reason, TrustDomain};
-use rcgen::{
-    BasicConstraints, CertificateParams, CustomExtension, ExtendedKeyUsagePurpose, IsCa, KeyUsagePurpose, SanType,
-};
+use rcgen::{BasicConstraints, CertificateParams, CustomExtension, ExtendedKeyUsagePurpose, IsCa, KeyUsagePurpose, SanType};
 
 use super::*;
 use crate::clock::unix;
@@ -82,7 +80,12 @@ fn the_uri_must_be_one_spiffe_id() {
     // The same id twice is still not one URI.
     let twice = refusal(|p| p.subject_alt_names.push(SanType::URI(WEB.try_into().unwrap())));
     assert_eq!(twice, VerifyError::SeveralUris(2));
-    for uri in ["https://cluster.local/ns/a/sa/b", "spiffe://cluster.local/ns/a/sa/b/", "spiffe://cluster.local", "spiffe://Cluster.local/ns/a/sa/b"] {
+    for uri in [
+        "https://cluster.local/ns/a/sa/b",
+        "spiffe://cluster.local/ns/a/sa/b/",
+        "spiffe://cluster.local",
+        "spiffe://Cluster.local/ns/a/sa/b",
+    ] {
         let error = refusal(|p| p.subject_alt_names = vec![SanType::URI(uri.try_into().unwrap())]);
         assert!(matches!(error, VerifyError::BadId { .. }), "{uri}: {error}");
         assert_eq!(error.reason(), Reason::TlsFailure);
@@ -192,4 +195,82 @@ fn reading_is_total() {
         broken[position] ^= 0xff;
         let _ = leaf_of(&broken);
     }
+}
+
+fn verifier(bundles: TrustBundles) -> (PeerVerifier, watch::Sender<Arc<TrustBundles>>) {
+    let sender = watch::Sender::new(Arc::new(bundles));
+    let algorithms = TlsSettings::default().crypto().unwrap().signature_verification_algorithms;
+    (PeerVerifier::new(sender.subscribe(), algorithms), sender)
+}
+
+#[test]
+fn a_proven_chain_is_believed_for_its_bytes_usage_bundles_and_dates_only() {
+    let ca = TestCa::new("root");
+    let below = ca.intermediate("below");
+    let mut params = leaf_params(&[WEB]);
+    params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+    let leaf = below.sign(&params).chain.remove(0);
+    let over = [below.der.clone()];
+    let (verifier, bundles) = verifier(ours(&ca));
+    let now = unix(SystemTime::now());
+    let proven = |role| verifier.proven.len(role);
+
+    verifier.verify(&leaf, &over, PeerRole::Server, now).unwrap();
+    let chain = [leaf.clone(), below.der.clone()];
+    let first = verifier.find_proven(&chain, PeerRole::Server, now).unwrap();
+    assert_eq!((first.leaf.id.clone(), first.chain.len()), (id(WEB), 2));
+    verifier.verify(&leaf, &over, PeerRole::Server, now).unwrap();
+    let second = verifier.find_proven(&chain, PeerRole::Server, now).unwrap();
+    assert!(Arc::ptr_eq(&first, &second), "the second time nothing was proven anew");
+
+    // Another usage.
+    assert!(verifier.verify(&leaf, &over, PeerRole::Client, now).is_err());
+    // Another chain.
+    assert!(verifier.verify(&leaf, &[], PeerRole::Server, now).is_err());
+    assert!(verifier.verify(&leaf, &[TestCa::new("below").der], PeerRole::Server, now).is_err());
+    // Another byte.
+    let mut forged = leaf.to_vec();
+    *forged.last_mut().unwrap() ^= 1;
+    assert!(verifier.verify(&forged.into(), &over, PeerRole::Server, now).is_err());
+    // Another date.
+    assert!(verifier.verify(&leaf, &over, PeerRole::Server, unix(SystemTime::now() + hours(2))).is_err());
+    assert!(verifier.verify(&leaf, &over, PeerRole::Server, unix(SystemTime::now() - hours(2))).is_err());
+    assert_eq!((proven(PeerRole::Server), proven(PeerRole::Client)), (1, 0), "failures are not kept");
+    // Other roots.
+    bundles.send_replace(Arc::new(ours(&TestCa::new("other"))));
+    assert!(verifier.verify(&leaf, &over, PeerRole::Server, now).is_err());
+    assert!(verifier.find_proven(&chain, PeerRole::Server, now).is_none());
+    // Back again: proven anew.
+    bundles.send_replace(Arc::new(ours(&ca)));
+    verifier.verify(&leaf, &over, PeerRole::Server, now).unwrap();
+    assert!(!Arc::ptr_eq(&first, &verifier.find_proven(&chain, PeerRole::Server, now).unwrap()));
+}
+
+#[test]
+fn an_expired_intermediate_ends_a_proof() {
+    let ca = TestCa::new("root");
+    let below = ca.intermediate_until(SystemTime::now() + hours(1) / 2);
+    let leaf = below.sign(&leaf_params(&[WEB])).chain.remove(0);
+    let (verifier, _bundles) = verifier(ours(&ca));
+    let over = [below.der.clone()];
+    verifier.verify(&leaf, &over, PeerRole::Client, unix(SystemTime::now())).unwrap();
+    // The leaf is valid for a whole hour.
+    assert!(verifier.verify(&leaf, &over, PeerRole::Client, unix(SystemTime::now() + hours(3) / 4)).is_err());
+}
+
+#[test]
+fn proofs_are_bounded() {
+    let ca = TestCa::new("root");
+    let leaf = ca.sign(&leaf_params(&[WEB])).chain.remove(0);
+    let chains = ProvenChains::default();
+    let bundles = Arc::new(ours(&ca));
+    for n in 0..proven::MOST + 10 {
+        // As if each had been verified: the bytes differ in the signature, which reading does not check.
+        let mut bytes = leaf.to_vec();
+        let end = bytes.len();
+        bytes[end - 2..].copy_from_slice(&(n as u16).to_be_bytes());
+        chains.keep(&bytes.into(), &[], PeerRole::Client, &bundles);
+        assert!(chains.len(PeerRole::Client) <= proven::MOST);
+    }
+    assert!(chains.len(PeerRole::Client) > 0);
 }
