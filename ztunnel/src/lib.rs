@@ -1,1 +1,26 @@
 //! The node agent: captures the TCP traffic of enrolled pods and carries it over HBONE.
+//!
+//! Read [`outbound::serve_conn`] and [`inbound::serve_conn`] first: each is one direction, in the byte's order.
+#![forbid(unsafe_code)]
+
+mod accept;
+pub mod app;
+mod carry;
+pub mod conns;
+mod deliver;
+mod dial;
+mod dump;
+mod gate;
+mod inbound;
+mod metrics;
+mod outbound;
+mod passthrough;
+pub mod pod;
+pub mod pods;
+mod proxy_protocol;
+mod record;
+mod report;
+mod resolve;
+pub mod settings;
+
+pub use settings::Settings;

@@ -1,0 +1,63 @@
+//! Accept loops: one task per listener of a pod, connections placed on a data thread once and for all.
+//!
+//! Owns the placing. Refuses nothing itself. Upstream: the listeners `pods` bound. Downstream: the three directions.
+use crate::pod::{Pod, stream_options};
+use mesh_runtime::sockets::{BoundListener, RawAccepted};
+use mesh_runtime::threads;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use tokio::net::TcpStream;
+
+/// A connection on the data thread that will serve it.
+#[derive(Debug)]
+pub struct Accepted {
+    /// The connection.
+    pub tcp: TcpStream,
+    /// Its peer.
+    pub peer: SocketAddr,
+    /// What the peer wanted to reach, before redirection.
+    pub original_dst: SocketAddr,
+}
+
+/// Accepts until the pod drains. `serve` runs on the chosen data thread.
+pub async fn run<F, Fut>(pod: Arc<Pod>, listener: BoundListener, serve: F) -> io::Result<()>
+where
+    F: Fn(Arc<Pod>, Accepted) -> Fut + Copy + Send + 'static,
+    Fut: Future<Output = ()> + Send + 'static,
+{
+    let listener = listener.into_listener()?;
+    let drain = pod.drain.clone();
+    let draining = drain.draining();
+    tokio::pin!(draining);
+    loop {
+        let (raw, peer) = tokio::select! {
+            biased;
+            accepted = listener.accept() => accepted?,
+            // Accepting first empties the queue of a listener about to close: those clients are already connected.
+            _ = &mut draining => return Ok(()),
+        };
+        let here = threads::current();
+        let worker = pod.shared.threads.pick(here);
+        let live = worker.admit();
+        let pod = Arc::clone(&pod);
+        let task = async move {
+            if let Some(accepted) = register(raw, peer) {
+                serve(pod, accepted).await;
+            }
+            drop(live);
+        };
+        if here == Some(worker.index()) {
+            tokio::spawn(task);
+        } else {
+            worker.spawn(task);
+        }
+    }
+}
+
+/// Registers the connection with this thread. A connection that already died is nobody's business.
+fn register(raw: RawAccepted, peer: SocketAddr) -> Option<Accepted> {
+    let original_dst = raw.original_dst().ok()?;
+    raw.tune(&stream_options()).ok()?;
+    Some(Accepted { tcp: raw.into_tcp().ok()?, peer, original_dst })
+}

@@ -1,0 +1,270 @@
+//! The whole agent: builds every part, in the order in which they need each other, and ends them in reverse.
+//!
+//! Owns the wiring, nothing else. The control thread is the caller's: sources, certificates, admin and the pod supervisor
+//! run on it; connections run on the data threads.
+use crate::dump;
+use crate::gate::Gate;
+use crate::metrics::Metrics;
+use crate::pod::Shared;
+use crate::pods::{PodSupervisor, PodTable};
+use crate::resolve::Resolver;
+use crate::settings::{RedirectMode, Settings};
+use anyhow::{Context, Result, bail};
+use http::{Method, StatusCode};
+use mesh_identity::cache::CacheSettings;
+use mesh_identity::clock::SystemClock;
+use mesh_identity::crypto::TlsSettings;
+use mesh_identity::local_ca::{LocalCa, LocalCaSettings};
+use mesh_identity::{IdentitySource, SvidCache, TlsContext};
+use mesh_model::snapshot::Viewpoint;
+use mesh_model::workload::Locality;
+use mesh_model::{Network, TrustDomain};
+use mesh_runtime::admin::{HttpServer, json, text};
+use mesh_runtime::drain::{self, DrainMode, Finished};
+use mesh_runtime::logging::{self, Logging};
+use mesh_runtime::memory::Budget;
+use mesh_runtime::metrics::Registry;
+use mesh_runtime::readiness::Readiness;
+use mesh_runtime::sockets::raise_nofile;
+use mesh_runtime::threads::{DataThreads, cores, worker_count};
+use mesh_runtime::signals;
+use mesh_sources::{Diagnostics, Origin};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::Notify;
+
+/// How long data threads may take to drop what is left after the drain.
+const STOP_LIMIT: Duration = Duration::from_secs(2);
+/// Series of metrics nobody used for this long are dropped.
+const SERIES_UNUSED: Duration = Duration::from_mins(10);
+
+/// Version information as JSON.
+pub fn version() -> serde_json::Value {
+    dump::version()
+}
+
+/// Runs the agent until SIGTERM, SIGINT or `/quitquitquit`.
+pub fn run(settings: Settings) -> Result<()> {
+    let options = logging::Options::from_env(
+        std::env::var("RUST_LOG").ok().as_deref(),
+        std::env::var("LOG_FORMAT").ok().as_deref(),
+        "ztunnel",
+    )
+    .context("RUST_LOG")?;
+    let logging = logging::init(options)?;
+    logging.log_panics();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("control runtime")?;
+    let outcome = runtime.block_on(serve(settings, &logging));
+    runtime.shutdown_timeout(Duration::from_millis(500));
+    logging.writer.flush(Duration::from_millis(500));
+    outcome
+}
+
+/// The agent on the current (control) runtime.
+pub async fn serve(settings: Settings, logging: &Logging) -> Result<()> {
+    let open_files = raise_nofile().context("raising the limit of open files")?;
+    preflight(&settings)?;
+    let stop = signals::shutdown().context("installing signal handlers")?;
+    let readiness = Readiness::new();
+    let registry = Registry::new();
+    let metrics = Metrics::new(&registry)?;
+    registry.process()?;
+    registry.build_info("ztunnel", env!("CARGO_PKG_VERSION"))?;
+
+    // Who we believe and where we stand.
+    let view = viewpoint(&settings)?;
+    let svids = certificates(&settings)?;
+
+    // What the mesh is.
+    let first_snapshot = readiness.pending("mesh configuration");
+    let (mesh, diagnostics) = mesh_sources::start(origin(&settings)?, view);
+
+    let workers = worker_count(settings.worker_threads.as_deref(), cores())?;
+    let threads = DataThreads::start(workers).context("starting data threads")?;
+    let budget = Budget::new(settings.window_budget);
+    let shared = Arc::new(Shared {
+        gate: Gate::new(settings.max_handshakes),
+        hbone: Arc::new(hbone_settings(&settings, &budget)),
+        resolver: Resolver::default(),
+        access: logging.access.clone(),
+        settings: settings.clone(),
+        mesh: mesh.clone(),
+        threads,
+        svids,
+        metrics,
+        budget,
+    });
+
+    // Faces: addresses are bound before anything is promised.
+    let quit = Arc::new(Notify::new());
+    let pods = PodTable::default();
+    let (drain, drained) = drain::channel();
+    let servers = [
+        (settings.readiness_addr, readiness.route(HttpServer::new("readiness"))),
+        (settings.stats_addr, registry.route(HttpServer::new("stats"))),
+        (settings.admin_addr, admin(&shared, &pods, &diagnostics, logging, &quit)),
+    ];
+    for (addr, server) in servers {
+        listen(addr, &server, &drain)?;
+    }
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        node = settings.node,
+        workers,
+        open_files,
+        admin = %settings.admin_addr,
+        stats = %settings.stats_addr,
+        readiness = %settings.readiness_addr,
+        "agent starting"
+    );
+
+    // Nothing is captured before the first snapshot is in (node-agent §1.1).
+    let supervisor = PodSupervisor::new(Arc::clone(&shared), readiness.clone(), pods);
+    let control = tokio::spawn({
+        let mesh = mesh.clone();
+        async move {
+            mesh.synced().await;
+            supervisor.run(drained, first_snapshot).await;
+        }
+    });
+    let upkeep = tokio::spawn(upkeep(registry, shared.metrics.clone(), diagnostics));
+
+    tokio::select! {
+        signal = stop => tracing::info!(?signal, "shutting down"),
+        () = quit.notified() => tracing::info!("shutting down: /quitquitquit"),
+    }
+    let leaving = readiness.pending("shutting down");
+    drain.start(DrainMode::Graceful { deadline: settings.termination_deadline });
+    if let Err(error) = control.await
+        && !error.is_cancelled()
+    {
+        tracing::error!(%error, "the pod supervisor failed");
+    }
+    if let Finished::Abandoned(left) = drain.finished().await {
+        tracing::warn!(left, "servers closed at the deadline");
+    }
+    upkeep.abort();
+    if !shared.threads.stop(STOP_LIMIT).await {
+        tracing::warn!("a data thread did not stop in time");
+    }
+    drop(leaving);
+    tracing::info!("agent stopped");
+    Ok(())
+}
+
+/// What can be known to fail, said before anything starts.
+fn preflight(settings: &Settings) -> Result<()> {
+    if settings.redirect == RedirectMode::Ebpf {
+        ebpf_loader::probe().context("this machine cannot redirect connections with eBPF")?;
+    }
+    Ok(())
+}
+
+fn viewpoint(s: &Settings) -> Result<Viewpoint> {
+    let domain = |d: &String| TrustDomain::parse(d).with_context(|| format!("trust domain {d:?}"));
+    Ok(Viewpoint {
+        network: Network::from(s.network.as_str()),
+        cluster: s.cluster_id.as_str().into(),
+        node: s.node.as_str().into(),
+        locality: Locality::default(),
+        cluster_domain: s.cluster_domain.as_str().into(),
+        root_namespace: s.root_namespace.as_str().into(),
+        trust_domain: domain(&s.trust_domain)?,
+        trust_domain_aliases: s.trust_domain_aliases.iter().map(domain).collect::<Result<_>>()?,
+    })
+}
+
+fn origin(s: &Settings) -> Result<Origin> {
+    match (&s.mesh_dir, &s.local_xds_path) {
+        (Some(dir), None) => Ok(Origin::Folder(dir.clone())),
+        (None, Some(file)) => Ok(Origin::LocalXds(file.clone())),
+        (Some(_), Some(_)) => bail!("--mesh-dir and --local-xds-path exclude each other"),
+        (None, None) => match std::env::var("LOCAL_XDS") {
+            Ok(text) => Ok(Origin::LocalXdsText(text)),
+            Err(_) => bail!("nothing describes the mesh: set --mesh-dir (CULVERT_MESH_DIR), LOCAL_XDS_PATH or LOCAL_XDS"),
+        },
+    }
+}
+
+fn certificates(s: &Settings) -> Result<SvidCache> {
+    let ca = LocalCaSettings {
+        directory: s.ca_dir.clone(),
+        trust_domain: s.trust_domain.clone(),
+        trust_domain_aliases: s.trust_domain_aliases.clone(),
+        lifetime: s.secret_ttl,
+    };
+    let clock = Arc::new(SystemClock);
+    let source: Arc<dyn IdentitySource> = Arc::new(
+        LocalCa::open(&ca, clock.clone()).with_context(|| format!("development CA in {}", s.ca_dir.display()))?,
+    );
+    let tls = TlsContext::new(&TlsSettings::default(), source.as_ref(), clock)?;
+    Ok(SvidCache::start(source, tls, &CacheSettings::default(), &tokio::runtime::Handle::current()))
+}
+
+fn hbone_settings(s: &Settings, budget: &Budget) -> mesh_hbone::Settings {
+    mesh_hbone::Settings {
+        max_stream_window: s.stream_window,
+        connection_window: s.connection_window,
+        frame_size: s.frame_size,
+        client_max_streams: s.pool_max_streams,
+        handshake_timeout: s.handshake_timeout,
+        connect_timeout: s.handshake_timeout,
+        unused_release: s.pool_unused_release,
+        budget: Some(budget.clone()),
+        ..mesh_hbone::Settings::default()
+    }
+    .clamped()
+}
+
+fn admin(
+    shared: &Arc<Shared>,
+    pods: &PodTable,
+    diagnostics: &Diagnostics,
+    logging: &Logging,
+    quit: &Arc<Notify>,
+) -> HttpServer {
+    let dump = {
+        let (shared, pods, diagnostics) = (Arc::clone(shared), pods.clone(), diagnostics.clone());
+        move |_| json(&dump::config_dump(&shared, &pods, &diagnostics))
+    };
+    let quit = Arc::clone(quit);
+    let server = HttpServer::new("admin")
+        .route(Method::GET, "/config_dump", dump)
+        .route(Method::GET, "/version", |_| json(&dump::version()))
+        .route(Method::POST, "/quitquitquit", move |_| {
+            quit.notify_one();
+            text(StatusCode::OK, "shutting down\n")
+        });
+    let server = logging.control.route(server);
+    let mut index = server.paths().collect::<Vec<_>>().join("\n");
+    index.push('\n');
+    server.route(Method::GET, "/", move |_| text(StatusCode::OK, index.clone()))
+}
+
+fn listen(addr: SocketAddr, server: &HttpServer, drain: &drain::Drain) -> Result<()> {
+    let bound = server.bind(addr).with_context(|| format!("cannot listen on {addr}"))?;
+    let watch = drain.watch();
+    tokio::spawn(async move {
+        // These faces stay up during the drain: an operator wants to see it.
+        if let Err(error) = bound.serve(async move { watch.expired().await }).await {
+            tracing::error!(%error, %addr, "server failed");
+        }
+    });
+    Ok(())
+}
+
+/// Slow periodic work of the control thread.
+async fn upkeep(registry: Registry, metrics: Metrics, diagnostics: Diagnostics) {
+    let mut tick = tokio::time::interval(Duration::from_secs(5));
+    let mut beats = 0u32;
+    loop {
+        tick.tick().await;
+        metrics.config_problems.set(diagnostics.list().len() as i64);
+        beats = beats.wrapping_add(1);
+        if beats.is_multiple_of(60) {
+            registry.sweep(SERIES_UNUSED);
+        }
+    }
+}
+

@@ -1,0 +1,35 @@
+//! Handing a connection to the application inside the pod, with the client's own address as source.
+//!
+//! Upstream: `inbound`, `passthrough`. Downstream: sockets in the pod's namespace.
+use crate::dial::{MARK, connect_refusal};
+use crate::pod::{Pod, stream_options};
+use mesh_model::Refusal;
+use mesh_runtime::sockets::{ConnectOptions, connect};
+use std::net::{IpAddr, SocketAddr};
+use tokio::net::TcpStream;
+
+/// Connects to `dst` in the pod, from the address of `client`.
+pub async fn deliver(pod: &Pod, client: SocketAddr, dst: SocketAddr) -> Result<TcpStream, Refusal> {
+    // Without a namespace of its own the pod is on loopback, where there is nobody else's address to keep. A client of
+    // the other family has no address that could be kept.
+    let source = (pod.netns.is_some() && client.is_ipv4() == dst.is_ipv4()).then(|| client.ip());
+    from(pod, source, dst).await
+}
+
+/// Connects to `dst` in the pod from the pod's own address (application tunnels on loopback).
+pub async fn local(pod: &Pod, dst: SocketAddr) -> Result<TcpStream, Refusal> {
+    from(pod, None, dst).await
+}
+
+async fn from(pod: &Pod, source: Option<IpAddr>, dst: SocketAddr) -> Result<TcpStream, Refusal> {
+    let options = ConnectOptions {
+        netns: pod.netns.clone(),
+        mark: pod.netns.is_some().then_some(MARK),
+        // Ports no client uses for its own connections: see the loader's contract.
+        ports: source.map(|_| ebpf_loader::DELIVERY_PORTS),
+        source,
+        stream: stream_options(),
+        timeout: pod.shared.settings.connect_timeout,
+    };
+    connect(dst, &options).await.map_err(|e| connect_refusal(dst, &e))
+}

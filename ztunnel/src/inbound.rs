@@ -1,0 +1,219 @@
+//! Inbound over HBONE: from the first byte on 15008 to the end of each stream's relay. Read [`serve_conn`] and then
+//! `serve_stream`.
+//!
+//! Owns the order of the phases. Upstream: the pod's listener on 15008. Downstream: TLS, the HTTP/2 server, `deliver`, the
+//! relay, `report`.
+use crate::accept::Accepted;
+use crate::carry;
+use crate::conns::{Admitted, Carried, Direction, Facts};
+use crate::deliver;
+use crate::pod::Pod;
+use crate::proxy_protocol;
+use crate::record::Record;
+use crate::report;
+use mesh_hbone::{Incoming, headers};
+use mesh_identity::Peer;
+use mesh_model::authz::{Verdict, authorize};
+use mesh_model::conn::InboundConn;
+use mesh_model::inbound::{InboundPlan, plan_inbound};
+use mesh_model::workload::{ApplicationTunnel, Workload};
+use mesh_model::{HboneAuthority, Reason, Refusal, Snapshot, SpiffeId};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
+use tokio::net::TcpStream;
+use tokio::time::Instant;
+
+/// Serves one connection to 15008: first byte → gate → TLS → HTTP/2, then each CONNECT as a task of its own.
+pub async fn serve_conn(pod: Arc<Pod>, accepted: Accepted) {
+    let (peer, local) = (accepted.peer, accepted.original_dst);
+    let (tls, proof) = match handshake(&pod, accepted).await {
+        Ok(Some(done)) => done,
+        // Nothing was ever said: a probe or a scan. Nobody is denied anything.
+        Ok(None) => return,
+        Err(why) => {
+            let mut record = Record::new(Direction::Inbound, peer, local);
+            let snap = pod.shared.mesh.load();
+            record.destination = pod.workload(&snap).ok().cloned();
+            report::refused(&pod.shared, &record, &why);
+            return;
+        }
+    };
+    let proof = Arc::new(proof);
+    let (id, cut) = pod.tunnels.admit(Arc::clone(&proof));
+    let handler = {
+        let pod = Arc::clone(&pod);
+        move |incoming: Incoming| serve_stream(Arc::clone(&pod), Arc::clone(&proof), peer, local, incoming)
+    };
+    let serve = mesh_hbone::serve(tls, Arc::clone(&pod.shared.hbone), handler, pod.drain.clone());
+    tokio::select! {
+        served = serve => if let Err(error) = served {
+            pod.shared.metrics.refused(Direction::Inbound, error.reason);
+            tracing::debug!(%error, %peer, "tunnel ended");
+        },
+        // Dropping the server ends the tunnel at once; its streams end with it.
+        () = cut.notified() => {
+            pod.shared.metrics.cut.inc();
+            pod.shared.metrics.refused(Direction::Inbound, Reason::Revoked);
+            tracing::warn!(%peer, "tunnel closed: the peer's certificate is no longer trusted");
+        }
+    }
+    pod.tunnels.remove(id);
+}
+
+/// Waits for the first byte without holding anything, then for a place, then does TLS. `None`: the peer never spoke.
+async fn handshake(
+    pod: &Pod,
+    accepted: Accepted,
+) -> Result<Option<(tokio_rustls::server::TlsStream<TcpStream>, Peer)>, Refusal> {
+    let limit = pod.shared.settings.handshake_timeout;
+    match tokio::time::timeout(limit, accepted.tcp.peek(&mut [0])).await {
+        Err(_) | Ok(Err(_) | Ok(0)) => return Ok(None),
+        Ok(Ok(_)) => {}
+    }
+    let deadline = Instant::now() + limit;
+    let place = tokio::time::timeout_at(deadline, pod.shared.gate.enter(accepted.peer.ip()))
+        .await
+        .ok()
+        .flatten()
+        .ok_or_else(|| Refusal::new(Reason::Overloaded, "too many handshakes in progress"))?;
+    let svid = pod.svid.fetch().await.map_err(Refusal::from)?;
+    let done = mesh_identity::tls::accept(&svid, accepted.tcp, deadline).await.map_err(Refusal::from)?;
+    drop(place);
+    Ok(Some(done))
+}
+
+/// Serves one CONNECT: plan → enter → authorize → deliver → 200 → relay → report.
+async fn serve_stream(pod: Arc<Pod>, proof: Arc<Peer>, client: SocketAddr, local: SocketAddr, mut incoming: Incoming) {
+    let mut record = Record::new(Direction::Inbound, client, local);
+    record.hbone = Some(incoming.authority().into());
+    record.source_id = Some(proof.id.clone());
+    record.destination_id = Some(pod.identity.clone());
+
+    let authority: Box<str> = incoming.authority().into();
+    let admitted = tokio::select! {
+        admitted = admit(&pod, &proof, client, local, &authority, &mut record) => admitted,
+        // Nobody waits for an answer any more; what was dialled so far is dropped.
+        gone = incoming.cancelled() => {
+            report::refused(&pod.shared, &record, &Refusal::new(Reason::Reset, format!("by the client before an answer: {gone}")));
+            return;
+        }
+        () = pod.drain.expired() => Err(Refusal::new(Reason::Draining, "")),
+    };
+    let (live, upstream, workload) = match admitted {
+        Ok(done) => done,
+        Err(why) => {
+            report::refused(&pod.shared, &record, &why);
+            incoming.refuse(&why);
+            return;
+        }
+    };
+    // A change between the verdict and now has already thrown the switch (I5).
+    if let Some(why) = live.cut.why() {
+        report::refused(&pod.shared, &record, why);
+        incoming.refuse(why);
+        return;
+    }
+    let baggage = pod.shared.settings.response_baggage.then(|| pod.baggage(&workload)).flatten();
+    let stream = match incoming.accept(baggage.map(|b| (headers::BAGGAGE, b))) {
+        Ok(stream) => stream,
+        Err(error) => {
+            report::refused(&pod.shared, &record, &Refusal::from(&error));
+            return;
+        }
+    };
+    let handles = pod.shared.metrics.open(&record);
+    let why = carry::from_tunnel(stream, upstream, &handles, &live.cut).await;
+    drop(live);
+    report::ended(&pod.shared, &record, &handles, why.as_ref());
+}
+
+/// Plan, entry, verdict and delivery of one CONNECT.
+async fn admit(
+    pod: &Arc<Pod>,
+    proof: &Peer,
+    client: SocketAddr,
+    local: SocketAddr,
+    authority: &str,
+    record: &mut Record,
+) -> Result<(Admitted, TcpStream, Arc<Workload>), Refusal> {
+    let authority = HboneAuthority::parse(authority).ok_or_else(|| {
+        Refusal::new(Reason::BadRequest, format!("authority {authority:?} is neither ip:port nor host:port"))
+    })?;
+    let (plan, workload, live) = {
+        let snap = pod.shared.mesh.load();
+        let workload = Arc::clone(pod.workload(&snap)?);
+        record.destination = Some(Arc::clone(&workload));
+        record.source = source_of(&snap, client, Some(&proof.id));
+        let plan = plan_inbound(&snap, &workload, local, &authority)?;
+        record.service.clone_from(&plan.service);
+        let live = pod.conns.admit(Facts {
+            direction: Direction::Inbound,
+            src: client,
+            original_dst: local,
+            actual_dst: plan.dst,
+            carried: Carried::Hbone,
+            identity: Some(proof.id.clone()),
+        });
+        judge(&snap, &workload, client, plan.dst, Some(&proof.id))?;
+        (plan, workload, live)
+    };
+    let upstream = connect(pod, &plan, client, &proof.id, &authority).await?;
+    Ok((live, upstream, workload))
+}
+
+/// Connects to the application, plainly or through its application tunnel.
+async fn connect(
+    pod: &Pod,
+    plan: &InboundPlan,
+    client: SocketAddr,
+    id: &SpiffeId,
+    authority: &HboneAuthority,
+) -> Result<TcpStream, Refusal> {
+    let Some(ApplicationTunnel::Proxy(port)) = plan.tunnel else {
+        return deliver::deliver(pod, client, plan.dst).await;
+    };
+    let loopback = match plan.dst.ip() {
+        IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::LOCALHOST),
+        IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::LOCALHOST),
+    };
+    let to = SocketAddr::new(loopback, port.unwrap_or(plan.dst.port()));
+    let mut tcp = deliver::local(pod, to).await?;
+    let dst = match authority {
+        HboneAuthority::Addr(addr) => *addr,
+        HboneAuthority::Name { .. } => plan.dst,
+    };
+    proxy_protocol::write_header(&mut tcp, client, dst, id)
+        .await
+        .map_err(|e| Refusal::new(Reason::ConnectFailed, format!("{to}: PROXY header: {e}")))?;
+    Ok(tcp)
+}
+
+/// The verdict as a result; dry-run policies that matched are logged.
+pub fn judge(
+    snap: &Snapshot,
+    workload: &Workload,
+    client: SocketAddr,
+    dst: SocketAddr,
+    identity: Option<&SpiffeId>,
+) -> Result<(), Refusal> {
+    let decision = authorize(snap, workload, &InboundConn { client: client.into(), dst, identity });
+    for policy in &decision.dry_run {
+        tracing::info!(target: "ztunnel::rbac", %policy, %client, %dst, "dry-run policy matched");
+    }
+    match decision.verdict {
+        Verdict::Allow(policy) => {
+            if let Some(policy) = policy {
+                tracing::debug!(target: "ztunnel::rbac", %policy, %client, %dst, "allowed");
+            }
+            Ok(())
+        }
+        Verdict::Deny(why) => Err(why),
+    }
+}
+
+/// The workload behind a client address, for labels only. Over mTLS it must be of the identity the peer proved.
+pub fn source_of(snap: &Snapshot, client: SocketAddr, id: Option<&SpiffeId>) -> Option<Arc<Workload>> {
+    let found = snap.find_workload_by_ip(&snap.view().network, client.ip().to_canonical())?;
+    let proven = id.is_none_or(|id| found.identity().is_ok_and(|own| own == *id));
+    proven.then(|| Arc::clone(found))
+}

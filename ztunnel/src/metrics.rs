@@ -1,0 +1,149 @@
+//! The agent's metrics under Istio's names (node-agent §1.12), and the handles of one connection.
+//!
+//! Labels are looked up once per connection; a byte or an event afterwards is one atomic add. Series of workloads that
+//! are gone expire by sweeping. Upstream: the three directions. Downstream: the scrape on 15020.
+use crate::conns::Direction;
+use crate::record::{LABELS, Record, labels};
+use mesh_model::Reason;
+use mesh_runtime::metrics::{Counter, Family, Gauge, Histogram, MetricError, Registry};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Metrics of the agent. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Metrics {
+    opened: Family<Counter>,
+    closed: Family<Counter>,
+    sent: Family<Counter>,
+    received: Family<Counter>,
+    failed: Family<Counter>,
+    refused: Family<Counter>,
+    handshake: Family<Histogram>,
+    sockets_open: [Arc<Gauge>; 2],
+    /// Certificates about to be or already issued, connections cut by policy, and other plain counts.
+    pub cut: Arc<Counter>,
+    /// Proxies of local pods.
+    pub active_pods: Arc<Gauge>,
+    /// Pods that should be served and are not yet.
+    pub pending_pods: Arc<Gauge>,
+    /// Pods ever started.
+    pub pods_started: Arc<Counter>,
+    /// Pods ever stopped.
+    pub pods_stopped: Arc<Counter>,
+    /// Objects refused by the configuration source, now.
+    pub config_problems: Arc<Gauge>,
+    /// Version of the snapshot in use.
+    pub config_version: Arc<Gauge>,
+}
+
+impl Metrics {
+    /// Registers all of them.
+    pub fn new(registry: &Registry) -> Result<Self, MetricError> {
+        let tcp = |name, help| registry.family(Family::<Counter>::new(name, help, &LABELS));
+        let gauge = |name, help| -> Result<Arc<Gauge>, MetricError> {
+            Ok(registry.family(Family::<Gauge>::new(name, help, &[]))?.pin(&[]))
+        };
+        let counter = |name, help| -> Result<Arc<Counter>, MetricError> {
+            Ok(registry.family(Family::<Counter>::new(name, help, &[]))?.pin(&[]))
+        };
+        let sockets = registry.family(Family::<Gauge>::new(
+            "istio_tcp_sockets_open",
+            "Connections of applications that are open now",
+            &["reporter"],
+        ))?;
+        let refused = registry.family(Family::<Counter>::new(
+            "culvert_connections_refused_total",
+            "Connections refused, cut or failed, by reason",
+            &["reporter", "reason"],
+        ))?;
+        Ok(Self {
+            opened: tcp("istio_tcp_connections_opened_total", "Connections opened")?,
+            closed: tcp("istio_tcp_connections_closed_total", "Connections closed")?,
+            sent: tcp("istio_tcp_sent_bytes_total", "Bytes sent to the client, as responses")?,
+            received: tcp("istio_tcp_received_bytes_total", "Bytes received from the client, as requests")?,
+            failed: tcp("istio_tcp_connections_failed_total", "Connections that failed or were refused (unstable)")?,
+            refused,
+            handshake: registry.family(Family::with_buckets(
+                "culvert_connection_setup_seconds",
+                "Time from accepting a connection to having reached its destination",
+                &["reporter"],
+                &[0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0],
+            ))?,
+            sockets_open: [sockets.pin(&["source"]), sockets.pin(&["destination"])],
+            cut: counter("culvert_connections_cut_total", "Live connections cut because a change no longer allows them")?,
+            active_pods: gauge("workload_manager_active_proxy_count", "Pods served now")?,
+            pending_pods: gauge("workload_manager_pending_proxy_count", "Pods that should be served and are not yet")?,
+            pods_started: counter("workload_manager_proxies_started_total", "Pods ever started")?,
+            pods_stopped: counter("workload_manager_proxies_stopped_total", "Pods ever stopped")?,
+            config_problems: gauge("culvert_config_problems", "Configuration objects refused, now")?,
+            config_version: gauge("culvert_config_version", "Version of the mesh snapshot in use")?,
+        })
+    }
+
+    /// A connection was established: counts it and returns the handles it keeps.
+    pub fn open(&self, record: &Record) -> TcpHandles {
+        let values = labels(record, "-");
+        self.opened.get(&values).inc();
+        self.handshake
+            .get(&[record.direction.reporter()])
+            .observe_duration(record.started.elapsed());
+        let sockets = Arc::clone(match record.direction {
+            Direction::Outbound => &self.sockets_open[0],
+            Direction::Inbound => &self.sockets_open[1],
+        });
+        sockets.inc();
+        TcpHandles {
+            closed: self.closed.get(&values),
+            sent: self.sent.get(&values),
+            received: self.received.get(&values),
+            sockets,
+            to_server: AtomicU64::new(0),
+            to_client: AtomicU64::new(0),
+        }
+    }
+
+    /// A connection was refused before it was established.
+    pub fn failed(&self, record: &Record, reason: Reason) {
+        self.failed.get(&labels(record, reason.response_flag())).inc();
+        self.refused(record.direction, reason);
+    }
+
+    /// Counts a refusal by reason only (also for peers of whom nothing is known).
+    pub fn refused(&self, direction: Direction, reason: Reason) {
+        self.refused.get(&[direction.reporter(), reason.as_str()]).inc();
+    }
+}
+
+/// Handles of one established connection. Dropping them counts the close.
+#[derive(Debug)]
+pub struct TcpHandles {
+    closed: Arc<Counter>,
+    sent: Arc<Counter>,
+    received: Arc<Counter>,
+    sockets: Arc<Gauge>,
+    to_server: AtomicU64,
+    to_client: AtomicU64,
+}
+impl TcpHandles {
+    /// Bytes from the client towards the server (Istio's `received`).
+    pub fn to_server(&self, n: u64) {
+        self.received.add(n);
+        self.to_server.fetch_add(n, Ordering::Relaxed);
+    }
+    /// Bytes from the server towards the client (Istio's `sent`).
+    pub fn to_client(&self, n: u64) {
+        self.sent.add(n);
+        self.to_client.fetch_add(n, Ordering::Relaxed);
+    }
+    /// Bytes so far: towards the server, towards the client.
+    pub fn bytes(&self) -> (u64, u64) {
+        (self.to_server.load(Ordering::Relaxed), self.to_client.load(Ordering::Relaxed))
+    }
+}
+impl Drop for TcpHandles {
+    fn drop(&mut self) {
+        // A gauge must come down on every way out of a connection, also a cancelled one; nothing is logged here.
+        self.closed.inc();
+        self.sockets.dec();
+    }
+}

@@ -1,0 +1,167 @@
+//! Outbound: a pod's own connections, from the capture to the end of the relay. Read [`serve_conn`] first.
+//!
+//! Owns the order of the phases. Every decision is `mesh-model`'s, every effect somebody else's; what is refused is told
+//! and the application sees a reset. Upstream: the capture listener on 15001. Downstream: `dial`, the relay, `report`.
+use crate::accept::Accepted;
+use crate::carry;
+use crate::conns::{Carried, Direction, Facts};
+use crate::dial::{self, Reached};
+use crate::pod::Pod;
+use crate::record::Record;
+use crate::report;
+use mesh_hbone::{ConnectRequest, headers};
+use mesh_model::conn::OutboundConn;
+use mesh_model::plan::{Dial, OutboundPlan, plan_outbound};
+use mesh_model::workload::Workload;
+use mesh_model::{ClientAddr, HboneAuthority, OrigDst, Reason, Refusal, SpiffeId};
+use mesh_runtime::sockets::reset_on_close;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+/// Endpoints tried for one connection before giving up. Only failures that say another one may help are tried again.
+const ATTEMPTS: usize = 3;
+
+/// Serves one captured connection: capture → plan → dial → relay → report.
+pub async fn serve_conn(pod: Arc<Pod>, accepted: Accepted) {
+    // capture: what did the application want?
+    let dst = accepted.original_dst;
+    let mut record = Record::new(Direction::Outbound, accepted.peer, dst);
+
+    // plan and dial, again with another endpoint when the failure allows it
+    let reached = match plan_and_dial(&pod, accepted.peer, dst, &mut record).await {
+        Ok(reached) => reached,
+        Err(why) => {
+            report::refused(&pod.shared, &record, &why);
+            // The application learns at once, and cannot mistake a refusal for an empty answer.
+            let _ = reset_on_close(&accepted.tcp);
+            return;
+        }
+    };
+
+    // relay, as long as nobody cuts it
+    let live = pod.conns.admit(Facts {
+        direction: Direction::Outbound,
+        src: accepted.peer,
+        original_dst: dst,
+        actual_dst: record.dst,
+        carried: reached.carried,
+        identity: None,
+    });
+    if let Reached::Beyond { peer, baggage, .. } = &reached.path {
+        record.destination = baggage.as_ref().map(|b| beyond(peer, b));
+        record.destination_id = Some(peer.clone());
+    }
+    let handles = pod.shared.metrics.open(&record);
+    let why = match reached.path {
+        Reached::Tcp(upstream) => carry::tcp(accepted.tcp, upstream, &handles, &live.cut).await,
+        Reached::Tunnel(stream) | Reached::Beyond { stream, .. } => {
+            carry::to_tunnel(accepted.tcp, stream, &handles, &live.cut).await
+        }
+    };
+
+    // report
+    drop(live);
+    report::ended(&pod.shared, &record, &handles, why.as_ref());
+}
+
+struct Path {
+    path: Reached,
+    carried: Carried,
+}
+
+/// Plans by one snapshot per attempt (I1) and dials the outcome.
+async fn plan_and_dial(pod: &Arc<Pod>, client: SocketAddr, dst: SocketAddr, record: &mut Record) -> Result<Path, Refusal> {
+    let mut last = None;
+    for _ in 0..ATTEMPTS {
+        let draw = rand::random();
+        let (plan, source) = {
+            let snap = pod.shared.mesh.load();
+            let source = Arc::clone(pod.workload(&snap)?);
+            record.source = Some(Arc::clone(&source));
+            let conn = OutboundConn { source: &source, client: ClientAddr::from(client), dst: OrigDst::from(dst), draw };
+            (plan_outbound(&snap, &conn)?, source)
+        };
+        record.service.clone_from(&plan.service);
+        record.destination.clone_from(&plan.workload);
+        let again = may_try_another(&plan);
+        let dial = dial::resolve_name(pod, plan.dial, client.ip(), draw).await?;
+        describe(record, pod, &dial);
+        let request = |authority: &HboneAuthority| connect_request(pod, &source, authority, client, record);
+        match dial::reach(pod, &dial, source_ip(&source, client), request).await {
+            Ok(path) => return Ok(Path { path, carried: carried(&dial) }),
+            Err(why) if again && why.reason.may_retry() => last = Some(why),
+            Err(why) => return Err(why),
+        }
+    }
+    Err(last.unwrap_or_else(|| Refusal::new(Reason::Internal, "no attempt was made")))
+}
+
+/// Another endpoint can only be drawn where the connection was addressed to a service.
+fn may_try_another(plan: &OutboundPlan) -> bool {
+    plan.service.is_some() && !matches!(plan.dial, Dial::Passthrough(_))
+}
+
+/// Which address the tunnel is opened from: part of the pool's key, so that a pod with several addresses keeps each.
+fn source_ip(source: &Workload, client: SocketAddr) -> std::net::IpAddr {
+    let ip = client.ip();
+    if source.ips.contains(&ip) { ip } else { source.ips.first().copied().unwrap_or(ip) }
+}
+
+fn carried(dial: &Dial) -> Carried {
+    match dial {
+        Dial::Passthrough(_) | Dial::Plain(_) | Dial::Name { .. } => Carried::Tcp,
+        Dial::Hbone(_) => Carried::Hbone,
+        Dial::DoubleHbone { .. } => Carried::DoubleHbone,
+    }
+}
+
+/// Puts into the record where the connection goes and who is expected there.
+fn describe(record: &mut Record, pod: &Pod, dial: &Dial) {
+    let hop = match dial {
+        Dial::Passthrough(to) | Dial::Plain(to) => {
+            record.dst = to.0;
+            record.hbone = None;
+            record.source_id = None;
+            record.destination_id = None;
+            return;
+        }
+        Dial::Hbone(hop) | Dial::DoubleHbone { outer: hop, .. } => hop,
+        Dial::Name { .. } => return,
+    };
+    record.dst = hop.dial.0;
+    record.hbone = Some(hop.authority.to_string().into());
+    record.source_id = Some(pod.identity.clone());
+    record.destination_id = hop.expect.first().cloned();
+}
+
+/// A workload behind a gateway, for labels: what it proved and what it says of itself.
+fn beyond(peer: &SpiffeId, baggage: &http::HeaderValue) -> Arc<Workload> {
+    let said = headers::Baggage::parse(baggage.as_bytes());
+    let mut workload = Workload::new("", &said.workload, peer.namespace());
+    workload.service_account = peer.service_account().into();
+    workload.cluster = (&*said.cluster).into();
+    workload.canonical_name = (&*said.service).into();
+    workload.canonical_revision = (&*said.version).into();
+    workload.locality.region = (&*said.region).into();
+    workload.locality.zone = (&*said.zone).into();
+    Arc::new(workload)
+}
+
+fn connect_request(
+    pod: &Pod,
+    source: &Arc<Workload>,
+    authority: &HboneAuthority,
+    client: SocketAddr,
+    record: &Record,
+) -> ConnectRequest {
+    let mut request = ConnectRequest::to(authority.clone());
+    request.baggage = pod.baggage(source);
+    request.forwarded = headers::forwarded(client, record.service.as_ref().map(|s| &*s.key.hostname));
+    request.traceparent = headers::TraceParent::random().encode();
+    if matches!(authority, HboneAuthority::Name { .. })
+        && let Ok(network) = http::HeaderValue::from_str(pod.shared.settings.network.as_str())
+    {
+        request.extra.push((headers::FORWARDED_NETWORK, network));
+    }
+    request
+}

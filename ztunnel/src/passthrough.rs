@@ -1,0 +1,58 @@
+//! Inbound plaintext: connections to a pod that did not come through a tunnel.
+//!
+//! The same policies judge them, with no identity; STRICT is one of those policies. Upstream: the capture listener on
+//! 15006. Downstream: `deliver`, the relay, `report`.
+use crate::accept::Accepted;
+use crate::carry;
+use crate::conns::{Carried, Direction, Facts};
+use crate::deliver::deliver;
+use crate::inbound::{judge, source_of};
+use crate::pod::{Pod, is_own_port};
+use crate::record::Record;
+use crate::report;
+use mesh_model::{Reason, Refusal};
+use mesh_runtime::sockets::reset_on_close;
+use std::sync::Arc;
+use tokio::net::TcpStream;
+
+/// Serves one plaintext connection: capture → authorize → deliver → relay → report.
+pub async fn serve_conn(pod: Arc<Pod>, accepted: Accepted) {
+    let dst = accepted.original_dst;
+    let mut record = Record::new(Direction::Inbound, accepted.peer, dst);
+    let live = pod.conns.admit(Facts {
+        direction: Direction::Inbound,
+        src: accepted.peer,
+        original_dst: dst,
+        actual_dst: dst,
+        carried: Carried::Tcp,
+        identity: None,
+    });
+    let upstream = match admit(&pod, &accepted, &mut record).await {
+        Ok(upstream) => upstream,
+        Err(why) => {
+            report::refused(&pod.shared, &record, &why);
+            let _ = reset_on_close(&accepted.tcp);
+            return;
+        }
+    };
+    let handles = pod.shared.metrics.open(&record);
+    let why = carry::tcp(accepted.tcp, upstream, &handles, &live.cut).await;
+    drop(live);
+    report::ended(&pod.shared, &record, &handles, why.as_ref());
+}
+
+/// Authorizes and connects to the application.
+async fn admit(pod: &Arc<Pod>, accepted: &Accepted, record: &mut Record) -> Result<TcpStream, Refusal> {
+    let dst = accepted.original_dst;
+    if is_own_port(dst.port()) {
+        return Err(Refusal::new(Reason::Recursion, format!("{dst} is a port of the agent itself")));
+    }
+    {
+        let snap = pod.shared.mesh.load();
+        let workload = pod.workload(&snap)?;
+        record.destination = Some(Arc::clone(workload));
+        record.source = source_of(&snap, accepted.peer, None);
+        judge(&snap, workload, accepted.peer, dst, None)?;
+    }
+    deliver(pod, accepted.peer, dst).await
+}

@@ -1,0 +1,211 @@
+//! One enrolled pod: its namespace, identity, tunnels and live connections, and what all pods share.
+//!
+//! Owns nothing that decides: facts and handles only. Upstream: `pods` makes and ends it. Downstream: the three
+//! directions hold it for as long as a connection lives.
+use crate::conns::Conns;
+use crate::dial::PodDialer;
+use crate::gate::Gate;
+use crate::metrics::Metrics;
+use crate::resolve::Resolver;
+use crate::settings::Settings;
+use arc_swap::ArcSwapOption;
+use http::HeaderValue;
+use mesh_hbone::{Pool, headers};
+use mesh_identity::{Peer, SvidCache, SvidHandle, TrustBundles};
+use mesh_model::workload::{Workload, WorkloadUid};
+use mesh_model::{Reason, Refusal, Snapshot, SpiffeId};
+use mesh_runtime::drain::DrainWatch;
+use mesh_runtime::logging::AccessLog;
+use mesh_runtime::memory::Budget;
+use mesh_runtime::sockets::{Keepalive, NetnsFd, StreamOptions};
+use mesh_runtime::threads::DataThreads;
+use mesh_sources::Mesh;
+use parking_lot::Mutex;
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use tokio::sync::Notify;
+
+/// Ports of the agent's own listeners in a pod (node-agent §1.1).
+pub mod ports {
+    /// Outbound capture.
+    pub const OUTBOUND: u16 = 15001;
+    /// Inbound plaintext.
+    pub const INBOUND_PLAIN: u16 = 15006;
+    /// Inbound HBONE.
+    pub const HBONE: u16 = 15008;
+}
+
+/// What all pods of the process share.
+#[derive(Debug)]
+pub struct Shared {
+    /// Settings.
+    pub settings: Settings,
+    /// The mesh.
+    pub mesh: Mesh,
+    /// Data threads.
+    pub threads: DataThreads,
+    /// Certificates.
+    pub svids: SvidCache,
+    /// Metrics.
+    pub metrics: Metrics,
+    /// Access log.
+    pub access: AccessLog,
+    /// Handshakes in progress.
+    pub gate: Gate,
+    /// Host names.
+    pub resolver: Resolver,
+    /// Tunnel settings.
+    pub hbone: Arc<mesh_hbone::Settings>,
+    /// Bytes that grown windows may hold.
+    pub budget: Budget,
+}
+
+/// One enrolled pod.
+#[derive(Debug)]
+pub struct Pod {
+    /// Workload id.
+    pub uid: WorkloadUid,
+    /// Its network namespace; `None` serves the agent's own (tests).
+    pub netns: Option<Arc<NetnsFd>>,
+    /// Its identity.
+    pub identity: SpiffeId,
+    /// Its certificate, rotated in place.
+    pub svid: SvidHandle,
+    /// Its live connections.
+    pub conns: Arc<Conns>,
+    /// Inbound tunnels, for revocation.
+    pub tunnels: Tunnels,
+    /// Tunnels per data thread.
+    pub pools: Box<[Pool<PodDialer>]>,
+    /// Ends the pod.
+    pub drain: DrainWatch,
+    /// What it shares.
+    pub shared: Arc<Shared>,
+    baggage: ArcSwapOption<(Arc<Workload>, HeaderValue)>,
+}
+
+impl Pod {
+    /// A pod with no connections yet.
+    pub fn new(
+        shared: &Arc<Shared>,
+        workload: &Workload,
+        identity: SpiffeId,
+        netns: Option<Arc<NetnsFd>>,
+        drain: DrainWatch,
+    ) -> Arc<Self> {
+        let svid = shared.svids.handle(&identity);
+        let dialer = PodDialer::new(shared, netns.clone(), svid.clone());
+        let pools = shared
+            .threads
+            .workers()
+            .iter()
+            .map(|_| Pool::new(dialer.clone(), Arc::clone(&shared.hbone)))
+            .collect();
+        Arc::new(Self {
+            uid: Arc::clone(&workload.uid),
+            netns,
+            identity,
+            svid,
+            conns: Arc::default(),
+            tunnels: Tunnels::default(),
+            pools,
+            drain,
+            shared: Arc::clone(shared),
+            baggage: ArcSwapOption::empty(),
+        })
+    }
+
+    /// This pod in `snap`, or the refusal that says it left.
+    pub fn workload<'a>(&self, snap: &'a Snapshot) -> Result<&'a Arc<Workload>, Refusal> {
+        snap.find_workload(&self.uid)
+            .ok_or_else(|| Refusal::new(Reason::UnknownWorkload, format!("pod {} is not in the mesh", self.uid)))
+    }
+
+    /// `baggage` of this pod, encoded once per version of its workload.
+    pub fn baggage(&self, workload: &Arc<Workload>) -> Option<HeaderValue> {
+        if let Some(cached) = &*self.baggage.load()
+            && Arc::ptr_eq(&cached.0, workload)
+        {
+            return Some(cached.1.clone());
+        }
+        let value = describe(workload).encode()?;
+        self.baggage.store(Some(Arc::new((Arc::clone(workload), value.clone()))));
+        Some(value)
+    }
+
+    /// The pool of the data thread this runs on.
+    pub fn pool(&self) -> Option<&Pool<PodDialer>> {
+        self.pools.get(mesh_runtime::threads::current().unwrap_or_default())
+    }
+}
+
+/// The baggage that describes a workload (node-agent §1.5).
+fn describe(w: &Workload) -> headers::Baggage<'_> {
+    let text = |s: &str| std::borrow::Cow::Owned(s.to_owned());
+    headers::Baggage {
+        cluster: text(&w.cluster),
+        namespace: text(&w.namespace),
+        kind: match &*w.workload_type {
+            "cronjob" => headers::WorkloadKind::CronJob,
+            "job" => headers::WorkloadKind::Job,
+            "pod" => headers::WorkloadKind::Pod,
+            _ => headers::WorkloadKind::Deployment,
+        },
+        workload: text(&w.workload_name),
+        service: text(&w.canonical_name),
+        version: text(&w.canonical_revision),
+        region: text(&w.locality.region),
+        zone: text(&w.locality.zone),
+    }
+}
+
+/// Options of streams towards applications and peers.
+pub fn stream_options() -> StreamOptions {
+    StreamOptions { keepalive: Some(Keepalive::default()), nodelay: true, user_timeout: None }
+}
+
+/// The proof a peer gave, and the switch of its tunnel.
+type Tunnel = (Arc<Peer>, Arc<Notify>);
+
+/// Accepted tunnels and the proof their peers gave, so that a withdrawn root ends them.
+#[derive(Debug, Default)]
+pub struct Tunnels {
+    live: Mutex<HashMap<u64, Tunnel>>,
+    next: AtomicU64,
+}
+impl Tunnels {
+    /// Enters a tunnel; it stays until the guard is dropped.
+    pub fn admit(&self, peer: Arc<Peer>) -> (u64, Arc<Notify>) {
+        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        let cut = Arc::new(Notify::new());
+        self.live.lock().insert(id, (peer, Arc::clone(&cut)));
+        (id, cut)
+    }
+    /// Takes a tunnel out.
+    pub fn remove(&self, id: u64) {
+        self.live.lock().remove(&id);
+    }
+    /// Ends the tunnels whose peers `bundles` no longer trusts. Returns how many. Costs a chain verification each.
+    pub fn rejudge(&self, bundles: &TrustBundles) -> usize {
+        let all: Vec<_> = self.live.lock().values().cloned().collect();
+        let mut cut = 0;
+        for (peer, switch) in all {
+            if !peer.still_trusted(bundles) {
+                // A permit is stored when nobody waits yet.
+                switch.notify_one();
+                cut += 1;
+            }
+        }
+        cut
+    }
+    /// Peers of the live tunnels.
+    pub fn list(&self) -> Vec<Arc<Peer>> {
+        self.live.lock().values().map(|(p, _)| Arc::clone(p)).collect()
+    }
+}
+
+/// Ports that no connection may be sent to: they are the agent's own.
+pub fn is_own_port(port: u16) -> bool {
+    matches!(port, ports::OUTBOUND | ports::INBOUND_PLAIN | ports::HBONE)
+}

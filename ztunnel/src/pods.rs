@@ -1,0 +1,375 @@
+//! The pods of this node: who is served, started and ended from the published snapshot.
+//!
+//! Owns the table of running pods and reconciles it with each version, from scratch: what should run is a function of the
+//! snapshot. It refuses to take a pod half: without listeners *and* redirection the pod is not served, is retried, and
+//! holds readiness back. Upstream: `Mesh` versions. Downstream: `pod`, `accept`, `ebpf-loader`.
+use crate::accept;
+use crate::conns::Conns;
+use crate::pod::{Pod, Shared, ports};
+use crate::settings::RedirectMode;
+use crate::{inbound, outbound, passthrough};
+use ebpf_loader::{Config, Listeners, PodSpec, Redirect};
+use mesh_identity::TrustBundles;
+use mesh_model::workload::{NetworkMode, Protocol, Workload, WorkloadUid};
+use mesh_model::{Reason, Refusal, SpiffeId};
+use mesh_runtime::drain::{self, Drain, DrainMode, DrainWatch};
+use mesh_runtime::readiness::{Readiness, ReadyTask};
+use mesh_runtime::sockets::{BoundListener, ListenerOptions, NetnsFd, NetnsId};
+use parking_lot::Mutex;
+use std::collections::{BTreeMap, HashMap};
+use std::io;
+use std::net::{Ipv6Addr, SocketAddr};
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How long after a failure a pod is tried again.
+const RETRY: Duration = Duration::from_secs(5);
+
+/// What the supervisor knows of each pod, for admin.
+#[derive(Clone, Debug, Default)]
+pub struct PodTable(Arc<Mutex<BTreeMap<WorkloadUid, PodState>>>);
+
+/// State of one pod.
+#[derive(Clone, Debug)]
+pub enum PodState {
+    /// Served.
+    Up(Arc<Pod>),
+    /// Should be served and is not.
+    Pending {
+        /// Why.
+        error: String,
+    },
+}
+
+impl PodTable {
+    /// A copy of the table.
+    pub fn list(&self) -> Vec<(WorkloadUid, PodState)> {
+        self.0.lock().iter().map(|(uid, state)| (Arc::clone(uid), state.clone())).collect()
+    }
+    fn set(&self, uid: &WorkloadUid, state: PodState) {
+        self.0.lock().insert(Arc::clone(uid), state);
+    }
+    fn remove(&self, uid: &str) {
+        self.0.lock().remove(uid);
+    }
+}
+
+/// A running pod. Dropping it without [`PodSupervisor::stop`] still detaches: every part cleans up after itself.
+struct Running {
+    pod: Arc<Pod>,
+    place: Option<NetnsId>,
+    redirect: Option<Redirect>,
+    drain: Drain,
+    ready: Arc<ReadyTask>,
+}
+
+/// Runs the pods of this node.
+pub struct PodSupervisor {
+    shared: Arc<Shared>,
+    readiness: Readiness,
+    running: HashMap<WorkloadUid, Running>,
+    pending: HashMap<WorkloadUid, ReadyTask>,
+    table: PodTable,
+}
+
+impl PodSupervisor {
+    /// A supervisor with no pods.
+    pub fn new(shared: Arc<Shared>, readiness: Readiness, table: PodTable) -> Self {
+        Self { shared, readiness, running: HashMap::new(), pending: HashMap::new(), table }
+    }
+
+    /// Follows the mesh until `drain` starts, then drains every pod. `synced` is marked after the first reconciliation.
+    pub async fn run(mut self, drain: DrainWatch, synced: ReadyTask) {
+        let mut versions = self.shared.mesh.watch();
+        let mut bundles = self.shared.svids.tls().bundles();
+        let draining = drain.draining();
+        tokio::pin!(draining);
+        let ended = loop {
+            versions.mark_unchanged();
+            self.reconcile().await;
+            synced.ready();
+            self.rejudge();
+            let retry = !self.pending.is_empty();
+            tokio::select! {
+                ended = &mut draining => break ended,
+                changed = versions.changed() => if changed.is_err() { break draining.await },
+                () = tokio::time::sleep(RETRY), if retry => {}
+                Ok(()) = bundles.changed() => self.rejudge_tunnels(&bundles.borrow_and_update().clone()),
+            }
+        };
+        let mode = match ended.mode {
+            DrainMode::Graceful { .. } => {
+                DrainMode::Graceful { deadline: ended.deadline.saturating_duration_since(tokio::time::Instant::now()) }
+            }
+            DrainMode::Immediate => DrainMode::Immediate,
+        };
+        self.drain_all(mode).await;
+    }
+
+    /// Makes the running pods those the snapshot says.
+    async fn reconcile(&mut self) {
+        let snap = self.shared.mesh.load_full();
+        self.shared.metrics.config_version.set(snap.version() as i64);
+        let desired: HashMap<WorkloadUid, Arc<Workload>> = snap
+            .local_workloads()
+            .filter(|w| is_served(w))
+            .map(|w| (Arc::clone(&w.uid), Arc::clone(w)))
+            .collect();
+        let gone: Vec<_> = self.running.keys().filter(|uid| !desired.contains_key(*uid)).cloned().collect();
+        for uid in gone {
+            self.stop(&uid, "the pod left the mesh");
+        }
+        // A pending pod that is no longer wanted does not hold readiness back.
+        let given_up: Vec<_> = self.pending.keys().filter(|uid| !desired.contains_key(*uid)).cloned().collect();
+        for uid in given_up {
+            self.table.remove(&uid);
+            if let Some(task) = self.pending.remove(&uid) {
+                task.ready();
+            }
+        }
+        for workload in desired.values() {
+            self.ensure(workload).await;
+        }
+        self.shared.metrics.active_pods.set(self.running.len() as i64);
+        self.shared.metrics.pending_pods.set(self.pending.len() as i64);
+    }
+
+    /// Serves one pod, unless it already is and has not changed its namespace or identity.
+    async fn ensure(&mut self, workload: &Arc<Workload>) {
+        let uid = &workload.uid;
+        let place = self.open_netns(workload);
+        if let (Some(running), Ok(netns)) = (self.running.get(uid), &place) {
+            let same_place = running.place == netns.as_ref().map(|n| n.id());
+            let same_identity = workload.identity().is_ok_and(|id| id == running.pod.identity);
+            if same_place && same_identity {
+                return;
+            }
+            self.stop(uid, "the pod was replaced");
+        } else if place.is_err() && self.running.contains_key(uid) {
+            self.stop(uid, "the pod's network namespace is gone");
+        }
+        let started = match place {
+            Ok(netns) => self.start(workload, netns).await,
+            Err(error) => Err(error),
+        };
+        match started {
+            Ok(running) => {
+                if let Some(task) = self.pending.remove(uid) {
+                    task.ready();
+                }
+                tracing::info!(pod = %label(workload), id = %running.pod.identity, "pod is served");
+                self.shared.metrics.pods_started.inc();
+                self.table.set(uid, PodState::Up(Arc::clone(&running.pod)));
+                Self::await_certificate(&running);
+                self.running.insert(Arc::clone(uid), running);
+            }
+            Err(error) => {
+                if !self.pending.contains_key(uid) {
+                    tracing::error!(pod = %label(workload), %error, "pod cannot be served, trying again");
+                    let task = self.readiness.pending(&format!("pod {}", label(workload)));
+                    self.pending.insert(Arc::clone(uid), task);
+                }
+                self.table.set(uid, PodState::Pending { error });
+            }
+        }
+    }
+
+    fn open_netns(&self, workload: &Workload) -> Result<Option<Arc<NetnsFd>>, String> {
+        match (&workload.netns, self.shared.settings.redirect) {
+            (Some(path), _) => NetnsFd::open(&**path).map(|n| Some(Arc::new(n))).map_err(|e| format!("{path}: {e}")),
+            (None, RedirectMode::None) => Ok(None),
+            (None, RedirectMode::Ebpf) => Err("the pod names no network namespace (annotation culvert.dev/netns)".into()),
+        }
+    }
+
+    /// Listeners, redirection, accept loops: all or nothing.
+    async fn start(&self, workload: &Arc<Workload>, netns: Option<Arc<NetnsFd>>) -> Result<Running, String> {
+        let identity = workload.identity().map_err(|e| format!("identity: {e}"))?;
+        let (drain, watch) = drain::channel();
+        let pod = Pod::new(&self.shared, workload, identity, netns.clone(), watch);
+        self.shared.svids.prefetch(&pod.identity);
+        let sockets = Sockets::bind(workload, netns.as_deref()).map_err(|e| format!("listeners: {e}"))?;
+        let redirect = match (self.shared.settings.redirect, &netns) {
+            (RedirectMode::Ebpf, Some(netns)) => Some(attach(Arc::clone(netns), &sockets).await?),
+            _ => None,
+        };
+        let workers = self.shared.threads.workers();
+        // Pods spread over the threads by a number that does not depend on the order they came in.
+        let home = workload.uid.bytes().fold(0usize, |h, b| h.wrapping_mul(31).wrapping_add(usize::from(b))) % workers.len();
+        let worker = workers.get(home).ok_or("no data thread")?;
+        let name = label(workload);
+        worker.spawn(report_end("outbound", name.clone(), accept::run(Arc::clone(&pod), sockets.outbound, outbound::serve_conn)));
+        worker.spawn(report_end("inbound plaintext", name.clone(), accept::run(Arc::clone(&pod), sockets.plain, passthrough::serve_conn)));
+        worker.spawn(report_end("inbound", name.clone(), accept::run(Arc::clone(&pod), sockets.hbone, inbound::serve_conn)));
+        let ready = Arc::new(self.readiness.pending(&format!("certificate of {name}")));
+        Ok(Running { pod, place: netns.map(|n| n.id()), redirect, drain, ready })
+    }
+
+    /// The pod is ready once it can prove who it is.
+    fn await_certificate(running: &Running) {
+        let svid = running.pod.svid.clone();
+        let uid = Arc::clone(&running.pod.uid);
+        let ready = Arc::clone(&running.ready);
+        let drain = running.pod.drain.clone();
+        tokio::spawn(async move {
+            let mut pause = Duration::from_millis(100);
+            while !drain.is_draining() {
+                match svid.fetch().await {
+                    Ok(_) => return ready.ready(),
+                    Err(error) => tracing::warn!(%error, pod = %uid, "no certificate yet"),
+                }
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(Duration::from_secs(15));
+            }
+        });
+    }
+
+    /// Ends one pod at once: it is no longer ours, its network may be gone.
+    fn stop(&mut self, uid: &str, why: &'static str) {
+        let Some(running) = self.running.remove(uid) else { return };
+        self.table.remove(uid);
+        running.ready.ready();
+        running.drain.start(DrainMode::Immediate);
+        running.pod.conns.cut_all(&Refusal::new(Reason::Revoked, why));
+        for pool in &running.pod.pools {
+            pool.close_where(|_| true);
+        }
+        detach(running.redirect, uid);
+        self.forget_unused(&running.pod.identity);
+        self.shared.metrics.pods_stopped.inc();
+        tracing::info!(pod = %uid, why, "pod is no longer served");
+    }
+
+    /// Drops the certificate when no other pod of this node has that identity.
+    fn forget_unused(&self, identity: &SpiffeId) {
+        if !self.running.values().any(|r| r.pod.identity == *identity) {
+            self.shared.svids.forget(identity);
+        }
+    }
+
+    /// Judges all live inbound connections by the current version (I6).
+    fn rejudge(&self) {
+        let snap = self.shared.mesh.load_full();
+        for running in self.running.values() {
+            let cut = running.pod.conns.rejudge(&snap, &running.pod.uid);
+            if cut > 0 {
+                self.shared.metrics.cut.add(cut as u64);
+                tracing::info!(pod = %running.pod.uid, cut, version = snap.version(), "connections closed due to policy change");
+            }
+        }
+    }
+
+    /// Ends tunnels whose peers are no longer trusted.
+    fn rejudge_tunnels(&self, bundles: &TrustBundles) {
+        for running in self.running.values() {
+            let cut = running.pod.tunnels.rejudge(bundles);
+            if cut > 0 {
+                tracing::warn!(pod = %running.pod.uid, cut, "tunnels closed: their peers' certificates are no longer trusted");
+            }
+            // Our own tunnels prove themselves again when next dialled.
+            for pool in &running.pod.pools {
+                pool.close_where(|_| true);
+            }
+        }
+    }
+
+    /// Drains every pod: listeners close, tunnels get GOAWAY, connections may end by themselves until the deadline.
+    async fn drain_all(mut self, mode: DrainMode) {
+        let deadline = match mode {
+            DrainMode::Graceful { deadline } => deadline,
+            DrainMode::Immediate => Duration::ZERO,
+        };
+        for running in self.running.values() {
+            running.drain.start(mode);
+        }
+        let all: Vec<Arc<Conns>> = self.running.values().map(|r| Arc::clone(&r.pod.conns)).collect();
+        let idle = async {
+            // Connections have no one place to report their end to that is worth its cost on every other day.
+            let mut tick = tokio::time::interval(Duration::from_millis(20));
+            while !all.iter().all(|c| c.is_empty()) {
+                tick.tick().await;
+            }
+        };
+        if tokio::time::timeout(deadline, idle).await.is_err() {
+            let left: usize = all.iter().map(|c| c.len()).sum();
+            tracing::warn!(left, "connections closed at the termination deadline");
+        }
+        for (uid, running) in self.running.drain() {
+            running.pod.conns.cut_all(&Refusal::new(Reason::Draining, "the agent is shutting down"));
+            detach(running.redirect, &uid);
+        }
+    }
+}
+
+/// Whether the agent carries this pod's traffic.
+fn is_served(w: &Workload) -> bool {
+    w.protocol == Protocol::Hbone && w.network_mode == NetworkMode::Standard && !w.native_tunnel
+}
+
+fn label(w: &Workload) -> String {
+    format!("{}/{}", w.namespace, w.name)
+}
+
+async fn report_end(what: &'static str, pod: String, run: impl Future<Output = io::Result<()>>) {
+    if let Err(error) = run.await {
+        tracing::error!(%error, pod, what, "listener failed");
+    }
+}
+
+/// The three listeners of a pod, bound and not yet accepting.
+struct Sockets {
+    outbound: BoundListener,
+    plain: BoundListener,
+    hbone: BoundListener,
+}
+
+impl Sockets {
+    fn bind(workload: &Workload, netns: Option<&NetnsFd>) -> io::Result<Self> {
+        // In its own namespace the pod has all addresses to itself; on a shared loopback each pod binds its own.
+        let ip = match netns {
+            Some(_) => Ipv6Addr::UNSPECIFIED.into(),
+            None => workload.ips.first().copied().ok_or_else(|| io::Error::other("the pod has no address"))?,
+        };
+        let bind = || {
+            let listener = |port, transparent| {
+                let mut options = ListenerOptions::new(SocketAddr::new(ip, port));
+                if netns.is_some() {
+                    options.mark = Some(crate::dial::MARK);
+                    options.transparent = transparent;
+                }
+                options.bind()
+            };
+            Ok(Self {
+                outbound: listener(ports::OUTBOUND, true)?,
+                plain: listener(ports::INBOUND_PLAIN, true)?,
+                hbone: listener(ports::HBONE, false)?,
+            })
+        };
+        match netns {
+            Some(netns) => netns.run_in(bind),
+            None => bind(),
+        }
+    }
+}
+
+/// Loading and attaching takes milliseconds of system calls: not on the control thread.
+async fn attach(netns: Arc<NetnsFd>, sockets: &Sockets) -> Result<Redirect, String> {
+    let (out, plain) = (sockets.outbound.try_clone(), sockets.plain.try_clone());
+    let (out, plain) = out.and_then(|o| plain.map(|p| (o, p))).map_err(|e| format!("redirection: {e}"))?;
+    tokio::task::spawn_blocking(move || {
+        let spec = PodSpec { netns: netns.as_fd(), interfaces: None, config: Config::default() };
+        Redirect::attach(&spec, &Listeners { outbound: out.as_fd(), inbound: plain.as_fd() })
+    })
+    .await
+    .map_err(|e| format!("redirection: {e}"))?
+    .map_err(|e| format!("redirection: {e}"))
+}
+
+fn detach(redirect: Option<Redirect>, uid: &str) {
+    let Some(redirect) = redirect else { return };
+    if let Err(error) = redirect.detach() {
+        // The namespace is usually gone together with everything in it.
+        tracing::debug!(%error, pod = %uid, "redirection could not be removed");
+    }
+}

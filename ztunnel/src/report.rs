@@ -1,0 +1,54 @@
+//! Telling about connections: one access log line and the counters, called explicitly at the end of a connection.
+//!
+//! Downstream: the access log writer and `metrics`. Never called from a destructor.
+use crate::metrics::TcpHandles;
+use crate::pod::Shared;
+use crate::record::{Ending, Record, Value, fields};
+use mesh_model::{Reason, Refusal};
+use tracing::Level;
+
+/// A connection was refused before it was established: counted by reason and flag, logged as an error.
+pub fn refused(shared: &Shared, record: &Record, why: &Refusal) {
+    shared.metrics.failed(record, why.reason);
+    line(shared, record, 0, 0, &Ending::Failed(why));
+}
+
+/// An established connection ended: `why` when it was cut or broke.
+pub fn ended(shared: &Shared, record: &Record, handles: &TcpHandles, why: Option<&Refusal>) {
+    let (to_server, to_client) = handles.bytes();
+    let (sent, received) = match record.direction {
+        crate::conns::Direction::Outbound => (to_server, to_client),
+        crate::conns::Direction::Inbound => (to_client, to_server),
+    };
+    if let Some(why) = why {
+        shared.metrics.refused(record.direction, why.reason);
+    }
+    line(shared, record, sent, received, &why.map_or(Ending::Complete, Ending::Failed));
+}
+
+fn line(shared: &Shared, record: &Record, sent: u64, received: u64, end: &Ending<'_>) {
+    let level = match end {
+        // A reset is one end's own way to hang up.
+        Ending::Complete | Ending::Failed(Refusal { reason: Reason::Reset, .. }) => Level::INFO,
+        Ending::Failed(_) => Level::ERROR,
+    };
+    if !shared.access.enabled(level) {
+        return;
+    }
+    let mut out = shared.access.line(level, "connection complete");
+    fields(record, sent, received, end, |key, value| match value {
+        Value::Text(s) => {
+            out.str(key, s);
+        }
+        Value::Bare(s) => {
+            out.raw(key, s);
+        }
+        Value::Addr(a) => {
+            out.raw(key, a);
+        }
+        Value::Number(n) => {
+            out.num(key, n);
+        }
+    });
+    shared.access.send(out);
+}

@@ -1,0 +1,107 @@
+//! Process settings: flags and environment, each documented where it is defined (`ztunnel proxy --help`).
+//!
+//! Order: default < environment < flag. Names follow Istio's node agent where it has the setting (node-agent §1.16), else
+//! they start with `CULVERT_`.
+use clap::Args;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Settings of `ztunnel proxy`.
+#[derive(Args, Clone, Debug)]
+pub struct Settings {
+    /// Folder of Kubernetes, Istio and Gateway API YAML that describes the mesh; watched for changes.
+    #[arg(long, env = "CULVERT_MESH_DIR", value_name = "DIR")]
+    pub mesh_dir: Option<PathBuf>,
+    /// File in istio/ztunnel's own local format, instead of a folder.
+    #[arg(long, env = "LOCAL_XDS_PATH", value_name = "FILE")]
+    pub local_xds_path: Option<PathBuf>,
+    /// Name of the node this agent serves: it takes the enrolled pods whose `spec.nodeName` is this.
+    #[arg(long = "node", env = "NODE_NAME", default_value = "")]
+    pub node: String,
+    /// Directory of the built-in development CA; created when absent. Agents of one mesh share it.
+    #[arg(long, env = "CULVERT_CA_DIR", default_value = "/var/lib/culvert/ca", value_name = "DIR")]
+    pub ca_dir: PathBuf,
+    /// Trust domain of this mesh.
+    #[arg(long, env = "TRUST_DOMAIN", default_value = "cluster.local")]
+    pub trust_domain: String,
+    /// Other names of the same trust domain, accepted from peers and in policies.
+    #[arg(long, env = "CULVERT_TRUST_DOMAIN_ALIASES", value_delimiter = ',')]
+    pub trust_domain_aliases: Vec<String>,
+    /// DNS domain of Kubernetes services.
+    #[arg(long, env = "CLUSTER_DOMAIN", default_value = "cluster.local")]
+    pub cluster_domain: String,
+    /// Name of this cluster.
+    #[arg(long, env = "CLUSTER_ID", default_value = "Kubernetes")]
+    pub cluster_id: String,
+    /// Network of this node; empty for the default network.
+    #[arg(long, env = "NETWORK", default_value = "")]
+    pub network: String,
+    /// Istio's root namespace: policies there without a selector are global.
+    #[arg(long, env = "CULVERT_ROOT_NAMESPACE", default_value = "istio-system")]
+    pub root_namespace: String,
+    /// Address of the admin server (`/config_dump`, `/logging`).
+    #[arg(long, env = "CULVERT_ADMIN_ADDR", default_value = "127.0.0.1:15000")]
+    pub admin_addr: SocketAddr,
+    /// Address of the metrics server (`/metrics`, `/stats/prometheus`).
+    #[arg(long, env = "CULVERT_STATS_ADDR", default_value = "[::]:15020")]
+    pub stats_addr: SocketAddr,
+    /// Address of the readiness server (`/healthz/ready`).
+    #[arg(long, env = "CULVERT_READINESS_ADDR", default_value = "[::]:15021")]
+    pub readiness_addr: SocketAddr,
+    /// Data threads: a number, a percentage of the cores (`50%`), or 0 for all cores.
+    #[arg(long, env = "ZTUNNEL_WORKER_THREADS")]
+    pub worker_threads: Option<String>,
+    /// Lifetime of issued certificates.
+    #[arg(long, env = "SECRET_TTL", default_value = "1h", value_parser = duration)]
+    pub secret_ttl: Duration,
+    /// How long connections may live on after SIGTERM.
+    #[arg(long, env = "CONNECTION_TERMINATION_DEADLINE", default_value = "5s", value_parser = duration)]
+    pub termination_deadline: Duration,
+    /// TCP connect timeout, total per attempt.
+    #[arg(long, env = "CULVERT_CONNECT_TIMEOUT", default_value = "10s", value_parser = duration)]
+    pub connect_timeout: Duration,
+    /// Limit for a TLS handshake, an HTTP/2 handshake and a CONNECT answer, each.
+    #[arg(long, env = "CULVERT_HANDSHAKE_TIMEOUT", default_value = "10s", value_parser = duration)]
+    pub handshake_timeout: Duration,
+    /// Handshakes in progress at once, over all pods; further ones wait for a place until they time out.
+    #[arg(long, env = "CULVERT_MAX_HANDSHAKES", default_value_t = 512)]
+    pub max_handshakes: usize,
+    /// Streams in one tunnel before another is opened to the same destination.
+    #[arg(long, env = "POOL_MAX_STREAMS_PER_CONNECTION", default_value_t = 100)]
+    pub pool_max_streams: usize,
+    /// How long an unused tunnel is kept.
+    #[arg(long, env = "POOL_UNUSED_RELEASE_TIMEOUT", default_value = "5m", value_parser = duration)]
+    pub pool_unused_release: Duration,
+    /// Most bytes one stream's window may grow to for a reader that keeps up.
+    #[arg(long, env = "HTTP2_STREAM_WINDOW_SIZE", default_value_t = 4 * 1024 * 1024)]
+    pub stream_window: u32,
+    /// HTTP/2 connection window in bytes.
+    #[arg(long, env = "HTTP2_CONNECTION_WINDOW_SIZE", default_value_t = 16 * 1024 * 1024)]
+    pub connection_window: u32,
+    /// Largest HTTP/2 frame we accept, in bytes.
+    #[arg(long, env = "HTTP2_FRAME_SIZE", default_value_t = 1024 * 1024)]
+    pub frame_size: u32,
+    /// Bytes that grown windows may hold in this process, all tunnels together.
+    #[arg(long, env = "CULVERT_WINDOW_BUDGET", default_value_t = 64 * 1024 * 1024)]
+    pub window_budget: usize,
+    /// Answer CONNECT with the destination's baggage.
+    #[arg(long, env = "ENABLE_RESPONSE_BAGGAGE", default_value_t = true, action = clap::ArgAction::Set)]
+    pub response_baggage: bool,
+    /// Redirection: `ebpf`, or `none` for tests that bring connections to the listeners themselves.
+    #[arg(long, env = "CULVERT_REDIRECT", default_value = "ebpf")]
+    pub redirect: RedirectMode,
+}
+
+/// How connections reach the listeners.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum RedirectMode {
+    /// tc programs in the pod's namespace.
+    Ebpf,
+    /// Not at all: the listeners are there, nothing is captured.
+    None,
+}
+
+fn duration(s: &str) -> Result<Duration, String> {
+    mesh_runtime::settings::parse_duration(s).map_err(|e| e.to_string())
+}
