@@ -355,4 +355,4 @@ pub fn explain(snap: &Snapshot, workload: &Workload, conn: &InboundConn<'_>) -> 
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
