@@ -9,8 +9,8 @@
 //! All its sockets for a pod are made *in the pod's network namespace* and carry `SO_MARK` = [`MARK_AGENT`] before they
 //! bind, connect or listen. Without the mark the agent's own dials are captured again, for ever.
 //!
-//! * **Captured outbound and inbound listeners** (two sockets): `AF_INET6` with `IPV6_V6ONLY` off, `IP_TRANSPARENT` *and*
-//!   `IPV6_TRANSPARENT`, the mark, bound to `[::]` and any port (the port is never dialled), never `SO_REUSEPORT` (the kernel
+//! * **Captured outbound and inbound listeners** (two sockets): `AF_INET6` with `IPV6_V6ONLY` off, `IPV6_TRANSPARENT`
+//!   (one flag for both families), the mark, bound to `[::]` and any port (the port is never dialled), never `SO_REUSEPORT` (the kernel
 //!   would pick within the group instead of taking our choice), a backlog of 1024 or more. An accepted socket inherits mark
 //!   and transparency; its local address is the connection's original destination, its peer address the original source,
 //!   IPv4 as `::ffff:a.b.c.d`. [`Redirect::attach`] checks all of this.
@@ -31,6 +31,8 @@
 //!   [`Config::with_reset_existing`].
 //!
 //! # Limits
+//! * Nothing is pinned yet: when the process dies, the programs go with it and the pod's traffic is direct until the next
+//!   agent attaches. The rule, route and settings stay, do nothing on their own, and are taken over.
 //! * Interfaces that appear after [`Redirect::attach`] are not covered.
 //! * A process in the pod that may set packet marks (`CAP_NET_ADMIN`, `CAP_NET_RAW`) can pass for the agent, as in Istio.
 //! * UDP is not captured, so neither is TCP in a tunnel inside UDP.

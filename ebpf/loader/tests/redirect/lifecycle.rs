@@ -1,8 +1,9 @@
 //! Attaching, detaching, failing closed and open, and what is left behind.
 use std::{
-    io::{ErrorKind, Read, Write},
+    io::{BufRead, BufReader, ErrorKind, Read, Write},
     net::{SocketAddr, TcpListener},
     os::fd::AsFd,
+    process::{Command, Stdio},
     time::{Duration, Instant},
 };
 
@@ -12,7 +13,7 @@ use ebpf_loader::{Config, ListenerFault, Listeners, PodSpec, Redirect, RedirectE
 use crate::{
     agent::{Agent, Direction},
     capture::{Client, echo_server},
-    net::{Netns, POD4, POD6, SERVICE4, SERVICE6, Topology, ip, timed_out},
+    net::{Netns, POD4, POD6, SERVICE4, SERVICE6, Topology, eventually, ip, timed_out},
     require_root,
     sock::{self, GOOD, ListenerKind},
 };
@@ -117,27 +118,55 @@ fn detaching_leaves_nothing_and_restores_direct_traffic() {
     }
 }
 
+/// Nothing is pinned yet: the programs end with the agent and traffic is direct again, until the next one starts.
 #[test]
-fn what_a_dead_agent_left_is_taken_over() {
-    require_root!("what_a_dead_agent_left_is_taken_over");
+fn a_killed_agent_takes_its_programs_along_and_the_next_takes_over_the_rest() {
+    const NAME: &str = "a_killed_agent_takes_its_programs_along_and_the_next_takes_over_the_rest";
+    if let Ok(netns) = std::env::var(CHILD_NETNS) {
+        return be_killed(&netns);
+    }
+    require_root!(NAME);
     let net = Topology::new();
     echo_server(&net.host, 8080);
     let before = remains(&net.pod);
-    // The links of a killed agent end with it, the rest stays; made by hand here, because links in this process would stay too.
-    for family in ["-4", "-6"] {
-        net.pod.ip(&format!("{family} rule add pref 10 fwmark 0x53a/0xfff lookup 1338 protocol 83"));
-        let everything = if family == "-4" { "0.0.0.0/0" } else { "::/0" };
-        net.pod.ip(&format!("{family} route add local {everything} dev lo table 1338 protocol 83"));
+    let mut child = Command::new(std::env::current_exe().expect("this program"))
+        .args(["--exact", &format!("lifecycle::{NAME}"), "--nocapture"])
+        .env(CHILD_NETNS, &net.pod.name)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("start");
+    let mut said = BufReader::new(child.stdout.take().expect("piped")).lines().map_while(Result::ok);
+    assert!(said.any(|line| line.contains("READY")));
+    assert!(remains(&net.pod).contains("programs=[1, 1, 1]"));
+    Client::connect(&net.pod, SocketAddr::new(ip(SERVICE4), 8080)).expect("captured").finish();
+    child.kill().expect("kill");
+    child.wait().expect("wait");
+
+    assert!(eventually(|| remains(&net.pod).contains("programs=[0, 0, 0]")), "{}", remains(&net.pod));
+    assert!(remains(&net.pod).contains("fwmark 0x53a/0xfff"), "the rule stays, and harms nobody");
+    let ways = [SERVICE4, SERVICE6].map(|service| SocketAddr::new(ip(service), 8080));
+    for to in ways {
+        Client::connect(&net.pod, to).expect("direct").finish();
     }
-    net.pod.sysctl("net/ipv4/conf/lo/accept_local", "1");
-    net.pod.sysctl("net/ipv4/conf/lo/src_valid_mark", "1");
     let mut agent = Agent::start(&net.pod);
-    for service in [SERVICE4, SERVICE6] {
-        Client::connect(&net.pod, SocketAddr::new(ip(service), 8080)).expect("captured").finish();
+    for to in ways {
+        Client::connect(&net.pod, to).expect("captured").finish();
         agent.next();
     }
     agent.redirect.take().expect("attached").detach().expect("detach");
     assert_eq!(remains(&net.pod), before);
+}
+
+/// Set for the process to be killed, which runs the same test.
+const CHILD_NETNS: &str = "REDIRECT_TEST_NETNS";
+
+fn be_killed(netns: &str) {
+    let pod = Netns::open(netns);
+    let _agent = Agent::start(&pod);
+    println!("READY");
+    // Until killed, or until the test that started it is gone.
+    let _ = std::io::stdin().read(&mut [0]);
 }
 
 #[test]

@@ -2,12 +2,13 @@
 use std::{
     fs::File,
     io,
+    mem::ManuallyDrop,
     net::{IpAddr, SocketAddr, TcpStream},
     os::fd::{AsFd, BorrowedFd},
     process::Command,
     sync::atomic::{AtomicU32, Ordering},
     thread::{self, JoinHandle},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use nix::sched::{CloneFlags, setns};
@@ -35,6 +36,12 @@ impl Netns {
         let netns = Self { name, file };
         netns.ip("link set lo up");
         netns
+    }
+
+    /// One that another process made and will delete; not to be dropped here.
+    pub fn open(name: &str) -> ManuallyDrop<Self> {
+        let file = File::open(format!("/run/netns/{name}")).expect("the namespace");
+        ManuallyDrop::new(Self { name: name.to_owned(), file })
     }
 
     pub fn fd(&self) -> BorrowedFd<'_> {
@@ -130,4 +137,16 @@ fn run(command: &str) -> String {
 pub fn timed_out(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock)
         || matches!(error.raw_os_error(), Some(libc::EINPROGRESS | libc::ETIMEDOUT))
+}
+
+/// Waits, without guessing how long, up to a limit.
+pub fn eventually(condition: impl Fn() -> bool) -> bool {
+    let deadline = Instant::now() + Duration::from_secs(3);
+    while Instant::now() < deadline {
+        if condition() {
+            return true;
+        }
+        thread::yield_now();
+    }
+    condition()
 }

@@ -11,7 +11,7 @@ use ebpf_loader::Config;
 use crate::{
     agent::Agent,
     capture::{Client, echo_server},
-    net::{HOST4, HOST6, Netns, POD4, POD6, SERVICE4, SERVICE6, Topology, ip, timed_out},
+    net::{HOST4, HOST6, Netns, POD4, POD6, SERVICE4, SERVICE6, Topology, eventually, ip, timed_out},
     require_root, sock,
 };
 
@@ -168,18 +168,6 @@ fn tcp_in_fragments_is_dropped() {
         assert!(eventually(|| agent.count(counter) >= before + 2), "{to}: {} {}", before, agent.count(counter));
     }
     assert!(agent.nothing_captured());
-}
-
-/// Waits, without guessing how long, up to a limit.
-fn eventually(condition: impl Fn() -> bool) -> bool {
-    let deadline = std::time::Instant::now() + Duration::from_secs(3);
-    while std::time::Instant::now() < deadline {
-        if condition() {
-            return true;
-        }
-        std::thread::yield_now();
-    }
-    condition()
 }
 
 #[test]

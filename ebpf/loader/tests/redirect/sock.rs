@@ -102,7 +102,6 @@ pub fn listen(kind: ListenerKind, port: u16) -> io::Result<TcpListener> {
     set_number(&socket, libc::SOL_SOCKET, libc::SO_MARK, kind.mark)?;
     set_number(&socket, libc::SOL_SOCKET, libc::SO_REUSEPORT, i32::from(kind.reuse_port))?;
     if kind.transparent {
-        set_number(&socket, libc::SOL_IP, libc::IP_TRANSPARENT, 1)?;
         set_number(&socket, libc::SOL_IPV6, libc::IPV6_TRANSPARENT, 1)?;
     }
     bind(&socket, SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), port))?;
