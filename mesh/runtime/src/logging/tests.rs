@@ -227,6 +227,25 @@ fn a_blocked_output_drops_lines_and_says_so() {
 }
 
 #[test]
+fn an_output_that_fails_is_counted_and_survived() {
+    struct Closed;
+    impl Write for Closed {
+        fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+            Err(io::ErrorKind::BrokenPipe.into())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Err(io::ErrorKind::BrokenPipe.into())
+        }
+    }
+    let writer = LogWriter::start(Box::new(Closed), Format::Json).unwrap();
+    for count in 1..=3 {
+        writer.submit(b"lost\n");
+        assert!(writer.flush(LIMIT));
+        assert_eq!(writer.dropped(), count);
+    }
+}
+
+#[test]
 fn the_last_clone_writes_everything_before_the_thread_ends() {
     struct Ending(Sink, mpsc::Sender<()>);
     impl Write for Ending {

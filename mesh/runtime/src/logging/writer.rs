@@ -148,16 +148,19 @@ fn run(shared: &Shared, mut out: Box<dyn Write + Send>, format: Format) {
             }
         }
         std::mem::swap(&mut bytes, &mut waiting.bytes);
-        waiting.lines = 0;
+        let lines = std::mem::take(&mut waiting.lines);
         waiting.flush = false;
         let taken = waiting.taken;
         drop(waiting);
 
-        // An output that is gone (closed pipe) must not end the process, nor can the loss be reported anywhere.
-        let _ = out.write_all(&bytes);
+        // An output that is gone (closed pipe) must not end the process; the loss is at least counted.
+        if out.write_all(&bytes).is_err() {
+            shared.dropped.fetch_add(lines as u64, Ordering::Relaxed);
+        }
         let dropped = shared.dropped.load(Ordering::Relaxed);
         if dropped > reported {
-            let mut line = Line::new(format, Level::WARN, "logging", "log lines were dropped because the output was blocked");
+            let mut line =
+                Line::new(format, Level::WARN, "logging", "log lines were lost because the output was blocked or failed");
             line.num("dropped", dropped - reported).num("total", dropped);
             let _ = out.write_all(line.finish().as_bytes());
             reported = dropped;
