@@ -15,9 +15,7 @@ pub struct MeshDir {
 impl MeshDir {
     /// An empty folder.
     pub fn empty() -> anyhow::Result<Self> {
-        let root = tempfile::Builder::new().prefix("culvert-mesh-").tempdir()?;
-        crate::netns::remove_on_interrupt(root.path());
-        Ok(Self { root })
+        Ok(Self { root: crate::netns::scratch("mesh")? })
     }
 
     /// A copy of the YAML files of `from` (one level), each passed through `patch`.

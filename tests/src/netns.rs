@@ -212,21 +212,36 @@ pub fn sweep_prefix(prefix: &str) {
     }
 }
 
-/// Removes what runs that are no longer alive have left: namespaces `cv<pid>-…` whose process is gone. Returns how many runs.
+/// Removes what runs that are no longer alive have left: namespaces `cv<pid>-…` and directories `culvert-<pid>-…` whose process
+/// is gone. Returns how many runs.
 pub fn sweep_leftovers() -> usize {
-    let dead: BTreeSet<String> = present()
-        .iter()
-        .filter_map(|name| {
-            let pid = name.strip_prefix("cv")?.split_once('-')?.0;
-            let number: u32 = pid.parse().ok()?;
-            (!Path::new("/proc").join(number.to_string()).exists()).then(|| format!("cv{pid}-"))
-        })
-        .filter(|prefix| !kept(prefix))
-        .collect();
-    for prefix in &dead {
-        sweep_prefix(prefix);
+    let abandoned = |name: &str, start: &str| -> Option<String> {
+        let pid = name.strip_prefix(start)?.split_once('-')?.0;
+        let number: u32 = pid.parse().ok()?;
+        let alive = Path::new("/proc").join(number.to_string()).exists();
+        (!alive && !kept(&format!("cv{pid}-"))).then(|| pid.to_owned())
+    };
+    let dead: BTreeSet<String> = present().iter().filter_map(|name| abandoned(name, "cv")).collect();
+    for pid in &dead {
+        sweep_prefix(&format!("cv{pid}-"));
+    }
+    if let Ok(entries) = fs::read_dir(std::env::temp_dir()) {
+        for entry in entries.flatten() {
+            if abandoned(&entry.file_name().to_string_lossy(), "culvert-").is_some() {
+                let _gone_already = fs::remove_dir_all(entry.path());
+            }
+        }
     }
     dead.len()
+}
+
+/// A temporary directory of this run: gone with its value, on an interrupt, or in the next run's sweep.
+pub fn scratch(what: &str) -> io::Result<tempfile::TempDir> {
+    let dir = tempfile::Builder::new().prefix(&format!("culvert-{}-{what}-", std::process::id())).tempdir()?;
+    if let Ok(mut dirs) = DIRS.lock() {
+        dirs.push(dir.path().to_owned());
+    }
+    Ok(dir)
 }
 
 /// Runs that were asked to stay (`--keep`) leave a note, so that the next run's sweep lets them be.
@@ -260,13 +275,6 @@ pub fn forget_kept() -> usize {
 
 /// Directories to remove when the run is interrupted (on a normal end, their owners remove them).
 static DIRS: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
-
-/// Registers a directory which the interrupt handler removes too.
-pub fn remove_on_interrupt(dir: &Path) {
-    if let Ok(mut dirs) = DIRS.lock() {
-        dirs.push(dir.to_owned());
-    }
-}
 
 /// Removes all that this process has made. Called by the interrupt handler; harmless at any time.
 pub fn clean_up_this_run() {

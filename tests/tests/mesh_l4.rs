@@ -15,7 +15,7 @@ use mesh_tests::mesh_dir::MeshDir;
 use mesh_tests::program::{Client, Cut, End, Server, Sum, pattern};
 use mesh_tests::suite::{self, CannotRun, Test, extended, test};
 use mesh_tests::topology::{Place, Plan, Topology};
-use mesh_tests::{skip, wait};
+use mesh_tests::{netns, skip, wait};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 use tempfile::TempDir;
@@ -161,9 +161,9 @@ fn set_up() -> anyhow::Result<Mesh> {
             let path = dir.keep();
             TempDir::new_in(path)?
         }
-        None => TempDir::new()?,
+        None => netns::scratch("logs")?,
     };
-    let mut mesh = Mesh { agent_a: None, agent_b: None, servers, topology: Some(topology), dir, ca: TempDir::new()?, logs };
+    let mut mesh = Mesh { agent_a: None, agent_b: None, servers, topology: Some(topology), dir, ca: netns::scratch("ca")?, logs };
     mesh.agent_a = Some(mesh.start("node-a")?);
     mesh.agent_b = Some(mesh.start("node-b")?);
     mesh.a().wait_ready(Duration::from_secs(20))?;

@@ -12,7 +12,7 @@ use mesh_tests::mesh_dir::MeshDir;
 use mesh_tests::program::{Client, Program, Server};
 use mesh_tests::suite::{self, CannotRun, Test, test};
 use mesh_tests::topology::{Place, Plan, Topology};
-use mesh_tests::{skip, wait};
+use mesh_tests::{netns, skip, wait};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -89,7 +89,7 @@ fn set_up() -> anyhow::Result<Wire> {
         dir.put(&format!("pod-{}.yaml", pod.name), &topology.pod_yaml(&pod.name, &[]))?;
     }
     let servers = vec![Server::start(topology.pod("app"), PORT)?];
-    let (ca, files) = (TempDir::new()?, TempDir::new()?);
+    let (ca, files) = (netns::scratch("ca")?, netns::scratch("files")?);
     let agent = AgentSpec::new("node-a", dir.path(), ca.path(), files.path())
         .env("TRUST_DOMAIN", "test.local")
         .start(topology.node("node-a"))?;

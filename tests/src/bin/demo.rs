@@ -233,8 +233,7 @@ fn start(tour: &mut Tour, redis: Option<&Redis>) -> anyhow::Result<Mesh> {
 
     let prefix = format!("/run/netns/{}", topology.prefix());
     let dir = MeshDir::copy_of(&zamaz, |text| text.replace("/run/netns/", &prefix))?;
-    let files = tempfile::Builder::new().prefix("culvert-demo-").tempdir()?;
-    netns::remove_on_interrupt(files.path());
+    let files = netns::scratch("demo")?;
     let mut mesh = Mesh { programs: Vec::new(), agents: Vec::new(), topology, dir, files };
 
     for name in SERVERS {
