@@ -238,9 +238,7 @@ pub fn sweep_leftovers() -> usize {
 /// A temporary directory of this run: gone with its value, on an interrupt, or in the next run's sweep.
 pub fn scratch(what: &str) -> io::Result<tempfile::TempDir> {
     let dir = tempfile::Builder::new().prefix(&format!("culvert-{}-{what}-", std::process::id())).tempdir()?;
-    if let Ok(mut dirs) = DIRS.lock() {
-        dirs.push(dir.path().to_owned());
-    }
+    remove_on_interrupt(dir.path());
     Ok(dir)
 }
 
@@ -275,6 +273,13 @@ pub fn forget_kept() -> usize {
 
 /// Directories to remove when the run is interrupted (on a normal end, their owners remove them).
 static DIRS: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+
+/// Registers a directory which the interrupt handler removes too ([`scratch`] does this by itself).
+pub fn remove_on_interrupt(dir: &Path) {
+    if let Ok(mut dirs) = DIRS.lock() {
+        dirs.push(dir.to_owned());
+    }
+}
 
 /// Removes all that this process has made. Called by the interrupt handler; harmless at any time.
 pub fn clean_up_this_run() {
