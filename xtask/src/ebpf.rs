@@ -72,7 +72,11 @@ fn check() -> Result<()> {
     let root = shell::root();
     let recorded = fs::read_to_string(root.join(DIGESTS)).with_context(|| format!("cannot read {DIGESTS}"))?;
     let changed = difference(&recorded, &digests(&root)?);
-    ensure!(changed.is_empty(), "the eBPF object is older than its sources, run `cargo xtask ebpf`; changed: {}", changed.join(", "));
+    ensure!(
+        changed.is_empty(),
+        "the eBPF object is older than its sources, run `cargo xtask ebpf`; changed: {}",
+        changed.join(", ")
+    );
     match toolchain() {
         Err(missing) => eprintln!("SKIPPED: ebpf rebuild: {missing:#}"),
         Ok(linker) => {
@@ -121,7 +125,8 @@ fn collect(root: &Path, folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
 
 /// The last words of lines that are in only one of the two texts, each once: file names, or a package's version.
 fn difference(recorded: &str, actual: &str) -> Vec<String> {
-    let only = |a: &str, b: &str| a.lines().filter(|line| !b.lines().any(|other| other == *line)).map(str::to_owned).collect::<Vec<_>>();
+    let only =
+        |a: &str, b: &str| a.lines().filter(|line| !b.lines().any(|other| other == *line)).map(str::to_owned).collect::<Vec<_>>();
     let mut names: Vec<String> = only(recorded, actual)
         .into_iter()
         .chain(only(actual, recorded))
@@ -179,7 +184,8 @@ fn install() -> Result<PathBuf> {
         apt(&["update".to_owned(), "-qq".to_owned()])?;
         let mut args: Vec<String> = ["install", "-y", "-qq", "--no-install-recommends", COMPILER].map(str::to_owned).to_vec();
         args.extend(missing.iter().map(|(package, version)| format!("{package}={version}")));
-        apt(&args).context("the pinned packages could not be installed; if Debian moved on, pin the new versions here and rebuild")?;
+        apt(&args)
+            .context("the pinned packages could not be installed; if Debian moved on, pin the new versions here and rebuild")?;
     }
     if linker().is_none() {
         let mut command = shell::cargo();
@@ -194,7 +200,9 @@ fn install() -> Result<PathBuf> {
 fn build(linker: &Path) -> Result<PathBuf> {
     let root = shell::root();
     let target = root.join("target/ebpf");
-    let cargo_home = std::env::var_os("CARGO_HOME").map(PathBuf::from).or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cargo")));
+    let cargo_home = std::env::var_os("CARGO_HOME")
+        .map(PathBuf::from)
+        .or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cargo")));
     // No debug information (so no BTF, which these maps do not need) and no paths: nothing in the object tells where it was built.
     let mut flags = vec![
         "--cfg=bpf_target_arch=\"x86_64\"".to_owned(),
@@ -209,7 +217,9 @@ fn build(linker: &Path) -> Result<PathBuf> {
     for (name, _) in std::env::vars_os() {
         let name_text = name.to_string_lossy();
         let ours = ["CARGO_HOME", "CARGO_HTTP_", "CARGO_NET_", "CARGO_REGISTRIES_", "CARGO_SOURCE_"];
-        if (name_text.starts_with("CARGO") && !ours.iter().any(|prefix| name_text.starts_with(prefix))) || name_text.starts_with("RUST") {
+        if (name_text.starts_with("CARGO") && !ours.iter().any(|prefix| name_text.starts_with(prefix)))
+            || name_text.starts_with("RUST")
+        {
             command.env_remove(&name);
         }
     }

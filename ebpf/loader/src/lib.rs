@@ -36,6 +36,8 @@
 //! * Interfaces that appear after [`Redirect::attach`] are not covered.
 //! * A process in the pod that may set packet marks (`CAP_NET_ADMIN`, `CAP_NET_RAW`) can pass for the agent, as in Istio.
 //! * UDP is not captured, so neither is TCP in a tunnel inside UDP.
+//! * With `tcp_fwmark_accept` on in the pod, what the agent accepts does not carry its mark: leave
+//!   [`Config::with_reset_existing`] off there.
 //! * A pod that forwards for others (containers in the pod, a router) must name its interfaces: on a bridge of its own, what
 //!   it would forward is taken for inbound and dropped.
 //! * TCP to link-local IPv6 addresses times out: the agent's socket would need an interface to answer from them.
@@ -54,10 +56,10 @@ mod probe;
 
 use std::ops::RangeInclusive;
 
-/// Ports to deliver from with a client's address: below what clients are given by default (32768 and up) and below node ports.
-pub const DELIVERY_PORTS: RangeInclusive<u16> = 2048..=29999;
-
 pub use attach::{Listeners, PodSpec, Redirect};
 pub use ebpf_common::{Config, Counter, HBONE_PORT, MARK_AGENT, MARK_CAPTURE, MARK_MASK};
 pub use error::{ListenerFault, RedirectError, Unsupported};
 pub use probe::probe;
+
+/// Ports to deliver from with a client's address: below what clients are given by default (32768 and up) and below node ports.
+pub const DELIVERY_PORTS: RangeInclusive<u16> = 2048..=29999;

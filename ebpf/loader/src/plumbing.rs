@@ -11,8 +11,8 @@ use ebpf_common::{MARK_CAPTURE, MARK_MASK};
 use crate::{
     error::RedirectError,
     netlink::{
-        NLM_F_CREATE_EXCLUSIVE, NLM_F_DUMP, Netlink, RTM_DELROUTE, RTM_DELRULE, RTM_GETLINK, RTM_NEWLINK, RTM_NEWROUTE, RTM_NEWRULE,
-        RTM_SETLINK, Request, attributes, find_attribute, push_attribute, u16_at, u32_at,
+        NLM_F_CREATE_EXCLUSIVE, NLM_F_DUMP, Netlink, RTM_DELROUTE, RTM_DELRULE, RTM_GETLINK, RTM_NEWLINK, RTM_NEWROUTE,
+        RTM_NEWRULE, RTM_SETLINK, Request, attributes, find_attribute, push_attribute, u16_at, u32_at,
     },
 };
 

@@ -30,8 +30,8 @@ pub fn lo_ingress(ctx: TcContext) -> i32 {
     let config = config();
     let segment = match classify(&ctx, &config) {
         Packet::Tcp(segment) => segment,
-        // Only plain TCP is handed over; a process that marks its own packets like this gets no further.
-        Packet::Pass => return TC_ACT_SHOT,
+        // Only plain TCP is handed over, but what the kernel says about it may carry its mark (`fwmark_reflect`).
+        Packet::Pass => return TC_ACT_UNSPEC,
         Packet::Drop(why) => {
             count(why);
             return TC_ACT_SHOT;

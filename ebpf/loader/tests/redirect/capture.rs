@@ -131,7 +131,10 @@ fn closed_ports_are_refused_through_the_agent() {
         let to = SocketAddr::new(ip(to), 8081);
         let error = Client::connect(from, to).err().expect("nobody greets");
         assert!(
-            matches!(error.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionRefused),
+            matches!(
+                error.kind(),
+                io::ErrorKind::ConnectionReset | io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionRefused
+            ),
             "{to}: {error}"
         );
         assert_eq!(agent.next().refused, Some(io::ErrorKind::ConnectionRefused), "{to}");
@@ -252,6 +255,27 @@ fn strict_reverse_path_filtering_is_no_obstacle() {
     }
 }
 
+/// Both make the kernel copy marks from packets to its answers and sockets.
+#[test]
+fn the_pods_own_mark_settings_are_no_obstacle() {
+    require_root!("the_pods_own_mark_settings_are_no_obstacle");
+    let net = Topology::new();
+    for key in ["net/ipv4/fwmark_reflect", "net/ipv6/fwmark_reflect", "net/ipv4/tcp_fwmark_accept"] {
+        net.pod.sysctl(key, "1");
+    }
+    echo_server(&net.host, 8080);
+    echo_server(&net.pod, 9090);
+    let agent = Agent::start(&net.pod);
+    for (netns, to, port) in
+        [(&net.pod, SERVICE4, 8080), (&net.pod, SERVICE6, 8080), (&net.host, POD4, 9090), (&net.host, POD6, 9090)]
+    {
+        let mut client = Client::connect(netns, SocketAddr::new(ip(to), port)).unwrap_or_else(|e| panic!("{to}: {e}"));
+        client.echo("all the same");
+        client.finish();
+        agent.next();
+    }
+}
+
 /// Many connections at once, to see that nothing depends on being alone.
 #[test]
 fn many_connections_at_once() {
@@ -261,24 +285,26 @@ fn many_connections_at_once() {
     echo_server(&net.host, 8080);
     echo_server(&net.pod, 9090);
     let agent = Agent::start(&net.pod);
-    let clients: Vec<_> = [(&net.pod, SERVICE4, 8080), (&net.pod, SERVICE6, 8080), (&net.host, POD4, 9090), (&net.host, POD6, 9090)]
-        .into_iter()
-        .map(|(netns, to, port)| {
-            let to = SocketAddr::new(ip(to), port);
-            netns.spawn(move || {
-                let mut clients: Vec<_> = (0..EACH)
-                    .map(|_| {
-                        let stream = TcpStream::connect_timeout(&to, Duration::from_secs(5)).unwrap_or_else(|e| panic!("{to}: {e}"));
-                        Client::greeted(stream).expect("greeting")
-                    })
-                    .collect();
-                for (n, client) in clients.iter_mut().enumerate() {
-                    client.echo(&format!("connection {n}"));
-                }
-                clients.into_iter().for_each(Client::finish);
+    let clients: Vec<_> =
+        [(&net.pod, SERVICE4, 8080), (&net.pod, SERVICE6, 8080), (&net.host, POD4, 9090), (&net.host, POD6, 9090)]
+            .into_iter()
+            .map(|(netns, to, port)| {
+                let to = SocketAddr::new(ip(to), port);
+                netns.spawn(move || {
+                    let mut clients: Vec<_> = (0..EACH)
+                        .map(|_| {
+                            let stream =
+                                TcpStream::connect_timeout(&to, Duration::from_secs(5)).unwrap_or_else(|e| panic!("{to}: {e}"));
+                            Client::greeted(stream).expect("greeting")
+                        })
+                        .collect();
+                    for (n, client) in clients.iter_mut().enumerate() {
+                        client.echo(&format!("connection {n}"));
+                    }
+                    clients.into_iter().for_each(Client::finish);
+                })
             })
-        })
-        .collect();
+            .collect();
     for client in clients {
         assert!(client.join().is_ok(), "{:?}", agent.all_counts());
     }

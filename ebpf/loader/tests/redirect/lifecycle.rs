@@ -83,8 +83,11 @@ fn older_connections_are_reset_by_choice() {
     // New connections live, with SYN cookies too: their acknowledgement is such a segment without an owner.
     for cookies in ["1", "2"] {
         net.pod.sysctl("net/ipv4/tcp_syncookies", cookies);
-        for (netns, to, port) in [(&net.pod, SERVICE4, 8080), (&net.pod, SERVICE6, 8080), (&net.host, POD4, 9090), (&net.host, POD6, 9090)] {
-            let mut client = Client::connect(netns, SocketAddr::new(ip(to), port)).unwrap_or_else(|e| panic!("{to}, cookies {cookies}: {e}"));
+        for (netns, to, port) in
+            [(&net.pod, SERVICE4, 8080), (&net.pod, SERVICE6, 8080), (&net.host, POD4, 9090), (&net.host, POD6, 9090)]
+        {
+            let mut client =
+                Client::connect(netns, SocketAddr::new(ip(to), port)).unwrap_or_else(|e| panic!("{to}, cookies {cookies}: {e}"));
             client.echo("captured");
             client.finish();
             agent.next();
@@ -111,7 +114,9 @@ fn detaching_leaves_nothing_and_restores_direct_traffic() {
             redirect.detach().expect("detach");
         }
         assert_eq!(remains(&net.pod), before);
-        for (netns, to, port) in [(&net.pod, SERVICE4, 8080), (&net.pod, SERVICE6, 8080), (&net.host, POD4, 9090), (&net.host, POD6, 9090)] {
+        for (netns, to, port) in
+            [(&net.pod, SERVICE4, 8080), (&net.pod, SERVICE6, 8080), (&net.host, POD4, 9090), (&net.host, POD6, 9090)]
+        {
             Client::connect(netns, SocketAddr::new(ip(to), port)).expect("direct").finish();
         }
         assert!(agent.nothing_captured());

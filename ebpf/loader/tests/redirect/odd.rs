@@ -163,7 +163,11 @@ fn tcp_in_fragments_is_dropped() {
         let syn = tcp_syn(SocketAddr::new(from, 45001), SocketAddr::new(to, 8080));
         let before = agent.count(counter);
         // The first piece ends before the flags: nobody could tell that it is a SYN.
-        send_raw(netns, to, vec![packet(from, to, 6, Some((0, true)), &syn[..8]), packet(from, to, 6, Some((8, false)), &syn[8..])]);
+        send_raw(
+            netns,
+            to,
+            vec![packet(from, to, 6, Some((0, true)), &syn[..8]), packet(from, to, 6, Some((8, false)), &syn[8..])],
+        );
         // The pod's stack may put a locally sent v4 pair on the wire in two; arrival is asynchronous only on the veth's far side.
         assert!(eventually(|| agent.count(counter) >= before + 2), "{to}: {} {}", before, agent.count(counter));
     }

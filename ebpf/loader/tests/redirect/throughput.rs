@@ -79,7 +79,12 @@ fn bulk_data_arrives_whole() {
     let net = Topology::new();
     sink(&net.host, 8080);
     sink(&net.pod, 9090);
-    let ways = [("out v4", &net.pod, SERVICE4, 8080), ("out v6", &net.pod, SERVICE6, 8080), ("in v4", &net.host, POD4, 9090), ("in v6", &net.host, POD6, 9090)];
+    let ways = [
+        ("out v4", &net.pod, SERVICE4, 8080),
+        ("out v6", &net.pod, SERVICE6, 8080),
+        ("in v4", &net.host, POD4, 9090),
+        ("in v6", &net.host, POD6, 9090),
+    ];
     let direct = ways.map(|(_, netns, to, port)| send(netns, SocketAddr::new(ip(to), port)));
     let agent = Agent::start(&net.pod);
     for ((name, netns, to, port), direct) in ways.into_iter().zip(direct) {
