@@ -1,5 +1,91 @@
 //! Where mesh knowledge comes from: a folder of YAML today; every source ends in changes for one publisher.
+//!
+//! The flow is `source → translate → ChangeSink → publisher → Mesh`. A source owns what it reads and what was last good
+//! of it; the translator owns the join of objects; the publisher is the only writer of the mesh. What a source refuses
+//! is in [`Diagnostics`]. Another source (Kubernetes, istiod, Consul) is another [`Source`] and nothing else.
 #![forbid(unsafe_code)]
+
 pub mod diagnostics;
+pub mod files;
+pub mod local_xds;
+pub mod publisher;
 pub mod translate;
 pub mod yaml;
+
+use std::future::Future;
+use std::path::PathBuf;
+
+pub use diagnostics::{Diagnostics, Problem, Severity};
+pub use mesh_model::snapshot::Viewpoint;
+pub use publisher::{ChangeSink, Mesh, Publisher};
+
+/// Something that knows about the mesh and tells its changes.
+pub trait Source: Send + 'static {
+    /// Name for logs.
+    fn name(&self) -> &'static str;
+    /// Tells changes until the sink closes. The first send means "this is all I knew at start"; it is sent even when
+    /// it is empty, and not before the source has something it can stand for.
+    fn run(self, sink: ChangeSink) -> impl Future<Output = Result<(), SourceError>> + Send;
+}
+
+/// Why a source ended.
+#[derive(Debug, thiserror::Error)]
+pub enum SourceError {
+    /// No thread could be started.
+    #[error("no thread: {0}")]
+    Thread(#[from] std::io::Error),
+    /// Its thread died; the mesh stays as it was.
+    #[error("the source's thread died (a defect); the mesh stays as it last was")]
+    Died,
+}
+
+/// Which source describes the mesh.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// A folder of Kubernetes, Istio and Gateway API objects.
+    Folder(PathBuf),
+    /// A file in ztunnel's local format (`LOCAL_XDS_PATH`).
+    LocalXds(PathBuf),
+    /// The same format as text (`LOCAL_XDS`).
+    LocalXdsText(String),
+}
+
+/// Starts the source and the publisher on the current tokio runtime, which must be the control runtime. Nothing has
+/// been read when this returns: wait for [`Mesh::synced`].
+pub fn start(origin: Origin, view: Viewpoint) -> (Mesh, Diagnostics) {
+    start_with(origin, view, &translate::Settings::default())
+}
+
+/// [`start`] with settings of the translation.
+pub fn start_with(origin: Origin, view: Viewpoint, settings: &translate::Settings) -> (Mesh, Diagnostics) {
+    let diagnostics = Diagnostics::new();
+    let (mesh, publisher, sinks) = publisher::channel(view.clone(), 1);
+    for sink in sinks {
+        let diagnostics = diagnostics.clone();
+        match &origin {
+            Origin::Folder(root) => spawn(
+                files::FolderSource { root: root.clone(), view: view.clone(), settings: settings.clone(), diagnostics },
+                sink,
+            ),
+            Origin::LocalXds(path) => spawn(
+                local_xds::LocalXdsSource { from: local_xds::From::File(path.clone()), view: view.clone(), diagnostics },
+                sink,
+            ),
+            Origin::LocalXdsText(text) => spawn(
+                local_xds::LocalXdsSource { from: local_xds::From::Text(text.clone()), view: view.clone(), diagnostics },
+                sink,
+            ),
+        }
+    }
+    tokio::spawn(publisher.run());
+    (mesh, diagnostics)
+}
+
+fn spawn(source: impl Source, sink: ChangeSink) {
+    let name = source.name();
+    tokio::spawn(async move {
+        if let Err(error) = source.run(sink).await {
+            tracing::error!(source = name, %error, "a source ended");
+        }
+    });
+}

@@ -14,7 +14,7 @@ mod istio;
 mod kube;
 mod object;
 mod peer;
-mod read;
+pub(crate) mod read;
 mod selector;
 mod waypoint;
 

@@ -1,0 +1,399 @@
+//! A folder of YAML as a source: read at start, watched, re-read by document.
+//!
+//! Owns the files and what was last good of them. Only documents whose text changed are parsed again; a document that
+//! cannot be parsed costs nothing but itself, and objects its file had before stay as they were. A document that looks
+//! like a security policy and cannot be parsed denies in its namespace; at start, when there is no last good state,
+//! everywhere if not even the namespace can be read. Of two objects with one name the first in path order counts.
+//! Upstream: the operator. Downstream: [`crate::translate`].
+
+mod walk;
+mod watch;
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::hash::BuildHasher;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use mesh_model::snapshot::Viewpoint;
+use mesh_model::{Change, Origin};
+
+use crate::diagnostics::{Problem, Severity};
+use crate::translate::{Object, ObjectId, Reader, Settings, Translator};
+use crate::yaml::{self, Document, YamlError};
+
+pub use walk::{Found, Stamp, list};
+pub use watch::FolderSource;
+pub(crate) use watch::{follow, on_thread};
+
+/// Largest file read.
+pub const MAX_FILE: u64 = 64 << 20;
+
+/// One document as it was last read.
+#[derive(Debug)]
+struct Doc {
+    hash: u64,
+    /// Line it started on when it was read, and starts on now.
+    read_line: u32,
+    line: u32,
+    ids: Vec<ObjectId>,
+    problems: Vec<Problem>,
+    broken: bool,
+}
+#[derive(Debug, Default)]
+struct File {
+    place: Arc<str>,
+    stamp: Option<Stamp>,
+    docs: Vec<Doc>,
+    /// Objects of documents that no longer parse, kept as they were.
+    kept: Vec<ObjectId>,
+    /// The file as a whole could not be read.
+    problem: Option<Problem>,
+}
+/// Objects read in this pass, by file and document.
+type Fresh = HashMap<(usize, usize), Vec<Object>>;
+
+/// Which document an object in force came from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Held {
+    place: Arc<str>,
+    hash: u64,
+}
+
+/// The folder as a state machine without watching and threads.
+#[derive(Debug)]
+pub struct Folder {
+    root: PathBuf,
+    translator: Translator,
+    root_namespace: Arc<str>,
+    files: BTreeMap<PathBuf, File>,
+    held: HashMap<ObjectId, Held>,
+    hasher: foldhash::fast::FixedState,
+    loaded: bool,
+    problems: Vec<Problem>,
+}
+
+impl Folder {
+    /// A folder not read yet.
+    pub fn new(root: impl Into<PathBuf>, view: Viewpoint, settings: &Settings) -> Self {
+        Self {
+            root: root.into(),
+            root_namespace: Arc::clone(&view.root_namespace),
+            translator: Translator::new(view, settings),
+            files: BTreeMap::new(),
+            held: HashMap::new(),
+            hasher: foldhash::fast::FixedState::default(),
+            loaded: false,
+            problems: Vec::new(),
+        }
+    }
+    /// What is wrong, as of the last reading.
+    pub fn problems(&self) -> &[Problem] {
+        &self.problems
+    }
+    /// Whether the folder has been read once.
+    pub fn is_loaded(&self) -> bool {
+        self.loaded
+    }
+
+    /// Reads what changed. `None` when the folder itself cannot be listed: all stays as it is.
+    pub fn reload(&mut self) -> Option<Vec<Change>> {
+        let (listing, mut walk_problems) = match list(&self.root) {
+            Ok(found) => found,
+            Err(e) => {
+                let place: Arc<str> = self.root.display().to_string().into();
+                self.problems.retain(|p| p.code != Some("folder"));
+                self.problems.push(whole(&place, &format!("the folder cannot be listed: {e}"), "folder"));
+                return None;
+            }
+        };
+        let mut old = std::mem::take(&mut self.files);
+        let mut files: Vec<(PathBuf, File)> = Vec::with_capacity(listing.len());
+        let mut fresh: Fresh = HashMap::new();
+        let mut changed = false;
+        for found in listing {
+            let before = old.remove(&found.path);
+            let file = match before {
+                Some(f) if f.stamp.is_some() && f.stamp == found.stamp => f,
+                before => {
+                    changed = true;
+                    self.read(&found, before.unwrap_or_default(), files.len(), &mut fresh)
+                }
+            };
+            files.push((found.path, file));
+        }
+        changed |= !old.is_empty();
+        drop(old);
+        let mut duplicates = Vec::new();
+        if changed || !self.loaded {
+            duplicates = self.settle(&mut files, fresh);
+        } else {
+            // Nothing was read, so nothing between the files changed either.
+            walk_problems.extend(self.problems.iter().filter(|p| p.code == Some("duplicate")).cloned());
+        }
+        self.files = files.into_iter().collect();
+        let changes = self.translator.flush();
+        self.loaded = true;
+        self.problems = walk_problems;
+        self.problems.extend(duplicates);
+        for f in self.files.values() {
+            self.problems.extend(f.problem.iter().cloned());
+            for d in &f.docs {
+                self.problems.extend(d.problems.iter().map(|p| {
+                    let mut p = p.clone();
+                    p.origin.line = p.origin.line.saturating_add(d.line).saturating_sub(d.read_line);
+                    p
+                }));
+            }
+        }
+        self.problems.extend(self.translator.problems().cloned());
+        Some(changes)
+    }
+
+    /// Reads one file, taking over the documents that are as they were.
+    fn read(&mut self, found: &Found, before: File, index: usize, fresh: &mut Fresh) -> File {
+        let place: Arc<str> = found.path.display().to_string().into();
+        let text = match walk::read(&found.path) {
+            Ok(text) => text,
+            Err(e) => {
+                let problem = whole(&place, &format!("the file cannot be read: {e}; what it said before stays in force"), "unreadable-file");
+                let mut file = File { place: Arc::clone(&place), stamp: None, kept: before.ids(), problem: Some(problem), docs: Vec::new() };
+                if !self.loaded {
+                    // It may hold policies; without a last good state nothing says what they would have refused.
+                    let mut r = self.translator.reader(place);
+                    let object = r.unreadable(0, "", "the file cannot be read");
+                    file.docs.push(Doc { hash: 0, read_line: 1, line: 1, ids: vec![object.id.clone()], problems: Vec::new(), broken: true });
+                    fresh.insert((index, 0), vec![object]);
+                }
+                return file;
+            }
+        };
+        let known = before.ids();
+        let mut reusable: HashMap<u64, Vec<Doc>> = HashMap::new();
+        for d in before.docs.into_iter().rev().filter(|d| !d.broken) {
+            reusable.entry(d.hash).or_default().push(d);
+        }
+        let mut file = File { place: Arc::clone(&place), stamp: found.stamp, kept: Vec::new(), problem: None, docs: Vec::new() };
+        for doc in yaml::documents(&text) {
+            let hash = self.hasher.hash_one(doc.text);
+            if let Some(mut same) = reusable.get_mut(&hash).and_then(Vec::pop) {
+                same.line = doc.line;
+                file.docs.push(same);
+                continue;
+            }
+            let (state, objects) = self.parse(doc, hash, &place);
+            if !objects.is_empty() {
+                fresh.insert((index, file.docs.len()), objects);
+            }
+            file.docs.push(state);
+        }
+        if file.docs.iter().any(|d| d.broken) {
+            let now: HashSet<&ObjectId> = file.docs.iter().flat_map(|d| &d.ids).collect();
+            file.kept = known
+                .into_iter()
+                .filter(|id| id.kind != crate::translate::Kind::Unreadable && !now.contains(id))
+                .collect();
+        }
+        file
+    }
+
+    fn parse(&mut self, doc: Document<'_>, hash: u64, place: &Arc<str>) -> (Doc, Vec<Object>) {
+        let first = !self.loaded;
+        let mut r = self.translator.reader(Arc::clone(place));
+        let mut objects = Vec::new();
+        let mut listed = 0usize;
+        let outcome = yaml::parse(doc, &mut |item| {
+            listed += 1;
+            objects.extend(r.object(&item));
+        });
+        let broken = outcome.is_err();
+        match outcome {
+            Ok(root) if Reader::is_list(&root) => {}
+            Ok(root) => {
+                if listed > 0 {
+                    objects.clear();
+                    r.problems.clear();
+                }
+                objects.extend(r.object(&root));
+            }
+            Err(e) => {
+                let (problem, object) = broken_document(&mut r, doc, &e, first);
+                // Items read before the error are good, but their list is not: all of it stays as it was.
+                objects.clear();
+                r.problems.clear();
+                r.problems.push(problem);
+                objects.extend(object);
+            }
+        }
+        let problems = std::mem::take(&mut r.problems);
+        let ids = objects.iter().map(|o| o.id.clone()).collect();
+        (Doc { hash, read_line: doc.line, line: doc.line, ids, problems, broken }, objects)
+    }
+
+    /// Brings the translator in line with what the files say; returns the problems of objects that are there twice.
+    fn settle(&mut self, files: &mut [(PathBuf, File)], mut fresh: Fresh) -> Vec<Problem> {
+        // Which document of which file an object is taken from: the first in path order; kept ones come last.
+        let mut winners: HashMap<&ObjectId, Option<(usize, usize)>> = HashMap::with_capacity(self.held.len());
+        let mut duplicates = Vec::new();
+        for (f, (_, file)) in files.iter().enumerate() {
+            for (d, doc) in file.docs.iter().enumerate() {
+                for id in &doc.ids {
+                    if let Some(first) = winners.get(id).copied().flatten() {
+                        let other = files.get(first.0).map_or("", |(_, f)| &f.place);
+                        duplicates.push(Problem {
+                            severity: Severity::Error,
+                            origin: Origin { place: Arc::clone(&file.place), line: doc.line, object: id.to_string().into() },
+                            field: "metadata.name".into(),
+                            message: format!("the same object is already written in {other}; this one is not used").into(),
+                            fix: "remove one of them".into(),
+                            code: Some("duplicate"),
+                        });
+                    } else {
+                        winners.insert(id, Some((f, d)));
+                    }
+                }
+            }
+        }
+        for (_, file) in files.iter() {
+            for id in &file.kept {
+                winners.entry(id).or_insert(None);
+            }
+        }
+        // An object that moved to a document which was not read in this pass must be read from there.
+        let mut again: Vec<(usize, usize)> = winners
+            .iter()
+            .filter_map(|(id, at)| {
+                let (f, d) = (*at)?;
+                let (_, file) = files.get(f)?;
+                let doc = file.docs.get(d)?;
+                let held = self.held.get(*id);
+                let same = held.is_some_and(|h| h.place == file.place && h.hash == doc.hash);
+                (!same && !fresh.contains_key(&(f, d))).then_some((f, d))
+            })
+            .collect();
+        again.sort_unstable();
+        again.dedup();
+        let gone: Vec<ObjectId> = self.held.keys().filter(|id| !winners.contains_key(*id)).cloned().collect();
+        let taken: HashMap<ObjectId, (usize, usize)> =
+            winners.iter().filter_map(|(id, at)| at.filter(|at| fresh.contains_key(at) || again.binary_search(at).is_ok()).map(|at| ((*id).clone(), at))).collect();
+        drop(winners);
+        for id in gone {
+            self.translator.remove(&id);
+            self.held.remove(&id);
+        }
+        for at in again {
+            let Some((path, file)) = files.get(at.0) else { continue };
+            let Some(line) = file.docs.get(at.1).map(|d| d.line) else { continue };
+            let Ok(text) = walk::read(path) else { continue };
+            let place = Arc::clone(&file.place);
+            if let Some(doc) = yaml::documents(&text).into_iter().find(|d| d.line == line) {
+                let hash = self.hasher.hash_one(doc.text);
+                let (_, objects) = self.parse(doc, hash, &place);
+                fresh.insert(at, objects);
+            }
+        }
+        let mut order: Vec<((usize, usize), Vec<Object>)> = fresh.into_iter().collect();
+        order.sort_by_key(|(at, _)| *at);
+        let mut done: HashSet<ObjectId> = HashSet::new();
+        for (at, objects) in order {
+            let Some((place, hash)) = files.get(at.0).and_then(|(_, f)| f.docs.get(at.1).map(|d| (Arc::clone(&f.place), d.hash))) else { continue };
+            // Only a list can name an object twice in one document.
+            let several = objects.len() > 1;
+            for o in objects {
+                if taken.get(&o.id) != Some(&at) || (several && !done.insert(o.id.clone())) {
+                    continue;
+                }
+                self.held.insert(o.id.clone(), Held { place: Arc::clone(&place), hash });
+                self.translator.upsert(o);
+            }
+        }
+        duplicates
+    }
+
+    /// Istio's root namespace, for tools.
+    pub fn root_namespace(&self) -> &str {
+        &self.root_namespace
+    }
+    /// The folder.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+}
+
+impl File {
+    fn ids(&self) -> Vec<ObjectId> {
+        self.docs.iter().flat_map(|d| &d.ids).chain(&self.kept).cloned().collect()
+    }
+}
+
+fn whole(place: &Arc<str>, message: &str, code: &'static str) -> Problem {
+    Problem {
+        severity: Severity::Error,
+        origin: Origin { place: Arc::clone(place), line: 0, object: "file".into() },
+        field: "".into(),
+        message: message.into(),
+        fix: "".into(),
+        code: Some(code),
+    }
+}
+
+/// What a document that does not parse means.
+fn broken_document(r: &mut Reader<'_>, doc: Document<'_>, e: &YamlError, first: bool) -> (Problem, Option<Object>) {
+    let security = ["AuthorizationPolicy", "PeerAuthentication", "security.istio.io"].iter().any(|w| doc.text.contains(w));
+    let namespace = if security { namespace_in(doc.text) } else { None };
+    let (object, effect) = match (security, namespace) {
+        (false, _) => (None, "objects it held before stay as they were".to_owned()),
+        (true, Some(ns)) => (
+            Some(r.unreadable(doc.line, ns, &e.message)),
+            format!("it holds a security policy, so until it is corrected namespace {ns} is denied"),
+        ),
+        (true, None) if first => (
+            Some(r.unreadable(doc.line, "", &e.message)),
+            "it holds a security policy of a namespace that cannot be read, so until it is corrected everything is denied".to_owned(),
+        ),
+        (true, None) => (None, "it holds a security policy; what it said before stays in force".to_owned()),
+    };
+    let problem = Problem {
+        severity: Severity::Error,
+        origin: Origin { place: Arc::clone(&r.place), line: e.line, object: "document".into() },
+        field: "".into(),
+        message: format!("not valid YAML: {}; {effect}", e.message).into(),
+        fix: "correct the syntax at this line".into(),
+        code: Some("yaml"),
+    };
+    (problem, object)
+}
+
+/// The namespace of a document that does not parse, when its text leaves no doubt: the one value of `namespace:` lines
+/// below `metadata:`.
+fn namespace_in(text: &str) -> Option<&str> {
+    let mut inside: Option<usize> = None;
+    let mut found: Option<&str> = None;
+    for line in text.lines() {
+        let body = line.trim_start();
+        if body.is_empty() || body.starts_with('#') {
+            continue;
+        }
+        let indent = line.len() - body.len();
+        if inside.is_some_and(|at| indent <= at) {
+            inside = None;
+        }
+        if body.trim_end() == "metadata:" {
+            inside = Some(indent);
+            continue;
+        }
+        if inside.is_some()
+            && let Some(value) = body.strip_prefix("namespace:")
+        {
+            let value = value.split('#').next().unwrap_or_default().trim().trim_matches(['"', '\'']);
+            let good = !value.is_empty() && value.bytes().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'-'));
+            if !good || found.is_some_and(|f| f != value) {
+                return None;
+            }
+            found = Some(value);
+        }
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,148 @@
+//! The folder's thread: waits for changes, lets them settle, reads, hands over.
+
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+use mesh_model::snapshot::Viewpoint;
+use notify::{RecommendedWatcher, RecursiveMode, Watcher};
+
+use super::Folder;
+use crate::diagnostics::Diagnostics;
+use crate::publisher::ChangeSink;
+use crate::translate::Settings;
+use crate::{Source, SourceError};
+
+/// Quiet time after which a burst of changes counts as finished.
+const SETTLE: Duration = Duration::from_millis(100);
+/// Longest time a burst is waited for.
+const BURST: Duration = Duration::from_secs(1);
+/// Without any sign of change the folder is looked at this often: watches can be lost (queue overflow, network
+/// file systems). Files whose stamp is as it was are not read.
+const PATROL: Duration = Duration::from_secs(10);
+/// How often a missing folder is tried.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// A folder of objects as a source.
+#[derive(Debug)]
+pub struct FolderSource {
+    /// The folder.
+    pub root: PathBuf,
+    /// From where the mesh is seen.
+    pub view: Viewpoint,
+    /// Translation.
+    pub settings: Settings,
+    /// Where problems go.
+    pub diagnostics: Diagnostics,
+}
+
+impl Source for FolderSource {
+    fn name(&self) -> &'static str {
+        "folder"
+    }
+    async fn run(self, sink: ChangeSink) -> Result<(), SourceError> {
+        let mut folder = Folder::new(self.root, self.view, &self.settings);
+        let diagnostics = self.diagnostics;
+        on_thread("mesh-folder", sink, move |sink| {
+            let root = folder.root().to_path_buf();
+            follow(&root, sink.closed_probe(), || {
+                let changes = folder.reload();
+                diagnostics.replace(folder.problems().to_vec());
+                match changes {
+                    Some(changes) if !changes.is_empty() || !sink.has_told() => sink.send_blocking(changes).is_ok().then_some(true),
+                    Some(_) => Some(true),
+                    None => Some(false),
+                }
+            });
+        })
+        .await
+    }
+}
+
+/// Runs `work` on its own thread: parsing a large folder must not stop the control thread.
+pub(crate) async fn on_thread(
+    name: &str,
+    mut sink: ChangeSink,
+    work: impl FnOnce(&mut ChangeSink) + Send + 'static,
+) -> Result<(), SourceError> {
+    let (done, ended) = tokio::sync::oneshot::channel::<()>();
+    std::thread::Builder::new().name(name.into()).spawn(move || {
+        work(&mut sink);
+        let _ = done.send(());
+    })?;
+    ended.await.map_err(|_| SourceError::Died)
+}
+
+/// Calls `reload` now and whenever something below `root` may have changed, until it says to stop (`None`) or `closed`.
+/// `reload` answers whether `root` could be read.
+pub(crate) fn follow(root: &Path, closed: impl Fn() -> bool, mut reload: impl FnMut() -> Option<bool>) {
+    let (tx, rx) = channel();
+    let mut watcher = match notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
+        // Reading a file is not a change; counting it would make every reload cause the next.
+        let matters = !matches!(&event, Ok(e) if e.kind.is_access());
+        if matters {
+            let _ = tx.send(());
+        }
+    }) {
+        Ok(w) => Some(w),
+        Err(e) => {
+            tracing::warn!(error = %e, "no file watching; changes are found by looking every {PATROL:?}");
+            None
+        }
+    };
+    let mut watching = false;
+    loop {
+        if !watching {
+            watching = watch(watcher.as_mut(), root);
+        }
+        let Some(readable) = reload() else { return };
+        watching &= readable;
+        if !wait(&rx, if readable { PATROL } else { RETRY }, &closed) {
+            return;
+        }
+    }
+}
+
+fn watch(watcher: Option<&mut RecommendedWatcher>, root: &Path) -> bool {
+    let Some(watcher) = watcher else { return true };
+    // The parent too: the folder itself may be a link that is swapped.
+    if let Some(parent) = root.parent().filter(|p| !p.as_os_str().is_empty()) {
+        let _ = watcher.watch(parent, RecursiveMode::NonRecursive);
+    }
+    match watcher.watch(root, RecursiveMode::Recursive) {
+        Ok(()) => true,
+        Err(e) => {
+            tracing::debug!(error = %e, root = %root.display(), "not watched yet");
+            false
+        }
+    }
+}
+
+/// Waits for a burst of events to end, or for `most`. False when it is time to stop.
+fn wait(rx: &Receiver<()>, most: Duration, closed: &impl Fn() -> bool) -> bool {
+    let until = Instant::now() + most;
+    loop {
+        // Short steps, so that the thread ends soon after the process wants it to.
+        let left = until.saturating_duration_since(Instant::now()).min(Duration::from_millis(500));
+        if closed() {
+            return false;
+        }
+        match rx.recv_timeout(left) {
+            Ok(()) => break,
+            Err(RecvTimeoutError::Timeout) if Instant::now() < until => {}
+            Err(RecvTimeoutError::Timeout) => return true,
+            Err(RecvTimeoutError::Disconnected) => std::thread::sleep(left),
+        }
+        if Instant::now() >= until {
+            return true;
+        }
+    }
+    let latest = Instant::now() + BURST;
+    while Instant::now() < latest {
+        match rx.recv_timeout(SETTLE) {
+            Ok(()) => {}
+            Err(_) => return true,
+        }
+    }
+    true
+}
