@@ -1,1 +1,266 @@
+//! The folder: what a change of files changes, what a mistake costs, and the whole way to a published mesh.
 
+use std::collections::BTreeSet;
+use std::fs;
+use std::time::Duration;
+
+use mesh_model::policy::{PolicyBody, Scope};
+use tempfile::TempDir;
+
+use super::*;
+use crate::{Mesh, Origin as From};
+
+fn view() -> Viewpoint {
+    Viewpoint { cluster: "c".into(), node: "n".into(), ..Viewpoint::default() }
+}
+struct Dir {
+    dir: TempDir,
+    folder: Folder,
+}
+impl Dir {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = Folder::new(dir.path(), view(), &Settings::default());
+        Self { dir, folder }
+    }
+    fn put(&self, name: &str, text: &str) -> &Self {
+        let path = self.dir.path().join(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, text).unwrap();
+        self
+    }
+    /// Reloads and names what changed: `+` upserts, `-` removals.
+    fn reload(&mut self) -> Vec<String> {
+        let mut out: Vec<String> = self
+            .folder
+            .reload()
+            .unwrap()
+            .into_iter()
+            .map(|c| match c {
+                Change::Workload(w) => format!("+{}", w.name),
+                Change::WorkloadGone(u) => format!("-{u}"),
+                Change::Service(s) => format!("+{}", s.key),
+                Change::ServiceGone(k) => format!("-{k}"),
+                Change::Policy(p) => match &p.body {
+                    PolicyBody::Unusable { .. } => format!("!{:?} {}", p.scope, p.key.namespace),
+                    PolicyBody::Rules { .. } => format!("+{}", p.key),
+                },
+                Change::PolicyGone(k) => if k.name.starts_with("unreadable:") { format!("-! {}", k.namespace) } else { format!("-{k}") },
+                Change::OwnLocality(_) => "locality".into(),
+            })
+            .collect();
+        out.sort();
+        out
+    }
+    fn codes(&self) -> BTreeSet<&'static str> {
+        self.folder.problems().iter().filter_map(|p| p.code).collect()
+    }
+}
+fn pod(name: &str, ip: &str) -> String {
+    format!("apiVersion: v1\nkind: Pod\nmetadata:\n  name: {name}\n  namespace: a\nspec: {{nodeName: n}}\nstatus: {{podIP: {ip}}}\n")
+}
+fn ap(name: &str, spec: &str) -> String {
+    format!("apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata:\n  name: {name}\n  namespace: a\nspec: {spec}\n")
+}
+
+#[test]
+fn documents_change_one_by_one() {
+    let mut d = Dir::new();
+    d.put("b/pods.yaml", &[pod("p1", "10.0.0.1"), pod("p2", "10.0.0.2"), pod("p3", "10.0.0.3")].join("---\n"));
+    d.put("x.json", r#"{"apiVersion":"v1","kind":"Service","metadata":{"name":"s","namespace":"a"},"spec":{"clusterIP":"10.1.0.1"}}"#);
+    d.put(".hidden.yaml", &pod("no", "10.0.0.9")).put("notes.txt", "kind: Pod");
+    assert_eq!(d.reload(), ["+a/s.a.svc.cluster.local", "+p1", "+p2", "+p3"]);
+    assert_eq!(d.reload(), [""; 0]);
+    // One document edited, lines inserted above it.
+    let text = ["# a comment\n\n".to_owned() + &pod("p1", "10.0.0.1"), pod("p2", "10.0.0.22"), pod("p3", "10.0.0.3")].join("---\n");
+    d.put("b/pods.yaml", &text);
+    let changed = d.reload();
+    assert!(changed.contains(&"+p2".to_owned()) && !changed.contains(&"+p3".to_owned()), "{changed:?}");
+    fs::remove_file(d.dir.path().join("x.json")).unwrap();
+    assert_eq!(d.reload(), ["-a/s.a.svc.cluster.local"]);
+    d.put("b/pods.yaml", "");
+    assert_eq!(d.reload().len(), 3);
+}
+
+#[test]
+fn lists_are_read_item_by_item() {
+    let mut d = Dir::new();
+    let item = |n: &str, ip: &str| format!("- apiVersion: v1\n  kind: Pod\n  metadata: {{name: {n}, namespace: a}}\n  status: {{podIP: {ip}}}\n");
+    d.put("l.yaml", &format!("apiVersion: v1\nitems:\n{}{}{}kind: List\n", item("p", "10.0.0.1"), item("q", "oops"), item("r", "10.0.0.3")));
+    assert_eq!(d.reload(), ["+p", "+r"]);
+    let p = &d.folder.problems()[0];
+    assert_eq!((p.origin.line, &*p.origin.object, &*p.field), (10, "Pod a/q", "status.podIP"));
+    d.put("l.yaml", &format!("apiVersion: v1\nitems:\n{}{}kind: List\n", item("p", "10.0.0.1"), item("r", "10.0.0.4")));
+    let changed = d.reload();
+    assert!(changed.contains(&"+r".to_owned()) && !changed.contains(&"+p".to_owned()), "{changed:?}");
+}
+
+#[test]
+fn a_broken_document_costs_only_itself_and_keeps_what_was() {
+    let mut d = Dir::new();
+    let (p1, p2) = (pod("p1", "10.0.0.1"), pod("p2", "10.0.0.2"));
+    d.put("f.yaml", &format!("{p1}---\n{p2}---\n{}", ap("x", "{rules: [{}]}")));
+    assert_eq!(d.reload(), ["+a/x", "+p1", "+p2"]);
+    // The first breaks: what it held stays, the others are read.
+    d.put("f.yaml", &format!("{}---\n{}---\n{}", p1.replace("metadata:", "metadata: ["), pod("p2", "10.0.0.3"), ap("x", "{rules: [{}]}")));
+    assert_eq!(d.reload(), ["+p2"]);
+    let p = d.folder.problems().iter().find(|p| p.code == Some("yaml")).unwrap();
+    assert!(p.origin.line >= 3 && p.origin.line <= 8, "{p}");
+    // The policy breaks: its namespace is denied until it is well again, and what it said stays.
+    d.put("f.yaml", &format!("{p1}---\n{}---\n{}", pod("p2", "10.0.0.3"), ap("x", "{rules: [{}")));
+    assert_eq!(d.reload(), ["!Namespace a"]);
+    d.put("f.yaml", &format!("{p1}---\n{}---\n{}", pod("p2", "10.0.0.3"), ap("x", "{action: DENY}")));
+    assert_eq!(d.reload(), ["+a/x", "-! a"]);
+    assert_eq!(d.codes(), BTreeSet::from(["no-rules"]));
+    // Unreadable namespace: later, the last good state; at start, everything is denied.
+    let unreadable = "kind: AuthorizationPolicy\nmetadata: {namespace: a\n";
+    d.put("f.yaml", unreadable);
+    assert_eq!(d.reload(), [""; 0]);
+    let mut e = Dir::new();
+    e.put("f.yaml", unreadable).put("g.yaml", &p1);
+    assert_eq!(e.reload(), ["!Global istio-system", "+p1"]);
+    e.put("f.yaml", "");
+    assert_eq!(e.reload(), ["-! istio-system"]);
+}
+
+#[test]
+fn duplicate_keys_in_a_policy_deny() {
+    let mut d = Dir::new();
+    d.put("f.yaml", &ap("x", "\n  action: DENY\n  action: ALLOW"));
+    assert_eq!(d.reload(), ["!Namespace a"]);
+    let p = &d.folder.problems()[0];
+    assert_eq!((p.origin.line, p.code), (8, Some("yaml")));
+    assert!(p.message.contains("`action` is written twice"), "{p}");
+}
+
+#[test]
+fn the_first_of_two_objects_counts_and_the_second_takes_over() {
+    let mut d = Dir::new();
+    d.put("a.yaml", &pod("p", "10.0.0.1")).put("b.yaml", &format!("{}---\n{}", pod("o", "10.0.0.9"), pod("p", "10.0.0.2")));
+    assert_eq!(d.reload(), ["+o", "+p"]);
+    let ip = |d: &Dir| {
+        let mut t = d.folder.translator.problems().count();
+        t += 0;
+        let _ = t;
+        d.folder.held.iter().find(|(id, _)| &*id.name == "p").map(|(_, h)| h.place.rsplit('/').next().unwrap().to_owned()).unwrap()
+    };
+    assert_eq!(ip(&d), "a.yaml");
+    let p = d.folder.problems().iter().find(|p| p.code == Some("duplicate")).unwrap();
+    assert_eq!((p.origin.line, p.origin.place.ends_with("b.yaml")), (9, true));
+    fs::remove_file(d.dir.path().join("a.yaml")).unwrap();
+    assert_eq!(d.reload(), ["+p"]);
+    assert_eq!((ip(&d), d.codes().len()), ("b.yaml".into(), 0));
+    d.put("a.yaml", &pod("p", "10.0.0.3"));
+    assert_eq!(d.reload(), ["+p"]);
+    assert_eq!(ip(&d), "a.yaml");
+}
+
+#[test]
+fn files_that_cannot_be_read_fail_closed_at_start_only() {
+    let mut d = Dir::new();
+    fs::write(d.dir.path().join("bad.yaml"), [0xff, 0xfe, 0x00, 0x80]).unwrap();
+    d.put("good.yaml", &pod("p", "10.0.0.1"));
+    assert_eq!(d.reload(), ["!Global istio-system", "+p"]);
+    assert_eq!(d.codes(), BTreeSet::from(["unreadable-file"]));
+    d.put("bad.yaml", &pod("q", "10.0.0.2"));
+    assert_eq!(d.reload(), ["+q", "-! istio-system"]);
+    fs::write(d.dir.path().join("bad.yaml"), [0xff, 0xfe, 0x00, 0x80]).unwrap();
+    assert_eq!(d.reload(), [""; 0], "what it said stays");
+    let mut gone = Folder::new(d.dir.path().join("nowhere"), view(), &Settings::default());
+    assert!(gone.reload().is_none() && !gone.is_loaded() && gone.problems()[0].code == Some("folder"));
+}
+
+#[test]
+fn lines_of_problems_follow_the_text() {
+    let mut d = Dir::new();
+    let bad = ap("x", "{rules: [{from: [{source: {ipBlocks: [nope]}}]}]}");
+    d.put("f.yaml", &format!("{}---\n{bad}", pod("p", "10.0.0.1")));
+    d.reload();
+    let line = |d: &Dir| d.folder.problems().iter().find(|p| p.code == Some("bad-value")).unwrap().origin.line;
+    assert_eq!(line(&d), 14);
+    d.put("f.yaml", &format!("# one\n# two\n{}---\n{bad}", pod("p", "10.0.0.1")));
+    d.reload();
+    assert_eq!(line(&d), 16);
+}
+
+#[test]
+fn namespaces_are_only_read_where_they_are_certain() {
+    for (text, want) in [
+        ("metadata:\n  name: x\n  namespace: a # c\nspec: [", Some("a")),
+        ("metadata:\n  namespace: 'a'\n", Some("a")),
+        ("metadata:\n  name: x\nspec:\n  namespace: b\n", None),
+        ("metadata:\n  namespace: a\n---x\nmetadata:\n  namespace: b\n", None),
+        ("metadata: {namespace: a}\n", None),
+        ("metadata:\n  namespace: [a\n", None),
+    ] {
+        assert_eq!(namespace_in(text), want, "{text}");
+    }
+}
+
+async fn until(mesh: &Mesh, what: &str, ok: impl Fn(&mesh_model::Snapshot) -> bool) {
+    let mut versions = mesh.watch();
+    tokio::time::timeout(Duration::from_secs(20), async {
+        while !ok(&mesh.load()) {
+            versions.changed().await.unwrap();
+        }
+    })
+    .await
+    .unwrap_or_else(|_| panic!("not seen: {what}"));
+}
+
+#[tokio::test]
+async fn hot_reload_reaches_the_mesh() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("..one");
+    fs::create_dir(&data).unwrap();
+    fs::write(data.join("p.yaml"), pod("p", "10.0.0.1")).unwrap();
+    // As a ConfigMap is mounted: file links through a `..data` link that is swapped.
+    std::os::unix::fs::symlink("..one", dir.path().join("..data")).unwrap();
+    std::os::unix::fs::symlink("..data/p.yaml", dir.path().join("p.yaml")).unwrap();
+    let (mesh, diagnostics) = crate::start(From::Folder(dir.path().into()), view());
+    tokio::time::timeout(Duration::from_secs(20), mesh.synced()).await.unwrap();
+    assert_eq!(mesh.load().local_workloads().count(), 1);
+    let has = |ip: &'static str| move |s: &mesh_model::Snapshot| s.find_workload_by_ip(&"".into(), ip.parse().unwrap()).is_some();
+    assert!(has("10.0.0.1")(&mesh.load()));
+
+    let next = dir.path().join("..two");
+    fs::create_dir(&next).unwrap();
+    fs::write(next.join("p.yaml"), pod("p", "10.0.0.2")).unwrap();
+    std::os::unix::fs::symlink("..two", dir.path().join("..tmp")).unwrap();
+    fs::rename(dir.path().join("..tmp"), dir.path().join("..data")).unwrap();
+    until(&mesh, "the swap", has("10.0.0.2")).await;
+
+    fs::create_dir(dir.path().join("sub")).unwrap();
+    fs::write(dir.path().join("sub/ap.yaml"), ap("x", "{rules: [{oops: 1}]}")).unwrap();
+    until(&mesh, "the policy", |s| s.policies().any(|p| p.scope == Scope::Namespace && matches!(p.body, PolicyBody::Unusable { .. }))).await;
+    assert_eq!(diagnostics.counts()[0], 1);
+    fs::remove_file(dir.path().join("sub/ap.yaml")).unwrap();
+    until(&mesh, "its removal", |s| s.policies().count() == 0).await;
+}
+
+#[tokio::test]
+async fn an_empty_folder_is_in_sync_and_a_late_one_comes() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mesh, _) = crate::start(From::Folder(dir.path().into()), view());
+    tokio::time::timeout(Duration::from_secs(20), mesh.synced()).await.unwrap();
+    let late = dir.path().join("late");
+    let (mesh, diagnostics) = crate::start(From::Folder(late.clone()), view());
+    assert!(tokio::time::timeout(Duration::from_millis(200), mesh.synced()).await.is_err());
+    assert_eq!(diagnostics.list()[0].code, Some("folder"));
+    fs::create_dir(&late).unwrap();
+    fs::write(late.join("p.yaml"), pod("p", "10.0.0.1")).unwrap();
+    tokio::time::timeout(Duration::from_secs(20), mesh.synced()).await.unwrap();
+}
+
+#[tokio::test]
+async fn local_xds_reaches_the_mesh() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("x.yaml");
+    fs::write(&file, "workloads: [{uid: a, namespace: n, workloadIps: [10.0.0.1]}]").unwrap();
+    let (mesh, _) = crate::start(From::LocalXds(file.clone()), view());
+    until(&mesh, "the file", |s| s.workloads().count() == 1).await;
+    fs::write(&file, "workloads: [{uid: a, namespace: n}, {uid: b, namespace: n}]").unwrap();
+    until(&mesh, "its change", |s| s.workloads().count() == 2).await;
+    let (mesh, _) = crate::start(From::LocalXdsText("workloads: [{uid: a, namespace: n}]".into()), view());
+    until(&mesh, "the text", |s| s.workloads().count() == 1).await;
+}
