@@ -17,6 +17,19 @@ pub fn run(args: &[String]) -> Result<()> {
 }
 
 fn run_l4(args: &[String]) -> Result<()> {
+    if args.iter().any(|arg| arg == "--help" || arg == "-h") {
+        return shell::run(shell::cargo().args([
+            "run",
+            "--quiet",
+            "--locked",
+            "-p",
+            "mesh-tests",
+            "--bin",
+            "bench_l4",
+            "--",
+            "--help",
+        ]));
+    }
     setup::ensure(setup::NETWORK)?;
     // `dist` has the settings istio/ztunnel is released with; another profile would measure the compiler.
     let programs = ["-p", "ztunnel", "-p", "mesh-tests", "--bin", "ztunnel", "--bin", "bench_l4", "--bin", "loadgen"];

@@ -5,7 +5,7 @@
 
 use crate::libtest::Tally;
 use crate::shell::{self, Laps};
-use crate::{deny, suite, tidy};
+use crate::{deny, ebpf, suite, tidy};
 use anyhow::{Result, bail};
 use std::io::Write as _;
 
@@ -15,10 +15,11 @@ pub fn run(args: &[String]) -> Result<()> {
     let mut laps = Laps::default();
     let mut failed: Vec<&str> = Vec::new();
     let mut tally = Tally::default();
-    let steps: [(&str, &dyn Fn() -> Result<()>); 4] = [
+    let steps: [(&str, &dyn Fn() -> Result<()>); 5] = [
         ("fmt", &|| shell::run(shell::cargo().args(["fmt", "--all", "--check"]))),
         ("tidy", &|| tidy::run(&[])),
         ("deny", &|| deny::run(&[])),
+        ("ebpf", &|| ebpf::run(&["--check".to_owned()])),
         ("clippy", &|| {
             shell::run(shell::cargo().args(["clippy", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings"]))
         }),

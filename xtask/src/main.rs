@@ -8,6 +8,7 @@ mod bench;
 mod ci;
 mod demo;
 mod deny;
+mod ebpf;
 mod libtest;
 mod licence;
 mod metadata;
@@ -26,10 +27,13 @@ cargo xtask COMMAND
                     --ring N       only that ring (0 pure, 1 memory, 2 process, 3 network namespaces)
                     --no-setup     install nothing; what cannot run is counted as skipped
                     --no-variants  leave out the suites of optional build features (tls-boring)
-  ci              everything a change must pass: fmt, clippy, tidy, deny, then test
+  ci              everything a change must pass: fmt, tidy, deny, ebpf --check, clippy, then test
   tidy            walls between crates and modules, module heads, unsafe, words that must not be committed
   deny            licences, banned and duplicated crates, sources, as deny.toml says
-  bench l4        two agents against the direct path, CPU per unit; `cargo xtask bench l4 --help` for its flags
+  ebpf [--check]  build the kernel programs with the pinned toolchain, or check the committed object against its sources
+  bench l4        two agents against the direct path: CPU per unit, rates, latencies, memory, targets
+                    --peer PATH    another agent with the same contract, in the same run
+                    --quick        a look, not a measurement; `bench l4 --help` for the rest
   bench micro     the criterion benches
   help            this page";
 
@@ -48,6 +52,7 @@ fn main() -> ExitCode {
         "ci" => ci::run(rest),
         "tidy" => tidy::run(rest),
         "deny" => deny::run(rest),
+        "ebpf" => ebpf::run(rest),
         "demo" => demo::run(rest),
         "bench" => bench::run(rest),
         other => Err(anyhow::anyhow!("no such command: {other} (see `cargo xtask help`)")),
