@@ -1,7 +1,8 @@
 //! One pod's redirection, from attaching to detaching.
 //!
-//! The order matters. Attaching: routes, then listeners in their slots, then the receiving end on `lo`, and what sends
-//! traffic there last, so that no packet is ever handed to a place that does not know it. Detaching is the reverse.
+//! The order matters. Attaching: routes, then listeners in their slots, then the receiving end on `lo`, then what sends
+//! traffic there, and what makes the agent deliver to the application last, so that no packet is ever handed to a place that
+//! does not know it. Detaching is the reverse.
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use aya::programs::{
@@ -58,8 +59,8 @@ pub struct Redirect {
 #[derive(Debug)]
 #[expect(dead_code, reason = "held for their descriptors: closing one detaches")]
 struct Links {
-    egress: Vec<SchedClassifierLink>,
     ingress: Vec<SchedClassifierLink>,
+    egress: Vec<SchedClassifierLink>,
     lookup: SkLookupLink,
     lo: SchedClassifierLink,
 }
@@ -196,9 +197,10 @@ fn attach_programs(
         let classifier = instance.classifier(name)?;
         interfaces.iter().map(|i| attach_classifier(classifier, name, &i.name, direction)).collect::<Result<Vec<_>, _>>()
     };
-    let ingress = attach_all(program::ETH_INGRESS, TcAttachType::Ingress)?;
     let egress = attach_all(program::ETH_EGRESS, TcAttachType::Egress)?;
-    Ok((Links { egress, ingress, lookup, lo }, maps))
+    // Last: what the application answers to the agent's deliveries must already find its way back.
+    let ingress = attach_all(program::ETH_INGRESS, TcAttachType::Ingress)?;
+    Ok((Links { ingress, egress, lookup, lo }, maps))
 }
 
 /// Attaches before any other program on the hook: one of those could pass a packet on for good.

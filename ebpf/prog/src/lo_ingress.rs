@@ -1,12 +1,12 @@
 //! tc ingress of the pod's `lo`: what [`crate::eth_egress`] handed over.
 //!
-//! Unmarked packets are the pod's own local traffic and are none of our business.
+//! Unmarked packets are the pod's own local traffic and are none of our business. The agent's lose their mark here.
 use aya_ebpf::{
     bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC},
     macros::classifier,
     programs::TcContext,
 };
-use ebpf_common::{Counter, MARK_CAPTURE, MARK_MASK, Slot};
+use ebpf_common::{Counter, MARK_AGENT, MARK_CAPTURE, MARK_MASK, Slot};
 
 use crate::{
     assign::{Outcome, Owner, open, owner, stray},
@@ -19,7 +19,13 @@ const PACKET_HOST: u32 = 0;
 #[classifier]
 pub fn lo_ingress(ctx: TcContext) -> i32 {
     // SAFETY: the kernel hands every classifier a valid `__sk_buff`.
-    if unsafe { (*ctx.skb.skb).mark } & MARK_MASK != MARK_CAPTURE {
+    let mark = unsafe { (*ctx.skb.skb).mark };
+    if mark & MARK_MASK != MARK_CAPTURE {
+        if mark & MARK_MASK == MARK_AGENT {
+            // The agent's mark ends where the application begins: with `tcp_fwmark_accept` or `fwmark_reflect` its answers
+            // would carry it too and leave as the agent's own.
+            ctx.set_mark(mark & !MARK_MASK);
+        }
         return TC_ACT_UNSPEC;
     }
     // The frame carries the MAC address of the interface's next hop, so it would count as somebody else's.
