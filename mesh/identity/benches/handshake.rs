@@ -1,12 +1,12 @@
 //! What a connection costs: full mutual handshakes, both ends in one process over an in-memory pipe, one thread.
 //!
 //! `cargo bench -p mesh-identity` (add `--features tls-boring` for both crypto libraries). Prints the best and the median of
-//! several rounds, as a shared machine disturbs the mean.
+//! several rounds, in CPU time, as other work disturbs a mean of wall time.
 #![allow(clippy::unwrap_used, reason = "a benchmark stops at the first thing it did not expect")]
 
 use std::hint::black_box;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 use mesh_identity::clock::SystemClock;
 use mesh_identity::crypto::{KeyExchange, Provider, TlsSettings};
@@ -43,7 +43,7 @@ async fn run(rounds: usize, each: u32) {
             for news in [false, true] {
                 let mut times = Vec::new();
                 for _ in 0..rounds {
-                    let begin = Instant::now();
+                    let begin = spent();
                     for _ in 0..each {
                         if news {
                             // New bundles: nothing proven before counts any more, as if the peers had never met.
@@ -54,7 +54,7 @@ async fn run(rounds: usize, each: u32) {
                         let both = tokio::join!(tls::connect(&svid, a, &expect, deadline), tls::accept(&svid, b, deadline));
                         black_box((both.0.unwrap(), both.1.unwrap()));
                     }
-                    times.push(begin.elapsed() / each);
+                    times.push((spent() - begin) / each);
                 }
                 let met = if news { "first" } else { "further" };
                 report(&format!("{} {key_exchange:?}: {met} mutual handshake of two peers, both ends", provider.as_str()), times);
@@ -76,21 +76,29 @@ async fn run(rounds: usize, each: u32) {
     });
     let mut times = Vec::new();
     for _ in 0..rounds {
-        let begin = Instant::now();
+        let begin = spent();
         for _ in 0..each {
             black_box(Svid::new(&web, ca.issue(&web).await.unwrap(), &tls).unwrap());
         }
-        times.push(begin.elapsed() / each);
+        times.push((spent() - begin) / each);
     }
     report("issue a certificate and build its TLS configurations", times);
 }
 
+/// CPU time of this thread (`/proc/thread-self/schedstat`, nanoseconds): wall time means nothing on a busy machine. Brought up
+/// to date by the scheduler's tick only, so a round must last tens of milliseconds.
+fn spent() -> Duration {
+    let text = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap();
+    Duration::from_nanos(text.split_whitespace().next().unwrap().parse().unwrap())
+}
+
 fn measure(what: &str, rounds: usize, each: u32, mut act: impl FnMut()) {
+    let each = each * 20;
     let times = (0..rounds)
         .map(|_| {
-            let begin = Instant::now();
+            let begin = spent();
             (0..each).for_each(|_| act());
-            begin.elapsed() / each
+            (spent() - begin) / each
         })
         .collect();
     report(what, times);

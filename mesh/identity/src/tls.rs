@@ -54,14 +54,13 @@ impl Peer {
         let missing = || TlsError::new(Reason::Internal, "no peer certificate after a mutual handshake");
         let chain = state.peer_certificates().ok_or_else(missing)?;
         let verified_at = svid.clock.now();
-        let (leaf, chain) = match svid.verifier.find_proven(chain, role, unix(verified_at)) {
-            Some(proven) => (proven.leaf.clone(), Arc::clone(&proven.chain)),
+        let (leaf, chain) = if let Some(proven) = svid.verifier.find_proven(chain, role, unix(verified_at)) {
+            (proven.leaf.clone(), Arc::clone(&proven.chain))
+        } else {
             // Bundles changed since, or the memory was full. The verifier has read this leaf: failing here is ours.
-            None => {
-                let leaf = leaf_of(chain.first().ok_or_else(missing)?)
-                    .map_err(|error| TlsError::new(Reason::Internal, error.to_string()))?;
-                (leaf, chain.iter().cloned().collect())
-            }
+            let leaf = leaf_of(chain.first().ok_or_else(missing)?)
+                .map_err(|error| TlsError::new(Reason::Internal, error.to_string()))?;
+            (leaf, chain.iter().cloned().collect())
         };
         let algorithms = svid.verifier.algorithms();
         Ok(Self { id: leaf.id, chain, not_after: leaf.not_after, verified_at, role, algorithms })

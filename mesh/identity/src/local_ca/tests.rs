@@ -171,7 +171,7 @@ fn bad_settings_are_refused() {
 #[test]
 fn settings_read_as_written() {
     let read: LocalCaSettings = serde_json::from_str(r#"{"lifetime": "24h", "trustDomain": "a.b"}"#).unwrap();
-    assert_eq!((read.lifetime, read.trust_domain.as_str()), (Duration::from_secs(86_400), "a.b"));
+    assert_eq!((read.lifetime, read.trust_domain.as_str()), (Duration::from_hours(24), "a.b"));
     assert_eq!(serde_json::from_str::<LocalCaSettings>(&serde_json::to_string(&read).unwrap()).unwrap(), read);
     assert!(serde_json::from_str::<LocalCaSettings>(r#"{"lifetme": "24h"}"#).is_err());
 }
@@ -190,7 +190,7 @@ async fn the_root_bounds_its_leaves_and_its_own_use() {
     let settings = settings(temporary.path());
     let now = SystemTime::now();
     open(&settings).unwrap();
-    let nearly = Arc::new(Fixed(now + ROOT_LIFETIME - Duration::from_secs(600)));
+    let nearly = Arc::new(Fixed(now + ROOT_LIFETIME - Duration::from_mins(10)));
     let ca = LocalCa::open(&settings, nearly).unwrap();
     let issued = ca.issue(&id("spiffe://cluster.local/ns/a/sa/b")).await.unwrap();
     let leaf = crate::verify::leaf_of(&issued.chain[0]).unwrap();
