@@ -276,6 +276,31 @@ fn the_pods_own_mark_settings_are_no_obstacle() {
     }
 }
 
+/// Two pods of one node: what one agent dials, the other accepts.
+#[test]
+fn both_ends_may_be_enrolled() {
+    require_root!("both_ends_may_be_enrolled");
+    let net = Topology::new();
+    echo_server(&net.host, 8080);
+    echo_server(&net.pod, 9090);
+    let (pod, host) = (Agent::start(&net.pod), Agent::start(&net.host));
+    for (from, near, far, to, source) in [
+        (&net.pod, &pod, &host, SocketAddr::new(ip(HOST4), 8080), POD4),
+        (&net.pod, &pod, &host, SocketAddr::new(ip(HOST6), 8080), POD6),
+        (&net.host, &host, &pod, SocketAddr::new(ip(POD4), 9090), HOST4),
+        (&net.host, &host, &pod, SocketAddr::new(ip(POD6), 9090), HOST6),
+    ] {
+        let mut client = Client::connect(from, to).unwrap_or_else(|e| panic!("{to}: {e}"));
+        assert_eq!(client.seen_as, ip(source));
+        let (left, entered) = (near.next(), far.next());
+        assert_eq!((left.direction, left.local), (Direction::Out, to));
+        assert_eq!((entered.direction, entered.local, entered.peer.ip()), (Direction::In, to, ip(source)));
+        client.echo("through both");
+        client.finish();
+    }
+    assert!(pod.nothing_captured() && host.nothing_captured());
+}
+
 /// Many connections at once, to see that nothing depends on being alone.
 #[test]
 fn many_connections_at_once() {
