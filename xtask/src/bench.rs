@@ -10,7 +10,7 @@ pub fn run(args: &[String]) -> Result<()> {
     match args.split_first() {
         Some((kind, rest)) if kind == "l4" => run_l4(rest),
         Some((kind, rest)) if kind == "micro" => {
-            shell::run(shell::cargo().args(["bench", "--workspace", "--benches", "--"]).args(rest))
+            shell::run(shell::cargo().args(["bench", "--workspace", "--locked", "--bench", "*", "--"]).args(rest))
         }
         _ => bail!("`bench l4` (agents, CPU per unit) or `bench micro` (criterion)"),
     }

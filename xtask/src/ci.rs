@@ -57,7 +57,7 @@ pub fn run(args: &[String]) -> Result<()> {
     println!("{tally}");
     let _ = std::io::stdout().flush();
     if !failed.is_empty() {
-        bail!("{} failed", failed.join(", "));
+        bail!(shell::Told);
     }
     Ok(())
 }

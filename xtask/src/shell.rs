@@ -6,6 +6,18 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+/// A failure whose last word has been said: the summary line of a suite stays the last line.
+#[derive(Debug)]
+pub struct Told;
+
+impl std::fmt::Display for Told {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("failed, as told above")
+    }
+}
+
+impl std::error::Error for Told {}
+
 /// The root of the repository.
 pub fn root() -> PathBuf {
     // Set by `cargo run`; the compiled-in value serves a binary that is started by hand.

@@ -31,7 +31,7 @@ pub fn run(args: &[String]) -> Result<()> {
     println!("{tally}");
     let _ = std::io::stdout().flush();
     if tally.failed > 0 {
-        bail!("{} failed", tally.failed);
+        bail!(shell::Told);
     }
     Ok(())
 }
@@ -73,8 +73,8 @@ pub fn run_all(options: &Options, laps: &mut Laps) -> Result<Tally> {
     {
         eprintln!("note: {error:#}; what needs it will be skipped");
     }
-    laps.time("build the programs", || shell::run(shell::cargo().args(["build", "--workspace", "--bins", "--locked"])))?;
-    let binaries = laps.time("build the tests", || build(&metadata, &["--workspace"]))?;
+    // One build for programs and tests: features are united once, so no dependency is compiled twice.
+    let binaries = laps.time("build", || build(&metadata, &["--workspace", "--bins", "--tests"]))?;
     let agent = agent(&metadata);
     let root = shell::find_root();
     if root == Root::No {
@@ -110,7 +110,7 @@ struct Binary {
 /// Builds test binaries and asks cargo where they are.
 fn build(metadata: &Metadata, what: &[&str]) -> Result<Vec<Binary>> {
     let mut command = shell::cargo();
-    command.args(["test", "--no-run", "--locked", "--message-format=json-render-diagnostics"]).args(what);
+    command.args(["build", "--locked", "--message-format=json-render-diagnostics"]).args(what);
     eprintln!("$ {}", shell::line(&command));
     let text = shell::output(&mut command)?;
     let mut binaries: Vec<Binary> = text
@@ -227,7 +227,7 @@ fn run_boring(metadata: &Metadata, options: &Options) -> Tally {
     if let Err(error) = ready {
         return skipped(&format!("{error:#}"));
     }
-    match build(metadata, &["-p", PACKAGE, "--features", FEATURE]) {
+    match build(metadata, &["-p", PACKAGE, "--tests", "--features", FEATURE]) {
         Ok(binaries) => {
             let mut tally = Tally::default();
             for binary in &binaries {
