@@ -54,7 +54,7 @@ async fn run(rounds: usize, each: u32) {
                         let both = tokio::join!(tls::connect(&svid, a, &expect, deadline), tls::accept(&svid, b, deadline));
                         black_box((both.0.unwrap(), both.1.unwrap()));
                     }
-                    times.push((spent() - begin) / each);
+                    times.push(spent().saturating_sub(begin) / each);
                 }
                 let met = if news { "first" } else { "further" };
                 report(&format!("{} {key_exchange:?}: {met} mutual handshake of two peers, both ends", provider.as_str()), times);
@@ -80,7 +80,7 @@ async fn run(rounds: usize, each: u32) {
         for _ in 0..each {
             black_box(Svid::new(&web, ca.issue(&web).await.unwrap(), &tls).unwrap());
         }
-        times.push((spent() - begin) / each);
+        times.push(spent().saturating_sub(begin) / each);
     }
     report("issue a certificate and build its TLS configurations", times);
 }
@@ -98,7 +98,7 @@ fn measure(what: &str, rounds: usize, each: u32, mut act: impl FnMut()) {
         .map(|_| {
             let begin = spent();
             (0..each).for_each(|_| act());
-            (spent() - begin) / each
+            spent().saturating_sub(begin) / each
         })
         .collect();
     report(what, times);
