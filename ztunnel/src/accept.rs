@@ -1,7 +1,7 @@
 //! Accept loops: one task per listener of a pod, connections placed on a data thread once and for all.
 //!
 //! Owns the placing. Refuses nothing itself. Upstream: the listeners `pods` bound. Downstream: the three directions.
-use crate::pod::{Pod, stream_options};
+use crate::pod::Pod;
 use mesh_runtime::sockets::{BoundListener, RawAccepted};
 use mesh_runtime::threads;
 use std::io;
@@ -58,6 +58,5 @@ where
 /// Registers the connection with this thread. A connection that already died is nobody's business.
 fn register(raw: RawAccepted, peer: SocketAddr) -> Option<Accepted> {
     let original_dst = raw.original_dst().ok()?;
-    raw.tune(&stream_options()).ok()?;
     Some(Accepted { tcp: raw.into_tcp().ok()?, peer, original_dst })
 }

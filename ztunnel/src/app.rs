@@ -28,7 +28,7 @@ use mesh_runtime::readiness::Readiness;
 use mesh_runtime::sockets::raise_nofile;
 use mesh_runtime::threads::{DataThreads, cores, worker_count};
 use mesh_runtime::signals;
-use mesh_sources::{Diagnostics, Origin};
+use mesh_sources::{Diagnostics, Mesh, Origin};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -74,27 +74,14 @@ pub async fn serve(settings: Settings, logging: &Logging) -> Result<()> {
 
     // Who we believe and where we stand.
     let view = viewpoint(&settings)?;
-    let svids = certificates(&settings)?;
+    let source = authority(&settings)?;
 
     // What the mesh is.
     let first_snapshot = readiness.pending("mesh configuration");
     let (mesh, diagnostics) = mesh_sources::start(origin(&settings)?, view);
 
-    let workers = worker_count(settings.worker_threads.as_deref(), cores())?;
-    let threads = DataThreads::start(workers).context("starting data threads")?;
-    let budget = Budget::new(settings.window_budget);
-    let shared = Arc::new(Shared {
-        gate: Gate::new(settings.max_handshakes),
-        hbone: Arc::new(hbone_settings(&settings, &budget)),
-        resolver: Resolver::default(),
-        access: logging.access.clone(),
-        settings: settings.clone(),
-        mesh: mesh.clone(),
-        threads,
-        svids,
-        metrics,
-        budget,
-    });
+    let shared = assemble(&settings, mesh.clone(), source, metrics, logging)?;
+    let workers = shared.threads.workers().len();
 
     // Faces: addresses are bound before anything is promised.
     let quit = Arc::new(Notify::new());
@@ -153,6 +140,32 @@ pub async fn serve(settings: Settings, logging: &Logging) -> Result<()> {
     Ok(())
 }
 
+/// What all pods share, made from its parts. Starts the data threads and the certificate cache.
+pub fn assemble(
+    settings: &Settings,
+    mesh: Mesh,
+    source: Arc<dyn IdentitySource>,
+    metrics: Metrics,
+    logging: &Logging,
+) -> Result<Arc<Shared>> {
+    let workers = worker_count(settings.worker_threads.as_deref(), cores())?;
+    let tls = TlsContext::new(&TlsSettings::default(), source.as_ref(), Arc::new(SystemClock))?;
+    let control = tokio::runtime::Handle::current();
+    let budget = Budget::new(settings.window_budget);
+    Ok(Arc::new(Shared {
+        gate: Gate::new(settings.max_handshakes),
+        hbone: Arc::new(hbone_settings(settings, &budget)),
+        resolver: Resolver::default(),
+        access: logging.access.clone(),
+        settings: settings.clone(),
+        mesh,
+        threads: DataThreads::start(workers).context("starting data threads")?,
+        svids: SvidCache::start(source, tls, &CacheSettings::default(), &control),
+        metrics,
+        budget,
+    }))
+}
+
 /// What can be known to fail, said before anything starts.
 fn preflight(settings: &Settings) -> Result<()> {
     if settings.redirect == RedirectMode::Ebpf {
@@ -187,19 +200,16 @@ fn origin(s: &Settings) -> Result<Origin> {
     }
 }
 
-fn certificates(s: &Settings) -> Result<SvidCache> {
+fn authority(s: &Settings) -> Result<Arc<dyn IdentitySource>> {
     let ca = LocalCaSettings {
         directory: s.ca_dir.clone(),
         trust_domain: s.trust_domain.clone(),
         trust_domain_aliases: s.trust_domain_aliases.clone(),
         lifetime: s.secret_ttl,
     };
-    let clock = Arc::new(SystemClock);
-    let source: Arc<dyn IdentitySource> = Arc::new(
-        LocalCa::open(&ca, clock.clone()).with_context(|| format!("development CA in {}", s.ca_dir.display()))?,
-    );
-    let tls = TlsContext::new(&TlsSettings::default(), source.as_ref(), clock)?;
-    Ok(SvidCache::start(source, tls, &CacheSettings::default(), &tokio::runtime::Handle::current()))
+    let opened = LocalCa::open(&ca, Arc::new(SystemClock))
+        .with_context(|| format!("development CA in {}", s.ca_dir.display()))?;
+    Ok(Arc::new(opened))
 }
 
 fn hbone_settings(s: &Settings, budget: &Budget) -> mesh_hbone::Settings {

@@ -3,7 +3,7 @@
 //! Read [`outbound::serve_conn`] and [`inbound::serve_conn`] first: each is one direction, in the byte's order.
 #![forbid(unsafe_code)]
 
-mod accept;
+pub mod accept;
 pub mod app;
 mod carry;
 pub mod conns;
@@ -12,8 +12,8 @@ mod dial;
 mod dump;
 mod gate;
 mod inbound;
-mod metrics;
-mod outbound;
+pub mod metrics;
+pub mod outbound;
 mod passthrough;
 pub mod pod;
 pub mod pods;
