@@ -6,7 +6,7 @@
 //! `cargo bench -p mesh-hbone [-- up down ping connect plain idle]`
 #![allow(missing_docs, clippy::unwrap_used, clippy::print_stdout, reason = "a program for developers")]
 
-use std::io::{Read, Write};
+use std::io::{BufRead as _, BufReader, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream as StdStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, mpsc};
@@ -154,6 +154,55 @@ fn passthrough(service: SocketAddr) -> Agent {
     })
 }
 
+/// This program in another process, so that the applications' memory is not counted. Returns when it said a line.
+fn child(args: &[&str]) -> Child {
+    let mut process = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(args)
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut said = String::new();
+    BufReader::new(process.stdout.take().unwrap()).read_line(&mut said).unwrap();
+    Child { process, said }
+}
+
+struct Child {
+    process: std::process::Child,
+    said: String,
+}
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// The roles of [`child`]; `false` when this is the main process.
+fn play() -> bool {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        ["service"] => println!("{}", service()),
+        ["hold", target, count] => {
+            let target: SocketAddr = target.parse().unwrap();
+            let held: Vec<StdStream> = (0..count.parse().unwrap())
+                .map(|_| {
+                    let mut socket = connect(target, b'e');
+                    socket.write_all(&[1]).unwrap();
+                    socket.read_exact(&mut [0]).unwrap();
+                    socket
+                })
+                .collect();
+            println!("{}", held.len());
+            let _ = std::io::stdin().read(&mut [0]);
+        }
+        _ => return false,
+    }
+    let _ = std::io::stdin().read(&mut [0]);
+    true
+}
+
 /// First byte of a connection says what the service does: `e` echo, `s` sink, `g` give.
 fn service() -> SocketAddr {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
@@ -263,10 +312,14 @@ fn measure(name: &str, unit: &str, units: f64, agents: &[&Agent], work: impl FnO
 }
 
 fn main() {
+    if play() {
+        return;
+    }
     let wanted: Vec<String> = std::env::args().skip(1).filter(|arg| !arg.starts_with('-')).collect();
     let want = |name: &str| wanted.is_empty() || wanted.iter().any(|arg| arg == name);
     let settings = Arc::new(Settings::default());
-    let service = service();
+    let echo = child(&["service"]);
+    let service: SocketAddr = echo.said.trim().parse().unwrap();
     let far = inbound(service, Arc::clone(&settings));
     let near = outbound(far.address, settings);
     let agents = [&near, &far];
@@ -295,12 +348,12 @@ fn main() {
         agent.stop();
     }
     if want("idle") {
-        // The applications' sockets are kernel memory; their threads are not started (`x`: the service gives up).
         let before = rss();
-        let held: Vec<StdStream> = (0..1000).map(|_| connect(target, b'e')).collect();
-        thread::sleep(Duration::from_millis(500));
-        // Includes one thread of the echo service per connection, about 12 KiB of touched stack and buffer.
-        println!("1000 idle connections: {} KiB each, both ends and the echo service", (rss() - before) / 1024 / held.len());
+        let count = 5000;
+        let child = child(&["hold", &target.to_string(), &count.to_string()]);
+        let grown = rss() - before;
+        println!("{count} idle connections: {:.2} KiB RSS per connection and side", grown as f64 / 2048.0 / f64::from(count));
+        drop(child);
     }
     near.stop();
     far.stop();

@@ -18,10 +18,8 @@ pub struct Settings {
     /// Smallest receive window of a connection. Default 16 MiB. It is raised with the number of streams so that stalled
     /// streams, which each hold one stream window, cannot starve the others.
     pub connection_window: u32,
-    /// Largest frame we accept. Default 1 MiB. HTTP/2 allows 16 KiB to 16 MiB - 1.
+    /// Largest frame we accept. Default 1 MiB. HTTP/2 allows 16 KiB to 16 MiB - 1. Our relays send at most 64 KiB.
     pub frame_size: u32,
-    /// Largest DATA frame we send (never more than the peer accepts).
-    pub send_chunk: usize,
     /// Bytes one stream may have queued towards the tunnel. Default 256 KiB.
     pub send_buffer: usize,
     /// Header list we accept as client (responses). Default 16 KiB.
@@ -65,7 +63,6 @@ impl Default for Settings {
             max_stream_window: 4 << 20,
             connection_window: 16 << 20,
             frame_size: 1 << 20,
-            send_chunk: 64 << 10,
             send_buffer: 256 << 10,
             client_header_list: 16 << 10,
             server_header_list: 64 << 10,
@@ -98,7 +95,6 @@ impl Settings {
         self.max_stream_window = self.max_stream_window.clamp(self.stream_window, 1 << 30);
         self.connection_window = self.connection_window.clamp(65_535, MAX_WINDOW);
         self.frame_size = self.frame_size.clamp(16 << 10, (1 << 24) - 1);
-        self.send_chunk = self.send_chunk.clamp(4 << 10, 1 << 20);
         self.send_buffer = self.send_buffer.clamp(16 << 10, 16 << 20);
         self.client_max_streams = self.client_max_streams.clamp(1, 1 << 20);
         self.server_max_streams = self.server_max_streams.clamp(1, 1 << 20);

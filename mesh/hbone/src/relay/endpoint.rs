@@ -66,7 +66,8 @@ pub trait Endpoint: Unpin {
 
 /// The shared first buffer: what interactive traffic fits into.
 const PROBE: usize = 16 << 10;
-/// What bulk reads go into, and so the DATA frames bulk traffic makes.
+/// What bulk reads go into, and so the DATA frames bulk traffic makes. 256 KiB measured no faster over loopback, and every
+/// frame is held whole by the receiving codec.
 const BULK: usize = 64 << 10;
 
 thread_local! {
