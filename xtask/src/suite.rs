@@ -25,7 +25,10 @@ const PIPES_CLOSE: Duration = Duration::from_secs(3);
 pub fn run(args: &[String]) -> Result<()> {
     let options = Options::parse(args)?;
     let mut laps = Laps::default();
-    let tally = run_all(&options, &mut laps)?;
+    let tally = run_all(&options, &mut laps).unwrap_or_else(|error| {
+        println!("FAILED before any test ran: {error:#}");
+        Tally { failed: 1, ..Tally::default() }
+    });
     println!();
     laps.print();
     println!("{tally}");

@@ -41,11 +41,12 @@ impl Memory {
         self.steps.first()?.1.iter().max().map(|&kib| kib as f64 / 1024.0)
     }
 
-    /// KiB each connection added on the side where it added more.
+    /// KiB each connection added on the side where it added more; none if memory shrank, which only says that the agents had
+    /// not yet come to rest before.
     pub fn kib_per_connection(&self) -> Option<f64> {
         let ((_, first), (conns, last)) = (self.steps.first()?, self.steps.last().filter(|(conns, _)| *conns > 0)?);
         let per_side = first.iter().zip(last).map(|(&before, &after)| (after as f64 - before as f64) / *conns as f64);
-        per_side.max_by(f64::total_cmp)
+        per_side.max_by(f64::total_cmp).filter(|&kib| kib > 0.0)
     }
 }
 

@@ -29,6 +29,8 @@ bench_l4 [flags]
   --agent PATH    our agent; default: the `ztunnel` beside this program
   --out DIR       where the JSON file and the logs go; default: the folder of this program";
 
+/// How long a fresh agent gets to give back what only starting took, and one with new connections what only opening took.
+const REST: Duration = Duration::from_secs(3);
 /// How long agents get to finish the books of a run before their CPU time is read.
 const SETTLE: Duration = Duration::from_millis(100);
 
@@ -168,14 +170,14 @@ impl Run {
     /// In a field of its own: memory of agents that have carried nothing yet.
     fn measure_memory(&self, peer: &Peer) -> anyhow::Result<Memory> {
         let mut field = Field::build(peer, &self.settings)?;
-        std::thread::sleep(SETTLE);
+        std::thread::sleep(REST);
         let mut steps = vec![(0, field.rss_kib()?)];
         let mut held = Vec::new();
         let mut open = 0;
         for &wanted in &self.idle_steps {
             held.push(field.hold(wanted - open)?);
             open = wanted;
-            std::thread::sleep(SETTLE);
+            std::thread::sleep(REST);
             field.check_agents()?;
             steps.push((open, field.rss_kib()?));
         }
