@@ -9,7 +9,7 @@
 mod walk;
 mod watch;
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::BTreeMap;
 use std::hash::BuildHasher;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -19,11 +19,19 @@ use mesh_model::{Change, Origin};
 
 use crate::diagnostics::{Problem, Severity};
 use crate::translate::{Object, ObjectId, Reader, Settings, Translator};
-use crate::yaml::{self, Document, YamlError};
+use crate::yaml::{self, Document, Node, YamlError};
 
 pub use walk::{Found, Stamp, list};
 pub use watch::FolderSource;
 pub(crate) use watch::{follow, on_thread};
+
+type HashMap<K, V> = std::collections::HashMap<K, V, foldhash::fast::RandomState>;
+type HashSet<K> = std::collections::HashSet<K, foldhash::fast::RandomState>;
+
+/// Documents from which on a file is worth several threads.
+const MANY: usize = 512;
+/// Largest document parsed on a helper thread; larger ones are lists, read item by item.
+const SMALL: usize = 64 << 10;
 
 /// Largest file read.
 pub const MAX_FILE: u64 = 64 << 20;
@@ -80,7 +88,7 @@ impl Folder {
             root_namespace: Arc::clone(&view.root_namespace),
             translator: Translator::new(view, settings),
             files: BTreeMap::new(),
-            held: HashMap::new(),
+            held: HashMap::default(),
             hasher: foldhash::fast::FixedState::default(),
             loaded: false,
             problems: Vec::new(),
@@ -108,7 +116,7 @@ impl Folder {
         };
         let mut old = std::mem::take(&mut self.files);
         let mut files: Vec<(PathBuf, File)> = Vec::with_capacity(listing.len());
-        let mut fresh: Fresh = HashMap::new();
+        let mut fresh: Fresh = HashMap::default();
         let mut changed = false;
         for found in listing {
             let before = old.remove(&found.path);
@@ -159,32 +167,42 @@ impl Folder {
                 let mut file = File { place: Arc::clone(&place), stamp: None, kept: before.ids(), problem: Some(problem), docs: Vec::new() };
                 if !self.loaded {
                     // It may hold policies; without a last good state nothing says what they would have refused.
-                    let mut r = self.translator.reader(place);
+                    let mut r = self.translator.reader(Arc::clone(&place));
                     let object = r.unreadable(0, "", "the file cannot be read");
                     file.docs.push(Doc { hash: 0, read_line: 1, line: 1, ids: vec![object.id.clone()], problems: Vec::new(), broken: true });
-                    fresh.insert((index, 0), vec![object]);
+                    self.take_first(vec![object], &place, 0);
                 }
                 return file;
             }
         };
         let known = before.ids();
-        let mut reusable: HashMap<u64, Vec<Doc>> = HashMap::new();
+        let mut reusable: HashMap<u64, Vec<Doc>> = HashMap::default();
         for d in before.docs.into_iter().rev().filter(|d| !d.broken) {
             reusable.entry(d.hash).or_default().push(d);
         }
         let mut file = File { place: Arc::clone(&place), stamp: found.stamp, kept: Vec::new(), problem: None, docs: Vec::new() };
-        for doc in yaml::documents(&text) {
-            let hash = self.hasher.hash_one(doc.text);
-            if let Some(mut same) = reusable.get_mut(&hash).and_then(Vec::pop) {
-                same.line = doc.line;
-                file.docs.push(same);
-                continue;
+        let docs = yaml::documents(&text);
+        file.docs.reserve_exact(docs.len());
+        for part in docs.chunks(MANY) {
+            // With much to take over there is little to parse.
+            let trees = if reusable.is_empty() { trees(part) } else { Vec::new() };
+            let mut trees = trees.into_iter();
+            for doc in part {
+                let tree = trees.next().flatten();
+                let hash = self.hasher.hash_one(doc.text);
+                if let Some(mut same) = reusable.get_mut(&hash).and_then(Vec::pop) {
+                    same.line = doc.line;
+                    file.docs.push(same);
+                    continue;
+                }
+                let (state, objects) = self.parse(*doc, tree, hash, &place);
+                if !self.loaded {
+                    self.take_first(objects, &place, hash);
+                } else if !objects.is_empty() {
+                    fresh.insert((index, file.docs.len()), objects);
+                }
+                file.docs.push(state);
             }
-            let (state, objects) = self.parse(doc, hash, &place);
-            if !objects.is_empty() {
-                fresh.insert((index, file.docs.len()), objects);
-            }
-            file.docs.push(state);
         }
         if file.docs.iter().any(|d| d.broken) {
             let now: HashSet<&ObjectId> = file.docs.iter().flat_map(|d| &d.ids).collect();
@@ -196,18 +214,43 @@ impl Folder {
         file
     }
 
-    fn parse(&mut self, doc: Document<'_>, hash: u64, place: &Arc<str>) -> (Doc, Vec<Object>) {
+    /// The first reading: files come in path order, so whoever comes first is in force, and nothing has to wait.
+    fn take_first(&mut self, objects: Vec<Object>, place: &Arc<str>, hash: u64) {
+        for o in objects {
+            if let std::collections::hash_map::Entry::Vacant(free) = self.held.entry(o.id.clone()) {
+                free.insert(Held { place: Arc::clone(place), hash });
+                self.translator.upsert(o);
+            }
+        }
+    }
+
+    /// Reads the objects of one document; `tree` when it has been parsed already.
+    fn parse(
+        &mut self,
+        doc: Document<'_>,
+        tree: Option<Result<Node<'_>, YamlError>>,
+        hash: u64,
+        place: &Arc<str>,
+    ) -> (Doc, Vec<Object>) {
         let first = !self.loaded;
         let mut r = self.translator.reader(Arc::clone(place));
         let mut objects = Vec::new();
         let mut listed = 0usize;
-        let outcome = yaml::parse(doc, &mut |item| {
-            listed += 1;
-            objects.extend(r.object(&item));
-        });
+        let outcome = match tree {
+            Some(tree) => tree,
+            None => yaml::parse(doc, &mut |item| {
+                listed += 1;
+                objects.extend(r.object(&item));
+            }),
+        };
         let broken = outcome.is_err();
         match outcome {
-            Ok(root) if Reader::is_list(&root) => {}
+            Ok(root) if Reader::is_list(&root) => {
+                // Parsed ahead: the items are still in the tree.
+                if let Some(Node { value: yaml::Value::Seq(items), .. }) = root.get("items") {
+                    objects.extend(items.iter().filter_map(|i| r.object(i)));
+                }
+            }
             Ok(root) => {
                 if listed > 0 {
                     objects.clear();
@@ -232,7 +275,7 @@ impl Folder {
     /// Brings the translator in line with what the files say; returns the problems of objects that are there twice.
     fn settle(&mut self, files: &mut [(PathBuf, File)], mut fresh: Fresh) -> Vec<Problem> {
         // Which document of which file an object is taken from: the first in path order; kept ones come last.
-        let mut winners: HashMap<&ObjectId, Option<(usize, usize)>> = HashMap::with_capacity(self.held.len());
+        let mut winners: HashMap<&ObjectId, Option<(usize, usize)>> = HashMap::with_capacity_and_hasher(self.held.len(), foldhash::fast::RandomState::default());
         let mut duplicates = Vec::new();
         for (f, (_, file)) in files.iter().enumerate() {
             for (d, doc) in file.docs.iter().enumerate() {
@@ -287,13 +330,13 @@ impl Folder {
             let place = Arc::clone(&file.place);
             if let Some(doc) = yaml::documents(&text).into_iter().find(|d| d.line == line) {
                 let hash = self.hasher.hash_one(doc.text);
-                let (_, objects) = self.parse(doc, hash, &place);
+                let (_, objects) = self.parse(doc, None, hash, &place);
                 fresh.insert(at, objects);
             }
         }
         let mut order: Vec<((usize, usize), Vec<Object>)> = fresh.into_iter().collect();
         order.sort_by_key(|(at, _)| *at);
-        let mut done: HashSet<ObjectId> = HashSet::new();
+        let mut done: HashSet<ObjectId> = HashSet::default();
         for (at, objects) in order {
             let Some((place, hash)) = files.get(at.0).and_then(|(_, f)| f.docs.get(at.1).map(|d| (Arc::clone(&f.place), d.hash))) else { continue };
             // Only a list can name an object twice in one document.
@@ -323,6 +366,29 @@ impl File {
     fn ids(&self) -> Vec<ObjectId> {
         self.docs.iter().flat_map(|d| &d.ids).chain(&self.kept).cloned().collect()
     }
+}
+
+/// Parses documents on as many threads as there are cores. `None` for one that is better read item by item.
+fn trees<'t>(docs: &[Document<'t>]) -> Vec<Option<Result<Node<'t>, YamlError>>> {
+    let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get).min(4);
+    if docs.len() < MANY || threads < 2 {
+        return Vec::new();
+    }
+    std::thread::scope(|scope| {
+        let parts: Vec<_> = docs
+            .chunks(docs.len().div_ceil(threads))
+            .map(|part| {
+                let parse = |d: &Document<'t>| (d.text.len() <= SMALL).then(|| yaml::parse_whole(*d));
+                (part.len(), scope.spawn(move || part.iter().map(parse).collect::<Vec<_>>()))
+            })
+            .collect();
+        let mut out = Vec::with_capacity(docs.len());
+        for (len, part) in parts {
+            // A thread that died leaves its documents to the caller.
+            out.extend(part.join().unwrap_or_else(|_| (0..len).map(|_| None).collect()));
+        }
+        out
+    })
 }
 
 fn whole(place: &Arc<str>, message: &str, code: &'static str) -> Problem {

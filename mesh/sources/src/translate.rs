@@ -18,7 +18,7 @@ pub(crate) mod read;
 mod selector;
 mod waypoint;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use mesh_model::policy::{Policy, PolicyKey};
@@ -37,6 +37,9 @@ use object::{
     ServiceEntry, WorkloadEntry,
 };
 use selector::SelectorIndex;
+
+type HashMap<K, V> = std::collections::HashMap<K, V, foldhash::fast::RandomState>;
+type HashSet<K> = std::collections::HashSet<K, foldhash::fast::RandomState>;
 
 /// Settings of the translation.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -167,13 +170,13 @@ impl Translator {
             excluded,
             pool: Interner::default(),
             spaces: BTreeMap::new(),
-            nodes: HashMap::new(),
+            nodes: HashMap::default(),
             classes: BTreeMap::new(),
             gateways: BTreeMap::new(),
-            host_entries: HashMap::new(),
-            services_out: HashMap::new(),
-            hosts_out: HashMap::new(),
-            policies_out: HashMap::new(),
+            host_entries: HashMap::default(),
+            services_out: HashMap::default(),
+            hosts_out: HashMap::default(),
+            policies_out: HashMap::default(),
             peers_out: BTreeMap::new(),
             default_account: "default".into(),
             latest: "latest".into(),
@@ -232,9 +235,10 @@ impl Translator {
                 }
             }
             (Kind::Node, new) => {
-                let old = match new {
-                    Some((Body::Node(l), _)) => self.nodes.insert(Arc::clone(&name), l),
-                    _ => self.nodes.remove(&name),
+                let old = if let Some((Body::Node(l), _)) = new {
+                    self.nodes.insert(Arc::clone(&name), l)
+                } else {
+                    self.nodes.remove(&name)
                 };
                 if old.as_ref() != self.nodes.get(&name) {
                     self.dirty.nodes.insert(name);

@@ -9,9 +9,11 @@
 //! [`crate::local_xds`]. Downstream: [`crate::translate`].
 
 use std::borrow::Cow;
-use std::collections::{HashMap, HashSet};
 
 use granit_parser::{Event, Parser, ScalarStyle};
+
+type HashMap<K, V> = std::collections::HashMap<K, V, foldhash::fast::RandomState>;
+type HashSet<K> = std::collections::HashSet<K, foldhash::fast::RandomState>;
 
 /// Nodes one object may have. An object of the API server is at most 1.5 MiB of JSON.
 const MAX_NODES: usize = 2_000_000;
@@ -154,7 +156,7 @@ pub fn documents(text: &str) -> Vec<Document<'_>> {
 /// Parses one document. The elements of a top-level `items` list are handed to `item` one by one, as they are read,
 /// and left out of the returned root, so that `kubectl get pods -A -o yaml` never stands in memory as one tree.
 pub fn parse<'i>(doc: Document<'i>, item: &mut dyn FnMut(Node<'i>)) -> Result<Node<'i>, YamlError> {
-    Loader { base: doc.line, stack: Vec::new(), anchors: HashMap::new(), nodes: 0, alias_nodes: 0, root: None, item }
+    Loader { base: doc.line, stack: Vec::new(), anchors: HashMap::default(), nodes: 0, alias_nodes: 0, root: None, item }
         .run(doc.text)
 }
 

@@ -19,7 +19,7 @@ async fn coalesces_publishes_and_syncs() {
     assert!(!mesh.is_synced(), "the second source has said nothing yet");
     sinks[1].send(Vec::new()).await.unwrap();
     mesh.synced().await;
-    sinks[1].send((0..LARGE + 1).map(change).collect()).await.unwrap();
+    sinks[1].send((0..=LARGE).map(change).collect()).await.unwrap();
     versions.changed().await.unwrap();
     while mesh.load().workloads().count() <= LARGE {
         versions.changed().await.unwrap();

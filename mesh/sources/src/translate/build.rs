@@ -100,7 +100,7 @@ impl Translator {
         let mut trouble = Vec::new();
         let (waypoints, error) =
             self.service_waypoints(&obj.labels, obj.canary_weight.as_ref(), &key.namespace, &mut trouble);
-        self.waypoint_problems(&slot.origin, error.as_deref(), &obj.labels, trouble, problems);
+        Self::waypoint_problems(&slot.origin, error.as_deref(), &obj.labels, trouble, problems);
         Service {
             key: key.clone(),
             name: name.into(),
@@ -150,7 +150,7 @@ impl Translator {
         let mut trouble = Vec::new();
         let (waypoints, error) =
             self.service_waypoints(&obj.labels, obj.canary_weight.as_ref(), &key.namespace, &mut trouble);
-        self.waypoint_problems(&slot.origin, error.as_deref(), &obj.labels, trouble, problems);
+        Self::waypoint_problems(&slot.origin, error.as_deref(), &obj.labels, trouble, problems);
         let canonical = self.kube_service(&key.hostname).is_none()
             && self.entry_of(&key.hostname, None).is_some_and(|(n, m, _)| *n == key.namespace && m == name);
         Service {
@@ -172,7 +172,6 @@ impl Translator {
 
     /// An unusable waypoint of the object's own labels is the object's problem; of the namespace's, the namespace's.
     fn waypoint_problems(
-        &self,
         origin: &mesh_model::Origin,
         error: Option<&str>,
         labels: &Labels,
@@ -343,7 +342,7 @@ impl Translator {
         w.origin = Some(Arc::clone(&slot.origin));
         let mut problems = Vec::new();
         match self.instance(&pod.labels, ns) {
-            Some(tunnel) => w.application_tunnel = tunnel,
+            Some(instance) => w.application_tunnel = instance.tunnel,
             None => problems.extend(
                 self.set_waypoint(&mut w, &pod.labels, ns, pool).map(|why| unusable(&slot.origin, &why)),
             ),
@@ -405,7 +404,7 @@ impl Translator {
     }
 
     /// The address part of a WorkloadEntry; `None` when it has neither address nor name.
-    fn place(&self, w: &mut Workload, entry: &WorkloadEntry) -> Option<()> {
+    fn place(w: &mut Workload, entry: &WorkloadEntry) -> Option<()> {
         match entry.ip {
             Some(ip) => w.ips.push(ip),
             None if entry.hostname.is_empty() => return None,
@@ -432,7 +431,7 @@ impl Translator {
         let entry = &slot.obj;
         let uid = format!("{}/networking.istio.io/WorkloadEntry/{ns}/{name}", self.view.cluster);
         let mut w = self.base(uid, name, ns, &entry.labels, name);
-        if self.place(&mut w, entry).is_none() {
+        if Self::place(&mut w, entry).is_none() {
             let problem = Problem {
                 severity: Severity::Error,
                 origin: (*slot.origin).clone(),
@@ -493,7 +492,7 @@ impl Translator {
         for endpoint in &se.endpoints {
             let at = endpoint.ip.map_or_else(|| endpoint.hostname.to_string(), |ip: IpAddr| ip.to_string());
             let mut w = self.base(uid(&at), name, ns, &se.labels, name);
-            if self.place(&mut w, endpoint).is_none() || out.iter().any(|have| have.uid == w.uid) {
+            if Self::place(&mut w, endpoint).is_none() || out.iter().any(|have| have.uid == w.uid) {
                 problems.push(Problem {
                     severity: Severity::Warning,
                     origin: (*slot.origin).clone(),

@@ -33,13 +33,15 @@ impl Labels {
     }
 }
 
+type NamedPorts = Arc<[(Arc<str>, u16)]>;
+
 /// The pool of shared text.
 #[derive(Debug, Default)]
 pub struct Interner {
     texts: HashSet<Arc<str>, RandomState>,
     labels: HashSet<Labels, RandomState>,
     ports: HashSet<Arc<[(u16, u16)]>, RandomState>,
-    pub(super) named: HashSet<Arc<[(Arc<str>, u16)]>, RandomState>,
+    pub(super) named: HashSet<NamedPorts, RandomState>,
     prune_at: usize,
 }
 impl Interner {

@@ -96,7 +96,7 @@ pub(super) fn pod<'p>(r: &mut Reader<'_>, node: &'p Node<'p>) -> Read<'p, Pod> {
         service_account: r.pool.text(read::text_or_empty(spec, "serviceAccountName")?),
         node: r.pool.text(read::text_or_empty(spec, "nodeName")?),
         netns: annotation(r, meta, "culvert.dev/netns"),
-        uid: read::text(meta, "uid")?.and_then(uid),
+        uid: read::text(meta, "uid")?.map(uid),
         absent: finished || ips.is_empty(),
         ips: ips.into(),
         ready: ready && meta.get("deletionTimestamp").is_none(),
@@ -109,16 +109,16 @@ pub(super) fn pod<'p>(r: &mut Reader<'_>, node: &'p Node<'p>) -> Read<'p, Pod> {
 }
 
 /// Kubernetes uids are UUIDs; as numbers they take no allocation.
-fn uid(t: &str) -> Option<u128> {
+fn uid(t: &str) -> u128 {
     let hex: String = t.chars().filter(|c| *c != '-').collect();
     if let Ok(n) = u128::from_str_radix(&hex, 16) {
-        return Some(n);
+        return n;
     }
     // Mirror pods and hand-written files: any stable number serves, it is only compared.
     use std::hash::{Hash, Hasher};
     let mut h = std::hash::DefaultHasher::new();
     t.hash(&mut h);
-    Some(u128::from(h.finish()))
+    u128::from(h.finish())
 }
 
 fn tcp<'p>(port: &'p Node<'p>) -> Read<'p, bool> {
@@ -259,7 +259,7 @@ pub(super) fn endpoint_slice<'p>(r: &mut Reader<'_>, node: &'p Node<'p>) -> Read
         let target = section(e, "targetRef")?;
         if read::text_or_empty(target, "kind")? == "Pod" {
             let name = read::text(target, "name")?.ok_or_else(|| Bad::missing(target, "name", "a targetRef names its pod"))?;
-            slice.pods.push((r.pool.text(name), read::text(target, "uid")?.and_then(uid)));
+            slice.pods.push((r.pool.text(name), read::text(target, "uid")?.map(uid)));
             continue;
         }
         let ready = match section(e, "conditions")?.get("ready") {

@@ -3,6 +3,7 @@
 //! A [`Bad`] only remembers the node; its path is found by walking the tree when, and only when, there is something
 //! to complain about, so that reading the hundred thousand good objects costs nothing.
 
+use std::fmt::Write as _;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -70,7 +71,7 @@ pub fn path_of(root: &Node<'_>, target: &Node<'_>) -> Option<String> {
             Value::Null | Value::Scalar { .. } => {}
             Value::Seq(items) => {
                 for (i, item) in items.iter().enumerate() {
-                    path.push_str(&format!("[{i}]"));
+                    let _ = write!(path, "[{i}]");
                     if walk(item, target, path) {
                         return true;
                     }
@@ -80,7 +81,7 @@ pub fn path_of(root: &Node<'_>, target: &Node<'_>) -> Option<String> {
             Value::Map(entries) => {
                 for e in entries {
                     if e.key.contains(['.', '/', ' ']) {
-                        path.push_str(&format!("[{:?}]", e.key));
+                        let _ = write!(path, "[{:?}]", e.key);
                     } else {
                         if !path.is_empty() {
                             path.push('.');

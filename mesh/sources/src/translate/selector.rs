@@ -1,23 +1,27 @@
 //! Which selectors select an object, without asking each of them.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use super::intern::Labels;
+
+type HashMap<K, V> = std::collections::HashMap<K, V, foldhash::fast::RandomState>;
+type Pair = (Arc<str>, Arc<str>);
+type Owners = BTreeSet<Arc<str>>;
 
 /// Selectors by owner name. Each is filed under one of its pairs; an object is only asked about selectors filed
 /// under a pair it has. Empty selectors are not filed: callers treat them apart.
 #[derive(Debug, Default)]
 pub struct SelectorIndex {
-    by_pair: HashMap<Arc<str>, HashMap<Arc<str>, BTreeSet<Arc<str>>>>,
-    selectors: BTreeMap<Arc<str>, (Labels, (Arc<str>, Arc<str>))>,
+    by_pair: HashMap<Arc<str>, HashMap<Arc<str>, Owners>>,
+    selectors: BTreeMap<Arc<str>, (Labels, Pair)>,
 }
 impl SelectorIndex {
     /// Files or replaces a selector.
     pub fn insert(&mut self, owner: &Arc<str>, selector: &Labels) {
         self.remove(owner);
         // The least used pair, so that `tier=backend` on every service does not make the index useless.
-        let size = |(k, v): &(Arc<str>, Arc<str>)| self.by_pair.get(k).and_then(|m| m.get(v)).map_or(0, BTreeSet::len);
+        let size = |(k, v): &Pair| self.by_pair.get(k).and_then(|m| m.get(v)).map_or(0, BTreeSet::len);
         let Some(pair) = selector.iter().min_by_key(|p| size(p)).cloned() else { return };
         self.by_pair
             .entry(Arc::clone(&pair.0))

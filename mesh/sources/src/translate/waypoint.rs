@@ -49,6 +49,11 @@ pub(super) enum Found {
     Unusable { why: String, own: bool },
 }
 
+/// A pod that is a waypoint, and how connections are handed to it.
+pub(super) struct Instance {
+    pub(super) tunnel: Option<ApplicationTunnel>,
+}
+
 impl Translator {
     fn space_labels(&self, ns: &str) -> Option<&Labels> {
         self.spaces.get(ns)?.meta.as_ref().map(|m| &m.obj.labels)
@@ -127,11 +132,12 @@ impl Translator {
         }
     }
     /// Whether the pod is an instance of a waypoint, and how connections are handed to it.
-    pub(super) fn instance(&self, labels: &Labels, ns: &Arc<str>) -> Option<Option<ApplicationTunnel>> {
+    pub(super) fn instance(&self, labels: &Labels, ns: &Arc<str>) -> Option<Instance> {
         let name = labels.get(GATEWAY_NAME)?;
         let gateway = &self.gateways.get(&(Arc::clone(ns), Arc::clone(name)))?.obj;
         gateway.address.as_ref()?;
-        Some(self.binding(gateway).filter(|b| b.proxy).map(|b| ApplicationTunnel::Proxy(b.port)))
+        let tunnel = self.binding(gateway).filter(|b| b.proxy).map(|b| ApplicationTunnel::Proxy(b.port));
+        Some(Instance { tunnel })
     }
 
     /// The waypoints of a service, with the canary's share. Trouble with the canary alone leaves the primary.
