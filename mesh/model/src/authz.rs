@@ -36,8 +36,10 @@ pub struct Decision {
 /// Decides an inbound connection to `workload` by one version of the mesh.
 ///
 /// Order: a policy in scope that is unusable or unknown denies; then a matching DENY policy (the first by key); then,
-/// when any ALLOW policy is in scope, one must match.
+/// when any ALLOW policy is in scope, one must match. The workload counts as `snap` knows it, so that a live connection
+/// judged again with the object it was admitted with meets the policies bound since.
 pub fn authorize(snap: &Snapshot, workload: &Workload, conn: &InboundConn<'_>) -> Decision {
+    let workload = snap.find_workload(&workload.uid).map_or(workload, |w| w);
     let scope = InScope::of(snap, workload);
     let facts = Facts::of(snap.view(), conn);
     let peer = facts.peer.as_ref().map(|p| (p.namespace, p.account));
@@ -329,6 +331,7 @@ pub enum Outcome {
 /// Every policy in scope of `workload` and what it says, sorted by key. Reads all policies: for tools, and the oracle
 /// of the property tests.
 pub fn explain(snap: &Snapshot, workload: &Workload, conn: &InboundConn<'_>) -> Vec<Explained> {
+    let workload = snap.find_workload(&workload.uid).map_or(workload, |w| w);
     let facts = Facts::of(snap.view(), conn);
     let bound = |p: &Policy| match p.scope {
         Scope::Global => true,

@@ -67,12 +67,7 @@ pub fn inbound<'a>(client: &str, dst: &str, identity: Option<&'a SpiffeId>) -> I
     InboundConn { client: sock(client).into(), dst: sock(dst), identity }
 }
 pub fn policy(ns: &str, name: &str, scope: Scope, action: Action, rules: Vec<Rule>) -> Policy {
-    Policy {
-        key: PolicyKey::new(ns, name),
-        scope,
-        body: PolicyBody::Rules { action, dry_run: false, rules },
-        origin: None,
-    }
+    Policy { key: PolicyKey::new(ns, name), scope, body: PolicyBody::Rules { action, dry_run: false, rules }, origin: None }
 }
 /// A rule of one clause with one match.
 pub fn rule(m: Match) -> Rule {

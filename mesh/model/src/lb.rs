@@ -14,7 +14,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 /// Endpoints of a chunk before it is split.
-const CHUNK_MAX: usize = 128;
+const CHUNK_MAX: usize = 64;
 
 /// Ranks below this are usable; lower is preferred.
 const RANK_STRICT_MISS: u8 = 250;
@@ -29,8 +29,10 @@ pub struct Endpoint {
     known: Arc<Known>,
     /// Service port → its own port, as the workload declares.
     ports: PortMap,
-    /// Accepted identities with the service's SANs.
-    expect: Arc<[SpiffeId]>,
+    /// Accepted identities when the service adds SANs to the workload's own.
+    expect: Option<Arc<[SpiffeId]>>,
+    /// Its capacity, beside it so that summing a chunk touches no workload.
+    weight: u32,
 }
 impl Endpoint {
     /// The workload.
@@ -43,7 +45,7 @@ impl Endpoint {
     }
     /// Identities a hop to it expects: its own and the service's SANs. Not empty for an HBONE endpoint that was picked.
     pub fn expect(&self) -> &Arc<[SpiffeId]> {
-        &self.expect
+        self.expect.as_ref().unwrap_or_else(|| self.known.expect())
     }
     /// Its own port behind a service port: endpoint port map, then the service's target port, then (application tunnel)
     /// the service port itself.
@@ -51,10 +53,10 @@ impl Endpoint {
         target_port(self.workload(), &self.ports, service, port)
     }
     fn uid(&self) -> &str {
-        &self.workload().uid
+        self.known.uid()
     }
     fn weight(&self) -> u64 {
-        u64::from(self.workload().capacity.max(1))
+        u64::from(self.weight)
     }
 }
 
@@ -116,10 +118,11 @@ impl EndpointSet {
     /// kept, never chosen.
     pub fn insert(&mut self, service: Option<&Service>, view: &Viewpoint, known: Arc<Known>, ports: PortMap) {
         let (rank, open, expect) = match service {
-            None => (RANK_UNUSABLE, Vec::new(), Arc::clone(known.expect())),
+            None => (RANK_UNUSABLE, Vec::new(), None),
             Some(s) => {
-                let expect = known.expect_with(&s.sans);
-                let (rank, open) = classify(s, view, known.workload(), &ports, &expect);
+                let expect = (!s.sans.is_empty()).then(|| known.expect_with(&s.sans));
+                let provable = !expect.as_ref().unwrap_or_else(|| known.expect()).is_empty();
+                let (rank, open) = classify(s, view, known.workload(), &ports, provable);
                 (rank, open, expect)
             }
         };
@@ -131,7 +134,8 @@ impl EndpointSet {
             }
         };
         if let Some(g) = self.groups.get_mut(at) {
-            g.bag.insert(Endpoint { known, ports, expect });
+            let weight = known.workload().capacity.max(1);
+            g.bag.insert(Endpoint { known, ports, expect, weight });
         }
     }
     /// Takes an endpoint out; whether it was in.
@@ -191,7 +195,7 @@ impl EndpointSet {
 }
 
 /// Rank and open ports of an endpoint as seen from `view`.
-fn classify(service: &Service, view: &Viewpoint, w: &Workload, ports: &[(u16, u16)], expect: &[SpiffeId]) -> (u8, Vec<u16>) {
+fn classify(service: &Service, view: &Viewpoint, w: &Workload, ports: &[(u16, u16)], identity_known: bool) -> (u8, Vec<u16>) {
     let mut open: Vec<u16> =
         service.ports.iter().map(|p| p.port).filter(|p| target_port(w, ports, service, *p).is_some()).collect();
     open.sort_unstable();
@@ -199,7 +203,7 @@ fn classify(service: &Service, view: &Viewpoint, w: &Workload, ports: &[(u16, u1
     let healthy = w.health == Health::Healthy || service.lb.health == HealthPolicy::AllowAll;
     let remote = w.network != view.network;
     let addressed = remote || w.ips.iter().any(|ip| family_allowed(service.ip_families, *ip)) || w.hostname.is_some();
-    let provable = w.protocol == Protocol::Tcp || !expect.is_empty() || remote;
+    let provable = w.protocol == Protocol::Tcp || identity_known || remote;
     let rank = if !healthy || !addressed || !provable {
         RANK_UNUSABLE
     } else if remote && w.network_gateway.is_none() {

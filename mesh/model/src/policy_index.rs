@@ -79,6 +79,10 @@ impl RuleTable {
         fn add(list: &mut Arc<Vec<RuleRef>>, r: &RuleRef) {
             let list = Arc::make_mut(list);
             let at = list.partition_point(|o| o.order() < r.order());
+            if list.len() == list.capacity() {
+                // Most lists hold one rule: no room for three more.
+                list.reserve_exact(list.len() / 2 + 1);
+            }
             list.insert(at, r.clone());
         }
         match filing {

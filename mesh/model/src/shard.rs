@@ -200,6 +200,10 @@ fn insert<K: Eq + Clone, V: Clone>(node: &mut Node<K, V>, shift: u32, slot: Slot
             if let Some(old) = slots.iter_mut().find(|o| o.hash == slot.hash && o.key == slot.key) {
                 return Some(mem::replace(&mut old.value, slot.value));
             }
+            // In small steps: shards are many, and the slack of doubling would be a third of the table.
+            if slots.len() == slots.capacity() {
+                slots.reserve_exact(4);
+            }
             slots.push(slot);
             // Past the last hash bit a shard only grows: these are full 64-bit collisions.
             if slots.len() > SHARD_MAX && shift < u64::BITS {

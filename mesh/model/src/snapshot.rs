@@ -6,6 +6,7 @@
 //! Downstream: `plan`, `inbound`, `authz`, and the proxies' DNS, admin and redirection.
 use crate::addr::{Network, NetworkAddr};
 use crate::change::Change;
+use crate::id::{SpiffeId, TrustDomain};
 use crate::known::Known;
 use crate::lb::{Endpoint, EndpointSet};
 use crate::policy::{Policy, PolicyKey};
@@ -44,7 +45,20 @@ pub struct Snapshot {
     by_cidr: Shards<(Network, IpNet), Candidates<Service>>,
     /// Prefix lengths in use in `by_cidr`, with their number of ranges; IPv4 first. Longest match walks these only.
     cidr_lengths: Arc<BTreeMap<(bool, Reverse<u8>), usize>>,
+    /// Identities in use, by what they are made of.
+    identities: Shards<Account, SharedIdentity>,
     policies: PolicyIndex,
+}
+/// Trust domain, namespace, service account.
+type Account = (TrustDomain, Arc<str>, Arc<str>);
+/// The identity of one service account (empty when its parts do not make one) and how many workloads have it.
+#[derive(Clone, Debug, Default)]
+struct SharedIdentity {
+    expect: Arc<[SpiffeId]>,
+    users: usize,
+}
+fn account_of(w: &Workload) -> Account {
+    (w.trust_domain.clone(), Arc::clone(&w.namespace), Arc::clone(&w.service_account))
 }
 
 /// A service and the workloads behind it; exists as soon as one of the two does.
@@ -54,28 +68,51 @@ struct Backing {
     endpoints: EndpointSet,
 }
 
-/// A few shared objects under one key, kept sorted.
-#[derive(Debug)]
-struct Candidates<T>(Vec<Arc<T>>);
+/// A few shared objects under one key, kept sorted. Almost always one, which then costs no allocation to copy.
+#[derive(Debug, Default)]
+enum Candidates<T> {
+    #[default]
+    None,
+    One(Arc<T>),
+    Many(Arc<[Arc<T>]>),
+}
 impl<T> Clone for Candidates<T> {
     fn clone(&self) -> Self {
-        Self(self.0.clone())
-    }
-}
-impl<T> Default for Candidates<T> {
-    fn default() -> Self {
-        Self(Vec::new())
+        match self {
+            Self::None => Self::None,
+            Self::One(c) => Self::One(Arc::clone(c)),
+            Self::Many(c) => Self::Many(Arc::clone(c)),
+        }
     }
 }
 impl<T> Candidates<T> {
+    fn all(&self) -> &[Arc<T>] {
+        match self {
+            Self::None => &[],
+            Self::One(c) => std::slice::from_ref(c),
+            Self::Many(c) => c,
+        }
+    }
+    fn set(&mut self, mut all: Vec<Arc<T>>) -> Keep {
+        *self = match (all.len(), all.pop()) {
+            (_, None) => Self::None,
+            (1, Some(only)) => Self::One(only),
+            (_, Some(last)) => {
+                all.push(last);
+                Self::Many(all.into())
+            }
+        };
+        if matches!(self, Self::None) { Keep::No } else { Keep::Yes }
+    }
     fn put<O: Ord>(&mut self, item: &Arc<T>, order: impl Fn(&T) -> O) -> Keep {
-        let at = self.0.partition_point(|c| order(c) < order(item));
-        self.0.insert(at, Arc::clone(item));
-        Keep::Yes
+        let mut all = self.all().to_vec();
+        let at = all.partition_point(|c| order(c) < order(item));
+        all.insert(at, Arc::clone(item));
+        self.set(all)
     }
     fn take(&mut self, is: impl Fn(&T) -> bool) -> Keep {
-        self.0.retain(|c| !is(c));
-        if self.0.is_empty() { Keep::No } else { Keep::Yes }
+        let all = self.all().iter().filter(|c| !is(c)).cloned().collect();
+        self.set(all)
     }
 }
 
@@ -125,7 +162,7 @@ fn visible(s: &Service, client_namespace: &str) -> bool {
 }
 /// The client's own namespace, then canonical, then the first by key, among visible ones.
 fn choose<'a>(of: &'a Candidates<Service>, client_namespace: &str) -> Option<&'a Arc<Service>> {
-    let seen = || of.0.iter().filter(|s| visible(s, client_namespace));
+    let seen = || of.all().iter().filter(|s| visible(s, client_namespace));
     seen().find(|s| &*s.key.namespace == client_namespace).or_else(|| seen().find(|s| s.canonical)).or_else(|| seen().next())
 }
 
@@ -143,6 +180,7 @@ impl Snapshot {
             by_vip: Shards::default(),
             by_cidr: Shards::default(),
             cidr_lengths: Arc::default(),
+            identities: Shards::default(),
             policies: PolicyIndex::default(),
         }
     }
@@ -186,7 +224,7 @@ impl Snapshot {
             }
             self.take_workload(&w.uid);
         }
-        let known = Arc::new(Known::new(Arc::clone(w)));
+        let known = Arc::new(Known::with_identity(Arc::clone(w), self.share_identity(w)));
         self.workloads.insert(Arc::clone(&w.uid), Arc::clone(&known));
         for addr in indexed_addrs(w) {
             // An address listed twice is one address.
@@ -206,6 +244,7 @@ impl Snapshot {
     fn take_workload(&mut self, uid: &str) {
         let Some(known) = self.workloads.remove(uid) else { return };
         let w = known.workload();
+        self.unshare_identity(w);
         for addr in indexed_addrs(w) {
             self.by_ip.edit(&addr, |c| c.take(|k| &*k.workload().uid == uid));
         }
@@ -221,6 +260,23 @@ impl Snapshot {
                 }
             }
         }
+    }
+    /// The identity of a workload, one text for all workloads of a service account.
+    fn share_identity(&mut self, w: &Workload) -> Arc<[SpiffeId]> {
+        let key = account_of(w);
+        if let Some(shared) = self.identities.get_mut(&key) {
+            shared.users += 1;
+            return Arc::clone(&shared.expect);
+        }
+        let expect: Arc<[SpiffeId]> = w.identity().map_or_else(|_| Arc::default(), |id| Arc::from([id]));
+        self.identities.insert(key, SharedIdentity { expect: Arc::clone(&expect), users: 1 });
+        expect
+    }
+    fn unshare_identity(&mut self, w: &Workload) {
+        self.identities.edit(&account_of(w), |shared| {
+            shared.users = shared.users.saturating_sub(1);
+            if shared.users == 0 { Keep::No } else { Keep::Yes }
+        });
     }
     fn is_local(&self, w: &Workload) -> bool {
         !w.node.is_empty() && w.node == self.view.node
@@ -316,7 +372,7 @@ impl Snapshot {
     }
     /// Workload by address, with its identity.
     pub fn find_known_by_ip(&self, network: &Network, ip: IpAddr) -> Option<&Arc<Known>> {
-        self.by_ip.get(&AddrRef(network, ip.to_canonical()))?.0.first()
+        self.by_ip.get(&AddrRef(network, ip.to_canonical()))?.all().first()
     }
     /// Service by key.
     pub fn find_service(&self, key: &ServiceKey) -> Option<&Arc<Service>> {
@@ -393,7 +449,7 @@ impl Snapshot {
             lines.push(format!("workload {uid} {:?} {:?}", k.workload(), k.identity()));
         }
         for (addr, c) in &self.by_ip {
-            let uids: Vec<&str> = c.0.iter().map(|k| &*k.workload().uid).collect();
+            let uids: Vec<&str> = c.all().iter().map(|k| &*k.workload().uid).collect();
             lines.push(format!("ip {addr} {uids:?}"));
         }
         lines.extend(self.local.iter().map(|(uid, k)| format!("local {uid} {:?}", k.workload())));
@@ -405,14 +461,15 @@ impl Snapshot {
             lines.push(line);
         }
         for (host, c) in &self.by_host {
-            lines.push(format!("host {host} {:?}", c.0));
+            lines.push(format!("host {host} {:?}", c.all()));
         }
         for (addr, c) in &self.by_vip {
-            lines.push(format!("vip {addr} {:?}", c.0));
+            lines.push(format!("vip {addr} {:?}", c.all()));
         }
         for ((network, net), c) in &self.by_cidr {
-            lines.push(format!("range {}/{net} {:?}", network.0, c.0));
+            lines.push(format!("range {}/{net} {:?}", network.0, c.all()));
         }
+        lines.extend(self.identities.iter().map(|(_, i)| format!("identity {:?} of {}", i.expect, i.users)));
         lines.push(format!("lengths {:?}", self.cidr_lengths));
         self.policies.dump(&mut lines);
         lines.sort_unstable();

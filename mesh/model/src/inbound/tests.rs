@@ -16,6 +16,7 @@ fn web() -> Workload {
 fn web_service() -> Service {
     service("default", "web", "10.96.0.1", &[(80, 0), (90, 9090), (91, 0), (92, 15001)])
 }
+#[expect(clippy::unnecessary_wraps, reason = "compared with what `check` gives")]
 fn to(dst: &str, service: Option<&str>) -> Result<(String, Option<String>), Reason> {
     Ok((dst.into(), service.map(Into::into)))
 }

@@ -12,12 +12,7 @@ fn plan(objects: Vec<Change>, dst: &str) -> Result<Dial, Reason> {
     plan_outbound(&snap, &outbound(&client, dst)).map(|p| p.dial).map_err(|r| r.reason)
 }
 fn hop(dial: &str, authority: &str, expect: &[SpiffeId], role: HopRole) -> Hop {
-    Hop {
-        dial: sock(dial).into(),
-        authority: HboneAuthority::parse(authority).expect("authority"),
-        expect: expect.into(),
-        role,
-    }
+    Hop { dial: sock(dial).into(), authority: HboneAuthority::parse(authority).expect("authority"), expect: expect.into(), role }
 }
 fn sa(name: &str) -> SpiffeId {
     id("cluster.local", "default", name)
@@ -280,12 +275,7 @@ fn endpoints_by_name_are_resolved_by_the_shell() {
     let named = |then| Dial::Name { host: "db.example.com".into(), port: 8080, then };
     assert_eq!(plan(objects(&w), "10.96.0.1:80"), Ok(named(NamedDial::Plain)));
     w.protocol = Protocol::Hbone;
-    let hbone = NamedDial::Hbone {
-        hbone_port: HBONE_PORT,
-        authority: None,
-        expect: [sa("ext")].into(),
-        role: HopRole::Endpoint,
-    };
+    let hbone = NamedDial::Hbone { hbone_port: HBONE_PORT, authority: None, expect: [sa("ext")].into(), role: HopRole::Endpoint };
     assert_eq!(plan(objects(&w), "10.96.0.1:80"), Ok(named(hbone)));
 }
 

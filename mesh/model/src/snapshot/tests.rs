@@ -139,16 +139,20 @@ fn any_workload() -> impl Strategy<Value = Workload> {
             let ports: &[(u16, u16)] = [&[(80, 8080)][..], &[(90, 9090)], &[]].into_iter().nth(usize::from(ports)).unwrap();
             w = backs(w, &key(SERVICES[s].0, SERVICES[s].1), ports);
         }
-        w.policies = policies
-            .into_iter()
-            .map(|(ns, p)| PolicyKey::new(if ns == 0 { "ns1" } else { "ns2" }, &format!("p{p}")))
-            .collect();
+        w.policies =
+            policies.into_iter().map(|(ns, p)| PolicyKey::new(if ns == 0 { "ns1" } else { "ns2" }, &format!("p{p}"))).collect();
         w
     })
 }
 fn any_service() -> impl Strategy<Value = Service> {
     let flags = prop::array::uniform6(prop::bool::weighted(0.3));
-    (0..SERVICES.len(), 0..4_u8, flags, 0..3_u8, prop::sample::select(vec![LbMode::Any, LbMode::Strict, LbMode::Failover, LbMode::Passthrough]))
+    (
+        0..SERVICES.len(),
+        0..4_u8,
+        flags,
+        0..3_u8,
+        prop::sample::select(vec![LbMode::Any, LbMode::Strict, LbMode::Failover, LbMode::Passthrough]),
+    )
         .prop_map(|(n, vip, flags, waypoint, mode)| {
             let [canonical, private, all, v4, sans, range] = flags;
             let (ns, name) = SERVICES[n];
@@ -215,7 +219,9 @@ fn final_set(changes: &[Change]) -> Vec<Change> {
 fn answers(snap: &Snapshot) -> Vec<String> {
     let mut out = Vec::new();
     let networks = [Network::default(), Network::from("n2")];
-    let addrs = || IPS.iter().copied().chain(["10.96.0.0", "10.96.0.1", "10.96.0.2", "10.96.0.3", "10.97.0.1", "10.97.9.9", "10.200.0.1"]);
+    let addrs = || {
+        IPS.iter().copied().chain(["10.96.0.0", "10.96.0.1", "10.96.0.2", "10.96.0.3", "10.97.0.1", "10.97.9.9", "10.200.0.1"])
+    };
     for network in &networks {
         for addr in addrs() {
             out.push(format!("{:?}", snap.find_workload_by_ip(network, ip(addr)).map(|w| &w.uid)));
