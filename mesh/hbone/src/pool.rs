@@ -277,8 +277,9 @@ impl<D: Dialer> Pool<D> {
     }
 }
 
-/// Turns one `open` may take; only reached when every fresh tunnel is filled by others first.
-const MAX_TURNS: usize = 64;
+/// Turns one `open` may take. Each fresh tunnel serves a tunnel's worth of waiters, so this bounds the crowd that may wait
+/// for one destination on one thread, not the number of dials an `open` causes.
+const MAX_TURNS: usize = 1024;
 
 impl Destination {
     fn abort(self) -> usize {
@@ -358,11 +359,14 @@ impl<D: Dialer> Inner<D> {
         };
         destination.dialing = None;
         match result {
-            Ok(tunnel) => {
+            Ok(tunnel) if tunnel.is_open() => {
                 destination.tunnels.push((id, tunnel));
                 Ok(())
             }
-            Err(error) => {
+            result => {
+                let error = result.err().unwrap_or_else(|| {
+                    HboneError::new(Reason::H2Failure, "the peer closed the tunnel right after the handshake")
+                });
                 if destination.tunnels.is_empty() {
                     state.keys.remove(key);
                 }

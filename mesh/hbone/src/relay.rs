@@ -195,7 +195,7 @@ struct Relay<A: Endpoint, B: Endpoint, C> {
     back: Flow,
     counters: C,
     timeouts: Timeouts,
-    clock: Option<Pin<Box<Clock>>>,
+    clock: Option<Box<Clock>>,
     ended: bool,
 }
 
@@ -321,8 +321,8 @@ impl<A: Endpoint, B: Endpoint, C: Counters> Relay<A, B, C> {
         let limit = self.limit();
         let blocked = self.out.blocked || self.back.blocked;
         if limit.is_none() && !blocked {
-            // Kept while data still moves in bursts; a freed timer would be made anew at the next full socket.
-            if self.out.queue.is_empty() && self.back.queue.is_empty() {
+            // Kept until it fires: in bulk traffic sinks are full every other moment, and timers are not free to make.
+            if self.clock.as_mut().is_some_and(|clock| clock.sleep.as_mut().poll(cx).is_ready()) {
                 self.clock = None;
             }
             return Poll::Pending;
@@ -336,7 +336,7 @@ impl<A: Endpoint, B: Endpoint, C: Counters> Relay<A, B, C> {
         let moved = self.out.bytes + self.back.bytes;
         let clock = self.clock.get_or_insert_with(|| {
             let now = Instant::now();
-            Box::pin(Clock { sleep: Box::pin(tokio::time::sleep(period)), period, moved, since: now })
+            Box::new(Clock { sleep: Box::pin(tokio::time::sleep(period)), period, moved, since: now })
         });
         if period < clock.period {
             clock.sleep.as_mut().reset(Instant::now() + period);

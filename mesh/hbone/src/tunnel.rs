@@ -260,6 +260,8 @@ pub(crate) struct Upkeep {
     seen_bytes: u64,
     /// When the unanswered keepalive ping was sent.
     asked: Option<Instant>,
+    /// h2's one slot for pings holds a keepalive ping (or its unread answer).
+    slot_taken: bool,
     growth: Growth,
 }
 
@@ -291,6 +293,7 @@ impl Upkeep {
             timeout: settings.ping_timeout,
             seen_bytes: 0,
             asked: None,
+            slot_taken: false,
             growth: Growth {
                 window: settings.stream_window,
                 base: settings.stream_window,
@@ -329,7 +332,7 @@ impl Upkeep {
             self.asked = Some(now);
             if let Some(pings) = &mut self.pings {
                 // Refused only while a probe's ping is unanswered, which serves as well.
-                let _ = pings.send_ping(h2::Ping::opaque());
+                self.slot_taken |= pings.send_ping(h2::Ping::opaque()).is_ok();
             }
         }
         if self.shared.stalled.swap(false, Relaxed) {
@@ -349,6 +352,10 @@ impl Upkeep {
             growth.follow_streams(streams, knobs, settings);
         }
         let Some(pings) = &mut self.pings else { return };
+        if self.slot_taken {
+            // An answer nobody reads would keep every later ping from being sent.
+            self.slot_taken = pings.poll_pong(cx).is_pending();
+        }
         if growth.max == growth.base {
             return;
         }
@@ -356,7 +363,7 @@ impl Upkeep {
         match growth.probe_started {
             // A probe costs a round trip of two small frames: only worth it when half a window came since the last one.
             None if bytes.wrapping_sub(growth.probed_bytes) >= u64::from(growth.window / 2) && !growth.resting => {
-                if growth.window < growth.max && pings.send_ping(h2::Ping::opaque()).is_ok() {
+                if growth.window < growth.max && !self.slot_taken && pings.send_ping(h2::Ping::opaque()).is_ok() {
                     growth.probe_started = Some(Instant::now());
                     self.shared.probe.store(self.shared.probe.load(Relaxed).wrapping_add(1), Relaxed);
                     self.shared.peak.store(0, Relaxed);
@@ -365,12 +372,7 @@ impl Upkeep {
                 }
                 growth.probed_bytes = bytes;
             }
-            None => {
-                // Clears the answer to a keepalive ping, or the slot would stay taken.
-                if self.asked.is_some() {
-                    let _ = pings.poll_pong(cx);
-                }
-            }
+            None => {}
             Some(started) => match pings.poll_pong(cx) {
                 Poll::Pending => {}
                 Poll::Ready(Err(_)) => growth.probe_started = None,

@@ -219,7 +219,7 @@ async fn a_draining_tunnel_is_not_handed_out_and_its_streams_live() {
     let pool = pool(&net);
     let key = key("a", 1);
     let mut old = open(&pool, &key).await.unwrap();
-    net.drains.lock()[0].start(DrainMode::Graceful { deadline: Duration::from_secs(60) });
+    net.drains.lock()[0].start(DrainMode::Graceful { deadline: Duration::from_mins(1) });
     tokio::time::sleep(Duration::from_millis(1)).await;
     let _new = open(&pool, &key).await.unwrap();
     assert_eq!(net.dials(), 2);
@@ -233,7 +233,7 @@ async fn a_stream_the_goaway_overtook_is_opened_again() {
     let key = key("a", 1);
     let _old = open(&pool, &key).await.unwrap();
     // No pause: the CONNECT and the GOAWAY cross.
-    net.drains.lock()[0].start(DrainMode::Graceful { deadline: Duration::from_secs(60) });
+    net.drains.lock()[0].start(DrainMode::Graceful { deadline: Duration::from_mins(1) });
     let _new = open(&pool, &key).await.unwrap();
 }
 

@@ -267,7 +267,7 @@ async fn two_streams_can_be_joined() {
     let task = tokio::spawn(relay(middle_a, middle_b, (), std::future::pending(), Timeouts::default()));
     let data = bytes::Bytes::from(vec![9; 1 << 20]);
     let total = data.len();
-    let (_, got) = tokio::join!(
+    let ((), got) = tokio::join!(
         async {
             common::send(&mut near, data).await;
             near.finish().unwrap();
@@ -301,6 +301,7 @@ async fn a_relay_is_small() {
     let future = relay(tcp, stream, Arc::new(Count), std::future::pending::<()>(), Timeouts::default());
     let size = size_of_val(&future);
     assert!(size <= 640, "the relay's future has {size} bytes");
+    println!("relay: {size} bytes");
     let (a, b) = (common::tcp(None).await.0, common::tcp(None).await.0);
     let size = size_of_val(&relay_tcp(a, b, (), std::future::pending(), Timeouts::default()));
     assert!(size <= 640, "the passthrough relay's future has {size} bytes");
