@@ -26,7 +26,7 @@ use tokio::time::Instant;
 /// Serves one connection to 15008: first byte → gate → TLS → HTTP/2, then each CONNECT as a task of its own.
 pub async fn serve_conn(pod: Arc<Pod>, accepted: Accepted) {
     let (peer, local) = (accepted.peer, accepted.original_dst);
-    let (tls, proof) = match handshake(&pod, accepted).await {
+    let (tls, proof) = match Box::pin(handshake(&pod, accepted)).await {
         Ok(Some(done)) => done,
         // Nothing was ever said: a probe or a scan. Nobody is denied anything.
         Ok(None) => return,
@@ -91,7 +91,8 @@ async fn serve_stream(pod: Arc<Pod>, proof: Arc<Peer>, client: SocketAddr, local
 
     let authority: Box<str> = incoming.authority().into();
     let admitted = tokio::select! {
-        admitted = admit(&pod, &proof, client, local, &authority, &mut record) => admitted,
+        // Boxed: gone once the relay runs, which may be for days.
+        admitted = Box::pin(admit(&pod, &proof, client, local, &authority, &mut record)) => admitted,
         // Nobody waits for an answer any more; what was dialled so far is dropped.
         gone = incoming.cancelled() => {
             report::refused(&pod.shared, &record, &Refusal::new(Reason::Reset, format!("by the client before an answer: {gone}")));

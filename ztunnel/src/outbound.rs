@@ -28,7 +28,8 @@ pub async fn serve_conn(pod: Arc<Pod>, accepted: Accepted) {
     let mut record = Record::new(Direction::Outbound, accepted.peer, dst);
 
     // plan and dial, again with another endpoint when the failure allows it
-    let reached = match plan_and_dial(&pod, accepted.peer, dst, &mut record).await {
+    // Boxed: its states (TLS, names, two tunnels) are large and gone once the relay runs, which may be for days.
+    let reached = match Box::pin(plan_and_dial(&pod, accepted.peer, dst, &mut record)).await {
         Ok(reached) => reached,
         Err(why) => {
             report::refused(&pod.shared, &record, &why);

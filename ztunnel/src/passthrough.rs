@@ -27,7 +27,7 @@ pub async fn serve_conn(pod: Arc<Pod>, accepted: Accepted) {
         carried: Carried::Tcp,
         identity: None,
     });
-    let upstream = match admit(&pod, &accepted, &mut record).await {
+    let upstream = match Box::pin(admit(&pod, &accepted, &mut record)).await {
         Ok(upstream) => upstream,
         Err(why) => {
             report::refused(&pod.shared, &record, &why);

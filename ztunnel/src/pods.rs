@@ -22,9 +22,13 @@ use std::net::{Ipv6Addr, SocketAddr};
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::task::JoinHandle;
 
 /// How long after a failure a pod is tried again.
 const RETRY: Duration = Duration::from_secs(5);
+
+/// How long connections that were cut may take to end before the redirection is removed under them.
+const TAKE_DOWN: Duration = Duration::from_secs(1);
 
 /// What the supervisor knows of each pod, for admin.
 #[derive(Clone, Debug, Default)]
@@ -60,6 +64,7 @@ struct Running {
     pod: Arc<Pod>,
     place: Option<NetnsId>,
     redirect: Option<Redirect>,
+    loops: [JoinHandle<()>; 3],
     drain: Drain,
     ready: Arc<ReadyTask>,
 }
@@ -145,7 +150,10 @@ impl PodSupervisor {
             if same_place && same_identity {
                 return;
             }
-            self.stop(uid, "the pod was replaced");
+            // What comes after it in the same namespace must not find its sockets, nor lose its rules to the old one's end.
+            if let Some(down) = self.stop(uid, "the pod was replaced") {
+                let _ = down.await;
+            }
         } else if place.is_err() && self.running.contains_key(uid) {
             self.stop(uid, "the pod's network namespace is gone");
         }
@@ -199,11 +207,14 @@ impl PodSupervisor {
         let home = workload.uid.bytes().fold(0usize, |h, b| h.wrapping_mul(31).wrapping_add(usize::from(b))) % workers.len();
         let worker = workers.get(home).ok_or("no data thread")?;
         let name = label(workload);
-        worker.spawn(report_end("outbound", name.clone(), accept::run(Arc::clone(&pod), sockets.outbound, outbound::serve_conn)));
-        worker.spawn(report_end("inbound plaintext", name.clone(), accept::run(Arc::clone(&pod), sockets.plain, passthrough::serve_conn)));
-        worker.spawn(report_end("inbound", name.clone(), accept::run(Arc::clone(&pod), sockets.hbone, inbound::serve_conn)));
+        let Sockets { outbound, plain, hbone } = sockets;
+        let loops = [
+            worker.spawn(report_end("outbound", name.clone(), accept::run(Arc::clone(&pod), outbound, outbound::serve_conn))),
+            worker.spawn(report_end("inbound plaintext", name.clone(), accept::run(Arc::clone(&pod), plain, passthrough::serve_conn))),
+            worker.spawn(report_end("inbound", name.clone(), accept::run(Arc::clone(&pod), hbone, inbound::serve_conn))),
+        ];
         let ready = Arc::new(self.readiness.pending(&format!("certificate of {name}")));
-        Ok(Running { pod, place: netns.map(|n| n.id()), redirect, drain, ready })
+        Ok(Running { pod, place: netns.map(|n| n.id()), redirect, loops, drain, ready })
     }
 
     /// The pod is ready once it can prove who it is.
@@ -226,21 +237,16 @@ impl PodSupervisor {
     }
 
     /// Ends one pod at once: it is no longer ours, its network may be gone.
-    fn stop(&mut self, uid: &str, why: &'static str) {
-        let Some(running) = self.running.remove(uid) else { return };
+    fn stop(&mut self, uid: &str, why: &'static str) -> Option<JoinHandle<()>> {
+        let running = self.running.remove(uid)?;
         self.table.remove(uid);
         running.ready.ready();
         running.drain.start(DrainMode::Immediate);
-        running.pod.conns.cut_all(&Refusal::new(Reason::Revoked, why));
-        for pool in &running.pod.pools {
-            pool.close_where(|_| true);
-        }
-        detach(running.redirect, uid);
         self.forget_unused(&running.pod.identity);
         self.shared.metrics.pods_stopped.inc();
         tracing::info!(pod = %uid, why, "pod is no longer served");
+        Some(tokio::spawn(take_down(running, Refusal::new(Reason::Revoked, why))))
     }
-
     /// Drops the certificate when no other pod of this node has that identity.
     fn forget_unused(&self, identity: &SpiffeId) {
         if !self.running.values().any(|r| r.pod.identity == *identity) {
@@ -295,9 +301,10 @@ impl PodSupervisor {
             let left: usize = all.iter().map(|c| c.len()).sum();
             tracing::warn!(left, "connections closed at the termination deadline");
         }
-        for (uid, running) in self.running.drain() {
-            running.pod.conns.cut_all(&Refusal::new(Reason::Draining, "the agent is shutting down"));
-            detach(running.redirect, &uid);
+        let why = Refusal::new(Reason::Draining, "the agent is shutting down");
+        let downs: Vec<_> = self.running.drain().map(|(_, r)| tokio::spawn(take_down(r, why.clone()))).collect();
+        for down in downs {
+            let _ = down.await;
         }
     }
 }
@@ -367,10 +374,30 @@ async fn attach(netns: Arc<NetnsFd>, sockets: &Sockets) -> Result<Redirect, Stri
     .map_err(|e| format!("redirection: {e}"))
 }
 
-fn detach(redirect: Option<Redirect>, uid: &str) {
+/// Ends what a pod has: connections first, because once the redirection is gone, what the application still sends on
+/// them would go to the network as it is.
+async fn take_down(running: Running, why: Refusal) {
+    let Running { pod, redirect, loops, .. } = running;
+    pod.conns.cut_all(&why);
+    for pool in &pod.pools {
+        pool.close_where(|_| true);
+    }
+    let empty = async {
+        for accepting in loops {
+            let _ = accepting.await;
+        }
+        while !pod.conns.is_empty() {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    };
+    if tokio::time::timeout(TAKE_DOWN, empty).await.is_err() {
+        tracing::warn!(pod = %pod.uid, left = pod.conns.len(), "connections did not end in time");
+    }
     let Some(redirect) = redirect else { return };
-    if let Err(error) = redirect.detach() {
+    // Tens of milliseconds of system calls.
+    let done = tokio::task::spawn_blocking(move || redirect.detach()).await;
+    if let Ok(Err(error)) = done {
         // The namespace is usually gone together with everything in it.
-        tracing::debug!(%error, pod = %uid, "redirection could not be removed");
+        tracing::debug!(%error, pod = %pod.uid, "redirection could not be removed");
     }
 }

@@ -1,5 +1,6 @@
 //! Ring 2: the whole agent but capture, in one process on loopback. Each pod has an address of 127.1.0.0/16 of its own;
 //! connections are brought to the outbound side by the test, with the destination a capture would have found.
+#![allow(clippy::unwrap_used, reason = "a panic is how a test fails, also outside its own function")]
 use anyhow::{Context as _, Result, ensure};
 use clap::Parser;
 use mesh_hbone::{ConnectRequest, Incoming};
@@ -7,7 +8,7 @@ use mesh_identity::local_ca::{LocalCa, LocalCaSettings};
 use mesh_identity::{IdentitySource, Svid, TlsContext};
 use mesh_model::change::Change;
 use mesh_model::policy::{Action, Clause, Match, Policy, PolicyBody, PolicyKey, Rule, Scope, TextMatch, Values};
-use mesh_model::service::{Service, ServiceKey, ServicePort, WeightedWaypoint};
+use mesh_model::service::{AppProtocol, Service, ServiceKey, ServicePort, WeightedWaypoint};
 use mesh_model::snapshot::Viewpoint;
 use mesh_model::workload::{GatewayDestination, GatewayRef, Protocol, Workload};
 use mesh_model::{HboneAuthority, Network, NetworkAddr, Reason, SpiffeId, TrustDomain};
@@ -408,7 +409,7 @@ async fn a_service_with_a_waypoint_goes_to_the_waypoint_with_its_own_address() -
     let lab = Lab::start(|ip| {
         let mut service = Service::new("web", "t", "web.t.svc.cluster.local");
         service.vips = vec![NetworkAddr { network: Network::default(), ip: ip(100) }];
-        service.ports = vec![ServicePort { port: 80, target: 8080, protocol: Default::default() }];
+        service.ports = vec![ServicePort { port: 80, target: 8080, protocol: AppProtocol::Unknown }];
         let waypoint = GatewayRef { destination: GatewayDestination::Address(Network::default(), ip(50)), hbone_port: 15008 };
         service.waypoints = vec![WeightedWaypoint { waypoint, weight: 100 }];
         vec![up(workload("client", ip(1))), up(elsewhere("waypoint", ip(50))), Change::Service(Arc::new(service))]
@@ -425,7 +426,7 @@ async fn a_declared_waypoint_that_is_missing_is_never_bypassed() -> Result<()> {
     let lab = Lab::start(|ip| {
         let mut service = Service::new("web", "t", "web.t.svc.cluster.local");
         service.vips = vec![NetworkAddr { network: Network::default(), ip: ip(100) }];
-        service.ports = vec![ServicePort { port: 80, target: 8080, protocol: Default::default() }];
+        service.ports = vec![ServicePort { port: 80, target: 8080, protocol: AppProtocol::Unknown }];
         let missing = GatewayRef { destination: GatewayDestination::Service(ServiceKey::new("t", "waypoint.t.svc.cluster.local")), hbone_port: 15008 };
         service.waypoints = vec![WeightedWaypoint { waypoint: missing, weight: 100 }];
         let mut server = workload("server", ip(2));
@@ -443,7 +444,7 @@ async fn another_network_is_reached_through_two_tunnels() -> Result<()> {
     let lab = Lab::start(|ip| {
         let mut service = Service::new("web", "t", "web.t.svc.cluster.local");
         service.vips = vec![NetworkAddr { network: Network::default(), ip: ip(100) }];
-        service.ports = vec![ServicePort { port: 80, target: 8080, protocol: Default::default() }];
+        service.ports = vec![ServicePort { port: 80, target: 8080, protocol: AppProtocol::Unknown }];
         service.sans = vec!["spiffe://cluster.local/ns/t/sa/server".parse().unwrap()];
         let mut remote = elsewhere("remote", ip(3));
         remote.ips = vec![];
@@ -536,5 +537,18 @@ async fn the_pod_drains_and_tells_its_peers() -> Result<()> {
     echo_once(&mut client).await?;
     drop(client);
     timeout(LIMIT, lab.drain.finished()).await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn the_task_of_a_connection_is_small() -> Result<()> {
+    let lab = pair(vec![]).await?;
+    let pod = lab.pod("client")?;
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
+    let _client = TcpStream::connect(listener.local_addr()?).await?;
+    let (tcp, peer) = listener.accept().await?;
+    let size = size_of_val(&outbound::serve_conn(pod, Accepted { tcp, peer, original_dst: lab.at(2, 8080) }));
+    // Ten thousand idle connections are ten thousand of these.
+    ensure!(size <= 1536, "{size} bytes");
     Ok(())
 }
