@@ -45,6 +45,9 @@ struct Doc {
     line: u32,
     ids: Vec<ObjectId>,
     problems: Vec<Problem>,
+    /// Objects it names and that are refused.
+    refused: Vec<ObjectId>,
+    /// It does not parse.
     broken: bool,
 }
 #[derive(Debug, Default)]
@@ -169,7 +172,7 @@ impl Folder {
                     // It may hold policies; without a last good state nothing says what they would have refused.
                     let mut r = self.translator.reader(Arc::clone(&place));
                     let object = r.unreadable(0, "", "the file cannot be read");
-                    file.docs.push(Doc { hash: 0, read_line: 1, line: 1, ids: vec![object.id.clone()], problems: Vec::new(), broken: true });
+                    file.docs.push(Doc { hash: 0, read_line: 1, line: 1, ids: vec![object.id.clone()], problems: Vec::new(), refused: Vec::new(), broken: true });
                     self.take_first(vec![object], &place, 0);
                 }
                 return file;
@@ -204,12 +207,16 @@ impl Folder {
                 file.docs.push(state);
             }
         }
-        if file.docs.iter().any(|d| d.broken) {
+        // Last good: all that is missing while a document does not parse, else what is there and refused.
+        let broken = file.docs.iter().any(|d| d.broken);
+        let refused: HashSet<&ObjectId> = file.docs.iter().flat_map(|d| &d.refused).collect();
+        if broken || !refused.is_empty() {
             let now: HashSet<&ObjectId> = file.docs.iter().flat_map(|d| &d.ids).collect();
-            file.kept = known
-                .into_iter()
-                .filter(|id| id.kind != crate::translate::Kind::Unreadable && !now.contains(id))
-                .collect();
+            let kept = known.into_iter().filter(|id| {
+                id.kind != crate::translate::Kind::Unreadable && !now.contains(id) && (broken || refused.contains(id))
+            });
+            let kept = kept.collect();
+            file.kept = kept;
         }
         file
     }
@@ -268,8 +275,9 @@ impl Folder {
             }
         }
         let problems = std::mem::take(&mut r.problems);
+        let refused = std::mem::take(&mut r.refused);
         let ids = objects.iter().map(|o| o.id.clone()).collect();
-        (Doc { hash, read_line: doc.line, line: doc.line, ids, problems, broken }, objects)
+        (Doc { hash, read_line: doc.line, line: doc.line, ids, problems, refused, broken }, objects)
     }
 
     /// Brings the translator in line with what the files say; returns the problems of objects that are there twice.

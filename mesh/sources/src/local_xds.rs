@@ -215,10 +215,10 @@ fn insert<K: Ord, T>(
     object: &str,
     problems: &mut Vec<Problem>,
 ) {
-    if map.contains_key(&key) {
-        problems.push(problem(place, node.line, object, "it is written twice; the first counts"));
+    if let std::collections::btree_map::Entry::Vacant(free) = map.entry(key) {
+        free.insert(Arc::new(value));
     } else {
-        map.insert(key, Arc::new(value));
+        problems.push(problem(place, node.line, object, "it is written twice; the first counts"));
     }
 }
 fn name_of(what: &str, node: &Node<'_>) -> Arc<str> {
@@ -238,13 +238,11 @@ fn need<'p>(node: &'p Node<'p>, key: &'static str) -> Read<'p, &'p str> {
 fn choice<'p, T: Copy>(node: &'p Node<'p>, key: &str, choices: &[(&str, T)]) -> Read<'p, Option<T>> {
     let Some(n) = node.get(key) else { return Ok(None) };
     let t = read::scalar(n)?;
-    match choices.iter().find(|(name, _)| name.eq_ignore_ascii_case(t)) {
-        Some((_, v)) => Ok(Some(*v)),
-        None => {
-            let known: Vec<&str> = choices.iter().map(|(n, _)| *n).collect();
-            Err(Bad::value(n, format!("`{t}` is not one of {}", known.join(", ")), "write one of them"))
-        }
+    if let Some((_, v)) = choices.iter().find(|(name, _)| name.eq_ignore_ascii_case(t)) {
+        return Ok(Some(*v));
     }
+    let known: Vec<&str> = choices.iter().map(|(n, _)| *n).collect();
+    Err(Bad::value(n, format!("`{t}` is not one of {}", known.join(", ")), "write one of them"))
 }
 fn parsed<'p, T: FromStr>(node: &'p Node<'p>, what: &str) -> Read<'p, T>
 where

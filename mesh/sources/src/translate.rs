@@ -265,19 +265,17 @@ impl Translator {
             }
             (Kind::Pod, new) => {
                 let space = self.spaces.entry(Arc::clone(&ns)).or_default();
-                match new {
-                    Some((Body::Pod(obj), origin)) => match space.pods.get_mut(&name) {
-                        Some(slot) if slot.obj == obj && slot.origin == origin => return,
-                        Some(slot) => (slot.obj, slot.origin) = (obj, origin),
-                        None => {
-                            space.pods.insert(name, PodSlot { obj, origin, out: None });
-                        }
-                    },
-                    _ => {
-                        if let Some(w) = space.pods.remove(&name).and_then(|s| s.out) {
-                            self.dirty.gone.push(Change::WorkloadGone(Arc::clone(&w.uid)));
-                        }
-                        return;
+                let Some((Body::Pod(obj), origin)) = new else {
+                    if let Some(w) = space.pods.remove(&name).and_then(|s| s.out) {
+                        self.dirty.gone.push(Change::WorkloadGone(Arc::clone(&w.uid)));
+                    }
+                    return;
+                };
+                match space.pods.get_mut(&name) {
+                    Some(slot) if slot.obj == obj && slot.origin == origin => return,
+                    Some(slot) => (slot.obj, slot.origin) = (obj, origin),
+                    None => {
+                        space.pods.insert(name, PodSlot { obj, origin, out: None });
                     }
                 }
                 if !self.dirty.all {

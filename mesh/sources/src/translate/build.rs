@@ -64,27 +64,21 @@ impl Translator {
     /// The service of a key, with the object it came from and what is wrong with it.
     pub(super) fn build_service(&self, key: &ServiceKey) -> (Option<Service>, ObjectId, Vec<Problem>) {
         let mut problems = Vec::new();
-        match self.owner(&key.namespace, &key.hostname) {
+        // By host name, not by object: a ServiceEntry has several, and the owner of a host may change.
+        let id = ObjectId {
+            kind: Kind::Service,
+            namespace: Arc::clone(&key.namespace),
+            name: Arc::clone(&key.hostname),
+        };
+        let service = match self.owner(&key.namespace, &key.hostname) {
             Some(Owner::Service(slot)) => {
                 let name = self.kube_name(&key.hostname).map_or("", |(_, n)| n);
-                let id = ObjectId { kind: Kind::Service, namespace: Arc::clone(&key.namespace), name: name.into() };
-                (Some(self.kube_to_service(key, name, slot, &mut problems)), id, problems)
+                Some(self.kube_to_service(key, name, slot, &mut problems))
             }
-            Some(Owner::Entry(name, slot)) => {
-                // Several hosts share one object: problems are kept per host.
-                let id = ObjectId {
-                    kind: Kind::ServiceEntry,
-                    namespace: Arc::clone(&key.namespace),
-                    name: format!("{name} ({})", key.hostname).into(),
-                };
-                (Some(self.entry_to_service(key, name, slot, &mut problems)), id, problems)
-            }
-            None => {
-                let name = self.kube_name(&key.hostname).map_or("", |(_, n)| n);
-                let id = ObjectId { kind: Kind::Service, namespace: Arc::clone(&key.namespace), name: name.into() };
-                (None, id, problems)
-            }
-        }
+            Some(Owner::Entry(name, slot)) => Some(self.entry_to_service(key, name, slot, &mut problems)),
+            None => None,
+        };
+        (service, id, problems)
     }
 
     fn kube_to_service(&self, key: &ServiceKey, name: &str, slot: &ServiceSlot, problems: &mut Vec<Problem>) -> Service {

@@ -187,22 +187,18 @@ fn binding(r: &mut Reader<'_>, node: &Node<'_>, meta: &Node<'_>) -> Option<Inbou
     let text = read::annotation(meta, "ambient.istio.io/waypoint-inbound-binding")?;
     let (protocol, port) = text.split_once('/').map_or((text, None), |(p, n)| (p, Some(n)));
     let port_ok = port.map(|p| p.parse::<u16>().ok().filter(|p| *p != 0));
-    match (protocol, port_ok) {
-        ("PROXY" | "NONE", None | Some(Some(_))) => {
-            Some(InboundBinding { proxy: protocol == "PROXY", port: port_ok.flatten() })
-        }
-        _ => {
-            r.problems.push(Problem {
-                severity: Severity::Error,
-                origin: Origin { place: Arc::clone(&r.place), line: node.line, object: Arc::clone(&r.object) },
-                field: "metadata.annotations[\"ambient.istio.io/waypoint-inbound-binding\"]".into(),
-                message: format!("`{text}` is not PROXY, NONE, PROXY/port or NONE/port").into(),
-                fix: "".into(),
-                code: Some("bad-value"),
-            });
-            None
-        }
+    if let ("PROXY" | "NONE", None | Some(Some(_))) = (protocol, port_ok) {
+        return Some(InboundBinding { proxy: protocol == "PROXY", port: port_ok.flatten() });
     }
+    r.problems.push(Problem {
+        severity: Severity::Error,
+        origin: Origin { place: Arc::clone(&r.place), line: node.line, object: Arc::clone(&r.object) },
+        field: "metadata.annotations[\"ambient.istio.io/waypoint-inbound-binding\"]".into(),
+        message: format!("`{text}` is not PROXY, NONE, PROXY/port or NONE/port").into(),
+        fix: "".into(),
+        code: Some("bad-value"),
+    });
+    None
 }
 
 pub(super) fn gateway_class<'p>(r: &mut Reader<'_>, node: &'p Node<'p>) -> Read<'p, GatewayClass> {

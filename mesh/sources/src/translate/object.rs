@@ -427,7 +427,8 @@ pub struct Reader<'a> {
     pub place: Arc<str>,
     /// Istio's root namespace.
     pub root_namespace: Arc<str>,
-    /// Trust domain of ServiceEntry endpoints' identities.
+    /// Objects that were refused although it is clear which they are: what they said before may stay in force.
+    pub refused: Vec<ObjectId>,
     pub(crate) object: Arc<str>,
 }
 
@@ -450,7 +451,7 @@ const NOT_FOR_MESH: &[&str] = &[
 impl<'a> Reader<'a> {
     /// A reader for one file or source.
     pub fn new(pool: &'a mut Interner, place: Arc<str>, root_namespace: Arc<str>) -> Self {
-        Self { pool, problems: Vec::new(), place, root_namespace, object: "".into() }
+        Self { pool, problems: Vec::new(), place, root_namespace, refused: Vec::new(), object: "".into() }
     }
 
     /// Whether the root of a document is a `List` whose items the YAML loader hands out one by one.
@@ -503,6 +504,7 @@ impl<'a> Reader<'a> {
         match body {
             Ok(body) => Some(Object { id, origin, body }),
             Err(bad) => {
+                self.refused.push(id);
                 self.report(node, &bad, Severity::Error);
                 None
             }

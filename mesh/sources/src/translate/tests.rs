@@ -74,7 +74,9 @@ fn objects(t: &mut Translator, text: &str) -> (Vec<Object>, Vec<Problem>) {
 fn mesh(text: &str) -> (State, Vec<Problem>) {
     let mut t = Translator::new(view(), &Settings::default());
     let (objects, mut problems) = objects(&mut t, text);
-    objects.into_iter().for_each(|o| t.upsert(o));
+    for o in objects {
+        t.upsert(o);
+    }
     let mut state = State::default();
     state.apply(t.flush());
     problems.extend(t.problems().cloned());
@@ -497,7 +499,7 @@ fn universe() -> Vec<Vec<String>> {
             format!("---\n{{apiVersion: discovery.k8s.io/v1, kind: EndpointSlice, metadata: {{name: sl, namespace: {n}, labels: {{kubernetes.io/service-name: s}}}}, ports: [{{name: web, port: 8}}], endpoints: [{{addresses: [192.0.2.2, 192.0.2.1]}}, {{addresses: [1.1.1.1], targetRef: {{kind: Pod, name: q}}}}]}}\n"),
         ]);
         for (i, e) in ["e1", "e2"].iter().enumerate() {
-            let se = |body: &str| format!("---\n{{apiVersion: networking.istio.io/v1, kind: ServiceEntry, metadata: {{name: {e}, namespace: {n}, creationTimestamp: '202{i}', labels: {{app: web}}}}, spec: {body}}}\n");
+            let se = |body: &str| format!("---\n{{apiVersion: networking.istio.io/v1, kind: ServiceEntry, metadata: {{name: {e}, namespace: {n}, creationTimestamp: '202{i}', labels: {{app: web, istio.io/use-waypoint: wp}}}}, spec: {body}}}\n");
             all.push(vec![
                 se("{hosts: [x.com, s.a.svc.cluster.local], resolution: STATIC, endpoints: [{address: 192.0.2.9}, {address: 192.0.2.8, labels: {istio.io/use-waypoint: wp}}], ports: [{number: 80, name: http}]}"),
                 se("{hosts: [x.com, y.com], resolution: DNS, ports: [{number: 80, name: http}]}"),
@@ -605,11 +607,15 @@ fn only_what_is_touched_changes() {
         text += &pod("a", &format!("p{i}"), &format!("10.0.1.{i}"), if i < 5 { "app: web" } else { "app: db" });
     }
     let (all, _) = objects(&mut t, &text);
-    all.into_iter().for_each(|o| t.upsert(o));
+    for o in all {
+        t.upsert(o);
+    }
     assert_eq!(t.flush().len(), 51);
     let change = |t: &mut Translator, text: &str| {
         let (all, _) = objects(t, text);
-        all.into_iter().for_each(|o| t.upsert(o));
+        for o in all {
+        t.upsert(o);
+    }
         t.flush().len()
     };
     assert_eq!(change(&mut t, &ap("a", "x", "{selector: {matchLabels: {app: web}}, rules: [{}]}")), 6, "the policy and five pods");

@@ -41,12 +41,13 @@ fn json_is_yaml() {
 fn duplicate_keys_and_bombs_are_refused_with_their_line() {
     let e = one("a: 1\nb: 2\na: 3\n").unwrap_err();
     assert_eq!((e.line, e.message.as_str()), (3, "the key `a` is written twice"));
-    let many: String = (0..40).map(|i| format!("k{i}: 1\n")).collect::<String>() + "k3: 1\n";
+    let keys: Vec<String> = (0..40).map(|i| format!("k{i}: 1\n")).collect();
+    let many = keys.concat() + "k3: 1\n";
     assert_eq!(one(&many).unwrap_err().line, 41);
     let mut bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n".to_owned();
     for i in 1..9 {
         let refs = vec![format!("*a{}", i - 1); 9].join(", ");
-        bomb.push_str(&format!("a{i}: &a{i} [{refs}]\n"));
+        bomb += &format!("a{i}: &a{i} [{refs}]\n");
     }
     assert!(one(&bomb).unwrap_err().message.contains("aliases expand"));
     let deep = "[".repeat(10_000);
