@@ -58,12 +58,17 @@ const TESTS: &[Test<Mesh>] = &[
     test("live_connections_are_listed", live_connections_are_listed),
     test("a_thousand_silent_connections_stop_nobody", a_thousand_silent_connections_stop_nobody),
     extended("ten_thousand_silent_connections_stop_nobody", ten_thousand_silent_connections_stop_nobody),
+    test("a_peer_that_stops_after_tls_is_ended", a_peer_that_stops_after_tls_is_ended),
     test("hundreds_of_connections_at_once", hundreds_of_connections_at_once),
     test("connections_leave_nothing_open", connections_leave_nothing_open),
     test("a_reader_that_stops_holds_up_nobody", a_reader_that_stops_holds_up_nobody),
     test("sigterm_ends_idle_connections_at_the_deadline", sigterm_ends_idle_connections_at_the_deadline),
     test("sigterm_drains_what_is_in_flight", sigterm_drains_what_is_in_flight),
     test("a_killed_agent_is_replaced_by_a_new_one", a_killed_agent_is_replaced_by_a_new_one),
+    test(
+        "the_plain_log_is_istios_line_and_quitquitquit_ends_the_agent",
+        the_plain_log_is_istios_line_and_quitquitquit_ends_the_agent,
+    ),
     extended("a_killed_agent_fails_closed", a_killed_agent_fails_closed),
     test("nothing_is_left_behind", nothing_is_left_behind),
 ];
@@ -195,12 +200,15 @@ impl Mesh {
     fn outside(&self) -> &Arc<Place> {
         self.topology().host("outside")
     }
-    fn start(&self, node: &str) -> anyhow::Result<Agent> {
+    fn spec(&self, node: &str) -> AgentSpec {
         AgentSpec::new(node, self.dir.path(), self.ca.path(), self.logs.path())
             .env("TRUST_DOMAIN", "test.local")
             .env("CULVERT_TRUST_DOMAIN_ALIASES", "cluster.local")
             .env("CONNECTION_TERMINATION_DEADLINE", "3s")
-            .start(self.topology().node(node))
+            .env("CULVERT_HANDSHAKE_TIMEOUT", "5s")
+    }
+    fn start(&self, node: &str) -> anyhow::Result<Agent> {
+        self.spec(node).start(self.topology().node(node))
     }
     /// A call that must work; returns who answered.
     fn call(&self, from: &str, to: SocketAddr) -> anyhow::Result<String> {
@@ -669,6 +677,8 @@ spec:
         problems(dump).iter().any(|problem| problem.contains("policy-unusable.yaml"))
     })?;
     wait::until_true("the target to be denied", || refused(mesh.pod("client"), victim).is_ok())?;
+    // The first refusal may have been a connection cut in the very moment of the change; the next is judged from its start.
+    refused(mesh.pod("client"), victim)?;
     mesh.b().wait_access("the refusal", mark, |record| starts(record, "error", "policy_unusable"))?;
     ensure!(mesh.call("client", mesh.pod("web1").at(PORT))? == "web1", "other workloads are not touched");
     drop(guard);
@@ -963,6 +973,11 @@ fn silent_connections(mesh: &Mesh, count: usize) -> anyhow::Result<()> {
     let visitor = mesh.topology().host("visitor");
     ensure!(tls_accepted(visitor, to, &ca.issue("spiffe://test.local/ns/t/sa/client")?)?, "a new tunnel cannot be made");
     let made = silent.len();
+    // They are not kept for ever: the agent itself ends them (its handshake timeout is 5 s here).
+    wait::until("the agent to end silent connections", Duration::from_secs(20), || {
+        mesh.b().open_fds().ok().filter(|now| *now <= fds + 8)
+    })
+    .with_context(|| format!("{fds} before, {:?} now, {made} were made", mesh.b().open_fds()))?;
     drop(silent);
     wait::until("descriptors to come back", Duration::from_secs(20), || mesh.b().open_fds().ok().filter(|now| *now <= fds + 8))
         .with_context(|| format!("{fds} before, {:?} now, {made} were made", mesh.b().open_fds()))?;
@@ -971,6 +986,25 @@ fn silent_connections(mesh: &Mesh, count: usize) -> anyhow::Result<()> {
     })
     .with_context(|| format!("{rss} KiB before, {:?} now", mesh.b().rss_kib()))?;
     println!("    {made} silent connections; fds {fds} → {}, RSS {rss} → {} KiB", mesh.b().open_fds()?, mesh.b().rss_kib()?);
+    Ok(())
+}
+
+fn a_peer_that_stops_after_tls_is_ended(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let good = TestCa::of_dir(mesh.ca.path())?.issue("spiffe://test.local/ns/t/sa/client")?;
+    let (mut tls, mut stream) = tls_to(mesh.outside(), mesh.pod("web1").at(15008), &good)?;
+    tls.complete_io(&mut stream)?;
+    stream.set_read_timeout(Some(Duration::from_secs(15)))?;
+    // No HTTP/2 preface follows. What the agent says first (session tickets, its settings) is read until it gives up.
+    let begun = Instant::now();
+    let mut buffer = [0; 4096];
+    loop {
+        match stream.read(&mut buffer) {
+            Ok(0) => break,
+            Ok(_) => ensure!(begun.elapsed() < Duration::from_secs(15), "it goes on talking"),
+            Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => break,
+            Err(error) => bail!("after {:?} it was still open: {error}", begun.elapsed()),
+        }
+    }
     Ok(())
 }
 
@@ -1114,6 +1148,38 @@ fn a_killed_agent_fails_closed(mesh: &mut Mesh) -> anyhow::Result<()> {
         );
         Ok(())
     })
+}
+
+fn the_plain_log_is_istios_line_and_quitquitquit_ends_the_agent(mesh: &mut Mesh) -> anyhow::Result<()> {
+    mesh.b().signal(Signal::SIGKILL)?;
+    mesh.b().wait_end(Duration::from_secs(5))?;
+    let plain = mesh.spec("node-b").env("LOG_FORMAT", "plain").start(mesh.topology().node("node-b"))?;
+    plain.wait_ready(Duration::from_secs(20))?;
+    mesh.agent_b = Some(plain);
+    let web1 = mesh.pod("web1");
+    wait::until_true("calls through the new agent", || mesh.call("client", web1.at(PORT)).is_ok())?;
+    let expected = format!(
+        "src.workload=\"client\" src.namespace=\"t\" src.identity=\"{}\" src.cluster=\"Kubernetes\" dst.addr={} dst.hbone_addr={} \
+         dst.workload=\"web1\" dst.namespace=\"t\" dst.identity=\"{}\" dst.cluster=\"Kubernetes\" direction=\"inbound\" bytes_sent=",
+        id("client"),
+        web1.at(15008),
+        web1.at(PORT),
+        id("web"),
+    );
+    let line = wait::until("the plain access log line", wait::PATIENCE, || {
+        mesh.b().whole_log().lines().find(|line| line.contains(&expected)).map(str::to_owned)
+    })
+    .with_context(|| format!("expected {expected}\nlog:\n{}", mesh.b().log_tail(5)))?;
+    let columns: Vec<&str> = line.split('\t').collect();
+    ensure!(columns.len() == 5 && columns[1..4] == ["info", "access", "connection complete"], "{line:?}");
+    ensure!(columns[4].starts_with("src.addr=10.244.1.11:") && columns[4].contains(" duration=\""), "{line:?}");
+
+    ensure!(mesh.b().admin_post("/logging?level=debug")?.status == 200, "/logging takes a level");
+    ensure!(mesh.b().admin("/quitquitquit")?.status != 200, "a GET must not end the agent");
+    ensure!(mesh.b().admin_post("/quitquitquit")?.status == 200);
+    let status = mesh.b().wait_end(Duration::from_secs(10))?;
+    ensure!(is_clean(status), "the agent ended with {status}");
+    restart_b(mesh)
 }
 
 fn nothing_is_left_behind(mesh: &mut Mesh) -> anyhow::Result<()> {
