@@ -1,8 +1,8 @@
 //! Handing a connection to the application inside the pod, with the client's own address as source.
 //!
 //! Upstream: `inbound`, `passthrough`. Downstream: sockets in the pod's namespace.
-use crate::dial::{MARK, connect_refusal};
-use crate::pod::{Pod, stream_options};
+use crate::dialer::{MARK, connect_refusal, stream_options};
+use crate::pod::Pod;
 use mesh_model::Refusal;
 use mesh_runtime::sockets::{ConnectOptions, connect};
 use std::net::{IpAddr, SocketAddr};

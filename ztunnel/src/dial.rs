@@ -1,98 +1,15 @@
-//! Dialling: TCP from inside the pod's namespace, TLS as the pod, and the hops of a plan.
+//! Dialling: the hops of a plan, one after the other.
 //!
-//! Owns the transport under a tunnel and the mapping of its failures to reasons. Upstream: `outbound`, the pools.
-//! Downstream: `mesh-runtime` sockets, `mesh-identity` TLS.
-use crate::pod::{Pod, Shared, stream_options};
+//! Owns how each kind of plan is carried out. Upstream: `outbound`. Downstream: `dialer`, the pools of the pod.
+use crate::dialer::PodDialer;
+use crate::pod::Pod;
 use crate::resolve;
-use mesh_hbone::{ConnectRequest, Dialer, HboneError, HboneStream, PoolKey, Tunnel};
-use mesh_identity::SvidHandle;
+use mesh_hbone::{ConnectRequest, HboneStream, PoolKey, Tunnel};
 use mesh_model::plan::{Dial, Hop, NamedDial};
 use mesh_model::{DialAddr, HboneAuthority, Reason, Refusal, SpiffeId};
-use mesh_runtime::sockets::{ConnectOptions, NetnsFd, connect};
-use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::time::Duration;
 use tokio::net::TcpStream;
-use tokio::time::Instant;
-use tokio_rustls::client::TlsStream;
-
-/// SO_MARK of every agent socket in a pod's namespace (I12).
-pub const MARK: u32 = ebpf_loader::MARK_AGENT;
-
-/// Dials for one pod.
-#[derive(Clone, Debug)]
-pub struct PodDialer {
-    netns: Option<Arc<NetnsFd>>,
-    svid: SvidHandle,
-    connect_timeout: Duration,
-    handshake_timeout: Duration,
-}
-
-impl PodDialer {
-    /// A dialer that connects from `netns` and proves `svid`.
-    pub fn new(shared: &Shared, netns: Option<Arc<NetnsFd>>, svid: SvidHandle) -> Self {
-        Self {
-            netns,
-            svid,
-            connect_timeout: shared.settings.connect_timeout,
-            handshake_timeout: shared.settings.handshake_timeout,
-        }
-    }
-
-    /// A plain connection from the pod to `to`.
-    pub async fn tcp(&self, to: SocketAddr) -> Result<TcpStream, Refusal> {
-        let options = ConnectOptions {
-            netns: self.netns.clone(),
-            mark: self.netns.is_some().then_some(MARK),
-            source: None,
-            stream: stream_options(),
-            timeout: self.connect_timeout,
-            ..ConnectOptions::default()
-        };
-        connect(to, &options).await.map_err(|e| connect_refusal(to, &e))
-    }
-
-    /// A TLS stream to `to` whose peer proved one of `expect` (I4).
-    pub async fn tls<IO>(&self, io: IO, expect: &[SpiffeId]) -> Result<(TlsStream<IO>, SpiffeId), Refusal>
-    where
-        IO: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
-    {
-        let svid = self.svid.fetch().await.map_err(Refusal::from)?;
-        let deadline = Instant::now() + self.handshake_timeout;
-        let (stream, peer) = mesh_identity::tls::connect(&svid, io, expect, deadline).await.map_err(Refusal::from)?;
-        Ok((stream, peer.id))
-    }
-}
-
-impl Dialer for PodDialer {
-    type Io = TlsStream<TcpStream>;
-
-    async fn dial(&self, key: &PoolKey) -> Result<Self::Io, HboneError> {
-        let tcp = self.tcp(key.dial()).await.map_err(HboneError::from)?;
-        self.tls(tcp, key.expect()).await.map(|(stream, _)| stream).map_err(HboneError::from)
-    }
-}
-
-/// The refusal for a failed TCP connect.
-pub fn connect_refusal(to: SocketAddr, e: &io::Error) -> Refusal {
-    let reason = match e.kind() {
-        io::ErrorKind::TimedOut => Reason::ConnectTimeout,
-        _ if matches!(e.raw_os_error(), Some(libc_codes::EMFILE | libc_codes::ENFILE | libc_codes::ENOBUFS | libc_codes::ENOMEM)) => {
-            Reason::Overloaded
-        }
-        _ => Reason::ConnectFailed,
-    };
-    Refusal::new(reason, format!("{to}: {e}"))
-}
-
-/// The few error numbers `connect_refusal` tells apart (Linux).
-mod libc_codes {
-    pub const ENFILE: i32 = 23;
-    pub const EMFILE: i32 = 24;
-    pub const ENOMEM: i32 = 12;
-    pub const ENOBUFS: i32 = 105;
-}
 
 /// An opened path to the destination.
 pub enum Reached {
@@ -135,7 +52,7 @@ pub async fn reach(
     client: IpAddr,
     request: impl Fn(&HboneAuthority) -> ConnectRequest,
 ) -> Result<Reached, Refusal> {
-    let dialer = PodDialer::new(&pod.shared, pod.netns.clone(), pod.svid.clone());
+    let dialer = PodDialer::new(&pod.shared.settings, pod.netns.clone(), pod.svid.clone());
     match dial {
         Dial::Passthrough(to) | Dial::Plain(to) => Ok(Reached::Tcp(dialer.tcp(to.0).await?)),
         Dial::Hbone(hop) => {

@@ -9,6 +9,7 @@ mod carry;
 pub mod conns;
 mod deliver;
 mod dial;
+mod dialer;
 mod dump;
 mod gate;
 mod inbound;

@@ -1,4 +1,5 @@
 //! Entry point of the node agent: parse, build, run until told to end.
+#![forbid(unsafe_code)]
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;

@@ -3,7 +3,7 @@
 //! Owns nothing that decides: facts and handles only. Upstream: `pods` makes and ends it. Downstream: the three
 //! directions hold it for as long as a connection lives.
 use crate::conns::Conns;
-use crate::dial::PodDialer;
+use crate::dialer::PodDialer;
 use crate::gate::Gate;
 use crate::metrics::Metrics;
 use crate::resolve::Resolver;
@@ -17,7 +17,7 @@ use mesh_model::{Reason, Refusal, Snapshot, SpiffeId};
 use mesh_runtime::drain::DrainWatch;
 use mesh_runtime::logging::AccessLog;
 use mesh_runtime::memory::Budget;
-use mesh_runtime::sockets::{Keepalive, NetnsFd, StreamOptions};
+use mesh_runtime::sockets::NetnsFd;
 use mesh_runtime::threads::DataThreads;
 use mesh_sources::Mesh;
 use parking_lot::Mutex;
@@ -95,7 +95,7 @@ impl Pod {
         drain: DrainWatch,
     ) -> Arc<Self> {
         let svid = shared.svids.handle(&identity);
-        let dialer = PodDialer::new(shared, netns.clone(), svid.clone());
+        let dialer = PodDialer::new(&shared.settings, netns.clone(), svid.clone());
         let pools = shared
             .threads
             .workers()
@@ -158,11 +158,6 @@ fn describe(w: &Workload) -> headers::Baggage<'_> {
         region: text(&w.locality.region),
         zone: text(&w.locality.zone),
     }
-}
-
-/// Options of streams towards applications and peers.
-pub fn stream_options() -> StreamOptions {
-    StreamOptions { keepalive: Some(Keepalive::default()), nodelay: true, user_timeout: None }
 }
 
 /// The proof a peer gave, and the switch of its tunnel.

@@ -5,7 +5,8 @@
 //! holds readiness back. Upstream: `Mesh` versions. Downstream: `pod`, `accept`, `ebpf-loader`.
 use crate::accept;
 use crate::conns::Conns;
-use crate::pod::{Pod, Shared, ports, stream_options};
+use crate::dialer::stream_options;
+use crate::pod::{Pod, Shared, ports};
 use crate::settings::RedirectMode;
 use crate::{inbound, outbound, passthrough};
 use ebpf_loader::{Config, Listeners, PodSpec, Redirect};
@@ -343,7 +344,7 @@ impl Sockets {
                 let mut options = ListenerOptions::new(SocketAddr::new(ip, port));
                 options.stream = stream_options();
                 if netns.is_some() {
-                    options.mark = Some(crate::dial::MARK);
+                    options.mark = Some(crate::dialer::MARK);
                     options.transparent = transparent;
                 }
                 options.bind()

@@ -106,26 +106,29 @@ struct Group {
 }
 
 impl EndpointSet {
-    /// A set built from nothing but its members: what regrouping after a change of the service does.
+    /// A set built from nothing but its members (no workload twice): what regrouping after a change of the service does.
     pub fn build(service: Option<&Service>, view: &Viewpoint, members: Vec<(Arc<Known>, PortMap)>) -> Self {
-        let mut set = Self::default();
+        let mut groups: Vec<(u8, Arc<[u16]>, Vec<Endpoint>)> = Vec::new();
+        let mut open = Vec::new();
         for (known, ports) in members {
-            set.insert(service, view, known, ports);
+            let (rank, endpoint) = admit(service, view, known, ports, &mut open);
+            match groups.binary_search_by(|(r, p, _)| (*r, &**p).cmp(&(rank, &open))) {
+                Ok(at) => {
+                    if let Some((_, _, members)) = groups.get_mut(at) {
+                        members.push(endpoint);
+                    }
+                }
+                Err(at) => groups.insert(at, (rank, open.as_slice().into(), vec![endpoint])),
+            }
         }
-        set
+        let group = |(rank, ports, members)| Group { rank, ports, bag: Bag::of(members) };
+        Self { groups: groups.into_iter().map(group).collect() }
     }
     /// Puts an endpoint in. The same workload must not be in already. Without a service the endpoint is staged:
     /// kept, never chosen.
     pub fn insert(&mut self, service: Option<&Service>, view: &Viewpoint, known: Arc<Known>, ports: PortMap) {
-        let (rank, open, expect) = match service {
-            None => (RANK_UNUSABLE, Vec::new(), None),
-            Some(s) => {
-                let expect = (!s.sans.is_empty()).then(|| known.expect_with(&s.sans));
-                let provable = !expect.as_ref().unwrap_or_else(|| known.expect()).is_empty();
-                let (rank, open) = classify(s, view, known.workload(), &ports, provable);
-                (rank, open, expect)
-            }
-        };
+        let mut open = Vec::new();
+        let (rank, endpoint) = admit(service, view, known, ports, &mut open);
         let at = match self.groups.binary_search_by(|g| (g.rank, &*g.ports).cmp(&(rank, &open))) {
             Ok(at) => at,
             Err(at) => {
@@ -134,8 +137,7 @@ impl EndpointSet {
             }
         };
         if let Some(g) = self.groups.get_mut(at) {
-            let weight = known.workload().capacity.max(1);
-            g.bag.insert(Endpoint { known, ports, expect, weight });
+            g.bag.insert(endpoint);
         }
     }
     /// Takes an endpoint out; whether it was in.
@@ -194,24 +196,34 @@ impl EndpointSet {
     }
 }
 
-/// Rank and open ports of an endpoint as seen from `view`.
-fn classify(service: &Service, view: &Viewpoint, w: &Workload, ports: &[(u16, u16)], identity_known: bool) -> (u8, Vec<u16>) {
-    let mut open: Vec<u16> =
-        service.ports.iter().map(|p| p.port).filter(|p| target_port(w, ports, service, *p).is_some()).collect();
+/// The endpoint a workload becomes behind a service, with its rank; `open` becomes the service ports it answers on.
+fn admit(service: Option<&Service>, view: &Viewpoint, known: Arc<Known>, ports: PortMap, open: &mut Vec<u16>) -> (u8, Endpoint) {
+    open.clear();
+    let weight = known.workload().capacity.max(1);
+    let Some(service) = service else {
+        return (RANK_UNUSABLE, Endpoint { known, ports, expect: None, weight });
+    };
+    open.extend(service.ports.iter().map(|p| p.port));
+    open.retain(|p| target_port(known.workload(), &ports, service, *p).is_some());
     open.sort_unstable();
     open.dedup();
+    let expect = (!service.sans.is_empty()).then(|| known.expect_with(&service.sans));
+    let provable = !expect.as_ref().unwrap_or_else(|| known.expect()).is_empty();
+    (rank(service, view, known.workload(), provable), Endpoint { known, ports, expect, weight })
+}
+/// Rank of an endpoint as seen from `view`.
+fn rank(service: &Service, view: &Viewpoint, w: &Workload, identity_known: bool) -> u8 {
     let healthy = w.health == Health::Healthy || service.lb.health == HealthPolicy::AllowAll;
     let remote = w.network != view.network;
     let addressed = remote || w.ips.iter().any(|ip| family_allowed(service.ip_families, *ip)) || w.hostname.is_some();
     let provable = w.protocol == Protocol::Tcp || identity_known || remote;
-    let rank = if !healthy || !addressed || !provable {
+    if !healthy || !addressed || !provable {
         RANK_UNUSABLE
     } else if remote && w.network_gateway.is_none() {
         RANK_NO_GATEWAY
     } else {
         locality_rank(service, view, w)
-    };
-    (rank, open)
+    }
 }
 /// Rank by the service's locality preferences; 0 is best.
 fn locality_rank(service: &Service, view: &Viewpoint, w: &Workload) -> u8 {
@@ -274,6 +286,17 @@ impl Chunk {
     }
 }
 impl Bag {
+    fn of(mut members: Vec<Endpoint>) -> Self {
+        members.sort_by(|a, b| a.uid().cmp(b.uid()));
+        let mut bag = Self::default();
+        let mut rest = members.into_iter().peekable();
+        while rest.peek().is_some() {
+            // Three quarters full, so that the next endpoints do not split every chunk.
+            bag.chunks.push(Arc::new(Chunk::of(rest.by_ref().take(CHUNK_MAX / 4 * 3).collect())));
+        }
+        bag.sum();
+        bag
+    }
     /// The chunk a uid is or belongs in.
     fn chunk_of(&self, uid: &str) -> usize {
         self.chunks.partition_point(|c| c.members.first().is_some_and(|m| m.uid() <= uid)).saturating_sub(1)

@@ -1,5 +1,5 @@
 //! L4 authorization policies as the agent evaluates them (node-agent §1.7), and the policy that could not be read.
-use crate::change::Origin;
+use crate::origin::Origin;
 use ipnet::IpNet;
 use std::fmt;
 use std::sync::Arc;

@@ -1,31 +1,11 @@
 //! Services: names and virtual addresses in front of workloads.
 use crate::addr::{Network, NetworkAddr};
-use crate::change::Origin;
+pub use crate::gateway::ServiceKey;
+use crate::gateway::GatewayRef;
 use crate::id::SpiffeId;
-use crate::workload::GatewayRef;
+use crate::origin::Origin;
 use ipnet::IpNet;
-use std::fmt;
 use std::sync::Arc;
-
-/// `namespace/hostname`.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct ServiceKey {
-    /// Namespace.
-    pub namespace: Arc<str>,
-    /// Fully qualified, lower-case host name; may start with `*.`.
-    pub hostname: Arc<str>,
-}
-impl ServiceKey {
-    /// A key from its parts.
-    pub fn new(namespace: &str, hostname: &str) -> Self {
-        Self { namespace: namespace.into(), hostname: hostname.into() }
-    }
-}
-impl fmt::Display for ServiceKey {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.namespace, self.hostname)
-    }
-}
 
 /// What a service port carries, when declared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]

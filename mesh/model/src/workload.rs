@@ -1,9 +1,10 @@
 //! Workloads: one running thing with addresses and an identity (a pod, a workload entry, an external endpoint).
 use crate::addr::Network;
-use crate::change::Origin;
+pub use crate::gateway::{GatewayDestination, GatewayRef};
+use crate::gateway::ServiceKey;
 use crate::id::{IdError, SpiffeId, TrustDomain};
 use crate::policy::PolicyKey;
-use crate::service::ServiceKey;
+use crate::origin::Origin;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -47,22 +48,6 @@ pub struct Locality {
     pub zone: Arc<str>,
     /// Subzone.
     pub subzone: Arc<str>,
-}
-/// Where a waypoint or network gateway listens.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct GatewayRef {
-    /// By service name or by address.
-    pub destination: GatewayDestination,
-    /// Port of its HBONE listener (15008 by default).
-    pub hbone_port: u16,
-}
-/// The destination of a [`GatewayRef`].
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub enum GatewayDestination {
-    /// `namespace/hostname`.
-    Service(ServiceKey),
-    /// `network/ip`.
-    Address(Network, IpAddr),
 }
 /// How the agent hands connections to a workload that wants to know more (sandwiched waypoints).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
