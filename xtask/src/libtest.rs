@@ -49,19 +49,11 @@ pub struct Reader {
 impl Reader {
     /// Takes one line of standard output; false if it is only the captured noise of a test that passed.
     pub fn line(&mut self, line: &str) -> bool {
-        if let Some(result) = line.strip_prefix("test result: ") {
-            self.finish(result);
-            return true;
-        }
         match line {
-            "successes:" => {
-                self.in_successes = true;
-                return false;
-            }
-            "failures:" => {
-                self.in_successes = false;
+            "successes:" | "failures:" => {
+                self.in_successes = line == "successes:";
                 self.current = None;
-                return true;
+                return !self.in_successes;
             }
             _ => {}
         }
@@ -69,18 +61,22 @@ impl Reader {
             self.current = Some(name.to_owned());
             return !self.in_successes;
         }
-        if self.in_successes {
-            if let Some(at) = line.find(SKIPPED) {
-                let name = self.current.clone().unwrap_or_else(|| line.to_owned());
+        if let Some(test) = &self.current {
+            // What a test printed, whatever it looks like.
+            if let Some(at) = line.find(SKIPPED).filter(|_| self.in_successes)
+                && self.skipped.insert(test.clone())
+            {
                 let reason = line.get(at + SKIPPED.len()..).unwrap_or_default().trim();
-                if self.skipped.insert(name.clone()) {
-                    self.reasons.push(format!("{name}: {reason}"));
-                }
+                self.reasons.push(format!("{test}: {reason}"));
             }
-            return false;
+            return !self.in_successes;
+        }
+        if let Some(result) = line.strip_prefix("test result: ") {
+            self.finish(result);
+            return true;
         }
         // The blank lines between sections say nothing on their own.
-        !line.is_empty()
+        !self.in_successes && !line.is_empty()
     }
 
     /// Takes one line of standard error. The runner does not capture what threads and children write there.
@@ -157,6 +153,7 @@ SKIPPED: said twice
 
 ---- b::c stdout ----
 more noise
+test result: ok. 7 passed; 0 failed; 0 ignored; 0 measured;
 
 successes:
     a

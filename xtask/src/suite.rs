@@ -166,7 +166,7 @@ fn run_binary(binary: &Binary, options: &Options, root: Root, agent: &Path) -> T
         .env("CARGO_MANIFEST_DIR", &binary.folder)
         .env("CULVERT_ZTUNNEL", agent)
         .env("CARGO", std::env::var_os("CARGO").unwrap_or_else(|| OsString::from("cargo")));
-    count(&mut command)
+    count(&mut command, print)
 }
 
 /// The node agent as `cargo build` leaves it.
@@ -175,7 +175,6 @@ fn agent(metadata: &Metadata) -> PathBuf {
 }
 
 fn run_documentation(metadata: &Metadata, options: &Options) -> Tally {
-    println!("--- examples in the documentation");
     let mut command = shell::cargo();
     command.args(["test", "--workspace", "--doc", "--locked", "--quiet"]);
     for package in metadata.members().values().filter(|package| !has_examples(package)) {
@@ -185,8 +184,9 @@ fn run_documentation(metadata: &Metadata, options: &Options) -> Tally {
     if metadata.members().values().all(|package| !has_examples(package)) {
         return Tally::default();
     }
+    println!("--- examples in the documentation");
     command.arg("--").args(&options.filter);
-    count(&mut command)
+    count(&mut command, print)
 }
 
 fn has_examples(package: &crate::metadata::Package) -> bool {
@@ -250,23 +250,26 @@ enum Said {
     Err(String),
 }
 
-/// Runs one program that talks like Rust's test runner, shows what is worth showing and counts.
-fn count(command: &mut Command) -> Tally {
-    let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
-    let (tally, reasons) = match child {
-        Ok(child) => follow(child),
-        Err(error) => {
-            println!("cannot start {}: {error}", command.get_program().to_string_lossy());
-            (Tally { failed: 1, ..Tally::default() }, Vec::new())
-        }
-    };
-    for reason in reasons {
-        println!("skipped {reason}");
+/// How lines reach the reader of xtask's own output.
+fn print(line: &Said) {
+    match line {
+        Said::Out(line) => println!("{line}"),
+        Said::Err(line) => eprintln!("{line}"),
     }
-    tally
 }
 
-fn follow(mut child: Child) -> (Tally, Vec<String>) {
+/// Runs one program that talks like Rust's test runner, shows what is worth showing and counts.
+fn count(command: &mut Command, show: fn(&Said)) -> Tally {
+    match command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn() {
+        Ok(child) => follow(child, show),
+        Err(error) => {
+            show(&Said::Out(format!("cannot start {}: {error}", command.get_program().to_string_lossy())));
+            Tally { failed: 1, ..Tally::default() }
+        }
+    }
+}
+
+fn follow(mut child: Child, show: fn(&Said)) -> Tally {
     let (sender, lines) = mpsc::channel();
     if let Some(out) = child.stdout.take() {
         forward(out, sender.clone(), Said::Out);
@@ -280,14 +283,17 @@ fn follow(mut child: Child) -> (Tally, Vec<String>) {
     let mut status = None;
     loop {
         match lines.recv_timeout(Duration::from_millis(100)) {
-            Ok(Said::Out(line)) => {
-                if reader.line(&line) {
-                    println!("{line}");
+            Ok(said) => {
+                let worth_showing = match &said {
+                    Said::Out(line) => reader.line(line),
+                    Said::Err(line) => {
+                        reader.stderr_line(line);
+                        true
+                    }
+                };
+                if worth_showing {
+                    show(&said);
                 }
-            }
-            Ok(Said::Err(line)) => {
-                reader.stderr_line(&line);
-                eprintln!("{line}");
             }
             Err(RecvTimeoutError::Disconnected) => break,
             Err(RecvTimeoutError::Timeout) => {
@@ -300,16 +306,20 @@ fn follow(mut child: Child) -> (Tally, Vec<String>) {
             }
         }
         if status.is_none() && Instant::now() > end {
-            println!("killed: still running after {} s", LIMIT.as_secs());
+            show(&Said::Out(format!("killed: still running after {} s", LIMIT.as_secs())));
             let _ = child.kill();
             break;
         }
     }
     let status = status.or_else(|| child.wait().ok());
     if let Some(status) = status.filter(|status| !status.success() && status.code().is_none_or(|code| code != 101)) {
-        println!("ended with {status}");
+        show(&Said::Out(format!("ended with {status}")));
     }
-    reader.end(status.is_some_and(|status| status.success()))
+    let (tally, reasons) = reader.end(status.is_some_and(|status| status.success()));
+    for reason in reasons {
+        show(&Said::Out(format!("skipped {reason}")));
+    }
+    tally
 }
 
 fn forward(pipe: impl Read + Send + 'static, sender: Sender<Said>, wrap: fn(String) -> Said) {
@@ -325,6 +335,8 @@ fn forward(pipe: impl Read + Send + 'static, sender: Sender<Said>, wrap: fn(Stri
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn quiet(_line: &Said) {}
 
     fn options(args: &[&str]) -> Result<Options> {
         Options::parse(&args.iter().map(|&arg| arg.to_owned()).collect::<Vec<_>>())
@@ -363,15 +375,15 @@ mod tests {
     fn a_program_is_followed_to_its_end() {
         let mut shell = Command::new("sh");
         shell.args(["-c", "echo 'SKIPPED: on stderr' >&2; echo 'test result: ok. 2 passed; 0 failed; 1 ignored; 0 measured;'"]);
-        assert_eq!(count(&mut shell), Tally { passed: 1, failed: 0, skipped: 2 });
-        assert_eq!(count(Command::new("sh").args(["-c", "kill -9 $$"])), Tally { failed: 1, ..Tally::default() });
-        assert_eq!(count(&mut Command::new("/nonexistent")), Tally { failed: 1, ..Tally::default() });
+        assert_eq!(count(&mut shell, quiet), Tally { passed: 1, failed: 0, skipped: 2 });
+        assert_eq!(count(Command::new("sh").args(["-c", "kill -9 $$"]), quiet), Tally { failed: 1, ..Tally::default() });
+        assert_eq!(count(&mut Command::new("/nonexistent"), quiet), Tally { failed: 1, ..Tally::default() });
     }
 
     #[test]
     fn a_child_that_keeps_the_pipe_does_not_keep_us() {
         let start = Instant::now();
-        let tally = count(Command::new("sh").args(["-c", "sleep 60 & echo \"sleeper $!\"; exit 0"]));
+        let tally = count(Command::new("sh").args(["-c", "sleep 60 & echo \"sleeper $!\"; exit 0"]), quiet);
         assert_eq!(tally, Tally { passed: 1, ..Tally::default() });
         assert!(start.elapsed() < Duration::from_secs(30));
     }
