@@ -297,10 +297,9 @@ async fn futures_are_small() {
     let (tunnel, mut server) = common::tunnel(&Settings::default()).await;
     let request = common::request();
     let size = size_of_val(&tunnel.open(&request));
-    println!("open: {size}, Incoming: {}", size_of::<mesh_hbone::Incoming>());
-    assert!(size <= 1536, "open: {size}");
+    assert!(size <= 512, "open: {size}");
     let (near, _far) = common::open(&tunnel, &mut server).await;
     let size = size_of_val(&near);
     assert!(size <= 128, "HboneStream: {size}");
-    assert!(size_of::<mesh_hbone::Incoming>() <= 320, "Incoming: {}", size_of::<mesh_hbone::Incoming>());
+    assert!(size_of::<mesh_hbone::Incoming>() <= 256, "Incoming: {}", size_of::<mesh_hbone::Incoming>());
 }

@@ -300,8 +300,7 @@ async fn a_relay_is_small() {
     let (tcp, _app) = common::tcp(None).await;
     let future = relay(tcp, stream, Arc::new(Count), std::future::pending::<()>(), Timeouts::default());
     let size = size_of_val(&future);
-    assert!(size <= 640, "the relay's future has {size} bytes");
-    println!("relay: {size} bytes");
+    assert!(size <= 448, "the relay's future has {size} bytes");
     let (a, b) = (common::tcp(None).await.0, common::tcp(None).await.0);
     let size = size_of_val(&relay_tcp(a, b, (), std::future::pending(), Timeouts::default()));
     assert!(size <= 640, "the passthrough relay's future has {size} bytes");
