@@ -43,6 +43,9 @@ const TESTS: &[Test<Mesh>] = &[
     test("the_wire_carries_only_tls", the_wire_carries_only_tls),
     test("large_transfers_arrive_whole_both_ways", large_transfers_arrive_whole_both_ways),
     test("half_close_works_end_to_end", half_close_works_end_to_end),
+    test("server_first_protocols_work", server_first_protocols_work),
+    test("a_client_port_is_usable_again_at_once", a_client_port_is_usable_again_at_once),
+    test("the_agents_port_numbers_elsewhere_are_ordinary_ports", the_agents_port_numbers_elsewhere_are_ordinary_ports),
     test("resets_are_passed_on_in_both_directions", resets_are_passed_on_in_both_directions),
     test("nothing_listening_is_refused_quickly", nothing_listening_is_refused_quickly),
     test("a_namespace_policy_cuts_a_live_connection", a_namespace_policy_cuts_a_live_connection),
@@ -58,12 +61,15 @@ const TESTS: &[Test<Mesh>] = &[
     test("live_connections_are_listed", live_connections_are_listed),
     test("a_thousand_silent_connections_stop_nobody", a_thousand_silent_connections_stop_nobody),
     extended("ten_thousand_silent_connections_stop_nobody", ten_thousand_silent_connections_stop_nobody),
+    extended("half_made_handshakes_from_many_addresses_stop_nobody", half_made_handshakes_from_many_addresses_stop_nobody),
     test("a_peer_that_stops_after_tls_is_ended", a_peer_that_stops_after_tls_is_ended),
     test("hundreds_of_connections_at_once", hundreds_of_connections_at_once),
     test("connections_leave_nothing_open", connections_leave_nothing_open),
     test("a_reader_that_stops_holds_up_nobody", a_reader_that_stops_holds_up_nobody),
     test("sigterm_ends_idle_connections_at_the_deadline", sigterm_ends_idle_connections_at_the_deadline),
     test("sigterm_drains_what_is_in_flight", sigterm_drains_what_is_in_flight),
+    test("sigterm_drains_the_sources_agent_too", sigterm_drains_the_sources_agent_too),
+    test("an_agent_is_not_ready_before_it_has_its_mesh", an_agent_is_not_ready_before_it_has_its_mesh),
     test("a_killed_agent_is_replaced_by_a_new_one", a_killed_agent_is_replaced_by_a_new_one),
     test(
         "the_plain_log_is_istios_line_and_quitquitquit_ends_the_agent",
@@ -514,6 +520,66 @@ fn half_close_works_end_to_end(mesh: &mut Mesh) -> anyhow::Result<()> {
     client.stream().write_all(b"the other half is still open")?;
     client.finish()?;
     ensure!(server.wait_end("source 1000")? == End::Fin);
+    Ok(())
+}
+
+fn server_first_protocols_work(mesh: &mut Mesh) -> anyhow::Result<()> {
+    for (place, at) in [(mesh.pod("web1"), mesh.pod("web1").at(8081)), (mesh.outside(), mesh.outside().at6(8081))] {
+        let listener = place.netns.listen((std::net::Ipv6Addr::UNSPECIFIED, 8081).into())?;
+        let server = std::thread::spawn(move || -> std::io::Result<()> { listener.accept()?.0.write_all(b"220 ready\r\n") });
+        let mut stream = mesh.pod("client").netns.connect(at, Duration::from_secs(5))?;
+        stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+        let mut greeting = String::new();
+        stream.read_to_string(&mut greeting).context("the server speaks first")?;
+        ensure!(greeting == "220 ready\r\n", "{greeting:?}");
+        server.join().map_err(|_panic| anyhow::anyhow!("the server panicked"))??;
+    }
+    Ok(())
+}
+
+fn a_client_port_is_usable_again_at_once(mesh: &mut Mesh) -> anyhow::Result<()> {
+    // The server closes first, so that TIME_WAIT is on the side of whoever stands for the server: the agent. Its sockets
+    // must not swallow the client's next connection from the same port.
+    let cases = [
+        (mesh.pod("client"), mesh.pod("web1").at(PORT)),
+        (mesh.pod("client"), mesh.pod("near").at6(PORT)),
+        (mesh.pod("client"), mesh.outside().at(PORT)),
+        (mesh.outside(), mesh.pod("loose").at(PORT)),
+        (mesh.outside(), mesh.pod("loose").at6(PORT)),
+    ];
+    for (number, (from, to)) in cases.into_iter().enumerate() {
+        for round in 0..3 {
+            let port = 45_100 + number as u16;
+            let mut stream = from
+                .netns
+                .enter(|| -> std::io::Result<TcpStream> {
+                    let domain = socket2::Domain::for_address(to);
+                    let socket = socket2::Socket::new(domain, socket2::Type::STREAM, None)?;
+                    socket.set_reuse_address(true)?;
+                    let own =
+                        if to.is_ipv4() { SocketAddr::from(([0, 0, 0, 0], port)) } else { SocketAddr::from(([0_u16; 8], port)) };
+                    socket.bind(&own.into())?;
+                    socket.connect_timeout(&to.into(), Duration::from_secs(5))?;
+                    Ok(socket.into())
+                })
+                .with_context(|| format!("connection {round} from {} port {port} to {to}", from.name))?;
+            stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+            // Anything but a command is answered with `?` and closed by the server.
+            stream.write_all(b"close first\n")?;
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).with_context(|| format!("answer {round} to {} from {to}", from.name))?;
+            ensure!(answer == "?\n", "{answer:?}");
+        }
+    }
+    Ok(())
+}
+
+fn the_agents_port_numbers_elsewhere_are_ordinary_ports(mesh: &mut Mesh) -> anyhow::Result<()> {
+    for port in [15001, 15006, 15008] {
+        let _server = Server::start(mesh.outside(), port)?;
+        let (_open, who) = Client::who(mesh.pod("client"), mesh.outside().at(port))?;
+        ensure!(who.name == "outside");
+    }
     Ok(())
 }
 
@@ -989,6 +1055,43 @@ fn silent_connections(mesh: &Mesh, count: usize) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// One IPv6 host has as many addresses as it likes: shares counted by address alone do not hold it. Not true yet, and so not
+/// among the tests that run by default: the newcomer waits until the handshake timeout frees a place.
+fn half_made_handshakes_from_many_addresses_stop_nobody(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let to = mesh.pod("web1").at6(15008);
+    let sources: Vec<std::net::Ipv6Addr> =
+        (0..40).map(|n| std::net::Ipv6Addr::new(0x2001, 0xdb8, 0x100, 0, 0, 0, 0xbad, n)).collect();
+    let addresses: Vec<String> = sources.iter().map(|source| format!("addr add {source}/64 dev eth0 nodad")).collect();
+    netns::ip_batch(&mesh.outside().netns, &addresses)?;
+    let fds = mesh.b().open_fds()?;
+    let hello = [0x16, 3, 1, 2, 0, 1, 0, 1, 0xfc, 3, 3];
+    let held: Vec<TcpStream> = mesh.outside().netns.enter(|| -> anyhow::Result<Vec<TcpStream>> {
+        let mut open = Vec::new();
+        for source in &sources {
+            for _ in 0..30 {
+                let socket = socket2::Socket::new(socket2::Domain::IPV6, socket2::Type::STREAM, None)?;
+                socket.bind(&SocketAddr::from((*source, 0)).into())?;
+                if socket.connect_timeout(&to.into(), Duration::from_secs(2)).is_err() {
+                    continue;
+                }
+                let mut stream = TcpStream::from(socket);
+                let _refused_is_fine = stream.write_all(&hello);
+                open.push(stream);
+            }
+        }
+        Ok(open)
+    })?;
+    ensure!(held.len() > 600, "only {} half-made handshakes were possible", held.len());
+    let good = TestCa::of_dir(mesh.ca.path())?.issue("spiffe://test.local/ns/t/sa/client")?;
+    let begun = Instant::now();
+    let accepted = tls_accepted(mesh.topology().host("visitor"), mesh.pod("web1").at(15008), &good)?;
+    let took = begun.elapsed();
+    drop(held);
+    wait::until("descriptors to come back", Duration::from_secs(20), || mesh.b().open_fds().ok().filter(|now| *now <= fds + 8))?;
+    ensure!(accepted && took < Duration::from_secs(2), "a new tunnel beside them: accepted {accepted} after {took:?}");
+    Ok(())
+}
+
 fn a_peer_that_stops_after_tls_is_ended(mesh: &mut Mesh) -> anyhow::Result<()> {
     let good = TestCa::of_dir(mesh.ca.path())?.issue("spiffe://test.local/ns/t/sa/client")?;
     let (mut tls, mut stream) = tls_to(mesh.outside(), mesh.pod("web1").at(15008), &good)?;
@@ -1114,6 +1217,58 @@ fn sigterm_drains_what_is_in_flight(mesh: &mut Mesh) -> anyhow::Result<()> {
     let status = mesh.b().wait_end(Duration::from_secs(15))?;
     ensure!(is_clean(status), "the agent ended with {status}:\n{}", mesh.b().log_tail(20));
     restart_b(mesh)
+}
+
+fn sigterm_drains_the_sources_agent_too(mesh: &mut Mesh) -> anyhow::Result<()> {
+    const SIZE: usize = 16 << 20;
+    let web1 = mesh.pod("web1").at(PORT);
+    let mut tunnel = Client::open(mesh.pod("client"), web1, &format!("source {SIZE}"))?;
+    let mut through = Client::open(mesh.pod("client"), mesh.outside().at(PORT), &format!("source {SIZE}"))?;
+    let mut first = [0; 1000];
+    tunnel.stream().read_exact(&mut first)?;
+    through.stream().read_exact(&mut first)?;
+    mesh.a().signal(Signal::SIGTERM)?;
+    wait::until_true("the agent to drain", || {
+        let page = mesh_tests::http::get(&mesh.topology().node("node-a").netns, ([127, 0, 0, 1], 15021).into(), "/healthz/ready");
+        !page.is_ok_and(|answer| answer.status == 200)
+    })?;
+    for (name, client) in [("tunnel", &mut tunnel), ("passthrough", &mut through)] {
+        let rest = client.rest().with_context(|| format!("the transfer in flight, {name}"))?;
+        ensure!(
+            rest.bytes as usize + first.len() == SIZE,
+            "{name}: {} of {SIZE} bytes arrived",
+            rest.bytes as usize + first.len()
+        );
+    }
+    drop((tunnel, through));
+    let status = mesh.a().wait_end(Duration::from_secs(15))?;
+    ensure!(is_clean(status), "the agent ended with {status}:\n{}", mesh.a().log_tail(20));
+    mesh.agent_a = None;
+    let again = mesh.start("node-a")?;
+    again.wait_ready(Duration::from_secs(20))?;
+    mesh.agent_a = Some(again);
+    wait::until_true("calls through the new agent", || mesh.call("client", web1).is_ok())
+}
+
+fn an_agent_is_not_ready_before_it_has_its_mesh(mesh: &mut Mesh) -> anyhow::Result<()> {
+    // A third agent, of a node without pods, whose folder does not exist yet.
+    let place = mesh.topology().host("visitor");
+    let folder = mesh.logs.path().join("later");
+    let agent =
+        AgentSpec::new("node-x", &folder, mesh.ca.path(), mesh.logs.path()).env("TRUST_DOMAIN", "test.local").start(place)?;
+    let asked = || mesh_tests::http::get(&place.netns, ([127, 0, 0, 1], 15021).into(), "/healthz/ready");
+    let answer = wait::until("an answer about readiness", wait::PATIENCE, || match agent.ended() {
+        Some(status) => Some(Err(anyhow::anyhow!("it ended: {status}\n{}", agent.log_tail(5)))),
+        None => asked().ok().map(Ok),
+    })??;
+    ensure!(answer.status == 500 && answer.body.starts_with("not ready, pending: "), "{answer:?}");
+    std::fs::create_dir(&folder)?;
+    std::fs::write(folder.join("base.yaml"), OBJECTS)?;
+    agent.wait_ready(Duration::from_secs(10))?;
+    ensure!(asked()?.body == "ready\n", "{:?}", asked());
+    let status = agent.terminate(Duration::from_secs(5))?;
+    ensure!(is_clean(status), "{status}");
+    Ok(())
 }
 
 /// Kills agent b; what the application saw from outside while nobody was in charge; and starts it again.
