@@ -20,6 +20,7 @@ use mesh_model::snapshot::Viewpoint;
 use mesh_model::workload::Locality;
 use mesh_model::{Network, TrustDomain};
 use mesh_runtime::admin::{HttpServer, json, text};
+use mesh_runtime::allocator;
 use mesh_runtime::drain::{self, DrainMode, Finished};
 use mesh_runtime::logging::{self, Logging};
 use mesh_runtime::memory::Budget;
@@ -63,6 +64,9 @@ pub fn run(settings: Settings) -> Result<()> {
 
 /// The agent on the current (control) runtime.
 pub async fn serve(settings: Settings, logging: &Logging) -> Result<()> {
+    if let Err(error) = allocator::refuse_huge_pages() {
+        tracing::debug!(%error, "transparent huge pages stay on");
+    }
     let open_files = raise_nofile().context("raising the limit of open files")?;
     preflight(&settings)?;
     let stop = signals::shutdown().context("installing signal handlers")?;
@@ -266,13 +270,14 @@ fn listen(addr: SocketAddr, server: &HttpServer, drain: &drain::Drain) -> Result
 
 /// Slow periodic work of the control thread.
 async fn upkeep(registry: Registry, metrics: Metrics, diagnostics: Diagnostics) {
-    let mut tick = tokio::time::interval(Duration::from_secs(5));
+    let mut tick = tokio::time::interval(Duration::from_secs(2));
     let mut beats = 0u32;
     loop {
         tick.tick().await;
         metrics.config_problems.set(diagnostics.list().len() as i64);
+        allocator::return_free_pages();
         beats = beats.wrapping_add(1);
-        if beats.is_multiple_of(60) {
+        if beats.is_multiple_of(150) {
             registry.sweep(SERIES_UNUSED);
         }
     }
