@@ -88,6 +88,11 @@ pub struct Target {
     pub goal: f64,
 }
 
+/// What a plain relay with 256 KiB reads cost per GB, in CPU seconds, on the machine on which the targets were set.
+pub const RELAY_REFERENCE: f64 = 0.645;
+/// What the name of the relay is among the peers.
+pub const RELAY: &str = "relay";
+
 /// Idle memory of the larger agent.
 pub const IDLE_RSS: &str = "idle RSS";
 /// Memory per idle connection and side.

@@ -1,4 +1,5 @@
-//! Where peers are compared: two pods joined by one veth pair, an agent for each, and nothing else.
+//! Where peers are compared: two pods joined by one veth pair, an agent for each, and nothing else. (A plain relay stands
+//! between two veth pairs instead.)
 //!
 //! Owns: the wiring, the mesh folder (two pods, a service, one ALLOW policy), starting agents by their contract, and the
 //! proof that traffic really takes the tunnel. A field is used for one peer and one round, so that no peer pays for the
@@ -25,14 +26,39 @@ pub const PORT: u16 = 8080;
 const CLIENT: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
 const SERVER: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 2);
 const SERVICE: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 10);
+/// The relay towards the client; towards the server; and the server behind it.
+const RELAY: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 3);
+const RELAY_BACK: Ipv4Addr = Ipv4Addr::new(10, 78, 0, 3);
+const BEHIND: Ipv4Addr = Ipv4Addr::new(10, 78, 0, 2);
 
 /// What carries the traffic.
 #[derive(Clone, Debug)]
 pub struct Peer {
     /// Its name in tables.
     pub name: String,
-    /// The agent binary; none for the direct path.
-    pub agent: Option<PathBuf>,
+    /// Who does the work.
+    pub carrier: Carrier,
+}
+
+/// Who does the work.
+#[derive(Clone, Debug)]
+pub enum Carrier {
+    /// Nobody: the bare veth pair.
+    Direct,
+    /// One plain relay.
+    Relay,
+    /// Two agents, started from this binary.
+    Agents(PathBuf),
+}
+
+impl Peer {
+    /// The agent's binary.
+    pub fn agent(&self) -> Option<&Path> {
+        match &self.carrier {
+            Carrier::Agents(binary) => Some(binary),
+            Carrier::Direct | Carrier::Relay => None,
+        }
+    }
 }
 
 /// How agents run; the same for every peer.
@@ -55,6 +81,7 @@ static BUILT: AtomicUsize = AtomicUsize::new(0);
 pub struct Field {
     settings: Settings,
     agents: Vec<Agent>,
+    relay: Option<(Running, Netns)>,
     _server: Running,
     client: Netns,
     _server_netns: Netns,
@@ -86,19 +113,26 @@ impl Field {
         let prefix = format!("{}b{}-", netns::own_prefix(), BUILT.fetch_add(1, Ordering::Relaxed));
         let client = Netns::create(&format!("{prefix}client"))?;
         let server = Netns::create(&format!("{prefix}server"))?;
-        netns::ip_batch(&client, &[format!("link add eth0 type veth peer name eth0 netns {}", server.name())])?;
-        for (ns, own, other) in [(&client, CLIENT, SERVER), (&server, SERVER, CLIENT)] {
-            let lines =
-                [format!("addr add {own}/24 dev eth0"), "link set eth0 up".into(), format!("route add default via {other}")];
-            netns::ip_batch(ns, &lines)?;
-        }
         let mesh = MeshDir::empty()?;
         mesh.put("mesh.yaml", &mesh_yaml(&client, &server))?;
         let authority = tempfile::Builder::new().prefix("culvert-bench-ca-").tempdir()?;
         netns::remove_on_interrupt(authority.path());
 
+        let mut relay = None;
         let mut agents = Vec::new();
-        if let Some(binary) = &peer.agent {
+        if let Carrier::Relay = peer.carrier {
+            let middle = Netns::create(&format!("{prefix}relay"))?;
+            join((&client, CLIENT, "eth0"), (&middle, RELAY, "eth0"))?;
+            join((&server, BEHIND, "eth0"), (&middle, RELAY_BACK, "eth1"))?;
+            let mut command = pinned(settings.cpus.map(|(agents, _load)| agents), &settings.loadgen);
+            command.args(["relay", "--port", &PORT.to_string(), "--to", &format!("{BEHIND}:{PORT}")]);
+            relay = Some((start_listening(&middle, &mut command)?, middle));
+        } else {
+            join((&client, CLIENT, "eth0"), (&server, SERVER, "eth0"))?;
+            netns::ip_batch(&client, &[format!("route add default via {SERVER}")])?;
+            netns::ip_batch(&server, &[format!("route add default via {CLIENT}")])?;
+        }
+        if let Carrier::Agents(binary) = &peer.carrier {
             for node in ["node-client", "node-server"] {
                 let netns = Netns::create(&format!("{prefix}{node}"))?;
                 agents.push(start_agent(binary, node, netns, mesh.path(), authority.path(), peer, settings)?);
@@ -107,11 +141,13 @@ impl Field {
         for agent in &mut agents {
             agent.wait_ready()?;
         }
-        let server_load = start_server(&server, settings)?;
+        let mut command = load_command(settings);
+        let load_server = start_listening(&server, command.args(["server", "--port", &PORT.to_string()]))?;
         let field = Self {
             settings: settings.clone(),
             agents,
-            _server: server_load,
+            relay,
+            _server: load_server,
             client,
             _server_netns: server,
             _mesh: mesh,
@@ -122,14 +158,14 @@ impl Field {
     }
 
     /// The address clients use.
-    pub fn target() -> SocketAddr {
-        (SERVER, PORT).into()
+    fn target(&self) -> SocketAddr {
+        (if self.relay.is_some() { RELAY } else { SERVER }, PORT).into()
     }
 
     /// A few connections, then the proof that they went through both agents and were encrypted.
     fn warm_up(&self) -> anyhow::Result<()> {
         let churn = ["churn", "--conc", "1", "--count", "5"];
-        self.load(&churn, Self::target()).context("through the pod address")?;
+        self.load(&churn, self.target()).context("through the pod address")?;
         if self.agents.is_empty() {
             return Ok(());
         }
@@ -149,7 +185,7 @@ impl Field {
 
     /// Runs a load client against the server and gives its line.
     pub fn run(&self, args: &[&str]) -> anyhow::Result<Value> {
-        self.load(args, Self::target())
+        self.load(args, self.target())
     }
 
     fn load(&self, args: &[&str], to: SocketAddr) -> anyhow::Result<Value> {
@@ -164,7 +200,7 @@ impl Field {
     /// Opens idle connections, which last as long as the value.
     pub fn hold(&self, conns: u64) -> anyhow::Result<Held> {
         let mut command = load_command(&self.settings);
-        command.args(["idle", "--conns", &conns.to_string(), "--to", &Self::target().to_string()]);
+        command.args(["idle", "--conns", &conns.to_string(), "--to", &self.target().to_string()]);
         let mut child = self.client.spawn(command.stdin(Stdio::piped()).stdout(Stdio::piped()))?;
         let (stdin, stdout) = (child.stdin.take(), child.stdout.take().context("a pipe")?);
         let child = Running(child);
@@ -175,9 +211,11 @@ impl Field {
         Ok(Held { child, stdin, opened })
     }
 
-    /// CPU seconds each agent has used so far: the client's, the server's.
+    /// CPU seconds each carrier has used so far: the client's agent, the server's; or the relay.
     pub fn cpu(&self) -> anyhow::Result<Vec<f64>> {
-        self.agents.iter().map(|agent| process::cpu_seconds(agent.child.0.id())).collect()
+        let relay = self.relay.as_ref().map(|(child, _netns)| child);
+        let children = self.agents.iter().map(|agent| &agent.child).chain(relay);
+        children.map(|child| process::cpu_seconds(child.0.id())).collect()
     }
 
     /// Resident KiB of each agent.
@@ -262,14 +300,23 @@ fn load_command(settings: &Settings) -> Command {
     pinned(settings.cpus.map(|(_agents, load)| load), &settings.loadgen)
 }
 
-fn start_server(ns: &Netns, settings: &Settings) -> anyhow::Result<Running> {
-    let mut command = load_command(settings);
-    command.args(["server", "--port", &PORT.to_string()]).stdin(Stdio::null()).stdout(Stdio::piped());
-    let mut child = Running(ns.spawn(&mut command).context("start the load server")?);
+/// Joins two namespaces by a veth pair.
+fn join(one: (&Netns, Ipv4Addr, &str), other: (&Netns, Ipv4Addr, &str)) -> anyhow::Result<()> {
+    let pair = format!("link add {} type veth peer name {} netns {}", one.2, other.2, other.0.name());
+    netns::ip_batch(one.0, &[pair])?;
+    for (ns, address, device) in [one, other] {
+        netns::ip_batch(ns, &[format!("addr add {address}/24 dev {device}"), format!("link set {device} up")])?;
+    }
+    Ok(())
+}
+
+/// Starts a mode of the load generator that serves, and waits until it does.
+fn start_listening(ns: &Netns, command: &mut Command) -> anyhow::Result<Running> {
+    let mut child = Running(ns.spawn(command.stdin(Stdio::null()).stdout(Stdio::piped())).context("start the load generator")?);
     let stdout = child.0.stdout.take().context("a pipe")?;
     let mut line = String::new();
     BufReader::new(stdout).read_line(&mut line)?;
-    ensure!(line.starts_with("ready"), "the load server said {line:?}");
+    ensure!(line.starts_with("ready"), "the load generator said {line:?}");
     Ok(child)
 }
 

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 
 use serde_json::{Value, json};
 
-use super::case::{Case, IDLE_RSS, PER_CONNECTION, TARGETS};
+use super::case::{Case, IDLE_RSS, PER_CONNECTION, RELAY, RELAY_REFERENCE, TARGETS};
 
 /// One run of one case.
 #[derive(Clone, Debug)]
@@ -158,19 +158,29 @@ impl Report {
         }
     }
 
-    /// How a peer stands to the targets, one row each.
+    /// How much more CPU this machine takes for the same copying than the one on which the targets were set.
+    pub fn machine_factor(&self) -> Option<f64> {
+        self.cpu(RELAY, "upload").map(|spread| spread.median / RELAY_REFERENCE)
+    }
+
+    /// How a peer stands to the targets, one row each; CPU also as it would be if the relay cost here what it cost there.
     pub fn targets(&self, peer: &str) -> String {
-        let mut rows = vec![["target", "measured", "unit", "ztunnel", "must", "goal", "verdict"].map(str::to_owned)];
+        let head = ["target", "measured", "scaled", "unit", "ztunnel", "must", "goal", "verdict", "verdict, scaled"];
+        let mut rows = vec![head.map(str::to_owned)];
         for target in TARGETS {
             let value = self.value_of(peer, target.name);
+            let factor = self.machine_factor().filter(|_| target.unit.starts_with("s/"));
+            let scaled = value.zip(factor).map(|(value, factor)| value / factor);
             rows.push([
                 target.name.into(),
                 value.map_or_else(|| "-".into(), |value| format!("{value:.2}")),
+                scaled.map_or_else(|| "-".into(), |value| format!("{value:.2}")),
                 target.unit.into(),
                 target.reference.to_string(),
                 format!("≤ {}", target.must),
                 format!("≤ {}", target.goal),
                 value.map_or("not measured", |value| target.verdict(value)).into(),
+                scaled.map_or("-", |value| target.verdict(value)).into(),
             ]);
         }
         let mut out = String::new();
@@ -199,7 +209,7 @@ impl Report {
                     "goal": target.goal, "verdict": target.verdict(value)}))
             })
             .collect();
-        json!({"about": about, "targets": targets, "samples": samples, "memory": memory, "problems": self.problems})
+        json!({"about": about, "machine_factor": self.machine_factor(), "targets": targets, "samples": samples, "memory": memory, "problems": self.problems})
     }
 }
 
@@ -249,9 +259,17 @@ mod tests {
         let peers = ["direct".to_owned(), "culvert".to_owned()];
         let table = report.table(&case::all(true)[..1], &peers);
         assert!(table.contains("1.10 [0.90..1.30] s/GB"), "{table}");
+        let row = |targets: &str, name: &str| -> Vec<String> {
+            let line = targets.lines().find(|line| line.starts_with(name)).unwrap_or_default().to_owned();
+            line.split("  ").map(str::trim).filter(|cell| !cell.is_empty()).map(str::to_owned).collect()
+        };
         let targets = report.targets("culvert");
-        assert!(targets.lines().any(|line| line.starts_with("upload") && line.ends_with("pass")), "{targets}");
-        assert!(targets.lines().any(|line| line.starts_with("ping16") && line.ends_with("not measured")), "{targets}");
+        assert_eq!(row(&targets, "upload")[6..], ["≤ 1", "pass", "-"], "{targets}");
+        assert_eq!(row(&targets, "ping16").last().map(String::as_str), Some("-"));
+        let mut slow = report.clone();
+        slow.samples.push(sample("relay", "upload", &[2.0 * RELAY_REFERENCE]));
+        assert_eq!(row(&slow.targets("culvert"), "upload")[2..3], ["0.55"]);
+        assert_eq!(row(&slow.targets("culvert"), "upload").last().map(String::as_str), Some("pass (goal)"));
         let json = report.json(json!({}), &peers);
         assert_eq!(json["targets"].as_array().map(Vec::len), Some(1));
     }

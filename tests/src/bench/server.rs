@@ -14,7 +14,7 @@ pub async fn serve(on: SocketAddr) -> anyhow::Result<()> {
     accept(listener).await
 }
 
-fn listen(on: SocketAddr) -> anyhow::Result<TcpListener> {
+pub(super) fn listen(on: SocketAddr) -> anyhow::Result<TcpListener> {
     let socket = if on.is_ipv4() { tokio::net::TcpSocket::new_v4()? } else { tokio::net::TcpSocket::new_v6()? };
     socket.set_reuseaddr(true)?;
     socket.bind(on).with_context(|| format!("bind {on}"))?;

@@ -1,5 +1,5 @@
-//! The benchmark of the node agent: two agents in network namespaces against the direct path and, with `--peer`, against
-//! another binary with the same contract, interleaved in the same run.
+//! The benchmark of the node agent: two agents in network namespaces against the direct path, a plain relay and, with
+//! `--peer`, another binary with the same contract, interleaved in the same run.
 //!
 //! How it measures: CPU time per unit first, wall time second. Agents share CPU 1, load and backend CPU 0. Every peer gets
 //! fresh namespaces in every round, the order is reversed each round, and the pressure on the machine stands beside each row.
@@ -12,7 +12,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, ensure};
 use mesh_tests::bench::case::{self, Case};
-use mesh_tests::bench::field::{Field, Peer, Settings};
+use mesh_tests::bench::field::{Carrier, Field, Peer, Settings};
 use mesh_tests::bench::flags::Flags;
 use mesh_tests::bench::process::{self, Pressure};
 use mesh_tests::bench::report::{Memory, Report, Sample};
@@ -76,11 +76,13 @@ impl Run {
         let beside = |name: &str| own.with_file_name(name);
         let quick = flags.switch("quick");
         let agent = flags.optional("agent")?.unwrap_or_else(|| beside("ztunnel"));
-        let mut peers = vec![Peer { name: "direct".into(), agent: None }, Peer { name: "culvert".into(), agent: Some(agent) }];
+        let peer = |name: &str, carrier: Carrier| Peer { name: name.into(), carrier };
+        let mut peers =
+            vec![peer("direct", Carrier::Direct), peer("relay", Carrier::Relay), peer("culvert", Carrier::Agents(agent))];
         if let Some(path) = flags.optional::<PathBuf>("peer")? {
-            peers.push(Peer { name: "peer".into(), agent: Some(path) });
+            peers.push(peer("peer", Carrier::Agents(path)));
         }
-        for binary in peers.iter().filter_map(|peer| peer.agent.as_deref()) {
+        for binary in peers.iter().filter_map(Peer::agent) {
             ensure!(binary.is_file(), "no agent at {}", binary.display());
         }
         let mut cases = case::all(quick);
@@ -129,7 +131,7 @@ impl Run {
             }
         }
         if self.memory {
-            for peer in self.peers.iter().filter(|peer| peer.agent.is_some()) {
+            for peer in self.peers.iter().filter(|peer| peer.agent().is_some()) {
                 eprintln!("memory: {}", peer.name);
                 match self.measure_memory(peer) {
                     Ok(memory) => report.memory.push(memory),
@@ -190,7 +192,13 @@ impl Run {
     fn tell(&self, report: &Report) -> anyhow::Result<()> {
         let peers: Vec<String> = self.peers.iter().map(|peer| peer.name.clone()).collect();
         println!("{}", report.table(&self.cases, &peers));
-        for peer in self.peers.iter().filter(|peer| peer.agent.is_some()) {
+        if let Some(factor) = report.machine_factor() {
+            println!(
+                "A plain relay costs {factor:.2} times here what it cost on the machine of the targets: judge \"scaled\" where that is far \
+                 from 1. A scaled target still leaves out how fast either machine encrypts.\n"
+            );
+        }
+        for peer in self.peers.iter().filter(|peer| peer.agent().is_some()) {
             println!("{} against the targets\n{}", peer.name, report.targets(&peer.name));
         }
         let seconds = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();
@@ -201,7 +209,7 @@ impl Run {
             "pinned": self.settings.cpus,
             "kernel": std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim(),
             "processor": processor(),
-            "peers": self.peers.iter().map(|peer| json!({"name": peer.name, "agent": peer.agent})).collect::<Vec<_>>(),
+            "peers": self.peers.iter().map(|peer| json!({"name": peer.name, "agent": peer.agent()})).collect::<Vec<_>>(),
         });
         std::fs::create_dir_all(&self.out)?;
         let file = self.out.join(format!("l4-{seconds}.json"));

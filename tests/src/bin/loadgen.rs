@@ -10,11 +10,12 @@ use anyhow::{Context, bail};
 use mesh_tests::bench::client::{self, Direction};
 use mesh_tests::bench::flags::Flags;
 use mesh_tests::bench::outcome::Outcome;
-use mesh_tests::bench::{process, server};
+use mesh_tests::bench::{process, relay, server};
 use nix::sys::prctl;
 
 const HELP: &str = "\
 loadgen server --port P
+loadgen relay  --port P --to ADDR                  plain TCP, no encryption
 loadgen stream --to ADDR --streams N --bytes B --dir up|down
 loadgen ping   --to ADDR --conns N --secs S [--size 64]
 loadgen rate   --to ADDR --conns N --rps R --secs S [--size 64]
@@ -44,6 +45,11 @@ fn start() -> anyhow::Result<()> {
             let port = flags.required("port")?;
             flags.end()?;
             runtime.block_on(server::serve((Ipv6Addr::UNSPECIFIED, port).into()))
+        }
+        "relay" => {
+            let (port, to) = (flags.required("port")?, flags.required("to")?);
+            flags.end()?;
+            runtime.block_on(relay::relay((Ipv6Addr::UNSPECIFIED, port).into(), to))
         }
         "stream" | "ping" | "rate" | "churn" | "idle" => runtime.block_on(run(&mode, flags)),
         "help" | "--help" | "-h" => {
