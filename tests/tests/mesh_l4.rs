@@ -1039,6 +1039,7 @@ fn silent_connections(mesh: &Mesh, count: usize) -> anyhow::Result<()> {
     let visitor = mesh.topology().host("visitor");
     ensure!(tls_accepted(visitor, to, &ca.issue("spiffe://test.local/ns/t/sa/client")?)?, "a new tunnel cannot be made");
     let made = silent.len();
+    let peak = mesh.b().rss_kib()?;
     // They are not kept for ever: the agent itself ends them (its handshake timeout is 5 s here).
     wait::until("the agent to end silent connections", Duration::from_secs(20), || {
         mesh.b().open_fds().ok().filter(|now| *now <= fds + 8)
@@ -1047,11 +1048,15 @@ fn silent_connections(mesh: &Mesh, count: usize) -> anyhow::Result<()> {
     drop(silent);
     wait::until("descriptors to come back", Duration::from_secs(20), || mesh.b().open_fds().ok().filter(|now| *now <= fds + 8))
         .with_context(|| format!("{fds} before, {:?} now, {made} were made", mesh.b().open_fds()))?;
-    wait::until("memory to come back", Duration::from_secs(20), || {
-        mesh.b().rss_kib().ok().filter(|now| *now <= rss + 16 * 1024 + rss / 4)
-    })
-    .with_context(|| format!("{rss} KiB before, {:?} now", mesh.b().rss_kib()))?;
-    println!("    {made} silent connections; fds {fds} → {}, RSS {rss} → {} KiB", mesh.b().open_fds()?, mesh.b().rss_kib()?);
+    // Allocators keep some of what they once had: what matters is that it is bounded and mostly given back.
+    let allowed = rss + (8 * 1024).max(peak.saturating_sub(rss) / 2);
+    wait::until("memory to come back", Duration::from_secs(30), || mesh.b().rss_kib().ok().filter(|now| *now <= allowed))
+        .with_context(|| format!("{rss} KiB before, {peak} at the peak, {:?} now", mesh.b().rss_kib()))?;
+    println!(
+        "    {made} silent connections; fds {fds} → {}, RSS {rss} → {peak} → {} KiB",
+        mesh.b().open_fds()?,
+        mesh.b().rss_kib()?
+    );
     Ok(())
 }
 
