@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpStream;
 use tokio::time::Instant;
-use tokio_rustls::client::TlsStream;
+use mesh_identity::tls::ClientStream;
 
 /// Options of streams towards applications and peers.
 pub fn stream_options() -> StreamOptions {
@@ -57,7 +57,7 @@ impl PodDialer {
     }
 
     /// A TLS stream to `to` whose peer proved one of `expect` (I4).
-    pub async fn tls<IO>(&self, io: IO, expect: &[SpiffeId]) -> Result<(TlsStream<IO>, SpiffeId), Refusal>
+    pub async fn tls<IO>(&self, io: IO, expect: &[SpiffeId]) -> Result<(ClientStream<IO>, SpiffeId), Refusal>
     where
         IO: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
     {
@@ -69,7 +69,7 @@ impl PodDialer {
 }
 
 impl Dialer for PodDialer {
-    type Io = TlsStream<TcpStream>;
+    type Io = ClientStream<TcpStream>;
 
     async fn dial(&self, key: &PoolKey) -> Result<Self::Io, HboneError> {
         let tcp = self.tcp(key.dial()).await.map_err(HboneError::from)?;

@@ -13,6 +13,7 @@ use crate::record::Record;
 use crate::report;
 use mesh_hbone::{Incoming, headers};
 use mesh_identity::Peer;
+use mesh_identity::tls::ServerStream;
 use mesh_model::authz::{Verdict, authorize};
 use mesh_model::conn::InboundConn;
 use mesh_model::inbound::{InboundPlan, plan_inbound};
@@ -64,7 +65,7 @@ pub async fn serve_conn(pod: Arc<Pod>, accepted: Accepted) {
 async fn handshake(
     pod: &Pod,
     accepted: Accepted,
-) -> Result<Option<(tokio_rustls::server::TlsStream<TcpStream>, Peer)>, Refusal> {
+) -> Result<Option<(ServerStream<TcpStream>, Peer)>, Refusal> {
     let limit = pod.shared.settings.handshake_timeout;
     match tokio::time::timeout(limit, accepted.tcp.peek(&mut [0])).await {
         Err(_) | Ok(Err(_) | Ok(0)) => return Ok(None),

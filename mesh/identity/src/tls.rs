@@ -19,12 +19,18 @@ use tokio_rustls::{TlsAcceptor, TlsConnector, client, server};
 
 use crate::bundle::TrustBundles;
 use crate::clock::unix;
+use crate::read_ahead::ReadAhead;
 use crate::svid::Svid;
 use crate::verify::{PeerRole, VerifyError, leaf_of, verify_chain};
 
 /// How many bytes a connection may hold in each of its two outgoing buffers (plaintext before, records after encryption).
 /// rustls' own 64 KiB makes a relay with large reads stop four times as often.
 pub const BUFFER_LIMIT: usize = 256 * 1024;
+
+/// An authenticated stream we connected.
+pub type ClientStream<IO> = client::TlsStream<ReadAhead<IO>>;
+/// An authenticated stream we accepted.
+pub type ServerStream<IO> = server::TlsStream<ReadAhead<IO>>;
 
 /// Who is at the other end, as proved by the handshake.
 #[derive(Clone, Debug)]
@@ -130,14 +136,14 @@ pub async fn connect<IO>(
     io: IO,
     expect: &[SpiffeId],
     deadline: Instant,
-) -> Result<(client::TlsStream<IO>, Peer), TlsError>
+) -> Result<(ClientStream<IO>, Peer), TlsError>
 where
     IO: AsyncRead + AsyncWrite + Unpin,
 {
     // Never sent (SNI is off) and never compared; rustls wants one.
     let nobody = ServerName::IpAddress(IpAddr::V4(Ipv4Addr::UNSPECIFIED).into());
     let handshake = TlsConnector::from(Arc::clone(&svid.client))
-        .connect_with(nobody, io, |connection| connection.set_buffer_limit(Some(BUFFER_LIMIT)));
+        .connect_with(nobody, ReadAhead::new(io), |connection| connection.set_buffer_limit(Some(BUFFER_LIMIT)));
     let stream = timeout_at(deadline, handshake).await.map_err(|_| late("connecting"))??;
     let peer = Peer::of(stream.get_ref().1, PeerRole::Server, svid)?;
     if !expect.contains(&peer.id) {
@@ -147,12 +153,12 @@ where
 }
 
 /// Accepts a mutual handshake over `io` as `svid`. Whether the peer may do what it asks for is policy, decided later.
-pub async fn accept<IO>(svid: &Svid, io: IO, deadline: Instant) -> Result<(server::TlsStream<IO>, Peer), TlsError>
+pub async fn accept<IO>(svid: &Svid, io: IO, deadline: Instant) -> Result<(ServerStream<IO>, Peer), TlsError>
 where
     IO: AsyncRead + AsyncWrite + Unpin,
 {
     let handshake =
-        TlsAcceptor::from(Arc::clone(&svid.server)).accept_with(io, |connection| connection.set_buffer_limit(Some(BUFFER_LIMIT)));
+        TlsAcceptor::from(Arc::clone(&svid.server)).accept_with(ReadAhead::new(io), |connection| connection.set_buffer_limit(Some(BUFFER_LIMIT)));
     let stream = timeout_at(deadline, handshake).await.map_err(|_| late("accepting"))??;
     let peer = Peer::of(stream.get_ref().1, PeerRole::Client, svid)?;
     Ok((stream, peer))

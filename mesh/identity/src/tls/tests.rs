@@ -34,7 +34,7 @@ fn soon() -> Instant {
 }
 
 type Both =
-    (Result<(client::TlsStream<DuplexStream>, Peer), TlsError>, Result<(server::TlsStream<DuplexStream>, Peer), TlsError>);
+    (Result<(ClientStream<DuplexStream>, Peer), TlsError>, Result<(ServerStream<DuplexStream>, Peer), TlsError>);
 
 async fn shake(client: &Svid, server: &Svid, expect: &[SpiffeId]) -> Both {
     let (a, b) = duplex(64 * 1024);
