@@ -1,0 +1,168 @@
+//! What the agents tell: metrics, the configuration page, the access log, the admin commands.
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use mesh_tests::agent::{Agent, is_clean};
+use mesh_tests::program::Client;
+use mesh_tests::wait;
+use nix::sys::signal::Signal;
+
+use crate::lifecycle::restart_b;
+use crate::mesh::{Mesh, PORT, WEB_VIP, entries, has_policy, id, text};
+
+pub(crate) fn metrics_carry_istio_labels(mesh: &mut Mesh) -> anyhow::Result<()> {
+    mesh.call("client", WEB_VIP.into())?;
+    let expected = [
+        ("source_workload", "client"),
+        ("source_workload_namespace", "t"),
+        ("source_principal", "spiffe://test.local/ns/t/sa/client"),
+        ("source_app", "client"),
+        ("source_canonical_service", "client"),
+        ("destination_workload_namespace", "t"),
+        ("destination_principal", "spiffe://test.local/ns/t/sa/web"),
+        ("destination_service", "web.t.svc.cluster.local"),
+        ("destination_service_name", "web"),
+        ("destination_service_namespace", "t"),
+        ("request_protocol", "tcp"),
+        ("response_flags", "-"),
+        ("connection_security_policy", "mutual_tls"),
+    ];
+    let with = |reporter: &'static str| {
+        let mut all = expected.to_vec();
+        all.push(("reporter", reporter));
+        all
+    };
+    for name in [
+        "istio_tcp_connections_opened_total",
+        "istio_tcp_connections_closed_total",
+        "istio_tcp_sent_bytes_total",
+        "istio_tcp_received_bytes_total",
+    ] {
+        wait::until(&format!("{name} of the source"), wait::PATIENCE, || {
+            (mesh.a().metrics().ok()?.sum(name, &with("source")) > 0.0).then_some(())
+        })
+        .with_context(|| similar(mesh.a(), name))?;
+    }
+    // At the destination the tunnel carries the pod's address: the service is the one the source chose.
+    let at_destination: Vec<_> =
+        with("destination").into_iter().filter(|(key, _)| !key.starts_with("destination_service")).collect();
+    wait::until("the destination's counter", wait::PATIENCE, || {
+        (mesh.b().metrics().ok()?.sum("istio_tcp_connections_opened_total", &at_destination) > 0.0).then_some(())
+    })
+    .with_context(|| similar(mesh.b(), "istio_tcp_connections_opened_total"))?;
+    // Every series carries every label of the family: dashboards group by them.
+    let metrics = mesh.a().metrics()?;
+    let family: Vec<_> = metrics.0.iter().filter(|series| series.name == "istio_tcp_connections_opened_total").collect();
+    for series in family {
+        for label in
+            ["source_cluster", "destination_cluster", "source_version", "destination_version", "destination_canonical_revision"]
+        {
+            ensure!(series.labels.contains_key(label), "{label} is missing in {series:?}");
+        }
+    }
+    Ok(())
+}
+
+pub(crate) fn similar(agent: &Agent, name: &str) -> String {
+    let page = agent.metrics().unwrap_or_default();
+    let lines: Vec<String> =
+        page.0.iter().filter(|series| series.name == name).map(|series| format!("{:?}", series.labels)).collect();
+    format!("series of {name} on {}:\n{}", agent.node(), lines.join("\n"))
+}
+
+pub(crate) fn config_dump_has_the_shape_istioctl_reads(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let dump = mesh.b().config_dump()?;
+    for list in ["workloads", "services", "policies", "certificates", "problems"] {
+        ensure!(dump[list].is_array(), "`{list}` is not a list");
+    }
+    for object in ["workloadState", "version", "config"] {
+        ensure!(dump[object].is_object(), "`{object}` is not an object");
+    }
+    let workload = entries(&dump, "workloads").find(|workload| workload["name"] == "web1").context("workload web1")?;
+    ensure!(workload["namespace"] == "t" && workload["serviceAccount"] == "web" && workload["node"] == "node-b", "{workload}");
+    ensure!(workload["protocol"] == "HBONE", "{workload}");
+    ensure!(
+        workload["workloadIps"].as_array().is_some_and(|ips| ips.contains(&mesh.pod("web1").v4.to_string().into())),
+        "{workload}"
+    );
+    let service = entries(&dump, "services").find(|service| service["name"] == "web").context("service web")?;
+    ensure!(service["hostname"] == "web.t.svc.cluster.local" && service["namespace"] == "t", "{service}");
+    ensure!(has_policy(&dump, "web-allow"), "policies: {}", dump["policies"]);
+    let certificate = entries(&dump, "certificates").find(|one| one["identity"] == id("web")).context("certificate of web")?;
+    ensure!(certificate["state"] == "Available", "{certificate}");
+    let chain = certificate["certChain"].as_array().context("certChain")?;
+    for field in ["pem", "serialNumber", "validFrom", "expirationTime"] {
+        ensure!(chain.first().is_some_and(|one| one[field].is_string()), "certChain[0].{field}: {certificate}");
+    }
+    // Only the pods of this node are served, each by name.
+    let state = dump["workloadState"].as_object().context("workloadState")?;
+    let mut served: Vec<&str> = state.values().map(|one| text(&one["info"], "name")).collect();
+    served.sort_unstable();
+    ensure!(served == ["loose", "victim", "web1", "web2"], "{served:?}");
+    ensure!(state.values().all(|one| one["state"] == "Up" && one["info"]["namespace"] == "t"), "{}", dump["workloadState"]);
+    ensure!(!dump.to_string().contains("PRIVATE KEY"), "a private key is in the dump");
+    Ok(())
+}
+
+pub(crate) fn live_connections_are_listed(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let web1 = mesh.pod("web1").at(PORT);
+    let (open, _) = Client::who(mesh.pod("client"), web1)?;
+    let listed = |agent: &Agent, pod: &str, direction: &str| {
+        let (pod, direction) = (pod.to_owned(), direction.to_owned());
+        agent.wait_config(&format!("the connection in {direction} of {pod}"), move |dump| {
+            dump["workloadState"].as_object().into_iter().flatten().any(|(_, one)| {
+                one["info"]["name"] == pod.as_str()
+                    && one["connections"][&direction].as_array().into_iter().flatten().any(|connection| {
+                        [&connection["originalDst"], &connection["actualDst"]]
+                            .iter()
+                            .any(|addr| addr.as_str() == Some(web1.to_string().as_str()))
+                            && (connection["protocol"] == "HBONE")
+                    })
+            })
+        })
+    };
+    listed(mesh.a(), "client", "outbound")?;
+    listed(mesh.b(), "web1", "inbound")?;
+    drop(open);
+    mesh.a().wait_config("the closed connection to go", |dump| {
+        dump["workloadState"].as_object().into_iter().flatten().all(|(_, one)| {
+            one["connections"]["outbound"]
+                .as_array()
+                .into_iter()
+                .flatten()
+                .all(|connection| connection["originalDst"] != web1.to_string())
+        })
+    })
+}
+
+pub(crate) fn the_plain_log_is_istios_line_and_quitquitquit_ends_the_agent(mesh: &mut Mesh) -> anyhow::Result<()> {
+    mesh.b().signal(Signal::SIGKILL)?;
+    mesh.b().wait_end(Duration::from_secs(5))?;
+    let plain = mesh.spec("node-b").env("LOG_FORMAT", "plain").start(mesh.topology().node("node-b"))?;
+    plain.wait_ready(Duration::from_secs(20))?;
+    mesh.agent_b = Some(plain);
+    let web1 = mesh.pod("web1");
+    wait::until_true("calls through the new agent", || mesh.call("client", web1.at(PORT)).is_ok())?;
+    let expected = format!(
+        "src.workload=\"client\" src.namespace=\"t\" src.identity=\"{}\" src.cluster=\"Kubernetes\" dst.addr={} dst.hbone_addr={} \
+         dst.workload=\"web1\" dst.namespace=\"t\" dst.identity=\"{}\" dst.cluster=\"Kubernetes\" direction=\"inbound\" bytes_sent=",
+        id("client"),
+        web1.at(15008),
+        web1.at(PORT),
+        id("web"),
+    );
+    let line = wait::until("the plain access log line", wait::PATIENCE, || {
+        mesh.b().whole_log().lines().find(|line| line.contains(&expected)).map(str::to_owned)
+    })
+    .with_context(|| format!("expected {expected}\nlog:\n{}", mesh.b().log_tail(5)))?;
+    let columns: Vec<&str> = line.split('\t').collect();
+    ensure!(columns.len() == 5 && columns[1..4] == ["info", "access", "connection complete"], "{line:?}");
+    ensure!(columns[4].starts_with("src.addr=10.244.1.11:") && columns[4].contains(" duration=\""), "{line:?}");
+
+    ensure!(mesh.b().admin_post("/logging?level=debug")?.status == 200, "/logging takes a level");
+    ensure!(mesh.b().admin("/quitquitquit")?.status != 200, "a GET must not end the agent");
+    ensure!(mesh.b().admin_post("/quitquitquit")?.status == 200);
+    let status = mesh.b().wait_end(Duration::from_secs(10))?;
+    ensure!(is_clean(status), "the agent ended with {status}");
+    restart_b(mesh)
+}
