@@ -37,6 +37,8 @@ use tokio::sync::Notify;
 
 /// How long data threads may take to drop what is left after the drain.
 const STOP_LIMIT: Duration = Duration::from_secs(2);
+/// Connections that must have gone from a data thread before its free memory is worth returning.
+const WORTH_RETURNING: usize = 500;
 /// Series of metrics nobody used for this long are dropped.
 const SERIES_UNUSED: Duration = Duration::from_mins(10);
 
@@ -119,7 +121,7 @@ pub async fn serve(settings: Settings, logging: &Logging) -> Result<()> {
             supervisor.run(drained, first_snapshot).await;
         }
     });
-    let upkeep = tokio::spawn(upkeep(registry, shared.metrics.clone(), diagnostics));
+    let upkeep = tokio::spawn(upkeep(registry, Arc::clone(&shared), diagnostics));
 
     tokio::select! {
         signal = stop => tracing::info!(?signal, "shutting down"),
@@ -269,13 +271,24 @@ fn listen(addr: SocketAddr, server: &HttpServer, drain: &drain::Drain) -> Result
 }
 
 /// Slow periodic work of the control thread.
-async fn upkeep(registry: Registry, metrics: Metrics, diagnostics: Diagnostics) {
+async fn upkeep(registry: Registry, shared: Arc<Shared>, diagnostics: Diagnostics) {
+    let workers = shared.threads.workers();
+    let mut peaks = vec![0; workers.len()];
     let mut tick = tokio::time::interval(Duration::from_secs(2));
     let mut beats = 0u32;
     loop {
         tick.tick().await;
-        metrics.config_problems.set(diagnostics.list().len() as i64);
+        shared.metrics.config_problems.set(diagnostics.list().len() as i64);
         allocator::return_free_pages();
+        for (worker, peak) in workers.iter().zip(&mut peaks) {
+            let live = worker.live();
+            if *peak > WORTH_RETURNING && live < *peak / 2 {
+                // Each thread has a heap of its own; this one has just become mostly empty.
+                worker.spawn(async { allocator::return_free_pages() });
+                *peak = live;
+            }
+            *peak = live.max(*peak);
+        }
         beats = beats.wrapping_add(1);
         if beats.is_multiple_of(150) {
             registry.sweep(SERIES_UNUSED);

@@ -33,9 +33,13 @@ pub async fn serve_conn(pod: Arc<Pod>, accepted: Accepted) {
         Ok(None) => return,
         Err(why) => {
             let mut record = Record::new(Direction::Inbound, peer, local);
-            let snap = pod.shared.mesh.load();
-            record.destination = pod.workload(&snap).ok().cloned();
-            report::refused(&pod.shared, &record, &why);
+            record.destination = pod.workload(&pod.shared.mesh.load()).ok().cloned();
+            if why.reason == Reason::Overloaded {
+                // Whoever floods us with handshakes does not get to flood the log as well.
+                report::counted(&pod.shared, &record, &why);
+            } else {
+                report::refused(&pod.shared, &record, &why);
+            }
             return;
         }
     };
@@ -78,9 +82,10 @@ async fn handshake(
         .flatten()
         .ok_or_else(|| Refusal::new(Reason::Overloaded, "too many handshakes in progress"))?;
     let svid = pod.svid.fetch().await.map_err(Refusal::from)?;
-    let done = mesh_identity::tls::accept(&svid, accepted.tcp, deadline).await.map_err(Refusal::from)?;
-    drop(place);
-    Ok(Some(done))
+    tokio::select! {
+        done = mesh_identity::tls::accept(&svid, accepted.tcp, deadline) => Ok(Some(done.map_err(Refusal::from)?)),
+        () = place.lost() => Err(Refusal::new(Reason::Overloaded, "too many handshakes in progress, this one gave way")),
+    }
 }
 
 /// Serves one CONNECT: plan → enter → authorize → deliver → 200 → relay → report.

@@ -25,6 +25,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    mesh_runtime::copies::restart_with_fast_copies();
     let command = Cli::parse().command.unwrap_or_else(|| {
         // `ztunnel` alone means `ztunnel proxy` with settings from the environment, as Istio's chart starts it.
         Command::Proxy(Box::new(DefaultProxy::parse_from(["ztunnel"]).settings))

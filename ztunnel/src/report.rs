@@ -13,6 +13,12 @@ pub fn refused(shared: &Shared, record: &Record, why: &Refusal) {
     line(shared, record, 0, 0, &Ending::Failed(why));
 }
 
+/// A connection was turned away before anything was known of it: counted, and logged at debug level only.
+pub fn counted(shared: &Shared, record: &Record, why: &Refusal) {
+    shared.metrics.failed(record, why.reason);
+    tracing::debug!(src = %record.src, error = %why, "turned away");
+}
+
 /// An established connection ended: `why` when it was cut or broke.
 pub fn ended(shared: &Shared, record: &Record, handles: &TcpHandles, why: Option<&Refusal>) {
     let (to_server, to_client) = handles.bytes();

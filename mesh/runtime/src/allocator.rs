@@ -13,7 +13,8 @@ pub fn refuse_huge_pages() -> std::io::Result<()> {
 
 /// Gives pages that are free back to the kernel. Left alone, an idle process keeps the peak of its start-up for ever (the
 /// kernel's type information, read once to load programs, is 20 MiB), because freed pages are returned in passing, by later
-/// allocations. A few hundred microseconds: for a slow timer on the control thread, never for a data thread.
+/// allocations. Concerns the calling thread's own heap and what is shared. A few hundred microseconds: for a slow timer, and
+/// for a data thread only after many of its connections ended.
 pub fn return_free_pages() {
     // SAFETY: may be called at any time from any thread; it touches only the allocator's own state.
     unsafe { libmimalloc_sys::mi_collect(true) }
