@@ -53,6 +53,9 @@ impl Netns {
             ("ipv6/conf/default/accept_ra", "0"),
             ("ipv4/conf/all/rp_filter", "0"),
             ("ipv4/conf/default/rp_filter", "0"),
+            // The kernel's default. A machine may prefer another for itself (BBR paces with timers, which on a veth is a third
+            // of the CPU of a bulk transfer), and a new namespace would inherit that.
+            ("ipv4/tcp_congestion_control", "cubic"),
         ])?;
         Ok(ns)
     }

@@ -242,11 +242,14 @@ impl PodSupervisor {
         let running = self.running.remove(uid)?;
         self.table.remove(uid);
         running.ready.ready();
+        let why = Refusal::new(Reason::Revoked, why);
+        // Before the drain, which ends the tunnels: a connection is to know why it ended, not that its tunnel broke.
+        running.pod.conns.cut_all(&why);
         running.drain.start(DrainMode::Immediate);
         self.forget_unused(&running.pod.identity);
         self.shared.metrics.pods_stopped.inc();
-        tracing::info!(pod = %uid, why, "pod is no longer served");
-        Some(tokio::spawn(take_down(running, Refusal::new(Reason::Revoked, why))))
+        tracing::info!(pod = %uid, %why, "pod is no longer served");
+        Some(tokio::spawn(take_down(running, why)))
     }
     /// Drops the certificate when no other pod of this node has that identity.
     fn forget_unused(&self, identity: &SpiffeId) {
