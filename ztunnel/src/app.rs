@@ -26,9 +26,9 @@ use mesh_runtime::logging::{self, Logging};
 use mesh_runtime::memory::Budget;
 use mesh_runtime::metrics::Registry;
 use mesh_runtime::readiness::Readiness;
+use mesh_runtime::signals;
 use mesh_runtime::sockets::raise_nofile;
 use mesh_runtime::threads::{DataThreads, cores, worker_count};
-use mesh_runtime::signals;
 use mesh_sources::{Diagnostics, Mesh, Origin};
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -213,8 +213,8 @@ fn authority(s: &Settings) -> Result<Arc<dyn IdentitySource>> {
         trust_domain_aliases: s.trust_domain_aliases.clone(),
         lifetime: s.secret_ttl,
     };
-    let opened = LocalCa::open(&ca, Arc::new(SystemClock))
-        .with_context(|| format!("development CA in {}", s.ca_dir.display()))?;
+    let opened =
+        LocalCa::open(&ca, Arc::new(SystemClock)).with_context(|| format!("development CA in {}", s.ca_dir.display()))?;
     Ok(Arc::new(opened))
 }
 
@@ -233,13 +233,7 @@ fn hbone_settings(s: &Settings, budget: &Budget) -> mesh_hbone::Settings {
     .clamped()
 }
 
-fn admin(
-    shared: &Arc<Shared>,
-    pods: &PodTable,
-    diagnostics: &Diagnostics,
-    logging: &Logging,
-    quit: &Arc<Notify>,
-) -> HttpServer {
+fn admin(shared: &Arc<Shared>, pods: &PodTable, diagnostics: &Diagnostics, logging: &Logging, quit: &Arc<Notify>) -> HttpServer {
     let dump = {
         let (shared, pods, diagnostics) = (Arc::clone(shared), pods.clone(), diagnostics.clone());
         move |_| json(&dump::config_dump(&shared, &pods, &diagnostics))
@@ -295,4 +289,3 @@ async fn upkeep(registry: Registry, shared: Arc<Shared>, diagnostics: Diagnostic
         }
     }
 }
-

@@ -3,9 +3,9 @@
 //! The client's end always comes first, so that bytes and resets mean the same for every direction.
 use crate::conns::Cut;
 use crate::metrics::TcpHandles;
+use mesh_hbone::HboneStream;
 use mesh_hbone::relay::endpoint::Endpoint;
 use mesh_hbone::relay::{Counters, End, How, RelayEnd, Timeouts, relay};
-use mesh_hbone::HboneStream;
 use mesh_model::{Reason, Refusal};
 use tokio::net::TcpStream;
 

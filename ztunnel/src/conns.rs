@@ -162,11 +162,8 @@ impl Conns {
             if live.facts.direction != Direction::Inbound || live.cut.why().is_some() {
                 continue;
             }
-            let conn = InboundConn {
-                client: live.facts.src.into(),
-                dst: live.facts.actual_dst,
-                identity: live.facts.identity.as_ref(),
-            };
+            let conn =
+                InboundConn { client: live.facts.src.into(), dst: live.facts.actual_dst, identity: live.facts.identity.as_ref() };
             if let Verdict::Deny(now) = authorize(snap, workload, &conn).verdict {
                 let detail = format!("connection closed due to policy change: {}", brief(&now));
                 live.cut.cut(Refusal::new(Reason::Revoked, detail));

@@ -32,8 +32,8 @@ pub enum Reached {
 pub async fn resolve_name(pod: &Pod, dial: Dial, client: IpAddr, draw: u64) -> Result<Dial, Refusal> {
     let Dial::Name { host, port, then } = dial else { return Ok(dial) };
     let ips = pod.shared.resolver.lookup(&host).await.map_err(|e| Refusal::new(Reason::DnsFailure, e))?;
-    let ip = resolve::choose(&ips, client, draw)
-        .ok_or_else(|| Refusal::new(Reason::DnsFailure, format!("{host}: no addresses")))?;
+    let ip =
+        resolve::choose(&ips, client, draw).ok_or_else(|| Refusal::new(Reason::DnsFailure, format!("{host}: no addresses")))?;
     Ok(match then {
         NamedDial::Plain => Dial::Plain(DialAddr::from(SocketAddr::new(ip, port))),
         NamedDial::Hbone { hbone_port, authority, expect, role } => Dial::Hbone(Hop {

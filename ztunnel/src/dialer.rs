@@ -5,6 +5,7 @@
 use crate::settings::Settings;
 use mesh_hbone::{Dialer, HboneError, PoolKey};
 use mesh_identity::SvidHandle;
+use mesh_identity::tls::ClientStream;
 use mesh_model::{Reason, Refusal, SpiffeId};
 use mesh_runtime::sockets::{ConnectOptions, Keepalive, NetnsFd, StreamOptions, connect};
 use std::io;
@@ -13,7 +14,6 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpStream;
 use tokio::time::Instant;
-use mesh_identity::tls::ClientStream;
 
 /// Options of streams towards applications and peers.
 pub fn stream_options() -> StreamOptions {
@@ -35,12 +35,7 @@ pub struct PodDialer {
 impl PodDialer {
     /// A dialer that connects from `netns` and proves `svid`.
     pub fn new(settings: &Settings, netns: Option<Arc<NetnsFd>>, svid: SvidHandle) -> Self {
-        Self {
-            netns,
-            svid,
-            connect_timeout: settings.connect_timeout,
-            handshake_timeout: settings.handshake_timeout,
-        }
+        Self { netns, svid, connect_timeout: settings.connect_timeout, handshake_timeout: settings.handshake_timeout }
     }
 
     /// A plain connection from the pod to `to`.
@@ -81,7 +76,11 @@ impl Dialer for PodDialer {
 pub fn connect_refusal(to: SocketAddr, e: &io::Error) -> Refusal {
     let reason = match e.kind() {
         io::ErrorKind::TimedOut => Reason::ConnectTimeout,
-        _ if matches!(e.raw_os_error(), Some(libc_codes::EMFILE | libc_codes::ENFILE | libc_codes::ENOBUFS | libc_codes::ENOMEM)) => {
+        _ if matches!(
+            e.raw_os_error(),
+            Some(libc_codes::EMFILE | libc_codes::ENFILE | libc_codes::ENOBUFS | libc_codes::ENOMEM)
+        ) =>
+        {
             Reason::Overloaded
         }
         _ => Reason::ConnectFailed,

@@ -9,9 +9,7 @@ use mesh_hbone::Pool;
 use mesh_model::Snapshot;
 use mesh_model::policy::{Action, Match, Policy, PolicyBody, Scope, TextMatch, Values};
 use mesh_model::service::{HealthPolicy, IpFamilies, LbMode, LbScope, Service, Visibility};
-use mesh_model::workload::{
-    ApplicationTunnel, GatewayDestination, GatewayRef, Health, NetworkMode, Protocol, Workload,
-};
+use mesh_model::workload::{ApplicationTunnel, GatewayDestination, GatewayRef, Health, NetworkMode, Protocol, Workload};
 use mesh_sources::Diagnostics;
 use serde_json::{Map, Value, json};
 

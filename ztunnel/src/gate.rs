@@ -37,11 +37,7 @@ impl Gate {
     /// A gate with `places` in all.
     pub fn new(places: usize) -> Self {
         let places = places.max(1);
-        Self {
-            places: Arc::new(Semaphore::new(places)),
-            per_client: (places / SHARE).max(LEAST),
-            table: Arc::default(),
-        }
+        Self { places: Arc::new(Semaphore::new(places)), per_client: (places / SHARE).max(LEAST), table: Arc::default() }
     }
     /// A place for a handshake with `client`. `None` at once when this client holds its share; when all places are taken the
     /// oldest handshake gives way, or this waits. Cancel safe.

@@ -66,10 +66,7 @@ pub async fn serve_conn(pod: Arc<Pod>, accepted: Accepted) {
 }
 
 /// Waits for the first byte without holding anything, then for a place, then does TLS. `None`: the peer never spoke.
-async fn handshake(
-    pod: &Pod,
-    accepted: Accepted,
-) -> Result<Option<(ServerStream<TcpStream>, Peer)>, Refusal> {
+async fn handshake(pod: &Pod, accepted: Accepted) -> Result<Option<(ServerStream<TcpStream>, Peer)>, Refusal> {
     let limit = pod.shared.settings.handshake_timeout;
     match tokio::time::timeout(limit, accepted.tcp.peek(&mut [0])).await {
         Err(_) | Ok(Err(_) | Ok(0)) => return Ok(None),
@@ -143,9 +140,8 @@ async fn admit(
     authority: &str,
     record: &mut Record,
 ) -> Result<(Admitted, TcpStream, Arc<Workload>), Refusal> {
-    let authority = HboneAuthority::parse(authority).ok_or_else(|| {
-        Refusal::new(Reason::BadRequest, format!("authority {authority:?} is neither ip:port nor host:port"))
-    })?;
+    let authority = HboneAuthority::parse(authority)
+        .ok_or_else(|| Refusal::new(Reason::BadRequest, format!("authority {authority:?} is neither ip:port nor host:port")))?;
     let (plan, workload, live) = {
         let snap = pod.shared.mesh.load();
         let workload = Arc::clone(pod.workload(&snap)?);

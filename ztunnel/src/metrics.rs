@@ -84,9 +84,7 @@ impl Metrics {
     pub fn open(&self, record: &Record) -> TcpHandles {
         let values = labels(record, "-");
         self.opened.get(&values).inc();
-        self.handshake
-            .get(&[record.direction.reporter()])
-            .observe_duration(record.started.elapsed());
+        self.handshake.get(&[record.direction.reporter()]).observe_duration(record.started.elapsed());
         let sockets = Arc::clone(match record.direction {
             Direction::Outbound => &self.sockets_open[0],
             Direction::Inbound => &self.sockets_open[1],

@@ -96,12 +96,7 @@ impl Pod {
     ) -> Arc<Self> {
         let svid = shared.svids.handle(&identity);
         let dialer = PodDialer::new(&shared.settings, netns.clone(), svid.clone());
-        let pools = shared
-            .threads
-            .workers()
-            .iter()
-            .map(|_| Pool::new(dialer.clone(), Arc::clone(&shared.hbone)))
-            .collect();
+        let pools = shared.threads.workers().iter().map(|_| Pool::new(dialer.clone(), Arc::clone(&shared.hbone))).collect();
         Arc::new(Self {
             uid: Arc::clone(&workload.uid),
             netns,

@@ -117,11 +117,8 @@ impl PodSupervisor {
     async fn reconcile(&mut self) {
         let snap = self.shared.mesh.load_full();
         self.shared.metrics.config_version.set(snap.version() as i64);
-        let desired: HashMap<WorkloadUid, Arc<Workload>> = snap
-            .local_workloads()
-            .filter(|w| is_served(w))
-            .map(|w| (Arc::clone(&w.uid), Arc::clone(w)))
-            .collect();
+        let desired: HashMap<WorkloadUid, Arc<Workload>> =
+            snap.local_workloads().filter(|w| is_served(w)).map(|w| (Arc::clone(&w.uid), Arc::clone(w))).collect();
         let gone: Vec<_> = self.running.keys().filter(|uid| !desired.contains_key(*uid)).cloned().collect();
         for uid in gone {
             self.stop(&uid, "the pod left the mesh");
@@ -211,7 +208,11 @@ impl PodSupervisor {
         let Sockets { outbound, plain, hbone } = sockets;
         let loops = [
             worker.spawn(report_end("outbound", name.clone(), accept::run(Arc::clone(&pod), outbound, outbound::serve_conn))),
-            worker.spawn(report_end("inbound plaintext", name.clone(), accept::run(Arc::clone(&pod), plain, passthrough::serve_conn))),
+            worker.spawn(report_end(
+                "inbound plaintext",
+                name.clone(),
+                accept::run(Arc::clone(&pod), plain, passthrough::serve_conn),
+            )),
             worker.spawn(report_end("inbound", name.clone(), accept::run(Arc::clone(&pod), hbone, inbound::serve_conn))),
         ];
         let ready = Arc::new(self.readiness.pending(&format!("certificate of {name}")));

@@ -122,9 +122,7 @@ pub fn labels<'a>(r: &'a Record, response_flags: &'a str) -> [&'a str; LABELS.le
     let [s0, s1, s2, s3, s4, s5, s6, s7] = side(r.source.as_ref(), r.source_id.as_ref());
     let [d0, d1, d2, d3, d4, d5, d6, d7] = side(r.destination.as_ref(), r.destination_id.as_ref());
     let svc = r.service.as_ref();
-    let locality = |w: Option<&'a Arc<Workload>>| {
-        w.map_or(("", ""), |w| (&*w.locality.region, &*w.locality.zone))
-    };
+    let locality = |w: Option<&'a Arc<Workload>>| w.map_or(("", ""), |w| (&*w.locality.region, &*w.locality.zone));
     let (s_region, s_zone) = locality(r.source.as_ref());
     let (d_region, d_zone) = locality(r.destination.as_ref());
     [

@@ -16,8 +16,8 @@ use mesh_runtime::drain::{self, Drain, DrainMode};
 use mesh_runtime::logging::{self, Format, Logging};
 use mesh_runtime::metrics::Registry;
 use mesh_runtime::readiness::Readiness;
-use mesh_sources::publisher::{self, ChangeSink};
 use mesh_sources::Mesh;
+use mesh_sources::publisher::{self, ChangeSink};
 use std::io::Write;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -76,7 +76,19 @@ impl Lab {
     async fn start(changes: impl FnOnce(&dyn Fn(u8) -> IpAddr) -> Vec<Change>) -> Result<Self> {
         let net = NEXT_NET.fetch_add(1, Ordering::Relaxed);
         let dir = tempfile::tempdir()?;
-        let args = ["ztunnel", "--node", "n", "--redirect", "none", "--worker-threads", "2", "--handshake-timeout", "2s", "--connect-timeout", "2s"];
+        let args = [
+            "ztunnel",
+            "--node",
+            "n",
+            "--redirect",
+            "none",
+            "--worker-threads",
+            "2",
+            "--handshake-timeout",
+            "2s",
+            "--connect-timeout",
+            "2s",
+        ];
         let settings = Flags::parse_from(args).settings;
         let said = Said::default();
         let options = logging::Options::from_env(Some("info"), Some("json"), "ztunnel")?;
@@ -263,7 +275,8 @@ async fn a_call_is_carried_with_both_identities() -> Result<()> {
         let text = lab.registry.encode();
         // On loopback the inbound side sees 127.0.0.1, so only the outbound side knows the source workload.
         let source = ["reporter=\"source\"", "mutual_tls", "source_workload=\"client\"", "destination_workload=\"server\""];
-        let destination = ["reporter=\"destination\"", "mutual_tls", "source_principal=\"spiffe://cluster.local/ns/t/sa/client\""];
+        let destination =
+            ["reporter=\"destination\"", "mutual_tls", "source_principal=\"spiffe://cluster.local/ns/t/sa/client\""];
         if counted(&text, &source) && counted(&text, &destination) {
             return Ok(());
         }
@@ -274,7 +287,8 @@ async fn a_call_is_carried_with_both_identities() -> Result<()> {
 
 #[tokio::test]
 async fn an_allow_list_without_the_caller_refuses_with_its_reason() -> Result<()> {
-    let lab = pair(vec![Change::Policy(Arc::new(policy("only-x", Scope::Namespace, Action::Allow, "cluster.local/ns/t/sa/x")))]).await?;
+    let lab = pair(vec![Change::Policy(Arc::new(policy("only-x", Scope::Namespace, Action::Allow, "cluster.local/ns/t/sa/x")))])
+        .await?;
     let line = lab.refused("client", lab.at(2, 8080), "inbound", Reason::NotAllowed).await?;
     ensure!(line.contains("spiffe://cluster.local/ns/t/sa/client"), "{line}");
     let line = lab.told("outbound", Reason::PeerRefused).await?;
@@ -343,7 +357,8 @@ async fn the_wrong_identity_at_the_right_address_gets_nothing() -> Result<()> {
 
 #[tokio::test]
 async fn nobody_there_and_nothing_listening_have_their_own_reasons() -> Result<()> {
-    let lab = Lab::start(|ip| vec![up(workload("client", ip(1))), up(workload("server", ip(2))), up(elsewhere("gone", ip(3)))]).await?;
+    let lab =
+        Lab::start(|ip| vec![up(workload("client", ip(1))), up(workload("server", ip(2))), up(elsewhere("gone", ip(3)))]).await?;
     lab.refused("client", lab.at(3, 8080), "outbound", Reason::ConnectFailed).await?;
     // The agent is there, the application is not: 503 from the other side.
     lab.refused("client", lab.at(2, 9), "inbound", Reason::ConnectFailed).await?;
@@ -427,7 +442,10 @@ async fn a_declared_waypoint_that_is_missing_is_never_bypassed() -> Result<()> {
         let mut service = Service::new("web", "t", "web.t.svc.cluster.local");
         service.vips = vec![NetworkAddr { network: Network::default(), ip: ip(100) }];
         service.ports = vec![ServicePort { port: 80, target: 8080, protocol: AppProtocol::Unknown }];
-        let missing = GatewayRef { destination: GatewayDestination::Service(ServiceKey::new("t", "waypoint.t.svc.cluster.local")), hbone_port: 15008 };
+        let missing = GatewayRef {
+            destination: GatewayDestination::Service(ServiceKey::new("t", "waypoint.t.svc.cluster.local")),
+            hbone_port: 15008,
+        };
         service.waypoints = vec![WeightedWaypoint { waypoint: missing, weight: 100 }];
         let mut server = workload("server", ip(2));
         server.services.insert(service.key.clone(), Arc::from([(80, 8080)]));

@@ -14,9 +14,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use mesh_hbone::relay::Timeouts;
-use mesh_hbone::{
-    ConnectRequest, Dialer, HboneError, Incoming, Pool, PoolKey, Settings, headers, relay, relay_tcp, serve,
-};
+use mesh_hbone::{ConnectRequest, Dialer, HboneError, Incoming, Pool, PoolKey, Settings, headers, relay, relay_tcp, serve};
 use mesh_model::{HboneAuthority, Reason, Refusal, SpiffeId};
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::TimeValLike as _;
@@ -75,9 +73,8 @@ struct Dial(SocketAddr);
 impl Dialer for Dial {
     type Io = TcpStream;
     async fn dial(&self, _: &PoolKey) -> Result<TcpStream, HboneError> {
-        let stream = TcpStream::connect(self.0)
-            .await
-            .map_err(|error| HboneError::new(Reason::ConnectFailed, error.to_string()))?;
+        let stream =
+            TcpStream::connect(self.0).await.map_err(|error| HboneError::new(Reason::ConnectFailed, error.to_string()))?;
         stream.set_nodelay(true).unwrap();
         Ok(stream)
     }
@@ -209,10 +206,7 @@ fn service() -> SocketAddr {
     let address = listener.local_addr().unwrap();
     thread::spawn(move || {
         for socket in listener.incoming() {
-            thread::Builder::new()
-                .stack_size(64 << 10)
-                .spawn(move || serve_one(socket.unwrap()))
-                .unwrap();
+            thread::Builder::new().stack_size(64 << 10).spawn(move || serve_one(socket.unwrap())).unwrap();
         }
     });
     address

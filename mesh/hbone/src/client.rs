@@ -147,10 +147,7 @@ impl Tunnel {
     /// `Overloaded`/`unprocessed` when the tunnel is full or closed.
     pub async fn open(&self, request: &ConnectRequest) -> Result<(HboneStream, ResponseHead), HboneError> {
         let Some(slot) = self.reserve() else {
-            return Err(HboneError {
-                unprocessed: true,
-                ..HboneError::new(Reason::Overloaded, "tunnel is full or closing")
-            });
+            return Err(HboneError { unprocessed: true, ..HboneError::new(Reason::Overloaded, "tunnel is full or closing") });
         };
         self.open_in(slot, request).await
     }
@@ -160,11 +157,7 @@ impl Tunnel {
         self.is_open().then(|| self.shared.try_slot().map(Slot)).flatten()
     }
 
-    pub(crate) async fn open_in(
-        &self,
-        slot: Slot,
-        request: &ConnectRequest,
-    ) -> Result<(HboneStream, ResponseHead), HboneError> {
+    pub(crate) async fn open_in(&self, slot: Slot, request: &ConnectRequest) -> Result<(HboneStream, ResponseHead), HboneError> {
         let request = request.build()?;
         let mut requests = self.requests.clone();
         poll_fn(|cx| requests.poll_ready(cx)).await.map_err(|error| dead(&error))?;

@@ -79,8 +79,5 @@ pub(crate) const MAX_PEER_TEXT: usize = 256;
 
 /// Visible ASCII and spaces only, at most [`MAX_PEER_TEXT`] bytes: safe in a header and in a log line.
 pub(crate) fn clean(text: &str) -> String {
-    text.chars()
-        .map(|c| if c.is_ascii_graphic() || c == ' ' { c } else { '?' })
-        .take(MAX_PEER_TEXT)
-        .collect()
+    text.chars().map(|c| if c.is_ascii_graphic() || c == ' ' { c } else { '?' }).take(MAX_PEER_TEXT).collect()
 }

@@ -193,11 +193,7 @@ impl<D: Dialer> Pool<D> {
     ///
     /// A stream that a reused tunnel certainly did not process (refused, or the tunnel went away under it) is opened once
     /// more. All callers waiting for one dial share its failure.
-    pub async fn open(
-        &self,
-        key: &PoolKey,
-        request: &ConnectRequest,
-    ) -> Result<(HboneStream, ResponseHead), HboneError> {
+    pub async fn open(&self, key: &PoolKey, request: &ConnectRequest) -> Result<(HboneStream, ResponseHead), HboneError> {
         let mut retried = false;
         // Each turn either opens, fails, or waits for a dial; a dial's slots can be taken by others before us.
         for _ in 0..MAX_TURNS {
@@ -252,13 +248,11 @@ impl<D: Dialer> Pool<D> {
     /// Counts.
     pub fn stats(&self) -> PoolStats {
         let state = self.0.state.lock();
-        state.keys.values().fold(PoolStats { keys: state.keys.len(), ..PoolStats::default() }, |sum, destination| {
-            PoolStats {
-                keys: sum.keys,
-                tunnels: sum.tunnels + destination.tunnels.len(),
-                dialing: sum.dialing + usize::from(destination.dialing.is_some()),
-                streams: sum.streams + destination.tunnels.iter().map(|(_, tunnel)| tunnel.streams()).sum::<usize>(),
-            }
+        state.keys.values().fold(PoolStats { keys: state.keys.len(), ..PoolStats::default() }, |sum, destination| PoolStats {
+            keys: sum.keys,
+            tunnels: sum.tunnels + destination.tunnels.len(),
+            dialing: sum.dialing + usize::from(destination.dialing.is_some()),
+            streams: sum.streams + destination.tunnels.iter().map(|(_, tunnel)| tunnel.streams()).sum::<usize>(),
         })
     }
 
@@ -314,8 +308,7 @@ impl<D: Dialer> Inner<D> {
             .min_by_key(|tunnel| (tunnel.is_busy(), tunnel.streams()));
         if let Some((tunnel, slot)) = best.and_then(|tunnel| Some((tunnel.clone(), tunnel.reserve()?))) {
             // Its socket is full and streams wait behind each other: the next ones get a tunnel of their own.
-            let supplement =
-                tunnel.is_busy() && count < self.settings.max_parallel_tunnels && destination.dialing.is_none();
+            let supplement = tunnel.is_busy() && count < self.settings.max_parallel_tunnels && destination.dialing.is_none();
             if supplement {
                 self.start_dial(&mut state, key);
             }
@@ -329,11 +322,7 @@ impl<D: Dialer> Inner<D> {
     }
 
     /// Dials on a task of its own, so that a waiter that gives up takes nobody else's dial with it.
-    fn start_dial(
-        self: &Arc<Self>,
-        state: &mut State,
-        key: &PoolKey,
-    ) -> watch::Receiver<Option<Result<(), HboneError>>> {
+    fn start_dial(self: &Arc<Self>, state: &mut State, key: &PoolKey) -> watch::Receiver<Option<Result<(), HboneError>>> {
         let (decide, outcome) = watch::channel(None);
         let id = state.next_id;
         state.next_id += 1;

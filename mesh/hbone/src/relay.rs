@@ -127,13 +127,7 @@ pub struct Timeouts {
 
 /// Relays between `first` and `second` until both directions ended, one was reset, or `cancel` resolved. Consumes both
 /// ends; dropping the future resets them.
-pub fn relay<A, B, C, X>(
-    first: A,
-    second: B,
-    counters: C,
-    cancel: X,
-    timeouts: Timeouts,
-) -> impl Future<Output = RelayEnd>
+pub fn relay<A, B, C, X>(first: A, second: B, counters: C, cancel: X, timeouts: Timeouts) -> impl Future<Output = RelayEnd>
 where
     A: Endpoint,
     B: Endpoint,
@@ -218,16 +212,7 @@ impl<A: Endpoint, B: Endpoint, C> Drop for Relay<A, B, C> {
 
 impl<A: Endpoint, B: Endpoint, C: Counters> Relay<A, B, C> {
     fn new(first: A, second: B, counters: C, timeouts: Timeouts) -> Self {
-        Self {
-            first,
-            second,
-            out: Flow::default(),
-            back: Flow::default(),
-            counters,
-            timeouts,
-            clock: None,
-            ended: false,
-        }
+        Self { first, second, out: Flow::default(), back: Flow::default(), counters, timeouts, clock: None, ended: false }
     }
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<RelayEnd> {
@@ -475,4 +460,3 @@ fn fill<S: Endpoint>(source: &mut S, flow: &mut Flow, cx: &mut Context<'_>, room
     }
     Ok(())
 }
-

@@ -70,17 +70,13 @@ impl Incoming {
 
     /// Resolves when the client gave up; to be raced with the dial to the application. Cancel safe.
     pub async fn cancelled(&mut self) -> StreamError {
-        poll_fn(|cx| self.respond.poll_reset(cx)).await.map_or_else(
-            |error| StreamError::Tunnel(error.to_string()),
-            StreamError::Reset,
-        )
+        poll_fn(|cx| self.respond.poll_reset(cx))
+            .await
+            .map_or_else(|error| StreamError::Tunnel(error.to_string()), StreamError::Reset)
     }
 
     /// Answers 200 with `headers` (the destination's `baggage`) and opens the stream.
-    pub fn accept(
-        mut self,
-        headers: impl IntoIterator<Item = (HeaderName, HeaderValue)>,
-    ) -> Result<HboneStream, HboneError> {
+    pub fn accept(mut self, headers: impl IntoIterator<Item = (HeaderName, HeaderValue)>) -> Result<HboneStream, HboneError> {
         let mut response = Response::new(());
         response.headers_mut().extend(headers);
         let send = self.respond.send_response(response, false).map_err(|error| HboneError::from_open(&error))?;
@@ -162,12 +158,7 @@ pub enum Served {
 /// Serves one authenticated connection until it ends; to be spawned on a data thread. `handler` is called for every CONNECT
 /// and its future runs as a task of its own on the same thread. Dropping the future of `serve` ends the tunnel at once
 /// (revocation): its streams see [`StreamError::Tunnel`].
-pub async fn serve<IO, H, F>(
-    io: IO,
-    settings: Arc<Settings>,
-    handler: H,
-    drain: DrainWatch,
-) -> Result<Served, HboneError>
+pub async fn serve<IO, H, F>(io: IO, settings: Arc<Settings>, handler: H, drain: DrainWatch) -> Result<Served, HboneError>
 where
     IO: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     H: Fn(Incoming) -> F,

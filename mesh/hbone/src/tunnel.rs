@@ -52,10 +52,7 @@ impl Shared {
     /// A slot for one more stream, unless the tunnel is closed or full.
     pub(crate) fn try_slot(self: &Arc<Self>) -> Option<StreamSlot> {
         let limit = self.limit.load(Relaxed);
-        self.state
-            .fetch_update(Relaxed, Relaxed, |state| (state < limit).then_some(state + 1))
-            .is_ok()
-            .then(|| self.slot())
+        self.state.fetch_update(Relaxed, Relaxed, |state| (state < limit).then_some(state + 1)).is_ok().then(|| self.slot())
     }
 
     /// A slot whatever the limit: h2 has already counted the stream (server side).
@@ -193,11 +190,7 @@ impl<IO: AsyncWrite + Unpin> AsyncWrite for CountedIo<IO> {
         Pin::new(&mut self.io).poll_shutdown(cx)
     }
 
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bufs: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
+    fn poll_write_vectored(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bufs: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
         let result = Pin::new(&mut self.io).poll_write_vectored(cx, bufs);
         self.note(result.is_pending());
         result

@@ -33,7 +33,7 @@ pub mod verify;
 pub use bundle::TrustBundles;
 pub use cache::{SvidCache, SvidHandle};
 pub use error::IdentityError;
+pub use read_ahead::ReadAhead;
 pub use source::{IdentitySource, IssuedSvid};
 pub use svid::{Svid, TlsContext};
-pub use read_ahead::ReadAhead;
 pub use tls::{Peer, TlsError};

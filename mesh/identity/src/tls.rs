@@ -157,8 +157,8 @@ pub async fn accept<IO>(svid: &Svid, io: IO, deadline: Instant) -> Result<(Serve
 where
     IO: AsyncRead + AsyncWrite + Unpin,
 {
-    let handshake =
-        TlsAcceptor::from(Arc::clone(&svid.server)).accept_with(ReadAhead::new(io), |connection| connection.set_buffer_limit(Some(BUFFER_LIMIT)));
+    let handshake = TlsAcceptor::from(Arc::clone(&svid.server))
+        .accept_with(ReadAhead::new(io), |connection| connection.set_buffer_limit(Some(BUFFER_LIMIT)));
     let stream = timeout_at(deadline, handshake).await.map_err(|_| late("accepting"))??;
     let peer = Peer::of(stream.get_ref().1, PeerRole::Client, svid)?;
     Ok((stream, peer))

@@ -33,7 +33,9 @@ fn empty_fields_are_left_out() {
 
 #[test]
 fn garbage_in_a_baggage_is_skipped_entry_by_entry() {
-    let parsed = Baggage::parse(b"=,,;;,k8s.pod.name,service.name=%zz,service.version=%4,\xff\xfe=1, cloud.region = eu ;p=1,cloud.region=us,x=y");
+    let parsed = Baggage::parse(
+        b"=,,;;,k8s.pod.name,service.name=%zz,service.version=%4,\xff\xfe=1, cloud.region = eu ;p=1,cloud.region=us,x=y",
+    );
     assert_eq!(parsed, Baggage { region: "eu".into(), ..Baggage::default() });
     let long = format!("service.name={},service.version=1", "a".repeat(MAX_BAGGAGE));
     assert_eq!(Baggage::parse(long.as_bytes()).version, "");
@@ -45,7 +47,10 @@ fn garbage_in_a_baggage_is_skipped_entry_by_entry() {
 fn forwarded_is_quoted_and_refuses_strange_hosts() {
     let v4 = "10.0.0.1:5000".parse().unwrap();
     let v6 = "[2001:db8::1]:5000".parse().unwrap();
-    assert_eq!(forwarded(v4, Some("a.default.svc.cluster.local")).unwrap(), "for=\"10.0.0.1:5000\";host=a.default.svc.cluster.local");
+    assert_eq!(
+        forwarded(v4, Some("a.default.svc.cluster.local")).unwrap(),
+        "for=\"10.0.0.1:5000\";host=a.default.svc.cluster.local"
+    );
     assert_eq!(forwarded(v6, None).unwrap(), "for=\"[2001:db8::1]:5000\"");
     assert_eq!(forwarded(v4, Some("a\";evil=1")).unwrap(), "for=\"10.0.0.1:5000\"");
     let read = Forwarded::parse(b"For=\"[2001:db8::1]:5000\"; host=a.b, for=1.2.3.4");

@@ -37,13 +37,7 @@ pub trait Endpoint: Unpin {
     /// Ready when a read may succeed.
     fn poll_readable(&mut self, cx: &mut Context<'_>) -> Poll<()>;
     /// Reads about `room` bytes into `queue`. `bulk` is this direction's memory of how full the last reads were.
-    fn poll_fill(
-        &mut self,
-        cx: &mut Context<'_>,
-        room: usize,
-        bulk: &mut bool,
-        queue: &mut Queue,
-    ) -> Poll<Result<Fill, Fault>>;
+    fn poll_fill(&mut self, cx: &mut Context<'_>, room: usize, bulk: &mut bool, queue: &mut Queue) -> Poll<Result<Fill, Fault>>;
     /// `bytes` read from this end have left for the other.
     fn consumed(&mut self, bytes: usize);
     /// How much may be written.
@@ -83,13 +77,7 @@ impl Endpoint for TcpStream {
         self.poll_read_ready(cx).map(|_| ())
     }
 
-    fn poll_fill(
-        &mut self,
-        cx: &mut Context<'_>,
-        room: usize,
-        bulk: &mut bool,
-        queue: &mut Queue,
-    ) -> Poll<Result<Fill, Fault>> {
+    fn poll_fill(&mut self, cx: &mut Context<'_>, room: usize, bulk: &mut bool, queue: &mut Queue) -> Poll<Result<Fill, Fault>> {
         if !*bulk {
             return SCRATCH.with_borrow_mut(|scratch| {
                 let size = room.min(scratch.len());
@@ -193,13 +181,7 @@ impl Endpoint for HboneStream {
         Poll::Ready(())
     }
 
-    fn poll_fill(
-        &mut self,
-        cx: &mut Context<'_>,
-        _: usize,
-        _: &mut bool,
-        queue: &mut Queue,
-    ) -> Poll<Result<Fill, Fault>> {
+    fn poll_fill(&mut self, cx: &mut Context<'_>, _: usize, _: &mut bool, queue: &mut Queue) -> Poll<Result<Fill, Fault>> {
         Poll::Ready(match ready!(self.poll_recv(cx)) {
             Some(Ok(data)) => {
                 queue.push(data);

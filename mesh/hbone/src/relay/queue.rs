@@ -62,11 +62,7 @@ impl Queue {
             self.seal();
         }
         let Some(front) = self.chunks.front_mut() else { return Bytes::new() };
-        let piece = if front.len() > max {
-            front.split_to(max)
-        } else {
-            self.chunks.pop_front().unwrap_or_default()
-        };
+        let piece = if front.len() > max { front.split_to(max) } else { self.chunks.pop_front().unwrap_or_default() };
         self.len -= piece.len();
         piece
     }

@@ -53,9 +53,8 @@ pub async fn tunnel(settings: &Settings) -> (Tunnel, Server) {
 /// One open stream, both ends.
 pub async fn open(client: &Tunnel, server: &mut Server) -> (HboneStream, HboneStream) {
     let request = request();
-    let (opened, accepted) = tokio::join!(client.open(&request), async {
-        server.incoming.recv().await.unwrap().accept([]).unwrap()
-    });
+    let (opened, accepted) =
+        tokio::join!(client.open(&request), async { server.incoming.recv().await.unwrap().accept([]).unwrap() });
     (opened.unwrap().0, accepted)
 }
 

@@ -119,7 +119,8 @@ async fn an_unused_tunnel_closes_politely() {
     let tunnel = Tunnel::handshake(near, Arc::new(Settings::default()), move || {
         let _ = tx.send(());
     })
-    .await.unwrap();
+    .await
+    .unwrap();
     let started = Instant::now();
     rx.await.unwrap();
     assert!((300..=320).contains(&started.elapsed().as_secs()), "{:?}", started.elapsed());
@@ -130,7 +131,11 @@ async fn an_unused_tunnel_closes_politely() {
 
 #[tokio::test(start_paused = true)]
 async fn garbage_instead_of_http2_ends_the_connection_only() {
-    for garbage in [&b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"[..], &[0xff; 400], b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x01\x01\x04\x00\x00\x00\x01\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff"] {
+    for garbage in [
+        &b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"[..],
+        &[0xff; 400],
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x01\x01\x04\x00\x00\x00\x01\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff",
+    ] {
         let (mut near, far) = tokio::io::duplex(1 << 16);
         let server = common::server(far, &Settings::default());
         near.write_all(garbage).await.unwrap();

@@ -181,11 +181,7 @@ async fn stalled_streams_do_not_starve_the_others() {
 async fn a_reader_that_stops_after_growth_gives_the_growth_back() {
     // Real time and a real socket: a relay notices that its sink is full, its tunnel shrinks at the next tick.
     let budget = Budget::new(64 << 20);
-    let settings = Settings {
-        budget: Some(budget.clone()),
-        ping_interval: Duration::from_millis(500),
-        ..Settings::default()
-    };
+    let settings = Settings { budget: Some(budget.clone()), ping_interval: Duration::from_millis(500), ..Settings::default() };
     let (tunnel, mut server) = distant(&settings, Duration::from_millis(10)).await;
     let (mut near, mut far) = common::open(&tunnel, &mut server).await;
     stream_bytes(&mut near, &mut far, 32 << 20).await;

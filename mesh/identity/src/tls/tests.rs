@@ -33,8 +33,7 @@ fn soon() -> Instant {
     Instant::now() + Duration::from_secs(10)
 }
 
-type Both =
-    (Result<(ClientStream<DuplexStream>, Peer), TlsError>, Result<(ServerStream<DuplexStream>, Peer), TlsError>);
+type Both = (Result<(ClientStream<DuplexStream>, Peer), TlsError>, Result<(ServerStream<DuplexStream>, Peer), TlsError>);
 
 async fn shake(client: &Svid, server: &Svid, expect: &[SpiffeId]) -> Both {
     let (a, b) = duplex(64 * 1024);
