@@ -167,9 +167,9 @@ fn workload(w: &Workload) -> Value {
         "status": match w.health { Health::Healthy => "Healthy", Health::Unhealthy => "Unhealthy" },
         "capacity": w.capacity,
         "authorizationPolicies": w.policies.iter().map(ToString::to_string).collect::<Vec<_>>(),
-        "waypoint": w.waypoint.as_ref().map(gateway),
+        "waypoint": w.waypoint.as_deref().map(gateway),
         "waypointError": w.waypoint_error,
-        "networkGateway": w.network_gateway.as_ref().map(gateway),
+        "networkGateway": w.network_gateway.as_deref().map(gateway),
         "applicationTunnel": w.application_tunnel.map(|ApplicationTunnel::Proxy(port)| json!({ "protocol": "PROXY", "port": port })),
         "services": w.services.iter()
             .map(|(k, ports)| (k.to_string(), ports_map(ports.iter().copied())))
@@ -275,7 +275,7 @@ fn policy(p: &Policy) -> Value {
 
 fn a_match(m: &Match) -> Value {
     fn put<T>(out: &mut Map<String, Value>, any: &str, none: &str, v: &Values<T>, f: impl Fn(&T) -> Value) {
-        for (key, values) in [(any, &v.any), (none, &v.none)] {
+        for (key, values) in [(any, v.any()), (none, v.none())] {
             if !values.is_empty() {
                 out.insert(key.into(), values.iter().map(&f).collect());
             }

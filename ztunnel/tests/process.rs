@@ -237,7 +237,7 @@ fn up(w: Workload) -> Change {
 fn policy(name: &str, scope: Scope, action: Action, principal: &str) -> Policy {
     let clause = Clause {
         matches: vec![Match {
-            principals: Values { any: vec![TextMatch::Exact(principal.into())], none: vec![] },
+            principals: Values::new(vec![TextMatch::Exact(principal.into())], vec![]),
             ..Match::default()
         }],
     };
@@ -302,7 +302,7 @@ async fn a_new_selector_policy_cuts_a_live_connection() -> Result<()> {
     let client = lab.echoes("client", lab.at(2, 8080)).await?;
     let deny = policy("late", Scope::Selector, Action::Deny, CLIENT);
     let mut server = workload("server", lab.at(2, 0).ip());
-    server.policies = vec![deny.key.clone()];
+    server.policies = [deny.key.clone()].into();
     lab.change(vec![Change::Policy(Arc::new(deny)), up(server)]).await?;
     ensure!(is_cut(client).await?);
     let line = lab.told("inbound", Reason::Revoked).await?;
@@ -314,7 +314,7 @@ async fn a_new_selector_policy_cuts_a_live_connection() -> Result<()> {
 async fn a_workload_that_names_a_policy_nobody_has_is_closed() -> Result<()> {
     let lab = Lab::start(|ip| {
         let mut server = workload("server", ip(2));
-        server.policies = vec![PolicyKey::new("t", "missing")];
+        server.policies = [PolicyKey::new("t", "missing")].into();
         vec![up(workload("client", ip(1))), up(server)]
     })
     .await?;
@@ -469,7 +469,7 @@ async fn another_network_is_reached_through_two_tunnels() -> Result<()> {
         remote.network = Network::from("west");
         remote.services.insert(service.key.clone(), Arc::from([(80, 8080)]));
         remote.network_gateway =
-            Some(GatewayRef { destination: GatewayDestination::Address(Network::default(), ip(60)), hbone_port: 15008 });
+            Some(Box::new(GatewayRef { destination: GatewayDestination::Address(Network::default(), ip(60)), hbone_port: 15008 }));
         vec![up(workload("client", ip(1))), up(elsewhere("gateway", ip(60))), up(remote), Change::Service(Arc::new(service))]
     })
     .await?;

@@ -288,7 +288,7 @@ fn bare(principal: &str) -> &str {
 }
 /// One kind of a match: no positive values or any of them, and none of the negative ones.
 fn kind<T>(values: &Values<T>, is: impl Fn(&T) -> bool) -> bool {
-    (values.any.is_empty() || values.any.iter().any(&is)) && !values.none.iter().any(&is)
+    (values.any().is_empty() || values.any().iter().any(&is)) && !values.none().iter().any(&is)
 }
 
 /// What one policy in scope says about a connection.
@@ -339,7 +339,7 @@ pub fn explain(snap: &Snapshot, workload: &Workload, conn: &InboundConn<'_>) -> 
         Scope::Selector => false,
     };
     // A workload may also name a policy of another scope: it binds it all the same, once.
-    let mut keys: Vec<&PolicyKey> = snap.policies().filter(|p| bound(p)).map(|p| &p.key).chain(&workload.policies).collect();
+    let mut keys: Vec<&PolicyKey> = snap.policies().filter(|p| bound(p)).map(|p| &p.key).chain(workload.policies.iter()).collect();
     keys.sort_unstable();
     keys.dedup();
     let outcome = |p: &Arc<Policy>| match &p.body {

@@ -78,7 +78,7 @@ pub fn text(s: &str) -> TextMatch {
 }
 pub fn from_principals(of: &[&str]) -> Match {
     let mut m = Match::default();
-    m.principals.any = of.iter().map(|p| text(p)).collect();
+    m.principals.set_any(of.iter().map(|p| text(p)).collect());
     m
 }
 impl From<Workload> for Change {

@@ -77,7 +77,7 @@ fn is_waypoint_of(snap: &Snapshot, workload: &Workload, service: Option<&Arc<Ser
     }
     let ip = authority.ip().to_canonical();
     snap.find_workload_by_ip(&snap.view().network, ip)
-        .and_then(|w| w.waypoint.as_ref())
+        .and_then(|w| w.waypoint.as_deref())
         .is_some_and(|w| is_instance(snap, workload, w))
 }
 /// Whether `workload` is one of the instances a waypoint or gateway reference means: an endpoint of the named service,

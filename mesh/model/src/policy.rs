@@ -115,22 +115,49 @@ impl Match {
     }
 }
 /// Positive and negative values of one kind.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Values<T> {
-    /// Any of these must match, when there are any.
-    pub any: Vec<T>,
-    /// None of these may match.
-    pub none: Vec<T>,
-}
+///
+/// One pointer wide: of the seven kinds of a match mostly one is used, and there may be 100 000 matches.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Values<T>(Option<Box<Both<T>>>);
+/// Positive, then negative values; never both empty, so that equal values have one form.
+type Both<T> = (Box<[T]>, Box<[T]>);
 impl<T> Default for Values<T> {
     fn default() -> Self {
-        Self { any: Vec::new(), none: Vec::new() }
+        Self(None)
+    }
+}
+impl<T: fmt::Debug> fmt::Debug for Values<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Values").field("any", &self.any()).field("none", &self.none()).finish()
     }
 }
 impl<T> Values<T> {
+    /// Values from their parts.
+    pub fn new(any: Vec<T>, none: Vec<T>) -> Self {
+        let empty = any.is_empty() && none.is_empty();
+        Self((!empty).then(|| Box::new((any.into(), none.into()))))
+    }
+    /// Any of these must match, when there are any.
+    pub fn any(&self) -> &[T] {
+        self.0.as_ref().map_or(&[], |both| &both.0)
+    }
+    /// None of these may match.
+    pub fn none(&self) -> &[T] {
+        self.0.as_ref().map_or(&[], |both| &both.1)
+    }
+    /// Replaces the positive values.
+    pub fn set_any(&mut self, any: Vec<T>) {
+        let none = self.0.take().map_or_else(Vec::new, |both| both.1.into_vec());
+        *self = Self::new(any, none);
+    }
+    /// Replaces the negative values.
+    pub fn set_none(&mut self, none: Vec<T>) {
+        let any = self.0.take().map_or_else(Vec::new, |both| both.0.into_vec());
+        *self = Self::new(any, none);
+    }
     /// No values at all: the kind does not constrain.
     pub fn is_empty(&self) -> bool {
-        self.any.is_empty() && self.none.is_empty()
+        self.0.is_none()
     }
 }
 /// Istio's string match.

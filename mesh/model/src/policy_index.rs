@@ -400,7 +400,7 @@ impl PolicyIndex {
     /// A local workload appeared.
     pub(crate) fn bind(&mut self, w: &Arc<Workload>) {
         let mut bound = Bound::new(w);
-        for key in &w.policies {
+        for key in w.policies.iter() {
             if let Some(p) = self.all.get(key)
                 && !bound.binds(key)
             {
@@ -416,7 +416,7 @@ impl PolicyIndex {
     /// A local workload went.
     pub(crate) fn unbind(&mut self, w: &Workload) {
         self.bound.remove(&*w.uid);
-        for key in &w.policies {
+        for key in w.policies.iter() {
             self.named_by.edit(key, |n| {
                 let n = Arc::make_mut(n);
                 n.remove(&w.uid);
@@ -513,10 +513,10 @@ fn clause_anchors(clause: &Clause, keyed: &RandomState) -> Option<Named> {
 }
 /// The most selective of the fields that bound a match.
 fn match_anchors(m: &Match, keyed: &RandomState) -> Option<Named> {
-    let accounts = &m.service_accounts.any;
+    let accounts = m.service_accounts.any();
     let by_account =
         (!accounts.is_empty()).then(|| Named::of(Kind::Account, accounts.iter().map(|(ns, sa)| account_anchor(keyed, ns, sa))));
-    let ports = &m.destination_ports.any;
+    let ports = m.destination_ports.any();
     let by_port = (!ports.is_empty()).then(|| Named::of(Kind::Port, ports.iter().map(|p| port_anchor(keyed, *p))));
     let options = [by_account, principal_anchors(m, keyed), source_anchors(m, keyed), namespace_anchors(m, keyed), by_port];
     options.into_iter().flatten().min_by_key(Named::cost)
@@ -526,19 +526,19 @@ fn namespace_anchors(m: &Match, keyed: &RandomState) -> Option<Named> {
         TextMatch::Exact(ns) => Some(namespace_anchor(keyed, ns)),
         _ => None,
     };
-    let anchors: Vec<Anchor> = m.namespaces.any.iter().map(anchor).collect::<Option<_>>()?;
+    let anchors: Vec<Anchor> = m.namespaces.any().iter().map(anchor).collect::<Option<_>>()?;
     (!anchors.is_empty()).then_some(Named { kind: Kind::Namespace, anchors })
 }
 fn source_anchors(m: &Match, keyed: &RandomState) -> Option<Named> {
     let anchor = |net: &IpNet| (net.prefix_len() == net.max_prefix_len()).then(|| source_anchor(keyed, net.addr()));
-    let anchors: Vec<Anchor> = m.source_ips.any.iter().map(anchor).collect::<Option<_>>()?;
+    let anchors: Vec<Anchor> = m.source_ips.any().iter().map(anchor).collect::<Option<_>>()?;
     (!anchors.is_empty()).then_some(Named { kind: Kind::Source, anchors })
 }
 /// Principals bound a match when each of them fixes at least the namespace of `td/ns/<ns>/sa/<sa>`, the shape of every
 /// verified identity.
 fn principal_anchors(m: &Match, keyed: &RandomState) -> Option<Named> {
     let mut all = Named { kind: Kind::Account, anchors: Vec::new() };
-    for t in &m.principals.any {
+    for t in m.principals.any() {
         match t {
             TextMatch::Exact(p) => {
                 let mut it = p.strip_prefix("spiffe://").unwrap_or(p).split('/');
@@ -568,5 +568,5 @@ fn principal_anchors(m: &Match, keyed: &RandomState) -> Option<Named> {
             TextMatch::Presence => return None,
         }
     }
-    (!m.principals.any.is_empty()).then_some(all)
+    (!m.principals.any().is_empty()).then_some(all)
 }

@@ -237,7 +237,7 @@ impl Snapshot {
             self.local.insert(Arc::clone(&w.uid), Arc::clone(&known));
             self.policies.bind(w);
         }
-        for (key, ports) in &w.services {
+        for (key, ports) in w.services.iter() {
             self.put_endpoint(key, &known, ports);
         }
     }

@@ -5,7 +5,6 @@ use crate::gateway::ServiceKey;
 use crate::id::{IdError, SpiffeId, TrustDomain};
 use crate::policy::PolicyKey;
 use crate::origin::Origin;
-use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -100,15 +99,16 @@ pub struct Workload {
     /// Weight among endpoints; 0 in the wire format means 1 and sources convert it.
     pub capacity: u32,
     /// Services it backs: service → (service port → its own port).
-    pub services: BTreeMap<ServiceKey, PortMap>,
+    pub services: ServicePorts,
     /// Names of the selector policies that bind it. A name with no policy behind it denies (Istio: skipped, fail-open).
-    pub policies: Vec<PolicyKey>,
+    /// Shared by the workloads of a deployment.
+    pub policies: Arc<[PolicyKey]>,
     /// Its waypoint for workload-addressed traffic.
-    pub waypoint: Option<GatewayRef>,
+    pub waypoint: Option<Box<GatewayRef>>,
     /// A waypoint is declared for it but cannot be used: traffic is refused with this text, never sent around it.
     pub waypoint_error: Option<Arc<str>>,
     /// Gateway in front of its network.
-    pub network_gateway: Option<GatewayRef>,
+    pub network_gateway: Option<Box<GatewayRef>>,
     /// Application tunnel.
     pub application_tunnel: Option<ApplicationTunnel>,
     /// Network namespace of the pod, when a folder names it (`culvert.dev/netns`).
@@ -118,6 +118,65 @@ pub struct Workload {
 }
 /// Service port → endpoint port; sorted, small.
 pub type PortMap = Arc<[(u16, u16)]>;
+
+/// The services a workload backs and on which ports, sorted by service. Cheap to clone: the workloads of a deployment
+/// share one.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Default)]
+pub struct ServicePorts(Arc<[(ServiceKey, PortMap)]>);
+impl ServicePorts {
+    /// The ports for one service, if it is backed.
+    pub fn get(&self, service: &ServiceKey) -> Option<&PortMap> {
+        let at = self.0.binary_search_by(|(k, _)| k.cmp(service)).ok()?;
+        self.0.get(at).map(|(_, ports)| ports)
+    }
+    /// Whether the service is backed.
+    pub fn contains(&self, service: &ServiceKey) -> bool {
+        self.get(service).is_some()
+    }
+    /// Adds a service or replaces its ports. Copies the set; many at once are better collected.
+    pub fn insert(&mut self, service: ServiceKey, ports: PortMap) {
+        *self = self.0.iter().cloned().chain([(service, ports)]).collect();
+    }
+    /// Services with their ports, sorted by service.
+    pub fn iter(&self) -> impl ExactSizeIterator<Item = (&ServiceKey, &PortMap)> {
+        self.0.iter().map(|(k, p)| (k, p))
+    }
+    /// The services, sorted.
+    pub fn keys(&self) -> impl ExactSizeIterator<Item = &ServiceKey> {
+        self.0.iter().map(|(k, _)| k)
+    }
+    /// The ports, in the order of their services.
+    pub fn values(&self) -> impl ExactSizeIterator<Item = &PortMap> {
+        self.0.iter().map(|(_, p)| p)
+    }
+    /// Number of services.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+    /// Whether it backs none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+    /// Whether nobody else holds this set: a pool of shared sets may forget it.
+    pub fn is_unshared(&self) -> bool {
+        Arc::strong_count(&self.0) == 1
+    }
+}
+/// Of several pairs for one service the last counts.
+impl FromIterator<(ServiceKey, PortMap)> for ServicePorts {
+    fn from_iter<I: IntoIterator<Item = (ServiceKey, PortMap)>>(pairs: I) -> Self {
+        let mut pairs: Vec<(ServiceKey, PortMap)> = pairs.into_iter().collect();
+        pairs.sort_by(|a, b| a.0.cmp(&b.0));
+        pairs.dedup_by(|later, kept| {
+            let same = later.0 == kept.0;
+            if same {
+                kept.1 = Arc::clone(&later.1);
+            }
+            same
+        });
+        Self(if pairs.is_empty() { Arc::default() } else { pairs.into() })
+    }
+}
 
 impl Workload {
     /// A healthy plain workload with defaults everywhere else; sources and tests fill in the rest.
@@ -143,8 +202,8 @@ impl Workload {
             canonical_revision: "latest".into(),
             health: Health::Healthy,
             capacity: 1,
-            services: BTreeMap::new(),
-            policies: Vec::new(),
+            services: ServicePorts::default(),
+            policies: Arc::default(),
             waypoint: None,
             waypoint_error: None,
             network_gateway: None,

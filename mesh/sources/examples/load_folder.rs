@@ -8,6 +8,10 @@ use std::time::{Duration, Instant};
 
 use mesh_sources::{Origin, Viewpoint};
 
+// As the agent does.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn status(field: &str) -> u64 {
     let text = std::fs::read_to_string("/proc/self/status").unwrap();
     let line = text.lines().find(|l| l.starts_with(field)).unwrap();
@@ -37,6 +41,7 @@ fn write(dir: &std::path::Path) {
 }
 
 fn main() {
+    let _ = mesh_runtime::allocator::refuse_huge_pages();
     let dir = tempfile::tempdir().unwrap();
     let root = std::env::args().nth(1).map_or_else(
         || {
@@ -59,6 +64,8 @@ fn main() {
             status("VmRSS"), status("VmHWM"),
         );
         drop(snap);
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        println!("a second later: RSS {} MiB", status("VmRSS"));
         if std::env::args().nth(1).is_none() {
             let file = root.join("pods-3.yaml");
             let text = std::fs::read_to_string(&file).unwrap().replacen("podIP: 10.0.", "podIP: 10.200.", 1);

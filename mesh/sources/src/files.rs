@@ -6,6 +6,7 @@
 //! everywhere if not even the namespace can be read. Of two objects with one name the first in path order counts.
 //! Upstream: the operator. Downstream: [`crate::translate`].
 
+mod ahead;
 mod walk;
 mod watch;
 
@@ -30,9 +31,6 @@ type HashSet<K> = std::collections::HashSet<K, foldhash::fast::RandomState>;
 
 /// Documents from which on a file is worth several threads.
 const MANY: usize = 512;
-/// Largest document parsed on a helper thread; larger ones are lists, read item by item.
-const SMALL: usize = 64 << 10;
-
 /// Largest file read.
 pub const MAX_FILE: u64 = 64 << 20;
 
@@ -43,10 +41,10 @@ struct Doc {
     /// Line it started on when it was read, and starts on now.
     read_line: u32,
     line: u32,
-    ids: Vec<ObjectId>,
-    problems: Vec<Problem>,
+    ids: Box<[ObjectId]>,
+    problems: Box<[Problem]>,
     /// Objects it names and that are refused.
-    refused: Vec<ObjectId>,
+    refused: Box<[ObjectId]>,
     /// It does not parse.
     broken: bool,
 }
@@ -172,7 +170,7 @@ impl Folder {
                     // It may hold policies; without a last good state nothing says what they would have refused.
                     let mut r = self.translator.reader(Arc::clone(&place));
                     let object = r.unreadable(0, "", "the file cannot be read");
-                    file.docs.push(Doc { hash: 0, read_line: 1, line: 1, ids: vec![object.id.clone()], problems: Vec::new(), refused: Vec::new(), broken: true });
+                    file.docs.push(Doc { hash: 0, read_line: 1, line: 1, ids: [object.id.clone()].into(), problems: Box::default(), refused: Box::default(), broken: true });
                     self.take_first(vec![object], &place, 0);
                 }
                 return file;
@@ -186,32 +184,28 @@ impl Folder {
         let mut file = File { place: Arc::clone(&place), stamp: found.stamp, kept: Vec::new(), problem: None, docs: Vec::new() };
         let docs = yaml::documents(&text);
         file.docs.reserve_exact(docs.len());
-        for part in docs.chunks(MANY) {
-            // With much to take over there is little to parse.
-            let trees = if reusable.is_empty() { trees(part) } else { Vec::new() };
-            let mut trees = trees.into_iter();
-            for doc in part {
-                let tree = trees.next().flatten();
-                let hash = self.hasher.hash_one(doc.text);
-                if let Some(mut same) = reusable.get_mut(&hash).and_then(Vec::pop) {
-                    same.line = doc.line;
-                    file.docs.push(same);
-                    continue;
-                }
-                let (state, objects) = self.parse(*doc, tree, hash, &place);
-                if !self.loaded {
-                    self.take_first(objects, &place, hash);
-                } else if !objects.is_empty() {
-                    fresh.insert((index, file.docs.len()), objects);
-                }
-                file.docs.push(state);
+        // With much to take over there is little to parse.
+        let worth_it = reusable.is_empty() && docs.len() >= MANY;
+        ahead::in_order(&docs, worth_it, |doc, tree| {
+            let hash = self.hasher.hash_one(doc.text);
+            if let Some(mut same) = reusable.get_mut(&hash).and_then(Vec::pop) {
+                same.line = doc.line;
+                file.docs.push(same);
+                return;
             }
-        }
+            let (state, objects) = self.parse(doc, tree, hash, &place);
+            if !self.loaded {
+                self.take_first(objects, &place, hash);
+            } else if !objects.is_empty() {
+                fresh.insert((index, file.docs.len()), objects);
+            }
+            file.docs.push(state);
+        });
         // Last good: all that is missing while a document does not parse, else what is there and refused.
         let broken = file.docs.iter().any(|d| d.broken);
-        let refused: HashSet<&ObjectId> = file.docs.iter().flat_map(|d| &d.refused).collect();
+        let refused: HashSet<&ObjectId> = file.docs.iter().flat_map(|d| d.refused.iter()).collect();
         if broken || !refused.is_empty() {
-            let now: HashSet<&ObjectId> = file.docs.iter().flat_map(|d| &d.ids).collect();
+            let now: HashSet<&ObjectId> = file.docs.iter().flat_map(|d| d.ids.iter()).collect();
             let kept = known.into_iter().filter(|id| {
                 id.kind != crate::translate::Kind::Unreadable && !now.contains(id) && (broken || refused.contains(id))
             });
@@ -277,7 +271,7 @@ impl Folder {
         let problems = std::mem::take(&mut r.problems);
         let refused = std::mem::take(&mut r.refused);
         let ids = objects.iter().map(|o| o.id.clone()).collect();
-        (Doc { hash, read_line: doc.line, line: doc.line, ids, problems, refused, broken }, objects)
+        (Doc { hash, read_line: doc.line, line: doc.line, ids, problems: problems.into(), refused: refused.into(), broken }, objects)
     }
 
     /// Brings the translator in line with what the files say; returns the problems of objects that are there twice.
@@ -287,7 +281,7 @@ impl Folder {
         let mut duplicates = Vec::new();
         for (f, (_, file)) in files.iter().enumerate() {
             for (d, doc) in file.docs.iter().enumerate() {
-                for id in &doc.ids {
+                for id in &*doc.ids {
                     if let Some(first) = winners.get(id).copied().flatten() {
                         let other = files.get(first.0).map_or("", |(_, f)| &f.place);
                         duplicates.push(Problem {
@@ -372,31 +366,8 @@ impl Folder {
 
 impl File {
     fn ids(&self) -> Vec<ObjectId> {
-        self.docs.iter().flat_map(|d| &d.ids).chain(&self.kept).cloned().collect()
+        self.docs.iter().flat_map(|d| d.ids.iter()).chain(&self.kept).cloned().collect()
     }
-}
-
-/// Parses documents on as many threads as there are cores. `None` for one that is better read item by item.
-fn trees<'t>(docs: &[Document<'t>]) -> Vec<Option<Result<Node<'t>, YamlError>>> {
-    let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get).min(4);
-    if docs.len() < MANY || threads < 2 {
-        return Vec::new();
-    }
-    std::thread::scope(|scope| {
-        let parts: Vec<_> = docs
-            .chunks(docs.len().div_ceil(threads))
-            .map(|part| {
-                let parse = |d: &Document<'t>| (d.text.len() <= SMALL).then(|| yaml::parse_whole(*d));
-                (part.len(), scope.spawn(move || part.iter().map(parse).collect::<Vec<_>>()))
-            })
-            .collect();
-        let mut out = Vec::with_capacity(docs.len());
-        for (len, part) in parts {
-            // A thread that died leaves its documents to the caller.
-            out.extend(part.join().unwrap_or_else(|_| (0..len).map(|_| None).collect()));
-        }
-        out
-    })
 }
 
 fn whole(place: &Arc<str>, message: &str, code: &'static str) -> Problem {

@@ -339,28 +339,32 @@ fn workload<'p>(node: &'p Node<'p>, origin: &Arc<Origin>, view: &Viewpoint) -> R
         let part = |key: &str| -> Read<'p, Arc<str>> { Ok(read::text_or_empty(l, key)?.into()) };
         w.locality = Locality { region: part("region")?, zone: part("zone")?, subzone: part("subzone")? };
     }
-    w.waypoint = read::map(node, "waypoint")?.map(gateway).transpose()?;
-    w.network_gateway = read::map(node, "networkGateway")?.map(gateway).transpose()?;
+    w.waypoint = read::map(node, "waypoint")?.map(gateway).transpose()?.map(Box::new);
+    w.network_gateway = read::map(node, "networkGateway")?.map(gateway).transpose()?.map(Box::new);
     if let Some(t) = read::map(node, "applicationTunnel")? {
         read::only(t, &["protocol", "port"])?;
         let proxy = choice(t, "protocol", &[("NONE", false), ("PROXY", true)])?.unwrap_or(false);
         let port = t.get("port").filter(|n| n.text() != Some("0")).map(read::port).transpose()?;
         w.application_tunnel = proxy.then_some(ApplicationTunnel::Proxy(port));
     }
+    let mut policies = Vec::new();
     for p in read::list(node, "authorizationPolicies")? {
         let t = read::scalar(p)?;
         let Some((ns, name)) = t.split_once('/') else {
             return Err(Bad::value(p, format!("`{t}` is not `namespace/name`"), ""));
         };
-        w.policies.push(PolicyKey::new(ns, name));
+        policies.push(PolicyKey::new(ns, name));
     }
+    w.policies = policies.into();
     if let Some(services) = read::map(node, "services")? {
+        let mut backed: Vec<(ServiceKey, mesh_model::workload::PortMap)> = Vec::new();
         for e in read::entries(services)? {
             let Some((ns, host)) = e.key.split_once('/') else {
                 return Err(Bad::value(&e.node, format!("`{}` is not `namespace/hostname`", e.key), ""));
             };
-            w.services.insert(ServiceKey::new(ns, &host.to_ascii_lowercase()), port_map(&e.node, false)?.into());
+            backed.push((ServiceKey::new(ns, &host.to_ascii_lowercase()), port_map(&e.node, false)?.into()));
         }
+        w.services = backed.into_iter().collect();
     }
     w.netns = some("netns")?;
     w.origin = Some(Arc::clone(origin));
@@ -469,7 +473,7 @@ fn one_match<'p>(node: &'p Node<'p>) -> Read<'p, Match> {
     ])?;
     fn both<'p, T>(node: &'p Node<'p>, any: &str, none: &str, f: impl Fn(&'p Node<'p>) -> Read<'p, T>) -> Read<'p, Values<T>> {
         let all = |key: &str| read::list(node, key)?.iter().map(&f).collect::<Read<'p, Vec<T>>>();
-        Ok(Values { any: all(any)?, none: all(none)? })
+        Ok(Values::new(all(any)?, all(none)?))
     }
     Ok(Match {
         namespaces: both(node, "namespaces", "notNamespaces", text_match)?,

@@ -78,7 +78,7 @@ impl Shared {
             health: mesh_model::workload::Health::default(),
             capacity: 1,
             services: [(key.clone(), Arc::clone(&self.ports))].into_iter().collect(),
-            policies: Vec::new(),
+            policies: Arc::default(),
             waypoint: None,
             waypoint_error: None,
             network_gateway: None,
@@ -103,9 +103,9 @@ impl Shared {
 pub fn policy(i: usize, namespace: &str, scope: Scope, action: Action) -> Policy {
     let rule = |r: usize| {
         let mut from = Match::default();
-        from.principals.any = vec![TextMatch::Exact(format!("cluster.local/ns/other-{}/sa/sa-{i}-{r}", i % 50).into())];
+        from.principals.set_any(vec![TextMatch::Exact(format!("cluster.local/ns/other-{}/sa/sa-{i}-{r}", i % 50).into())]);
         let mut to = Match::default();
-        to.destination_ports.any = vec![8080];
+        to.destination_ports.set_any(vec![8080]);
         Rule { clauses: vec![Clause { matches: vec![to] }, Clause { matches: vec![from] }] }
     };
     Policy {

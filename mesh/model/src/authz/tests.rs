@@ -157,25 +157,25 @@ fn unknown_and_unusable_deny() {
 fn plaintext_has_no_identity_at_all() {
     let matches = |m: Match| check(vec![ns_policy("p", Action::Allow, one(m))], &[], None) == "allow default/p";
     let mut m = Match::default();
-    m.namespaces.any = vec![TextMatch::Prefix("".into()), TextMatch::Exact("".into()), TextMatch::Presence];
+    m.namespaces.set_any(vec![TextMatch::Prefix("".into()), TextMatch::Exact("".into()), TextMatch::Presence]);
     assert!(!matches(m));
     for t in [text("*"), TextMatch::Prefix("".into()), TextMatch::Suffix("".into())] {
         let mut m = Match::default();
-        m.principals.any = vec![t.clone()];
+        m.principals.set_any(vec![t.clone()]);
         assert!(!matches(m));
         let mut m = Match::default();
-        m.trust_domains.any = vec![t];
+        m.trust_domains.set_any(vec![t]);
         assert!(!matches(m));
     }
     let mut m = Match::default();
-    m.principals.none = vec![text("*")];
+    m.principals.set_none(vec![text("*")]);
     assert!(matches(m));
 }
 
 #[test]
 fn strict_mode_is_named_as_such() {
     let mut m = Match::default();
-    m.principals.none = vec![text("*")];
+    m.principals.set_none(vec![text("*")]);
     let converted = |ns: &str, name: &str| vec![policy(ns, name, Scope::Selector, Action::Deny, one(m.clone()))];
     for (ns, name) in [("istio-system", "istio_converted_static_strict"), ("default", "converted_peer_authentication_x")] {
         assert_eq!(check(converted(ns, name), &[(ns, name)], None), format!("plaintext_refused {ns}/{name}"));
@@ -195,14 +195,14 @@ fn every_kind() {
         m
     };
     let table: Vec<(Match, bool)> = vec![
-        (build(&|m| m.namespaces.any = vec![text("default")]), true),
-        (build(&|m| m.namespaces.any = vec![text("def*")]), true),
-        (build(&|m| m.namespaces.any = vec![text("x"), text("*ult")]), true),
-        (build(&|m| m.namespaces.any = vec![text("x")]), false),
-        (build(&|m| m.namespaces.none = vec![text("default")]), false),
-        (build(&|m| m.service_accounts.any = vec![("default".into(), "a".into())]), true),
-        (build(&|m| m.service_accounts.any = vec![("other".into(), "a".into())]), false),
-        (build(&|m| m.service_accounts.none = vec![("default".into(), "a".into())]), false),
+        (build(&|m| m.namespaces.set_any(vec![text("default")])), true),
+        (build(&|m| m.namespaces.set_any(vec![text("def*")])), true),
+        (build(&|m| m.namespaces.set_any(vec![text("x"), text("*ult")])), true),
+        (build(&|m| m.namespaces.set_any(vec![text("x")])), false),
+        (build(&|m| m.namespaces.set_none(vec![text("default")])), false),
+        (build(&|m| m.service_accounts.set_any(vec![("default".into(), "a".into())])), true),
+        (build(&|m| m.service_accounts.set_any(vec![("other".into(), "a".into())])), false),
+        (build(&|m| m.service_accounts.set_none(vec![("default".into(), "a".into())])), false),
         (from_principals(&["cluster.local/ns/default/sa/a"]), true),
         (from_principals(&["spiffe://cluster.local/ns/default/sa/a"]), true),
         (from_principals(&["cluster.local/ns/default/*"]), true),
@@ -214,23 +214,23 @@ fn every_kind() {
         (from_principals(&["*"]), true),
         (from_principals(&["cluster.local/ns/default/sa/ab", "nonsense"]), false),
         (from_principals(&["cluster.local/ns/other/*", "*/ns/x/sa/a"]), false),
-        (build(&|m| m.trust_domains.any = vec![text("cluster.local")]), true),
-        (build(&|m| m.trust_domains.any = vec![text("other.org")]), false),
-        (build(&|m| m.trust_domains.none = vec![text("cluster.*")]), false),
-        (build(&|m| m.source_ips.any = vec![net("10.0.0.1/32")]), true),
-        (build(&|m| m.source_ips.any = vec![net("10.0.0.0/8")]), true),
-        (build(&|m| m.source_ips.any = vec![net("10.0.0.2/32")]), false),
-        (build(&|m| m.source_ips.none = vec![net("10.0.0.0/24")]), false),
-        (build(&|m| m.destination_ips.any = vec![net("10.0.0.2/32")]), true),
-        (build(&|m| m.destination_ips.any = vec![net("fd00::/8")]), false),
-        (build(&|m| m.destination_ports.any = vec![80, 8080]), true),
-        (build(&|m| m.destination_ports.any = vec![15008]), false),
-        (build(&|m| m.destination_ports.none = vec![8080]), false),
+        (build(&|m| m.trust_domains.set_any(vec![text("cluster.local")])), true),
+        (build(&|m| m.trust_domains.set_any(vec![text("other.org")])), false),
+        (build(&|m| m.trust_domains.set_none(vec![text("cluster.*")])), false),
+        (build(&|m| m.source_ips.set_any(vec![net("10.0.0.1/32")])), true),
+        (build(&|m| m.source_ips.set_any(vec![net("10.0.0.0/8")])), true),
+        (build(&|m| m.source_ips.set_any(vec![net("10.0.0.2/32")])), false),
+        (build(&|m| m.source_ips.set_none(vec![net("10.0.0.0/24")])), false),
+        (build(&|m| m.destination_ips.set_any(vec![net("10.0.0.2/32")])), true),
+        (build(&|m| m.destination_ips.set_any(vec![net("fd00::/8")])), false),
+        (build(&|m| m.destination_ports.set_any(vec![80, 8080])), true),
+        (build(&|m| m.destination_ports.set_any(vec![15008])), false),
+        (build(&|m| m.destination_ports.set_none(vec![8080])), false),
         // AND over kinds.
         (
             build(&|m| {
-                m.namespaces.any = vec![text("default")];
-                m.destination_ports.any = vec![1];
+                m.namespaces.set_any(vec![text("default")]);
+                m.destination_ports.set_any(vec![1]);
             }),
             false,
         ),
@@ -256,7 +256,7 @@ fn aliases_are_names_of_one_trust_domain() {
             assert!(allowed(rules(), own) && allowed(rules(), alias) && !allowed(rules(), foreign));
         }
         let mut m = Match::default();
-        m.trust_domains.any = vec![text(written)];
+        m.trust_domains.set_any(vec![text(written)]);
         assert!(allowed(one(m.clone()), own) && allowed(one(m.clone()), alias) && !allowed(one(m), foreign));
     }
     // `cluster.local` is no alias unless listed.
@@ -326,9 +326,9 @@ fn any_values<T: std::fmt::Debug + Clone>(of: impl Strategy<Value = T> + Clone) 
     let list = prop::collection::vec(of, 1..3);
     prop_oneof![
         5 => Just(Values::default()),
-        3 => list.clone().prop_map(|any| Values { any, none: vec![] }),
-        1 => list.clone().prop_map(|none| Values { any: vec![], none }),
-        1 => (list.clone(), list).prop_map(|(any, none)| Values { any, none }),
+        3 => list.clone().prop_map(|any| Values::new(any, vec![])),
+        1 => list.clone().prop_map(|none| Values::new(vec![], none)),
+        1 => (list.clone(), list).prop_map(|(any, none)| Values::new(any, none)),
     ]
 }
 fn any_match() -> impl Strategy<Value = Match> {
@@ -386,7 +386,7 @@ proptest! {
         let mut w = pod("ns1", "web", "10.0.0.2");
         w.policies = names.iter().map(|(ns, n)| PolicyKey::new(if *ns == 0 { "ns1" } else { "ns2" }, &format!("p{n}"))).collect();
         if only_known {
-            w.policies.retain(|k| before.find_policy(k).is_some());
+            w.policies = w.policies.iter().filter(|k| before.find_policy(k).is_some()).cloned().collect();
         }
         let snap = before.apply(&[w.clone().into()]);
         let known = snap.find_workload(&w.uid).expect("known");

@@ -60,9 +60,9 @@ fn a_waypoint_accepts_what_it_stands_for() {
     s.waypoints = vec![weighted(by_service(key("default", "wp")), 1)];
     assert_eq!(check(wp(), vec![s.into()], "10.96.0.1:80"), to("10.0.0.2:80", Some("web")));
     let mut w = pod("default", "other", "10.0.0.7");
-    w.waypoint = Some(by_addr("", "10.0.0.2"));
+    w.waypoint = Some(Box::new(by_addr("", "10.0.0.2")));
     assert_eq!(check(wp(), vec![w.clone().into()], "10.0.0.7:80"), to("10.0.0.2:80", None));
-    w.waypoint = Some(by_addr("", "10.0.0.8"));
+    w.waypoint = Some(Box::new(by_addr("", "10.0.0.8")));
     assert_eq!(check(wp(), vec![w.into()], "10.0.0.7:80"), Err(Reason::BadRequest));
 }
 

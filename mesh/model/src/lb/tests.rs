@@ -57,7 +57,7 @@ fn locality_modes() {
 fn the_network_is_preferred_not_required() {
     let mut far = at("far", "10.0.0.9", locality("r1", "z1"));
     far.network = "n2".into();
-    far.network_gateway = Some(by_addr("n2", "1.1.1.1"));
+    far.network_gateway = Some(Box::new(by_addr("n2", "1.1.1.1")));
     let scopes = [LbScope::Network, LbScope::Region];
     for mode in [LbMode::Strict, LbMode::Failover] {
         let near = at("near", "10.0.0.1", locality("r1", "z1"));

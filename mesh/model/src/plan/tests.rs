@@ -155,7 +155,7 @@ fn a_declared_waypoint_is_never_bypassed() {
     // The same for a workload's own.
     for (gateway, error) in [(Some(by_service(key("default", "wp"))), None), (None, Some("broken".into()))] {
         let mut w = pod("default", "web-0", "10.0.0.2");
-        (w.waypoint, w.waypoint_error) = (gateway, error);
+        (w.waypoint, w.waypoint_error) = (gateway.map(Box::new), error);
         assert_eq!(plan(vec![w.into()], "10.0.0.2:80"), Err(Reason::NoWaypoint));
     }
 }
@@ -171,7 +171,7 @@ fn where_service_and_workload_share_an_address_the_service_waypoint_holds() {
 #[test]
 fn workload_waypoint_is_for_workload_traffic_only() {
     let mut w = backs(pod("default", "web-0", "10.0.0.2"), &key("default", "web"), &[]);
-    w.waypoint = Some(by_service(key("default", "wp")));
+    w.waypoint = Some(Box::new(by_service(key("default", "wp"))));
     let objects = || web().into_iter().chain(waypoint()).chain([w.clone().into()]).collect::<Vec<_>>();
     let expected = Dial::Hbone(hop("10.0.0.9:15008", "10.0.0.2:80", &[sa("wp-0")], HopRole::Waypoint));
     assert_eq!(plan(objects(), "10.0.0.2:80"), Ok(expected));
@@ -182,7 +182,7 @@ fn workload_waypoint_is_for_workload_traffic_only() {
 fn the_waypoint_itself_goes_direct() {
     let wp = backs(pod("default", "wp-0", "10.0.0.9"), &key("default", "wp"), &[(15008, 15008)]);
     let mut w = backs(pod("default", "web-0", "10.0.0.2"), &key("default", "web"), &[]);
-    w.waypoint = Some(by_service(key("default", "wp")));
+    w.waypoint = Some(Box::new(by_service(key("default", "wp"))));
     let objects = with_service_waypoint(vec![weighted(by_service(key("default", "wp")), 100)], None);
     let snap = mesh(objects.into_iter().chain(waypoint()).chain([w.into()]).collect());
     for dst in ["10.0.0.2:80", "10.96.0.1:80"] {
@@ -222,7 +222,7 @@ fn remote(gateway: bool, known_gateway: bool, sans: Vec<SpiffeId>) -> Vec<Change
     let mut w = backs(pod("default", "far-0", "10.0.0.7"), &s.key, &[]);
     w.ips.clear();
     w.network = "n2".into();
-    w.network_gateway = gateway.then(|| by_addr("n2", "172.16.0.1"));
+    w.network_gateway = gateway.then(|| Box::new(by_addr("n2", "172.16.0.1")));
     let mut gw = pod("istio-system", "gw", "172.16.0.1");
     gw.network = "n2".into();
     let mut objects: Vec<Change> = vec![s.into(), w.into()];

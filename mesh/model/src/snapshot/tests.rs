@@ -131,8 +131,8 @@ fn any_workload() -> impl Strategy<Value = Workload> {
             w.health = Health::Unhealthy;
         }
         w.hostname = named.then(|| "ext.example.com".into());
-        w.network_gateway = gateway.then(|| by_addr("n2", "10.0.0.3"));
-        w.waypoint = waypoint.then(|| by_service(key("ns1", "b")));
+        w.network_gateway = gateway.then(|| Box::new(by_addr("n2", "10.0.0.3")));
+        w.waypoint = waypoint.then(|| Box::new(by_service(key("ns1", "b"))));
         w.locality = Locality { region: if n < 5 { "r1" } else { "r2" }.into(), ..Locality::default() };
         w.capacity = capacity;
         for (s, ports) in services {

@@ -49,7 +49,12 @@ impl Source for FolderSource {
                 let changes = folder.reload();
                 diagnostics.replace(folder.problems().to_vec());
                 match changes {
-                    Some(changes) if !changes.is_empty() || !sink.has_told() => sink.send_blocking(changes).is_ok().then_some(true),
+                    Some(changes) if !changes.is_empty() || !sink.has_told() => {
+                        let sent = sink.send_blocking(changes).is_ok().then_some(true);
+                        // Texts and trees of a large load are several times what stays.
+                        mesh_runtime::allocator::return_free_pages();
+                        sent
+                    }
                     Some(_) => Some(true),
                     None => Some(false),
                 }

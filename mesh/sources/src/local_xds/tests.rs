@@ -48,10 +48,10 @@ fn the_documented_example_is_read() {
     let PolicyBody::Rules { rules, .. } = &p.policies[&PolicyKey::new("default", "p")].body else { panic!() };
     let m = &rules[0].clauses[0].matches[0];
     assert_eq!(
-        m.principals.any,
+        m.principals.any(),
         [TextMatch::Prefix("cluster.local/ns/a/".into()), TextMatch::Exact("x".into()), TextMatch::Presence]
     );
-    assert_eq!((m.destination_ports.none.as_slice(), m.source_ips.any.len()), ([9999].as_slice(), 1));
+    assert_eq!((m.destination_ports.none(), m.source_ips.any().len()), ([9999].as_slice(), 1));
     let s = &p.services[&ServiceKey::new("default", "example.com")];
     assert_eq!((s.ports.len(), s.port(81).unwrap().target, s.waypoints[0].weight, s.lb.scopes.len()), (2, 0, 90, 3));
     assert_eq!(p.changes_since(&Parsed::default()).len(), 3);

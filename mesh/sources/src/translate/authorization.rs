@@ -247,6 +247,7 @@ fn rule<'p>(
             }
         }
         if !always {
+            matches.shrink_to_fit();
             clauses.push(Clause { matches });
         }
     }
@@ -278,8 +279,8 @@ const SOURCE: &[&str] = &[
 
 fn operation<'p>(key: &str, n: &'p Node<'p>, m: &mut Match) -> Read<'p, Known> {
     match key {
-        "ports" => m.destination_ports.any = ports(n)?,
-        "notPorts" => m.destination_ports.none = ports(n)?,
+        "ports" => m.destination_ports.set_any(ports(n)?),
+        "notPorts" => m.destination_ports.set_none(ports(n)?),
         "hosts" | "notHosts" | "methods" | "notMethods" | "paths" | "notPaths" => return Ok(Known::Http),
         _ => return Ok(Known::No),
     }
@@ -288,16 +289,16 @@ fn operation<'p>(key: &str, n: &'p Node<'p>, m: &mut Match) -> Read<'p, Known> {
 
 fn source<'p>(r: &mut Reader<'_>, key: &str, n: &'p Node<'p>, m: &mut Match, namespace: &str) -> Read<'p, Known> {
     match key {
-        "principals" => m.principals.any = principals(r, n)?,
-        "notPrincipals" => m.principals.none = principals(r, n)?,
-        "namespaces" => m.namespaces.any = text_matches(r, n)?,
-        "notNamespaces" => m.namespaces.none = text_matches(r, n)?,
-        "ipBlocks" => m.source_ips.any = nets(n)?,
-        "notIpBlocks" => m.source_ips.none = nets(n)?,
-        "serviceAccounts" => m.service_accounts.any = accounts(r, n, namespace)?,
-        "notServiceAccounts" => m.service_accounts.none = accounts(r, n, namespace)?,
-        "trustDomains" => m.trust_domains.any = text_matches(r, n)?,
-        "notTrustDomains" => m.trust_domains.none = text_matches(r, n)?,
+        "principals" => m.principals.set_any(principals(r, n)?),
+        "notPrincipals" => m.principals.set_none(principals(r, n)?),
+        "namespaces" => m.namespaces.set_any(text_matches(r, n)?),
+        "notNamespaces" => m.namespaces.set_none(text_matches(r, n)?),
+        "ipBlocks" => m.source_ips.set_any(nets(n)?),
+        "notIpBlocks" => m.source_ips.set_none(nets(n)?),
+        "serviceAccounts" => m.service_accounts.set_any(accounts(r, n, namespace)?),
+        "notServiceAccounts" => m.service_accounts.set_none(accounts(r, n, namespace)?),
+        "trustDomains" => m.trust_domains.set_any(text_matches(r, n)?),
+        "notTrustDomains" => m.trust_domains.set_none(text_matches(r, n)?),
         "requestPrincipals" | "notRequestPrincipals" | "remoteIpBlocks" | "notRemoteIpBlocks" => {
             return Ok(Known::Http);
         }
@@ -325,10 +326,8 @@ fn condition<'p>(
         none: Option<&'p Node<'p>>,
         mut f: impl FnMut(&'p Node<'p>) -> Read<'p, Vec<T>>,
     ) -> Read<'p, Values<T>> {
-        Ok(Values {
-            any: any.map(&mut f).transpose()?.unwrap_or_default(),
-            none: none.map(&mut f).transpose()?.unwrap_or_default(),
-        })
+        let any = any.map(&mut f).transpose()?.unwrap_or_default();
+        Ok(Values::new(any, none.map(&mut f).transpose()?.unwrap_or_default()))
     }
     let mut m = Match::default();
     match key {

@@ -1,6 +1,5 @@
 //! Model objects from the objects of a [`Translator`], one at a time.
 
-use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -9,7 +8,7 @@ use mesh_model::policy::PolicyKey;
 use mesh_model::service::{
     HealthPolicy, IpFamilies, LbMode, LbScope, LoadBalancing, Service, ServiceKey, ServicePort, Visibility,
 };
-use mesh_model::workload::{Health, Locality, NetworkMode, PortMap, Protocol, Workload};
+use mesh_model::workload::{Health, Locality, NetworkMode, PortMap, Protocol, ServicePorts, Workload};
 
 use super::intern::{Interner, Labels};
 use super::object::{EndpointSlice, Kind, ObjectId, Port, Resolution, ServiceEntry, Target, WorkloadEntry};
@@ -212,7 +211,7 @@ impl Translator {
     }
 
     /// Names of the policies that bind a workload: selecting AuthorizationPolicies, then PeerAuthentication.
-    fn bound_policies(&self, ns: &str, labels: &Labels) -> Vec<PolicyKey> {
+    fn bound_policies(&self, ns: &str, labels: &Labels, pool: &mut Interner) -> Arc<[PolicyKey]> {
         let root = &self.view.root_namespace;
         let mut out = Vec::new();
         let spaces = [Some(ns), (ns != &**root).then_some(&**root)];
@@ -225,7 +224,7 @@ impl Translator {
         }
         out.sort();
         out.extend(self.peer_policy(ns, labels));
-        out
+        pool.policies(out)
     }
 
     /// What labels say about any workload; the caller adds addresses and services.
@@ -254,8 +253,8 @@ impl Translator {
                 .unwrap_or_else(|| Arc::clone(&self.latest)),
             health: Health::Healthy,
             capacity: 1,
-            services: BTreeMap::new(),
-            policies: Vec::new(),
+            services: ServicePorts::default(),
+            policies: Arc::default(),
             waypoint: None,
             waypoint_error: None,
             network_gateway: None,
@@ -275,7 +274,7 @@ impl Translator {
         match self.find_waypoint(labels, ns, Traffic::Workload) {
             Found::Nothing => None,
             Found::Use(at) => {
-                w.waypoint = Some(at);
+                w.waypoint = Some(Box::new(at));
                 None
             }
             Found::Unusable { why, own } => {
@@ -331,7 +330,7 @@ impl Translator {
         w.locality = self.nodes.get(&pod.node).cloned().unwrap_or_default();
         w.health = if pod.ready { Health::Healthy } else { Health::Unhealthy };
         w.services = self.pod_services(ns, name, pod, pool);
-        w.policies = self.bound_policies(ns, &pod.labels);
+        w.policies = self.bound_policies(ns, &pod.labels, pool);
         w.netns.clone_from(&pod.netns);
         w.origin = Some(Arc::clone(&slot.origin));
         let mut problems = Vec::new();
@@ -350,9 +349,9 @@ impl Translator {
         name: &Arc<str>,
         pod: &super::Pod,
         pool: &mut Interner,
-    ) -> BTreeMap<ServiceKey, PortMap> {
-        let mut out = BTreeMap::new();
-        let Some(space) = self.spaces.get(ns) else { return out };
+    ) -> ServicePorts {
+        let mut out = Vec::new();
+        let Some(space) = self.spaces.get(ns) else { return ServicePorts::default() };
         let named = |n: &Arc<str>| pod.ports.iter().find(|(have, _)| have == n).map(|(_, p)| *p);
         let by_slice = space.pod_slices.get(name).into_iter().flatten().filter_map(|s| {
             let slice = &space.slices.get(s)?.obj;
@@ -366,7 +365,7 @@ impl Translator {
                 Target::Number(n) => Some((p.port, *n)),
                 Target::Name(n) => named(n).map(|t| (p.port, t)),
             });
-            out.insert(s.key.clone(), pool.ports(ports.collect()));
+            out.push((s.key.clone(), pool.ports(ports.collect())));
         }
         for entry in space.by_entry_selector.selecting(&pod.labels) {
             let Some(e) = space.service_entries.get(entry) else { continue };
@@ -378,12 +377,12 @@ impl Translator {
                 .collect();
             self.add_hosts(&mut out, ns, entry, &e.obj, ports, pool);
         }
-        out
+        pool.services(out)
     }
     /// Adds the hosts a ServiceEntry owns.
     fn add_hosts(
         &self,
-        out: &mut BTreeMap<ServiceKey, PortMap>,
+        out: &mut Vec<(ServiceKey, PortMap)>,
         ns: &Arc<str>,
         name: &Arc<str>,
         entry: &ServiceEntry,
@@ -393,14 +392,14 @@ impl Translator {
         let ports = pool.ports(ports);
         for host in entry.hosts.iter().filter(|h| self.owns(ns, name, h)) {
             let key = ServiceKey { namespace: Arc::clone(ns), hostname: Arc::clone(host) };
-            out.insert(key, Arc::clone(&ports));
+            out.push((key, Arc::clone(&ports)));
         }
     }
 
     /// The address part of a WorkloadEntry; `None` when it has neither address nor name.
     fn place(w: &mut Workload, entry: &WorkloadEntry) -> Option<()> {
         match entry.ip {
-            Some(ip) => w.ips.push(ip),
+            Some(ip) => w.ips = vec![ip],
             None if entry.hostname.is_empty() => return None,
             None => w.hostname = Some(Arc::clone(&entry.hostname)),
         }
@@ -437,9 +436,10 @@ impl Translator {
             return (None, vec![problem]);
         }
         Self::set_protocol(&mut w, &entry.labels, entry.redirected);
-        w.policies = self.bound_policies(ns, &entry.labels);
+        w.policies = self.bound_policies(ns, &entry.labels, pool);
         w.origin = Some(Arc::clone(&slot.origin));
         if let Some(space) = self.spaces.get(ns) {
+            let mut services = Vec::new();
             let named = |n: &Arc<str>| entry.ports.iter().find(|(have, _)| have == n).map(|(_, p)| *p);
             for service in space.by_service_selector.selecting(&entry.labels) {
                 let Some(s) = space.services.get(service) else { continue };
@@ -447,12 +447,13 @@ impl Translator {
                     Target::Name(n) => named(n).map(|t| (p.port, t)),
                     Target::Number(n) => Some((p.port, named(&p.name).filter(|_| !p.name.is_empty()).unwrap_or(*n))),
                 });
-                w.services.insert(s.key.clone(), pool.ports(ports.collect()));
+                services.push((s.key.clone(), pool.ports(ports.collect())));
             }
             for se in space.by_entry_selector.selecting(&entry.labels) {
                 let Some(e) = space.service_entries.get(se) else { continue };
-                self.add_hosts(&mut w.services, ns, se, &e.obj, entry_ports(&e.obj, entry), pool);
+                self.add_hosts(&mut services, ns, se, &e.obj, entry_ports(&e.obj, entry), pool);
             }
+            w.services = pool.services(services);
         }
         let problem = self.set_waypoint(&mut w, &entry.labels, ns, pool).map(|why| unusable(&slot.origin, &why));
         (Some(w), problem.into_iter().collect())
@@ -498,8 +499,10 @@ impl Translator {
                 continue;
             }
             Self::set_protocol(&mut w, &se.labels, se.redirected);
-            w.policies = self.bound_policies(ns, &se.labels);
-            self.add_hosts(&mut w.services, ns, name, se, entry_ports(se, endpoint), pool);
+            w.policies = self.bound_policies(ns, &se.labels, pool);
+            let mut services = Vec::new();
+            self.add_hosts(&mut services, ns, name, se, entry_ports(se, endpoint), pool);
+            w.services = pool.services(services);
             problems.extend(self.set_waypoint(&mut w, &endpoint.labels, ns, pool).map(|why| unusable(&slot.origin, &why)));
             w.origin = Some(Arc::clone(&slot.origin));
             out.push(w);
@@ -511,7 +514,7 @@ impl Translator {
                 let mut w = self.base(uid(host), name, ns, &se.labels, name);
                 w.hostname = Some(Arc::clone(host));
                 Self::set_protocol(&mut w, &se.labels, se.redirected);
-                w.policies = self.bound_policies(ns, &se.labels);
+                w.policies = self.bound_policies(ns, &se.labels, pool);
                 let key = ServiceKey { namespace: Arc::clone(ns), hostname: Arc::clone(host) };
                 w.services.insert(key, Arc::clone(&ports));
                 w.origin = Some(Arc::clone(&slot.origin));
@@ -541,7 +544,7 @@ impl Translator {
         for (ip, ready) in &slice.others {
             let uid = format!("{}/discovery.k8s.io/EndpointSlice/{ns}/{name}/{ip}", self.view.cluster);
             let mut w = self.base(uid, name, ns, &none, name);
-            w.ips.push(*ip);
+            w.ips = vec![*ip];
             w.network_mode = NetworkMode::HostNetwork;
             w.health = if *ready { Health::Healthy } else { Health::Unhealthy };
             w.services.insert(service.key.clone(), Arc::clone(&ports));

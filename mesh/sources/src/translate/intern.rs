@@ -4,6 +4,9 @@ use std::sync::Arc;
 
 use foldhash::fast::RandomState;
 use hashbrown::HashSet;
+use mesh_model::policy::PolicyKey;
+use mesh_model::service::ServiceKey;
+use mesh_model::workload::{PortMap, ServicePorts};
 
 /// A sorted set of labels, or of the labels a selector asks for; equal sets share memory.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -41,6 +44,8 @@ pub struct Interner {
     texts: HashSet<Arc<str>, RandomState>,
     labels: HashSet<Labels, RandomState>,
     ports: HashSet<Arc<[(u16, u16)]>, RandomState>,
+    services: HashSet<ServicePorts, RandomState>,
+    policies: HashSet<Arc<[PolicyKey]>, RandomState>,
     pub(super) named: HashSet<NamedPorts, RandomState>,
     prune_at: usize,
 }
@@ -74,11 +79,27 @@ impl Interner {
         self.ports.insert(Arc::clone(&new));
         new
     }
+    /// The shared copy of the services a workload backs.
+    pub fn services(&mut self, pairs: Vec<(ServiceKey, PortMap)>) -> ServicePorts {
+        let new: ServicePorts = pairs.into_iter().collect();
+        self.services.get_or_insert_with(&new, Clone::clone).clone()
+    }
+    /// The shared copy of the policies that bind a workload, in this order.
+    pub fn policies(&mut self, keys: Vec<PolicyKey>) -> Arc<[PolicyKey]> {
+        if let Some(have) = self.policies.get(keys.as_slice()) {
+            return Arc::clone(have);
+        }
+        let new: Arc<[PolicyKey]> = keys.into();
+        self.policies.insert(Arc::clone(&new));
+        new
+    }
     /// Drops what nobody else holds, once the pool has doubled since the last time.
     pub fn prune(&mut self) {
         if self.texts.len() < self.prune_at.max(10_000) {
             return;
         }
+        self.services.retain(|s| !s.is_unshared());
+        self.policies.retain(|p| Arc::strong_count(p) > 1);
         self.labels.retain(|l| Arc::strong_count(&l.0) > 1);
         self.named.retain(|p| Arc::strong_count(p) > 1);
         self.ports.retain(|p| Arc::strong_count(p) > 1);

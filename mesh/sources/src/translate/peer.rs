@@ -84,7 +84,7 @@ fn mode<'p>(m: &'p Node<'p>) -> Read<'p, Mode> {
 
 fn plaintext() -> Clause {
     let mut m = Match::default();
-    m.principals.none.push(TextMatch::Presence);
+    m.principals.set_none(vec![TextMatch::Presence]);
     Clause { matches: vec![m] }
 }
 fn deny(key: PolicyKey, rules: Vec<Rule>, origin: Option<Arc<Origin>>) -> Arc<Policy> {
@@ -141,7 +141,7 @@ pub(super) fn converted(key: PolicyKey, effect: &Effect, origin: &Arc<Origin>) -
             let mut clauses = vec![plaintext()];
             for p in ports {
                 let mut m = Match::default();
-                m.destination_ports.none.push(*p);
+                m.destination_ports.set_none(vec![*p]);
                 clauses.push(Clause { matches: vec![m] });
             }
             vec![Rule { clauses }]
@@ -151,8 +151,8 @@ pub(super) fn converted(key: PolicyKey, effect: &Effect, origin: &Arc<Origin>) -
             .iter()
             .map(|p| {
                 let mut m = Match::default();
-                m.principals.none.push(TextMatch::Presence);
-                m.destination_ports.any.push(*p);
+                m.principals.set_none(vec![TextMatch::Presence]);
+                m.destination_ports.set_any(vec![*p]);
                 Rule { clauses: vec![Clause { matches: vec![m] }] }
             })
             .collect(),
