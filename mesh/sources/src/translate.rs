@@ -89,7 +89,8 @@ struct PeerSlot {
 #[derive(Debug, Default)]
 struct Space {
     meta: Option<Slot<Namespace>>,
-    pods: BTreeMap<Arc<str>, PodSlot>,
+    /// Boxed: tree nodes are a third empty, and there are many pods.
+    pods: BTreeMap<Arc<str>, Box<PodSlot>>,
     services: BTreeMap<Arc<str>, ServiceSlot>,
     slices: BTreeMap<Arc<str>, ManySlot<EndpointSlice>>,
     entries: BTreeMap<Arc<str>, ManySlot<WorkloadEntry>>,
@@ -275,7 +276,7 @@ impl Translator {
                     Some(slot) if slot.obj == obj && slot.origin == origin => return,
                     Some(slot) => (slot.obj, slot.origin) = (obj, origin),
                     None => {
-                        space.pods.insert(name, PodSlot { obj, origin, out: None });
+                        space.pods.insert(name, Box::new(PodSlot { obj, origin, out: None }));
                     }
                 }
                 if !self.dirty.all {

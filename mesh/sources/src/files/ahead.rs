@@ -107,7 +107,9 @@ impl<'t> Ahead<'t, '_> {
 pub(super) fn in_order<'t>(docs: &[Document<'t>], worth_it: bool, mut each: impl FnMut(Document<'t>, Option<Tree<'t>>)) {
     let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get).min(4);
     if !worth_it || threads < 2 {
-        docs.iter().for_each(|d| each(*d, None));
+        for d in docs {
+            each(*d, None);
+        }
         return;
     }
     let ahead = Ahead { parts: docs.chunks(PART).collect(), progress: Mutex::default(), changed: Condvar::new() };

@@ -109,16 +109,16 @@ pub(super) fn pod<'p>(r: &mut Reader<'_>, node: &'p Node<'p>) -> Read<'p, Pod> {
 }
 
 /// Kubernetes uids are UUIDs; as numbers they take no allocation.
-fn uid(t: &str) -> u128 {
+fn uid(t: &str) -> [u8; 16] {
     let hex: String = t.chars().filter(|c| *c != '-').collect();
     if let Ok(n) = u128::from_str_radix(&hex, 16) {
-        return n;
+        return n.to_be_bytes();
     }
     // Mirror pods and hand-written files: any stable number serves, it is only compared.
     use std::hash::{Hash, Hasher};
     let mut h = std::hash::DefaultHasher::new();
     t.hash(&mut h);
-    u128::from(h.finish())
+    u128::from(h.finish()).to_be_bytes()
 }
 
 fn tcp<'p>(port: &'p Node<'p>) -> Read<'p, bool> {

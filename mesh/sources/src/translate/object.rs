@@ -150,7 +150,7 @@ pub struct Pod {
     /// Named TCP container ports; containers first, then native sidecars.
     pub ports: Arc<[(Arc<str>, u16)]>,
     /// `metadata.uid` as a number.
-    pub uid: Option<u128>,
+    pub uid: Option<[u8; 16]>,
     /// Finished, or has no address yet: not a workload.
     pub absent: bool,
     /// Ready and not being deleted.
@@ -218,7 +218,7 @@ pub struct EndpointSlice {
     /// Named TCP ports.
     pub ports: Arc<[(Arc<str>, u16)]>,
     /// Pods it points at, with their uid when given.
-    pub pods: Vec<(Arc<str>, Option<u128>)>,
+    pub pods: Vec<(Arc<str>, Option<[u8; 16]>)>,
     /// Other endpoints: addresses and readiness.
     pub others: Vec<(IpAddr, bool)>,
 }
