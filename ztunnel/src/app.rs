@@ -117,8 +117,11 @@ pub async fn serve(settings: Settings, logging: &Logging) -> Result<()> {
     let control = tokio::spawn({
         let mesh = mesh.clone();
         async move {
-            mesh.synced().await;
-            supervisor.run(drained, first_snapshot).await;
+            let never = drained.clone();
+            tokio::select! {
+                () = mesh.synced() => supervisor.run(drained, first_snapshot).await,
+                _ = never.draining() => {}
+            }
         }
     });
     let upkeep = tokio::spawn(upkeep(registry, Arc::clone(&shared), diagnostics));
@@ -236,11 +239,16 @@ fn hbone_settings(s: &Settings, budget: &Budget) -> mesh_hbone::Settings {
 fn admin(shared: &Arc<Shared>, pods: &PodTable, diagnostics: &Diagnostics, logging: &Logging, quit: &Arc<Notify>) -> HttpServer {
     let dump = {
         let (shared, pods, diagnostics) = (Arc::clone(shared), pods.clone(), diagnostics.clone());
-        move |_| json(&dump::config_dump(&shared, &pods, &diagnostics))
+        move |_| {
+            let (shared, pods, diagnostics) = (Arc::clone(&shared), pods.clone(), diagnostics.clone());
+            // Of a large mesh it takes a while: the control thread goes on judging meanwhile.
+            let made = tokio::task::spawn_blocking(move || json(&dump::config_dump(&shared, &pods, &diagnostics)));
+            async move { made.await.unwrap_or_else(|e| text(StatusCode::INTERNAL_SERVER_ERROR, format!("{e}\n"))) }
+        }
     };
     let quit = Arc::clone(quit);
     let server = HttpServer::new("admin")
-        .route(Method::GET, "/config_dump", dump)
+        .route_async(Method::GET, "/config_dump", dump)
         .route(Method::GET, "/version", |_| json(&dump::version()))
         .route(Method::POST, "/quitquitquit", move |_| {
             quit.notify_one();

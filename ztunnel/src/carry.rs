@@ -3,11 +3,10 @@
 //! The client's end always comes first, so that bytes and resets mean the same for every direction.
 use crate::conns::Cut;
 use crate::metrics::TcpHandles;
-use mesh_hbone::HboneStream;
 use mesh_hbone::relay::endpoint::Endpoint;
 use mesh_hbone::relay::{Counters, End, How, RelayEnd, Timeouts, relay};
 use mesh_model::{Reason, Refusal};
-use tokio::net::TcpStream;
+use std::time::Duration;
 
 impl Counters for TcpHandles {
     fn sent(&self, bytes: u64) {
@@ -18,24 +17,17 @@ impl Counters for TcpHandles {
     }
 }
 
-/// Client and server both on plain TCP.
-pub async fn tcp(client: TcpStream, server: TcpStream, handles: &TcpHandles, cut: &Cut) -> Option<Refusal> {
-    both(client, server, handles, cut).await
-}
-
-/// The client on TCP, the server behind a tunnel.
-pub async fn to_tunnel(client: TcpStream, server: HboneStream, handles: &TcpHandles, cut: &Cut) -> Option<Refusal> {
-    both(client, server, handles, cut).await
-}
-
-/// The client behind a tunnel, the server on TCP.
-pub async fn from_tunnel(client: HboneStream, server: TcpStream, handles: &TcpHandles, cut: &Cut) -> Option<Refusal> {
-    both(client, server, handles, cut).await
-}
-
-/// `None` when both directions ended by themselves.
-async fn both<A: Endpoint, B: Endpoint>(client: A, server: B, handles: &TcpHandles, cut: &Cut) -> Option<Refusal> {
-    let end: RelayEnd = relay(client, server, handles, cut.wait(), Timeouts::default()).await;
+/// Relays between the client's end and the server's end; either may be TCP or a stream of a tunnel. `None` when both
+/// directions ended by themselves.
+pub async fn both<A: Endpoint, B: Endpoint>(
+    client: A,
+    server: B,
+    half_closed: Duration,
+    handles: &TcpHandles,
+    cut: &Cut,
+) -> Option<Refusal> {
+    let timeouts = Timeouts { idle: None, half_closed: (!half_closed.is_zero()).then_some(half_closed) };
+    let end: RelayEnd = relay(client, server, handles, cut.wait(), timeouts).await;
     match end.how {
         How::Closed => None,
         How::Reset(End::First) => Some(Refusal::new(Reason::Reset, "by the client")),
@@ -43,6 +35,6 @@ async fn both<A: Endpoint, B: Endpoint>(client: A, server: B, handles: &TcpHandl
         How::Cancelled => {
             Some(cut.why().cloned().unwrap_or_else(|| Refusal::new(Reason::Internal, "cancelled without a reason")))
         }
-        How::Idle => Some(Refusal::new(Reason::Internal, "idle")),
+        How::Idle => Some(Refusal::new(Reason::Reset, "half-closed and silent for too long")),
     }
 }

@@ -60,7 +60,7 @@ impl Carried {
 }
 
 /// What is known of one live connection.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Facts {
     /// Direction.
     pub direction: Direction,
@@ -68,10 +68,8 @@ pub struct Facts {
     pub src: SocketAddr,
     /// What the client asked for (outbound), or the address the connection arrived at (inbound).
     pub original_dst: SocketAddr,
-    /// What we connected to (outbound), or the application's address (inbound).
-    pub actual_dst: SocketAddr,
-    /// How it is carried.
-    pub carried: Carried,
+    /// What we connected to (outbound, known once dialled) or the application's address (inbound), and how it is carried.
+    pub actual_dst: Mutex<(SocketAddr, Carried)>,
     /// Verified identity of the client, for inbound connections over mTLS.
     pub identity: Option<SpiffeId>,
 }
@@ -121,6 +119,8 @@ const SHARDS: usize = 8;
 pub struct Conns {
     shards: [Mutex<HashMap<u64, Arc<Live>>>; SHARDS],
     next: AtomicU64,
+    /// Set when the pod ends: what is entered afterwards is cut at once.
+    closed: OnceLock<Refusal>,
 }
 impl Conns {
     /// Enters a connection; it stays until the guard is dropped.
@@ -128,6 +128,10 @@ impl Conns {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let live = Arc::new(Live { facts, cut: Cut::default() });
         self.shard(id).lock().insert(id, Arc::clone(&live));
+        // After the entry: either `close` sees it in the table or this sees that the table is closed.
+        if let Some(why) = self.closed.get() {
+            live.cut.cut(why.clone());
+        }
         Admitted { id, live, conns: Arc::clone(self) }
     }
     /// Live connections now.
@@ -141,6 +145,11 @@ impl Conns {
     /// A copy of the table, in no order.
     pub fn list(&self) -> Vec<Arc<Live>> {
         self.shards.iter().flat_map(|s| s.lock().values().cloned().collect::<Vec<_>>()).collect()
+    }
+    /// Cuts every connection, and every one that is still to come.
+    pub fn close(&self, why: &Refusal) {
+        let _ = self.closed.set(why.clone());
+        self.cut_all(why);
     }
     /// Cuts every connection.
     pub fn cut_all(&self, why: &Refusal) {
@@ -162,8 +171,11 @@ impl Conns {
             if live.facts.direction != Direction::Inbound || live.cut.why().is_some() {
                 continue;
             }
-            let conn =
-                InboundConn { client: live.facts.src.into(), dst: live.facts.actual_dst, identity: live.facts.identity.as_ref() };
+            let conn = InboundConn {
+                client: live.facts.src.into(),
+                dst: live.facts.actual_dst.lock().0,
+                identity: live.facts.identity.as_ref(),
+            };
             if let Verdict::Deny(now) = authorize(snap, workload, &conn).verdict {
                 let detail = format!("connection closed due to policy change: {}", brief(&now));
                 live.cut.cut(Refusal::new(Reason::Revoked, detail));

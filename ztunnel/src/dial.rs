@@ -4,7 +4,7 @@
 use crate::dialer::PodDialer;
 use crate::pod::Pod;
 use crate::resolve;
-use mesh_hbone::{ConnectRequest, HboneStream, PoolKey, Tunnel};
+use mesh_hbone::{ConnectRequest, HboneError, HboneStream, PoolKey, Tunnel};
 use mesh_model::plan::{Dial, Hop, NamedDial};
 use mesh_model::{DialAddr, HboneAuthority, Reason, Refusal, SpiffeId};
 use std::net::{IpAddr, SocketAddr};
@@ -51,10 +51,10 @@ pub async fn reach(
     dial: &Dial,
     client: IpAddr,
     request: impl Fn(&HboneAuthority) -> ConnectRequest,
-) -> Result<Reached, Refusal> {
+) -> Result<Reached, HboneError> {
     let dialer = PodDialer::new(&pod.shared.settings, pod.netns.clone(), pod.svid.clone());
     match dial {
-        Dial::Passthrough(to) | Dial::Plain(to) => Ok(Reached::Tcp(dialer.tcp(to.0).await?)),
+        Dial::Passthrough(to) | Dial::Plain(to) => Ok(Reached::Tcp(dialer.tcp(to.0).await.map_err(HboneError::from)?)),
         Dial::Hbone(hop) => {
             let (stream, _) = open(pod, hop, client, &request(&hop.authority)).await?;
             Ok(Reached::Tunnel(stream))
@@ -63,12 +63,12 @@ pub async fn reach(
             // The inner tunnel is made for this connection alone: pooled, all connections would stick to one remote
             // workload behind the gateway (node-agent §1.4 G).
             let (stream, _) = open(pod, outer, client, &request(&outer.authority)).await?;
-            let (tls, peer) = dialer.tls(stream.into_io(), &inner.expect).await?;
-            let tunnel = Tunnel::handshake(tls, Arc::clone(&pod.shared.hbone), || {}).await.map_err(|e| Refusal::from(&e))?;
-            let (stream, head) = tunnel.open(&request(&inner.authority)).await.map_err(|e| Refusal::from(&e))?;
+            let (tls, peer) = dialer.tls(stream.into_io(), &inner.expect).await.map_err(HboneError::from)?;
+            let tunnel = Tunnel::handshake(tls, Arc::clone(&pod.shared.hbone), || {}).await?;
+            let (stream, head) = tunnel.open(&request(&inner.authority)).await?;
             Ok(Reached::Beyond { stream, peer, baggage: head.baggage().cloned() })
         }
-        Dial::Name { host, .. } => Err(Refusal::new(Reason::Internal, format!("{host} was not resolved before dialling"))),
+        Dial::Name { host, .. } => Err(HboneError::new(Reason::Internal, format!("{host} was not resolved before dialling"))),
     }
 }
 
@@ -77,8 +77,8 @@ async fn open(
     hop: &Hop,
     client: IpAddr,
     request: &ConnectRequest,
-) -> Result<(HboneStream, mesh_hbone::ResponseHead), Refusal> {
-    let pool = pod.pool().ok_or_else(|| Refusal::new(Reason::Internal, "not on a data thread"))?;
+) -> Result<(HboneStream, mesh_hbone::ResponseHead), HboneError> {
+    let pool = pod.pool().ok_or_else(|| HboneError::new(Reason::Internal, "not on a data thread"))?;
     let key = PoolKey::new(pod.identity.clone(), Arc::clone(&hop.expect), client, hop.dial.0);
-    pool.open(&key, request).await.map_err(|e| Refusal::from(&e))
+    pool.open(&key, request).await
 }

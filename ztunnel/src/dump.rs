@@ -95,11 +95,12 @@ fn pod_states(pods: &PodTable) -> Value {
                 let mut outbound = Vec::new();
                 for live in pod.conns.list() {
                     let f = &live.facts;
+                    let (actual_dst, carried) = *f.actual_dst.lock();
                     let row = json!({
                         "src": f.src.to_string(),
                         "originalDst": f.original_dst.to_string(),
-                        "actualDst": f.actual_dst.to_string(),
-                        "protocol": f.carried.as_str(),
+                        "actualDst": actual_dst.to_string(),
+                        "protocol": carried.as_str(),
                         "identity": f.identity.as_ref().map(ToString::to_string),
                     });
                     match f.direction {

@@ -19,6 +19,7 @@ use mesh_model::conn::InboundConn;
 use mesh_model::inbound::{InboundPlan, plan_inbound};
 use mesh_model::workload::{ApplicationTunnel, Workload};
 use mesh_model::{HboneAuthority, Reason, Refusal, Snapshot, SpiffeId};
+use parking_lot::Mutex;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use tokio::net::TcpStream;
@@ -45,6 +46,12 @@ pub async fn serve_conn(pod: Arc<Pod>, accepted: Accepted) {
     };
     let proof = Arc::new(proof);
     let (id, cut) = pod.tunnels.admit(Arc::clone(&proof));
+    // The bundles may have changed while the client took its time with the handshake.
+    let trusted = proof.still_trusted(&pod.shared.svids.tls().bundles().borrow());
+    if !trusted || pod.drain.is_draining() {
+        pod.tunnels.remove(id);
+        return;
+    }
     let handler = {
         let pod = Arc::clone(&pod);
         move |incoming: Incoming| serve_stream(Arc::clone(&pod), Arc::clone(&proof), peer, local, incoming)
@@ -72,13 +79,13 @@ async fn handshake(pod: &Pod, accepted: Accepted) -> Result<Option<(ServerStream
         Err(_) | Ok(Err(_) | Ok(0)) => return Ok(None),
         Ok(Ok(_)) => {}
     }
+    let svid = pod.svid.fetch().await.map_err(Refusal::from)?;
     let deadline = Instant::now() + limit;
     let place = tokio::time::timeout_at(deadline, pod.shared.gate.enter(accepted.peer.ip()))
         .await
         .ok()
         .flatten()
         .ok_or_else(|| Refusal::new(Reason::Overloaded, "too many handshakes in progress"))?;
-    let svid = pod.svid.fetch().await.map_err(Refusal::from)?;
     tokio::select! {
         done = mesh_identity::tls::accept(&svid, accepted.tcp, deadline) => Ok(Some(done.map_err(Refusal::from)?)),
         () = place.lost() => Err(Refusal::new(Reason::Overloaded, "too many handshakes in progress, this one gave way")),
@@ -126,7 +133,7 @@ async fn serve_stream(pod: Arc<Pod>, proof: Arc<Peer>, client: SocketAddr, local
         }
     };
     let handles = pod.shared.metrics.open(&record);
-    let why = carry::from_tunnel(stream, upstream, &handles, &live.cut).await;
+    let why = carry::both(stream, upstream, pod.shared.settings.half_closed_timeout, &handles, &live.cut).await;
     drop(live);
     report::ended(&pod.shared, &record, &handles, why.as_ref());
 }
@@ -153,11 +160,13 @@ async fn admit(
             direction: Direction::Inbound,
             src: client,
             original_dst: local,
-            actual_dst: plan.dst,
-            carried: Carried::Hbone,
+            actual_dst: Mutex::new((plan.dst, Carried::Hbone)),
             identity: Some(proof.id.clone()),
         });
-        judge(&snap, &workload, client, plan.dst, Some(&proof.id))?;
+        // Judged by what is current *after* the entry: a version published since `snap` may already have passed over the
+        // table without seeing this connection (I5).
+        let now = pod.shared.mesh.load();
+        judge(&now, pod.workload(&now)?, client, plan.dst, Some(&proof.id))?;
         (plan, workload, live)
     };
     let upstream = connect(pod, &plan, client, &proof.id, &authority).await?;

@@ -15,6 +15,7 @@ use mesh_model::plan::{Dial, OutboundPlan, plan_outbound};
 use mesh_model::workload::Workload;
 use mesh_model::{ClientAddr, HboneAuthority, OrigDst, Reason, Refusal, SpiffeId};
 use mesh_runtime::sockets::reset_on_close;
+use parking_lot::Mutex;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
@@ -27,9 +28,23 @@ pub async fn serve_conn(pod: Arc<Pod>, accepted: Accepted) {
     let dst = accepted.original_dst;
     let mut record = Record::new(Direction::Outbound, accepted.peer, dst);
 
-    // plan and dial, again with another endpoint when the failure allows it
-    // Boxed: its states (TLS, names, two tunnels) are large and gone once the relay runs, which may be for days.
-    let reached = match Box::pin(plan_and_dial(&pod, accepted.peer, dst, &mut record)).await {
+    // In the table from here on: whoever drains or ends the pod counts a connection that is still being dialled.
+    let live = pod.conns.admit(Facts {
+        direction: Direction::Outbound,
+        src: accepted.peer,
+        original_dst: dst,
+        actual_dst: Mutex::new((dst, Carried::Tcp)),
+        identity: None,
+    });
+
+    // plan and dial, again with another endpoint when the failure allows it. Boxed: its states (TLS, names, two tunnels) are
+    // large and gone once the relay runs, which may be for days.
+    let reached = tokio::select! {
+        biased;
+        () = live.cut.wait() => Err(live.cut.why().cloned().unwrap_or_else(|| Refusal::new(Reason::Internal, "cut"))),
+        reached = Box::pin(plan_and_dial(&pod, accepted.peer, dst, &mut record)) => reached,
+    };
+    let reached = match reached {
         Ok(reached) => reached,
         Err(why) => {
             report::refused(&pod.shared, &record, &why);
@@ -38,25 +53,20 @@ pub async fn serve_conn(pod: Arc<Pod>, accepted: Accepted) {
             return;
         }
     };
+    *live.facts.actual_dst.lock() = (record.dst, reached.carried);
 
     // relay, as long as nobody cuts it
-    let live = pod.conns.admit(Facts {
-        direction: Direction::Outbound,
-        src: accepted.peer,
-        original_dst: dst,
-        actual_dst: record.dst,
-        carried: reached.carried,
-        identity: None,
-    });
     if let Reached::Beyond { peer, baggage, .. } = &reached.path {
         record.destination = baggage.as_ref().map(|b| beyond(peer, b));
         record.destination_id = Some(peer.clone());
     }
     let handles = pod.shared.metrics.open(&record);
     let why = match reached.path {
-        Reached::Tcp(upstream) => carry::tcp(accepted.tcp, upstream, &handles, &live.cut).await,
+        Reached::Tcp(upstream) => {
+            carry::both(accepted.tcp, upstream, pod.shared.settings.half_closed_timeout, &handles, &live.cut).await
+        }
         Reached::Tunnel(stream) | Reached::Beyond { stream, .. } => {
-            carry::to_tunnel(accepted.tcp, stream, &handles, &live.cut).await
+            carry::both(accepted.tcp, stream, pod.shared.settings.half_closed_timeout, &handles, &live.cut).await
         }
     };
 
@@ -90,8 +100,10 @@ async fn plan_and_dial(pod: &Arc<Pod>, client: SocketAddr, dst: SocketAddr, reco
         let request = |authority: &HboneAuthority| connect_request(pod, &source, authority, client, record);
         match dial::reach(pod, &dial, source_ip(&source, client), request).await {
             Ok(path) => return Ok(Path { path, carried: carried(&dial) }),
-            Err(why) if again && why.reason.may_retry() => last = Some(why),
-            Err(why) => return Err(why),
+            // Not what the reason says in general but what this answer says: a peer that answered 401 means it, and a caller
+            // refused by one endpoint must not be moved to the next.
+            Err(error) if again && error.retry => last = Some(Refusal::from(&error)),
+            Err(error) => return Err(Refusal::from(&error)),
         }
     }
     Err(last.unwrap_or_else(|| Refusal::new(Reason::Internal, "no attempt was made")))

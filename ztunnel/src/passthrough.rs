@@ -12,6 +12,7 @@ use crate::record::Record;
 use crate::report;
 use mesh_model::{Reason, Refusal};
 use mesh_runtime::sockets::reset_on_close;
+use parking_lot::Mutex;
 use std::sync::Arc;
 use tokio::net::TcpStream;
 
@@ -23,8 +24,7 @@ pub async fn serve_conn(pod: Arc<Pod>, accepted: Accepted) {
         direction: Direction::Inbound,
         src: accepted.peer,
         original_dst: dst,
-        actual_dst: dst,
-        carried: Carried::Tcp,
+        actual_dst: Mutex::new((dst, Carried::Tcp)),
         identity: None,
     });
     let upstream = match Box::pin(admit(&pod, &accepted, &mut record)).await {
@@ -36,7 +36,7 @@ pub async fn serve_conn(pod: Arc<Pod>, accepted: Accepted) {
         }
     };
     let handles = pod.shared.metrics.open(&record);
-    let why = carry::tcp(accepted.tcp, upstream, &handles, &live.cut).await;
+    let why = carry::both(accepted.tcp, upstream, pod.shared.settings.half_closed_timeout, &handles, &live.cut).await;
     drop(live);
     report::ended(&pod.shared, &record, &handles, why.as_ref());
 }

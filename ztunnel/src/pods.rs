@@ -93,14 +93,16 @@ impl PodSupervisor {
         tokio::pin!(draining);
         let ended = loop {
             versions.mark_unchanged();
+            // First what must end, then what takes time to begin.
+            self.rejudge();
             self.reconcile().await;
             synced.ready();
-            self.rejudge();
-            let retry = !self.pending.is_empty();
             tokio::select! {
                 ended = &mut draining => break ended,
                 changed = versions.changed() => if changed.is_err() { break draining.await },
-                () = tokio::time::sleep(RETRY), if retry => {}
+                // Also without a new version: pods that failed are tried again, and a namespace that was replaced under its
+                // path is noticed.
+                () = tokio::time::sleep(RETRY) => {}
                 Ok(()) = bundles.changed() => self.rejudge_tunnels(&bundles.borrow_and_update().clone()),
             }
         };
@@ -131,7 +133,10 @@ impl PodSupervisor {
                 task.ready();
             }
         }
-        for workload in desired.values() {
+        // In one order on every start, so that it does not depend on chance who is served when two claim one namespace.
+        let mut desired: Vec<_> = desired.into_values().collect();
+        desired.sort_by(|a, b| a.uid.cmp(&b.uid));
+        for workload in &desired {
             self.ensure(workload).await;
         }
         self.shared.metrics.active_pods.set(self.running.len() as i64);
@@ -183,9 +188,25 @@ impl PodSupervisor {
 
     fn open_netns(&self, workload: &Workload) -> Result<Option<Arc<NetnsFd>>, String> {
         match (&workload.netns, self.shared.settings.redirect) {
-            (Some(path), _) => NetnsFd::open(&**path).map(|n| Some(Arc::new(n))).map_err(|e| format!("{path}: {e}")),
+            (Some(path), _) => {
+                let netns = NetnsFd::open(&**path).map_err(|e| format!("{path}: {e}"))?;
+                self.check_place(workload, &netns).map_err(|e| format!("{path}: {e}"))?;
+                Ok(Some(Arc::new(netns)))
+            }
             (None, RedirectMode::None) => Ok(None),
             (None, RedirectMode::Ebpf) => Err("the pod names no network namespace (annotation culvert.dev/netns)".into()),
+        }
+    }
+
+    /// A namespace belongs to one pod: two pods in one would carry each other's identity.
+    fn check_place(&self, workload: &Workload, netns: &NetnsFd) -> Result<(), String> {
+        if NetnsFd::current().is_ok_and(|own| own.id() == netns.id()) {
+            return Err("this is the agent's own network namespace".into());
+        }
+        let taken = self.running.values().find(|r| r.place == Some(netns.id()) && r.pod.uid != workload.uid);
+        match taken {
+            Some(other) => Err(format!("pod {} is served in this network namespace", other.pod.uid)),
+            None => Ok(()),
         }
     }
 
@@ -245,7 +266,7 @@ impl PodSupervisor {
         running.ready.ready();
         let why = Refusal::new(Reason::Revoked, why);
         // Before the drain, which ends the tunnels: a connection is to know why it ended, not that its tunnel broke.
-        running.pod.conns.cut_all(&why);
+        running.pod.conns.close(&why);
         running.drain.start(DrainMode::Immediate);
         self.forget_unused(&running.pod.identity);
         self.shared.metrics.pods_stopped.inc();
@@ -383,8 +404,9 @@ async fn attach(netns: Arc<NetnsFd>, sockets: &Sockets) -> Result<Redirect, Stri
 /// them would go to the network as it is.
 async fn take_down(running: Running, why: Refusal) {
     let Running { pod, redirect, loops, .. } = running;
-    pod.conns.cut_all(&why);
+    pod.conns.close(&why);
     for pool in &pod.pools {
+        pool.drain();
         pool.close_where(|_| true);
     }
     let empty = async {

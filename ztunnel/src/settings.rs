@@ -67,6 +67,9 @@ pub struct Settings {
     /// Handshakes in progress at once, over all pods; further ones wait for a place until they time out.
     #[arg(long, env = "CULVERT_MAX_HANDSHAKES", default_value_t = 512)]
     pub max_handshakes: usize,
+    /// How long a connection of which one direction has ended may be silent before it is given up; 0 for no limit.
+    #[arg(long, env = "CULVERT_HALF_CLOSED_TIMEOUT", default_value = "1h", value_parser = duration)]
+    pub half_closed_timeout: Duration,
     /// Streams in one tunnel before another is opened to the same destination.
     #[arg(long, env = "POOL_MAX_STREAMS_PER_CONNECTION", default_value_t = 100)]
     pub pool_max_streams: usize,

@@ -236,10 +236,7 @@ fn up(w: Workload) -> Change {
 }
 fn policy(name: &str, scope: Scope, action: Action, principal: &str) -> Policy {
     let clause = Clause {
-        matches: vec![Match {
-            principals: Values::new(vec![TextMatch::Exact(principal.into())], vec![]),
-            ..Match::default()
-        }],
+        matches: vec![Match { principals: Values::new(vec![TextMatch::Exact(principal.into())], vec![]), ..Match::default() }],
     };
     Policy {
         key: PolicyKey::new("t", name),
@@ -293,6 +290,35 @@ async fn an_allow_list_without_the_caller_refuses_with_its_reason() -> Result<()
     ensure!(line.contains("spiffe://cluster.local/ns/t/sa/client"), "{line}");
     let line = lab.told("outbound", Reason::PeerRefused).await?;
     ensure!(line.contains("401") && line.contains("not_allowed"), "the client's side knows as well: {line}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_refused_caller_is_not_moved_to_the_next_endpoint() -> Result<()> {
+    let only_x = policy("only-x", Scope::Namespace, Action::Allow, "cluster.local/ns/t/sa/x");
+    let lab = Lab::start(|ip| {
+        let mut service = Service::new("web", "t", "web.t.svc.cluster.local");
+        service.vips = vec![NetworkAddr { network: Network::default(), ip: ip(100) }];
+        service.ports = vec![ServicePort { port: 80, target: 8080, protocol: AppProtocol::Unknown }];
+        let backend = |name: &str, host| {
+            let mut w = workload(name, ip(host));
+            w.services.insert(service.key.clone(), Arc::from([(80, 8080)]));
+            up(w)
+        };
+        vec![
+            up(workload("client", ip(1))),
+            backend("web1", 2),
+            backend("web2", 3),
+            Change::Service(Arc::new(service.clone())),
+            Change::Policy(Arc::new(only_x)),
+        ]
+    })
+    .await?;
+    lab.refused("client", lab.at(100, 80), "outbound", Reason::PeerRefused).await?;
+    lab.told("inbound", Reason::NotAllowed).await?;
+    let said = String::from_utf8(lab.said.0.lock().unwrap().clone())?;
+    let denials = said.lines().filter(|l| l.contains("\"reason\":\"not_allowed\"")).count();
+    ensure!(denials == 1, "{denials} denials for one call:\n{said}");
     Ok(())
 }
 
@@ -468,8 +494,10 @@ async fn another_network_is_reached_through_two_tunnels() -> Result<()> {
         remote.ips = vec![];
         remote.network = Network::from("west");
         remote.services.insert(service.key.clone(), Arc::from([(80, 8080)]));
-        remote.network_gateway =
-            Some(Box::new(GatewayRef { destination: GatewayDestination::Address(Network::default(), ip(60)), hbone_port: 15008 }));
+        remote.network_gateway = Some(Box::new(GatewayRef {
+            destination: GatewayDestination::Address(Network::default(), ip(60)),
+            hbone_port: 15008,
+        }));
         vec![up(workload("client", ip(1))), up(elsewhere("gateway", ip(60))), up(remote), Change::Service(Arc::new(service))]
     })
     .await?;

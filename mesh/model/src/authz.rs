@@ -339,7 +339,8 @@ pub fn explain(snap: &Snapshot, workload: &Workload, conn: &InboundConn<'_>) -> 
         Scope::Selector => false,
     };
     // A workload may also name a policy of another scope: it binds it all the same, once.
-    let mut keys: Vec<&PolicyKey> = snap.policies().filter(|p| bound(p)).map(|p| &p.key).chain(workload.policies.iter()).collect();
+    let mut keys: Vec<&PolicyKey> =
+        snap.policies().filter(|p| bound(p)).map(|p| &p.key).chain(workload.policies.iter()).collect();
     keys.sort_unstable();
     keys.dedup();
     let outcome = |p: &Arc<Policy>| match &p.body {

@@ -130,7 +130,12 @@ fn plan_service(snap: &Snapshot, conn: &OutboundConn<'_>, service: &Arc<Service>
     if let Some(why) = &service.waypoint_error {
         return Err(Refusal::new(Reason::NoWaypoint, format!("{}: {why}", service.key)));
     }
-    if let Some(waypoint) = draw_waypoint(service, conn.draw)
+    let waypoint = draw_waypoint(service, conn.draw);
+    if waypoint.is_none() && !service.waypoints.is_empty() {
+        // Declared, and drawn never: a mistake in the weights must not lead around the waypoint.
+        return Err(Refusal::new(Reason::NoWaypoint, format!("{}: the weights of its waypoints sum to zero", service.key)));
+    }
+    if let Some(waypoint) = waypoint
         && !service.waypoints.iter().any(|w| is_instance(snap, conn.source, &w.waypoint))
     {
         return through_waypoint(snap, conn, waypoint, Some(service));

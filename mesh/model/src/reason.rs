@@ -48,7 +48,7 @@ reasons! {
     /// The workload names a policy this agent does not have.
     PolicyUnknown { "policy_unknown", Control, flag "DENY", status 401, retry false, "the workload refers to a policy that has not arrived or was removed" }
     /// A policy in scope could not be understood.
-    PolicyUnusable { "policy_unusable", Control, flag "DENY", status 401, retry false, "fix the rejected policy; `meshctl analyze` or the admin page shows file and field" }
+    PolicyUnusable { "policy_unusable", Control, flag "DENY", status 401, retry false, "fix the rejected policy; `problems` in /config_dump shows file, line and field" }
     /// Cut because policy, workload or certificate no longer allows it.
     Revoked { "revoked", Client, flag "DENY", status 401, retry false, "a configuration change no longer allows this connection" }
     /// The peer's certificate is of a trust domain we do not accept.

@@ -1,7 +1,7 @@
 //! Services: names and virtual addresses in front of workloads.
 use crate::addr::{Network, NetworkAddr};
-pub use crate::gateway::ServiceKey;
 use crate::gateway::GatewayRef;
+pub use crate::gateway::ServiceKey;
 use crate::id::SpiffeId;
 use crate::origin::Origin;
 use ipnet::IpNet;

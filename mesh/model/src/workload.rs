@@ -1,10 +1,10 @@
 //! Workloads: one running thing with addresses and an identity (a pod, a workload entry, an external endpoint).
 use crate::addr::Network;
-pub use crate::gateway::{GatewayDestination, GatewayRef};
 use crate::gateway::ServiceKey;
+pub use crate::gateway::{GatewayDestination, GatewayRef};
 use crate::id::{IdError, SpiffeId, TrustDomain};
-use crate::policy::PolicyKey;
 use crate::origin::Origin;
+use crate::policy::PolicyKey;
 use std::net::IpAddr;
 use std::sync::Arc;
 

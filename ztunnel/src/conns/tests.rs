@@ -5,8 +5,7 @@ fn facts(port: u16) -> Facts {
         direction: Direction::Inbound,
         src: SocketAddr::from(([10, 0, 0, 1], port)),
         original_dst: SocketAddr::from(([10, 0, 0, 2], 15008)),
-        actual_dst: SocketAddr::from(([10, 0, 0, 2], 80)),
-        carried: Carried::Hbone,
+        actual_dst: Mutex::new((SocketAddr::from(([10, 0, 0, 2], 80)), Carried::Hbone)),
         identity: None,
     }
 }
@@ -19,6 +18,15 @@ fn an_entry_lives_as_long_as_its_guard() {
     assert_eq!(conns.list().len(), 100);
     drop(guards);
     assert!(conns.is_empty());
+}
+
+#[test]
+fn a_closed_table_cuts_what_comes_late() {
+    let conns = Arc::new(Conns::default());
+    let early = conns.admit(facts(1));
+    conns.close(&Refusal::new(Reason::Revoked, "gone"));
+    let late = conns.admit(facts(2));
+    assert!(early.cut.why().is_some() && late.cut.why().is_some());
 }
 
 #[tokio::test]

@@ -148,6 +148,10 @@ fn a_declared_waypoint_is_never_bypassed() {
     assert_eq!(plan(with_service_waypoint(by_name(), None), "10.96.0.1:80"), Err(Reason::NoWaypoint));
     let by_ip = vec![weighted(by_addr("", "10.0.0.99"), 100)];
     assert_eq!(plan(with_service_waypoint(by_ip, None), "10.96.0.1:80"), Err(Reason::NoWaypoint));
+    // Weights that draw none of them.
+    let weightless = vec![weighted(by_service(key("default", "wp")), 0)];
+    let objects = with_service_waypoint(weightless, None).into_iter().chain(waypoint()).collect();
+    assert_eq!(plan(objects, "10.96.0.1:80"), Err(Reason::NoWaypoint));
     let mut objects = with_service_waypoint(by_name(), None);
     objects.push(waypoint().swap_remove(0));
     assert_eq!(plan(objects, "10.96.0.1:80"), Err(Reason::NoWaypoint));

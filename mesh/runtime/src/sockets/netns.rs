@@ -5,9 +5,10 @@
 //! process aborts instead.
 
 use std::cell::{Cell, OnceCell};
-use std::fs::File;
+use std::fs::OpenOptions;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 use std::rc::Rc;
 
@@ -38,9 +39,10 @@ thread_local! {
 }
 
 impl NetnsFd {
-    /// Opens the namespace at `path` (`/proc/PID/ns/net`, `/var/run/netns/NAME`).
+    /// Opens the namespace at `path` (`/proc/PID/ns/net`, `/var/run/netns/NAME`). Never waits, whatever is at that path: a
+    /// FIFO opened for reading would otherwise block for a writer.
     pub fn open(path: impl AsRef<Path>) -> io::Result<Self> {
-        Self::from_fd(File::open(path)?.into())
+        Self::from_fd(OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)?.into())
     }
 
     /// Takes a descriptor that somebody sent. Refused with `InvalidInput` unless it is a namespace.

@@ -226,6 +226,16 @@ fn new_netns(commands: &[&[&str]]) -> Option<Arc<NetnsFd>> {
 }
 
 #[test]
+fn opening_a_fifo_as_a_namespace_fails_at_once() {
+    let dir = std::env::temp_dir().join(format!("culvert-fifo-{}", std::process::id()));
+    nix::unistd::mkfifo(&dir, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    // Without O_NONBLOCK this waits for a writer for ever.
+    let error = NetnsFd::open(&dir).unwrap_err();
+    std::fs::remove_file(&dir).unwrap();
+    assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
+}
+
+#[test]
 fn only_namespaces_are_namespaces() {
     let file = std::fs::File::open("/proc/self/status").unwrap();
     assert_eq!(NetnsFd::from_fd(file.into()).unwrap_err().kind(), io::ErrorKind::InvalidInput);
