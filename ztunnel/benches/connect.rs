@@ -71,7 +71,7 @@ fn main() {
         for _ in 0..count {
             once().await;
         }
-        let (wall, used) = (started.elapsed() / count, (cpu() - before) / count);
+        let (wall, used) = (started.elapsed() / count, cpu().saturating_sub(before) / count);
         println!("new tunnel, CONNECT and round trip, both ends: {used:?} CPU, {wall:?} wall ({count} times)");
     });
 }

@@ -167,7 +167,7 @@ pub(crate) fn silent_connections(mesh: &Mesh, count: usize) -> anyhow::Result<()
         }
         Ok(open)
     })?;
-    ensure!(silent.len() >= count.min(1000) / 2, "only {} silent connections were possible", silent.len());
+    ensure!(silent.len() >= count / 100 * 95, "only {} silent connections were possible", silent.len());
     for _ in 0..20 {
         let begun = Instant::now();
         ensure!(mesh.call("client", web1)? == "web1");
@@ -200,8 +200,7 @@ pub(crate) fn silent_connections(mesh: &Mesh, count: usize) -> anyhow::Result<()
     Ok(())
 }
 
-/// One IPv6 host has as many addresses as it likes: shares counted by address alone do not hold it. Not true yet, and so not
-/// among the tests that run by default: the newcomer waits until the handshake timeout frees a place.
+/// One IPv6 host has as many addresses as it likes: shares counted by address alone would not hold it.
 pub(crate) fn half_made_handshakes_from_many_addresses_stop_nobody(mesh: &mut Mesh) -> anyhow::Result<()> {
     let to = mesh.pod("web1").at6(15008);
     let sources: Vec<std::net::Ipv6Addr> =

@@ -51,8 +51,8 @@ const TESTS: &[Test<Mesh>] = &[
     test("config_dump_has_the_shape_istioctl_reads", telling::config_dump_has_the_shape_istioctl_reads),
     test("live_connections_are_listed", telling::live_connections_are_listed),
     test("a_thousand_silent_connections_stop_nobody", hostile::a_thousand_silent_connections_stop_nobody),
-    extended("ten_thousand_silent_connections_stop_nobody", hostile::ten_thousand_silent_connections_stop_nobody),
-    extended(
+    test("ten_thousand_silent_connections_stop_nobody", hostile::ten_thousand_silent_connections_stop_nobody),
+    test(
         "half_made_handshakes_from_many_addresses_stop_nobody",
         hostile::half_made_handshakes_from_many_addresses_stop_nobody,
     ),
