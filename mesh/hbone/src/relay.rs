@@ -121,7 +121,9 @@ pub struct RelayEnd {
 pub struct Timeouts {
     /// Nothing moved either way. `None`: never.
     pub idle: Option<Duration>,
-    /// Nothing moved and one direction has ended: the other end may have forgotten the connection. `None`: never.
+    /// Nothing moved for this long and one direction has ended, which counts as movement: the other end may have forgotten
+    /// the connection. With both limits set the shorter one applies then. `None`: never; an end that the kernel knows to be
+    /// dead is noticed all the same.
     pub half_closed: Option<Duration>,
 }
 
@@ -159,8 +161,10 @@ pub fn relay_tcp<C: Counters, X: Future<Output = ()>>(
     relay(first, second, counters, cancel, timeouts)
 }
 
-/// While a sink takes nothing, its source is not read and could not tell of a reset: it is asked this often.
-const BLOCKED_CHECK: Duration = Duration::from_secs(5);
+/// A source is not read while its sink takes nothing, nor after its end of stream, and could not tell of a reset or of a
+/// keepalive that failed: it is asked this often. While both directions are open and free somebody reads both ends, so an
+/// idle connection costs no timer.
+const FAULT_CHECK: Duration = Duration::from_secs(5);
 
 /// Rounds of read and write one direction may take before other tasks get a turn.
 const MAX_ROUNDS: usize = 16;
@@ -193,11 +197,12 @@ struct Relay<A: Endpoint, B: Endpoint, C> {
     ended: bool,
 }
 
-/// Exists only while a flow is blocked or a timeout is set.
+/// Exists only while a flow is blocked, one direction is over, or a timeout is set.
 struct Clock {
     sleep: Pin<Box<Sleep>>,
     period: Duration,
-    moved: u64,
+    /// [`Relay::progress`] at the last tick that saw any, and that tick.
+    progress: u64,
     since: Instant,
 }
 
@@ -290,9 +295,19 @@ impl<A: Endpoint, B: Endpoint, C: Counters> Relay<A, B, C> {
         RelayEnd { sent: self.out.bytes, received: self.back.bytes, how }
     }
 
+    fn is_half_closed(&self) -> bool {
+        self.out.done || self.back.done
+    }
+
+    /// What silence is measured by: bytes, and ends of stream, so that the limit on half-closed silence starts with them.
+    fn progress(&self) -> u64 {
+        let ends = u64::from(self.out.done) + u64::from(self.back.done);
+        self.out.bytes.wrapping_add(self.back.bytes).wrapping_add(ends)
+    }
+
     /// The limit on silence that applies now.
     fn limit(&self) -> Option<Duration> {
-        if self.out.done || self.back.done {
+        if self.is_half_closed() {
             match (self.timeouts.half_closed, self.timeouts.idle) {
                 (Some(a), Some(b)) => Some(a.min(b)),
                 (a, b) => a.or(b),
@@ -304,8 +319,9 @@ impl<A: Endpoint, B: Endpoint, C: Counters> Relay<A, B, C> {
 
     fn poll_clock(&mut self, cx: &mut Context<'_>) -> Poll<How> {
         let limit = self.limit();
-        let blocked = self.out.blocked || self.back.blocked;
-        if limit.is_none() && !blocked {
+        // Somebody is not being read, see `FAULT_CHECK`.
+        let unwatched = self.out.blocked || self.back.blocked || self.is_half_closed();
+        if limit.is_none() && !unwatched {
             // Kept until it fires: in bulk traffic sinks are full every other moment, and timers are not free to make.
             if self.clock.as_mut().is_some_and(|clock| clock.sleep.as_mut().poll(cx).is_ready()) {
                 self.clock = None;
@@ -313,15 +329,15 @@ impl<A: Endpoint, B: Endpoint, C: Counters> Relay<A, B, C> {
             return Poll::Pending;
         }
         let quarter = limit.map(|limit| (limit / 4).max(Duration::from_millis(50)));
-        let period = match (quarter, blocked) {
-            (Some(quarter), true) => quarter.min(BLOCKED_CHECK),
+        let period = match (quarter, unwatched) {
+            (Some(quarter), true) => quarter.min(FAULT_CHECK),
             (Some(quarter), false) => quarter,
-            (None, _) => BLOCKED_CHECK,
+            (None, _) => FAULT_CHECK,
         };
-        let moved = self.out.bytes + self.back.bytes;
+        let progress = self.progress();
         let clock = self.clock.get_or_insert_with(|| {
             let now = Instant::now();
-            Box::new(Clock { sleep: Box::pin(tokio::time::sleep(period)), period, moved, since: now })
+            Box::new(Clock { sleep: Box::pin(tokio::time::sleep(period)), period, progress, since: now })
         });
         if period < clock.period {
             clock.sleep.as_mut().reset(Instant::now() + period);
@@ -334,8 +350,8 @@ impl<A: Endpoint, B: Endpoint, C: Counters> Relay<A, B, C> {
             }
             let now = Instant::now();
             clock.sleep.as_mut().reset(now + period);
-            if moved != clock.moved {
-                clock.moved = moved;
+            if progress != clock.progress {
+                clock.progress = progress;
                 clock.since = now;
             } else if limit.is_some_and(|limit| now.duration_since(clock.since) >= limit) {
                 return Poll::Ready(How::Idle);

@@ -226,6 +226,55 @@ async fn a_reset_is_noticed_while_the_sender_is_stopped() {
 }
 
 #[tokio::test]
+async fn a_reset_is_noticed_after_a_half_close_though_nobody_writes() {
+    let mut path = plain().await;
+    path.app.shutdown().await.unwrap();
+    assert_eq!(read_all(&mut path.service).await.unwrap(), b"");
+    // The end of stream was read: nobody reads that socket any more, and the service stays silent.
+    path.app.set_zero_linger().unwrap();
+    drop(path.app);
+    assert_eq!(end(path.near).await.how, How::Reset(End::First));
+    assert_eq!(end(path.far).await.how, How::Reset(End::First));
+    assert!(path.service.take_error().unwrap().is_some(), "and the service's socket was reset in turn");
+}
+
+#[tokio::test]
+async fn a_reset_after_a_half_close_is_noticed_between_two_sockets_too() {
+    let (mut app, near) = common::tcp(None).await;
+    let (far, mut service) = common::tcp(None).await;
+    let task = tokio::spawn(relay_tcp(near, far, (), std::future::pending(), Timeouts::default()));
+    service.shutdown().await.unwrap();
+    assert_eq!(read_all(&mut app).await.unwrap(), b"");
+    service.set_zero_linger().unwrap();
+    drop(service);
+    assert_eq!(end(task).await.how, How::Reset(End::Second));
+}
+
+#[tokio::test]
+async fn a_half_closed_connection_that_lives_is_left_alone() {
+    let mut path = plain().await;
+    path.app.shutdown().await.unwrap();
+    assert_eq!(read_all(&mut path.service).await.unwrap(), b"");
+    // Longer than the period in which dead ends are looked for.
+    assert!(timeout(Duration::from_secs(6), &mut path.near).await.is_err());
+    path.service.write_all(b"late").await.unwrap();
+    path.service.shutdown().await.unwrap();
+    assert_eq!(read_all(&mut path.app).await.unwrap(), b"late");
+    assert_eq!(end(path.near).await.how, How::Closed);
+}
+
+#[tokio::test]
+async fn half_closed_silence_counts_from_the_half_close() {
+    // Silent for longer than `half_closed` before: the half close alone must not end it.
+    let timeouts = Timeouts { idle: Some(Duration::from_secs(4)), half_closed: Some(Duration::from_millis(1200)) };
+    let mut path = path(&Settings::default(), None, timeouts).await;
+    assert!(timeout(Duration::from_secs(2), &mut path.near).await.is_err());
+    path.app.shutdown().await.unwrap();
+    assert!(timeout(Duration::from_millis(1000), &mut path.near).await.is_err(), "given up too early");
+    assert_eq!(end(path.near).await.how, How::Idle);
+}
+
+#[tokio::test]
 async fn silence_ends_a_relay_only_when_asked_to() {
     let idle = Timeouts { idle: Some(Duration::from_millis(400)), half_closed: None };
     let mut path = path(&Settings::default(), None, idle).await;
