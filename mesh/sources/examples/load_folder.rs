@@ -29,14 +29,19 @@ fn main() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         let started = Instant::now();
-        let (mesh, diagnostics) = mesh_sources::start(Origin::Folder(root.clone()), Viewpoint { node: "node-1".into(), ..Viewpoint::default() });
+        let (mesh, diagnostics) =
+            mesh_sources::start(Origin::Folder(root.clone()), Viewpoint { node: "node-1".into(), ..Viewpoint::default() });
         mesh.synced().await;
         let took = started.elapsed();
         let snap = mesh.load_full();
         println!(
             "{} workloads, {} services, {} policies, {} problems in {took:?}; RSS {before} -> {} MiB (peak {})",
-            snap.workloads().count(), snap.services().count(), snap.policies().count(), diagnostics.list().len(),
-            status("VmRSS"), status("VmHWM"),
+            snap.workloads().count(),
+            snap.services().count(),
+            snap.policies().count(),
+            diagnostics.list().len(),
+            status("VmRSS"),
+            status("VmHWM"),
         );
         drop(snap);
         tokio::time::sleep(Duration::from_secs(1)).await;
@@ -49,7 +54,11 @@ fn main() {
             let started = Instant::now();
             std::fs::write(&file, text).unwrap();
             let seen = tokio::time::timeout(Duration::from_secs(30), versions.changed()).await.is_ok();
-            println!("one pod of a 10 000 pod file edited: seen {seen} after {:?} (100 ms of it settling); RSS {} MiB", started.elapsed(), status("VmRSS"));
+            println!(
+                "one pod of a 10 000 pod file edited: seen {seen} after {:?} (100 ms of it settling); RSS {} MiB",
+                started.elapsed(),
+                status("VmRSS")
+            );
         }
     });
 }

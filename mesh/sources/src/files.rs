@@ -164,13 +164,26 @@ impl Folder {
         let text = match walk::read(&found.path) {
             Ok(text) => text,
             Err(e) => {
-                let problem = whole(&place, &format!("the file cannot be read: {e}; what it said before stays in force"), "unreadable-file");
-                let mut file = File { place: Arc::clone(&place), stamp: None, kept: before.ids(), problem: Some(problem), docs: Vec::new() };
+                let problem = whole(
+                    &place,
+                    &format!("the file cannot be read: {e}; what it said before stays in force"),
+                    "unreadable-file",
+                );
+                let mut file =
+                    File { place: Arc::clone(&place), stamp: None, kept: before.ids(), problem: Some(problem), docs: Vec::new() };
                 if !self.loaded {
                     // It may hold policies; without a last good state nothing says what they would have refused.
                     let mut r = self.translator.reader(Arc::clone(&place));
                     let object = r.unreadable(0, "", "the file cannot be read");
-                    file.docs.push(Doc { hash: 0, read_line: 1, line: 1, ids: [object.id.clone()].into(), problems: Box::default(), refused: Box::default(), broken: true });
+                    file.docs.push(Doc {
+                        hash: 0,
+                        read_line: 1,
+                        line: 1,
+                        ids: [object.id.clone()].into(),
+                        problems: Box::default(),
+                        refused: Box::default(),
+                        broken: true,
+                    });
                     self.take_first(vec![object], &place, 0);
                 }
                 return file;
@@ -271,13 +284,17 @@ impl Folder {
         let problems = std::mem::take(&mut r.problems);
         let refused = std::mem::take(&mut r.refused);
         let ids = objects.iter().map(|o| o.id.clone()).collect();
-        (Doc { hash, read_line: doc.line, line: doc.line, ids, problems: problems.into(), refused: refused.into(), broken }, objects)
+        (
+            Doc { hash, read_line: doc.line, line: doc.line, ids, problems: problems.into(), refused: refused.into(), broken },
+            objects,
+        )
     }
 
     /// Brings the translator in line with what the files say; returns the problems of objects that are there twice.
     fn settle(&mut self, files: &mut [(PathBuf, File)], mut fresh: Fresh) -> Vec<Problem> {
         // Which document of which file an object is taken from: the first in path order; kept ones come last.
-        let mut winners: HashMap<&ObjectId, Option<(usize, usize)>> = HashMap::with_capacity_and_hasher(self.held.len(), foldhash::fast::RandomState::default());
+        let mut winners: HashMap<&ObjectId, Option<(usize, usize)>> =
+            HashMap::with_capacity_and_hasher(self.held.len(), foldhash::fast::RandomState::default());
         let mut duplicates = Vec::new();
         for (f, (_, file)) in files.iter().enumerate() {
             for (d, doc) in file.docs.iter().enumerate() {
@@ -318,8 +335,12 @@ impl Folder {
         again.sort_unstable();
         again.dedup();
         let gone: Vec<ObjectId> = self.held.keys().filter(|id| !winners.contains_key(*id)).cloned().collect();
-        let taken: HashMap<ObjectId, (usize, usize)> =
-            winners.iter().filter_map(|(id, at)| at.filter(|at| fresh.contains_key(at) || again.binary_search(at).is_ok()).map(|at| ((*id).clone(), at))).collect();
+        let taken: HashMap<ObjectId, (usize, usize)> = winners
+            .iter()
+            .filter_map(|(id, at)| {
+                at.filter(|at| fresh.contains_key(at) || again.binary_search(at).is_ok()).map(|at| ((*id).clone(), at))
+            })
+            .collect();
         drop(winners);
         for id in gone {
             self.translator.remove(&id);
@@ -340,7 +361,10 @@ impl Folder {
         order.sort_by_key(|(at, _)| *at);
         let mut done: HashSet<ObjectId> = HashSet::default();
         for (at, objects) in order {
-            let Some((place, hash)) = files.get(at.0).and_then(|(_, f)| f.docs.get(at.1).map(|d| (Arc::clone(&f.place), d.hash))) else { continue };
+            let Some((place, hash)) = files.get(at.0).and_then(|(_, f)| f.docs.get(at.1).map(|d| (Arc::clone(&f.place), d.hash)))
+            else {
+                continue;
+            };
             // Only a list can name an object twice in one document.
             let several = objects.len() > 1;
             for o in objects {
@@ -393,7 +417,8 @@ fn broken_document(r: &mut Reader<'_>, doc: Document<'_>, e: &YamlError, first: 
         ),
         (true, None) if first => (
             Some(r.unreadable(doc.line, "", &e.message)),
-            "it holds a security policy of a namespace that cannot be read, so until it is corrected everything is denied".to_owned(),
+            "it holds a security policy of a namespace that cannot be read, so until it is corrected everything is denied"
+                .to_owned(),
         ),
         (true, None) => (None, "it holds a security policy; what it said before stays in force".to_owned()),
     };

@@ -15,8 +15,7 @@ use mesh_model::addr::{Network, NetworkAddr};
 use mesh_model::id::TrustDomain;
 use mesh_model::policy::{Action, Clause, Match, Policy, PolicyBody, PolicyKey, Rule, Scope, TextMatch, Values};
 use mesh_model::service::{
-    HealthPolicy, IpFamilies, LbMode, LbScope, LoadBalancing, Service, ServiceKey, ServicePort, Visibility,
-    WeightedWaypoint,
+    HealthPolicy, IpFamilies, LbMode, LbScope, LoadBalancing, Service, ServiceKey, ServicePort, Visibility, WeightedWaypoint,
 };
 use mesh_model::snapshot::Viewpoint;
 use mesh_model::workload::{
@@ -291,10 +290,32 @@ fn gateway<'p>(node: &'p Node<'p>) -> Read<'p, GatewayRef> {
 }
 
 const WORKLOAD: &[&str] = &[
-    "uid", "name", "namespace", "serviceAccount", "trustDomain", "workloadIps", "protocol", "networkMode", "node",
-    "network", "clusterId", "status", "capacity", "hostname", "workloadName", "workloadType", "canonicalName",
-    "canonicalRevision", "nativeTunnel", "locality", "waypoint", "networkGateway", "applicationTunnel",
-    "authorizationPolicies", "services", "netns",
+    "uid",
+    "name",
+    "namespace",
+    "serviceAccount",
+    "trustDomain",
+    "workloadIps",
+    "protocol",
+    "networkMode",
+    "node",
+    "network",
+    "clusterId",
+    "status",
+    "capacity",
+    "hostname",
+    "workloadName",
+    "workloadType",
+    "canonicalName",
+    "canonicalRevision",
+    "nativeTunnel",
+    "locality",
+    "waypoint",
+    "networkGateway",
+    "applicationTunnel",
+    "authorizationPolicies",
+    "services",
+    "netns",
 ];
 fn workload<'p>(node: &'p Node<'p>, origin: &Arc<Origin>, view: &Viewpoint) -> Read<'p, Workload> {
     read::only(node, WORKLOAD)?;
@@ -306,7 +327,8 @@ fn workload<'p>(node: &'p Node<'p>, origin: &Arc<Origin>, view: &Viewpoint) -> R
     }
     if let Some(n) = node.get("trustDomain").filter(|n| n.text() != Some("")) {
         let t = read::scalar(n)?;
-        w.trust_domain = TrustDomain::parse(t).map_err(|e| Bad::value(n, e.to_string(), "write a trust domain such as `cluster.local`"))?;
+        w.trust_domain =
+            TrustDomain::parse(t).map_err(|e| Bad::value(n, e.to_string(), "write a trust domain such as `cluster.local`"))?;
     } else {
         w.trust_domain = view.trust_domain.clone();
     }
@@ -318,7 +340,9 @@ fn workload<'p>(node: &'p Node<'p>, origin: &Arc<Origin>, view: &Viewpoint) -> R
         w.network = Network(n);
     }
     w.protocol = choice(node, "protocol", &[("TCP", Protocol::Tcp), ("HBONE", Protocol::Hbone)])?.unwrap_or_default();
-    w.network_mode = choice(node, "networkMode", &[("Standard", NetworkMode::Standard), ("HostNetwork", NetworkMode::HostNetwork)])?.unwrap_or_default();
+    w.network_mode =
+        choice(node, "networkMode", &[("Standard", NetworkMode::Standard), ("HostNetwork", NetworkMode::HostNetwork)])?
+            .unwrap_or_default();
     w.health = choice(node, "status", &[("Healthy", Health::Healthy), ("Unhealthy", Health::Unhealthy)])?.unwrap_or_default();
     w.native_tunnel = read::flag(node, "nativeTunnel")?;
     w.node = text("node")?.unwrap_or_default();
@@ -372,10 +396,25 @@ fn workload<'p>(node: &'p Node<'p>, origin: &Arc<Origin>, view: &Viewpoint) -> R
 }
 
 fn service<'p>(node: &'p Node<'p>, origin: &Arc<Origin>) -> Read<'p, Service> {
-    read::only(node, &[
-        "name", "namespace", "hostname", "vips", "cidrVips", "ports", "endpoints", "subjectAltNames", "canonical",
-        "visibility", "ipFamilies", "loadBalancer", "waypoint", "weightedWaypoints",
-    ])?;
+    read::only(
+        node,
+        &[
+            "name",
+            "namespace",
+            "hostname",
+            "vips",
+            "cidrVips",
+            "ports",
+            "endpoints",
+            "subjectAltNames",
+            "canonical",
+            "visibility",
+            "ipFamilies",
+            "loadBalancer",
+            "waypoint",
+            "weightedWaypoints",
+        ],
+    )?;
     let host = need(node, "hostname")?.to_ascii_lowercase();
     let mut s = Service::new(read::text_or_empty(node, "name")?, need(node, "namespace")?, &host);
     for v in read::list(node, "vips")? {
@@ -396,8 +435,11 @@ fn service<'p>(node: &'p Node<'p>, origin: &Arc<Origin>) -> Read<'p, Service> {
         s.sans.push(parsed(san, "a SPIFFE id")?);
     }
     s.canonical = read::flag(node, "canonical")?;
-    s.visibility = choice(node, "visibility", &[("Public", Visibility::Public), ("Namespace", Visibility::Namespace)])?.unwrap_or_default();
-    s.ip_families = choice(node, "ipFamilies", &[("Dual", IpFamilies::Dual), ("IPv4", IpFamilies::V4), ("IPv6", IpFamilies::V6)])?.unwrap_or_default();
+    s.visibility =
+        choice(node, "visibility", &[("Public", Visibility::Public), ("Namespace", Visibility::Namespace)])?.unwrap_or_default();
+    s.ip_families =
+        choice(node, "ipFamilies", &[("Dual", IpFamilies::Dual), ("IPv4", IpFamilies::V4), ("IPv6", IpFamilies::V6)])?
+            .unwrap_or_default();
     if let Some(lb) = read::map(node, "loadBalancer")? {
         read::only(lb, &["routingPreferences", "mode", "healthPolicy"])?;
         let mut scopes = Vec::new();
@@ -409,13 +451,34 @@ fn service<'p>(node: &'p Node<'p>, origin: &Arc<Origin>) -> Read<'p, Service> {
                 "node" => LbScope::Node,
                 "cluster" => LbScope::Cluster,
                 "network" => LbScope::Network,
-                t => return Err(Bad::value(n, format!("`{t}` is not a scope"), "write Network, Region, Zone, Subzone, Node or Cluster")),
+                t => {
+                    return Err(Bad::value(
+                        n,
+                        format!("`{t}` is not a scope"),
+                        "write Network, Region, Zone, Subzone, Node or Cluster",
+                    ));
+                }
             });
         }
         s.lb = LoadBalancing {
             scopes,
-            mode: choice(lb, "mode", &[("Standard", LbMode::Any), ("Strict", LbMode::Strict), ("Failover", LbMode::Failover), ("Passthrough", LbMode::Passthrough)])?.unwrap_or_default(),
-            health: choice(lb, "healthPolicy", &[("OnlyHealthy", HealthPolicy::OnlyHealthy), ("AllowAll", HealthPolicy::AllowAll)])?.unwrap_or_default(),
+            mode: choice(
+                lb,
+                "mode",
+                &[
+                    ("Standard", LbMode::Any),
+                    ("Strict", LbMode::Strict),
+                    ("Failover", LbMode::Failover),
+                    ("Passthrough", LbMode::Passthrough),
+                ],
+            )?
+            .unwrap_or_default(),
+            health: choice(
+                lb,
+                "healthPolicy",
+                &[("OnlyHealthy", HealthPolicy::OnlyHealthy), ("AllowAll", HealthPolicy::AllowAll)],
+            )?
+            .unwrap_or_default(),
         };
     }
     if let Some(w) = read::map(node, "waypoint")? {
@@ -436,8 +499,12 @@ fn service<'p>(node: &'p Node<'p>, origin: &Arc<Origin>) -> Read<'p, Service> {
 
 fn policy<'p>(node: &'p Node<'p>, origin: &Arc<Origin>) -> Read<'p, Policy> {
     read::only(node, &["name", "namespace", "scope", "action", "dryRun", "rules"])?;
-    let scope = choice(node, "scope", &[("Global", Scope::Global), ("Namespace", Scope::Namespace), ("WorkloadSelector", Scope::Selector)])?
-        .ok_or_else(|| Bad::missing(node, "scope", "a policy has a scope: Global, Namespace or WorkloadSelector"))?;
+    let scope = choice(
+        node,
+        "scope",
+        &[("Global", Scope::Global), ("Namespace", Scope::Namespace), ("WorkloadSelector", Scope::Selector)],
+    )?
+    .ok_or_else(|| Bad::missing(node, "scope", "a policy has a scope: Global, Namespace or WorkloadSelector"))?;
     let action = choice(node, "action", &[("Allow", Action::Allow), ("Deny", Action::Deny)])?
         .ok_or_else(|| Bad::missing(node, "action", "a policy has an action: Allow or Deny"))?;
     let mut rules = Vec::new();
@@ -462,15 +529,33 @@ fn policy<'p>(node: &'p Node<'p>, origin: &Arc<Origin>) -> Read<'p, Policy> {
 fn nested<'p>(node: &'p Node<'p>) -> Read<'p, &'p [Node<'p>]> {
     match &node.value {
         Value::Seq(items) => Ok(items),
-        _ => Err(Bad::value(node, format!("expected a list, found {}", node.describe()), "rules are lists of lists of lists of matches")),
+        _ => Err(Bad::value(
+            node,
+            format!("expected a list, found {}", node.describe()),
+            "rules are lists of lists of lists of matches",
+        )),
     }
 }
 fn one_match<'p>(node: &'p Node<'p>) -> Read<'p, Match> {
-    read::only(node, &[
-        "namespaces", "notNamespaces", "serviceAccounts", "notServiceAccounts", "principals", "notPrincipals",
-        "trustDomains", "notTrustDomains", "sourceIps", "notSourceIps", "destinationIps", "notDestinationIps",
-        "destinationPorts", "notDestinationPorts",
-    ])?;
+    read::only(
+        node,
+        &[
+            "namespaces",
+            "notNamespaces",
+            "serviceAccounts",
+            "notServiceAccounts",
+            "principals",
+            "notPrincipals",
+            "trustDomains",
+            "notTrustDomains",
+            "sourceIps",
+            "notSourceIps",
+            "destinationIps",
+            "notDestinationIps",
+            "destinationPorts",
+            "notDestinationPorts",
+        ],
+    )?;
     fn both<'p, T>(node: &'p Node<'p>, any: &str, none: &str, f: impl Fn(&'p Node<'p>) -> Read<'p, T>) -> Read<'p, Values<T>> {
         let all = |key: &str| read::list(node, key)?.iter().map(&f).collect::<Read<'p, Vec<T>>>();
         Ok(Values::new(all(any)?, all(none)?))

@@ -154,8 +154,6 @@ pub struct Translator {
     pod_type: Arc<str>,
     dirty: Dirty,
     problems: BTreeMap<ObjectId, Vec<Problem>>,
-    /// Network of our cluster, by the root namespace's label.
-    network: mesh_model::Network,
 }
 
 impl Translator {
@@ -166,7 +164,6 @@ impl Translator {
         Self {
             strict_key: PolicyKey::new(&view.root_namespace, STATIC_STRICT),
             own_locality: view.locality.clone(),
-            network: view.network.clone(),
             view,
             excluded,
             pool: Interner::default(),
@@ -229,9 +226,6 @@ impl Translator {
                 };
                 space.meta = new;
                 if !same {
-                    if name == self.view.root_namespace {
-                        self.dirty.all = true;
-                    }
                     self.dirty.namespaces.insert(name);
                 }
             }
@@ -293,25 +287,35 @@ impl Translator {
                     self.dirty.entries.insert(whole);
                 }
             }
-            (Kind::ServiceEntry, new) => self.set_service_entry(whole, match new {
-                Some((Body::ServiceEntry(obj), origin)) => Some((*obj, origin)),
-                _ => None,
-            }),
-            (Kind::Service, new) => self.set_service(whole, match new {
-                Some((Body::Service(obj), origin)) => Some((*obj, origin)),
-                _ => None,
-            }),
-            (Kind::EndpointSlice, new) => self.set_slice(whole, match new {
-                Some((Body::EndpointSlice(obj), origin)) => Some((obj, origin)),
-                _ => None,
-            }),
+            (Kind::ServiceEntry, new) => self.set_service_entry(
+                whole,
+                match new {
+                    Some((Body::ServiceEntry(obj), origin)) => Some((*obj, origin)),
+                    _ => None,
+                },
+            ),
+            (Kind::Service, new) => self.set_service(
+                whole,
+                match new {
+                    Some((Body::Service(obj), origin)) => Some((*obj, origin)),
+                    _ => None,
+                },
+            ),
+            (Kind::EndpointSlice, new) => self.set_slice(
+                whole,
+                match new {
+                    Some((Body::EndpointSlice(obj), origin)) => Some((obj, origin)),
+                    _ => None,
+                },
+            ),
             (Kind::AuthorizationPolicy, new) => {
                 let space = self.spaces.entry(Arc::clone(&ns)).or_default();
                 let old = space.policies.remove(&name);
                 space.by_policy_selector.remove(&name);
                 let everywhere = ns == self.view.root_namespace;
                 let reach = (!everywhere).then(|| Arc::clone(&ns));
-                let selector_of = |p: &AuthorizationPolicy| p.policy.is_some().then(|| p.selector.clone()).filter(|s| !s.is_empty());
+                let selector_of =
+                    |p: &AuthorizationPolicy| p.policy.is_some().then(|| p.selector.clone()).filter(|s| !s.is_empty());
                 let before = old.as_ref().and_then(|s| selector_of(&s.obj));
                 let mut after = None;
                 if let Some((Body::AuthorizationPolicy(obj), origin)) = new {
@@ -462,14 +466,6 @@ impl Translator {
         let mut dirty = std::mem::take(&mut self.dirty);
         let mut pool = std::mem::take(&mut self.pool);
         let mut changes = std::mem::take(&mut dirty.gone);
-        if dirty.all {
-            self.network = self
-                .spaces
-                .get(&self.view.root_namespace)
-                .and_then(|s| s.meta.as_ref())
-                .and_then(|m| m.obj.labels.get("topology.istio.io/network"))
-                .map_or_else(|| self.view.network.clone(), |n| mesh_model::Network(Arc::clone(n)));
-        }
         self.spread(&mut dirty);
         self.flush_policies(&dirty, &mut changes);
         self.flush_services(&dirty, &mut changes);
@@ -537,7 +533,8 @@ impl Translator {
             let here = self.spaces.iter().flat_map(|(ns, s)| {
                 s.policies.keys().chain(s.unreadable.keys()).map(|n| PolicyKey { namespace: Arc::clone(ns), name: Arc::clone(n) })
             });
-            let all: BTreeSet<PolicyKey> = here.chain(self.policies_out.keys().cloned()).chain(dirty.policies.iter().cloned()).collect();
+            let all: BTreeSet<PolicyKey> =
+                here.chain(self.policies_out.keys().cloned()).chain(dirty.policies.iter().cloned()).collect();
             all.into_iter().collect()
         } else {
             dirty.policies.iter().cloned().collect()
@@ -707,7 +704,8 @@ impl Translator {
             let pods = pick(&dirty.pods, if all { space.pods.keys().cloned().collect() } else { Vec::new() });
             let slices = pick(&dirty.slices, if all { space.slices.keys().cloned().collect() } else { Vec::new() });
             let entries = pick(&dirty.entries, if all { space.entries.keys().cloned().collect() } else { Vec::new() });
-            let ses = pick(&dirty.service_entries, if all { space.service_entries.keys().cloned().collect() } else { Vec::new() });
+            let ses =
+                pick(&dirty.service_entries, if all { space.service_entries.keys().cloned().collect() } else { Vec::new() });
             for name in pods {
                 let Some(slot) = self.spaces.get(&ns).and_then(|s| s.pods.get(&name)) else { continue };
                 let (new, problems) = self.build_pod(&ns, &name, slot, pool);
@@ -735,7 +733,10 @@ impl Translator {
             for name in entries {
                 let Some(slot) = self.spaces.get(&ns).and_then(|s| s.entries.get(&name)) else { continue };
                 let (new, problems) = self.build_entry(&ns, &name, slot, pool);
-                self.note_problems(ObjectId { kind: Kind::WorkloadEntry, namespace: Arc::clone(&ns), name: Arc::clone(&name) }, problems);
+                self.note_problems(
+                    ObjectId { kind: Kind::WorkloadEntry, namespace: Arc::clone(&ns), name: Arc::clone(&name) },
+                    problems,
+                );
                 if let Some(slot) = self.spaces.get_mut(&ns).and_then(|s| s.entries.get_mut(&name)) {
                     replace_out(&mut slot.out, new.into_iter().collect(), changes);
                 }
@@ -743,7 +744,10 @@ impl Translator {
             for name in ses {
                 let Some(slot) = self.spaces.get(&ns).and_then(|s| s.service_entries.get(&name)) else { continue };
                 let (new, problems) = self.build_endpoints(&ns, &name, slot, pool);
-                self.note_problems(ObjectId { kind: Kind::ServiceEntry, namespace: Arc::clone(&ns), name: Arc::clone(&name) }, problems);
+                self.note_problems(
+                    ObjectId { kind: Kind::ServiceEntry, namespace: Arc::clone(&ns), name: Arc::clone(&name) },
+                    problems,
+                );
                 if let Some(slot) = self.spaces.get_mut(&ns).and_then(|s| s.service_entries.get_mut(&name)) {
                     replace_out(&mut slot.out, new, changes);
                 }

@@ -64,9 +64,7 @@ impl<'i> Node<'i> {
     /// The value of `key`, when this is a mapping that has it and it is not null.
     pub fn get(&self, key: &str) -> Option<&Node<'i>> {
         match &self.value {
-            Value::Map(entries) => {
-                entries.iter().find(|e| e.key == key).map(|e| &e.node).filter(|n| n.value != Value::Null)
-            }
+            Value::Map(entries) => entries.iter().find(|e| e.key == key).map(|e| &e.node).filter(|n| n.value != Value::Null),
             _ => None,
         }
     }
@@ -199,10 +197,7 @@ impl<'i> Loader<'i, '_> {
         options.set_emit_comments(false);
         let base = self.base;
         for event in Parser::new_from_str_with_options(text, options) {
-            let (event, span) = event.map_err(|e| YamlError {
-                line: at(base, e.marker().line()),
-                message: e.info(),
-            })?;
+            let (event, span) = event.map_err(|e| YamlError { line: at(base, e.marker().line()), message: e.info() })?;
             let line = at(base, span.start.line());
             match event {
                 Event::Scalar(text, style, anchor, tag) => {
@@ -216,8 +211,12 @@ impl<'i> Loader<'i, '_> {
                     self.remember(anchor, &node)?;
                     self.push(node)?;
                 }
-                Event::SequenceStart(_, anchor, tag) => self.open(line, own_tag(tag.as_deref()), Value::Seq(Vec::new()), anchor)?,
-                Event::MappingStart(_, anchor, tag) => self.open(line, own_tag(tag.as_deref()), Value::Map(Vec::new()), anchor)?,
+                Event::SequenceStart(_, anchor, tag) => {
+                    self.open(line, own_tag(tag.as_deref()), Value::Seq(Vec::new()), anchor)?
+                }
+                Event::MappingStart(_, anchor, tag) => {
+                    self.open(line, own_tag(tag.as_deref()), Value::Map(Vec::new()), anchor)?
+                }
                 Event::SequenceEnd | Event::MappingEnd => {
                     if let Some(mut frame) = self.stack.pop() {
                         if let Value::Map(entries) = &mut frame.node.value {
@@ -277,8 +276,7 @@ impl<'i> Loader<'i, '_> {
             return Err(YamlError { line: node.line, message: format!("more than {MAX_NODES} nodes in one object") });
         }
         let depth = self.stack.len();
-        let in_items =
-            depth == 2 && self.stack.first().and_then(|f| f.key.as_ref()).is_some_and(|(k, _)| k == "items");
+        let in_items = depth == 2 && self.stack.first().and_then(|f| f.key.as_ref()).is_some_and(|(k, _)| k == "items");
         let Some(top) = self.stack.last_mut() else {
             self.root = Some(node);
             return Ok(());

@@ -21,7 +21,11 @@ pub fn write(dir: &std::path::Path) {
     }
     let mut s = String::new();
     for n in 0..100 {
-        write!(s, "---\n{{apiVersion: v1, kind: Namespace, metadata: {{name: ns-{n}, labels: {{istio.io/dataplane-mode: ambient}}}}}}\n").unwrap();
+        write!(
+            s,
+            "---\n{{apiVersion: v1, kind: Namespace, metadata: {{name: ns-{n}, labels: {{istio.io/dataplane-mode: ambient}}}}}}\n"
+        )
+        .unwrap();
     }
     for i in 0..1000 {
         write!(s, "---\napiVersion: v1\nkind: Service\nmetadata: {{name: app-{i}, namespace: ns-{}}}\nspec: {{clusterIP: 172.16.{}.{}, selector: {{app: app-{i}}}, ports: [{{name: http, port: 80, targetPort: http}}]}}\n", i % 100, i >> 8, i & 255).unwrap();

@@ -45,7 +45,13 @@ impl Dir {
                     PolicyBody::Unusable { .. } => format!("!{:?} {}", p.scope, p.key.namespace),
                     PolicyBody::Rules { .. } => format!("+{}", p.key),
                 },
-                Change::PolicyGone(k) => if k.name.starts_with("unreadable:") { format!("-! {}", k.namespace) } else { format!("-{k}") },
+                Change::PolicyGone(k) => {
+                    if k.name.starts_with("unreadable:") {
+                        format!("-! {}", k.namespace)
+                    } else {
+                        format!("-{k}")
+                    }
+                }
                 Change::OwnLocality(_) => "locality".into(),
             })
             .collect();
@@ -57,22 +63,30 @@ impl Dir {
     }
 }
 fn pod(name: &str, ip: &str) -> String {
-    format!("apiVersion: v1\nkind: Pod\nmetadata:\n  name: {name}\n  namespace: a\nspec: {{nodeName: n}}\nstatus: {{podIP: {ip}}}\n")
+    format!(
+        "apiVersion: v1\nkind: Pod\nmetadata:\n  name: {name}\n  namespace: a\nspec: {{nodeName: n}}\nstatus: {{podIP: {ip}}}\n"
+    )
 }
 fn ap(name: &str, spec: &str) -> String {
-    format!("apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata:\n  name: {name}\n  namespace: a\nspec: {spec}\n")
+    format!(
+        "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata:\n  name: {name}\n  namespace: a\nspec: {spec}\n"
+    )
 }
 
 #[test]
 fn documents_change_one_by_one() {
     let mut d = Dir::new();
     d.put("b/pods.yaml", &[pod("p1", "10.0.0.1"), pod("p2", "10.0.0.2"), pod("p3", "10.0.0.3")].join("---\n"));
-    d.put("x.json", r#"{"apiVersion":"v1","kind":"Service","metadata":{"name":"s","namespace":"a"},"spec":{"clusterIP":"10.1.0.1"}}"#);
+    d.put(
+        "x.json",
+        r#"{"apiVersion":"v1","kind":"Service","metadata":{"name":"s","namespace":"a"},"spec":{"clusterIP":"10.1.0.1"}}"#,
+    );
     d.put(".hidden.yaml", &pod("no", "10.0.0.9")).put("notes.txt", "kind: Pod");
     assert_eq!(d.reload(), ["+a/s.a.svc.cluster.local", "+p1", "+p2", "+p3"]);
     assert_eq!(d.reload(), [""; 0]);
     // One document edited, lines inserted above it.
-    let text = ["# a comment\n\n".to_owned() + &pod("p1", "10.0.0.1"), pod("p2", "10.0.0.22"), pod("p3", "10.0.0.3")].join("---\n");
+    let text =
+        ["# a comment\n\n".to_owned() + &pod("p1", "10.0.0.1"), pod("p2", "10.0.0.22"), pod("p3", "10.0.0.3")].join("---\n");
     d.put("b/pods.yaml", &text);
     let changed = d.reload();
     assert!(changed.contains(&"+p2".to_owned()) && !changed.contains(&"+p3".to_owned()), "{changed:?}");
@@ -85,8 +99,13 @@ fn documents_change_one_by_one() {
 #[test]
 fn lists_are_read_item_by_item() {
     let mut d = Dir::new();
-    let item = |n: &str, ip: &str| format!("- apiVersion: v1\n  kind: Pod\n  metadata: {{name: {n}, namespace: a}}\n  status: {{podIP: {ip}}}\n");
-    d.put("l.yaml", &format!("apiVersion: v1\nitems:\n{}{}{}kind: List\n", item("p", "10.0.0.1"), item("q", "oops"), item("r", "10.0.0.3")));
+    let item = |n: &str, ip: &str| {
+        format!("- apiVersion: v1\n  kind: Pod\n  metadata: {{name: {n}, namespace: a}}\n  status: {{podIP: {ip}}}\n")
+    };
+    d.put(
+        "l.yaml",
+        &format!("apiVersion: v1\nitems:\n{}{}{}kind: List\n", item("p", "10.0.0.1"), item("q", "oops"), item("r", "10.0.0.3")),
+    );
     assert_eq!(d.reload(), ["+p", "+r"]);
     let p = &d.folder.problems()[0];
     assert_eq!((p.origin.line, &*p.origin.object, &*p.field), (10, "Pod a/q", "status.podIP"));
@@ -102,7 +121,10 @@ fn a_broken_document_costs_only_itself_and_keeps_what_was() {
     d.put("f.yaml", &format!("{p1}---\n{p2}---\n{}", ap("x", "{rules: [{}]}")));
     assert_eq!(d.reload(), ["+a/x", "+p1", "+p2"]);
     // The first breaks: what it held stays, the others are read.
-    d.put("f.yaml", &format!("{}---\n{}---\n{}", p1.replace("metadata:", "metadata: ["), pod("p2", "10.0.0.3"), ap("x", "{rules: [{}]}")));
+    d.put(
+        "f.yaml",
+        &format!("{}---\n{}---\n{}", p1.replace("metadata:", "metadata: ["), pod("p2", "10.0.0.3"), ap("x", "{rules: [{}]}")),
+    );
     assert_eq!(d.reload(), ["+p2"]);
     let p = d.folder.problems().iter().find(|p| p.code == Some("yaml")).unwrap();
     assert!(p.origin.line >= 3 && p.origin.line <= 8, "{p}");
@@ -156,7 +178,12 @@ fn the_first_of_two_objects_counts_and_the_second_takes_over() {
     d.put("a.yaml", &pod("p", "10.0.0.1")).put("b.yaml", &format!("{}---\n{}", pod("o", "10.0.0.9"), pod("p", "10.0.0.2")));
     assert_eq!(d.reload(), ["+o", "+p"]);
     let ip = |d: &Dir| {
-        d.folder.held.iter().find(|(id, _)| &*id.name == "p").map(|(_, h)| h.place.rsplit('/').next().unwrap().to_owned()).unwrap()
+        d.folder
+            .held
+            .iter()
+            .find(|(id, _)| &*id.name == "p")
+            .map(|(_, h)| h.place.rsplit('/').next().unwrap().to_owned())
+            .unwrap()
     };
     assert_eq!(ip(&d), "a.yaml");
     let p = d.folder.problems().iter().find(|p| p.code == Some("duplicate")).unwrap();
@@ -246,7 +273,10 @@ async fn hot_reload_reaches_the_mesh() {
 
     fs::create_dir(dir.path().join("sub")).unwrap();
     fs::write(dir.path().join("sub/ap.yaml"), ap("x", "{rules: [{oops: 1}]}")).unwrap();
-    until(&mesh, "the policy", |s| s.policies().any(|p| p.scope == Scope::Namespace && matches!(p.body, PolicyBody::Unusable { .. }))).await;
+    until(&mesh, "the policy", |s| {
+        s.policies().any(|p| p.scope == Scope::Namespace && matches!(p.body, PolicyBody::Unusable { .. }))
+    })
+    .await;
     assert_eq!(diagnostics.counts()[0], 1);
     fs::remove_file(dir.path().join("sub/ap.yaml")).unwrap();
     until(&mesh, "its removal", |s| s.policies().count() == 0).await;

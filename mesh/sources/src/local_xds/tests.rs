@@ -61,7 +61,9 @@ fn the_documented_example_is_read() {
 
 #[test]
 fn mistakes_are_refused_alone_and_policies_deny() {
-    let p = read("workloads:\n- {uid: a, namespace: n, workloadIPs: []}\n- {uid: b, namespace: n}\npolicies:\n- name: x\n  namespace: n\n  scope: Namespace\n  action: Alow\n- {name: y}\n");
+    let p = read(
+        "workloads:\n- {uid: a, namespace: n, workloadIPs: []}\n- {uid: b, namespace: n}\npolicies:\n- name: x\n  namespace: n\n  scope: Namespace\n  action: Alow\n- {name: y}\n",
+    );
     assert_eq!(p.workloads.keys().map(|k| &**k).collect::<Vec<_>>(), ["b"]);
     assert_eq!((p.problems[0].origin.line, &*p.problems[0].field), (2, "workloads[0].workloadIPs"));
     assert!(p.problems[0].message.contains("did you mean `workloadIps`"), "{}", p.problems[0]);

@@ -17,18 +17,29 @@ use crate::yaml::{Node, Value};
 
 /// Fields of `metadata` in the Kubernetes API.
 pub(super) const OBJECT_META: &[&str] = &[
-    "name", "namespace", "generateName", "labels", "annotations", "creationTimestamp", "deletionTimestamp",
-    "deletionGracePeriodSeconds", "finalizers", "generation", "managedFields", "ownerReferences", "resourceVersion",
-    "selfLink", "uid",
+    "name",
+    "namespace",
+    "generateName",
+    "labels",
+    "annotations",
+    "creationTimestamp",
+    "deletionTimestamp",
+    "deletionGracePeriodSeconds",
+    "finalizers",
+    "generation",
+    "managedFields",
+    "ownerReferences",
+    "resourceVersion",
+    "selfLink",
+    "uid",
 ];
+/// Fields of the object itself.
+const OBJECT: &[&str] = &["apiVersion", "kind", "metadata", "spec", "status"];
+/// Fields of a rule.
+const RULE: &[&str] = &["from", "to", "when"];
 const UNUSABLE: &str = "until it is corrected, everything in its scope is denied";
 
-pub(super) fn read<'p>(
-    r: &mut Reader<'_>,
-    node: &'p Node<'p>,
-    id: &ObjectId,
-    origin: &Arc<Origin>,
-) -> AuthorizationPolicy {
+pub(super) fn read<'p>(r: &mut Reader<'_>, node: &'p Node<'p>, id: &ObjectId, origin: &Arc<Origin>) -> AuthorizationPolicy {
     let root = id.namespace == r.root_namespace;
     let meta = node.get("metadata").unwrap_or(node);
     let dry_run = match read::annotation(meta, "istio.io/dry-run") {
@@ -42,21 +53,18 @@ pub(super) fn read<'p>(
     };
     let not_for_agent = AuthorizationPolicy { policy: None, selector: Labels::default() };
     // Whether it is for a waypoint, and whom it binds, come first: they decide what a mistake further down closes.
-    let spec = read::map(node, "spec");
-    if let Ok(Some(spec)) = &spec {
-        let some = |key| spec.get(key).is_some_and(|n| !matches!(&n.value, Value::Seq(s) if s.is_empty()));
-        if (some("targetRef") || some("targetRefs")) && !has(spec, "selector") {
-            return not_for_agent;
-        }
-    }
-    let (selector, scope_error) = match &spec {
+    let (selector, scope_error) = match read::map(node, "spec") {
         Ok(Some(spec)) => match selector(spec, r.pool) {
-            Ok(labels) => (labels, None),
+            Ok(labels) if has(spec, "selector") => (labels, None),
+            Ok(labels) => match has_targets(node, spec, &id.namespace) {
+                Ok(true) => return not_for_agent,
+                Ok(false) => (labels, None),
+                Err(bad) => (labels, Some(bad)),
+            },
             Err(bad) => (Labels::default(), Some(bad)),
         },
-        Ok(None) if has(node, "spec") || node.get("spec").is_none() => (Labels::default(), None),
         Ok(None) => (Labels::default(), None),
-        Err(bad) => (Labels::default(), Some(bad.clone())),
+        Err(bad) => (Labels::default(), Some(bad)),
     };
     let scope = match (selector.is_empty(), root) {
         (false, _) => Scope::Selector,
@@ -75,7 +83,8 @@ pub(super) fn read<'p>(
                 Some(path) if !path.is_empty() => format!("{path}: {} (line {})", bad.message, bad.at.line),
                 _ => bad.message.clone(),
             };
-            bad.message = format!("{}; {}", bad.message, if dry_run { "the policy is a dry run and is ignored" } else { UNUSABLE });
+            bad.message =
+                format!("{}; {}", bad.message, if dry_run { "the policy is a dry run and is ignored" } else { UNUSABLE });
             r.report(node, &bad, Severity::Error);
             if dry_run {
                 return not_for_agent;
@@ -126,18 +135,89 @@ pub(super) fn selector<'p>(spec: &'p Node<'p>, pool: &mut Interner) -> Read<'p, 
     }
 }
 
-fn body<'p>(r: &mut Reader<'_>, node: &'p Node<'p>, dry_run: bool, namespace: &str) -> Read<'p, Option<PolicyBody>> {
-    read::only(node, &["apiVersion", "kind", "metadata", "spec", "status"])?;
+/// Fields of `spec`.
+const SPEC: &[&str] = &["selector", "targetRef", "targetRefs", "rules", "action", "provider"];
+
+/// Whether the policy names targets, so that waypoints enforce it and the agent leaves it alone. Everything up to the
+/// rules must then be well formed: a policy that is not for the agent and that no waypoint understands binds nobody.
+fn has_targets<'p>(node: &'p Node<'p>, spec: &'p Node<'p>, namespace: &str) -> Read<'p, bool> {
+    let (one, many) = (raw(spec, "targetRef"), raw(spec, "targetRefs"));
+    let many = many.filter(|n| !matches!(&n.value, Value::Seq(s) if s.is_empty()));
+    if one.is_none() && many.is_none() {
+        return Ok(false);
+    }
+    read::only(node, OBJECT)?;
     if let Some(meta) = node.get("metadata") {
         read::only(meta, OBJECT_META)?;
     }
-    let empty = Node { line: node.line, tag: None, value: Value::Null };
+    read::only(spec, SPEC)?;
+    if let (Some(n), Some(_)) = (one, many) {
+        return Err(Bad::value(n, "`targetRef` and `targetRefs` cannot both be written", "keep `targetRefs`"));
+    }
+    if let Some(n) = [one, many].into_iter().flatten().find(|n| n.value == Value::Null) {
+        return Err(Bad::value(n, "the target is written but empty", "name a target, or remove the field to bind the whole namespace"));
+    }
+    if let Some(n) = one {
+        target(n, namespace)?;
+    } else {
+        for n in read::list(spec, "targetRefs")? {
+            target(n, namespace)?;
+        }
+    }
+    if let Some(n) = raw(spec, "action") {
+        match read::scalar(n)? {
+            "ALLOW" | "DENY" | "AUDIT" | "CUSTOM" => {}
+            t => return Err(Bad::value(n, format!("`{t}` is not an action"), "write ALLOW, DENY, AUDIT or CUSTOM")),
+        }
+    }
+    for rule in read::list(spec, "rules")? {
+        read::only(rule, RULE)?;
+    }
+    Ok(true)
+}
+/// One target. Kinds of later versions pass; of the known ones the group must be right, or nothing would be bound.
+fn target<'p>(n: &'p Node<'p>, namespace: &str) -> Read<'p, ()> {
+    read::only(n, &["group", "kind", "name", "namespace"])?;
+    let needed = |key: &'static str, message: &'static str| match n.get(key) {
+        None => Err(Bad::missing(n, key, message)),
+        Some(at) => match read::scalar(at)? {
+            "" => Err(Bad::value(at, message, "")),
+            t => Ok(t),
+        },
+    };
+    let kind = needed("kind", "a target has a kind")?;
+    needed("name", "a target has a name")?;
+    let group = read::text(n, "group")?;
+    let want = match kind {
+        "Service" if matches!(group, None | Some("" | "core")) => None,
+        "Service" => Some("\"\""),
+        "ServiceEntry" => Some("networking.istio.io"),
+        "Gateway" | "GatewayClass" => Some("gateway.networking.k8s.io"),
+        _ if group.is_none() => return Err(Bad::missing(n, "group", format!("a target of kind {kind} has a group"))),
+        _ => None,
+    };
+    if let Some(want) = want.filter(|w| group != Some(*w)) {
+        let message = format!("the group of a {kind} is {want}");
+        return Err(n.get("group").map_or_else(|| Bad::missing(n, "group", message.clone()), |at| Bad::value(at, message.clone(), "correct the group")));
+    }
+    match n.get("namespace") {
+        Some(at) if !matches!(read::scalar(at)?, ns if ns.is_empty() || ns == namespace) => {
+            Err(Bad::value(at, "a target is in the policy's own namespace", "remove the field, or move the policy"))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn body<'p>(r: &mut Reader<'_>, node: &'p Node<'p>, dry_run: bool, namespace: &str) -> Read<'p, Option<PolicyBody>> {
+    read::only(node, OBJECT)?;
+    if let Some(meta) = node.get("metadata") {
+        read::only(meta, OBJECT_META)?;
+    }
     let Some(spec) = read::map(node, "spec")? else {
-        drop(empty);
         // No spec is the spec without rules: ALLOW nothing.
         return Ok(Some(PolicyBody::Rules { action: Action::Allow, dry_run, rules: Vec::new() }));
     };
-    read::only(spec, &["selector", "targetRef", "targetRefs", "rules", "action", "provider"])?;
+    read::only(spec, SPEC)?;
     for key in ["targetRef", "targetRefs"] {
         if let Some(n) = spec.get(key)
             && !matches!(&n.value, Value::Seq(s) if s.is_empty())
@@ -151,7 +231,13 @@ fn body<'p>(r: &mut Reader<'_>, node: &'p Node<'p>, dry_run: bool, namespace: &s
             "ALLOW" => Action::Allow,
             "DENY" => Action::Deny,
             "AUDIT" => {
-                let bad = Bad { at: n, missing: None, message: "AUDIT has no effect in the node agent".into(), fix: "use telemetry, or `istio.io/dry-run: \"true\"`", code: "action" };
+                let bad = Bad {
+                    at: n,
+                    missing: None,
+                    message: "AUDIT has no effect in the node agent".into(),
+                    fix: "use telemetry, or `istio.io/dry-run: \"true\"`",
+                    code: "action",
+                };
                 r.report(node, &bad, Severity::Note);
                 return Ok(None);
             }
@@ -176,8 +262,14 @@ fn body<'p>(r: &mut Reader<'_>, node: &'p Node<'p>, dry_run: bool, namespace: &s
         let translated = self::rule(r, rule, namespace, &mut http)?;
         if let Some(at) = http {
             let (message, fix) = match action {
-                Action::Allow => ("HTTP attributes cannot be judged by the node agent; this rule allows nothing", "bind the policy to a waypoint with targetRefs, or allow by source and port"),
-                Action::Deny => ("HTTP attributes cannot be judged by the node agent; this rule denies as if they matched", "bind the policy to a waypoint with targetRefs"),
+                Action::Allow => (
+                    "HTTP attributes cannot be judged by the node agent; this rule allows nothing",
+                    "bind the policy to a waypoint with targetRefs, or allow by source and port",
+                ),
+                Action::Deny => (
+                    "HTTP attributes cannot be judged by the node agent; this rule denies as if they matched",
+                    "bind the policy to a waypoint with targetRefs",
+                ),
             };
             r.report(node, &Bad { at, missing: None, message: message.into(), fix, code: "http-in-l4" }, Severity::Warning);
             if action == Action::Allow {
@@ -188,22 +280,27 @@ fn body<'p>(r: &mut Reader<'_>, node: &'p Node<'p>, dry_run: bool, namespace: &s
     }
     if rules.is_empty() && action == Action::Deny {
         let at = spec.get("rules").unwrap_or(spec);
-        r.report(node, &Bad { at, missing: None, message: "a DENY policy without rules denies nothing".into(), fix: "add a rule; `- {}` matches everything", code: "no-rules" }, Severity::Warning);
+        r.report(
+            node,
+            &Bad {
+                at,
+                missing: None,
+                message: "a DENY policy without rules denies nothing".into(),
+                fix: "add a rule; `- {}` matches everything",
+                code: "no-rules",
+            },
+            Severity::Warning,
+        );
     }
     Ok(Some(PolicyBody::Rules { action, dry_run, rules }))
 }
 
 /// One rule. `http` is set to the first attribute only a waypoint can judge; that attribute then counts as matching.
-fn rule<'p>(
-    r: &mut Reader<'_>,
-    rule: &'p Node<'p>,
-    namespace: &str,
-    http: &mut Option<&'p Node<'p>>,
-) -> Read<'p, Rule> {
+fn rule<'p>(r: &mut Reader<'_>, rule: &'p Node<'p>, namespace: &str, http: &mut Option<&'p Node<'p>>) -> Read<'p, Rule> {
     if rule.value == Value::Null {
         return Err(Bad::value(rule, "an empty rule", "write `- {}` for a rule that matches everything"));
     }
-    read::only(rule, &["from", "to", "when"])?;
+    read::only(rule, RULE)?;
     let mut clauses = Vec::new();
     for (list, inner) in [("to", "operation"), ("from", "source")] {
         let Some(n) = raw(rule, list) else { continue };
@@ -272,9 +369,20 @@ enum Known {
 }
 const OPERATION: &[&str] = &["hosts", "notHosts", "ports", "notPorts", "methods", "notMethods", "paths", "notPaths"];
 const SOURCE: &[&str] = &[
-    "principals", "notPrincipals", "requestPrincipals", "notRequestPrincipals", "namespaces", "notNamespaces",
-    "ipBlocks", "notIpBlocks", "remoteIpBlocks", "notRemoteIpBlocks", "serviceAccounts", "notServiceAccounts",
-    "trustDomains", "notTrustDomains",
+    "principals",
+    "notPrincipals",
+    "requestPrincipals",
+    "notRequestPrincipals",
+    "namespaces",
+    "notNamespaces",
+    "ipBlocks",
+    "notIpBlocks",
+    "remoteIpBlocks",
+    "notRemoteIpBlocks",
+    "serviceAccounts",
+    "notServiceAccounts",
+    "trustDomains",
+    "notTrustDomains",
 ];
 
 fn operation<'p>(key: &str, n: &'p Node<'p>, m: &mut Match) -> Read<'p, Known> {
@@ -364,7 +472,11 @@ fn texts<'p>(n: &'p Node<'p>) -> Read<'p, Vec<(&'p Node<'p>, &'p str)>> {
         return Err(Bad::value(n, format!("expected a list, found {}", n.describe()), "write a list of values"));
     };
     if items.is_empty() {
-        return Err(Bad::value(n, "the list is empty and would constrain nothing", "remove the field, or list at least one value"));
+        return Err(Bad::value(
+            n,
+            "the list is empty and would constrain nothing",
+            "remove the field, or list at least one value",
+        ));
     }
     items
         .iter()
@@ -407,7 +519,11 @@ fn accounts<'p>(r: &mut Reader<'_>, n: &'p Node<'p>, namespace: &str) -> Read<'p
         .map(|(at, t)| {
             let (ns, sa) = t.split_once('/').unwrap_or((namespace, t));
             if ns.is_empty() || sa.is_empty() || sa.contains('/') || t.contains('*') {
-                return Err(Bad::value(at, format!("`{t}` is not a service account"), "write `name` or `namespace/name`, without wildcards"));
+                return Err(Bad::value(
+                    at,
+                    format!("`{t}` is not a service account"),
+                    "write `name` or `namespace/name`, without wildcards",
+                ));
             }
             Ok((r.pool.text(ns), r.pool.text(sa)))
         })

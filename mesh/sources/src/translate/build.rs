@@ -64,11 +64,7 @@ impl Translator {
     pub(super) fn build_service(&self, key: &ServiceKey) -> (Option<Service>, ObjectId, Vec<Problem>) {
         let mut problems = Vec::new();
         // By host name, not by object: a ServiceEntry has several, and the owner of a host may change.
-        let id = ObjectId {
-            kind: Kind::Service,
-            namespace: Arc::clone(&key.namespace),
-            name: Arc::clone(&key.hostname),
-        };
+        let id = ObjectId { kind: Kind::Service, namespace: Arc::clone(&key.namespace), name: Arc::clone(&key.hostname) };
         let service = match self.owner(&key.namespace, &key.hostname) {
             Some(Owner::Service(slot)) => {
                 let name = self.kube_name(&key.hostname).map_or("", |(_, n)| n);
@@ -91,13 +87,12 @@ impl Translator {
             lb.health = HealthPolicy::AllowAll;
         }
         let mut trouble = Vec::new();
-        let (waypoints, error) =
-            self.service_waypoints(&obj.labels, obj.canary_weight.as_ref(), &key.namespace, &mut trouble);
+        let (waypoints, error) = self.service_waypoints(&obj.labels, obj.canary_weight.as_ref(), &key.namespace, &mut trouble);
         Self::waypoint_problems(&slot.origin, error.as_deref(), &obj.labels, trouble, problems);
         Service {
             key: key.clone(),
             name: name.into(),
-            vips: obj.vips.iter().map(|ip| NetworkAddr { network: self.network.clone(), ip: *ip }).collect(),
+            vips: obj.vips.iter().map(|ip| NetworkAddr { network: self.view.network.clone(), ip: *ip }).collect(),
             cidr_vips: Vec::new(),
             ports: service_ports(&obj.ports),
             sans: Vec::new(),
@@ -127,9 +122,9 @@ impl Translator {
         let (mut vips, mut cidr_vips) = (Vec::new(), Vec::new());
         for net in &obj.addresses {
             if net.prefix_len() == net.max_prefix_len() {
-                vips.push(NetworkAddr { network: self.network.clone(), ip: net.addr() });
+                vips.push(NetworkAddr { network: self.view.network.clone(), ip: net.addr() });
             } else {
-                cidr_vips.push((self.network.clone(), *net));
+                cidr_vips.push((self.view.network.clone(), *net));
             }
         }
         let wildcard = key.hostname.starts_with("*.");
@@ -138,11 +133,10 @@ impl Translator {
             && (!wildcard || obj.resolution == Resolution::DynamicDns)
         {
             let own = obj.auto.iter().filter(|(host, _)| host.is_empty() || *host == key.hostname);
-            vips.extend(own.map(|(_, ip)| NetworkAddr { network: self.network.clone(), ip: *ip }));
+            vips.extend(own.map(|(_, ip)| NetworkAddr { network: self.view.network.clone(), ip: *ip }));
         }
         let mut trouble = Vec::new();
-        let (waypoints, error) =
-            self.service_waypoints(&obj.labels, obj.canary_weight.as_ref(), &key.namespace, &mut trouble);
+        let (waypoints, error) = self.service_waypoints(&obj.labels, obj.canary_weight.as_ref(), &key.namespace, &mut trouble);
         Self::waypoint_problems(&slot.origin, error.as_deref(), &obj.labels, trouble, problems);
         let canonical = self.kube_service(&key.hostname).is_none()
             && self.entry_of(&key.hostname, None).is_some_and(|(n, m, _)| *n == key.namespace && m == name);
@@ -238,7 +232,7 @@ impl Translator {
             trust_domain: self.view.trust_domain.clone(),
             ips: Vec::new(),
             hostname: None,
-            network: self.network.clone(),
+            network: self.view.network.clone(),
             protocol: Protocol::Tcp,
             network_mode: NetworkMode::Standard,
             native_tunnel: false,
@@ -336,20 +330,12 @@ impl Translator {
         let mut problems = Vec::new();
         match self.instance(&pod.labels, ns) {
             Some(instance) => w.application_tunnel = instance.tunnel,
-            None => problems.extend(
-                self.set_waypoint(&mut w, &pod.labels, ns, pool).map(|why| unusable(&slot.origin, &why)),
-            ),
+            None => problems.extend(self.set_waypoint(&mut w, &pod.labels, ns, pool).map(|why| unusable(&slot.origin, &why))),
         }
         (Some(w), problems)
     }
 
-    fn pod_services(
-        &self,
-        ns: &Arc<str>,
-        name: &Arc<str>,
-        pod: &super::Pod,
-        pool: &mut Interner,
-    ) -> ServicePorts {
+    fn pod_services(&self, ns: &Arc<str>, name: &Arc<str>, pod: &super::Pod, pool: &mut Interner) -> ServicePorts {
         let mut out = Vec::new();
         let Some(space) = self.spaces.get(ns) else { return ServicePorts::default() };
         let named = |n: &Arc<str>| pod.ports.iter().find(|(have, _)| have == n).map(|(_, p)| *p);
@@ -475,7 +461,8 @@ impl Translator {
                 severity: Severity::Warning,
                 origin: (*slot.origin).clone(),
                 field: "spec.hosts".into(),
-                message: format!("a Service or an older ServiceEntry of this namespace already has {}", shadowed.join(", ")).into(),
+                message: format!("a Service or an older ServiceEntry of this namespace already has {}", shadowed.join(", "))
+                    .into(),
                 fix: "remove one of them".into(),
                 code: Some("shadowed-host"),
             });
@@ -492,7 +479,11 @@ impl Translator {
                     severity: Severity::Warning,
                     origin: (*slot.origin).clone(),
                     field: "spec.endpoints".into(),
-                    message: if at.is_empty() { "an endpoint without address is left out".into() } else { format!("the endpoint {at} is listed twice; the first counts").into() },
+                    message: if at.is_empty() {
+                        "an endpoint without address is left out".into()
+                    } else {
+                        format!("the endpoint {at} is listed twice; the first counts").into()
+                    },
                     fix: "".into(),
                     code: Some("endpoint"),
                 });
@@ -535,9 +526,11 @@ impl Translator {
         let slice = &slot.obj;
         let service = self.spaces.get(ns).and_then(|s| s.services.get(&slice.service));
         let Some(service) = service.filter(|s| !s.obj.external_name) else { return Vec::new() };
-        let ports = service.obj.ports.iter().filter_map(|p| {
-            slice.ports.iter().find(|(n, _)| *n == p.name).map(|(_, target)| (p.port, *target))
-        });
+        let ports = service
+            .obj
+            .ports
+            .iter()
+            .filter_map(|p| slice.ports.iter().find(|(n, _)| *n == p.name).map(|(_, target)| (p.port, *target)));
         let ports = pool.ports(ports.collect());
         let mut out: Vec<Workload> = Vec::new();
         let none = Labels::default();

@@ -57,9 +57,11 @@ impl Interner {
     /// The shared copy of a label set; the last of equal keys wins (keys are unique in a parsed mapping).
     pub fn labels(&mut self, mut pairs: Vec<(Arc<str>, Arc<str>)>) -> Labels {
         pairs.sort_by(|a, b| a.0.cmp(&b.0));
-        pairs.dedup_by(|b, a| a.0 == b.0 && {
-            a.1 = Arc::clone(&b.1);
-            true
+        pairs.dedup_by(|b, a| {
+            a.0 == b.0 && {
+                a.1 = Arc::clone(&b.1);
+                true
+            }
         });
         if let Some(have) = self.labels.get(&Labels(pairs.as_slice().into())) {
             return have.clone();

@@ -8,8 +8,8 @@ use mesh_model::workload::Locality;
 
 use super::kube::{app_protocol, canary_weight, distribution, redirected, section};
 use super::object::{
-    AllowedRoutes, Expression, ExpressionOp, Gateway, GatewayAddress, GatewayClass, InboundBinding, Listener, Port,
-    Reader, Resolution, ServiceEntry, Target, WaypointFor, WorkloadEntry,
+    AllowedRoutes, Expression, ExpressionOp, Gateway, GatewayAddress, GatewayClass, InboundBinding, Listener, Port, Reader,
+    Resolution, ServiceEntry, Target, WaypointFor, WorkloadEntry,
 };
 use super::read::{self, Bad, Read};
 use crate::diagnostics::{Problem, Severity};
@@ -62,7 +62,13 @@ pub(super) fn service_entry<'p>(r: &mut Reader<'_>, node: &'p Node<'p>) -> Read<
             "STATIC" => Resolution::Static,
             "DNS" | "DNS_ROUND_ROBIN" => Resolution::Dns,
             "DYNAMIC_DNS" => Resolution::DynamicDns,
-            t => return Err(Bad::value(n, format!("`{t}` is not a resolution"), "write NONE, STATIC, DNS, DNS_ROUND_ROBIN or DYNAMIC_DNS")),
+            t => {
+                return Err(Bad::value(
+                    n,
+                    format!("`{t}` is not a resolution"),
+                    "write NONE, STATIC, DNS, DNS_ROUND_ROBIN or DYNAMIC_DNS",
+                ));
+            }
         },
     };
     let mut endpoints = Vec::new();
@@ -76,7 +82,13 @@ pub(super) fn service_entry<'p>(r: &mut Reader<'_>, node: &'p Node<'p>) -> Read<
             Ok(id) => sans.push(id),
             Err(e) => {
                 let e: mesh_model::id::IdError = e;
-                let bad = Bad { at: s, missing: None, message: format!("not a SPIFFE id, not accepted from endpoints: {e}"), fix: "", code: "san" };
+                let bad = Bad {
+                    at: s,
+                    missing: None,
+                    message: format!("not a SPIFFE id, not accepted from endpoints: {e}"),
+                    fix: "",
+                    code: "san",
+                };
                 r.report(node, &bad, Severity::Warning);
             }
         }
@@ -108,9 +120,9 @@ fn host_name<'p>(n: &'p Node<'p>, wildcard: bool) -> Read<'p, String> {
     let rest = rest.strip_suffix('.').unwrap_or(rest);
     let ok = !rest.is_empty()
         && t.len() <= 255
-        && rest.split('.').all(|l| {
-            !l.is_empty() && l.len() <= 63 && l.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
-        });
+        && rest
+            .split('.')
+            .all(|l| !l.is_empty() && l.len() <= 63 && l.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_'));
     if ok {
         Ok(t.strip_suffix('.').unwrap_or(t).to_ascii_lowercase())
     } else {
@@ -130,17 +142,17 @@ pub(super) fn workload_entry_object<'p>(r: &mut Reader<'_>, node: &'p Node<'p>) 
     Ok(entry)
 }
 
-fn workload_entry<'p>(
-    r: &mut Reader<'_>,
-    spec: &'p Node<'p>,
-    labels: super::intern::Labels,
-) -> Read<'p, WorkloadEntry> {
+fn workload_entry<'p>(r: &mut Reader<'_>, spec: &'p Node<'p>, labels: super::intern::Labels) -> Read<'p, WorkloadEntry> {
     let address = spec.get("address");
     let (ip, hostname) = match address {
         None => (None, String::new()),
         Some(n) => match read::scalar(n)? {
             t if t.starts_with("unix:") => {
-                return Err(Bad::value(n, "unix sockets are not reachable through the mesh", "write an IP address or a host name"));
+                return Err(Bad::value(
+                    n,
+                    "unix sockets are not reachable through the mesh",
+                    "write an IP address or a host name",
+                ));
             }
             t => match t.parse::<IpAddr>() {
                 Ok(ip) => (Some(ip.to_canonical()), String::new()),
@@ -176,7 +188,11 @@ fn waypoint_for<'p>(r: &mut Reader<'_>, node: &'p Node<'p>, meta: &'p Node<'p>) 
         "all" => Some(WaypointFor::All),
         "none" => Some(WaypointFor::None),
         t => {
-            let bad = Bad::value(n, format!("`{t}` is not a kind of traffic; the waypoint serves none"), "write service, workload, all or none");
+            let bad = Bad::value(
+                n,
+                format!("`{t}` is not a kind of traffic; the waypoint serves none"),
+                "write service, workload, all or none",
+            );
             r.report(node, &bad, Severity::Error);
             Some(WaypointFor::None)
         }
@@ -263,7 +279,8 @@ fn allowed_routes<'p>(r: &mut Reader<'_>, root: &'p Node<'p>, listener: &'p Node
         }
         "None" => AllowedRoutes::Nobody,
         t => {
-            let bad = Bad::value(from, format!("`{t}` is not understood; nobody may attach"), "write All, Same, Selector or None");
+            let bad =
+                Bad::value(from, format!("`{t}` is not understood; nobody may attach"), "write All, Same, Selector or None");
             r.report(root, &bad, Severity::Error);
             AllowedRoutes::Nobody
         }

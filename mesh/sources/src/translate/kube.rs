@@ -133,10 +133,9 @@ fn owner<'p>(r: &mut Reader<'_>, meta: &'p Node<'p>, labels: &Labels) -> Read<'p
         }
         let (kind, name) = (read::text_or_empty(o, "kind")?, read::text_or_empty(o, "name")?);
         let short = match kind {
-            "ReplicaSet" => labels
-                .get("pod-template-hash")
-                .and_then(|h| name.strip_suffix(&**h))
-                .and_then(|n| n.strip_suffix('-')),
+            "ReplicaSet" => {
+                labels.get("pod-template-hash").and_then(|h| name.strip_suffix(&**h)).and_then(|n| n.strip_suffix('-'))
+            }
             "Job" => name
                 .rsplit_once('-')
                 .filter(|(n, t)| !n.is_empty() && (8..=10).contains(&t.len()) && t.bytes().all(|b| b.is_ascii_digit()))

@@ -434,18 +434,66 @@ pub struct Reader<'a> {
 
 /// Istio and Gateway API kinds that are for waypoints or the control plane.
 const NOT_FOR_AGENT: &[&str] = &[
-    "VirtualService", "DestinationRule", "Sidecar", "EnvoyFilter", "WasmPlugin", "Telemetry", "RequestAuthentication",
-    "ProxyConfig", "WorkloadGroup", "TrafficExtension", "HTTPRoute", "GRPCRoute", "TCPRoute", "TLSRoute", "UDPRoute", "ReferenceGrant",
-    "BackendTLSPolicy", "ListenerSet", "XListenerSet", "InferencePool",
+    "VirtualService",
+    "DestinationRule",
+    "Sidecar",
+    "EnvoyFilter",
+    "WasmPlugin",
+    "Telemetry",
+    "RequestAuthentication",
+    "ProxyConfig",
+    "WorkloadGroup",
+    "TrafficExtension",
+    "HTTPRoute",
+    "GRPCRoute",
+    "TCPRoute",
+    "TLSRoute",
+    "UDPRoute",
+    "ReferenceGrant",
+    "BackendTLSPolicy",
+    "ListenerSet",
+    "XListenerSet",
+    "InferencePool",
 ];
 /// Kubernetes kinds a folder may well contain and that say nothing about the mesh.
 const NOT_FOR_MESH: &[&str] = &[
-    "ServiceAccount", "Deployment", "ReplicaSet", "StatefulSet", "DaemonSet", "Job", "CronJob", "ConfigMap", "Secret",
-    "Ingress", "IngressClass", "NetworkPolicy", "Role", "RoleBinding", "ClusterRole", "ClusterRoleBinding",
-    "PersistentVolume", "PersistentVolumeClaim", "StorageClass", "HorizontalPodAutoscaler", "PodDisruptionBudget",
-    "CustomResourceDefinition", "MutatingWebhookConfiguration", "ValidatingWebhookConfiguration", "Event", "Endpoints",
-    "LimitRange", "ResourceQuota", "Lease", "PriorityClass", "ReplicationController", "ControllerRevision",
-    "ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding", "RuntimeClass", "CSIDriver", "CSINode",
+    "ServiceAccount",
+    "Deployment",
+    "ReplicaSet",
+    "StatefulSet",
+    "DaemonSet",
+    "Job",
+    "CronJob",
+    "ConfigMap",
+    "Secret",
+    "Ingress",
+    "IngressClass",
+    "NetworkPolicy",
+    "Role",
+    "RoleBinding",
+    "ClusterRole",
+    "ClusterRoleBinding",
+    "PersistentVolume",
+    "PersistentVolumeClaim",
+    "StorageClass",
+    "HorizontalPodAutoscaler",
+    "PodDisruptionBudget",
+    "CustomResourceDefinition",
+    "MutatingWebhookConfiguration",
+    "ValidatingWebhookConfiguration",
+    "Event",
+    "Endpoints",
+    "LimitRange",
+    "ResourceQuota",
+    "Lease",
+    "PriorityClass",
+    "ReplicationController",
+    "ControllerRevision",
+    "ValidatingAdmissionPolicy",
+    "ValidatingAdmissionPolicyBinding",
+    "RuntimeClass",
+    "CSIDriver",
+    "CSINode",
 ];
 
 impl<'a> Reader<'a> {
@@ -519,7 +567,11 @@ impl<'a> Reader<'a> {
         let ns = if namespace.is_empty() { Arc::clone(&self.root_namespace) } else { self.pool.text(namespace) };
         let name: Arc<str> = format!("unreadable:{}:{line}", self.place).into();
         let origin = Arc::new(Origin { place: Arc::clone(&self.place), line, object: Arc::clone(&self.object) });
-        let why = format!("a security object of this {} could not be read ({}:{line}): {why}", if global { "mesh" } else { "namespace" }, self.place);
+        let why = format!(
+            "a security object of this {} could not be read ({}:{line}): {why}",
+            if global { "mesh" } else { "namespace" },
+            self.place
+        );
         let policy = Policy {
             key: PolicyKey { namespace: Arc::clone(&ns), name: Arc::clone(&name) },
             scope: if global { Scope::Global } else { Scope::Namespace },
@@ -557,7 +609,13 @@ impl<'a> Reader<'a> {
             k if NOT_FOR_MESH.contains(&k) => return Ok(None),
             k => {
                 let at = node.get("kind").unwrap_or(node);
-                return Err(Bad { at, missing: None, message: format!("unknown kind `{k}`"), fix: "correct the kind, or move the file out of the folder", code: "unknown-kind" });
+                return Err(Bad {
+                    at,
+                    missing: None,
+                    message: format!("unknown kind `{k}`"),
+                    fix: "correct the kind, or move the file out of the folder",
+                    code: "unknown-kind",
+                });
             }
         };
         let version_ok = node.get("apiVersion").and_then(Node::text).is_some_and(|api| {
@@ -566,8 +624,18 @@ impl<'a> Reader<'a> {
         });
         if !version_ok {
             let at = node.get("apiVersion").unwrap_or(node);
-            let message = if want.is_empty() { format!("the apiVersion of a {kind} is `v1`") } else { format!("the apiVersion of a {kind} is `{want}/v1`") };
-            return Err(Bad { at, missing: node.get("apiVersion").is_none().then_some("apiVersion"), message, fix: "correct the apiVersion", code: "bad-version" });
+            let message = if want.is_empty() {
+                format!("the apiVersion of a {kind} is `v1`")
+            } else {
+                format!("the apiVersion of a {kind} is `{want}/v1`")
+            };
+            return Err(Bad {
+                at,
+                missing: node.get("apiVersion").is_none().then_some("apiVersion"),
+                message,
+                fix: "correct the apiVersion",
+                code: "bad-version",
+            });
         }
         Ok(Some(found))
     }
@@ -622,5 +690,9 @@ fn dns_name<'p>(n: &'p Node<'p>) -> Read<'p, &'p str> {
         && t.len() <= 253
         && t.bytes().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.'))
         && t.starts_with(|c: char| c.is_ascii_alphanumeric());
-    if ok { Ok(t) } else { Err(Bad::value(n, format!("`{t}` is not a Kubernetes name"), "use lower-case letters, digits, `-` and `.`")) }
+    if ok {
+        Ok(t)
+    } else {
+        Err(Bad::value(n, format!("`{t}` is not a Kubernetes name"), "use lower-case letters, digits, `-` and `.`"))
+    }
 }

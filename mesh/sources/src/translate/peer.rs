@@ -112,11 +112,7 @@ pub(super) enum Effect {
 pub(super) fn effect(pa: &PeerAuthentication, inherited: Mode) -> Effect {
     let mode = if pa.mode == Mode::Unset { inherited } else { pa.mode };
     let ports = |want: bool| -> Vec<u16> {
-        pa.ports
-            .iter()
-            .filter(|(_, m)| *m != Mode::Unset && (*m == Mode::Strict) == want)
-            .map(|(p, _)| *p)
-            .collect()
+        pa.ports.iter().filter(|(_, m)| *m != Mode::Unset && (*m == Mode::Strict) == want).map(|(p, _)| *p).collect()
     };
     if mode == Mode::Strict {
         let open = ports(false);
@@ -128,10 +124,7 @@ pub(super) fn effect(pa: &PeerAuthentication, inherited: Mode) -> Effect {
 }
 /// Key of the policy made from a PeerAuthentication with port modes.
 pub(super) fn converted_key(namespace: &Arc<str>, name: &str) -> PolicyKey {
-    PolicyKey {
-        namespace: Arc::clone(namespace),
-        name: format!("converted_peer_authentication_{name}").into(),
-    }
+    PolicyKey { namespace: Arc::clone(namespace), name: format!("converted_peer_authentication_{name}").into() }
 }
 /// That policy, when `effect` needs one.
 pub(super) fn converted(key: PolicyKey, effect: &Effect, origin: &Arc<Origin>) -> Option<Arc<Policy>> {

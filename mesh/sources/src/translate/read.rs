@@ -123,7 +123,11 @@ pub fn list<'p>(node: &'p Node<'p>, key: &str) -> Read<'p, &'p [Node<'p>]> {
     match node.get(key) {
         None => Ok(&[]),
         Some(Node { value: Value::Seq(items), .. }) => Ok(items),
-        Some(n) => Err(Bad::value(n, format!("expected a list, found {}", n.describe()), "write each element on its own line after `- `")),
+        Some(n) => Err(Bad::value(
+            n,
+            format!("expected a list, found {}", n.describe()),
+            "write each element on its own line after `- `",
+        )),
     }
 }
 /// A scalar's text.
@@ -154,17 +158,22 @@ pub fn flag<'p>(node: &'p Node<'p>, key: &str) -> Read<'p, bool> {
 pub fn number<'p, T: std::str::FromStr>(node: &'p Node<'p>, key: &str) -> Read<'p, Option<T>> {
     match node.get(key) {
         None => Ok(None),
-        Some(n) => n.text().and_then(|t| t.parse().ok()).map(Some).ok_or_else(|| {
-            Bad::value(n, format!("expected a whole number, found `{}`", n.text().unwrap_or(n.describe())), "")
-        }),
+        Some(n) => {
+            n.text().and_then(|t| t.parse().ok()).map(Some).ok_or_else(|| {
+                Bad::value(n, format!("expected a whole number, found `{}`", n.text().unwrap_or(n.describe())), "")
+            })
+        }
     }
 }
 /// A port, 1 to 65535.
 pub fn port<'p>(node: &'p Node<'p>) -> Read<'p, u16> {
     let t = scalar(node)?;
-    t.bytes().all(|b| b.is_ascii_digit()).then(|| t.parse::<u16>().ok()).flatten().filter(|p| *p != 0).ok_or_else(|| {
-        Bad::value(node, format!("`{t}` is not a port"), "write a number from 1 to 65535")
-    })
+    t.bytes()
+        .all(|b| b.is_ascii_digit())
+        .then(|| t.parse::<u16>().ok())
+        .flatten()
+        .filter(|p| *p != 0)
+        .ok_or_else(|| Bad::value(node, format!("`{t}` is not a port"), "write a number from 1 to 65535"))
 }
 /// The port below `key`.
 pub fn port_at<'p>(node: &'p Node<'p>, key: &'static str) -> Read<'p, u16> {
@@ -173,7 +182,9 @@ pub fn port_at<'p>(node: &'p Node<'p>, key: &'static str) -> Read<'p, u16> {
 /// An address.
 pub fn ip<'p>(node: &'p Node<'p>) -> Read<'p, IpAddr> {
     let t = scalar(node)?;
-    t.parse::<IpAddr>().map(|a| a.to_canonical()).map_err(|_| Bad::value(node, format!("`{t}` is not an IP address"), "write an IPv4 or IPv6 address"))
+    t.parse::<IpAddr>()
+        .map(|a| a.to_canonical())
+        .map_err(|_| Bad::value(node, format!("`{t}` is not an IP address"), "write an IPv4 or IPv6 address"))
 }
 /// An address or a CIDR range, host bits cleared, IPv4-mapped ranges as IPv4.
 pub fn parse_net(t: &str) -> Option<IpNet> {
@@ -192,7 +203,13 @@ pub fn parse_net(t: &str) -> Option<IpNet> {
 /// An address or CIDR range node.
 pub fn net<'p>(node: &'p Node<'p>) -> Read<'p, IpNet> {
     let t = scalar(node)?;
-    parse_net(t).ok_or_else(|| Bad::value(node, format!("`{t}` is neither an IP address nor a CIDR range"), "write for example `10.0.0.0/8` or `10.1.2.3`"))
+    parse_net(t).ok_or_else(|| {
+        Bad::value(
+            node,
+            format!("`{t}` is neither an IP address nor a CIDR range"),
+            "write for example `10.0.0.0/8` or `10.1.2.3`",
+        )
+    })
 }
 /// Refuses fields that are not in `known`.
 pub fn only<'p>(node: &'p Node<'p>, known: &[&str]) -> Read<'p, ()> {

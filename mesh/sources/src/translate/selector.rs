@@ -23,12 +23,7 @@ impl SelectorIndex {
         // The least used pair, so that `tier=backend` on every service does not make the index useless.
         let size = |(k, v): &Pair| self.by_pair.get(k).and_then(|m| m.get(v)).map_or(0, BTreeSet::len);
         let Some(pair) = selector.iter().min_by_key(|p| size(p)).cloned() else { return };
-        self.by_pair
-            .entry(Arc::clone(&pair.0))
-            .or_default()
-            .entry(Arc::clone(&pair.1))
-            .or_default()
-            .insert(Arc::clone(owner));
+        self.by_pair.entry(Arc::clone(&pair.0)).or_default().entry(Arc::clone(&pair.1)).or_default().insert(Arc::clone(owner));
         self.selectors.insert(Arc::clone(owner), (selector.clone(), pair));
     }
     /// Forgets a selector.

@@ -93,10 +93,14 @@ fn pod(ns: &str, name: &str, ip: &str, labels: &str) -> String {
     )
 }
 fn ap(ns: &str, name: &str, spec: &str) -> String {
-    format!("---\napiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {{name: {name}, namespace: {ns}}}\nspec: {spec}\n")
+    format!(
+        "---\napiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {{name: {name}, namespace: {ns}}}\nspec: {spec}\n"
+    )
 }
 fn pa(ns: &str, name: &str, spec: &str) -> String {
-    format!("---\napiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {{name: {name}, namespace: {ns}}}\nspec: {spec}\n")
+    format!(
+        "---\napiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {{name: {name}, namespace: {ns}}}\nspec: {spec}\n"
+    )
 }
 fn gateway(ns: &str, name: &str, labels: &str, from: &str, ready: bool) -> String {
     let status = if ready { "status: {addresses: [{type: IPAddress, value: 10.9.9.9}]}\n" } else { "" };
@@ -127,8 +131,16 @@ fn enrolment_follows_the_cni_rule() {
     let (m, problems) = mesh(&text);
     assert_eq!(problems, []);
     for (name, hbone) in [
-        ("amb/in", true), ("amb/out", false), ("amb/ztunnel", false), ("amb/host", false), ("amb/side", false),
-        ("plain/own", true), ("plain/not", false), ("plain/ann", true), ("kube-system/dns", false), ("plain/native", true),
+        ("amb/in", true),
+        ("amb/out", false),
+        ("amb/ztunnel", false),
+        ("amb/host", false),
+        ("amb/side", false),
+        ("plain/own", true),
+        ("plain/not", false),
+        ("plain/ann", true),
+        ("kube-system/dns", false),
+        ("plain/native", true),
     ] {
         assert_eq!(m.w(name).protocol == Protocol::Hbone, hbone, "{name}");
     }
@@ -178,10 +190,30 @@ metadata: {name: n1, labels: {topology.kubernetes.io/region: r, topology.kuberne
 #[test]
 fn services_and_their_endpoints() {
     let text = pod("a", "p", "10.0.0.1", "app: web")
-        + &service("a", "web", "", "{clusterIP: 10.1.0.1, selector: {app: web}, ports: [{name: http-x, port: 80, targetPort: web}, {port: 81}, {name: no, port: 82, targetPort: nope}, {port: 53, protocol: UDP}]}")
-        + &service("a", "headless", "", "{clusterIP: None, clusterIPs: [None], selector: {app: web}, ports: [{port: 3306}], publishNotReadyAddresses: true, ipFamilies: [IPv6]}")
-        + &service("a", "local", "", "{clusterIPs: [10.1.0.2], internalTrafficPolicy: Local, trafficDistribution: PreferClose, selector: {}}")
-        + &service("a", "near", ", annotations: {networking.istio.io/traffic-distribution: preferSameNode}", "{clusterIP: 10.1.0.3}")
+        + &service(
+            "a",
+            "web",
+            "",
+            "{clusterIP: 10.1.0.1, selector: {app: web}, ports: [{name: http-x, port: 80, targetPort: web}, {port: 81}, {name: no, port: 82, targetPort: nope}, {port: 53, protocol: UDP}]}",
+        )
+        + &service(
+            "a",
+            "headless",
+            "",
+            "{clusterIP: None, clusterIPs: [None], selector: {app: web}, ports: [{port: 3306}], publishNotReadyAddresses: true, ipFamilies: [IPv6]}",
+        )
+        + &service(
+            "a",
+            "local",
+            "",
+            "{clusterIPs: [10.1.0.2], internalTrafficPolicy: Local, trafficDistribution: PreferClose, selector: {}}",
+        )
+        + &service(
+            "a",
+            "near",
+            ", annotations: {networking.istio.io/traffic-distribution: preferSameNode}",
+            "{clusterIP: 10.1.0.3}",
+        )
         + &service("a", "ext", "", "{type: ExternalName, externalName: x.y, selector: {app: web}}")
         + &service("a", "byhand", "", "{clusterIP: 10.1.0.4, ports: [{name: web, port: 90, targetPort: 8080}]}")
         + "---\n{apiVersion: discovery.k8s.io/v1, kind: EndpointSlice, metadata: {name: s1, namespace: a, labels: {kubernetes.io/service-name: byhand}}, addressType: IPv4, ports: [{name: web, port: 7000}], endpoints: [{addresses: [10.0.0.1], targetRef: {kind: Pod, name: p}}, {addresses: [192.0.2.1]}, {addresses: [192.0.2.2], conditions: {ready: false}}]}\n";
@@ -193,19 +225,28 @@ fn services_and_their_endpoints() {
     assert_eq!(web.port(81).unwrap().target, 81);
     let w = m.w("//Pod/a/p");
     let hosts: Vec<_> = w.services.iter().map(|(k, p)| (&*k.hostname, p.to_vec())).collect();
-    assert_eq!(hosts, [
-        ("byhand.a.svc.cluster.local", vec![(90, 8080)]),
-        ("headless.a.svc.cluster.local", vec![(3306, 3306)]),
-        ("web.a.svc.cluster.local", vec![(80, 8080), (81, 81)]),
-    ]);
+    assert_eq!(
+        hosts,
+        [
+            ("byhand.a.svc.cluster.local", vec![(90, 8080)]),
+            ("headless.a.svc.cluster.local", vec![(3306, 3306)]),
+            ("web.a.svc.cluster.local", vec![(80, 8080), (81, 81)]),
+        ]
+    );
     let headless = m.s("a/headless.a.svc.cluster.local");
-    assert_eq!((headless.vips.len(), headless.lb.health, headless.port(3306).unwrap().protocol), (0, HealthPolicy::AllowAll, AppProtocol::Tcp));
+    assert_eq!(
+        (headless.vips.len(), headless.lb.health, headless.port(3306).unwrap().protocol),
+        (0, HealthPolicy::AllowAll, AppProtocol::Tcp)
+    );
     assert_eq!(m.s("a/local.a.svc.cluster.local").lb.mode, LbMode::Strict);
     let near = &m.s("a/near.a.svc.cluster.local").lb;
     assert_eq!((near.mode, near.scopes.last()), (LbMode::Failover, Some(&LbScope::Node)));
     assert!(!m.services.contains_key("a/ext.a.svc.cluster.local"));
     let e = m.w("EndpointSlice/a/s1/192.0.2.1");
-    assert_eq!((e.network_mode, e.health, e.services.values().next().unwrap().to_vec()), (NetworkMode::HostNetwork, Health::Healthy, vec![(90, 7000)]));
+    assert_eq!(
+        (e.network_mode, e.health, e.services.values().next().unwrap().to_vec()),
+        (NetworkMode::HostNetwork, Health::Healthy, vec![(90, 7000)])
+    );
     assert_eq!(m.w("s1/192.0.2.2").health, Health::Unhealthy);
 }
 
@@ -255,8 +296,11 @@ spec:
 #[test]
 fn waypoints_are_used_or_refused_never_passed_by() {
     let uses = |n: &str| format!(", labels: {{istio.io/use-waypoint: {n}}}");
-    let base = ns("a", "istio.io/use-waypoint: wp") + &pod("a", "p", "10.0.0.1", "") + &service("a", "s", "", "{}")
-        + &service("a", "opt", &uses("none"), "{}") + &service("a", "own", &uses("other"), "{}")
+    let base = ns("a", "istio.io/use-waypoint: wp")
+        + &pod("a", "p", "10.0.0.1", "")
+        + &service("a", "s", "", "{}")
+        + &service("a", "opt", &uses("none"), "{}")
+        + &service("a", "own", &uses("other"), "{}")
         + &service("a", "wpsvc", ", labels: {gateway.istio.io/managed: istio.io-mesh-controller}", "{}");
     let key = |s: &str| format!("a/{s}.a.svc.cluster.local");
     // Missing: refused for all who asked, by label or by namespace.
@@ -283,7 +327,16 @@ fn waypoints_are_used_or_refused_never_passed_by() {
     assert!(m.s(t).waypoint_error.as_ref().unwrap().contains("allowedRoutes"));
     let (m, _) = mesh(&(far.clone() + &gateway("a", "wp", "", "All", true)));
     assert_eq!(m.s(t).waypoints.len(), 1);
-    let (m, _) = mesh(&(far.clone() + &gateway("a", "wp", "", "Selector, selector: {matchLabels: {team: x}, matchExpressions: [{key: team, operator: Exists}]}", true)));
+    let (m, _) = mesh(
+        &(far.clone()
+            + &gateway(
+                "a",
+                "wp",
+                "",
+                "Selector, selector: {matchLabels: {team: x}, matchExpressions: [{key: team, operator: Exists}]}",
+                true,
+            )),
+    );
     assert_eq!(m.s(t).waypoints.len(), 1);
     // A canary takes its share; a wrong one leaves the primary.
     let canary = "---\n{apiVersion: v1, kind: Namespace, metadata: {name: a, labels: {istio.io/use-waypoint: wp, istio.io/use-waypoint-canary: c}, annotations: {istio.io/use-waypoint-canary-weight: '30'}}}\n".to_owned()
@@ -294,34 +347,55 @@ fn waypoints_are_used_or_refused_never_passed_by() {
     assert_eq!(m.s(&key("s")).waypoints.iter().map(|w| w.weight).collect::<Vec<_>>(), [100]);
     assert!(problems.iter().any(|p| p.code == Some("waypoint-canary")));
     // Instances of a waypoint have none themselves.
-    let inst = ns("a", "istio.io/use-waypoint: wp") + &pod("a", "wp-1", "10.0.0.9", "gateway.networking.k8s.io/gateway-name: wp")
-        + &gateway("a", "wp", "istio.io/waypoint-for: all", "Same", true).replace("metadata: {name: wp,", "metadata: {annotations: {ambient.istio.io/waypoint-inbound-binding: PROXY/15088}, name: wp,");
+    let inst = ns("a", "istio.io/use-waypoint: wp")
+        + &pod("a", "wp-1", "10.0.0.9", "gateway.networking.k8s.io/gateway-name: wp")
+        + &gateway("a", "wp", "istio.io/waypoint-for: all", "Same", true).replace(
+            "metadata: {name: wp,",
+            "metadata: {annotations: {ambient.istio.io/waypoint-inbound-binding: PROXY/15088}, name: wp,",
+        );
     let (m, _) = mesh(&inst);
-    assert_eq!((m.w("a/wp-1").waypoint.is_none(), m.w("a/wp-1").application_tunnel), (true, Some(mesh_model::workload::ApplicationTunnel::Proxy(Some(15088)))));
+    assert_eq!(
+        (m.w("a/wp-1").waypoint.is_none(), m.w("a/wp-1").application_tunnel),
+        (true, Some(mesh_model::workload::ApplicationTunnel::Proxy(Some(15088))))
+    );
 }
 
 #[test]
 fn policies_keep_their_scope_and_meaning() {
     let text = pod("a", "p", "10.0.0.1", "app: web")
-        + &ap("a", "sel", "{selector: {matchLabels: {app: web}}, rules: [{from: [{source: {principals: ['spiffe://cluster.local/ns/x/sa/y', 'cluster.local/ns/z/*'], notNamespaces: [evil], ipBlocks: [10.0.0.0/8, 1.2.3.4], serviceAccounts: [sa, ns/sa], trustDomains: [td]}}], to: [{operation: {ports: ['80'], notPorts: ['81']}}], when: [{key: source.namespace, values: ['*a']}, {key: destination.ip, notValues: ['fd00::/8']}]}]}")
+        + &ap(
+            "a",
+            "sel",
+            "{selector: {matchLabels: {app: web}}, rules: [{from: [{source: {principals: ['spiffe://cluster.local/ns/x/sa/y', 'cluster.local/ns/z/*'], notNamespaces: [evil], ipBlocks: [10.0.0.0/8, 1.2.3.4], serviceAccounts: [sa, ns/sa], trustDomains: [td]}}], to: [{operation: {ports: ['80'], notPorts: ['81']}}], when: [{key: source.namespace, values: ['*a']}, {key: destination.ip, notValues: ['fd00::/8']}]}]}",
+        )
         + &ap("a", "all", "{rules: [{}]}")
         + &ap("a", "nothing", "{}")
         + &ap("istio-system", "global", "{action: DENY, rules: [{from: [{source: {namespaces: [bad]}}]}]}")
         + &ap("istio-system", "everywhere", "{selector: {matchLabels: {app: web}}, action: DENY, rules: [{}]}")
-        + &ap("a", "wp", "{targetRefs: [{kind: Gateway, name: w}], action: CUSTOM}")
+        + &ap("a", "wp", "{targetRefs: [{group: gateway.networking.k8s.io, kind: Gateway, name: w}], action: CUSTOM, provider: {name: x}}")
         + &ap("a", "audit", "{action: AUDIT}")
-        + &ap("a", "dry", "{action: DENY, rules: [{}]}").replace("name: dry,", "name: dry, annotations: {istio.io/dry-run: 'true'},");
+        + &ap("a", "dry", "{action: DENY, rules: [{}]}")
+            .replace("name: dry,", "name: dry, annotations: {istio.io/dry-run: 'true'},");
     let (m, problems) = mesh(&text);
     assert_eq!(problems.iter().map(|p| (p.severity, p.code)).collect::<Vec<_>>(), [(Severity::Note, Some("action"))]);
-    assert_eq!(m.policies.keys().map(|k| &**k).collect::<Vec<_>>(), ["a/all", "a/dry", "a/nothing", "a/sel", "istio-system/everywhere", "istio-system/global"]);
+    assert_eq!(
+        m.policies.keys().map(|k| &**k).collect::<Vec<_>>(),
+        ["a/all", "a/dry", "a/nothing", "a/sel", "istio-system/everywhere", "istio-system/global"]
+    );
     assert_eq!(*m.w("a/p").policies, [PolicyKey::new("a", "sel"), PolicyKey::new("istio-system", "everywhere")]);
-    assert_eq!((m.p("a/sel").scope, m.p("a/all").scope, m.p("istio-system/global").scope), (Scope::Selector, Scope::Namespace, Scope::Global));
+    assert_eq!(
+        (m.p("a/sel").scope, m.p("a/all").scope, m.p("istio-system/global").scope),
+        (Scope::Selector, Scope::Namespace, Scope::Global)
+    );
     let (action, rules) = m.rules("a/sel");
     assert_eq!((action, rules.len(), rules[0].clauses.len()), (Action::Allow, 1, 4));
     let to = &rules[0].clauses[0].matches[0];
     assert_eq!((to.destination_ports.any(), to.destination_ports.none()), ([80].as_slice(), [81].as_slice()));
     let from = &rules[0].clauses[1].matches[0];
-    assert_eq!(from.principals.any(), [TextMatch::Exact("cluster.local/ns/x/sa/y".into()), TextMatch::Prefix("cluster.local/ns/z/".into())]);
+    assert_eq!(
+        from.principals.any(),
+        [TextMatch::Exact("cluster.local/ns/x/sa/y".into()), TextMatch::Prefix("cluster.local/ns/z/".into())]
+    );
     assert_eq!(from.service_accounts.any(), [("a".into(), "sa".into()), ("ns".into(), "sa".into())]);
     assert_eq!((from.namespaces.none().len(), from.source_ips.any().len(), from.trust_domains.any().len()), (1, 2, 1));
     assert_eq!(rules[0].clauses[2].matches[0].namespaces.any(), [TextMatch::Suffix("a".into())]);
@@ -334,7 +408,8 @@ fn policies_keep_their_scope_and_meaning() {
 #[test]
 fn http_attributes_make_allow_narrower_and_deny_wider() {
     let http = "[{to: [{operation: {methods: [GET], ports: ['80']}}], from: [{source: {requestPrincipals: ['*']}}], when: [{key: 'request.headers[x]', values: [y]}]}, {to: [{operation: {ports: ['81']}}]}]";
-    let text = ap("a", "allow", &format!("{{rules: {http}}}")) + &ap("a", "deny", &format!("{{action: DENY, rules: {http}}}"))
+    let text = ap("a", "allow", &format!("{{rules: {http}}}"))
+        + &ap("a", "deny", &format!("{{action: DENY, rules: {http}}}"))
         + &ap("a", "denyall", "{action: DENY, rules: [{to: [{operation: {paths: [/x]}}]}]}");
     let (m, problems) = mesh(&text);
     assert_eq!(problems.iter().filter(|p| p.code == Some("http-in-l4")).count(), 3);
@@ -349,23 +424,89 @@ fn http_attributes_make_allow_narrower_and_deny_wider() {
 #[test]
 fn malformed_policies_deny_where_they_were_meant_to() {
     let cases: &[(&str, u32, &str, &str, Scope)] = &[
-        ("{rules: [{from: [{source: {ipBlocks: [10.0.0.0/33]}}]}]}", 5, "spec.rules[0].from[0].source.ipBlocks[0]", "CIDR", Scope::Namespace),
-        ("{selector: {matchLabels: {a: b}}, rules: [{to: [{operation: {ports: ['http']}}]}]}", 5, "spec.rules[0].to[0].operation.ports[0]", "not a port", Scope::Selector),
-        ("{rules: [{to: [{operation: {ports: ['0']}}]}]}", 5, "spec.rules[0].to[0].operation.ports[0]", "not a port", Scope::Namespace),
-        ("{rules: [{to: [{operation: {ports: ['65536']}}]}]}", 5, "spec.rules[0].to[0].operation.ports[0]", "not a port", Scope::Namespace),
-        ("{rules: [{from: [{source: {principals: ['']}}]}]}", 5, "spec.rules[0].from[0].source.principals[0]", "empty text", Scope::Namespace),
-        ("{rules: [{from: [{source: {principals: []}}]}]}", 5, "spec.rules[0].from[0].source.principals", "constrain nothing", Scope::Namespace),
-        ("{rules: [{from: [{source: {principals: }}]}]}", 5, "spec.rules[0].from[0].source.principals", "found nothing", Scope::Namespace),
-        ("{rules: [{from: [{source: {principal: [x]}}]}]}", 5, "spec.rules[0].from[0].source.principal", "did you mean `principals`", Scope::Namespace),
+        (
+            "{rules: [{from: [{source: {ipBlocks: [10.0.0.0/33]}}]}]}",
+            5,
+            "spec.rules[0].from[0].source.ipBlocks[0]",
+            "CIDR",
+            Scope::Namespace,
+        ),
+        (
+            "{selector: {matchLabels: {a: b}}, rules: [{to: [{operation: {ports: ['http']}}]}]}",
+            5,
+            "spec.rules[0].to[0].operation.ports[0]",
+            "not a port",
+            Scope::Selector,
+        ),
+        (
+            "{rules: [{to: [{operation: {ports: ['0']}}]}]}",
+            5,
+            "spec.rules[0].to[0].operation.ports[0]",
+            "not a port",
+            Scope::Namespace,
+        ),
+        (
+            "{rules: [{to: [{operation: {ports: ['65536']}}]}]}",
+            5,
+            "spec.rules[0].to[0].operation.ports[0]",
+            "not a port",
+            Scope::Namespace,
+        ),
+        (
+            "{rules: [{from: [{source: {principals: ['']}}]}]}",
+            5,
+            "spec.rules[0].from[0].source.principals[0]",
+            "empty text",
+            Scope::Namespace,
+        ),
+        (
+            "{rules: [{from: [{source: {principals: []}}]}]}",
+            5,
+            "spec.rules[0].from[0].source.principals",
+            "constrain nothing",
+            Scope::Namespace,
+        ),
+        (
+            "{rules: [{from: [{source: {principals: }}]}]}",
+            5,
+            "spec.rules[0].from[0].source.principals",
+            "found nothing",
+            Scope::Namespace,
+        ),
+        (
+            "{rules: [{from: [{source: {principal: [x]}}]}]}",
+            5,
+            "spec.rules[0].from[0].source.principal",
+            "did you mean `principals`",
+            Scope::Namespace,
+        ),
         ("{rules: [{from: [{source: {}}]}]}", 5, "spec.rules[0].from[0].source", "is empty", Scope::Namespace),
         ("{rules: [{from: []}]}", 5, "spec.rules[0].from", "written but empty", Scope::Namespace),
         ("{rules: [{frm: []}]}", 5, "spec.rules[0].frm", "unknown field", Scope::Namespace),
         ("{rules: [null]}", 5, "spec.rules[0]", "empty rule", Scope::Namespace),
         ("{rules: {}}", 5, "spec.rules", "expected a list", Scope::Namespace),
-        ("{rules: [{when: [{key: source.nmespace, values: [a]}]}]}", 5, "spec.rules[0].when[0].key", "unknown condition", Scope::Namespace),
+        (
+            "{rules: [{when: [{key: source.nmespace, values: [a]}]}]}",
+            5,
+            "spec.rules[0].when[0].key",
+            "unknown condition",
+            Scope::Namespace,
+        ),
         ("{rules: [{when: [{key: source.namespace}]}]}", 5, "spec.rules[0].when[0].values", "values", Scope::Namespace),
-        ("{rules: [{from: [{source: {principals: ['a*b']}}]}]}", 5, "spec.rules[0].from[0].source.principals[0]", "at one end", Scope::Namespace),
-        ("{rules: [{from: [{source: {serviceAccounts: ['a/b/c']}}]}]}", 5, "spec.rules[0].from[0].source.serviceAccounts[0]", "service account", Scope::Namespace),
+        (
+            "{rules: [{from: [{source: {principals: ['a*b']}}]}]}",
+            5,
+            "spec.rules[0].from[0].source.principals[0]",
+            "at one end",
+            Scope::Namespace,
+        ),
+        (
+            "{rules: [{from: [{source: {serviceAccounts: ['a/b/c']}}]}]}",
+            5,
+            "spec.rules[0].from[0].source.serviceAccounts[0]",
+            "service account",
+            Scope::Namespace,
+        ),
         ("{action: DENNY}", 5, "spec.action", "not an action", Scope::Namespace),
         ("{action: CUSTOM, provider: {name: x}}", 5, "spec.action", "external authorizer", Scope::Namespace),
         ("{provider: {name: x}}", 5, "spec.provider", "CUSTOM", Scope::Namespace),
@@ -375,6 +516,20 @@ fn malformed_policies_deny_where_they_were_meant_to() {
         ("{selector: {matchLabels: {a: b}}, targetRefs: [{kind: x}]}", 5, "spec.targetRefs", "combined", Scope::Selector),
         ("[]", 5, "spec", "expected a mapping", Scope::Namespace),
         ("{rule: [{}]}", 5, "spec.rule", "did you mean `rules`", Scope::Namespace),
+        ("{action: DENY, targetRefs: oops, rulez: [1]}", 5, "spec.rulez", "did you mean `rules`", Scope::Namespace),
+        ("{action: DENY, targetRefs: oops}", 5, "spec.targetRefs", "expected a list", Scope::Namespace),
+        ("{targetRefs: }", 5, "spec.targetRefs", "written but empty", Scope::Namespace),
+        ("{targetRefs: [x]}", 5, "spec.targetRefs[0]", "expected a mapping", Scope::Namespace),
+        ("{targetRefs: [null]}", 5, "spec.targetRefs[0].kind", "has a kind", Scope::Namespace),
+        ("{targetRefs: [{kind: Gateway, group: gateway.networking.k8s.io}]}", 5, "spec.targetRefs[0].name", "has a name", Scope::Namespace),
+        ("{targetRefs: [{kind: Gateway, name: w}]}", 5, "spec.targetRefs[0].group", "gateway.networking.k8s.io", Scope::Namespace),
+        ("{targetRefs: [{kind: ServiceEntry, name: w, group: x}]}", 5, "spec.targetRefs[0].group", "networking.istio.io", Scope::Namespace),
+        ("{targetRefs: [{kind: Service, name: w, nmae: x}]}", 5, "spec.targetRefs[0].nmae", "unknown field", Scope::Namespace),
+        ("{targetRefs: [{kind: Service, name: w, namespace: other}]}", 5, "spec.targetRefs[0].namespace", "own namespace", Scope::Namespace),
+        ("{targetRef: [{kind: Service, name: w}]}", 5, "spec.targetRef", "expected a mapping", Scope::Namespace),
+        ("{targetRef: {kind: Service, name: w}, targetRefs: [{kind: Service, name: w}]}", 5, "spec.targetRef", "cannot both", Scope::Namespace),
+        ("{targetRef: {kind: Service, name: w}, rules: {}}", 5, "spec.rules", "expected a list", Scope::Namespace),
+        ("{targetRef: {kind: Service, name: w}, action: DENNY}", 5, "spec.action", "not an action", Scope::Namespace),
     ];
     for (spec, line, field, message, scope) in cases {
         let (m, problems) = mesh(&ap("a", "x", spec));
@@ -387,6 +542,17 @@ fn malformed_policies_deny_where_they_were_meant_to() {
         let (m, _) = mesh(&ap("istio-system", "x", spec));
         assert_eq!(m.p("istio-system/x").scope, if *scope == Scope::Selector { Scope::Selector } else { Scope::Global });
     }
+    // Well-formed targets: a waypoint's matter.
+    for spec in [
+        "{action: DENY, targetRefs: [{kind: Service, name: s}, {kind: Service, group: core, name: t}], rules: [{}]}",
+        "{targetRef: {kind: GatewayClass, group: gateway.networking.k8s.io, name: istio-waypoint}}",
+        "{targetRefs: [{kind: ServiceEntry, group: networking.istio.io, name: s, namespace: a}], action: AUDIT}",
+        "{targetRefs: [{kind: NotYetKnown, group: some.group, name: s}]}",
+    ] {
+        let (m, problems) = mesh(&ap("a", "x", spec));
+        assert_eq!((m.policies.len(), problems.len()), (0, 0), "{spec}: {problems:?}");
+    }
+    assert_eq!(mesh(&ap("a", "x", "{targetRefs: []}")).0.rules("a/x").0, Action::Allow, "no target is no target");
     // Wrong from the outside in: kind, version, name.
     for text in [
         "apiVersion: security.istio.io/v1\nkind: AuthorizationPolice\nmetadata: {name: x, namespace: a}\n",
@@ -397,7 +563,10 @@ fn malformed_policies_deny_where_they_were_meant_to() {
         let (m, problems) = mesh(text);
         assert_eq!(problems[0].severity, Severity::Error);
         let p = m.policies.values().next().unwrap();
-        assert!(p.scope == Scope::Namespace && &*p.key.namespace == "a" && matches!(p.body, PolicyBody::Unusable { .. }), "{text}");
+        assert!(
+            p.scope == Scope::Namespace && &*p.key.namespace == "a" && matches!(p.body, PolicyBody::Unusable { .. }),
+            "{text}"
+        );
     }
     let (m, _) = mesh("apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\n");
     assert_eq!(m.policies.values().next().unwrap().scope, Scope::Global);
@@ -410,7 +579,11 @@ fn peer_authentication_becomes_deny_policies() {
     let check = |pas: String, p: &[&str], q: &[&str]| {
         let (m, _) = mesh(&(base.clone() + &pas));
         let names = |w: &Workload| w.policies.iter().map(ToString::to_string).collect::<Vec<_>>();
-        assert_eq!((names(m.w("a/p")), names(m.w("b/q"))), (p.iter().map(ToString::to_string).collect(), q.iter().map(ToString::to_string).collect()), "{pas}");
+        assert_eq!(
+            (names(m.w("a/p")), names(m.w("b/q"))),
+            (p.iter().map(ToString::to_string).collect(), q.iter().map(ToString::to_string).collect()),
+            "{pas}"
+        );
         m
     };
     let strict = "{mtls: {mode: STRICT}}";
@@ -422,16 +595,46 @@ fn peer_authentication_becomes_deny_policies() {
     check(pa("a", "d", strict), &[STRICT], &[]);
     check(pa("a", "s", "{selector: {matchLabels: {app: other}}, mtls: {mode: STRICT}}"), &[], &[]);
     let conv = "a/converted_peer_authentication_s";
-    let m = check(pa("a", "s", "{selector: {matchLabels: {app: web}}, mtls: {mode: STRICT}, portLevelMtls: {8080: {mode: DISABLE}}}"), &[conv], &[]);
+    let m = check(
+        pa("a", "s", "{selector: {matchLabels: {app: web}}, mtls: {mode: STRICT}, portLevelMtls: {8080: {mode: DISABLE}}}"),
+        &[conv],
+        &[],
+    );
     let rules = m.rules(conv).1;
-    assert_eq!((rules.len(), rules[0].clauses.len(), rules[0].clauses[1].matches[0].destination_ports.none()), (1, 2, [8080].as_slice()));
-    let m = check(pa("a", "s", "{selector: {matchLabels: {app: web}}, mtls: {mode: PERMISSIVE}, portLevelMtls: {8080: {mode: STRICT}, 9090: {mode: STRICT}}}"), &[conv], &[]);
+    assert_eq!(
+        (rules.len(), rules[0].clauses.len(), rules[0].clauses[1].matches[0].destination_ports.none()),
+        (1, 2, [8080].as_slice())
+    );
+    let m = check(
+        pa(
+            "a",
+            "s",
+            "{selector: {matchLabels: {app: web}}, mtls: {mode: PERMISSIVE}, portLevelMtls: {8080: {mode: STRICT}, 9090: {mode: STRICT}}}",
+        ),
+        &[conv],
+        &[],
+    );
     assert_eq!(m.rules(conv).1.len(), 2);
-    check(pa("istio-system", "d", strict) + &pa("a", "s", "{selector: {matchLabels: {app: web}}, portLevelMtls: {8080: {mode: DISABLE}}}"), &[conv], &[STRICT]);
-    check(pa("a", "s", "{selector: {matchLabels: {app: web}}, mtls: {mode: STRICT}, portLevelMtls: {8080: {mode: STRICT}}}"), &[STRICT], &[]);
+    check(
+        pa("istio-system", "d", strict)
+            + &pa("a", "s", "{selector: {matchLabels: {app: web}}, portLevelMtls: {8080: {mode: DISABLE}}}"),
+        &[conv],
+        &[STRICT],
+    );
+    check(
+        pa("a", "s", "{selector: {matchLabels: {app: web}}, mtls: {mode: STRICT}, portLevelMtls: {8080: {mode: STRICT}}}"),
+        &[STRICT],
+        &[],
+    );
     // Not understood: STRICT for its scope, whatever else says otherwise.
     let open = pa("a", "o", "{selector: {matchLabels: {app: web}}, mtls: {mode: PERMISSIVE}}");
-    for bad in ["{mtls: {mode: STRCT}}", "{mtls: {mod: STRICT}}", "{portLevelMtls: {80: {mode: DISABLE}}}", "{selector: {matchlabels: {}}}", "[]"] {
+    for bad in [
+        "{mtls: {mode: STRCT}}",
+        "{mtls: {mod: STRICT}}",
+        "{portLevelMtls: {80: {mode: DISABLE}}}",
+        "{selector: {matchlabels: {}}}",
+        "[]",
+    ] {
         check(open.clone() + &pa("a", "bad", bad), &[STRICT], &[]);
         check(open.clone() + &pa("istio-system", "bad", bad), &[STRICT], &[STRICT]);
     }
@@ -457,19 +660,45 @@ metadata: {name: x}
 ";
     let (m, problems) = mesh(text);
     let seen: Vec<_> = problems.iter().map(|p| (p.severity, p.origin.line, &*p.field, p.code.unwrap())).collect();
-    assert_eq!(seen, [
-        (Severity::Note, 2, "", "not-for-agent"),
-        (Severity::Error, 7, "kind", "unknown-kind"),
-        (Severity::Error, 10, "kind", "missing-field"),
-        (Severity::Error, 12, "spec.ports[0].port", "bad-value"),
-    ]);
+    assert_eq!(
+        seen,
+        [
+            (Severity::Note, 2, "", "not-for-agent"),
+            (Severity::Error, 7, "kind", "unknown-kind"),
+            (Severity::Error, 10, "kind", "missing-field"),
+            (Severity::Error, 12, "spec.ports[0].port", "bad-value"),
+        ]
+    );
     assert_eq!(m.services.len(), 1);
 }
 
 #[test]
-fn network_label_of_the_root_namespace_moves_everything() {
-    let (m, _) = mesh(&(ns("istio-system", "topology.istio.io/network: net1") + &pod("a", "p", "10.0.0.1", "")));
-    assert_eq!(m.w("a/p").network.as_str(), "net1");
+fn a_network_label_that_is_not_ours_is_an_error_and_changes_nothing() {
+    let text = |label: &str| {
+        ns("istio-system", label)
+            + &ns("a", "topology.istio.io/network: elsewhere")
+            + &pod("a", "p", "10.0.0.1", "")
+            + &service("a", "s", "", "{clusterIP: 10.1.0.1, selector: {}}")
+            + "---\n{apiVersion: networking.istio.io/v1, kind: WorkloadEntry, metadata: {name: vm, namespace: a}, spec: {address: 10.5.0.1, network: n2}}\n"
+    };
+    let (m, problems) = mesh(&text("topology.istio.io/network: net1"));
+    assert_eq!((m.w("a/p").network.as_str(), m.s("a/s.a.svc.cluster.local").vips[0].network.as_str()), ("", ""));
+    assert_eq!(m.w("WorkloadEntry/a/vm").network.as_str(), "n2");
+    let [p] = problems.as_slice() else { panic!("{problems:?}") };
+    assert_eq!((p.severity, p.code, p.origin.line), (Severity::Error, Some("network"), 2));
+    assert!(p.message.contains("`net1`") && p.message.contains("default network") && p.fix.contains("NETWORK=net1"), "{p}");
+    assert_eq!(mesh(&text("")).1, []);
+
+    let mut t = Translator::new(Viewpoint { network: "net1".into(), ..view() }, &Settings::default());
+    let mut state = State::default();
+    for (label, want) in [("topology.istio.io/network: net1", 0), ("topology.istio.io/network: net2", 1), ("", 0)] {
+        for o in objects(&mut t, &text(label)).0 {
+            t.upsert(o);
+        }
+        state.apply(t.flush());
+        assert_eq!(state.w("a/p").network.as_str(), "net1");
+        assert_eq!(t.problems().filter(|p| p.message.contains("`net1`")).count(), want, "{label}");
+    }
 }
 
 // ---- incremental = rebuild ----
@@ -479,13 +708,17 @@ fn universe() -> Vec<Vec<String>> {
     let mut all: Vec<Vec<String>> = Vec::new();
     for n in ["a", "istio-system"] {
         all.push(vec![
-            ns(n, ""), ns(n, "istio.io/dataplane-mode: ambient"), ns(n, "istio.io/use-waypoint: wp"),
+            ns(n, ""),
+            ns(n, "istio.io/dataplane-mode: ambient"),
+            ns(n, "istio.io/use-waypoint: wp"),
             ns(n, "topology.istio.io/network: net2, istio.io/use-waypoint: wp, istio.io/use-waypoint-namespace: a"),
         ]);
         for p in ["p", "q"] {
             all.push(vec![
-                pod(n, p, "10.0.0.1", "app: web"), pod(n, p, "10.0.0.2", "app: db, tier: x"),
-                pod(n, p, "10.0.0.1", "app: web, gateway.networking.k8s.io/gateway-name: wp").replace("nodeName: n1", "nodeName: n2"),
+                pod(n, p, "10.0.0.1", "app: web"),
+                pod(n, p, "10.0.0.2", "app: db, tier: x"),
+                pod(n, p, "10.0.0.1", "app: web, gateway.networking.k8s.io/gateway-name: wp")
+                    .replace("nodeName: n1", "nodeName: n2"),
                 pod(n, p, "10.0.0.3", "").replace("Running", "Failed"),
             ]);
         }
@@ -499,7 +732,11 @@ fn universe() -> Vec<Vec<String>> {
             format!("---\n{{apiVersion: discovery.k8s.io/v1, kind: EndpointSlice, metadata: {{name: sl, namespace: {n}, labels: {{kubernetes.io/service-name: s}}}}, ports: [{{name: web, port: 8}}], endpoints: [{{addresses: [192.0.2.2, 192.0.2.1]}}, {{addresses: [1.1.1.1], targetRef: {{kind: Pod, name: q}}}}]}}\n"),
         ]);
         for (i, e) in ["e1", "e2"].iter().enumerate() {
-            let se = |body: &str| format!("---\n{{apiVersion: networking.istio.io/v1, kind: ServiceEntry, metadata: {{name: {e}, namespace: {n}, creationTimestamp: '202{i}', labels: {{app: web, istio.io/use-waypoint: wp}}}}, spec: {body}}}\n");
+            let se = |body: &str| {
+                format!(
+                    "---\n{{apiVersion: networking.istio.io/v1, kind: ServiceEntry, metadata: {{name: {e}, namespace: {n}, creationTimestamp: '202{i}', labels: {{app: web, istio.io/use-waypoint: wp}}}}, spec: {body}}}\n"
+                )
+            };
             all.push(vec![
                 se("{hosts: [x.com, s.a.svc.cluster.local], resolution: STATIC, endpoints: [{address: 192.0.2.9}, {address: 192.0.2.8, labels: {istio.io/use-waypoint: wp}}], ports: [{number: 80, name: http}]}"),
                 se("{hosts: [x.com, y.com], resolution: DNS, ports: [{number: 80, name: http}]}"),
@@ -511,24 +748,31 @@ fn universe() -> Vec<Vec<String>> {
             format!("---\n{{apiVersion: networking.istio.io/v1, kind: WorkloadEntry, metadata: {{name: w, namespace: {n}}}, spec: {{address: vm.x, labels: {{app: db}}}}}}\n"),
         ]);
         all.push(vec![
-            ap(n, "ap", "{selector: {matchLabels: {app: web}}, rules: [{}]}"), ap(n, "ap", "{selector: {matchLabels: {app: db}}, rules: [{x: 1}]}"),
-            ap(n, "ap", "{action: DENY}"), ap(n, "ap", "{targetRefs: [{name: x}]}"),
+            ap(n, "ap", "{selector: {matchLabels: {app: web}}, rules: [{}]}"),
+            ap(n, "ap", "{selector: {matchLabels: {app: db}}, rules: [{x: 1}]}"),
+            ap(n, "ap", "{action: DENY}"),
+            ap(n, "ap", "{targetRefs: [{name: x}]}"), ap(n, "ap", "{targetRefs: [{kind: Service, name: x}]}"),
         ]);
         for p in ["pa1", "pa2"] {
             all.push(vec![
-                pa(n, p, "{mtls: {mode: STRICT}}"), pa(n, p, "{mtls: {mode: PERMISSIVE}}"), pa(n, p, "{mtls: {mode: oops}}"),
+                pa(n, p, "{mtls: {mode: STRICT}}"),
+                pa(n, p, "{mtls: {mode: PERMISSIVE}}"),
+                pa(n, p, "{mtls: {mode: oops}}"),
                 pa(n, p, "{selector: {matchLabels: {app: web}}, mtls: {mode: STRICT}, portLevelMtls: {8080: {mode: DISABLE}}}"),
                 pa(n, p, "{selector: {matchLabels: {app: web}}, portLevelMtls: {8080: {mode: STRICT}}}"),
             ]);
         }
         all.push(vec![
-            gateway(n, "wp", "", "Same", true), gateway(n, "wp", "istio.io/waypoint-for: all", "All", true),
+            gateway(n, "wp", "", "Same", true),
+            gateway(n, "wp", "istio.io/waypoint-for: all", "All", true),
             gateway(n, "wp", "", "All", false),
         ]);
     }
     for n in ["n1", "n2"] {
         all.push(vec![
-            format!("---\n{{apiVersion: v1, kind: Node, metadata: {{name: {n}, labels: {{topology.kubernetes.io/zone: z1}}}}}}\n"),
+            format!(
+                "---\n{{apiVersion: v1, kind: Node, metadata: {{name: {n}, labels: {{topology.kubernetes.io/zone: z1}}}}}}\n"
+            ),
             format!("---\n{{apiVersion: v1, kind: Node, metadata: {{name: {n}}}}}\n"),
         ]);
     }
@@ -614,11 +858,15 @@ fn only_what_is_touched_changes() {
     let change = |t: &mut Translator, text: &str| {
         let (all, _) = objects(t, text);
         for o in all {
-        t.upsert(o);
-    }
+            t.upsert(o);
+        }
         t.flush().len()
     };
-    assert_eq!(change(&mut t, &ap("a", "x", "{selector: {matchLabels: {app: web}}, rules: [{}]}")), 6, "the policy and five pods");
+    assert_eq!(
+        change(&mut t, &ap("a", "x", "{selector: {matchLabels: {app: web}}, rules: [{}]}")),
+        6,
+        "the policy and five pods"
+    );
     assert_eq!(change(&mut t, &ap("a", "x", "{selector: {matchLabels: {app: web}}}")), 1, "the policy alone");
     assert_eq!(change(&mut t, &pod("a", "p0", "10.0.9.9", "app: web")), 1);
     assert_eq!(change(&mut t, &service("a", "s", "", "{clusterIP: 10.1.0.1, selector: {app: web}, ports: [{port: 80}]}")), 6);

@@ -7,7 +7,9 @@ use std::sync::Arc;
 use mesh_model::service::{ServiceKey, WeightedWaypoint};
 use mesh_model::workload::{ApplicationTunnel, GatewayDestination, GatewayRef};
 
-use super::object::{AllowedRoutes, Expression, ExpressionOp, Gateway, GatewayAddress, InboundBinding, Kind, ObjectId, WaypointFor};
+use super::object::{
+    AllowedRoutes, Expression, ExpressionOp, Gateway, GatewayAddress, InboundBinding, Kind, ObjectId, WaypointFor,
+};
 use super::{Dirty, Labels, Name, Slot, Translator, mark_space};
 use crate::diagnostics::{Problem, Severity};
 
@@ -54,6 +56,9 @@ pub(super) struct Instance {
     pub(super) tunnel: Option<ApplicationTunnel>,
 }
 
+/// On the root namespace: the network of the cluster.
+const NETWORK: &str = "topology.istio.io/network";
+
 impl Translator {
     fn space_labels(&self, ns: &str) -> Option<&Labels> {
         self.spaces.get(ns)?.meta.as_ref().map(|m| &m.obj.labels)
@@ -84,7 +89,11 @@ impl Translator {
         };
         if !fits {
             // A namespace label speaks of whatever traffic its waypoint serves; a label on the object itself of it.
-            return if own { unusable(format!("the waypoint {wns}/{name} does not serve this kind of traffic (istio.io/waypoint-for)")) } else { Found::Nothing };
+            return if own {
+                unusable(format!("the waypoint {wns}/{name} does not serve this kind of traffic (istio.io/waypoint-for)"))
+            } else {
+                Found::Nothing
+            };
         }
         let Some(at) = self.gateway_ref(wns, &slot.obj) else {
             return unusable(format!("the waypoint {wns}/{name} is not ready: it has no status.addresses"));
@@ -109,7 +118,7 @@ impl Translator {
                 let ns = self.spaces.get_key_value(ns).map_or_else(|| Arc::from(ns), |(k, _)| Arc::clone(k));
                 GatewayDestination::Service(ServiceKey { namespace: ns, hostname: Arc::clone(host) })
             }
-            GatewayAddress::Ip(ip) => GatewayDestination::Address(self.network.clone(), *ip),
+            GatewayAddress::Ip(ip) => GatewayDestination::Address(self.view.network.clone(), *ip),
         };
         Some(GatewayRef { destination, hbone_port: HBONE_PORT })
     }
@@ -174,7 +183,9 @@ impl Translator {
         let weight = match weight.map_or(Ok(0), |t| t.parse::<u32>()) {
             Ok(w) if w <= 100 => w,
             _ => {
-                trouble.push("istio.io/use-waypoint-canary-weight is not a number from 0 to 100; only the primary waypoint is used".into());
+                trouble.push(
+                    "istio.io/use-waypoint-canary-weight is not a number from 0 to 100; only the primary waypoint is used".into(),
+                );
                 return (alone, None);
             }
         };
@@ -211,16 +222,13 @@ impl Translator {
                 continue;
             }
             let id = |n: &Arc<str>| (Arc::clone(ns), Arc::clone(n));
-            let instance = |l: &Labels| {
-                l.get(GATEWAY_NAME).is_some_and(|name| gateways.iter().any(|(n, g)| n == ns && g == name))
-            };
-            dirty.pods.extend(
-                space.pods.iter().filter(|(_, p)| hit(&p.obj.labels, ns) || instance(&p.obj.labels)).map(|(n, _)| id(n)),
-            );
+            let instance =
+                |l: &Labels| l.get(GATEWAY_NAME).is_some_and(|name| gateways.iter().any(|(n, g)| n == ns && g == name));
+            dirty
+                .pods
+                .extend(space.pods.iter().filter(|(_, p)| hit(&p.obj.labels, ns) || instance(&p.obj.labels)).map(|(n, _)| id(n)));
             dirty.entries.extend(space.entries.iter().filter(|(_, e)| hit(&e.obj.labels, ns)).map(|(n, _)| id(n)));
-            dirty.hosts.extend(
-                space.services.values().filter(|s| hit(&s.obj.labels, ns)).map(|s| Arc::clone(&s.key.hostname)),
-            );
+            dirty.hosts.extend(space.services.values().filter(|s| hit(&s.obj.labels, ns)).map(|s| Arc::clone(&s.key.hostname)));
             for (name, se) in &space.service_entries {
                 if hit(&se.obj.labels, ns) {
                     dirty.hosts.extend(se.obj.hosts.iter().cloned());
@@ -247,11 +255,31 @@ impl Translator {
                     problems.push(unusable(origin, &why));
                 }
             }
+            if let Some(Slot { obj, origin }) = space.meta.as_ref().filter(|_| *ns == self.view.root_namespace)
+                && let Some(label) = obj.labels.get(NETWORK).filter(|label| ***label != *self.view.network.as_str())
+            {
+                problems.push(other_network(origin, label, self.view.network.as_str()));
+            }
             found.push((id, problems));
         }
         for (id, problems) in found {
             self.note_problems(id, problems);
         }
+    }
+}
+
+/// The complaint about a cluster that says it is on another network than the agent was told. The agent looks addresses
+/// up in its own network; objects put into the label's network would never be found, and their traffic would leave as
+/// plaintext. So the label is not followed.
+fn other_network(origin: &mesh_model::Origin, label: &str, own: &str) -> Problem {
+    let own = if own.is_empty() { "the default network".to_owned() } else { format!("network `{own}`") };
+    Problem {
+        severity: Severity::Error,
+        origin: origin.clone(),
+        field: format!("metadata.labels[{NETWORK:?}]").into(),
+        message: format!("the label says network `{label}`, this agent runs on {own}; objects without a network of their own are taken to be on {own}").into(),
+        fix: format!("start the agent with NETWORK={label}, or correct the label").into(),
+        code: Some("network"),
     }
 }
 
