@@ -209,8 +209,36 @@ impl Tunnel {
 
     /// Ends the tunnel now; its streams see [`crate::StreamError::Tunnel`].
     pub fn abort(&self) {
-        self.shared.close();
+        self.end_handle().abort();
+    }
+
+    /// Whether [`Self::abort`] was called.
+    pub(crate) fn is_aborted(&self) -> bool {
+        self.shared.is_aborted()
+    }
+
+    /// Ends the tunnel without keeping it open.
+    pub(crate) fn end_handle(&self) -> EndHandle {
+        EndHandle { shared: Arc::clone(&self.shared), abort: self.abort.clone() }
+    }
+}
+
+/// Can end a tunnel, and does not count as one of its users.
+#[derive(Debug)]
+pub(crate) struct EndHandle {
+    shared: Arc<Shared>,
+    abort: AbortHandle,
+}
+
+impl EndHandle {
+    /// See [`Tunnel::abort`].
+    pub(crate) fn abort(&self) {
+        self.shared.abort();
         self.abort.abort();
+    }
+
+    pub(crate) fn has_ended(&self) -> bool {
+        self.abort.is_finished()
     }
 }
 
@@ -326,7 +354,10 @@ where
         }
         let now = Instant::now();
         let since = *self.unused_since.get_or_insert(now);
-        if now.duration_since(since) >= self.settings.unused_release && self.on_close.shared.close_if_unused() {
+        // A peer that lets us open nothing is not worth a connection. Until this tick the tunnel keeps the pool from dialing
+        // that peer again.
+        let useless = self.on_close.shared.limit() == 0;
+        if (useless || now.duration_since(since) >= self.settings.unused_release) && self.on_close.shared.close_if_unused() {
             // The owner drops its handle, the last one, upon which h2 says GOAWAY and ends the connection.
             self.on_close.fire();
         }

@@ -1,7 +1,8 @@
 //! Tunnels by destination, for one data thread.
 //!
 //! Owns which tunnels exist, which of them gets the next stream, and when to dial another. It refuses to hand out a tunnel
-//! that is full, dead or going away, and to let many waiters dial the same place at once. Upstream: the agent's outbound
+//! that is full, dead or going away, to let many waiters dial the same place at once, and to dial on and on for a peer that
+//! allows few streams per tunnel or none. Upstream: the agent's outbound
 //! shell. Downstream: [`Dialer`] (TCP and TLS, the agent's) and [`Tunnel`].
 //!
 //! Each data thread has a pool of its own, so that several tunnels per destination arise by themselves and no stream wakes
@@ -19,7 +20,7 @@ use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::watch;
 
-use crate::client::{ConnectRequest, ResponseHead, Slot, Tunnel};
+use crate::client::{ConnectRequest, EndHandle, ResponseHead, Slot, Tunnel};
 use crate::error::HboneError;
 use crate::settings::Settings;
 use crate::stream::HboneStream;
@@ -139,6 +140,8 @@ struct State {
     keys: HashMap<PoolKey, Destination, BuildHasherDefault<Precomputed>>,
     next_id: u64,
     closed: bool,
+    /// After [`Pool::drain`]: tunnels that live for their streams only.
+    draining: Vec<(PoolKey, EndHandle)>,
 }
 
 #[derive(Default)]
@@ -147,9 +150,14 @@ struct Destination {
     dialing: Option<Dialing>,
 }
 
-/// A dial in progress; `None` until it is decided. Its task owns the sender.
+/// How a dial ended; `None` until it is decided. The dial's task owns the sender.
+type Outcome = watch::Receiver<Option<Result<Tunnel, HboneError>>>;
+
+/// A dial in progress.
 struct Dialing {
-    outcome: watch::Receiver<Option<Result<(), HboneError>>>,
+    /// The tunnel's id to be. A dial whose id is not the destination's was given up and has no say any more.
+    id: u64,
+    outcome: Outcome,
     task: tokio::task::AbortHandle,
 }
 
@@ -180,7 +188,11 @@ pub struct KeyStats {
 /// What [`Inner::find`] decided.
 enum Found {
     Slot(Tunnel, Slot),
-    Wait(watch::Receiver<Option<Result<(), HboneError>>>),
+    /// Wait for a dial; `started` on account of this call.
+    Wait {
+        outcome: Outcome,
+        started: bool,
+    },
 }
 
 impl<D: Dialer> Pool<D> {
@@ -192,27 +204,36 @@ impl<D: Dialer> Pool<D> {
     /// Opens a stream to `key`, on a tunnel that has room or on a new one.
     ///
     /// A stream that a reused tunnel certainly did not process (refused, or the tunnel went away under it) is opened once
-    /// more. All callers waiting for one dial share its failure.
+    /// more. All callers waiting for one dial share its failure. Fails with `Overloaded` when the peer allows no streams, or
+    /// so few that [`MAX_DIALS`] or [`MAX_MEAGRE_TUNNELS`] is reached; with `Draining` after [`Self::drain`]; with `Revoked`
+    /// when [`Self::close_where`] matched meanwhile.
     pub async fn open(&self, key: &PoolKey, request: &ConnectRequest) -> Result<(HboneStream, ResponseHead), HboneError> {
         let mut retried = false;
+        let mut dials = 0;
         // Each turn either opens, fails, or waits for a dial; a dial's slots can be taken by others before us.
         for _ in 0..MAX_TURNS {
-            let mut outcome = match self.0.find(key)? {
+            let mut outcome = match self.0.find(key, dials < MAX_DIALS)? {
                 Found::Slot(tunnel, slot) => match tunnel.open_in(slot, request).await {
+                    // Not to be dialed again on account of a caller from before the revocation.
+                    Err(_) if tunnel.is_aborted() => return Err(self.0.closed_meanwhile()),
                     Err(error) if error.unprocessed && !retried => {
                         retried = true;
                         continue;
                     }
                     done => return done,
                 },
-                Found::Wait(outcome) => outcome,
+                Found::Wait { outcome, started } => {
+                    dials += usize::from(started);
+                    outcome
+                }
             };
             let decided = outcome.wait_for(Option::is_some).await.ok().and_then(|outcome| outcome.clone());
             match decided {
-                Some(Ok(())) => {}
+                Some(Ok(tunnel)) if tunnel.is_aborted() => return Err(self.0.closed_meanwhile()),
+                Some(Ok(tunnel)) if tunnel.max_streams() == 0 => return Err(no_streams()),
+                Some(Ok(_)) => {}
                 Some(Err(error)) => return Err(error),
-                // Aborted by `close_where` or by shutdown.
-                None => return Err(HboneError::new(Reason::Revoked, "the tunnel was closed while it was being dialed")),
+                None => return Err(self.0.closed_meanwhile()),
             }
         }
         Err(HboneError::new(Reason::Overloaded, "no tunnel with a free stream"))
@@ -222,26 +243,45 @@ impl<D: Dialer> Pool<D> {
     /// [`crate::StreamError::Tunnel`]. Returns the number of tunnels.
     pub fn close_where(&self, mut matches: impl FnMut(&PoolKey) -> bool) -> usize {
         let mut gone = Vec::new();
-        self.0.state.lock().keys.retain(|key, destination| {
-            let close = matches(key);
-            if close {
-                gone.push(std::mem::take(destination));
-            }
-            !close
-        });
+        let draining = {
+            let mut state = self.0.state.lock();
+            state.keys.retain(|key, destination| {
+                let close = matches(key);
+                if close {
+                    gone.push(std::mem::take(destination));
+                }
+                !close
+            });
+            state.draining.retain(|(_, tunnel)| !tunnel.has_ended());
+            state.draining.extract_if(.., |(key, _)| matches(key)).collect::<Vec<_>>()
+        };
         // Outside the lock: aborting may run a driver's destructor, which calls back.
-        gone.into_iter().map(Destination::abort).sum()
+        for (_, tunnel) in &draining {
+            tunnel.abort();
+        }
+        draining.len() + gone.into_iter().map(Destination::abort).sum::<usize>()
     }
 
-    /// Lets go of every tunnel and opens no more: tunnels end with their last stream.
+    /// Lets go of every tunnel, gives up dials in progress and starts no more: tunnels end with their last stream, or by
+    /// [`Self::close_where`].
     pub fn drain(&self) {
         let keys = {
             let mut state = self.0.state.lock();
             state.closed = true;
-            std::mem::take(&mut state.keys)
+            let keys = std::mem::take(&mut state.keys);
+            for (key, destination) in &keys {
+                let tunnels = destination.tunnels.iter().map(|(_, tunnel)| (key.clone(), tunnel.end_handle()));
+                state.draining.extend(tunnels);
+            }
+            keys
         };
-        for (_, tunnel) in keys.values().flat_map(|destination| &destination.tunnels) {
-            tunnel.close();
+        for destination in keys.into_values() {
+            if let Some(dialing) = destination.dialing {
+                dialing.task.abort();
+            }
+            for (_, tunnel) in destination.tunnels {
+                tunnel.close();
+            }
         }
     }
 
@@ -272,10 +312,41 @@ impl<D: Dialer> Pool<D> {
 }
 
 /// Turns one `open` may take. Each fresh tunnel serves a tunnel's worth of waiters, so this bounds the crowd that may wait
-/// for one destination on one thread, not the number of dials an `open` causes.
+/// for one destination on one thread. Dials are bounded by the next two.
 const MAX_TURNS: usize = 1024;
 
+/// Dials one `open` may start.
+pub const MAX_DIALS: usize = 3;
+
+/// Tunnels per key and pool whose peer allows less than half of [`Settings::client_max_streams`]. Tunnels that take what we
+/// would give them are not limited: there are only as many as our own pod's connections fill.
+pub const MAX_MEAGRE_TUNNELS: usize = 16;
+
+/// Every endpoint would be reached by way of this pool: no use in trying another.
+fn draining() -> HboneError {
+    HboneError { retry: false, ..HboneError::new(Reason::Draining, "the pool is closed") }
+}
+
+/// The peer's SETTINGS_MAX_CONCURRENT_STREAMS is 0.
+fn no_streams() -> HboneError {
+    HboneError::new(Reason::Overloaded, "the peer allows no streams on its tunnels")
+}
+
 impl Destination {
+    /// Whether a dial may be started for a caller that found no slot. `within_share`: it has not started too many.
+    fn may_dial(&self, within_share: bool, settings: &Settings) -> Result<(), HboneError> {
+        let tunnels = self.tunnels.iter().map(|(_, tunnel)| tunnel);
+        // Remembered by the tunnel itself, which goes at its driver's next tick: another dial would meet the same answer.
+        if tunnels.clone().any(|tunnel| tunnel.max_streams() == 0 && tunnel.streams() == 0) {
+            return Err(no_streams());
+        }
+        let meagre = tunnels.filter(|tunnel| tunnel.max_streams() < settings.client_max_streams.div_ceil(2)).count();
+        if !within_share || meagre >= MAX_MEAGRE_TUNNELS {
+            return Err(HboneError::new(Reason::Overloaded, "no tunnel with a free stream, the peer allows few on each"));
+        }
+        Ok(())
+    }
+
     fn abort(self) -> usize {
         if let Some(dialing) = &self.dialing {
             dialing.task.abort();
@@ -288,10 +359,10 @@ impl Destination {
 }
 
 impl<D: Dialer> Inner<D> {
-    fn find(self: &Arc<Self>, key: &PoolKey) -> Result<Found, HboneError> {
+    fn find(self: &Arc<Self>, key: &PoolKey, may_dial: bool) -> Result<Found, HboneError> {
         let mut state = self.state.lock();
         if state.closed {
-            return Err(HboneError::new(Reason::Draining, "the pool is closed"));
+            return Err(draining());
         }
         let destination = match state.keys.entry(key.clone()) {
             Entry::Occupied(entry) => entry.into_mut(),
@@ -299,6 +370,9 @@ impl<D: Dialer> Inner<D> {
         };
         destination.tunnels.retain(|(_, tunnel)| tunnel.is_open());
         let count = destination.tunnels.len();
+        // A dial that ended without a word (its task panicked) must not be waited for for ever.
+        let dialing = destination.dialing.as_ref().filter(|dialing| !dialing.task.is_finished());
+        let dialing = dialing.map(|dialing| dialing.outcome.clone());
         // The emptiest tunnel whose socket takes more; failing that the emptiest at all.
         let best = destination
             .tunnels
@@ -308,49 +382,71 @@ impl<D: Dialer> Inner<D> {
             .min_by_key(|tunnel| (tunnel.is_busy(), tunnel.streams()));
         if let Some((tunnel, slot)) = best.and_then(|tunnel| Some((tunnel.clone(), tunnel.reserve()?))) {
             // Its socket is full and streams wait behind each other: the next ones get a tunnel of their own.
-            let supplement = tunnel.is_busy() && count < self.settings.max_parallel_tunnels && destination.dialing.is_none();
-            if supplement {
+            if tunnel.is_busy() && count < self.settings.max_parallel_tunnels && dialing.is_none() {
                 self.start_dial(&mut state, key);
             }
             return Ok(Found::Slot(tunnel, slot));
         }
-        // A dial that ended without a word (its task panicked) must not be waited for for ever.
-        if let Some(dialing) = destination.dialing.as_ref().filter(|dialing| !dialing.task.is_finished()) {
-            return Ok(Found::Wait(dialing.outcome.clone()));
+        if let Some(outcome) = dialing {
+            return Ok(Found::Wait { outcome, started: false });
         }
-        Ok(Found::Wait(self.start_dial(&mut state, key)))
+        if let Err(error) = destination.may_dial(may_dial, &self.settings) {
+            if count == 0 {
+                state.keys.remove(key);
+            }
+            return Err(error);
+        }
+        Ok(Found::Wait { outcome: self.start_dial(&mut state, key), started: true })
+    }
+
+    /// Why a tunnel or a dial ended by our own doing.
+    fn closed_meanwhile(&self) -> HboneError {
+        if self.state.lock().closed {
+            return draining();
+        }
+        // Unlike an established connection that is cut, this one was not judged: an attempt from the start is, by the
+        // configuration and the certificates of then.
+        HboneError { retry: true, ..HboneError::new(Reason::Revoked, "the tunnel was closed while the stream was being opened") }
     }
 
     /// Dials on a task of its own, so that a waiter that gives up takes nobody else's dial with it.
-    fn start_dial(self: &Arc<Self>, state: &mut State, key: &PoolKey) -> watch::Receiver<Option<Result<(), HboneError>>> {
+    fn start_dial(self: &Arc<Self>, state: &mut State, key: &PoolKey) -> Outcome {
         let (decide, outcome) = watch::channel(None);
         let id = state.next_id;
         state.next_id += 1;
         let pool = Arc::clone(self);
         let dialed = key.clone();
         let task = tokio::spawn(async move {
-            let result = pool.dial(&dialed, id).await;
-            decide.send_replace(Some(result));
+            // Given up: its waiters learn it from the dropped sender.
+            if let Some(result) = pool.dial(&dialed, id).await {
+                decide.send_replace(Some(result));
+            }
         })
         .abort_handle();
         if let Some(destination) = state.keys.get_mut(key) {
-            destination.dialing = Some(Dialing { outcome: outcome.clone(), task });
+            destination.dialing = Some(Dialing { id, outcome: outcome.clone(), task });
         }
         outcome
     }
 
-    async fn dial(self: &Arc<Self>, key: &PoolKey, id: u64) -> Result<(), HboneError> {
+    /// `None` when the pool was drained or the key closed meanwhile, also if another dial to it is under way by now: an
+    /// abort does not stop a task in the middle of a turn.
+    async fn dial(self: &Arc<Self>, key: &PoolKey, id: u64) -> Option<Result<Tunnel, HboneError>> {
         let result = self.connect(key, id).await;
         let mut state = self.state.lock();
-        // Gone when the pool was drained or the key closed meanwhile: then the tunnel has no owner and ends.
-        let Some(destination) = state.keys.get_mut(key) else {
-            return result.map(|tunnel| tunnel.close());
+        let wanted = state.keys.get_mut(key).filter(|found| found.dialing.as_ref().is_some_and(|dialing| dialing.id == id));
+        let Some(destination) = wanted else {
+            drop(state);
+            if let Ok(tunnel) = result {
+                tunnel.abort();
+            }
+            return None;
         };
         destination.dialing = None;
-        match result {
+        Some(match result {
             Ok(tunnel) if tunnel.is_open() => {
-                destination.tunnels.push((id, tunnel));
-                Ok(())
+                destination.tunnels.push((id, tunnel.clone()));
+                Ok(tunnel)
             }
             result => {
                 let error = result.err().unwrap_or_else(|| {
@@ -361,7 +457,7 @@ impl<D: Dialer> Inner<D> {
                 }
                 Err(error)
             }
-        }
+        })
     }
 
     async fn connect(self: &Arc<Self>, key: &PoolKey, id: u64) -> Result<Tunnel, HboneError> {

@@ -26,6 +26,8 @@ pub(crate) struct Shared {
     limit: AtomicUsize,
     bytes_in: AtomicU64,
     send_blocked: AtomicBool,
+    /// Ended by its owner, not by the peer or an accident.
+    aborted: AtomicBool,
     /// Number of the running bandwidth probe; streams restart their count when it changes.
     probe: AtomicU32,
     /// Most bytes one stream's reader consumed during the running probe.
@@ -42,6 +44,7 @@ impl Shared {
             limit: AtomicUsize::new(limit),
             bytes_in: AtomicU64::new(0),
             send_blocked: AtomicBool::new(false),
+            aborted: AtomicBool::new(false),
             probe: AtomicU32::new(0),
             peak: AtomicU64::new(0),
             stalled: AtomicBool::new(false),
@@ -82,6 +85,16 @@ impl Shared {
     /// No more slots from now on.
     pub(crate) fn close(&self) {
         self.state.fetch_or(CLOSED, Relaxed);
+    }
+
+    /// No more slots, on the owner's word.
+    pub(crate) fn abort(&self) {
+        self.aborted.store(true, Relaxed);
+        self.close();
+    }
+
+    pub(crate) fn is_aborted(&self) -> bool {
+        self.aborted.load(Relaxed)
     }
 
     /// Closes the tunnel for new streams if it has none; `false` when one was opened in between.
