@@ -3,7 +3,8 @@
 //! Owns the files and what was last good of them. Only documents whose text changed are parsed again; a document that
 //! cannot be parsed costs nothing but itself, and objects its file had before stay as they were. A document that looks
 //! like a security policy and cannot be parsed denies in its namespace; at start, when there is no last good state,
-//! everywhere if not even the namespace can be read. Of two objects with one name the first in path order counts.
+//! everywhere if not even the namespace can be read. Of two objects with one name the first in path order counts; of two
+//! policies with one name that differ, neither: what they bind is denied until one is left.
 //! Upstream: the operator. Downstream: [`crate::translate`].
 
 mod ahead;
@@ -19,11 +20,12 @@ use mesh_model::snapshot::Viewpoint;
 use mesh_model::{Change, Origin};
 
 use crate::diagnostics::{Problem, Severity};
-use crate::translate::{Object, ObjectId, Reader, Settings, Translator};
+use crate::translate::{Object, ObjectId, Reader, Settings, Translator, conflict};
 use crate::yaml::{self, Document, Node, YamlError};
 
 pub use walk::{Found, Stamp, list};
 pub use watch::FolderSource;
+pub(crate) use walk::read as read_text;
 pub(crate) use watch::{follow, on_thread};
 
 type HashMap<K, V> = std::collections::HashMap<K, V, foldhash::fast::RandomState>;
@@ -45,9 +47,13 @@ struct Doc {
     problems: Box<[Problem]>,
     /// Objects it names and that are refused.
     refused: Box<[ObjectId]>,
+    /// Its policies, to compare with others of their names. One word, as most documents have none.
+    policies: Option<Box<Policies>>,
     /// It does not parse.
     broken: bool,
 }
+#[derive(Debug)]
+struct Policies(Box<[Object]>);
 #[derive(Debug, Default)]
 struct File {
     place: Arc<str>,
@@ -66,6 +72,15 @@ type Fresh = HashMap<(usize, usize), Vec<Object>>;
 struct Held {
     place: Arc<str>,
     hash: u64,
+}
+impl Held {
+    /// No document: several say different things.
+    fn conflict() -> Self {
+        Self { place: "".into(), hash: 0 }
+    }
+    fn is_conflict(&self) -> bool {
+        self.place.is_empty()
+    }
 }
 
 /// The folder as a state machine without watching and threads.
@@ -137,7 +152,7 @@ impl Folder {
             duplicates = self.settle(&mut files, fresh);
         } else {
             // Nothing was read, so nothing between the files changed either.
-            walk_problems.extend(self.problems.iter().filter(|p| p.code == Some("duplicate")).cloned());
+            walk_problems.extend(self.problems.iter().filter(|p| matches!(p.code, Some("duplicate" | "conflict"))).cloned());
         }
         self.files = files.into_iter().collect();
         let changes = self.translator.flush();
@@ -182,6 +197,7 @@ impl Folder {
                         ids: [object.id.clone()].into(),
                         problems: Box::default(),
                         refused: Box::default(),
+                        policies: None,
                         broken: true,
                     });
                     self.take_first(vec![object], &place, 0);
@@ -284,10 +300,10 @@ impl Folder {
         let problems = std::mem::take(&mut r.problems);
         let refused = std::mem::take(&mut r.refused);
         let ids = objects.iter().map(|o| o.id.clone()).collect();
-        (
-            Doc { hash, read_line: doc.line, line: doc.line, ids, problems: problems.into(), refused: refused.into(), broken },
-            objects,
-        )
+        let policies: Box<[Object]> = objects.iter().filter(|o| conflict::must_agree(o)).cloned().collect();
+        let policies = (!policies.is_empty()).then(|| Box::new(Policies(policies)));
+        let (problems, refused) = (problems.into(), refused.into());
+        (Doc { hash, read_line: doc.line, line: doc.line, ids, problems, refused, policies, broken }, objects)
     }
 
     /// Brings the translator in line with what the files say; returns the problems of objects that are there twice.
@@ -295,34 +311,44 @@ impl Folder {
         // Which document of which file an object is taken from: the first in path order; kept ones come last.
         let mut winners: HashMap<&ObjectId, Option<(usize, usize)>> =
             HashMap::with_capacity_and_hasher(self.held.len(), foldhash::fast::RandomState::default());
-        let mut duplicates = Vec::new();
+        let mut doubles: Vec<(&ObjectId, (usize, usize), (&File, &Doc))> = Vec::new();
         for (f, (_, file)) in files.iter().enumerate() {
             for (d, doc) in file.docs.iter().enumerate() {
                 for id in &*doc.ids {
                     if let Some(first) = winners.get(id).copied().flatten() {
-                        let other = files.get(first.0).map_or("", |(_, f)| &f.place);
-                        duplicates.push(Problem {
-                            severity: Severity::Error,
-                            origin: Origin { place: Arc::clone(&file.place), line: doc.line, object: id.to_string().into() },
-                            field: "metadata.name".into(),
-                            message: format!("the same object is already written in {other}; this one is not used").into(),
-                            fix: "remove one of them".into(),
-                            code: Some("duplicate"),
-                        });
+                        doubles.push((id, first, (file, doc)));
                     } else {
                         winners.insert(id, Some((f, d)));
                     }
                 }
             }
         }
+        let (conflicts, mut problems) = self.conflicts(files, doubles.iter().map(|(id, ..)| *id).collect());
+        for (id, first, (file, doc)) in doubles.into_iter().filter(|(id, ..)| !conflicts.contains_key(*id)) {
+            let other = files.get(first.0).map_or("", |(_, f)| &f.place);
+            problems.push(Problem {
+                severity: Severity::Error,
+                origin: Origin { place: Arc::clone(&file.place), line: doc.line, object: id.to_string().into() },
+                field: "metadata.name".into(),
+                message: format!("the same object is already written in {other}; this one is not used").into(),
+                fix: "remove one of them".into(),
+                code: Some("duplicate"),
+            });
+        }
         for (_, file) in files.iter() {
             for id in &file.kept {
-                winners.entry(id).or_insert(None);
+                if self.held.get(id).is_some_and(Held::is_conflict) {
+                    // One side of it cannot be read now, which settles nothing.
+                    winners.insert(id, None);
+                } else {
+                    winners.entry(id).or_insert(None);
+                }
             }
         }
         // An object that moved to a document which was not read in this pass must be read from there.
         let mut again: Vec<(usize, usize)> = winners
             .iter()
+            .filter(|(id, _)| !conflicts.contains_key(**id))
             .filter_map(|(id, at)| {
                 let (f, d) = (*at)?;
                 let (_, file) = files.get(f)?;
@@ -337,6 +363,7 @@ impl Folder {
         let gone: Vec<ObjectId> = self.held.keys().filter(|id| !winners.contains_key(*id)).cloned().collect();
         let taken: HashMap<ObjectId, (usize, usize)> = winners
             .iter()
+            .filter(|(id, _)| !conflicts.contains_key(**id))
             .filter_map(|(id, at)| {
                 at.filter(|at| fresh.contains_key(at) || again.binary_search(at).is_ok()).map(|at| ((*id).clone(), at))
             })
@@ -375,7 +402,48 @@ impl Folder {
                 self.translator.upsert(o);
             }
         }
-        duplicates
+        for (id, closed) in conflicts {
+            self.held.insert(id, Held::conflict());
+            self.translator.upsert(closed);
+        }
+        problems
+    }
+
+    /// Of the objects that are there several times, the policies that do not say the same: what stands for them, and a
+    /// complaint at each place.
+    fn conflicts(&self, files: &[(PathBuf, File)], twice: HashSet<&ObjectId>) -> (HashMap<ObjectId, Object>, Vec<Problem>) {
+        let (mut out, mut problems) = (HashMap::default(), Vec::new());
+        if !twice.iter().any(|id| id.kind.is_security()) {
+            return (out, problems);
+        }
+        let mut versions: BTreeMap<&ObjectId, Vec<(Origin, &Object)>> = BTreeMap::new();
+        for doc in files.iter().flat_map(|(_, f)| &f.docs) {
+            for o in doc.policies.iter().flat_map(|p| &*p.0).filter(|o| twice.contains(&o.id)) {
+                let mut at = (*o.origin).clone();
+                at.line = at.line.saturating_add(doc.line).saturating_sub(doc.read_line);
+                versions.entry(&o.id).or_default().push((at, o));
+            }
+        }
+        for (id, versions) in versions {
+            let objects: Vec<&Object> = versions.iter().map(|(_, o)| *o).collect();
+            if !conflict::disagree(&objects) {
+                continue;
+            }
+            let places: Vec<String> = versions.iter().map(|(at, _)| format!("{}:{}", at.place, at.line)).collect();
+            let why = format!("it is written several times with different content ({})", places.join(", "));
+            if let Some(closed) = conflict::closed(&objects, &why, &self.root_namespace) {
+                out.insert(id.clone(), closed);
+                problems.extend(versions.into_iter().map(|(origin, _)| Problem {
+                    severity: Severity::Error,
+                    origin,
+                    field: "metadata.name".into(),
+                    message: format!("{why}; none of them counts, what they bind is closed until one is left").into(),
+                    fix: "remove all but one of them".into(),
+                    code: Some("conflict"),
+                }));
+            }
+        }
+        (out, problems)
     }
 
     /// Istio's root namespace, for tools.

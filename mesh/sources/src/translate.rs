@@ -9,6 +9,7 @@
 
 mod authorization;
 mod build;
+pub(crate) mod conflict;
 mod intern;
 mod istio;
 mod kube;

@@ -212,6 +212,61 @@ fn files_that_cannot_be_read_fail_closed_at_start_only() {
 }
 
 #[test]
+fn policies_that_contradict_each_other_deny_until_one_is_left() {
+    let (allow, deny) = (ap("x", "{rules: [{}]}"), ap("x", "{action: DENY, rules: [{}]}"));
+    // At start and later, in two files, in one, and in a list.
+    let mut d = Dir::new();
+    d.put("a.yaml", &allow).put("b.yaml", &format!("# one\n{deny}"));
+    assert_eq!(d.reload(), ["!Namespace a"]);
+    assert_eq!(d.codes(), BTreeSet::from(["conflict"]));
+    let at: Vec<_> = d.folder.problems().iter().map(|p| (p.origin.place.rsplit('/').next().unwrap(), p.origin.line)).collect();
+    assert_eq!(at, [("a.yaml", 1), ("b.yaml", 2)]);
+    assert!(d.folder.problems().iter().all(|p| p.message.contains("a.yaml:1") && p.message.contains("b.yaml:2")));
+    assert_eq!(d.reload(), [""; 0]);
+    d.put("c.yaml", &pod("p", "10.0.0.1"));
+    assert_eq!((d.reload(), d.codes()), (vec!["+p".to_owned()], BTreeSet::from(["conflict"])));
+    // One side breaks so that even its namespace is lost: that settles nothing.
+    d.put("b.yaml", "kind: AuthorizationPolicy\nmetadata: {namespace: a\n");
+    assert_eq!(d.reload(), [""; 0]);
+    d.put("b.yaml", &deny);
+    d.reload();
+    fs::remove_file(d.dir.path().join("b.yaml")).unwrap();
+    assert_eq!((d.reload(), d.codes().len()), (vec!["+a/x".to_owned()], 0));
+    // The same again, written differently: no conflict.
+    d.put("b.yaml", &allow.replace("{rules: [{}]}", "\n  rules:\n  - {}"));
+    assert_eq!((d.reload(), d.codes()), (vec![], BTreeSet::from(["duplicate"])));
+    d.put("b.yaml", &deny);
+    assert_eq!(d.reload(), ["!Namespace a"]);
+    d.put("b.yaml", "").put("a.yaml", &format!("{allow}---\n{deny}"));
+    d.reload();
+    assert_eq!(d.codes(), BTreeSet::from(["conflict"]));
+    d.put("a.yaml", &deny);
+    assert_eq!(d.reload(), ["+a/x"]);
+    let item = |action: &str| format!("- apiVersion: security.istio.io/v1\n  kind: AuthorizationPolicy\n  metadata: {{name: x, namespace: a}}\n  spec: {{action: {action}, rules: [{{}}]}}\n");
+    d.put("a.yaml", &format!("apiVersion: v1\nkind: List\nitems:\n{}{}", item("ALLOW"), item("DENY")));
+    assert_eq!(d.reload(), ["!Namespace a"]);
+    // What binds nobody does not matter; where they agree on whom they bind, only those are closed.
+    let dry = |spec: &str| ap("x", spec).replace("  name: x\n", "  name: x\n  annotations: {istio.io/dry-run: 'true'}\n");
+    d.put("a.yaml", &dry("{rules: [{}]}")).put("b.yaml", &dry("{action: DENY, rules: [{}]}"));
+    assert_eq!((d.reload(), d.codes()), (vec!["+a/x".to_owned()], BTreeSet::from(["duplicate"])));
+    let one = |action: &str| ap("x", &format!("{{selector: {{matchLabels: {{a: b}}}}, action: {action}, rules: [{{}}]}}"));
+    d.put("a.yaml", &one("ALLOW")).put("b.yaml", &one("DENY"));
+    assert_eq!(d.reload(), ["!Selector a"]);
+
+    let pa = |mode: &str| format!("apiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {{name: d, namespace: a}}\nspec: {{mtls: {{mode: {mode}}}}}\n");
+    let mut e = Dir::new();
+    e.put("a.yaml", &pa("PERMISSIVE")).put("b.yaml", &pa("STRICT")).put("p.yaml", &pod("p", "10.0.0.1"));
+    let changes = e.folder.reload().unwrap();
+    let strict = |changes: &[Change]| changes.iter().find_map(|c| match c {
+        Change::Workload(w) => Some(!w.policies.is_empty()),
+        _ => None,
+    });
+    assert_eq!((strict(&changes), e.codes()), (Some(true), BTreeSet::from(["conflict"])));
+    fs::remove_file(e.dir.path().join("b.yaml")).unwrap();
+    assert_eq!(strict(&e.folder.reload().unwrap()), Some(false));
+}
+
+#[test]
 fn lines_of_problems_follow_the_text() {
     let mut d = Dir::new();
     let bad = ap("x", "{rules: [{from: [{source: {ipBlocks: [nope]}}]}]}");
