@@ -23,9 +23,9 @@ use crate::diagnostics::{Problem, Severity};
 use crate::translate::{Object, ObjectId, Reader, Settings, Translator, conflict};
 use crate::yaml::{self, Document, Node, YamlError};
 
+pub(crate) use walk::read as read_text;
 pub use walk::{Found, Stamp, list};
 pub use watch::FolderSource;
-pub(crate) use walk::read as read_text;
 pub(crate) use watch::{follow, on_thread};
 
 type HashMap<K, V> = std::collections::HashMap<K, V, foldhash::fast::RandomState>;
@@ -64,8 +64,10 @@ struct File {
     /// The file as a whole could not be read.
     problem: Option<Problem>,
 }
+/// A document: number of its file, number in the file.
+type At = (usize, usize);
 /// Objects read in this pass, by file and document.
-type Fresh = HashMap<(usize, usize), Vec<Object>>;
+type Fresh = HashMap<At, Vec<Object>>;
 
 /// Which document an object in force came from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -309,14 +311,14 @@ impl Folder {
     /// Brings the translator in line with what the files say; returns the problems of objects that are there twice.
     fn settle(&mut self, files: &mut [(PathBuf, File)], mut fresh: Fresh) -> Vec<Problem> {
         // Which document of which file an object is taken from: the first in path order; kept ones come last.
-        let mut winners: HashMap<&ObjectId, Option<(usize, usize)>> =
+        let mut winners: HashMap<&ObjectId, Option<At>> =
             HashMap::with_capacity_and_hasher(self.held.len(), foldhash::fast::RandomState::default());
-        let mut doubles: Vec<(&ObjectId, (usize, usize), (&File, &Doc))> = Vec::new();
+        let mut doubles: Vec<(&ObjectId, At, At)> = Vec::new();
         for (f, (_, file)) in files.iter().enumerate() {
             for (d, doc) in file.docs.iter().enumerate() {
                 for id in &*doc.ids {
                     if let Some(first) = winners.get(id).copied().flatten() {
-                        doubles.push((id, first, (file, doc)));
+                        doubles.push((id, first, (f, d)));
                     } else {
                         winners.insert(id, Some((f, d)));
                     }
@@ -324,11 +326,13 @@ impl Folder {
             }
         }
         let (conflicts, mut problems) = self.conflicts(files, doubles.iter().map(|(id, ..)| *id).collect());
-        for (id, first, (file, doc)) in doubles.into_iter().filter(|(id, ..)| !conflicts.contains_key(*id)) {
+        for (id, first, second) in doubles.into_iter().filter(|(id, ..)| !conflicts.contains_key(*id)) {
+            let Some((_, file)) = files.get(second.0) else { continue };
+            let line = file.docs.get(second.1).map_or(0, |d| d.line);
             let other = files.get(first.0).map_or("", |(_, f)| &f.place);
             problems.push(Problem {
                 severity: Severity::Error,
-                origin: Origin { place: Arc::clone(&file.place), line: doc.line, object: id.to_string().into() },
+                origin: Origin { place: Arc::clone(&file.place), line, object: id.to_string().into() },
                 field: "metadata.name".into(),
                 message: format!("the same object is already written in {other}; this one is not used").into(),
                 fix: "remove one of them".into(),
@@ -346,7 +350,7 @@ impl Folder {
             }
         }
         // An object that moved to a document which was not read in this pass must be read from there.
-        let mut again: Vec<(usize, usize)> = winners
+        let mut again: Vec<At> = winners
             .iter()
             .filter(|(id, _)| !conflicts.contains_key(**id))
             .filter_map(|(id, at)| {
@@ -361,7 +365,7 @@ impl Folder {
         again.sort_unstable();
         again.dedup();
         let gone: Vec<ObjectId> = self.held.keys().filter(|id| !winners.contains_key(*id)).cloned().collect();
-        let taken: HashMap<ObjectId, (usize, usize)> = winners
+        let taken: HashMap<ObjectId, At> = winners
             .iter()
             .filter(|(id, _)| !conflicts.contains_key(**id))
             .filter_map(|(id, at)| {
@@ -384,7 +388,7 @@ impl Folder {
                 fresh.insert(at, objects);
             }
         }
-        let mut order: Vec<((usize, usize), Vec<Object>)> = fresh.into_iter().collect();
+        let mut order: Vec<(At, Vec<Object>)> = fresh.into_iter().collect();
         order.sort_by_key(|(at, _)| *at);
         let mut done: HashSet<ObjectId> = HashSet::default();
         for (at, objects) in order {

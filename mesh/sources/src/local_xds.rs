@@ -2,12 +2,14 @@
 //! agent sees them, without Kubernetes objects. For benchmarks and for users who have such a file.
 //!
 //! Strict: unknown fields are refused. A refused workload or service is left out; a refused policy denies in its
-//! namespace. A file that does not parse keeps what it said before, or at start keeps the process from being ready.
+//! namespace; of two policies of one name that differ neither counts, and they deny. A service whose waypoint cannot be
+//! used stays, and refuses: without it, its address would be reached directly. A file that does not parse keeps what it said before, or at start keeps the process from being ready.
 //! Upstream: the operator. Downstream: [`crate::publisher`].
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
 
@@ -24,7 +26,7 @@ use mesh_model::workload::{
 use mesh_model::{Change, Origin};
 
 use crate::diagnostics::{Diagnostics, Problem, Severity};
-use crate::files::MAX_FILE;
+use crate::files::read_text;
 use crate::publisher::ChangeSink;
 use crate::translate::read::{self, Bad, Read};
 use crate::yaml::{self, Node, Value};
@@ -94,11 +96,13 @@ impl Source for LocalXdsSource {
             let mut reload = |sink: &mut ChangeSink| -> Option<bool> {
                 let (place, text) = match &from {
                     From::Text(t) => (Arc::from("LOCAL_XDS"), Ok(t.clone())),
-                    From::File(path) => (Arc::from(path.display().to_string()), read_file(path)),
+                    From::File(path) => (Arc::from(path.display().to_string()), read_text(path)),
                 };
                 let text = match text {
                     Ok(t) => t,
                     Err(e) => {
+                        // So that the complaint goes when the same text is back.
+                        seen = None;
                         diagnostics.replace(vec![problem(&place, 0, "file", &format!("it cannot be read: {e}"))]);
                         return Some(false);
                     }
@@ -128,20 +132,12 @@ impl Source for LocalXdsSource {
                     reload(sink);
                 }
                 From::File(path) => {
-                    let dir = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")).to_path_buf();
-                    crate::files::follow(&dir, probe, || reload(sink));
+                    crate::files::follow(path, probe, || reload(sink));
                 }
             }
         })
         .await
     }
-}
-
-fn read_file(path: &Path) -> std::io::Result<String> {
-    use std::io::Read as _;
-    let mut text = String::new();
-    std::fs::File::open(path)?.take(MAX_FILE).read_to_string(&mut text)?;
-    Ok(text)
 }
 
 fn problem(place: &Arc<str>, line: u32, object: &str, message: &str) -> Problem {
@@ -171,7 +167,10 @@ pub fn parse(text: &str, place: &Arc<str>, view: &Viewpoint) -> Result<Parsed, B
     for node in section("services")? {
         let object = name_of("service", node);
         match service(node, &origin(place, node, &object)) {
-            Ok(s) => insert(&mut out.services, s.key.clone(), s, node, place, &object, &mut out.problems),
+            Ok((s, bad)) => {
+                out.problems.extend(bad.map(|bad| bad.problem(&root, place, &object, Severity::Error)));
+                insert(&mut out.services, s.key.clone(), s, node, place, &object, &mut out.problems);
+            }
             Err(bad) => out.problems.push(bad.problem(&root, place, &object, Severity::Error)),
         }
     }
@@ -200,9 +199,38 @@ pub fn parse(text: &str, place: &Arc<str>, view: &Viewpoint) -> Result<Parsed, B
                 origin: Some(origin(place, node, &object)),
             }
         });
-        insert(&mut out.policies, p.key.clone(), p, node, place, &object, &mut out.problems);
+        match out.policies.entry(p.key.clone()) {
+            Entry::Vacant(free) => drop(free.insert(Arc::new(p))),
+            Entry::Occupied(mut first) => {
+                let places = [first.get(), &p].map(|p: &Policy| p.origin.clone()).into_iter().flatten();
+                let places: Vec<Arc<Origin>> = places.collect();
+                if let Some(closed) = disagree(first.get(), &p, &places) {
+                    let why =
+                        "it is written several times with different content; none of them counts, it denies until one is left";
+                    out.problems.extend(places.iter().map(|at| problem(place, at.line, &object, why)));
+                    first.insert(Arc::new(closed));
+                } else {
+                    out.problems.push(problem(place, node.line, &object, TWICE));
+                }
+            }
+        }
     }
     Ok(out)
+}
+
+const TWICE: &str = "it is written twice; the first counts";
+
+/// What stands for two policies of one name that do not say the same; nothing when they do, or when neither enforces.
+fn disagree(a: &Policy, b: &Policy, places: &[Arc<Origin>]) -> Option<Policy> {
+    let dry = |p: &Policy| matches!(p.body, PolicyBody::Rules { dry_run: true, .. });
+    if (a.scope == b.scope && a.body == b.body) || (dry(a) && dry(b)) {
+        return None;
+    }
+    // The wider one; a workload that names the policy is bound by it whatever its scope.
+    let scope = [Scope::Global, Scope::Namespace].into_iter().find(|s| a.scope == *s || b.scope == *s).unwrap_or(Scope::Selector);
+    let lines: Vec<String> = places.iter().map(|at| at.line.to_string()).collect();
+    let why = format!("it is written several times with different content (lines {})", lines.join(", ")).into();
+    Some(Policy { key: a.key.clone(), scope, body: PolicyBody::Unusable { why }, origin: a.origin.clone() })
 }
 
 fn insert<K: Ord, T>(
@@ -214,10 +242,10 @@ fn insert<K: Ord, T>(
     object: &str,
     problems: &mut Vec<Problem>,
 ) {
-    if let std::collections::btree_map::Entry::Vacant(free) = map.entry(key) {
+    if let Entry::Vacant(free) = map.entry(key) {
         free.insert(Arc::new(value));
     } else {
-        problems.push(problem(place, node.line, object, "it is written twice; the first counts"));
+        problems.push(problem(place, node.line, object, TWICE));
     }
 }
 fn name_of(what: &str, node: &Node<'_>) -> Arc<str> {
@@ -395,7 +423,8 @@ fn workload<'p>(node: &'p Node<'p>, origin: &Arc<Origin>, view: &Viewpoint) -> R
     Ok(w)
 }
 
-fn service<'p>(node: &'p Node<'p>, origin: &Arc<Origin>) -> Read<'p, Service> {
+/// A service, and what is wrong with its waypoints if it has to refuse for that.
+fn service<'p>(node: &'p Node<'p>, origin: &Arc<Origin>) -> Read<'p, (Service, Option<Bad<'p>>)> {
     read::only(
         node,
         &[
@@ -481,20 +510,42 @@ fn service<'p>(node: &'p Node<'p>, origin: &Arc<Origin>) -> Read<'p, Service> {
             .unwrap_or_default(),
         };
     }
-    if let Some(w) = read::map(node, "waypoint")? {
-        s.waypoints.push(WeightedWaypoint { waypoint: gateway(w)?, weight: 100 });
-    }
+    let bad = match waypoints(node) {
+        Ok(list) => {
+            s.waypoints = list;
+            None
+        }
+        Err(mut bad) => {
+            s.waypoint_error = Some(bad.message.as_str().into());
+            bad.message.push_str("; traffic to the service is refused");
+            Some(bad)
+        }
+    };
+    s.origin = Some(Arc::clone(origin));
+    Ok((s, bad))
+}
+fn waypoints<'p>(node: &'p Node<'p>) -> Read<'p, Vec<WeightedWaypoint>> {
     let weighted = read::list(node, "weightedWaypoints")?;
-    if !weighted.is_empty() {
-        s.waypoints.clear();
+    if weighted.is_empty() {
+        let one = read::map(node, "waypoint")?.map(gateway).transpose()?;
+        return Ok(one.map(|waypoint| WeightedWaypoint { waypoint, weight: 100 }).into_iter().collect());
     }
+    let mut out = Vec::new();
     for w in weighted {
         read::only(w, &["destination", "weight"])?;
-        let Some(d) = read::map(w, "destination")? else { return Err(Bad::missing(w, "destination", "a waypoint is needed")) };
-        s.waypoints.push(WeightedWaypoint { waypoint: gateway(d)?, weight: read::number(w, "weight")?.unwrap_or(0) });
+        let Some(d) = read::map(w, "destination")? else {
+            return Err(Bad::missing(w, "destination", "a waypoint is needed"));
+        };
+        let Some(weight) = read::number(w, "weight")? else {
+            return Err(Bad::missing(w, "weight", "each of several waypoints has a weight"));
+        };
+        out.push(WeightedWaypoint { waypoint: gateway(d)?, weight });
     }
-    s.origin = Some(Arc::clone(origin));
-    Ok(s)
+    if out.iter().all(|w| w.weight == 0) {
+        let at = node.get("weightedWaypoints").unwrap_or(node);
+        return Err(Bad::value(at, "the weights of its waypoints sum to zero", "give one of them a weight"));
+    }
+    Ok(out)
 }
 
 fn policy<'p>(node: &'p Node<'p>, origin: &Arc<Origin>) -> Read<'p, Policy> {

@@ -212,10 +212,10 @@ impl<'i> Loader<'i, '_> {
                     self.push(node)?;
                 }
                 Event::SequenceStart(_, anchor, tag) => {
-                    self.open(line, own_tag(tag.as_deref()), Value::Seq(Vec::new()), anchor)?
+                    self.open(line, own_tag(tag.as_deref()), Value::Seq(Vec::new()), anchor)?;
                 }
                 Event::MappingStart(_, anchor, tag) => {
-                    self.open(line, own_tag(tag.as_deref()), Value::Map(Vec::new()), anchor)?
+                    self.open(line, own_tag(tag.as_deref()), Value::Map(Vec::new()), anchor)?;
                 }
                 Event::SequenceEnd | Event::MappingEnd => {
                     if let Some(mut frame) = self.stack.pop() {

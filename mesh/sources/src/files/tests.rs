@@ -242,7 +242,11 @@ fn policies_that_contradict_each_other_deny_until_one_is_left() {
     assert_eq!(d.codes(), BTreeSet::from(["conflict"]));
     d.put("a.yaml", &deny);
     assert_eq!(d.reload(), ["+a/x"]);
-    let item = |action: &str| format!("- apiVersion: security.istio.io/v1\n  kind: AuthorizationPolicy\n  metadata: {{name: x, namespace: a}}\n  spec: {{action: {action}, rules: [{{}}]}}\n");
+    let item = |action: &str| {
+        format!(
+            "- apiVersion: security.istio.io/v1\n  kind: AuthorizationPolicy\n  metadata: {{name: x, namespace: a}}\n  spec: {{action: {action}, rules: [{{}}]}}\n"
+        )
+    };
     d.put("a.yaml", &format!("apiVersion: v1\nkind: List\nitems:\n{}{}", item("ALLOW"), item("DENY")));
     assert_eq!(d.reload(), ["!Namespace a"]);
     // What binds nobody does not matter; where they agree on whom they bind, only those are closed.
@@ -253,14 +257,20 @@ fn policies_that_contradict_each_other_deny_until_one_is_left() {
     d.put("a.yaml", &one("ALLOW")).put("b.yaml", &one("DENY"));
     assert_eq!(d.reload(), ["!Selector a"]);
 
-    let pa = |mode: &str| format!("apiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {{name: d, namespace: a}}\nspec: {{mtls: {{mode: {mode}}}}}\n");
+    let pa = |mode: &str| {
+        format!(
+            "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {{name: d, namespace: a}}\nspec: {{mtls: {{mode: {mode}}}}}\n"
+        )
+    };
     let mut e = Dir::new();
     e.put("a.yaml", &pa("PERMISSIVE")).put("b.yaml", &pa("STRICT")).put("p.yaml", &pod("p", "10.0.0.1"));
     let changes = e.folder.reload().unwrap();
-    let strict = |changes: &[Change]| changes.iter().find_map(|c| match c {
-        Change::Workload(w) => Some(!w.policies.is_empty()),
-        _ => None,
-    });
+    let strict = |changes: &[Change]| {
+        changes.iter().find_map(|c| match c {
+            Change::Workload(w) => Some(!w.policies.is_empty()),
+            _ => None,
+        })
+    };
     assert_eq!((strict(&changes), e.codes()), (Some(true), BTreeSet::from(["conflict"])));
     fs::remove_file(e.dir.path().join("b.yaml")).unwrap();
     assert_eq!(strict(&e.folder.reload().unwrap()), Some(false));

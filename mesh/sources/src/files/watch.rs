@@ -1,9 +1,11 @@
 //! The folder's thread: waits for changes, lets them settle, reads, hands over.
 
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
+use arc_swap::ArcSwap;
 use mesh_model::snapshot::Viewpoint;
 use notify::{RecommendedWatcher, RecursiveMode, Watcher};
 
@@ -78,14 +80,16 @@ pub(crate) async fn on_thread(
     ended.await.map_err(|_| SourceError::Died)
 }
 
-/// Calls `reload` now and whenever something below `root` may have changed, until it says to stop (`None`) or `closed`.
-/// `reload` answers whether `root` could be read.
+/// Calls `reload` now and whenever `root` (a file or folder), or something below it, may have changed, until it says to
+/// stop (`None`) or `closed`. `reload` answers whether `root` could be read.
 pub(crate) fn follow(root: &Path, closed: impl Fn() -> bool, mut reload: impl FnMut() -> Option<bool>) {
+    // As events name it; a folder that is gone while the process starts is found by looking.
+    let root = &std::path::absolute(root).unwrap_or_else(|_| root.to_path_buf());
+    let names = Arc::new(ArcSwap::from_pointee(names_of(root)));
     let (tx, rx) = channel();
+    let told = Arc::clone(&names);
     let mut watcher = match notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
-        // Reading a file is not a change; counting it would make every reload cause the next.
-        let matters = !matches!(&event, Ok(e) if e.kind.is_access());
-        if matters {
+        if event.as_ref().map_or(true, |e| concerns(e, &told.load())) {
             let _ = tx.send(());
         }
     }) {
@@ -97,6 +101,12 @@ pub(crate) fn follow(root: &Path, closed: impl Fn() -> bool, mut reload: impl Fn
     };
     let mut watching = false;
     loop {
+        let now = names_of(root);
+        if now != **names.load() {
+            // A link leads elsewhere now: what is there is not watched yet.
+            names.store(Arc::new(now));
+            watching = false;
+        }
         if !watching {
             watching = watch(watcher.as_mut(), root);
         }
@@ -106,6 +116,29 @@ pub(crate) fn follow(root: &Path, closed: impl Fn() -> bool, mut reload: impl Fn
             return;
         }
     }
+}
+
+/// Paths whose change is a change of `root`: itself, where it leads in the end, and, when it is a link, what that link
+/// goes through beside it (a single file of a Kubernetes volume leads through `..data`, which is swapped).
+fn names_of(root: &Path) -> Vec<PathBuf> {
+    let mut out = vec![root.to_path_buf()];
+    out.extend(root.canonicalize().ok().filter(|real| real != root));
+    let through = root.read_link().ok().and_then(|to| match to.components().next() {
+        Some(Component::Normal(first)) => root.parent().map(|p| p.join(first)),
+        _ => None,
+    });
+    out.extend(through);
+    out
+}
+
+/// Whether an event may be a change of what `names` name. The parent is watched too and may be a busy place.
+fn concerns(event: &notify::Event, names: &[PathBuf]) -> bool {
+    // Reading a file is not a change; counting it would make every reload cause the next.
+    if event.kind.is_access() {
+        return false;
+    }
+    // An event without paths says that events were lost.
+    event.paths.is_empty() || event.need_rescan() || event.paths.iter().any(|p| names.iter().any(|n| p.starts_with(n)))
 }
 
 fn watch(watcher: Option<&mut RecommendedWatcher>, root: &Path) -> bool {
@@ -151,3 +184,6 @@ fn wait(rx: &Receiver<()>, most: Duration, closed: &impl Fn() -> bool) -> bool {
     }
     true
 }
+
+#[cfg(test)]
+mod tests;

@@ -75,3 +75,64 @@ fn mistakes_are_refused_alone_and_policies_deny() {
     assert!(parse("workload: []", &"f".into(), &Viewpoint::default()).is_err());
     assert!(parse("policies: [", &"f".into(), &Viewpoint::default()).is_err());
 }
+
+#[test]
+fn policies_that_contradict_each_other_deny() {
+    let two = |a: &str, b: &str| {
+        let p = read(&format!("policies:\n- {{name: x, namespace: n, {a}}}\n- {{name: x, namespace: n, {b}}}\n"));
+        let policy = Arc::clone(&p.policies[&PolicyKey::new("n", "x")]);
+        (
+            policy.scope,
+            matches!(policy.body, PolicyBody::Unusable { .. }),
+            p.problems.iter().map(|p| p.origin.line).collect::<Vec<_>>(),
+        )
+    };
+    let (allow, deny) = ("scope: Namespace, action: Allow, rules: [[]]", "scope: Namespace, action: Deny, rules: [[]]");
+    assert_eq!(two(allow, deny), (Scope::Namespace, true, vec![2, 3]));
+    assert_eq!(two(allow, "scope: WorkloadSelector, action: Allow, rules: [[]]"), (Scope::Namespace, true, vec![2, 3]));
+    assert_eq!(two("scope: WorkloadSelector, action: Deny", "scope: Global, action: Deny"), (Scope::Global, true, vec![2, 3]));
+    assert_eq!(two(allow, "scope: Namespace, action: Denny"), (Scope::Namespace, true, vec![3, 2, 3]));
+    assert_eq!(two(allow, allow), (Scope::Namespace, false, vec![3]));
+    let dry = |p: &str| format!("{p}, dryRun: true");
+    assert_eq!(two(&dry(allow), &dry(deny)), (Scope::Namespace, false, vec![3]));
+    assert_eq!(two(&dry(allow), deny), (Scope::Namespace, true, vec![2, 3]));
+}
+
+#[test]
+fn a_waypoint_that_cannot_be_used_refuses_and_keeps_the_service() {
+    let one = |waypoints: &str| {
+        let p = read(&format!("services:\n- {{name: s, namespace: n, hostname: h, vips: [/10.0.0.1], {waypoints}}}\n"));
+        let s = Arc::clone(&p.services[&ServiceKey::new("n", "h")]);
+        (s.waypoint_error.as_deref().unwrap_or_default().to_owned(), s.waypoints.len(), p.problems)
+    };
+    let to = "destination: {destination: n/wp}";
+    for (text, why, field) in [
+        (
+            format!("weightedWaypoints: [{{{to}, weight: 1}}, {{{to}}}]"),
+            "has a weight",
+            "services[0].weightedWaypoints[1].weight",
+        ),
+        (
+            format!("weightedWaypoints: [{{{to}, weight: 0}}, {{{to}, weight: 0}}]"),
+            "sum to zero",
+            "services[0].weightedWaypoints",
+        ),
+        (format!("weightedWaypoints: [{{{to}, weight: -1}}]"), "whole number", "services[0].weightedWaypoints[0].weight"),
+        ("waypoint: {destination: oops}".into(), "neither", "services[0].waypoint.destination"),
+    ] {
+        let (error, usable, problems) = one(&text);
+        assert!(error.contains(why) && usable == 0, "{text}: {error}");
+        assert_eq!((problems.len(), &*problems[0].field, problems[0].origin.line), (1, field, 2), "{text}");
+    }
+    let (error, usable, problems) = one(&format!("weightedWaypoints: [{{{to}, weight: 1}}, {{{to}, weight: 0}}]"));
+    assert_eq!((&*error, usable, problems), ("", 2, vec![]));
+    assert_eq!(one("weightedWaypoints: []").1, 0);
+}
+
+#[test]
+fn a_file_beyond_the_limit_is_refused_not_cut() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().set_len(crate::files::MAX_FILE + 1).unwrap();
+    let e = read_text(file.path()).unwrap_err();
+    assert!(e.to_string().contains("are more than"), "{e}");
+}

@@ -155,7 +155,11 @@ fn has_targets<'p>(node: &'p Node<'p>, spec: &'p Node<'p>, namespace: &str) -> R
         return Err(Bad::value(n, "`targetRef` and `targetRefs` cannot both be written", "keep `targetRefs`"));
     }
     if let Some(n) = [one, many].into_iter().flatten().find(|n| n.value == Value::Null) {
-        return Err(Bad::value(n, "the target is written but empty", "name a target, or remove the field to bind the whole namespace"));
+        return Err(Bad::value(
+            n,
+            "the target is written but empty",
+            "name a target, or remove the field to bind the whole namespace",
+        ));
     }
     if let Some(n) = one {
         target(n, namespace)?;
@@ -198,7 +202,10 @@ fn target<'p>(n: &'p Node<'p>, namespace: &str) -> Read<'p, ()> {
     };
     if let Some(want) = want.filter(|w| group != Some(*w)) {
         let message = format!("the group of a {kind} is {want}");
-        return Err(n.get("group").map_or_else(|| Bad::missing(n, "group", message.clone()), |at| Bad::value(at, message.clone(), "correct the group")));
+        return Err(n.get("group").map_or_else(
+            || Bad::missing(n, "group", message.clone()),
+            |at| Bad::value(at, message.clone(), "correct the group"),
+        ));
     }
     match n.get("namespace") {
         Some(at) if !matches!(read::scalar(at)?, ns if ns.is_empty() || ns == namespace) => {

@@ -372,7 +372,11 @@ fn policies_keep_their_scope_and_meaning() {
         + &ap("a", "nothing", "{}")
         + &ap("istio-system", "global", "{action: DENY, rules: [{from: [{source: {namespaces: [bad]}}]}]}")
         + &ap("istio-system", "everywhere", "{selector: {matchLabels: {app: web}}, action: DENY, rules: [{}]}")
-        + &ap("a", "wp", "{targetRefs: [{group: gateway.networking.k8s.io, kind: Gateway, name: w}], action: CUSTOM, provider: {name: x}}")
+        + &ap(
+            "a",
+            "wp",
+            "{targetRefs: [{group: gateway.networking.k8s.io, kind: Gateway, name: w}], action: CUSTOM, provider: {name: x}}",
+        )
         + &ap("a", "audit", "{action: AUDIT}")
         + &ap("a", "dry", "{action: DENY, rules: [{}]}")
             .replace("name: dry,", "name: dry, annotations: {istio.io/dry-run: 'true'},");
@@ -521,13 +525,43 @@ fn malformed_policies_deny_where_they_were_meant_to() {
         ("{targetRefs: }", 5, "spec.targetRefs", "written but empty", Scope::Namespace),
         ("{targetRefs: [x]}", 5, "spec.targetRefs[0]", "expected a mapping", Scope::Namespace),
         ("{targetRefs: [null]}", 5, "spec.targetRefs[0].kind", "has a kind", Scope::Namespace),
-        ("{targetRefs: [{kind: Gateway, group: gateway.networking.k8s.io}]}", 5, "spec.targetRefs[0].name", "has a name", Scope::Namespace),
-        ("{targetRefs: [{kind: Gateway, name: w}]}", 5, "spec.targetRefs[0].group", "gateway.networking.k8s.io", Scope::Namespace),
-        ("{targetRefs: [{kind: ServiceEntry, name: w, group: x}]}", 5, "spec.targetRefs[0].group", "networking.istio.io", Scope::Namespace),
+        (
+            "{targetRefs: [{kind: Gateway, group: gateway.networking.k8s.io}]}",
+            5,
+            "spec.targetRefs[0].name",
+            "has a name",
+            Scope::Namespace,
+        ),
+        (
+            "{targetRefs: [{kind: Gateway, name: w}]}",
+            5,
+            "spec.targetRefs[0].group",
+            "gateway.networking.k8s.io",
+            Scope::Namespace,
+        ),
+        (
+            "{targetRefs: [{kind: ServiceEntry, name: w, group: x}]}",
+            5,
+            "spec.targetRefs[0].group",
+            "networking.istio.io",
+            Scope::Namespace,
+        ),
         ("{targetRefs: [{kind: Service, name: w, nmae: x}]}", 5, "spec.targetRefs[0].nmae", "unknown field", Scope::Namespace),
-        ("{targetRefs: [{kind: Service, name: w, namespace: other}]}", 5, "spec.targetRefs[0].namespace", "own namespace", Scope::Namespace),
+        (
+            "{targetRefs: [{kind: Service, name: w, namespace: other}]}",
+            5,
+            "spec.targetRefs[0].namespace",
+            "own namespace",
+            Scope::Namespace,
+        ),
         ("{targetRef: [{kind: Service, name: w}]}", 5, "spec.targetRef", "expected a mapping", Scope::Namespace),
-        ("{targetRef: {kind: Service, name: w}, targetRefs: [{kind: Service, name: w}]}", 5, "spec.targetRef", "cannot both", Scope::Namespace),
+        (
+            "{targetRef: {kind: Service, name: w}, targetRefs: [{kind: Service, name: w}]}",
+            5,
+            "spec.targetRef",
+            "cannot both",
+            Scope::Namespace,
+        ),
         ("{targetRef: {kind: Service, name: w}, rules: {}}", 5, "spec.rules", "expected a list", Scope::Namespace),
         ("{targetRef: {kind: Service, name: w}, action: DENNY}", 5, "spec.action", "not an action", Scope::Namespace),
     ];
@@ -751,7 +785,8 @@ fn universe() -> Vec<Vec<String>> {
             ap(n, "ap", "{selector: {matchLabels: {app: web}}, rules: [{}]}"),
             ap(n, "ap", "{selector: {matchLabels: {app: db}}, rules: [{x: 1}]}"),
             ap(n, "ap", "{action: DENY}"),
-            ap(n, "ap", "{targetRefs: [{name: x}]}"), ap(n, "ap", "{targetRefs: [{kind: Service, name: x}]}"),
+            ap(n, "ap", "{targetRefs: [{name: x}]}"),
+            ap(n, "ap", "{targetRefs: [{kind: Service, name: x}]}"),
         ]);
         for p in ["pa1", "pa2"] {
             all.push(vec![

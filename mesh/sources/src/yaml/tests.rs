@@ -1,3 +1,5 @@
+use std::fmt::Write as _;
+
 use super::*;
 
 fn one(text: &str) -> Result<Node<'_>, YamlError> {
@@ -47,7 +49,7 @@ fn duplicate_keys_and_bombs_are_refused_with_their_line() {
     let mut bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n".to_owned();
     for i in 1..9 {
         let refs = vec![format!("*a{}", i - 1); 9].join(", ");
-        bomb += &format!("a{i}: &a{i} [{refs}]\n");
+        writeln!(bomb, "a{i}: &a{i} [{refs}]").unwrap();
     }
     assert!(one(&bomb).unwrap_err().message.contains("aliases expand"));
     let deep = "[".repeat(10_000);

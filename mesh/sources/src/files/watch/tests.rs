@@ -1,0 +1,88 @@
+//! Which events count, and that those of a busy parent do not.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
+
+use notify::Event;
+use notify::event::{AccessKind, CreateKind, EventKind, Flag, ModifyKind};
+
+use super::*;
+
+#[test]
+fn events_beside_the_root_do_not_count() {
+    let names = [PathBuf::from("/tmp/conf"), PathBuf::from("/real/conf")];
+    let event = |kind: EventKind, paths: &[&str]| paths.iter().fold(Event::new(kind), |e, p| e.add_path((*p).into()));
+    let changed = EventKind::Modify(ModifyKind::Any);
+    for (e, want) in [
+        (event(changed, &["/tmp/conf"]), true),
+        (event(changed, &["/tmp/conf/sub/a.yaml"]), true),
+        (event(EventKind::Create(CreateKind::File), &["/real/conf/..data"]), true),
+        (event(changed, &["/tmp/other", "/tmp/conf"]), true),
+        (event(changed, &[]), true),
+        (event(EventKind::Other, &["/tmp"]).set_flag(Flag::Rescan), true),
+        (event(changed, &["/tmp/other"]), false),
+        (event(changed, &["/tmp/conf.swp"]), false),
+        (event(changed, &["/tmp"]), false),
+        (event(EventKind::Access(AccessKind::Any), &["/tmp/conf/a.yaml"]), false),
+    ] {
+        assert_eq!(concerns(&e, &names), want, "{e:?}");
+    }
+}
+
+#[test]
+fn a_link_is_known_by_all_its_names() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path().canonicalize().unwrap();
+    fs::create_dir(at.join("..one")).unwrap();
+    fs::write(at.join("..one/x.yaml"), "").unwrap();
+    symlink("..one", at.join("..data")).unwrap();
+    symlink("..data/x.yaml", at.join("x.yaml")).unwrap();
+    assert_eq!(names_of(&at.join("x.yaml")), [at.join("x.yaml"), at.join("..one/x.yaml"), at.join("..data")]);
+    assert_eq!(names_of(&at.join("..one")), [at.join("..one")]);
+    assert_eq!(names_of(&at.join("nowhere")), [at.join("nowhere")]);
+}
+
+/// Follows `root`, telling of each reading, until `work` is done.
+fn following(root: &Path, work: impl FnOnce(&mpsc::Receiver<Instant>)) {
+    let (tx, rx) = mpsc::channel();
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| follow(root, || stop.load(Ordering::Relaxed), || tx.send(Instant::now()).ok().map(|()| true)));
+        // Stops the thread however the work ends.
+        struct Stop<'a>(&'a AtomicBool);
+        impl Drop for Stop<'_> {
+            fn drop(&mut self) {
+                self.0.store(true, Ordering::Relaxed);
+            }
+        }
+        let _stop = Stop(&stop);
+        rx.recv_timeout(Duration::from_secs(20)).expect("the first reading");
+        work(&rx);
+    });
+}
+
+#[test]
+fn a_busy_parent_causes_no_reading_and_a_swapped_link_does() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path();
+    for (d, text) in [("one", "1"), ("two", "2")] {
+        fs::create_dir(at.join(d)).unwrap();
+        fs::write(at.join(d).join("a.yaml"), text).unwrap();
+    }
+    symlink("one", at.join("root")).unwrap();
+    following(&at.join("root"), |rx| {
+        for i in 0..50 {
+            fs::write(at.join(format!("beside-{i}")), "x").unwrap();
+        }
+        // Less than the patrol; nothing tells that an event was *not* counted, but time.
+        assert!(rx.recv_timeout(Duration::from_millis(700)).is_err(), "a reading for what is beside");
+        let soon = PATROL.checked_sub(Duration::from_secs(2)).unwrap();
+        symlink("two", at.join("next")).unwrap();
+        fs::rename(at.join("next"), at.join("root")).unwrap();
+        rx.recv_timeout(soon).expect("a reading for the swap");
+        fs::write(at.join("two/a.yaml"), "3").unwrap();
+        rx.recv_timeout(soon).expect("a reading for a change below the new target");
+    });
+}
