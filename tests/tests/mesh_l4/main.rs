@@ -52,10 +52,7 @@ const TESTS: &[Test<Mesh>] = &[
     test("live_connections_are_listed", telling::live_connections_are_listed),
     test("a_thousand_silent_connections_stop_nobody", hostile::a_thousand_silent_connections_stop_nobody),
     test("ten_thousand_silent_connections_stop_nobody", hostile::ten_thousand_silent_connections_stop_nobody),
-    test(
-        "half_made_handshakes_from_many_addresses_stop_nobody",
-        hostile::half_made_handshakes_from_many_addresses_stop_nobody,
-    ),
+    test("half_made_handshakes_from_many_addresses_stop_nobody", hostile::half_made_handshakes_from_many_addresses_stop_nobody),
     test("a_peer_that_stops_after_tls_is_ended", hostile::a_peer_that_stops_after_tls_is_ended),
     test("hundreds_of_connections_at_once", load::hundreds_of_connections_at_once),
     test("connections_leave_nothing_open", load::connections_leave_nothing_open),
