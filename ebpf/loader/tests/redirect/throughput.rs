@@ -79,19 +79,30 @@ fn send_over(mut stream: TcpStream) -> f64 {
 #[test]
 fn bulk_data_arrives_whole() {
     require_root!("bulk_data_arrives_whole");
-    let net = Topology::new();
-    sink(&net.host, 8080);
-    sink(&net.pod, 9090);
     let ways = [
-        ("out v4", &net.pod, SERVICE4, 8080),
-        ("out v6", &net.pod, SERVICE6, 8080),
-        ("in v4", &net.host, POD4, 9090),
-        ("in v6", &net.host, POD6, 9090),
+        ("out v4", false, SERVICE4, 8080),
+        ("out v6", false, SERVICE6, 8080),
+        ("in v4", true, POD4, 9090),
+        ("in v6", true, POD6, 9090),
     ];
-    let direct = ways.map(|(_, netns, to, port)| send(netns, SocketAddr::new(ip(to), port)));
+    let served = || {
+        let net = Topology::new();
+        sink(&net.host, 8080);
+        sink(&net.pod, 9090);
+        net
+    };
+    let client =
+        |net: &Topology, inbound, to, port| send(if inbound { &net.host } else { &net.pod }, SocketAddr::new(ip(to), port));
+    // In a topology of its own: the last segment of a direct connection, seen after the attach, is one of an older connection
+    // and rightly counted as such, which the last line below must be able to rule out.
+    let direct = {
+        let net = served();
+        ways.map(|(_, inbound, to, port)| client(&net, inbound, to, port))
+    };
+    let net = served();
     let agent = Agent::start(&net.pod);
-    for ((name, netns, to, port), direct) in ways.into_iter().zip(direct) {
-        let captured = send(netns, SocketAddr::new(ip(to), port));
+    for ((name, inbound, to, port), direct) in ways.into_iter().zip(direct) {
+        let captured = client(&net, inbound, to, port);
         agent.next();
         eprintln!("MEASURED: {name}: direct {direct:.2} Gbit/s, captured and relayed {captured:.2} Gbit/s");
         assert!(captured > 0.05, "{name}: {captured:.3} Gbit/s is a cliff");
