@@ -1,4 +1,7 @@
 //! Changes: the only way knowledge enters the model.
+use crate::l7::destination::Destination;
+use crate::l7::gateway::{GatewayKey, GatewayRoutes};
+use crate::l7::route::RouteTable;
 pub use crate::origin::Origin;
 use crate::policy::{Policy, PolicyKey};
 use crate::service::{Service, ServiceKey};
@@ -20,6 +23,18 @@ pub enum Change {
     Policy(Arc<Policy>),
     /// A policy went.
     PolicyGone(PolicyKey),
+    /// The routes of a service appeared or changed.
+    Routes(ServiceKey, Arc<RouteTable>),
+    /// A service has no routes of its own any more.
+    RoutesGone(ServiceKey),
+    /// What is said about reaching a service appeared or changed.
+    Destination(Arc<Destination>),
+    /// Nothing is said about reaching a service any more.
+    DestinationGone(ServiceKey),
+    /// A gateway's listeners or their routes appeared or changed.
+    Gateway(Arc<GatewayRoutes>),
+    /// A gateway went.
+    GatewayGone(GatewayKey),
     /// The locality of our own node became known or changed (endpoint preferences are ranked from it).
     OwnLocality(Locality),
 }

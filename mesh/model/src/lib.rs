@@ -13,6 +13,8 @@ pub mod gateway;
 pub mod id;
 pub mod inbound;
 pub mod known;
+pub mod l7;
+pub mod labels;
 pub mod lb;
 pub mod origin;
 pub mod plan;

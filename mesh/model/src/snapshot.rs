@@ -8,6 +8,9 @@ use crate::addr::{Network, NetworkAddr};
 use crate::change::Change;
 use crate::id::{SpiffeId, TrustDomain};
 use crate::known::Known;
+use crate::l7::destination::Destination;
+use crate::l7::gateway::{GatewayKey, GatewayRoutes};
+use crate::l7::route::RouteTable;
 use crate::lb::{Endpoint, EndpointSet};
 use crate::policy::{Policy, PolicyKey};
 use crate::policy_index::PolicyIndex;
@@ -48,6 +51,12 @@ pub struct Snapshot {
     /// Identities in use, by what they are made of.
     identities: Shards<Account, SharedIdentity>,
     policies: PolicyIndex,
+    /// Routes of services that have any.
+    routes: Shards<ServiceKey, Arc<RouteTable>>,
+    /// How services are reached, where something is said about it.
+    destinations: Shards<ServiceKey, Arc<Destination>>,
+    /// Gateways that face the outside.
+    gateways: Shards<GatewayKey, Arc<GatewayRoutes>>,
 }
 /// Trust domain, namespace, service account.
 type Account = (TrustDomain, Arc<str>, Arc<str>);
@@ -182,6 +191,9 @@ impl Snapshot {
             cidr_lengths: Arc::default(),
             identities: Shards::default(),
             policies: PolicyIndex::default(),
+            routes: Shards::default(),
+            destinations: Shards::default(),
+            gateways: Shards::default(),
         }
     }
     /// Its version.
@@ -206,6 +218,24 @@ impl Snapshot {
                 Change::ServiceGone(key) => next.take_service(key),
                 Change::Policy(p) => next.policies.put(p),
                 Change::PolicyGone(key) => next.policies.take(key),
+                Change::Routes(key, table) => {
+                    next.routes.insert(key.clone(), Arc::clone(table));
+                }
+                Change::RoutesGone(key) => {
+                    next.routes.remove(key);
+                }
+                Change::Destination(d) => {
+                    next.destinations.insert(d.key.clone(), Arc::clone(d));
+                }
+                Change::DestinationGone(key) => {
+                    next.destinations.remove(key);
+                }
+                Change::Gateway(g) => {
+                    next.gateways.insert(g.key.clone(), Arc::clone(g));
+                }
+                Change::GatewayGone(key) => {
+                    next.gateways.remove(key);
+                }
                 Change::OwnLocality(l) => {
                     if next.view.locality != *l {
                         Arc::make_mut(&mut next.view).locality = l.clone();
@@ -436,6 +466,30 @@ impl Snapshot {
             None => Box::new(std::iter::empty()),
         }
     }
+    /// The routes of a service, if it has any of its own.
+    pub fn find_routes(&self, service: &ServiceKey) -> Option<&Arc<RouteTable>> {
+        self.routes.get(service)
+    }
+    /// What is said about reaching a service.
+    pub fn find_destination(&self, service: &ServiceKey) -> Option<&Arc<Destination>> {
+        self.destinations.get(service)
+    }
+    /// A gateway.
+    pub fn find_gateway(&self, key: &GatewayKey) -> Option<&Arc<GatewayRoutes>> {
+        self.gateways.get(key)
+    }
+    /// All routes, in no order (admin, never the data path).
+    pub fn routes(&self) -> impl Iterator<Item = (&ServiceKey, &Arc<RouteTable>)> {
+        self.routes.iter()
+    }
+    /// All destinations, in no order.
+    pub fn destinations(&self) -> impl Iterator<Item = &Arc<Destination>> {
+        self.destinations.values()
+    }
+    /// All gateways, in no order.
+    pub fn gateways(&self) -> impl Iterator<Item = &Arc<GatewayRoutes>> {
+        self.gateways.values()
+    }
     /// The endpoint set of a service, also of one that has not arrived yet (its endpoints are staged).
     pub fn endpoint_set(&self, service: &ServiceKey) -> Option<&EndpointSet> {
         self.services.get(service).map(|b| &b.endpoints)
@@ -471,6 +525,9 @@ impl Snapshot {
         }
         lines.extend(self.identities.iter().map(|(_, i)| format!("identity {:?} of {}", i.expect, i.users)));
         lines.push(format!("lengths {:?}", self.cidr_lengths));
+        lines.extend(self.routes.iter().map(|(key, table)| format!("routes {key} {table:?}")));
+        lines.extend(self.destinations.values().map(|d| format!("destination {d:?}")));
+        lines.extend(self.gateways.values().map(|g| format!("gateway {g:?}")));
         self.policies.dump(&mut lines);
         lines.sort_unstable();
         lines.join("\n")

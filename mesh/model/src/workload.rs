@@ -3,6 +3,7 @@ use crate::addr::Network;
 use crate::gateway::ServiceKey;
 pub use crate::gateway::{GatewayDestination, GatewayRef};
 use crate::id::{IdError, SpiffeId, TrustDomain};
+use crate::labels::Labels;
 use crate::origin::Origin;
 use crate::policy::PolicyKey;
 use std::net::IpAddr;
@@ -113,6 +114,8 @@ pub struct Workload {
     pub application_tunnel: Option<ApplicationTunnel>,
     /// Network namespace of the pod, when a folder names it (`culvert.dev/netns`).
     pub netns: Option<Arc<str>>,
+    /// Labels, which subsets of a DestinationRule select by.
+    pub labels: Labels,
     /// Where the object came from.
     pub origin: Option<Arc<Origin>>,
 }
@@ -209,6 +212,7 @@ impl Workload {
             network_gateway: None,
             application_tunnel: None,
             netns: None,
+            labels: Labels::default(),
             origin: None,
         }
     }

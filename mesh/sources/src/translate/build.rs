@@ -254,6 +254,7 @@ impl Translator {
             network_gateway: None,
             application_tunnel: None,
             netns: None,
+            labels: labels.clone(),
             origin: None,
         }
     }

@@ -8,33 +8,7 @@ use mesh_model::policy::PolicyKey;
 use mesh_model::service::ServiceKey;
 use mesh_model::workload::{PortMap, ServicePorts};
 
-/// A sorted set of labels, or of the labels a selector asks for; equal sets share memory.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Labels(Arc<[(Arc<str>, Arc<str>)]>);
-impl Default for Labels {
-    fn default() -> Self {
-        Self(Arc::from([]))
-    }
-}
-impl Labels {
-    /// The value of a label.
-    pub fn get(&self, key: &str) -> Option<&Arc<str>> {
-        self.0.binary_search_by(|(k, _)| (**k).cmp(key)).ok().and_then(|i| self.0.get(i)).map(|(_, v)| v)
-    }
-    /// No labels.
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-    /// The pairs, sorted by key.
-    pub fn iter(&self) -> impl Iterator<Item = &(Arc<str>, Arc<str>)> {
-        self.0.iter()
-    }
-    /// Whether, as a selector, this selects an object with `labels`. The empty selector selects everything; callers
-    /// for which it selects nothing (Services) check first.
-    pub fn select(&self, labels: &Labels) -> bool {
-        self.0.iter().all(|(k, v)| labels.get(k).is_some_and(|have| have == v))
-    }
-}
+pub use mesh_model::labels::Labels;
 
 type NamedPorts = Arc<[(Arc<str>, u16)]>;
 
@@ -55,18 +29,11 @@ impl Interner {
         Arc::clone(self.texts.get_or_insert_with(s, |s| Arc::from(s)))
     }
     /// The shared copy of a label set; the last of equal keys wins (keys are unique in a parsed mapping).
-    pub fn labels(&mut self, mut pairs: Vec<(Arc<str>, Arc<str>)>) -> Labels {
-        pairs.sort_by(|a, b| a.0.cmp(&b.0));
-        pairs.dedup_by(|b, a| {
-            a.0 == b.0 && {
-                a.1 = Arc::clone(&b.1);
-                true
-            }
-        });
-        if let Some(have) = self.labels.get(&Labels(pairs.as_slice().into())) {
+    pub fn labels(&mut self, pairs: Vec<(Arc<str>, Arc<str>)>) -> Labels {
+        let new = Labels::of(pairs);
+        if let Some(have) = self.labels.get(&new) {
             return have.clone();
         }
-        let new = Labels(pairs.into());
         self.labels.insert(new.clone());
         new
     }
@@ -102,7 +69,7 @@ impl Interner {
         }
         self.services.retain(|s| !s.is_unshared());
         self.policies.retain(|p| Arc::strong_count(p) > 1);
-        self.labels.retain(|l| Arc::strong_count(&l.0) > 1);
+        self.labels.retain(|l| !l.is_unshared());
         self.named.retain(|p| Arc::strong_count(p) > 1);
         self.ports.retain(|p| Arc::strong_count(p) > 1);
         self.texts.retain(|t| Arc::strong_count(t) > 1);

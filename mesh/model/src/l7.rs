@@ -1,0 +1,17 @@
+//! Layer 7: what a waypoint or gateway does with one HTTP request or one TCP connection. Pure, like everything here.
+//!
+//! Two halves. *What to do* comes from routes ([`route`]: VirtualService and Gateway API, one compiled form with their
+//! different matching rules kept apart); *how to reach it* from destinations ([`destination`]: DestinationRule and
+//! BackendTLSPolicy). Everything is compiled when it is translated: no regular expression is built, no weight is summed and
+//! no header name is parsed while a request waits. Upstream: `mesh-sources`. Downstream: the waypoint's phases.
+
+pub mod destination;
+pub mod gateway;
+pub mod headers;
+pub mod route;
+pub mod text;
+
+pub use destination::{Destination, TrafficPolicy};
+pub use gateway::GatewayRoutes;
+pub use route::{Backend, HttpRoute, HttpRule, RequestFacts, RouteTable};
+pub use text::{Pattern, StringMatch};

@@ -1,0 +1,321 @@
+//! How a destination is reached: DestinationRule (spec/waypoint §3.3) and BackendTLSPolicy, merged and resolved per port
+//! and subset when translated.
+use crate::gateway::ServiceKey;
+use crate::labels::Labels;
+use crate::origin::Origin;
+use http::header::HeaderName;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Everything said about reaching one service.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Destination {
+    /// Service.
+    pub key: ServiceKey,
+    /// For ports and subsets that say nothing of their own.
+    pub policy: Arc<TrafficPolicy>,
+    /// By port.
+    pub ports: BTreeMap<u16, Arc<TrafficPolicy>>,
+    /// By name.
+    pub subsets: BTreeMap<Arc<str>, Subset>,
+    /// The objects it was made from.
+    pub origins: Vec<Arc<Origin>>,
+    /// Set when an object for this host could not be understood: traffic to it is refused (503) with this text.
+    pub broken: Option<Arc<str>>,
+}
+/// A named part of a service's endpoints.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Subset {
+    /// Labels its endpoints have.
+    pub labels: Labels,
+    /// For ports that say nothing of their own.
+    pub policy: Arc<TrafficPolicy>,
+    /// By port.
+    pub ports: BTreeMap<u16, Arc<TrafficPolicy>>,
+}
+impl Destination {
+    /// The policy for a port, in a subset or not. An unknown subset has none: it has no endpoints either.
+    pub fn policy(&self, subset: Option<&str>, port: u16) -> Option<&Arc<TrafficPolicy>> {
+        match subset {
+            None => Some(self.ports.get(&port).unwrap_or(&self.policy)),
+            Some(name) => {
+                let subset = self.subsets.get(name)?;
+                Some(subset.ports.get(&port).unwrap_or(&subset.policy))
+            }
+        }
+    }
+}
+
+/// How to balance, how much to open, when to eject, what to speak.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TrafficPolicy {
+    /// Balancing.
+    pub balance: Balance,
+    /// Locality preferences.
+    pub locality: LocalityPolicy,
+    /// Slow start of new endpoints.
+    pub warmup: Option<Warmup>,
+    /// Pool limits.
+    pub pool: PoolLimits,
+    /// Ejection of misbehaving endpoints.
+    pub outlier: Option<OutlierPolicy>,
+    /// TLS towards the endpoint (inside the mesh's tunnel where there is one).
+    pub tls: Option<Arc<UpstreamTls>>,
+    /// PROXY protocol header in front of the connection.
+    pub proxy_protocol: Option<ProxyVersion>,
+    /// Retry budget.
+    pub retry_budget: Option<RetryBudget>,
+}
+impl Default for TrafficPolicy {
+    fn default() -> Self {
+        Self {
+            balance: Balance::default(),
+            locality: LocalityPolicy::default(),
+            warmup: None,
+            pool: PoolLimits::default(),
+            outlier: None,
+            tls: None,
+            proxy_protocol: None,
+            retry_budget: None,
+        }
+    }
+}
+/// Balancing algorithm.
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
+pub enum Balance {
+    /// Least requests of two drawn endpoints (Istio's default; also `LEAST_CONN`).
+    #[default]
+    LeastRequest,
+    /// In turn, weighted.
+    RoundRobin,
+    /// Drawn, weighted.
+    Random,
+    /// The destination the client addressed.
+    Passthrough,
+    /// By a hash of the request.
+    Hash {
+        /// Which ring.
+        algorithm: HashAlgorithm,
+        /// What is hashed; the first that is there counts.
+        key: HashKey,
+    },
+}
+/// Consistent hashing table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HashAlgorithm {
+    /// Ring with at least this many points (Istio's default 1024).
+    Ring(u32),
+    /// Maglev with this table size, a prime (Istio's default 65537).
+    Maglev(u32),
+}
+/// What a consistent hash is taken of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum HashKey {
+    /// A header.
+    Header(HeaderName),
+    /// A cookie, set by us when it is missing and `ttl` is given.
+    Cookie {
+        /// Name.
+        name: Arc<str>,
+        /// Path attribute.
+        path: Option<Arc<str>>,
+        /// Lifetime; zero: a session cookie. `None`: never made by us.
+        ttl: Option<Duration>,
+    },
+    /// The client's address.
+    SourceIp,
+    /// A query parameter.
+    Query(Arc<str>),
+}
+/// Locality preferences of a DestinationRule (the Service's own are in [`crate::service::LoadBalancing`]).
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
+pub struct LocalityPolicy {
+    /// `enabled: false`: all endpoints alike, whatever the mesh says.
+    pub disabled: bool,
+    /// `distribute`: from our locality (may end in `*`) to shares per locality, which sum to 100.
+    pub distribute: Vec<(Arc<str>, Vec<(Arc<str>, u32)>)>,
+    /// `failover`: from region, to region.
+    pub failover: Vec<(Arc<str>, Arc<str>)>,
+    /// `failoverPriority`: labels, or `label=value`, in order.
+    pub priority: Vec<(Arc<str>, Option<Arc<str>>)>,
+}
+/// Slow start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Warmup {
+    /// Until the full share.
+    pub duration: Duration,
+    /// Share at the start, percent (10 by default).
+    pub minimum_percent: u32,
+    /// Curve × 1000 (1000: linear).
+    pub aggression_milli: u32,
+}
+/// Limits of the connections and requests towards one destination, for the whole process.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PoolLimits {
+    /// Connections; `u32::MAX`: no limit.
+    pub max_connections: u32,
+    /// TCP connect limit (10 s).
+    pub connect_timeout: Duration,
+    /// Keepalive probes, idle time, interval; `None`: the kernel's.
+    pub keepalive: Option<TcpKeepalive>,
+    /// A connection is not used for longer than this.
+    pub max_connection_duration: Option<Duration>,
+    /// Idle limit of TCP connections through us; `None`: no limit (Envoy: one hour, which cuts long-lived connections).
+    pub tcp_idle_timeout: Option<Duration>,
+    /// Requests that may wait for a connection.
+    pub max_pending: u32,
+    /// Requests under way.
+    pub max_requests: u32,
+    /// Requests per connection; 0: no limit.
+    pub max_requests_per_connection: u32,
+    /// Retries under way.
+    pub max_retries: u32,
+    /// Idle limit of pooled HTTP connections (one hour).
+    pub http_idle_timeout: Option<Duration>,
+    /// `h2UpgradePolicy: UPGRADE`: HTTP/2 towards the endpoint whatever the client spoke.
+    pub h2_upgrade: bool,
+    /// `useClientProtocol`.
+    pub use_client_protocol: bool,
+    /// Streams per HTTP/2 connection.
+    pub max_concurrent_streams: u32,
+}
+impl Default for PoolLimits {
+    fn default() -> Self {
+        Self {
+            max_connections: u32::MAX,
+            connect_timeout: Duration::from_secs(10),
+            keepalive: None,
+            max_connection_duration: None,
+            tcp_idle_timeout: None,
+            max_pending: u32::MAX,
+            max_requests: u32::MAX,
+            max_requests_per_connection: 0,
+            max_retries: u32::MAX,
+            http_idle_timeout: Some(Duration::from_hours(1)),
+            h2_upgrade: false,
+            use_client_protocol: false,
+            max_concurrent_streams: (1 << 31) - 1,
+        }
+    }
+}
+/// TCP keepalive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TcpKeepalive {
+    /// Probes before giving up.
+    pub probes: u32,
+    /// Idle time before the first.
+    pub time: Duration,
+    /// Between probes.
+    pub interval: Duration,
+}
+/// Outlier detection.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OutlierPolicy {
+    /// Answers of 5xx (and what counts as one) in a row that eject; 0: off.
+    pub consecutive_5xx: u32,
+    /// 502, 503, 504 in a row; 0: off.
+    pub consecutive_gateway: u32,
+    /// Failures of our own making (connect, reset, timeout) in a row, when `split_external_local`; 0: off.
+    pub consecutive_local: u32,
+    /// Failures of our own making are counted apart.
+    pub split_external_local: bool,
+    /// How often ejected hosts are looked at.
+    pub interval: Duration,
+    /// Times the number of ejections is how long one lasts.
+    pub base_ejection: Duration,
+    /// Longest ejection (Envoy: 300 s, or the base if that is longer).
+    pub max_ejection: Duration,
+    /// Share of the hosts that may be ejected at a time, percent; one always may.
+    pub max_ejection_percent: u32,
+    /// Below this share of healthy hosts (percent) ejection is ignored; 0: never.
+    pub min_health_percent: u32,
+}
+impl Default for OutlierPolicy {
+    fn default() -> Self {
+        Self {
+            consecutive_5xx: 5,
+            consecutive_gateway: 0,
+            consecutive_local: 5,
+            split_external_local: false,
+            interval: Duration::from_secs(10),
+            base_ejection: Duration::from_secs(30),
+            max_ejection: Duration::from_mins(5),
+            max_ejection_percent: 10,
+            min_health_percent: 0,
+        }
+    }
+}
+/// TLS towards an endpoint.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct UpstreamTls {
+    /// SNI and, unless `sans` says otherwise, the name to verify; `None`: the host of the request.
+    pub sni: Option<Arc<str>>,
+    /// Accepted names of the peer; empty: `sni`.
+    pub sans: Vec<Arc<str>>,
+    /// Whom to trust.
+    pub roots: Roots,
+    /// Our certificate, for mutual TLS.
+    pub client: Option<ClientCertificate>,
+    /// `insecureSkipVerify`.
+    pub skip_verify: bool,
+    /// ALPN to offer; empty: by what is spoken.
+    pub alpn: Vec<Arc<str>>,
+}
+/// Whom TLS trusts.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Roots {
+    /// The system's.
+    System,
+    /// A PEM file.
+    File(Arc<str>),
+    /// PEM text (a ConfigMap's `ca.crt`, a Secret's).
+    Pem(Arc<str>),
+    /// The CA that is named is not there: nothing is trusted, and the text says why.
+    Missing(Arc<str>),
+}
+/// A client certificate.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum ClientCertificate {
+    /// Paths of PEM files.
+    Files {
+        /// Certificate chain.
+        chain: Arc<str>,
+        /// Key.
+        key: Arc<str>,
+    },
+    /// PEM text, from a Secret.
+    Pem(KeyPair),
+    /// What is named is not there.
+    Missing(Arc<str>),
+}
+/// A certificate chain and its key as PEM text.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub struct KeyPair {
+    /// Certificate chain.
+    pub chain: Arc<str>,
+    /// Private key.
+    pub key: Arc<str>,
+}
+impl std::fmt::Debug for KeyPair {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // Never the key.
+        f.debug_struct("KeyPair").field("chain_bytes", &self.chain.len()).finish_non_exhaustive()
+    }
+}
+/// PROXY protocol version.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ProxyVersion {
+    /// Text.
+    V1,
+    /// Binary.
+    V2,
+}
+/// Retries under way, at most this share of the requests under way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RetryBudget {
+    /// Percent × 100 (2000: 20 %).
+    pub percent_hundredths: u32,
+    /// Always allowed (3).
+    pub min_concurrency: u32,
+}

@@ -1,0 +1,9 @@
+//! The layer 7 half of Culvert: takes tunnels from node agents, does HTTP, and carries each request on to the endpoint it
+//! chose. The same program is the ingress and the egress gateway.
+//!
+//! Upstream: node agents (port 15008), or clients outside the mesh (gateway listeners). Downstream: the node agents of the
+//! endpoints, or plain endpoints outside the mesh. What happens to one request is in `exchange`, phase by phase.
+#![forbid(unsafe_code)]
+
+pub mod body;
+pub mod upstream;

@@ -1,0 +1,2 @@
+//! `waypoint`: see the library.
+fn main() {}
