@@ -10,13 +10,23 @@
 mod authorization;
 mod build;
 pub(crate) mod conflict;
+#[allow(clippy::unnecessary_wraps, reason = "the readers come next")]
+mod destination_rule;
+#[allow(dead_code, clippy::unnecessary_wraps, clippy::unused_self, reason = "the readers come next")]
+mod gateway_api;
 mod intern;
 mod istio;
 mod kube;
+#[allow(dead_code, reason = "used by the readers that come next")]
+mod layer7;
 mod object;
 mod peer;
+#[allow(dead_code, reason = "used by the readers that come next")]
+mod pem;
 pub(crate) mod read;
 mod selector;
+#[allow(clippy::unnecessary_wraps, reason = "the readers come next")]
+mod virtual_service;
 mod waypoint;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -33,6 +43,7 @@ pub use object::{Body, Kind, Object, ObjectId, Reader};
 pub use peer::STATIC_STRICT;
 
 use crate::diagnostics::Problem;
+use layer7::Layer7;
 use object::{
     AuthorizationPolicy, EndpointSlice, Gateway, GatewayClass, KubeService, Mode, Namespace, PeerAuthentication, Pod,
     ServiceEntry, WorkloadEntry,
@@ -47,10 +58,13 @@ type HashSet<K> = std::collections::HashSet<K, foldhash::fast::RandomState>;
 pub struct Settings {
     /// Namespaces whose pods are never enrolled by label. The root namespace always is one of them.
     pub excluded_namespaces: Vec<String>,
+    /// Whether routes, destinations and gateways are translated too: for waypoints and gateways. Without, their kinds are
+    /// accepted and ignored, and cost nothing.
+    pub layer7: bool,
 }
 impl Default for Settings {
     fn default() -> Self {
-        Self { excluded_namespaces: vec!["kube-system".into()] }
+        Self { excluded_namespaces: vec!["kube-system".into()], layer7: false }
     }
 }
 
@@ -155,6 +169,8 @@ pub struct Translator {
     pod_type: Arc<str>,
     dirty: Dirty,
     problems: BTreeMap<ObjectId, Vec<Problem>>,
+    /// Everything about routes and destinations; `None` where nobody asks for it.
+    layer7: Option<Box<Layer7>>,
 }
 
 impl Translator {
@@ -184,13 +200,15 @@ impl Translator {
             // The first flush looks at everything once instead of marking each object.
             dirty: Dirty { all: true, ..Dirty::default() },
             problems: BTreeMap::new(),
+            layer7: settings.layer7.then(Box::default),
         }
     }
 
     /// A reader that shares this translator's text.
     pub fn reader(&mut self, place: Arc<str>) -> Reader<'_> {
         let root = Arc::clone(&self.view.root_namespace);
-        Reader::new(&mut self.pool, place, root)
+        let domain = Arc::clone(&self.view.cluster_domain);
+        Reader::new(&mut self.pool, place, root, domain, self.layer7.is_some())
     }
 
     /// Problems between objects (a missing waypoint, a shadowed ServiceEntry) as of the last flush.
@@ -198,7 +216,8 @@ impl Translator {
         self.problems.values().flatten()
     }
 
-    /// Takes an object in, or replaces the one of the same id.
+    /// Takes an object in, or replaces the one of the same id. What stands in for an object that could not be read
+    /// ([`Object::is_stand_in`]) does not replace a good one: that stays in force until it is corrected or removed.
     pub fn upsert(&mut self, object: Object) {
         self.set(&object.id, Some((object.body, object.origin)));
     }
@@ -346,6 +365,23 @@ impl Translator {
                     self.dirty.selected.extend(selectors.map(|s| (reach.clone(), s)));
                 }
             }
+            (
+                Kind::VirtualService
+                | Kind::DestinationRule
+                | Kind::HttpRoute
+                | Kind::GrpcRoute
+                | Kind::TcpRoute
+                | Kind::TlsRoute
+                | Kind::BackendTlsPolicy
+                | Kind::ReferenceGrant
+                | Kind::Secret
+                | Kind::ConfigMap,
+                new,
+            ) => {
+                if let Some(layer7) = &mut self.layer7 {
+                    layer7.set(id, new);
+                }
+            }
             (Kind::Unreadable, new) => {
                 let space = self.spaces.entry(Arc::clone(&ns)).or_default();
                 match new {
@@ -471,6 +507,7 @@ impl Translator {
         self.flush_policies(&dirty, &mut changes);
         self.flush_services(&dirty, &mut changes);
         self.flush_workloads(&dirty, &mut pool, &mut changes);
+        self.flush_layer7(&dirty, &mut changes);
         if dirty.all || !dirty.gateways.is_empty() || !dirty.namespaces.is_empty() {
             self.check_namespaces();
         }
@@ -665,6 +702,9 @@ impl Translator {
         for key in keys {
             let (new, id, problems) = self.build_service(&key);
             self.note_problems(id, problems);
+            if let Some(layer7) = &mut self.layer7 {
+                layer7.touch_service(&key);
+            }
             match new {
                 Some(s) => {
                     if self.services_out.get(&key).is_none_or(|old| **old != s) {
@@ -754,6 +794,15 @@ impl Translator {
                 }
             }
         }
+    }
+
+    /// Routes and destinations; after the services, which they name.
+    fn flush_layer7(&mut self, dirty: &Dirty, changes: &mut Vec<Change>) {
+        let Some(mut layer7) = self.layer7.take() else { return };
+        for (id, problems) in layer7.flush(self, dirty, changes) {
+            self.note_problems(id, problems);
+        }
+        self.layer7 = Some(layer7);
     }
 
     fn note_problems(&mut self, id: ObjectId, problems: Vec<Problem>) {
@@ -869,7 +918,7 @@ impl Space {
 /// Reads and translates any bytes, for fuzzing: whatever they are, this returns.
 pub fn fuzz_yaml(bytes: &[u8]) -> (Vec<Change>, Vec<Problem>) {
     let text = String::from_utf8_lossy(bytes);
-    let mut t = Translator::new(Viewpoint::default(), &Settings::default());
+    let mut t = Translator::new(Viewpoint::default(), &Settings { layer7: true, ..Settings::default() });
     let (mut ids, mut problems) = (Vec::new(), Vec::new());
     for doc in crate::yaml::documents(&text) {
         let mut r = t.reader("fuzz".into());

@@ -48,7 +48,7 @@ impl Destination {
 }
 
 /// How to balance, how much to open, when to eject, what to speak.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct TrafficPolicy {
     /// Balancing.
     pub balance: Balance,
@@ -66,20 +66,6 @@ pub struct TrafficPolicy {
     pub proxy_protocol: Option<ProxyVersion>,
     /// Retry budget.
     pub retry_budget: Option<RetryBudget>,
-}
-impl Default for TrafficPolicy {
-    fn default() -> Self {
-        Self {
-            balance: Balance::default(),
-            locality: LocalityPolicy::default(),
-            warmup: None,
-            pool: PoolLimits::default(),
-            outlier: None,
-            tls: None,
-            proxy_protocol: None,
-            retry_budget: None,
-        }
-    }
 }
 /// Balancing algorithm.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
@@ -134,12 +120,14 @@ pub struct LocalityPolicy {
     /// `enabled: false`: all endpoints alike, whatever the mesh says.
     pub disabled: bool,
     /// `distribute`: from our locality (may end in `*`) to shares per locality, which sum to 100.
-    pub distribute: Vec<(Arc<str>, Vec<(Arc<str>, u32)>)>,
+    pub distribute: Vec<(Arc<str>, Shares)>,
     /// `failover`: from region, to region.
     pub failover: Vec<(Arc<str>, Arc<str>)>,
     /// `failoverPriority`: labels, or `label=value`, in order.
     pub priority: Vec<(Arc<str>, Option<Arc<str>>)>,
 }
+/// Localities (may end in `*`) and their percentages.
+pub type Shares = Vec<(Arc<str>, u32)>;
 /// Slow start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Warmup {

@@ -52,6 +52,12 @@ impl Dir {
                         format!("-{k}")
                     }
                 }
+                Change::Routes(k, t) => format!("{}routes {k}", if t.broken.is_some() { "!" } else { "+" }),
+                Change::RoutesGone(k) => format!("-routes {k}"),
+                Change::Destination(d) => format!("{}destination {}", if d.broken.is_some() { "!" } else { "+" }, d.key),
+                Change::DestinationGone(k) => format!("-destination {k}"),
+                Change::Gateway(g) => format!("+gateway {}", g.key),
+                Change::GatewayGone(k) => format!("-gateway {k}"),
                 Change::OwnLocality(_) => "locality".into(),
             })
             .collect();

@@ -12,8 +12,12 @@ use mesh_model::policy::Policy;
 use mesh_model::service::{AppProtocol, IpFamilies};
 use mesh_model::workload::Locality;
 
+use super::destination_rule::{self, DestinationRule};
+use super::gateway_api::{self, GatewayApiObject};
 use super::intern::{Interner, Labels};
+use super::pem::{self, PemEntries};
 use super::read::{self, Bad, Read};
+use super::virtual_service::{self, VirtualService};
 use super::{authorization, istio, kube, peer};
 use crate::diagnostics::{Problem, Severity};
 use crate::yaml::{Node, Value};
@@ -43,6 +47,26 @@ pub enum Kind {
     WorkloadEntry,
     /// core/v1 Pod.
     Pod,
+    /// networking.istio.io VirtualService (layer 7 only, as all below).
+    VirtualService,
+    /// networking.istio.io DestinationRule.
+    DestinationRule,
+    /// Gateway API HTTPRoute.
+    HttpRoute,
+    /// Gateway API GRPCRoute.
+    GrpcRoute,
+    /// Gateway API TCPRoute.
+    TcpRoute,
+    /// Gateway API TLSRoute.
+    TlsRoute,
+    /// Gateway API BackendTLSPolicy.
+    BackendTlsPolicy,
+    /// Gateway API ReferenceGrant.
+    ReferenceGrant,
+    /// core/v1 Secret.
+    Secret,
+    /// core/v1 ConfigMap.
+    ConfigMap,
     /// A security document that could not be read at all.
     Unreadable,
 }
@@ -61,6 +85,16 @@ impl Kind {
             Self::EndpointSlice => "EndpointSlice",
             Self::WorkloadEntry => "WorkloadEntry",
             Self::Pod => "Pod",
+            Self::VirtualService => "VirtualService",
+            Self::DestinationRule => "DestinationRule",
+            Self::HttpRoute => "HTTPRoute",
+            Self::GrpcRoute => "GRPCRoute",
+            Self::TcpRoute => "TCPRoute",
+            Self::TlsRoute => "TLSRoute",
+            Self::BackendTlsPolicy => "BackendTLSPolicy",
+            Self::ReferenceGrant => "ReferenceGrant",
+            Self::Secret => "Secret",
+            Self::ConfigMap => "ConfigMap",
             Self::Unreadable => "Unreadable",
         }
     }
@@ -103,6 +137,16 @@ pub struct Object {
     /// Content.
     pub body: Body,
 }
+impl Object {
+    /// Whether it only stands for an object that could not be read, and closes what that was about.
+    pub fn is_stand_in(&self) -> bool {
+        match &self.body {
+            Body::VirtualService(v) => v.broken.is_some(),
+            Body::DestinationRule(d) => d.broken.is_some(),
+            _ => false,
+        }
+    }
+}
 /// Content of an [`Object`].
 #[derive(Clone, Debug, PartialEq)]
 #[expect(missing_docs, reason = "each variant carries the struct of its own name")]
@@ -118,6 +162,12 @@ pub enum Body {
     EndpointSlice(EndpointSlice),
     WorkloadEntry(Box<WorkloadEntry>),
     Pod(Pod),
+    VirtualService(Box<VirtualService>),
+    DestinationRule(Box<DestinationRule>),
+    /// Routes, BackendTLSPolicies and ReferenceGrants.
+    GatewayApi(Box<GatewayApiObject>),
+    /// PEM entries of a Secret or ConfigMap.
+    Pem(PemEntries),
     /// A policy that denies in place of a document that could not be read.
     Unreadable(Arc<Policy>),
 }
@@ -430,6 +480,30 @@ pub struct Reader<'a> {
     /// Objects that were refused although it is clear which they are: what they said before may stay in force.
     pub refused: Vec<ObjectId>,
     pub(crate) object: Arc<str>,
+    /// DNS domain of Kubernetes services, for short host names.
+    #[allow(dead_code, reason = "used by the readers that come next")]
+    pub(super) cluster_domain: Arc<str>,
+    /// Whether the kinds of layer 7 are read.
+    pub(super) layer7: bool,
+}
+
+/// Kinds that say what waypoints and gateways do with requests. Read only where there is one to listen.
+fn layer7_kind(kind: &str) -> Option<(Kind, &'static str)> {
+    const ISTIO: &str = "networking.istio.io";
+    const GATEWAY_API: &str = "gateway.networking.k8s.io";
+    Some(match kind {
+        "VirtualService" => (Kind::VirtualService, ISTIO),
+        "DestinationRule" => (Kind::DestinationRule, ISTIO),
+        "HTTPRoute" => (Kind::HttpRoute, GATEWAY_API),
+        "GRPCRoute" => (Kind::GrpcRoute, GATEWAY_API),
+        "TCPRoute" => (Kind::TcpRoute, GATEWAY_API),
+        "TLSRoute" => (Kind::TlsRoute, GATEWAY_API),
+        "BackendTLSPolicy" => (Kind::BackendTlsPolicy, GATEWAY_API),
+        "ReferenceGrant" => (Kind::ReferenceGrant, GATEWAY_API),
+        "Secret" => (Kind::Secret, ""),
+        "ConfigMap" => (Kind::ConfigMap, ""),
+        _ => return None,
+    })
 }
 
 /// Istio and Gateway API kinds that are for waypoints or the control plane.
@@ -498,8 +572,14 @@ const NOT_FOR_MESH: &[&str] = &[
 
 impl<'a> Reader<'a> {
     /// A reader for one file or source.
-    pub fn new(pool: &'a mut Interner, place: Arc<str>, root_namespace: Arc<str>) -> Self {
-        Self { pool, problems: Vec::new(), place, root_namespace, refused: Vec::new(), object: "".into() }
+    pub(super) fn new(
+        pool: &'a mut Interner,
+        place: Arc<str>,
+        root_namespace: Arc<str>,
+        cluster_domain: Arc<str>,
+        layer7: bool,
+    ) -> Self {
+        Self { pool, problems: Vec::new(), place, root_namespace, refused: Vec::new(), object: "".into(), cluster_domain, layer7 }
     }
 
     /// Whether the root of a document is a `List` whose items the YAML loader hands out one by one.
@@ -547,6 +627,20 @@ impl<'a> Reader<'a> {
             Kind::WorkloadEntry => istio::workload_entry_object(self, node).map(|w| Body::WorkloadEntry(Box::new(w))),
             Kind::Gateway => istio::gateway(self, node).map(|g| Body::Gateway(Box::new(g))),
             Kind::GatewayClass => istio::gateway_class(self, node).map(Body::GatewayClass),
+            Kind::VirtualService => virtual_service::read(self, node, &id, &origin).map(|v| Body::VirtualService(Box::new(v))),
+            Kind::DestinationRule => destination_rule::read(self, node, &id).map(|d| Body::DestinationRule(Box::new(d))),
+            Kind::HttpRoute
+            | Kind::GrpcRoute
+            | Kind::TcpRoute
+            | Kind::TlsRoute
+            | Kind::BackendTlsPolicy
+            | Kind::ReferenceGrant => match gateway_api::read(self, node, &id, &origin) {
+                Ok(Some(object)) => Ok(Body::GatewayApi(Box::new(object))),
+                Ok(None) => return None,
+                Err(bad) => Err(bad),
+            },
+            Kind::Secret => pem::secret(node).map(Body::Pem),
+            Kind::ConfigMap => pem::config_map(node).map(Body::Pem),
             Kind::Unreadable => return None,
         };
         match body {
@@ -602,21 +696,31 @@ impl<'a> Reader<'a> {
             }
             "Gateway" => (Kind::Gateway, "gateway.networking.k8s.io"),
             "GatewayClass" => (Kind::GatewayClass, "gateway.networking.k8s.io"),
-            k if NOT_FOR_AGENT.contains(&k) => {
-                self.note(node, "accepted; it is for waypoints, the node agent does not use it");
-                return Ok(None);
-            }
-            k if NOT_FOR_MESH.contains(&k) => return Ok(None),
-            k => {
-                let at = node.get("kind").unwrap_or(node);
-                return Err(Bad {
-                    at,
-                    missing: None,
-                    message: format!("unknown kind `{k}`"),
-                    fix: "correct the kind, or move the file out of the folder",
-                    code: "unknown-kind",
-                });
-            }
+            k => match layer7_kind(k).filter(|_| self.layer7) {
+                Some(found) => found,
+                None if NOT_FOR_AGENT.contains(&k) => {
+                    self.note(
+                        node,
+                        if self.layer7 {
+                            "accepted; this proxy does not use it"
+                        } else {
+                            "accepted; it is for waypoints, the node agent does not use it"
+                        },
+                    );
+                    return Ok(None);
+                }
+                None if NOT_FOR_MESH.contains(&k) => return Ok(None),
+                None => {
+                    let at = node.get("kind").unwrap_or(node);
+                    return Err(Bad {
+                        at,
+                        missing: None,
+                        message: format!("unknown kind `{k}`"),
+                        fix: "correct the kind, or move the file out of the folder",
+                        code: "unknown-kind",
+                    });
+                }
+            },
         };
         let version_ok = node.get("apiVersion").and_then(Node::text).is_some_and(|api| {
             let (g, v) = api.split_once('/').unwrap_or(("", api));
@@ -644,7 +748,7 @@ impl<'a> Reader<'a> {
     pub(crate) fn report(&mut self, root: &Node<'_>, bad: &Bad<'_>, severity: Severity) {
         self.problems.push(bad.problem(root, &self.place, &self.object, severity));
     }
-    fn note(&mut self, node: &Node<'_>, message: &str) {
+    pub(super) fn note(&mut self, node: &Node<'_>, message: &str) {
         self.problems.push(Problem {
             severity: Severity::Note,
             origin: Origin { place: Arc::clone(&self.place), line: node.line, object: Arc::clone(&self.object) },

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use mesh_model::l7::{Destination, GatewayRoutes, RouteTable};
 use mesh_model::policy::{Action, PolicyBody, Scope, TextMatch};
 use mesh_model::service::{AppProtocol, HealthPolicy, LbMode, LbScope};
 use mesh_model::workload::{GatewayDestination, Health, NetworkMode, Protocol};
@@ -16,6 +17,9 @@ struct State {
     workloads: BTreeMap<String, Arc<Workload>>,
     services: BTreeMap<String, Arc<Service>>,
     policies: BTreeMap<String, Arc<Policy>>,
+    routes: BTreeMap<String, Arc<RouteTable>>,
+    destinations: BTreeMap<String, Arc<Destination>>,
+    gateways: BTreeMap<String, Arc<GatewayRoutes>>,
     own: Option<Locality>,
 }
 impl State {
@@ -28,6 +32,12 @@ impl State {
                 Change::ServiceGone(k) => drop(self.services.remove(&k.to_string())),
                 Change::Policy(p) => drop(self.policies.insert(p.key.to_string(), p)),
                 Change::PolicyGone(k) => drop(self.policies.remove(&k.to_string())),
+                Change::Routes(k, t) => drop(self.routes.insert(k.to_string(), t)),
+                Change::RoutesGone(k) => drop(self.routes.remove(&k.to_string())),
+                Change::Destination(d) => drop(self.destinations.insert(d.key.to_string(), d)),
+                Change::DestinationGone(k) => drop(self.destinations.remove(&k.to_string())),
+                Change::Gateway(g) => drop(self.gateways.insert(g.key.to_string(), g)),
+                Change::GatewayGone(k) => drop(self.gateways.remove(&k.to_string())),
                 Change::OwnLocality(l) => self.own = Some(l),
             }
         }

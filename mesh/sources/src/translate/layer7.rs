@@ -1,0 +1,478 @@
+//! The join of layer 7: which routes and which destination each service has, from every object that speaks of it.
+//!
+//! Owns the objects of layer 7 (VirtualService, DestinationRule, Gateway API routes, the Secrets and ConfigMaps they name),
+//! what was made of them, and which result depends on which object, so that a change is followed by exactly the results
+//! it touches. One [`RouteTable`] per service: VirtualServices first, then Gateway API rules. Readers are in
+//! `virtual_service`, `destination_rule`, `gateway_api`; none of them looks at another object except through [`Join`],
+//! which remembers what was asked for. Upstream: [`super::object`]. Downstream: `mesh_model::snapshot`.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use mesh_model::l7::destination::Destination;
+use mesh_model::l7::gateway::{GatewayKey, GatewayRoutes};
+use mesh_model::l7::route::{
+    Backend, BackendRef, ClusterKey, Dialect, Forward, HttpAction, HttpMatch, HttpRoute, HttpRule, RetryPolicy, RouteTable,
+};
+use mesh_model::service::{Service, ServiceKey};
+use mesh_model::{Change, Origin};
+
+use super::destination_rule::{self, DestinationRule};
+use super::gateway_api::{self, GatewayApi};
+use super::object::{Body, Kind, ObjectId};
+use super::pem::PemEntries;
+use super::virtual_service::{self, VirtualService};
+use super::{Dirty, HashMap, Name, Slot, Translator};
+use crate::diagnostics::{Problem, Severity};
+
+/// Something made here from several objects.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(super) enum Output {
+    /// The routes of a service.
+    Routes(ServiceKey),
+    /// How a service is reached.
+    Destination(ServiceKey),
+    /// The listeners of a Gateway and their routes.
+    Gateway(GatewayKey),
+    /// Whether an object has any effect; makes problems only.
+    Check(ObjectId),
+}
+
+/// What an output was made from, beside what is found by its own name.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(super) enum Need {
+    /// The services of this host name.
+    Host(Arc<str>),
+    /// This object, there or not. Namespaces count too (their labels).
+    Object(ObjectId),
+    /// All objects of a kind in a namespace.
+    All(Kind, Arc<str>),
+}
+
+/// What must be made again.
+#[derive(Debug, Default)]
+pub(super) struct Touched {
+    outputs: BTreeSet<Output>,
+    needs: BTreeSet<Need>,
+    /// Hosts of VirtualServices and DestinationRules, wildcards included.
+    routes_of: BTreeSet<Arc<str>>,
+    destinations_of: BTreeSet<Arc<str>>,
+}
+impl Touched {
+    /// One output.
+    pub(super) fn output(&mut self, output: Output) {
+        self.outputs.insert(output);
+    }
+    /// Every output that asked for this.
+    pub(super) fn need(&mut self, need: Need) {
+        self.needs.insert(need);
+    }
+}
+
+/// The objects of layer 7.
+#[derive(Debug, Default)]
+pub(super) struct Objects {
+    pub(super) virtual_services: BTreeMap<Name, Slot<VirtualService>>,
+    /// VirtualServices by each of their hosts.
+    by_host: HashMap<Arc<str>, BTreeSet<Name>>,
+    pub(super) destination_rules: BTreeMap<Name, Slot<DestinationRule>>,
+    /// Names of DestinationRules by namespace and host.
+    rules_by_host: HashMap<Name, BTreeSet<Arc<str>>>,
+    pub(super) secrets: BTreeMap<Name, Slot<PemEntries>>,
+    pub(super) config_maps: BTreeMap<Name, Slot<PemEntries>>,
+    pub(super) gateway_api: GatewayApi,
+}
+
+/// See the module.
+#[derive(Debug, Default)]
+pub(super) struct Layer7 {
+    objects: Objects,
+    touched: Touched,
+    needs: HashMap<Output, Vec<Need>>,
+    needed_by: HashMap<Need, BTreeSet<Output>>,
+    routes_out: HashMap<ServiceKey, Arc<RouteTable>>,
+    destinations_out: HashMap<ServiceKey, Arc<Destination>>,
+    gateways_out: HashMap<GatewayKey, Arc<GatewayRoutes>>,
+}
+
+impl Layer7 {
+    /// Takes an object in or forgets it.
+    pub(super) fn set(&mut self, id: &ObjectId, new: Option<(Body, Arc<Origin>)>) {
+        let (objects, touched) = (&mut self.objects, &mut self.touched);
+        let name: Name = (Arc::clone(&id.namespace), Arc::clone(&id.name));
+        match id.kind {
+            Kind::VirtualService => {
+                let new = match new {
+                    Some((Body::VirtualService(v), origin)) => Some(Slot { obj: *v, origin }),
+                    _ => None,
+                };
+                let old = objects.virtual_services.get(&name);
+                if same_or_stand_in(old, new.as_ref(), |v| v.broken.is_some()) {
+                    return;
+                }
+                let old_hosts = old.map(|s| s.obj.hosts.clone()).unwrap_or_default();
+                let new_hosts = new.as_ref().map(|s| s.obj.hosts.clone()).unwrap_or_default();
+                for host in &old_hosts {
+                    forget(&mut objects.by_host, host, &name);
+                }
+                for host in &new_hosts {
+                    objects.by_host.entry(Arc::clone(host)).or_default().insert(name.clone());
+                }
+                touched.routes_of.extend(old_hosts.into_iter().chain(new_hosts));
+                touched.output(Output::Check(id.clone()));
+                touched.need(Need::Object(id.clone()));
+                put(&mut objects.virtual_services, name, new);
+            }
+            Kind::DestinationRule => {
+                let new = match new {
+                    Some((Body::DestinationRule(d), origin)) => Some(Slot { obj: *d, origin }),
+                    _ => None,
+                };
+                let old = objects.destination_rules.get(&name);
+                if same_or_stand_in(old, new.as_ref(), |d| d.broken.is_some()) {
+                    return;
+                }
+                let old_host = old.map(|s| Arc::clone(&s.obj.host));
+                let new_host = new.as_ref().map(|s| Arc::clone(&s.obj.host));
+                if let Some(host) = &old_host {
+                    forget(&mut objects.rules_by_host, &(Arc::clone(&name.0), Arc::clone(host)), &name.1);
+                }
+                if let Some(host) = &new_host {
+                    let at = (Arc::clone(&name.0), Arc::clone(host));
+                    objects.rules_by_host.entry(at).or_default().insert(Arc::clone(&name.1));
+                }
+                touched.destinations_of.extend(old_host.into_iter().chain(new_host));
+                touched.output(Output::Check(id.clone()));
+                put(&mut objects.destination_rules, name, new);
+            }
+            Kind::Secret | Kind::ConfigMap => {
+                let map = if id.kind == Kind::Secret { &mut objects.secrets } else { &mut objects.config_maps };
+                let new = match new {
+                    Some((Body::Pem(obj), origin)) => Some(Slot { obj, origin }),
+                    _ => None,
+                };
+                if map.get(&name).map(|s| &s.obj) != new.as_ref().map(|s| &s.obj) {
+                    touched.need(Need::Object(id.clone()));
+                }
+                put(map, name, new);
+            }
+            _ => {
+                let new = match new {
+                    Some((Body::GatewayApi(obj), origin)) => Some((*obj, origin)),
+                    _ => None,
+                };
+                objects.gateway_api.set(id, new, touched);
+                touched.need(Need::Object(id.clone()));
+                touched.need(Need::All(id.kind, Arc::clone(&id.namespace)));
+            }
+        }
+    }
+
+    /// A service is about to be looked at: it, its waypoint, or what it is made of may have changed.
+    pub(super) fn touch_service(&mut self, key: &ServiceKey) {
+        self.touched.output(Output::Routes(key.clone()));
+        self.touched.output(Output::Destination(key.clone()));
+        self.touched.need(Need::Host(Arc::clone(&key.hostname)));
+    }
+
+    /// Makes again what was touched; hands out the difference, and the problems of each output.
+    pub(super) fn flush(&mut self, t: &Translator, dirty: &Dirty, changes: &mut Vec<Change>) -> Vec<(ObjectId, Vec<Problem>)> {
+        let outputs = self.outputs(t, dirty);
+        let mut all_problems = Vec::with_capacity(outputs.len());
+        for output in outputs {
+            let mut join = Join { t, objects: &self.objects, needs: BTreeSet::new(), problems: Vec::new() };
+            match &output {
+                Output::Routes(key) => {
+                    let new = join.routes(key).map(Arc::new);
+                    replace(&mut self.routes_out, key, new, changes, |t| Change::Routes(key.clone(), t), Change::RoutesGone);
+                }
+                Output::Destination(key) => {
+                    let new = join.destination(key).map(Arc::new);
+                    replace(&mut self.destinations_out, key, new, changes, Change::Destination, Change::DestinationGone);
+                }
+                Output::Gateway(key) => {
+                    let new = gateway_api::gateway(&mut join, key).map(Arc::new);
+                    replace(&mut self.gateways_out, key, new, changes, Change::Gateway, Change::GatewayGone);
+                }
+                Output::Check(id) => join.check(id),
+            }
+            let Join { needs, problems, .. } = join;
+            all_problems.push((output.problems_id(), problems));
+            self.remember(output, needs);
+        }
+        all_problems
+    }
+
+    /// Everything to be made again, in a fixed order.
+    fn outputs(&mut self, t: &Translator, dirty: &Dirty) -> BTreeSet<Output> {
+        let touched = std::mem::take(&mut self.touched);
+        let mut outputs = touched.outputs;
+        if dirty.all {
+            for key in t.services_out.keys() {
+                outputs.insert(Output::Routes(key.clone()));
+                outputs.insert(Output::Destination(key.clone()));
+            }
+            outputs.extend(t.gateways.keys().map(gateway_output));
+            return outputs;
+        }
+        let keys_of = |pattern: &Arc<str>| -> Vec<ServiceKey> {
+            if pattern.starts_with('*') {
+                t.services_out.keys().filter(|k| covers(pattern, &k.hostname)).cloned().collect()
+            } else {
+                let namespaces = t.hosts_out.get(pattern).into_iter().flatten();
+                namespaces.map(|ns| ServiceKey { namespace: Arc::clone(ns), hostname: Arc::clone(pattern) }).collect()
+            }
+        };
+        outputs.extend(touched.routes_of.iter().flat_map(keys_of).map(Output::Routes));
+        outputs.extend(touched.destinations_of.iter().flat_map(keys_of).map(Output::Destination));
+        outputs.extend(dirty.gateways.iter().map(gateway_output));
+        let namespaces = dirty
+            .namespaces
+            .iter()
+            .map(|n| Need::Object(ObjectId { kind: Kind::Namespace, namespace: Arc::clone(&t.empty), name: Arc::clone(n) }));
+        for need in touched.needs.into_iter().chain(namespaces) {
+            outputs.extend(self.needed_by.get(&need).into_iter().flatten().cloned());
+        }
+        outputs
+    }
+
+    fn remember(&mut self, output: Output, needs: BTreeSet<Need>) {
+        for need in self.needs.remove(&output).into_iter().flatten().filter(|n| !needs.contains(n)) {
+            forget(&mut self.needed_by, &need, &output);
+        }
+        if needs.is_empty() {
+            return;
+        }
+        for need in &needs {
+            let set = self.needed_by.entry(need.clone()).or_default();
+            if !set.contains(&output) {
+                set.insert(output.clone());
+            }
+        }
+        self.needs.insert(output, needs.into_iter().collect());
+    }
+}
+
+fn gateway_output((namespace, name): &Name) -> Output {
+    Output::Gateway(GatewayKey { namespace: Arc::clone(namespace), name: Arc::clone(name) })
+}
+
+impl Output {
+    /// Under which name its problems are kept. Names with a colon belong to no object.
+    fn problems_id(&self) -> ObjectId {
+        let of = |kind, namespace: &Arc<str>, what: &str, name: &str| ObjectId {
+            kind,
+            namespace: Arc::clone(namespace),
+            name: format!("{what}:{name}").into(),
+        };
+        match self {
+            Self::Routes(k) => of(Kind::Service, &k.namespace, "routes", &k.hostname),
+            Self::Destination(k) => of(Kind::Service, &k.namespace, "destination", &k.hostname),
+            Self::Gateway(k) => of(Kind::Gateway, &k.namespace, "routes", &k.name),
+            Self::Check(id) => of(id.kind, &id.namespace, "check", &id.name),
+        }
+    }
+}
+
+/// Whether nothing is to be done: the objects are the same, or the new one only stands in for a good one that could not be
+/// read any more.
+fn same_or_stand_in<T: PartialEq>(old: Option<&Slot<T>>, new: Option<&Slot<T>>, stand_in: impl Fn(&T) -> bool) -> bool {
+    match (old, new) {
+        (None, None) => true,
+        (Some(old), Some(new)) => (old.obj == new.obj && old.origin == new.origin) || (stand_in(&new.obj) && !stand_in(&old.obj)),
+        _ => false,
+    }
+}
+fn put<T>(map: &mut BTreeMap<Name, Slot<T>>, name: Name, new: Option<Slot<T>>) {
+    match new {
+        Some(slot) => map.insert(name, slot),
+        None => map.remove(&name),
+    };
+}
+fn forget<K: std::hash::Hash + Eq, V: Ord>(map: &mut HashMap<K, BTreeSet<V>>, key: &K, value: &V) {
+    if let Some(set) = map.get_mut(key) {
+        set.remove(value);
+        if set.is_empty() {
+            map.remove(key);
+        }
+    }
+}
+fn replace<K: std::hash::Hash + Eq + Clone, T: PartialEq>(
+    out: &mut HashMap<K, Arc<T>>,
+    key: &K,
+    new: Option<Arc<T>>,
+    changes: &mut Vec<Change>,
+    changed: impl FnOnce(Arc<T>) -> Change,
+    gone: impl FnOnce(K) -> Change,
+) {
+    match new {
+        Some(new) if out.get(key) == Some(&new) => {}
+        Some(new) => {
+            out.insert(key.clone(), Arc::clone(&new));
+            changes.push(changed(new));
+        }
+        None => {
+            if out.remove(key).is_some() {
+                changes.push(gone(key.clone()));
+            }
+        }
+    }
+}
+
+/// Whether a host as written in an object (exact, `*.suffix` or `*`) speaks of the host name of a service.
+pub(super) fn covers(pattern: &str, host: &str) -> bool {
+    match pattern.strip_prefix('*') {
+        // `*.x.y` is everything below `x.y`, and the wildcard service of the same name.
+        Some(suffix) => host.ends_with(suffix),
+        None => pattern == host,
+    }
+}
+/// The patterns that cover a host, most specific first: itself, `*.b.c`, `*.c`, `*`.
+pub(super) fn patterns(host: &str) -> impl Iterator<Item = String> {
+    let below =
+        host.char_indices().filter(|(_, c)| *c == '.').filter_map(|(at, _)| host.get(at..)).map(|rest| format!("*{rest}"));
+    // A wildcard service is its own first pattern already.
+    let own = host.to_owned();
+    let wild = host.strip_prefix('*').map(str::to_owned);
+    std::iter::once(own)
+        .chain(below.filter(move |p| p.strip_prefix('*') != wild.as_deref()))
+        .chain(std::iter::once("*".to_owned()))
+}
+
+/// The making of one output: what may be looked at, and the memory of what was.
+pub(super) struct Join<'a> {
+    pub(super) t: &'a Translator,
+    pub(super) objects: &'a Objects,
+    needs: BTreeSet<Need>,
+    pub(super) problems: Vec<Problem>,
+}
+impl<'a> Join<'a> {
+    /// Remembers that the output depends on something.
+    pub(super) fn need(&mut self, need: Need) {
+        self.needs.insert(need);
+    }
+    /// The service a host name means to an object of namespace `from`: its own namespace's, then the canonical one, then
+    /// the first by namespace.
+    pub(super) fn find_service(&mut self, host: &Arc<str>, from: &str) -> Option<&'a Arc<Service>> {
+        self.need(Need::Host(Arc::clone(host)));
+        let t = self.t;
+        let all = || {
+            let namespaces = t.hosts_out.get(host).into_iter().flatten();
+            namespaces.filter_map(|ns| t.services_out.get(&ServiceKey { namespace: Arc::clone(ns), hostname: Arc::clone(host) }))
+        };
+        all().find(|s| *s.key.namespace == *from).or_else(|| all().find(|s| s.canonical)).or_else(|| all().next())
+    }
+    /// The PEM entries of a Secret.
+    pub(super) fn find_secret(&mut self, namespace: &str, name: &str) -> Option<&'a PemEntries> {
+        let id = ObjectId { kind: Kind::Secret, namespace: namespace.into(), name: name.into() };
+        let found = self.objects.secrets.get(&(Arc::clone(&id.namespace), Arc::clone(&id.name))).map(|s| &s.obj);
+        self.need(Need::Object(id));
+        found
+    }
+    /// The PEM entries of a ConfigMap.
+    pub(super) fn find_config_map(&mut self, namespace: &str, name: &str) -> Option<&'a PemEntries> {
+        let id = ObjectId { kind: Kind::ConfigMap, namespace: namespace.into(), name: name.into() };
+        let found = self.objects.config_maps.get(&(Arc::clone(&id.namespace), Arc::clone(&id.name))).map(|s| &s.obj);
+        self.need(Need::Object(id));
+        found
+    }
+    /// The VirtualServices with a host that covers `host`, in no order.
+    pub(super) fn virtual_services_of(&self, host: &str) -> Vec<(&'a Name, &'a Slot<VirtualService>)> {
+        let objects = self.objects;
+        let names: BTreeSet<&Name> = patterns(host).filter_map(|p| objects.by_host.get(p.as_str())).flatten().collect();
+        names.into_iter().filter_map(|n| objects.virtual_services.get_key_value(n)).collect()
+    }
+    /// The DestinationRules of a namespace for exactly this host as written.
+    pub(super) fn destination_rules_of(&self, namespace: &Arc<str>, pattern: &str) -> Vec<(&'a Name, &'a Slot<DestinationRule>)> {
+        let objects = self.objects;
+        let at: Name = (Arc::clone(namespace), pattern.into());
+        let names = objects.rules_by_host.get(&at).into_iter().flatten();
+        names.filter_map(|n| objects.destination_rules.get_key_value(&(Arc::clone(namespace), Arc::clone(n)))).collect()
+    }
+    /// Tells an operator something about an object.
+    pub(super) fn complain(
+        &mut self,
+        severity: Severity,
+        (origin, line): (&Origin, u32),
+        field: &str,
+        message: String,
+        fix: &str,
+        code: &'static str,
+    ) {
+        let mut origin = origin.clone();
+        if line != 0 {
+            origin.line = line;
+        }
+        let (field, message, fix) = (field.into(), message.into(), fix.into());
+        self.problems.push(Problem { severity, origin, field, message, fix, code: Some(code) });
+    }
+
+    /// The routes of a service: VirtualServices, then the Gateway API.
+    fn routes(&mut self, key: &ServiceKey) -> Option<RouteTable> {
+        let service = self.t.services_out.get(key)?;
+        let mut table = RouteTable::default();
+        virtual_service::add(self, service, &mut table);
+        gateway_api::add(self, service, &mut table);
+        if table.origins.is_empty() {
+            return None;
+        }
+        add_untouched_ports(service, &mut table);
+        Some(table)
+    }
+    /// What is said about reaching a service: DestinationRules, then BackendTLSPolicies where those say nothing of TLS.
+    fn destination(&mut self, key: &ServiceKey) -> Option<Destination> {
+        let service = self.t.services_out.get(key)?;
+        let tls = gateway_api::backend_tls(self, service);
+        destination_rule::build(self, service, &tls)
+    }
+    fn check(&mut self, id: &ObjectId) {
+        let name: Name = (Arc::clone(&id.namespace), Arc::clone(&id.name));
+        match id.kind {
+            Kind::VirtualService => virtual_service::check(self, &name),
+            Kind::DestinationRule => destination_rule::check(self, &name),
+            _ => {}
+        }
+    }
+}
+
+/// A port that no rule can ever match is not routed at all: its requests go to the service itself, as without routes.
+/// (A 404 is for requests of a port that has rules.)
+fn add_untouched_ports(service: &Service, table: &mut RouteTable) {
+    if table.http.is_empty() {
+        return;
+    }
+    for port in &service.ports {
+        if table.http.iter().all(|r| r.matches.port.is_some_and(|p| p != port.port)) {
+            let to = ClusterKey { service: service.key.clone(), port: port.port, subset: None };
+            table.http.push(HttpRule {
+                matches: HttpMatch { port: Some(port.port), ..HttpMatch::default() },
+                route: Arc::new(plain(to)),
+            });
+        }
+    }
+}
+/// The route of a service without routes.
+fn plain(to: ClusterKey) -> HttpRoute {
+    HttpRoute {
+        name: "default".into(),
+        origin: None,
+        action: HttpAction::Forward(Forward {
+            backends: vec![Backend {
+                to: BackendRef::Service(to),
+                weight: 1,
+                headers: mesh_model::l7::headers::BothEdits::default(),
+                rewrite: None,
+                mirrors: Vec::new(),
+            }],
+            total_weight: 1,
+            rewrite: None,
+            timeout: None,
+            retry: Arc::new(RetryPolicy::istio_default()),
+            mirrors: Vec::new(),
+        }),
+        headers: mesh_model::l7::headers::BothEdits::default(),
+        cors: None,
+        fault: None,
+        dialect: Dialect::Istio,
+    }
+}
