@@ -84,6 +84,7 @@ impl Shared {
             network_gateway: None,
             application_tunnel: None,
             netns: None,
+            labels: mesh_model::labels::Labels::default(),
             origin: None,
         }
     }

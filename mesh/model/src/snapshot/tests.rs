@@ -209,6 +209,12 @@ fn final_set(changes: &[Change]) -> Vec<Change> {
             Change::ServiceGone(key) => (format!("s{key}"), false),
             Change::Policy(p) => (format!("p{}", p.key), true),
             Change::PolicyGone(key) => (format!("p{key}"), false),
+            Change::Routes(key, _) => (format!("r{key}"), true),
+            Change::RoutesGone(key) => (format!("r{key}"), false),
+            Change::Destination(d) => (format!("d{}", d.key), true),
+            Change::DestinationGone(key) => (format!("d{key}"), false),
+            Change::Gateway(g) => (format!("g{}", g.key), true),
+            Change::GatewayGone(key) => (format!("g{key}"), false),
             Change::OwnLocality(_) => ("locality".into(), true),
         };
         last.insert(key, keep.then(|| c.clone()));
