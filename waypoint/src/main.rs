@@ -1,2 +1,3 @@
 //! `waypoint`: see the library.
+#![forbid(unsafe_code)]
 fn main() {}
