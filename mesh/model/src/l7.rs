@@ -5,11 +5,20 @@
 //! BackendTLSPolicy). Everything is compiled when it is translated: no regular expression is built, no weight is summed and
 //! no header name is parsed while a request waits. Upstream: `mesh-sources`. Downstream: the waypoint's phases.
 
+pub mod cors;
 pub mod destination;
+pub mod fault;
 pub mod gateway;
+pub mod hash;
 pub mod headers;
+pub mod index;
+pub mod path;
+pub mod retry;
+pub mod rewrite;
 pub mod route;
+pub mod select;
 pub mod text;
+pub mod weights;
 
 pub use destination::{Destination, TrafficPolicy};
 pub use gateway::GatewayRoutes;

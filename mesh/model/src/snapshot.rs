@@ -219,7 +219,8 @@ impl Snapshot {
                 Change::Policy(p) => next.policies.put(p),
                 Change::PolicyGone(key) => next.policies.take(key),
                 Change::Routes(key, table) => {
-                    next.routes.insert(key.clone(), Arc::clone(table));
+                    let table = if table.is_indexed() { Arc::clone(table) } else { Arc::new(RouteTable::clone(table).indexed()) };
+                    next.routes.insert(key.clone(), table);
                 }
                 Change::RoutesGone(key) => {
                     next.routes.remove(key);
@@ -231,7 +232,8 @@ impl Snapshot {
                     next.destinations.remove(key);
                 }
                 Change::Gateway(g) => {
-                    next.gateways.insert(g.key.clone(), Arc::clone(g));
+                    let g = if g.is_indexed() { Arc::clone(g) } else { Arc::new(GatewayRoutes::clone(g).indexed()) };
+                    next.gateways.insert(g.key.clone(), g);
                 }
                 Change::GatewayGone(key) => {
                     next.gateways.remove(key);

@@ -35,6 +35,22 @@ pub struct GatewayRoutes {
     /// Where the object came from.
     pub origin: Option<Arc<Origin>>,
 }
+impl GatewayRoutes {
+    /// This gateway with the tables of all its hosts indexed; those that are stay shared.
+    #[must_use]
+    pub fn indexed(mut self) -> Self {
+        for (_, table) in self.listeners.iter_mut().flat_map(|l| &mut l.hosts) {
+            if !table.is_indexed() {
+                *table = Arc::new(RouteTable::clone(table).indexed());
+            }
+        }
+        self
+    }
+    /// Whether all tables are indexed.
+    pub fn is_indexed(&self) -> bool {
+        self.listeners.iter().flat_map(|l| &l.hosts).all(|(_, table)| table.is_indexed())
+    }
+}
 /// One listener.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Listener {

@@ -5,6 +5,7 @@
 //! translated. A rule has one match; objects with several produce several rules that share their [`HttpRoute`].
 use crate::gateway::ServiceKey;
 use crate::l7::headers::BothEdits;
+use crate::l7::index::RouteIndex;
 use crate::l7::text::{Pattern, StringMatch};
 use crate::origin::Origin;
 use http::header::{HeaderMap, HeaderName};
@@ -27,6 +28,20 @@ pub struct RouteTable {
     /// Set when an object for this host could not be understood: every request is answered 500 with this text, because
     /// what the object would have restricted is not known.
     pub broken: Option<Arc<str>>,
+    /// Index of `http`. Leave it to `..RouteTable::default()` and end with [`RouteTable::indexed`].
+    pub index: RouteIndex,
+}
+impl RouteTable {
+    /// This table with its HTTP rules indexed: the last step of making one. Changing `http` afterwards asks for it again.
+    /// (Publishing indexes what was not.)
+    #[must_use]
+    pub fn indexed(self) -> Self {
+        Self { index: RouteIndex::build(&self.http), ..self }
+    }
+    /// Whether it is indexed, or too small to need it.
+    pub fn is_indexed(&self) -> bool {
+        self.index.is_for(&self.http)
+    }
 }
 
 /// One HTTP rule.
@@ -58,6 +73,8 @@ pub struct HttpMatch {
     pub query: Vec<(Arc<str>, StringMatch)>,
     /// Claims of the verified token: path into the claims, and the match (`@request.auth.claims.x`).
     pub claims: Vec<(Vec<Arc<str>>, StringMatch)>,
+    /// Claims that must not match (`withoutHeaders` of `@request.auth.claims.x`); a missing claim or token does not.
+    pub without_claims: Vec<(Vec<Arc<str>>, StringMatch)>,
     /// Port of the service the client addressed.
     pub port: Option<u16>,
     /// gRPC service and method (GRPCRoute), each matched on its path segment.
@@ -102,6 +119,22 @@ pub struct HttpRoute {
     /// From which kind of object: decides the answers where Istio's differ (unknown backend 503 or 500).
     pub dialect: Dialect,
 }
+impl HttpRoute {
+    /// What a port of a service means without routes of its own: the service itself, without a time limit, with Istio's
+    /// default retries.
+    pub fn plain(service: &ServiceKey, port: u16) -> Self {
+        let to = ClusterKey { service: service.clone(), port, subset: None };
+        Self {
+            name: "default".into(),
+            origin: None,
+            action: HttpAction::Forward(Forward::to(BackendRef::Service(to))),
+            headers: BothEdits::default(),
+            cors: None,
+            fault: None,
+            dialect: Dialect::Istio,
+        }
+    }
+}
 /// Which API an object belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
 pub enum Dialect {
@@ -137,6 +170,19 @@ pub struct Forward {
     /// Copies.
     pub mirrors: Vec<Mirror>,
 }
+impl Forward {
+    /// To one backend, without a time limit, with Istio's default retries.
+    pub fn to(backend: BackendRef) -> Self {
+        Self {
+            backends: vec![Backend::to(backend)],
+            total_weight: 1,
+            rewrite: None,
+            timeout: None,
+            retry: Arc::new(RetryPolicy::istio_default()),
+            mirrors: Vec::new(),
+        }
+    }
+}
 /// One backend.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Backend {
@@ -150,6 +196,12 @@ pub struct Backend {
     pub rewrite: Option<Rewrite>,
     /// Redirect or answer of this backend alone is not supported; translation refuses it.
     pub mirrors: Vec<Mirror>,
+}
+impl Backend {
+    /// A backend of weight 1 that changes nothing.
+    pub fn to(to: BackendRef) -> Self {
+        Self { to, weight: 1, headers: BothEdits::default(), rewrite: None, mirrors: Vec::new() }
+    }
 }
 /// Reference to what is behind a backend.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -424,6 +476,14 @@ pub struct TcpRoute {
     pub backends: Vec<Backend>,
     /// Sum of the weights.
     pub total_weight: u64,
+}
+
+impl TcpRoute {
+    /// What a port of a service means without routes of its own: the service itself.
+    pub fn plain(service: &ServiceKey, port: u16) -> Self {
+        let to = ClusterKey { service: service.clone(), port, subset: None };
+        Self { name: "default".into(), backends: vec![Backend::to(BackendRef::Service(to))], total_weight: 1 }
+    }
 }
 
 /// Verified claims of a request, as routing asks for them.

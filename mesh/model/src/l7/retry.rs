@@ -1,0 +1,133 @@
+//! Retries: which outcome of an attempt is worth another, and how long to wait (Envoy's retry state).
+//!
+//! A client's own wishes (`x-envoy-retry-on`, `x-envoy-max-retries`, `x-envoy-upstream-rq-*`) are not honoured: whoever may
+//! send requests may not choose how much load one of them makes. How many, and whether the whole time is up, is the
+//! caller's business.
+use crate::l7::route::{RetryOn, RetryPolicy};
+use crate::lb::below;
+use std::time::Duration;
+
+/// How an attempt ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The upstream answered; nothing of the answer has gone to the client.
+    Answered {
+        /// Status.
+        status: u16,
+        /// `grpc-status` of the response headers (an answer without a body; one in trailers comes too late).
+        grpc_status: Option<u32>,
+        /// `x-envoy-ratelimited` is there: another proxy limited the request.
+        rate_limited: bool,
+    },
+    /// It did not.
+    Failed(FailureKind),
+}
+/// Why there is no answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FailureKind {
+    /// The connection could not be made.
+    Connect,
+    /// The connection was not made in time.
+    ConnectTimeout,
+    /// The upstream refused the stream (HTTP/2 `REFUSED_STREAM`): it did nothing with the request.
+    Refused,
+    /// The stream or connection broke after the request had begun to go out.
+    Reset,
+    /// It broke before anything of the request had gone out.
+    ResetBeforeRequest,
+    /// The attempt took longer than `perTryTimeout`. (When the time of the whole request is up nothing is tried.)
+    Timeout,
+    /// What came back was no HTTP.
+    Protocol,
+    /// Our own limit: nothing was sent, and another attempt would be one more.
+    Overflow,
+}
+
+/// Whether the policy wants another attempt after this outcome.
+///
+/// Any failure but an overflow counts as a 5xx, because it would become one: `5xx`, `gateway-error` and `reset` cover them
+/// all, an attempt's time limit included. Istio's default names none of the three, so a time limit per attempt is not
+/// retried by it (spec/waypoint §10).
+pub fn worth_retry(policy: &RetryPolicy, outcome: &Outcome) -> bool {
+    let on = policy.on;
+    match *outcome {
+        Outcome::Answered { rate_limited: true, .. } => on.has(RetryOn::ENVOY_RATELIMITED),
+        Outcome::Answered { status, grpc_status, rate_limited: false } => {
+            on.has(RetryOn::FIVE_XX) && (500..600).contains(&status)
+                || on.has(RetryOn::GATEWAY_ERROR) && matches!(status, 502..=504)
+                || on.has(RetryOn::RETRIABLE_4XX) && status == 409
+                || on.has(RetryOn::STATUS_CODES) && policy.statuses.contains(&status)
+                || grpc_status.and_then(grpc_condition).is_some_and(|c| on.has(c))
+        }
+        Outcome::Failed(FailureKind::Overflow) => false,
+        Outcome::Failed(kind) => {
+            let named = match kind {
+                FailureKind::Connect | FailureKind::ConnectTimeout => Some(RetryOn::CONNECT_FAILURE),
+                FailureKind::Refused => Some(RetryOn::REFUSED_STREAM),
+                _ => None,
+            };
+            // Nothing of the request went out.
+            let unsent = matches!(kind, FailureKind::Connect | FailureKind::ConnectTimeout | FailureKind::ResetBeforeRequest);
+            [RetryOn::FIVE_XX, RetryOn::GATEWAY_ERROR, RetryOn::RESET].into_iter().chain(named).any(|c| on.has(c))
+                || unsent && on.has(RetryOn::RESET_BEFORE_REQUEST)
+        }
+    }
+}
+
+/// The condition a gRPC status falls under.
+fn grpc_condition(status: u32) -> Option<RetryOn> {
+    Some(match status {
+        1 => RetryOn::CANCELLED,
+        4 => RetryOn::DEADLINE_EXCEEDED,
+        8 => RetryOn::RESOURCE_EXHAUSTED,
+        13 => RetryOn::INTERNAL,
+        14 => RetryOn::UNAVAILABLE,
+        _ => return None,
+    })
+}
+
+/// How long to wait before the `attempt`-th retry (from 1): uniform below `base · 2ⁿ⁻¹`, the bound never above the largest
+/// interval (Envoy's fully jittered exponential back-off).
+pub fn backoff(policy: &RetryPolicy, attempt: u32, draw: u64) -> Duration {
+    let factor = 1_u32.checked_shl(attempt.saturating_sub(1)).unwrap_or(u32::MAX);
+    let bound = policy.base_backoff.saturating_mul(factor).min(policy.max_backoff.max(policy.base_backoff));
+    Duration::from_nanos(below(draw, u64::try_from(bound.as_nanos()).unwrap_or(u64::MAX)))
+}
+
+/// Reads `retryOn`: Envoy's names, and numbers that are HTTP statuses (Istio), which also switch
+/// `retriable-status-codes` on. Empty parts are skipped. An unknown name is an error, as Istio's validation has it.
+pub fn parse_retry_on(text: &str) -> Result<(RetryOn, Vec<u16>), String> {
+    let (mut on, mut statuses) = (RetryOn::default(), Vec::new());
+    for name in text.split(',').map(str::trim).filter(|name| !name.is_empty()) {
+        on = on.with(match name {
+            "5xx" => RetryOn::FIVE_XX,
+            "gateway-error" => RetryOn::GATEWAY_ERROR,
+            "connect-failure" => RetryOn::CONNECT_FAILURE,
+            "refused-stream" => RetryOn::REFUSED_STREAM,
+            "reset" => RetryOn::RESET,
+            "reset-before-request" => RetryOn::RESET_BEFORE_REQUEST,
+            "retriable-4xx" => RetryOn::RETRIABLE_4XX,
+            "retriable-status-codes" => RetryOn::STATUS_CODES,
+            "cancelled" => RetryOn::CANCELLED,
+            "deadline-exceeded" => RetryOn::DEADLINE_EXCEEDED,
+            "internal" => RetryOn::INTERNAL,
+            "resource-exhausted" => RetryOn::RESOURCE_EXHAUSTED,
+            "unavailable" => RetryOn::UNAVAILABLE,
+            "envoy-ratelimited" => RetryOn::ENVOY_RATELIMITED,
+            "http3-post-connect-failure" => RetryOn::HTTP3,
+            // Which headers it would be cannot be written in an Istio object, so it never applies.
+            "retriable-headers" => RetryOn::default(),
+            number => match number.parse::<u16>() {
+                Ok(status @ 100..=599) => {
+                    if !statuses.contains(&status) {
+                        statuses.push(status);
+                    }
+                    RetryOn::STATUS_CODES
+                }
+                Ok(_) => return Err(format!("retryOn: {number} is not an HTTP status")),
+                Err(_) => return Err(format!("retryOn: {number:?} is not a retry condition")),
+            },
+        });
+    }
+    Ok((on, statuses))
+}
