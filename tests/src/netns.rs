@@ -53,11 +53,17 @@ impl Netns {
             ("ipv6/conf/default/accept_ra", "0"),
             ("ipv4/conf/all/rp_filter", "0"),
             ("ipv4/conf/default/rp_filter", "0"),
-            // The kernel's default. A machine may prefer another for itself (BBR paces with timers, which on a veth is a third
-            // of the CPU of a bulk transfer), and a new namespace would inherit that.
-            ("ipv4/tcp_congestion_control", "cubic"),
         ])?;
+        ns.choose_congestion_control()?;
         Ok(ns)
+    }
+
+    /// The kernel's default congestion control. A machine may prefer another for itself (BBR paces with timers, which on a veth
+    /// is a third of the CPU of a bulk transfer), and a new namespace would inherit that. Such a machine may also keep cubic to
+    /// itself; reno is free to all, and where nothing is lost it costs the same.
+    fn choose_congestion_control(&self) -> anyhow::Result<()> {
+        const KEY: &str = "ipv4/tcp_congestion_control";
+        self.sysctl(&[(KEY, "cubic")]).or_else(|_| self.sysctl(&[(KEY, "reno")]))
     }
 
     /// Its name, as `ip netns` shows it.
