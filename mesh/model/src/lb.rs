@@ -1,13 +1,13 @@
 //! Endpoint choice over sets precomputed at publish: a pick is two binary searches, whatever the size of the service,
 //! and allocates nothing.
 //!
-//! Owns: the endpoints of one service, grouped by (rank, ports they answer on) with cumulative weights in chunks, so
-//! that one endpoint's change copies one chunk. Everything that can rule an endpoint out for good (health, address,
-//! family, STRICT locality) is decided when it is put in. Refuses: health observed by traffic; nothing traffic mutates
-//! is here. Upstream: `snapshot`. Downstream: `plan`.
+//! Owns: the endpoints of one service, grouped by what can rank them, with cumulative weights in chunks, so that one
+//! endpoint's change copies one chunk and the service's own change grades groups, not endpoints. Everything that can rule an
+//! endpoint out for good (health, address, family, STRICT locality) is decided before a pick. Refuses: health observed by
+//! traffic; nothing traffic mutates is here. Upstream: `snapshot`. Downstream: `plan`.
 use crate::id::SpiffeId;
 use crate::known::Known;
-use crate::service::{HealthPolicy, IpFamilies, LbMode, LbScope, Service};
+use crate::service::{HealthPolicy, IpFamilies, LbMode, LbScope, Service, ServicePort};
 use crate::view::Viewpoint;
 use crate::workload::{Health, PortMap, Protocol, Workload};
 use std::net::IpAddr;
@@ -29,12 +29,14 @@ pub struct Endpoint {
     known: Arc<Known>,
     /// Service port → its own port, as the workload declares.
     ports: PortMap,
-    /// Accepted identities when the service adds SANs to the workload's own.
-    expect: Option<Arc<[SpiffeId]>>,
     /// Its capacity, beside it so that summing a chunk touches no workload.
     weight: u32,
 }
 impl Endpoint {
+    fn new(known: Arc<Known>, ports: PortMap) -> Self {
+        let weight = known.workload().capacity.max(1);
+        Self { known, ports, weight }
+    }
     /// The workload.
     pub fn workload(&self) -> &Arc<Workload> {
         self.known.workload()
@@ -43,9 +45,10 @@ impl Endpoint {
     pub fn known(&self) -> &Arc<Known> {
         &self.known
     }
-    /// Identities a hop to it expects: its own and the service's SANs. Not empty for an HBONE endpoint that was picked.
-    pub fn expect(&self) -> &Arc<[SpiffeId]> {
-        self.expect.as_ref().unwrap_or_else(|| self.known.expect())
+    /// Identities a hop to it as a member of `service` expects: its own and the service's SANs. Not empty for an HBONE
+    /// endpoint that was picked.
+    pub fn expect(&self, service: &Service) -> Arc<[SpiffeId]> {
+        self.known.expect_with(&service.sans)
     }
     /// Its own port behind a service port: endpoint port map, then the service's target port, then (application tunnel)
     /// the service port itself.
@@ -92,52 +95,74 @@ pub fn below(draw: u64, total: u64) -> u64 {
 }
 
 /// The endpoints of one service.
+///
+/// Grouped by all that any service could rank them by, not by the rank this one gives them: a change of the service grades
+/// a handful of groups anew and touches no endpoint, however many there are.
 #[derive(Clone, Debug, Default)]
 pub struct EndpointSet {
-    /// Sorted by key; few (ranks × distinct port sets).
+    /// Sorted by rank and kind; few (what kinds of places endpoints are in × distinct sets of declared ports).
     groups: Vec<Group>,
 }
 #[derive(Clone, Debug)]
 struct Group {
+    /// Given by the service to this kind; lower is preferred.
     rank: u8,
-    /// Service ports these endpoints answer on, sorted.
-    ports: Arc<[u16]>,
+    traits: Traits,
+    /// Service ports for which these endpoints name their own port, sorted.
+    declared: Arc<[u16]>,
+    /// Service ports these endpoints answer on, sorted. Follows from the service and the kind.
+    open: Arc<[u16]>,
     bag: Bag,
+}
+impl Group {
+    fn empty(service: Option<&Service>, rank: u8, traits: Traits, declared: &[u16]) -> Self {
+        let open = open_ports(service, &traits, declared);
+        Self { rank, traits, declared: declared.into(), open, bag: Bag::default() }
+    }
+    fn key(&self) -> (u8, &Traits, &[u16]) {
+        (self.rank, &self.traits, &self.declared)
+    }
 }
 
 impl EndpointSet {
-    /// A set built from nothing but its members (no workload twice): what regrouping after a change of the service does.
+    /// A set built from nothing but its members (no workload twice): what a change of our own place does.
     pub fn build(service: Option<&Service>, view: &Viewpoint, members: Vec<(Arc<Known>, PortMap)>) -> Self {
-        let mut groups: Vec<(u8, Arc<[u16]>, Vec<Endpoint>)> = Vec::new();
-        let mut open = Vec::new();
+        let mut groups: Vec<(Group, Vec<Endpoint>)> = Vec::new();
+        let mut declared = Vec::new();
         for (known, ports) in members {
-            let (rank, endpoint) = admit(service, view, known, ports, &mut open);
-            match groups.binary_search_by(|(r, p, _)| (*r, &**p).cmp(&(rank, &open))) {
-                Ok(at) => {
-                    if let Some((_, _, members)) = groups.get_mut(at) {
-                        members.push(endpoint);
-                    }
+            let traits = Traits::of(known.workload(), !known.expect().is_empty(), view);
+            declare(&ports, &mut declared);
+            let rank = rank(service, &traits);
+            let at = match groups.binary_search_by(|(g, _)| g.key().cmp(&(rank, &traits, &declared))) {
+                Ok(at) => at,
+                Err(at) => {
+                    groups.insert(at, (Group::empty(service, rank, traits, &declared), Vec::new()));
+                    at
                 }
-                Err(at) => groups.insert(at, (rank, open.as_slice().into(), vec![endpoint])),
+            };
+            if let Some((_, members)) = groups.get_mut(at) {
+                members.push(Endpoint::new(known, ports));
             }
         }
-        let group = |(rank, ports, members)| Group { rank, ports, bag: Bag::of(members) };
-        Self { groups: groups.into_iter().map(group).collect() }
+        let fill = |(group, members)| Group { bag: Bag::of(members), ..group };
+        Self { groups: groups.into_iter().map(fill).collect() }
     }
     /// Puts an endpoint in. The same workload must not be in already. Without a service the endpoint is staged:
     /// kept, never chosen.
     pub fn insert(&mut self, service: Option<&Service>, view: &Viewpoint, known: Arc<Known>, ports: PortMap) {
-        let mut open = Vec::new();
-        let (rank, endpoint) = admit(service, view, known, ports, &mut open);
-        let at = match self.groups.binary_search_by(|g| (g.rank, &*g.ports).cmp(&(rank, &open))) {
+        let traits = Traits::of(known.workload(), !known.expect().is_empty(), view);
+        let mut declared = Vec::new();
+        declare(&ports, &mut declared);
+        let rank = rank(service, &traits);
+        let at = match self.groups.binary_search_by(|g| g.key().cmp(&(rank, &traits, &declared))) {
             Ok(at) => at,
             Err(at) => {
-                self.groups.insert(at, Group { rank, ports: open.into(), bag: Bag::default() });
+                self.groups.insert(at, Group::empty(service, rank, traits, &declared));
                 at
             }
         };
         if let Some(g) = self.groups.get_mut(at) {
-            g.bag.insert(endpoint);
+            g.bag.insert(Endpoint::new(known, ports));
         }
     }
     /// Takes an endpoint out; whether it was in.
@@ -152,6 +177,14 @@ impl EndpointSet {
         }
         false
     }
+    /// The service came, changed or went (`None`): what its endpoints are worth now. Costs nothing per endpoint.
+    pub fn grade(&mut self, service: Option<&Service>) {
+        for g in &mut self.groups {
+            g.rank = rank(service, &g.traits);
+            g.open = open_ports(service, &g.traits, &g.declared);
+        }
+        self.groups.sort_by(|a, b| a.key().cmp(&b.key()));
+    }
     /// Whether nothing is in, not even unusable endpoints.
     pub fn is_empty(&self) -> bool {
         self.groups.is_empty()
@@ -159,7 +192,7 @@ impl EndpointSet {
     /// Chooses an endpoint that answers on `port` (`None`: on any) by a uniform draw: best rank first, then by weight.
     pub fn pick(&self, port: Option<u16>, draw: u64) -> Option<&Endpoint> {
         let open = |g: &&Group| {
-            (g.rank < RANK_STRICT_MISS || g.rank == RANK_NO_GATEWAY) && port.is_none_or(|p| g.ports.binary_search(&p).is_ok())
+            (g.rank < RANK_STRICT_MISS || g.rank == RANK_NO_GATEWAY) && port.is_none_or(|p| g.open.binary_search(&p).is_ok())
         };
         // Groups are sorted by rank: the first open one has the best.
         let best = self.groups.iter().find(open)?.rank;
@@ -196,46 +229,94 @@ impl EndpointSet {
     }
 }
 
-/// The endpoint a workload becomes behind a service, with its rank; `open` becomes the service ports it answers on.
-fn admit(service: Option<&Service>, view: &Viewpoint, known: Arc<Known>, ports: PortMap, open: &mut Vec<u16>) -> (u8, Endpoint) {
-    open.clear();
-    let weight = known.workload().capacity.max(1);
-    let Some(service) = service else {
-        return (RANK_UNUSABLE, Endpoint { known, ports, expect: None, weight });
-    };
-    open.extend(service.ports.iter().map(|p| p.port));
-    open.retain(|p| target_port(known.workload(), &ports, service, *p).is_some());
+/// All of a workload and our own place that a service can rank an endpoint by. Two endpoints with the same traits have the
+/// same rank in every service.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Traits {
+    same_region: bool,
+    same_zone: bool,
+    same_subzone: bool,
+    same_node: bool,
+    same_cluster: bool,
+    same_network: bool,
+    healthy: bool,
+    v4: bool,
+    v6: bool,
+    named: bool,
+    gateway: bool,
+    tunnelled: bool,
+    plain: bool,
+    identified: bool,
+}
+impl Traits {
+    fn of(w: &Workload, identified: bool, view: &Viewpoint) -> Self {
+        Self {
+            same_region: w.locality.region == view.locality.region,
+            same_zone: w.locality.zone == view.locality.zone,
+            same_subzone: w.locality.subzone == view.locality.subzone,
+            // Two unknown nodes are not the same node.
+            same_node: !view.node.is_empty() && w.node == view.node,
+            same_cluster: w.cluster == view.cluster,
+            same_network: w.network == view.network,
+            healthy: w.health == Health::Healthy,
+            v4: w.ips.iter().any(|ip| ip.to_canonical().is_ipv4()),
+            v6: w.ips.iter().any(|ip| ip.to_canonical().is_ipv6()),
+            named: w.hostname.is_some(),
+            gateway: w.network_gateway.is_some(),
+            tunnelled: w.application_tunnel.is_some(),
+            plain: w.protocol == Protocol::Tcp,
+            identified,
+        }
+    }
+    fn same(&self, scope: LbScope) -> bool {
+        match scope {
+            LbScope::Region => self.same_region,
+            LbScope::Zone => self.same_zone,
+            LbScope::Subzone => self.same_subzone,
+            LbScope::Node => self.same_node,
+            LbScope::Cluster => self.same_cluster,
+            LbScope::Network => self.same_network,
+        }
+    }
+}
+/// The service ports of a port map that name a port, sorted.
+fn declare(ports: &[(u16, u16)], declared: &mut Vec<u16>) {
+    declared.clear();
+    declared.extend(ports.iter().filter(|(_, target)| *target != 0).map(|(port, _)| *port));
+    declared.sort_unstable();
+    declared.dedup();
+}
+/// The service ports endpoints of one kind answer on, sorted: where [`target_port`] has an answer.
+fn open_ports(service: Option<&Service>, traits: &Traits, declared: &[u16]) -> Arc<[u16]> {
+    let Some(service) = service else { return Arc::default() };
+    let answers = |p: &&ServicePort| p.target != 0 || traits.tunnelled || declared.binary_search(&p.port).is_ok();
+    let mut open: Vec<u16> = service.ports.iter().filter(answers).map(|p| p.port).collect();
     open.sort_unstable();
     open.dedup();
-    let expect = (!service.sans.is_empty()).then(|| known.expect_with(&service.sans));
-    let provable = !expect.as_ref().unwrap_or_else(|| known.expect()).is_empty();
-    (rank(service, view, known.workload(), provable), Endpoint { known, ports, expect, weight })
+    open.into()
 }
-/// Rank of an endpoint as seen from `view`.
-fn rank(service: &Service, view: &Viewpoint, w: &Workload, identity_known: bool) -> u8 {
-    let healthy = w.health == Health::Healthy || service.lb.health == HealthPolicy::AllowAll;
-    let remote = w.network != view.network;
-    let addressed = remote || w.ips.iter().any(|ip| family_allowed(service.ip_families, *ip)) || w.hostname.is_some();
-    let provable = w.protocol == Protocol::Tcp || identity_known || remote;
-    if !healthy || !addressed || !provable {
+/// Rank of endpoints with these traits. Without a service they are staged.
+fn rank(service: Option<&Service>, traits: &Traits) -> u8 {
+    let Some(service) = service else { return RANK_UNUSABLE };
+    let healthy = traits.healthy || service.lb.health == HealthPolicy::AllowAll;
+    let remote = !traits.same_network;
+    let family = match service.ip_families {
+        IpFamilies::Automatic | IpFamilies::Dual => traits.v4 || traits.v6,
+        IpFamilies::V4 => traits.v4,
+        IpFamilies::V6 => traits.v6,
+    };
+    let provable = traits.plain || traits.identified || !service.sans.is_empty();
+    if !healthy || !(remote || family || traits.named) || !(remote || provable) {
         RANK_UNUSABLE
-    } else if remote && w.network_gateway.is_none() {
+    } else if remote && !traits.gateway {
         RANK_NO_GATEWAY
     } else {
-        locality_rank(service, view, w)
+        locality_rank(service, traits)
     }
 }
 /// Rank by the service's locality preferences; 0 is best.
-fn locality_rank(service: &Service, view: &Viewpoint, w: &Workload) -> u8 {
-    let same = |scope: &LbScope| match scope {
-        LbScope::Region => w.locality.region == view.locality.region,
-        LbScope::Zone => w.locality.zone == view.locality.zone,
-        LbScope::Subzone => w.locality.subzone == view.locality.subzone,
-        // Two unknown nodes are not the same node.
-        LbScope::Node => !view.node.is_empty() && w.node == view.node,
-        LbScope::Cluster => w.cluster == view.cluster,
-        LbScope::Network => w.network == view.network,
-    };
+fn locality_rank(service: &Service, traits: &Traits) -> u8 {
+    let same = |scope: &LbScope| traits.same(*scope);
     let scopes = &service.lb.scopes;
     match service.lb.mode {
         LbMode::Any | LbMode::Passthrough => 0,

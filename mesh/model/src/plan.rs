@@ -156,7 +156,7 @@ fn plan_service(snap: &Snapshot, conn: &OutboundConn<'_>, service: &Arc<Service>
     let w = endpoint.workload();
     let dial = if w.network == conn.source.network {
         let target = endpoint.target_port(service, port).ok_or_else(none)?;
-        direct(w, endpoint.expect(), conn, service.ip_families, target).ok_or_else(none)?
+        direct(w, &endpoint.expect(service), conn, service.ip_families, target).ok_or_else(none)?
     } else {
         through_gateway(snap, conn, w, service, &service.sans)?
     };
@@ -324,7 +324,7 @@ fn resolve<'a>(
         let port = service.port(gateway.hbone_port).map(|p| p.port);
         let endpoint = set.pick(port, redraw(conn.draw, decision)).ok_or(Unresolved::NoEndpoint)?;
         let target = port.and_then(|p| endpoint.target_port(service, p)).unwrap_or(gateway.hbone_port);
-        let expect = Arc::clone(endpoint.expect());
+        let expect = endpoint.expect(service);
         return Ok(Instance { known: endpoint.known(), service: Some(service), port: target, expect });
     }
     let GatewayDestination::Address(network, ip) = &gateway.destination else { return Err(Unresolved::Unknown) };

@@ -345,8 +345,8 @@ impl Snapshot {
         if let Some(backing) = self.services.get_mut(&s.key) {
             let backing = Arc::make_mut(backing);
             backing.service = Some(Arc::clone(s));
-            if old.is_none_or(|old| groups_differently(&old, s)) {
-                backing.regroup(&self.view);
+            if old.is_none_or(|old| grades_differently(&old, s)) {
+                backing.endpoints.grade(Some(s));
             }
         }
     }
@@ -359,7 +359,7 @@ impl Snapshot {
             if backing.endpoints.is_empty() {
                 self.services.remove(key);
             } else {
-                backing.regroup(&self.view);
+                backing.endpoints.grade(None);
             }
         }
     }
@@ -512,7 +512,7 @@ impl Snapshot {
         for (key, b) in &self.services {
             let mut line = format!("service {key} {:?}", b.service);
             for (rank, e) in b.endpoints.ranked() {
-                let _ = write!(line, " [{rank} {} {:?} {:?}]", e.workload().uid, e.workload().capacity, e.expect());
+                let _ = write!(line, " [{rank} {} {:?} {:?}]", e.workload().uid, e.workload().capacity, e.known().expect());
             }
             lines.push(line);
         }
@@ -542,8 +542,8 @@ impl Backing {
     }
 }
 
-/// Whether a change of the service moves its endpoints between groups or changes what they must prove.
-fn groups_differently(old: &Service, new: &Service) -> bool {
+/// Whether a change of the service changes what its endpoints are worth.
+fn grades_differently(old: &Service, new: &Service) -> bool {
     old.ports != new.ports || old.lb != new.lb || old.ip_families != new.ip_families || old.sans != new.sans
 }
 /// The addresses a workload is found by.

@@ -134,3 +134,47 @@ fn draws() {
     assert_eq!((below(u64::MAX, 10), below(0, 10), below(5, 0)), (9, 0, 0));
     assert_ne!(redraw(1, 1), redraw(1, 2));
 }
+
+#[test]
+fn grading_anew_equals_building_anew() {
+    use LbScope::{Network, Node, Region, Zone};
+    let key = web(&[], LbMode::Any).key;
+    let workloads: Vec<Workload> = (0_u32..240)
+        .map(|i| {
+            let (region, zone) = [("r1", "z1"), ("r1", "z2"), ("r2", "z9")][i as usize % 3];
+            let mut w = at(&format!("w{i:03}"), &format!("10.1.0.{i}"), locality(region, zone));
+            if i % 5 == 0 {
+                w.health = Health::Unhealthy;
+            }
+            if i % 7 == 0 {
+                (w.network, w.network_gateway) = ("n2".into(), (i % 2 == 0).then(|| Box::new(by_addr("n2", "1.1.1.1"))));
+            }
+            if i % 11 == 0 {
+                w.ips = vec!["fd00::1".parse().expect("ip")];
+            }
+            if i % 13 == 0 { backs(w, &key, &[(90, 9090), (91, 0)]) } else { w }
+        })
+        .collect();
+    let mut services = vec![None];
+    for mode in [LbMode::Any, LbMode::Failover, LbMode::Strict] {
+        for scopes in [&[][..], &[Network, Region, Zone], &[Node]] {
+            let mut s = web(scopes, mode);
+            s.ip_families = IpFamilies::V4;
+            services.push(Some(s.clone()));
+            (s.ip_families, s.lb.health) = (IpFamilies::Dual, HealthPolicy::AllowAll);
+            s.ports.truncate(1);
+            services.push(Some(s));
+        }
+    }
+    let seen =
+        |set: &EndpointSet| -> Vec<(u8, String)> { set.ranked().map(|(rank, e)| (rank, e.workload().uid.to_string())).collect() };
+    let mut graded = set(&web(&[], LbMode::Any), workloads);
+    for service in services {
+        graded.grade(service.as_ref());
+        let built = EndpointSet::build(service.as_ref(), &here(), graded.members());
+        assert_eq!(seen(&graded), seen(&built), "{service:?}");
+        for (port, draw) in (0..600).map(|i| ([Some(80), Some(90), None][i % 3], redraw(i as u64, 7))) {
+            assert_eq!(graded.pick(port, draw), built.pick(port, draw), "{service:?}");
+        }
+    }
+}
