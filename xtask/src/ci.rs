@@ -5,7 +5,7 @@
 
 use crate::libtest::Tally;
 use crate::shell::{self, Laps};
-use crate::{deny, ebpf, suite, tidy};
+use crate::{deny, ebpf, proto, suite, tidy};
 use anyhow::{Result, bail};
 use std::io::Write as _;
 
@@ -15,11 +15,12 @@ pub fn run(args: &[String]) -> Result<()> {
     let mut laps = Laps::default();
     let mut failed: Vec<&str> = Vec::new();
     let mut tally = Tally::default();
-    let steps: [(&str, &dyn Fn() -> Result<()>); 5] = [
+    let steps: [(&str, &dyn Fn() -> Result<()>); 6] = [
         ("fmt", &|| shell::run(shell::cargo().args(["fmt", "--all", "--check"]))),
         ("tidy", &|| tidy::run(&[])),
         ("deny", &|| deny::run(&[])),
         ("ebpf", &|| ebpf::run(&["--check".to_owned()])),
+        ("proto", &|| proto::run(&["--check".to_owned()])),
         ("clippy", &|| {
             shell::run(shell::cargo().args(["clippy", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings"]))
         }),

@@ -12,6 +12,7 @@ mod ebpf;
 mod libtest;
 mod licence;
 mod metadata;
+mod proto;
 mod setup;
 mod shell;
 mod suite;
@@ -27,10 +28,11 @@ cargo xtask COMMAND
                     --ring N       only that ring (0 pure, 1 memory, 2 process, 3 network namespaces)
                     --no-setup     install nothing; what cannot run is counted as skipped
                     --no-variants  leave out the suites of optional build features (tls-boring)
-  ci              everything a change must pass: fmt, tidy, deny, ebpf --check, clippy, then test
+  ci              everything a change must pass: fmt, tidy, deny, ebpf --check, proto --check, clippy, then test
   tidy            walls between crates and modules, module heads, unsafe, words that must not be committed
   deny            licences, banned and duplicated crates, sources, as deny.toml says
   ebpf [--check]  build the kernel programs with the pinned toolchain, or check the committed object against its sources
+  proto [--check] make the protobuf modules from `proto/defs`, or check the committed ones
   bench l4        two agents against the direct path: CPU per unit, rates, latencies, memory, targets
                     --peer PATH    another agent with the same contract, in the same run
                     --quick        a look, not a measurement; `bench l4 --help` for the rest
@@ -53,6 +55,7 @@ fn main() -> ExitCode {
         "tidy" => tidy::run(rest),
         "deny" => deny::run(rest),
         "ebpf" => ebpf::run(rest),
+        "proto" => proto::run(rest),
         "demo" => demo::run(rest),
         "bench" => bench::run(rest),
         other => Err(anyhow::anyhow!("no such command: {other} (see `cargo xtask help`)")),

@@ -1,0 +1,52 @@
+//! The messages of other people's protocols, so that one crate knows their numbers: Istio's workload and authorization
+//! discovery, its certificate API and its enrolment socket, and Envoy's delta discovery that carries the first two.
+//!
+//! Owns the wire and nothing else; what a message means is decided by who reads it. The modules are made from `defs/` by
+//! `cargo xtask proto` and committed, so that a build needs no generator. Upstream: istiod, the CNI agent. Downstream:
+//! `mesh-sources` and `mesh-identity`.
+#![forbid(unsafe_code)]
+
+pub use prost::{DecodeError, Message};
+pub use prost_types as well_known;
+
+/// Istio.
+#[rustfmt::skip]
+pub mod istio {
+    pub mod security;
+    pub mod workload;
+    /// The certificate API.
+    pub mod v1 {
+        pub mod auth;
+    }
+}
+/// Envoy.
+#[rustfmt::skip]
+pub mod envoy {
+    /// What all of Envoy's APIs share.
+    pub mod config {
+        /// Nodes.
+        pub mod core {
+            pub mod v3;
+        }
+    }
+    /// Services.
+    pub mod service {
+        /// Discovery.
+        pub mod discovery {
+            pub mod v3;
+        }
+    }
+}
+/// Google.
+#[rustfmt::skip]
+pub mod google {
+    pub mod rpc;
+}
+
+/// Resource type of workloads and services.
+pub const ADDRESS_TYPE: &str = "type.googleapis.com/istio.workload.Address";
+/// Resource type of L4 policies.
+pub const AUTHORIZATION_TYPE: &str = "type.googleapis.com/istio.security.Authorization";
+
+#[cfg(test)]
+mod tests;
