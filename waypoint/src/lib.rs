@@ -2,8 +2,22 @@
 //! chose. The same program is the ingress and the egress gateway.
 //!
 //! Upstream: node agents (port 15008), or clients outside the mesh (gateway listeners). Downstream: the node agents of the
-//! endpoints, or plain endpoints outside the mesh. What happens to one request is in `exchange`, phase by phase.
+//! endpoints, or plain endpoints outside the mesh. What happens to one request is in [`exchange`], phase by phase.
 #![forbid(unsafe_code)]
 
+pub mod app;
 pub mod body;
+pub mod conn;
+pub mod detect;
+mod dump;
+pub mod exchange;
+pub mod http;
+pub mod listen;
+mod phase;
+pub mod settings;
+pub mod tcp;
+pub mod telemetry;
+pub mod tunnel;
 pub mod upstream;
+
+pub use settings::Settings;

@@ -3,7 +3,6 @@
 //! Owns the wiring, nothing else. The control thread is the caller's: sources, certificates, admin and the pod supervisor
 //! run on it; connections run on the data threads.
 use crate::dump;
-use crate::gate::Gate;
 use crate::metrics::Metrics;
 use crate::pod::Shared;
 use crate::pods::{PodSupervisor, PodTable};
@@ -22,6 +21,7 @@ use mesh_model::{Network, TrustDomain};
 use mesh_runtime::admin::{HttpServer, json, text};
 use mesh_runtime::allocator;
 use mesh_runtime::drain::{self, DrainMode, Finished};
+use mesh_runtime::gate::Gate;
 use mesh_runtime::logging::{self, Logging};
 use mesh_runtime::memory::Budget;
 use mesh_runtime::metrics::Registry;

@@ -11,7 +11,6 @@ mod deliver;
 mod dial;
 mod dialer;
 mod dump;
-mod gate;
 mod inbound;
 pub mod metrics;
 pub mod outbound;

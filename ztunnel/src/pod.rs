@@ -4,7 +4,6 @@
 //! directions hold it for as long as a connection lives.
 use crate::conns::Conns;
 use crate::dialer::PodDialer;
-use crate::gate::Gate;
 use crate::metrics::Metrics;
 use crate::resolve::Resolver;
 use crate::settings::Settings;
@@ -15,6 +14,7 @@ use mesh_identity::{Peer, SvidCache, SvidHandle, TrustBundles};
 use mesh_model::workload::{Workload, WorkloadUid};
 use mesh_model::{Reason, Refusal, Snapshot, SpiffeId};
 use mesh_runtime::drain::DrainWatch;
+use mesh_runtime::gate::Gate;
 use mesh_runtime::logging::AccessLog;
 use mesh_runtime::memory::Budget;
 use mesh_runtime::sockets::NetnsFd;

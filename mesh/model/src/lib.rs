@@ -25,6 +25,7 @@ pub mod service;
 pub mod shard;
 pub mod snapshot;
 pub mod view;
+pub mod waypoint;
 pub mod workload;
 
 #[cfg(test)]

@@ -85,6 +85,10 @@ reasons! {
     Recursion { "recursion", Client, flag "CONNECT", status 503, retry false, "the destination is one of the agent's own ports" }
     /// The CONNECT is not one we accept (method, authority, address).
     BadRequest { "bad_request", Client, flag "CONNECT", status 400, retry false, "not a CONNECT, or its authority is not this pod's" }
+    /// The waypoint or gateway that was asked is not the one for what was asked.
+    NotBound { "not_bound", Client, flag "NR", status 404, retry false, "the service or workload does not name this waypoint (istio.io/use-waypoint), or the client's view is stale" }
+    /// The routes of a host could not be understood.
+    RouteUnusable { "route_unusable", Control, flag "NR", status 503, retry false, "fix the rejected VirtualService or HTTPRoute; `problems` in /config_dump shows file, line and field" }
     /// A limit of this process was reached.
     Overloaded { "overloaded", Us, flag "CONNECT", status 503, retry true, "handshake, stream, memory or file-descriptor limit reached" }
     /// The process is draining.

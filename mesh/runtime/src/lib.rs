@@ -9,6 +9,7 @@ pub mod admin;
 pub mod allocator;
 pub mod copies;
 pub mod drain;
+pub mod gate;
 pub mod logging;
 pub mod memory;
 pub mod metrics;

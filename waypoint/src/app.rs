@@ -1,0 +1,303 @@
+//! The whole proxy: builds every part, in the order in which they need each other, and ends them in reverse.
+//!
+//! Owns the wiring, nothing else. The control thread is the caller's: sources, certificates and admin run on it;
+//! connections run on the data threads.
+use crate::conn::Shared;
+use crate::dump;
+use crate::listen::{self, Tunnels};
+use crate::settings::Settings;
+use crate::telemetry::Telemetry;
+use crate::upstream::{Deps, Upstreams};
+use ::http::{Method, StatusCode};
+use anyhow::{Context, Result};
+use mesh_identity::cache::CacheSettings;
+use mesh_identity::clock::SystemClock;
+use mesh_identity::crypto::TlsSettings;
+use mesh_identity::local_ca::{LocalCa, LocalCaSettings};
+use mesh_identity::{IdentitySource, SvidCache, TlsContext};
+use mesh_model::snapshot::Viewpoint;
+use mesh_model::workload::Locality;
+use mesh_model::{Network, SpiffeId, TrustDomain};
+use mesh_runtime::admin::{HttpServer, json, text};
+use mesh_runtime::allocator;
+use mesh_runtime::drain::{self, DrainMode, DrainWatch, Finished};
+use mesh_runtime::gate::Gate;
+use mesh_runtime::logging::{self, Logging};
+use mesh_runtime::memory::Budget;
+use mesh_runtime::metrics::Registry;
+use mesh_runtime::readiness::Readiness;
+use mesh_runtime::signals;
+use mesh_runtime::sockets::{ListenerOptions, raise_nofile};
+use mesh_runtime::threads::{DataThreads, cores, worker_count};
+use mesh_sources::{Diagnostics, Origin};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::Notify;
+
+/// How long data threads may take to drop what is left after the drain.
+const STOP_LIMIT: Duration = Duration::from_secs(2);
+/// Series of metrics nobody used for this long are dropped.
+const SERIES_UNUSED: Duration = Duration::from_mins(10);
+
+/// Version information as JSON.
+pub fn version() -> serde_json::Value {
+    dump::version()
+}
+
+/// Runs the proxy until SIGTERM, SIGINT or `/quitquitquit`.
+pub fn run(settings: Settings) -> Result<()> {
+    let options = logging::Options::from_env(
+        std::env::var("RUST_LOG").ok().as_deref(),
+        std::env::var("LOG_FORMAT").ok().as_deref(),
+        "waypoint",
+    )
+    .context("RUST_LOG")?;
+    let logging = logging::init(options)?;
+    logging.log_panics();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("control runtime")?;
+    let outcome = runtime.block_on(serve(settings, &logging));
+    runtime.shutdown_timeout(Duration::from_millis(500));
+    logging.writer.flush(Duration::from_millis(500));
+    outcome
+}
+
+/// The proxy on the current (control) runtime.
+pub async fn serve(settings: Settings, logging: &Logging) -> Result<()> {
+    if let Err(error) = allocator::refuse_huge_pages() {
+        tracing::debug!(%error, "transparent huge pages stay on");
+    }
+    let open_files = raise_nofile().context("raising the limit of open files")?;
+    let stop = signals::shutdown().context("installing signal handlers")?;
+    let readiness = Readiness::new();
+    let registry = Registry::new();
+    registry.process()?;
+    registry.build_info("waypoint", env!("CARGO_PKG_VERSION"))?;
+    let view = viewpoint(&settings)?;
+    let source = authority(&settings)?;
+    let first_snapshot = readiness.pending("mesh configuration");
+    let first_certificate = readiness.pending("certificate");
+    let translation = mesh_sources::translate::Settings { layer7: true, ..mesh_sources::translate::Settings::default() };
+    let (mesh, diagnostics) = mesh_sources::start_with(Origin::Folder(settings.mesh_dir.clone()), view.clone(), &translation);
+
+    let access = settings.access_log.then(|| logging.access.clone());
+    let telemetry = Telemetry::new(&registry, access)?;
+    let shared = assemble(settings, mesh, &view, source, telemetry)?;
+    let settings = &shared.settings;
+
+    let quit = Arc::new(Notify::new());
+    let (drain, drained) = drain::channel();
+    let servers = [
+        (settings.readiness_addr, readiness.route(HttpServer::new("readiness"))),
+        (settings.stats_addr, registry.route(HttpServer::new("stats"))),
+        (settings.admin_addr, admin(&shared, &diagnostics, logging, &quit)),
+    ];
+    for (addr, server) in servers {
+        listen_http(addr, &server, &drain)?;
+    }
+    let hbone =
+        ListenerOptions::new(settings.hbone_addr).bind().with_context(|| format!("cannot listen on {}", settings.hbone_addr))?;
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        identity = %shared.identity,
+        workers = shared.threads.workers().len(),
+        open_files,
+        hbone = %settings.hbone_addr,
+        admin = %settings.admin_addr,
+        stats = %settings.stats_addr,
+        readiness = %settings.readiness_addr,
+        "waypoint starting"
+    );
+    // Nothing is accepted before it can be decided.
+    let control = tokio::spawn(control(Arc::clone(&shared), hbone, drained, (first_snapshot, first_certificate)));
+    let upkeep = tokio::spawn(upkeep(registry, Arc::clone(&shared)));
+
+    tokio::select! {
+        signal = stop => tracing::info!(?signal, "shutting down"),
+        () = quit.notified() => tracing::info!("shutting down: /quitquitquit"),
+    }
+    let leaving = readiness.pending("shutting down");
+    drain.start(DrainMode::Graceful { deadline: settings.termination_deadline });
+    if let Finished::Abandoned(left) = drain.finished().await {
+        tracing::warn!(left, "connections closed at the deadline");
+    }
+    control.abort();
+    upkeep.abort();
+    if !shared.threads.stop(STOP_LIMIT).await {
+        tracing::warn!("a data thread did not stop in time");
+    }
+    drop(leaving);
+    tracing::info!("waypoint stopped");
+    Ok(())
+}
+
+/// Opens the doors once there is something to decide by, then follows changes of mesh and trust.
+async fn control<P>(shared: Arc<Shared>, hbone: mesh_runtime::sockets::BoundListener, drain: DrainWatch, pending: P) {
+    shared.mesh.synced().await;
+    if let Err(error) = shared.svid.fetch().await {
+        // Tried again by the cache; tunnels wait for it.
+        tracing::error!(%error, "no certificate yet");
+    }
+    let serve = |shared, tcp, peer, drain| listen::serve_hbone(shared, tcp, peer, drain);
+    if let Err(error) = listen::accept_all(&shared, &hbone, &drain, serve) {
+        tracing::error!(%error, "cannot accept tunnels");
+        return;
+    }
+    drop(pending);
+    let mut versions = shared.mesh.watch();
+    let mut bundles = shared.tls.bundles();
+    loop {
+        tokio::select! {
+            changed = versions.changed() => {
+                if changed.is_err() {
+                    return;
+                }
+                versions.mark_unchanged();
+                shared.upstreams.collect(&shared.mesh.load_full());
+            }
+            changed = bundles.changed() => {
+                if changed.is_err() {
+                    return;
+                }
+                let now = Arc::clone(&bundles.borrow_and_update());
+                let lost = shared.tunnels.rejudge(&now);
+                if lost > 0 {
+                    tracing::warn!(lost, "tunnels closed: their certificates are no longer trusted");
+                }
+            }
+            _ = drain.draining() => return,
+        }
+    }
+}
+
+fn assemble(
+    settings: Settings,
+    mesh: mesh_sources::Mesh,
+    view: &Viewpoint,
+    source: Arc<dyn IdentitySource>,
+    telemetry: Telemetry,
+) -> Result<Arc<Shared>> {
+    let workers = worker_count(settings.worker_threads.as_deref().or(Some("0")), cores())?;
+    let tls = TlsContext::new(&TlsSettings::default(), source.as_ref(), Arc::new(SystemClock))?;
+    let control = tokio::runtime::Handle::current();
+    let budget = Budget::new(settings.window_budget);
+    let identity = SpiffeId::new(&view.trust_domain, &settings.namespace, &settings.service_account)
+        .context("namespace and service account make no SPIFFE identity")?;
+    let svids = SvidCache::start(source, tls.clone(), &CacheSettings::default(), &control);
+    let svid = svids.handle(&identity);
+    let hbone = Arc::new(
+        mesh_hbone::Settings {
+            server_max_streams: settings.max_streams,
+            client_max_streams: settings.pool_max_streams,
+            handshake_timeout: settings.handshake_timeout,
+            connect_timeout: settings.handshake_timeout,
+            unused_release: settings.pool_unused_release,
+            budget: Some(budget),
+            ..mesh_hbone::Settings::default()
+        }
+        .clamped(),
+    );
+    let threads = DataThreads::start(workers).context("starting data threads")?;
+    let upstreams = Upstreams::new(Deps {
+        svid: svid.clone(),
+        identity: identity.clone(),
+        hbone: Arc::clone(&hbone),
+        connect_timeout: settings.connect_timeout,
+        handshake_timeout: settings.handshake_timeout,
+        threads: threads.workers().len(),
+        local: Locality::default(),
+    });
+    Ok(Arc::new(Shared {
+        gate: Gate::new(settings.max_handshakes),
+        mesh,
+        threads,
+        svid,
+        identity,
+        tls,
+        hbone,
+        upstreams,
+        telemetry,
+        tunnels: Tunnels::default(),
+        settings,
+    }))
+}
+
+fn viewpoint(s: &Settings) -> Result<Viewpoint> {
+    let domain = |d: &String| TrustDomain::parse(d).with_context(|| format!("trust domain {d:?}"));
+    Ok(Viewpoint {
+        network: Network::from(s.network.as_str()),
+        cluster: s.cluster_id.as_str().into(),
+        node: s.node.as_str().into(),
+        locality: Locality::default(),
+        cluster_domain: s.cluster_domain.as_str().into(),
+        root_namespace: s.root_namespace.as_str().into(),
+        trust_domain: domain(&s.trust_domain)?,
+        trust_domain_aliases: s.trust_domain_aliases.iter().map(domain).collect::<Result<_>>()?,
+    })
+}
+
+fn authority(s: &Settings) -> Result<Arc<dyn IdentitySource>> {
+    let ca = LocalCaSettings {
+        directory: s.ca_dir.clone(),
+        trust_domain: s.trust_domain.clone(),
+        trust_domain_aliases: s.trust_domain_aliases.clone(),
+        lifetime: s.secret_ttl,
+    };
+    let opened =
+        LocalCa::open(&ca, Arc::new(SystemClock)).with_context(|| format!("development CA in {}", s.ca_dir.display()))?;
+    Ok(Arc::new(opened))
+}
+
+fn admin(shared: &Arc<Shared>, diagnostics: &Diagnostics, logging: &Logging, quit: &Arc<Notify>) -> HttpServer {
+    let config = {
+        let (shared, diagnostics) = (Arc::clone(shared), diagnostics.clone());
+        move |_| {
+            let (shared, diagnostics) = (Arc::clone(&shared), diagnostics.clone());
+            let made = tokio::task::spawn_blocking(move || json(&dump::config(&shared, &diagnostics)));
+            async move { made.await.unwrap_or_else(|e| text(StatusCode::INTERNAL_SERVER_ERROR, format!("{e}\n"))) }
+        }
+    };
+    let quit = Arc::clone(quit);
+    let server = HttpServer::new("admin")
+        .route_async(Method::GET, "/config_dump", config)
+        .route(Method::GET, "/version", |_| json(&dump::version()))
+        .route(Method::POST, "/quitquitquit", move |_| {
+            quit.notify_one();
+            text(StatusCode::OK, "shutting down\n")
+        });
+    let server = logging.control.route(server);
+    let mut index = server.paths().collect::<Vec<_>>().join("\n");
+    index.push('\n');
+    server.route(Method::GET, "/", move |_| text(StatusCode::OK, index.clone()))
+}
+
+fn listen_http(addr: SocketAddr, server: &HttpServer, drain: &drain::Drain) -> Result<()> {
+    let bound = server.bind(addr).with_context(|| format!("cannot listen on {addr}"))?;
+    let watch = drain.watch();
+    tokio::spawn(async move {
+        // These faces stay up during the drain: an operator wants to see it.
+        if let Err(error) = bound.serve(async move { watch.expired().await }).await {
+            tracing::error!(%error, %addr, "server failed");
+        }
+    });
+    Ok(())
+}
+
+/// Slow periodic work of the control thread.
+async fn upkeep(registry: Registry, shared: Arc<Shared>) {
+    let mut tick = tokio::time::interval(Duration::from_secs(2));
+    let mut beats = 0u32;
+    loop {
+        tick.tick().await;
+        allocator::return_free_pages();
+        beats = beats.wrapping_add(1);
+        if beats.is_multiple_of(15) {
+            for worker in shared.threads.workers() {
+                worker.spawn(async { allocator::return_free_pages() });
+            }
+        }
+        if beats.is_multiple_of(150) {
+            registry.sweep(SERIES_UNUSED);
+        }
+    }
+}

@@ -1,0 +1,167 @@
+//! Listeners: the HBONE port node agents come to, and a gateway's own ports.
+//!
+//! Owns accepting and placing. One accept loop per data thread shares each listening socket's queue. Upstream: `app`.
+//! Downstream: `tunnel`, `http`, `tcp`.
+use crate::conn::Shared;
+use crate::tunnel;
+use mesh_hbone::Incoming;
+use mesh_identity::tls::ServerStream;
+use mesh_identity::{Peer, TrustBundles};
+use mesh_model::{Reason, Refusal};
+use mesh_runtime::drain::DrainWatch;
+use mesh_runtime::sockets::{BoundListener, RawAccepted};
+use mesh_runtime::threads;
+use parking_lot::Mutex;
+use std::collections::HashMap;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use tokio::net::TcpStream;
+use tokio::sync::Notify;
+use tokio::time::Instant;
+
+pub mod gateway;
+
+/// Accepts on every data thread until the drain; `serve` runs on the thread with least to do.
+pub fn accept_all<F, Fut>(shared: &Arc<Shared>, listener: &BoundListener, drain: &DrainWatch, serve: F) -> io::Result<()>
+where
+    F: Fn(Arc<Shared>, TcpStream, SocketAddr, DrainWatch) -> Fut + Clone + Send + 'static,
+    Fut: Future<Output = ()> + Send + 'static,
+{
+    for worker in shared.threads.workers() {
+        let (listener, shared, drain, serve) = (listener.try_clone()?, Arc::clone(shared), drain.clone(), serve.clone());
+        worker.spawn(async move {
+            if let Err(error) = accept(shared, listener, drain, serve).await {
+                tracing::error!(%error, "a listener failed");
+            }
+        });
+    }
+    Ok(())
+}
+
+async fn accept<F, Fut>(shared: Arc<Shared>, listener: BoundListener, drain: DrainWatch, serve: F) -> io::Result<()>
+where
+    F: Fn(Arc<Shared>, TcpStream, SocketAddr, DrainWatch) -> Fut + Clone + Send + 'static,
+    Fut: Future<Output = ()> + Send + 'static,
+{
+    let listener = listener.into_listener()?;
+    let draining = drain.draining();
+    tokio::pin!(draining);
+    loop {
+        let (raw, peer) = tokio::select! {
+            biased;
+            accepted = listener.accept() => accepted?,
+            _ = &mut draining => return Ok(()),
+        };
+        let here = threads::current();
+        let worker = shared.threads.pick(here);
+        let live = worker.admit();
+        let (on, drain, serve, shared) = (worker.clone(), drain.clone(), serve.clone(), Arc::clone(&shared));
+        let task = async move {
+            // A connection that already died is nobody's business.
+            if let Ok(tcp) = RawAccepted::into_tcp(raw) {
+                let held = drain.guard();
+                serve(shared, tcp, peer, drain).await;
+                drop(held);
+            }
+            drop(live);
+        };
+        if here == Some(on.index()) {
+            tokio::spawn(task);
+        } else {
+            on.spawn(task);
+        }
+    }
+}
+
+/// Serves one connection to the HBONE port: first byte → gate → TLS → HTTP/2, then each CONNECT as a task of its own.
+pub async fn serve_hbone(shared: Arc<Shared>, tcp: TcpStream, peer: SocketAddr, drain: DrainWatch) {
+    let (tls, proof) = match Box::pin(handshake(&shared, tcp, peer)).await {
+        Ok(Some(done)) => done,
+        // Nothing was ever said: a probe or a scan.
+        Ok(None) => return,
+        Err(why) => {
+            shared.telemetry.tunnel_refused(peer, None, &why);
+            return;
+        }
+    };
+    let proof = Arc::new(proof);
+    let (id, cut) = shared.tunnels.admit(Arc::clone(&proof), peer);
+    // The bundles may have changed while the client took its time with the handshake.
+    if !proof.still_trusted(&shared.tls.bundles().borrow()) {
+        shared.tunnels.remove(id);
+        return;
+    }
+    let handler = {
+        let (shared, drain) = (Arc::clone(&shared), drain.clone());
+        move |incoming: Incoming| tunnel::serve_stream(Arc::clone(&shared), Arc::clone(&proof), peer, incoming, drain.clone())
+    };
+    tokio::select! {
+        served = mesh_hbone::serve(tls, Arc::clone(&shared.hbone), handler, drain) => if let Err(error) = served {
+            tracing::debug!(%error, %peer, "tunnel ended");
+        },
+        () = cut.notified() => tracing::warn!(%peer, "tunnel closed: the peer's certificate is no longer trusted"),
+    }
+    shared.tunnels.remove(id);
+}
+
+async fn handshake(
+    shared: &Shared,
+    tcp: TcpStream,
+    peer: SocketAddr,
+) -> Result<Option<(ServerStream<TcpStream>, Peer)>, Refusal> {
+    let limit = shared.settings.handshake_timeout;
+    match tokio::time::timeout(limit, tcp.peek(&mut [0])).await {
+        Err(_) | Ok(Err(_) | Ok(0)) => return Ok(None),
+        Ok(Ok(_)) => {}
+    }
+    let svid = shared.svid.fetch().await.map_err(Refusal::from)?;
+    let deadline = Instant::now() + limit;
+    let place = tokio::time::timeout_at(deadline, shared.gate.enter(peer.ip()))
+        .await
+        .ok()
+        .flatten()
+        .ok_or_else(|| Refusal::new(Reason::Overloaded, "too many handshakes in progress"))?;
+    tokio::select! {
+        done = mesh_identity::tls::accept(&svid, tcp, deadline) => Ok(Some(done.map_err(Refusal::from)?)),
+        () = place.lost() => Err(Refusal::new(Reason::Overloaded, "too many handshakes in progress, this one gave way")),
+    }
+}
+
+/// A live tunnel.
+#[derive(Clone, Debug)]
+struct Tunnel {
+    proof: Arc<Peer>,
+    peer: SocketAddr,
+    cut: Arc<Notify>,
+}
+
+/// Accepted tunnels and the proof their peers gave, so that a withdrawn root ends them.
+#[derive(Debug, Default)]
+pub struct Tunnels {
+    live: Mutex<HashMap<u64, Tunnel>>,
+    next: AtomicU64,
+}
+impl Tunnels {
+    fn admit(&self, proof: Arc<Peer>, peer: SocketAddr) -> (u64, Arc<Notify>) {
+        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        let cut = Arc::new(Notify::new());
+        self.live.lock().insert(id, Tunnel { proof, peer, cut: Arc::clone(&cut) });
+        (id, cut)
+    }
+    fn remove(&self, id: u64) {
+        self.live.lock().remove(&id);
+    }
+    /// Ends the tunnels whose peers `bundles` no longer trusts. Returns how many. Costs a chain verification each.
+    pub fn rejudge(&self, bundles: &TrustBundles) -> usize {
+        let all: Vec<Tunnel> = self.live.lock().values().cloned().collect();
+        let lost = all.into_iter().filter(|t| !t.proof.still_trusted(bundles));
+        // A permit is stored when nobody waits yet.
+        lost.map(|t| t.cut.notify_one()).count()
+    }
+    /// Who is connected: address and identity.
+    pub fn list(&self) -> Vec<(SocketAddr, Arc<Peer>)> {
+        self.live.lock().values().map(|t| (t.peer, Arc::clone(&t.proof))).collect()
+    }
+}

@@ -1,0 +1,275 @@
+//! First phase: is it a request we carry, and under which names. Path normalisation, hop-by-hop headers, request id,
+//! forwarded-for (Envoy's connection manager).
+use crate::body::Body;
+use crate::conn::Conn;
+use crate::exchange::{Exchange, Flow};
+use crate::phase::respond;
+use crate::settings::PathMode;
+use crate::telemetry::{Flag, Flags, Record};
+use http::header::{self, HeaderMap, HeaderName, HeaderValue};
+use http::{Method, Request, StatusCode, Version};
+use http_body::Body as _;
+use hyper::body::Incoming;
+use mesh_model::l7::path::{PathNormalization, normalize};
+use std::fmt::Write as _;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::{Instant, SystemTime};
+
+/// `x-request-id`.
+pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+/// `x-forwarded-for`.
+pub(crate) const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+/// `x-forwarded-proto`.
+const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
+/// `x-forwarded-client-cert`.
+const CLIENT_CERT: HeaderName = HeaderName::from_static("x-forwarded-client-cert");
+/// Headers only we may set: a client that sends them could make us believe things (Envoy: internal headers).
+const INTERNAL: [&str; 10] = [
+    "x-envoy-attempt-count",
+    "x-envoy-decorator-operation",
+    "x-envoy-expected-rq-timeout-ms",
+    "x-envoy-internal",
+    "x-envoy-max-retries",
+    "x-envoy-original-dst-host",
+    "x-envoy-retry-on",
+    "x-envoy-upstream-rq-per-try-timeout-ms",
+    "x-envoy-upstream-rq-timeout-ms",
+    "x-envoy-retry-grpc-on",
+];
+
+/// The exchange of a request that has just arrived.
+pub(crate) fn begin(conn: &Arc<Conn>, request: Request<Incoming>) -> Exchange<'_> {
+    let (parts, body) = request.into_parts();
+    let authority = authority(&parts.uri, &parts.headers);
+    let grpc = parts.headers.get(header::CONTENT_TYPE).is_some_and(|v| is_grpc(v.as_bytes()));
+    let record = Record {
+        started: Instant::now(),
+        start_time: SystemTime::now(),
+        method: parts.method.clone(),
+        path: parts.uri.path_and_query().map_or("/", |p| p.as_str()).into(),
+        protocol: parts.version,
+        authority: authority.as_str().into(),
+        user_agent: parts.headers.get(header::USER_AGENT).cloned(),
+        request_id: None,
+        forwarded_for: None,
+        grpc,
+        route: None,
+        cluster: None,
+        host: None,
+        status: 0,
+        grpc_status: None,
+        flags: Flags::default(),
+        details: "".into(),
+        transport_failure: "".into(),
+        reason: None,
+        attempts: 0,
+        upstream_time: None,
+        received: Arc::new(AtomicU64::new(0)),
+        sent: 0,
+    };
+    Exchange {
+        snap: conn.shared.mesh.load_full(),
+        conn,
+        parts,
+        body: if body.is_end_stream() { Body::Empty } else { Body::Incoming(body) },
+        path: String::new(),
+        authority,
+        draw: rand::random(),
+        route: None,
+        rule: None,
+        backend: None,
+        cors_headers: None,
+        grpc,
+        record,
+    }
+}
+
+fn is_grpc(content_type: &[u8]) -> bool {
+    // `application/grpc`, alone or with `+proto` or parameters, not `application/grpc-web`.
+    content_type.strip_prefix(b"application/grpc").is_some_and(|rest| matches!(rest.first(), None | Some(b'+' | b';')))
+}
+
+/// The authority: the request's own in HTTP/2, `Host` in HTTP/1.
+fn authority(uri: &http::Uri, headers: &HeaderMap) -> String {
+    match uri.authority() {
+        Some(authority) => authority.as_str().to_owned(),
+        None => headers.get(header::HOST).and_then(|h| h.to_str().ok()).unwrap_or_default().to_owned(),
+    }
+}
+
+/// Refuses what cannot be carried, cleans what can.
+pub(crate) fn check(ex: &mut Exchange<'_>) -> Flow {
+    let bad = |ex: &mut Exchange<'_>, details: &'static str| {
+        ex.record.flags.set(Flag::DownstreamProtocolError);
+        Flow::Answer(respond::local(ex, StatusCode::BAD_REQUEST, "", details))
+    };
+    if ex.authority.is_empty() && ex.parts.version != Version::HTTP_10 {
+        return bad(ex, "missing_host_header");
+    }
+    if ex.parts.headers.get_all(header::HOST).iter().nth(1).is_some() {
+        return bad(ex, "http1.duplicate_host");
+    }
+    if ex.parts.method == Method::CONNECT {
+        return bad(ex, "connect_not_supported");
+    }
+    let mode = match ex.conn.shared.settings.path_normalization {
+        PathMode::None => PathNormalization::None,
+        PathMode::Base => PathNormalization::Base,
+        PathMode::MergeSlashes => PathNormalization::MergeSlashes,
+        PathMode::DecodeAndMergeSlashes => PathNormalization::DecodeAndMergeSlashes,
+    };
+    match normalize(mode, ex.parts.uri.path()) {
+        Ok(path) => ex.path = path.into_owned(),
+        Err(_) => return bad(ex, "path_normalization_failed"),
+    }
+    let upgrade = upgrade_of(&ex.parts.headers);
+    strip_hop_by_hop(&mut ex.parts.headers, upgrade.as_ref());
+    let headers = &mut ex.parts.headers;
+    for name in INTERNAL {
+        headers.remove(name);
+    }
+    headers.remove(CLIENT_CERT);
+    if ex.conn.shared.settings.forward_client_identity
+        && let Some(id) = &ex.conn.identity
+        && let Ok(value) = HeaderValue::try_from(format!("By={};URI={id}", ex.conn.shared.identity))
+    {
+        headers.insert(CLIENT_CERT, value);
+    }
+    if ex.conn.shared.settings.forward_client_address {
+        append_client(headers, ex.conn.client.ip());
+    }
+    if !headers.contains_key(FORWARDED_PROTO) {
+        headers.insert(FORWARDED_PROTO, HeaderValue::from_static(ex.conn.scheme()));
+    }
+    let id = headers.entry(REQUEST_ID).or_insert_with(request_id);
+    ex.record.request_id = Some(id.clone());
+    ex.record.forwarded_for = headers.get(FORWARDED_FOR).cloned();
+    Flow::Continue
+}
+
+/// The protocol of an HTTP/1 upgrade, if one is asked for.
+pub(crate) fn upgrade_of(headers: &HeaderMap) -> Option<HeaderValue> {
+    let upgrade = headers.get(header::UPGRADE)?;
+    headers.get_all(header::CONNECTION).iter().filter_map(|v| v.to_str().ok()).any(has_token("upgrade")).then(|| upgrade.clone())
+}
+fn has_token(token: &str) -> impl Fn(&str) -> bool {
+    move |list| list.split(',').any(|t| t.trim().eq_ignore_ascii_case(token))
+}
+
+/// Removes what speaks of this connection alone (RFC 9110 §7.6.1); an upgrade that goes on is put back.
+pub(crate) fn strip_hop_by_hop(headers: &mut HeaderMap, upgrade: Option<&HeaderValue>) {
+    if headers.contains_key(header::CONNECTION) {
+        let named: Vec<HeaderName> = headers
+            .get_all(header::CONNECTION)
+            .iter()
+            .filter_map(|v| v.to_str().ok())
+            .flat_map(|v| v.split(','))
+            .filter_map(|name| HeaderName::try_from(name.trim()).ok())
+            // What everybody relies on is not for the client to have removed.
+            .filter(|name| {
+                !matches!(name.as_str(), "host" | "content-length" | "authorization") && !name.as_str().starts_with("x-forwarded")
+            })
+            .collect();
+        for name in named {
+            headers.remove(name);
+        }
+        headers.remove(header::CONNECTION);
+    }
+    headers.remove("keep-alive");
+    headers.remove("proxy-connection");
+    headers.remove(header::TRANSFER_ENCODING);
+    if !headers.get(header::TE).is_some_and(|v| v.to_str().is_ok_and(has_token("trailers"))) {
+        headers.remove(header::TE);
+    }
+    match upgrade {
+        Some(protocol) => {
+            headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+            headers.insert(header::UPGRADE, protocol.clone());
+        }
+        None => {
+            headers.remove(header::UPGRADE);
+        }
+    }
+}
+
+fn append_client(headers: &mut HeaderMap, client: std::net::IpAddr) {
+    let mut value = String::with_capacity(48);
+    for old in headers.get_all(FORWARDED_FOR) {
+        if let Ok(old) = old.to_str() {
+            value.push_str(old);
+            value.push(',');
+        }
+    }
+    // Writing to a String does not fail.
+    let _ = write!(value, "{}", client.to_canonical());
+    if let Ok(value) = HeaderValue::try_from(value) {
+        headers.insert(FORWARDED_FOR, value);
+    }
+}
+
+/// A version 4 UUID (RFC 9562), as Envoy makes them.
+fn request_id() -> HeaderValue {
+    let mut bits = rand::random::<u128>();
+    bits = (bits & !(0xf << 76)) | (4 << 76);
+    bits = (bits & !(3 << 62)) | (2 << 62);
+    let (a, b, c, d, e) =
+        ((bits >> 96) as u32, (bits >> 80) as u16, (bits >> 64) as u16, (bits >> 48) as u16, bits & 0xffff_ffff_ffff);
+    let text = format!("{a:08x}-{b:04x}-{c:04x}-{d:04x}-{e:012x}");
+    HeaderValue::try_from(text).unwrap_or_else(|_| HeaderValue::from_static("0"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn request_ids_are_version_4_uuids() {
+        let id = request_id();
+        let text = id.to_str().expect("ascii");
+        assert_eq!(text.len(), 36);
+        assert_eq!(text.as_bytes()[14], b'4');
+        assert!(matches!(text.as_bytes()[19], b'8' | b'9' | b'a' | b'b'), "{text}");
+        assert_ne!(id, request_id());
+    }
+    #[test]
+    fn connection_headers_go_and_cannot_take_others_along() {
+        let mut headers = HeaderMap::new();
+        for (name, value) in [
+            ("connection", "close, x-secret, authorization, x-forwarded-for"),
+            ("x-secret", "1"),
+            ("authorization", "Bearer x"),
+            ("x-forwarded-for", "1.1.1.1"),
+            ("keep-alive", "timeout=5"),
+            ("te", "gzip"),
+            ("transfer-encoding", "chunked"),
+            ("upgrade", "h2c"),
+        ] {
+            headers.append(HeaderName::from_static(name), HeaderValue::from_static(value));
+        }
+        assert!(upgrade_of(&headers).is_none(), "no upgrade token in connection");
+        strip_hop_by_hop(&mut headers, None);
+        let mut left: Vec<&str> = headers.keys().map(HeaderName::as_str).collect();
+        left.sort_unstable();
+        assert_eq!(left, ["authorization", "x-forwarded-for"]);
+    }
+    #[test]
+    fn the_client_is_appended_to_what_it_says() {
+        let mut headers = HeaderMap::new();
+        headers.append(FORWARDED_FOR, HeaderValue::from_static("1.1.1.1"));
+        append_client(&mut headers, [10, 0, 0, 7].into());
+        assert_eq!(headers[FORWARDED_FOR], "1.1.1.1,10.0.0.7");
+    }
+    #[test]
+    fn grpc_is_told_from_grpc_web() {
+        for (text, grpc) in [
+            ("application/grpc", true),
+            ("application/grpc+proto", true),
+            ("application/grpc;charset=utf-8", true),
+            ("application/grpc-web", false),
+            ("application/json", false),
+        ] {
+            assert_eq!(is_grpc(text.as_bytes()), grpc, "{text}");
+        }
+    }
+}

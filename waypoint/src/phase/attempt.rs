@@ -1,0 +1,389 @@
+//! The upstream attempts: limits, endpoint, send, and whether to try again.
+use crate::body::Body;
+use crate::conn::Scope;
+use crate::exchange::Exchange;
+use crate::phase::admit::upgrade_of;
+use crate::phase::replay::Replay;
+use crate::phase::{expose, respond};
+use crate::telemetry::Flag;
+use crate::upstream::{self, Cluster, Failure, Host, Observed, PickContext, SendOptions, UpstreamError};
+use http::header::{self, HeaderName, HeaderValue};
+use http::uri::{Authority, PathAndQuery, Scheme};
+use http::{Request, Response, StatusCode, Uri, Version};
+use hyper::body::Incoming;
+use hyper::upgrade::OnUpgrade;
+use mesh_model::l7::hash::{HashOutcome, request_hash};
+use mesh_model::l7::retry::{self, Outcome};
+use mesh_model::l7::route::{BackendRef, Dialect, Forward, HttpAction};
+use mesh_model::l7::{HttpRoute, RequestFacts};
+use mesh_model::lb::redraw;
+use mesh_model::waypoint::Target;
+use std::borrow::Cow;
+use std::sync::Arc;
+use tokio::time::{Instant, sleep, timeout_at};
+
+const DRAW_ATTEMPT: u64 = 20;
+const DRAW_BACKOFF: u64 = 60;
+/// `x-envoy-attempt-count`.
+const ATTEMPT_COUNT: HeaderName = HeaderName::from_static("x-envoy-attempt-count");
+
+/// Sends the request to an endpoint of the chosen backend, again where that is worth it, and gives the answer.
+pub(crate) async fn run(ex: &mut Exchange<'_>) -> Response<Body> {
+    let Some(route) = ex.route.clone() else { return internal(ex, "no route") };
+    let HttpAction::Forward(forward) = &route.action else { return internal(ex, "not a forward") };
+    let cluster = match cluster(ex, &route) {
+        Ok(cluster) => cluster,
+        Err(answer) => return *answer,
+    };
+    ex.record.cluster = Some(Arc::clone(&cluster));
+    let hash = match sticky(ex, &cluster) {
+        (hash, None) => hash,
+        (hash, Some(cookie)) => {
+            // Told to the client with whatever it is answered.
+            ex.cors_headers.get_or_insert_default().append(header::SET_COOKIE, cookie);
+            hash
+        }
+    };
+    let guard = match cluster.admit() {
+        Ok(guard) => guard,
+        Err(error) => return failed(ex, &error, false, route.dialect),
+    };
+    let attempts = Attempts { ex, forward, route: &route, cluster: &cluster, hash };
+    let (answer, deadline) = attempts.run().await;
+    expose::hold(answer, guard, deadline)
+}
+
+/// The cluster of the chosen backend, or the answer when there is none.
+fn cluster(ex: &mut Exchange<'_>, route: &HttpRoute) -> Result<Arc<Cluster>, Box<Response<Body>>> {
+    if let Scope::Mesh(Target::Workload { known, port }) = &ex.conn.scope {
+        return Ok(ex.conn.shared.upstreams.workload(&ex.snap, known, *port));
+    }
+    let key = match ex.backend().map(|b| &b.to) {
+        Some(BackendRef::Service(key)) => key,
+        Some(BackendRef::Invalid { status, why }) => {
+            let status = StatusCode::from_u16(*status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+            let details: Cow<'static, str> = if status == StatusCode::SERVICE_UNAVAILABLE {
+                ex.record.flags.set(Flag::NoClusterFound);
+                "cluster_not_found".into()
+            } else {
+                format!("invalid_backend: {why}").into()
+            };
+            return Err(Box::new(respond::local(ex, status, "", details)));
+        }
+        None => return Err(Box::new(internal(ex, "no backend"))),
+    };
+    ex.conn.shared.upstreams.cluster(&ex.snap, key).map_err(|error| Box::new(failed(ex, &error, false, route.dialect)))
+}
+
+/// The hash of a consistent-hash destination, and the cookie to set when it asks for one that is not there.
+fn sticky(ex: &Exchange<'_>, cluster: &Cluster) -> (Option<u64>, Option<HeaderValue>) {
+    let mesh_model::l7::destination::Balance::Hash { key, .. } = &cluster.policy().balance else { return (None, None) };
+    let facts = RequestFacts {
+        method: &ex.parts.method,
+        scheme: ex.conn.scheme(),
+        authority: &ex.authority,
+        path: &ex.path,
+        query: ex.parts.uri.query(),
+        headers: &ex.parts.headers,
+        port: ex.conn.port(),
+        claims: None,
+    };
+    match request_hash(key, &facts, ex.conn.client.ip(), ex.draw) {
+        HashOutcome::Hash(hash) => (Some(hash), None),
+        HashOutcome::Cookie { hash, set_cookie } => (Some(hash), HeaderValue::try_from(set_cookie).ok()),
+        HashOutcome::Nothing => (None, None),
+    }
+}
+
+/// The attempts of one exchange.
+struct Attempts<'a, 'c> {
+    ex: &'a mut Exchange<'c>,
+    forward: &'a Forward,
+    route: &'a HttpRoute,
+    cluster: &'a Arc<Cluster>,
+    hash: Option<u64>,
+}
+
+impl Attempts<'_, '_> {
+    async fn run(self) -> (Response<Body>, Option<Instant>) {
+        let Self { ex, forward, route, cluster, hash } = self;
+        let policy = &forward.retry;
+        let upgrade = upgrade_of(&ex.parts.headers).is_some();
+        let client_upgrade = ex.parts.extensions.remove::<OnUpgrade>().filter(|_| upgrade);
+        let repeatable = policy.attempts > 0 && !upgrade;
+        let body = match std::mem::take(&mut ex.body) {
+            Body::Empty => None,
+            body => {
+                let keep = if repeatable { ex.conn.shared.settings.retry_buffer } else { 0 };
+                Some(Replay::new(body, keep, Arc::clone(&ex.record.received)))
+            }
+        };
+        let deadline = forward.timeout.map(|t| Instant::now() + t);
+        let http2 = speaks_http2(ex, cluster);
+        let mut tried: Vec<Arc<Host>> = Vec::new();
+        // Held while a retry is under way: the budget counts it.
+        let mut retrying = None;
+        loop {
+            let attempt = ex.record.attempts + 1;
+            let draw = redraw(ex.draw, DRAW_ATTEMPT + u64::from(attempt));
+            let none: &[Arc<Host>] = &[];
+            let tried_now = if policy.other_hosts && hash.is_none() { &tried[..] } else { none };
+            let pick = PickContext { draw, hash, tried: tried_now, dst: Some(ex.conn.local) };
+            let host = match cluster.pick(&pick) {
+                Ok(host) => host,
+                Err(error) => return (failed(ex, &error, attempt > 1, route.dialect), None),
+            };
+            ex.record.attempts = attempt;
+            ex.record.host = Some(Arc::clone(&host));
+            let reader = match &body {
+                None => Some(Body::Empty),
+                Some(replay) => replay.reader(),
+            };
+            let Some(reader) = reader else { return (internal(ex, "the body was already sent"), None) };
+            let request = match outgoing(ex, reader, attempt, http2) {
+                Ok(request) => request,
+                Err(()) => return (respond::local(ex, StatusCode::BAD_REQUEST, "", "invalid_authority"), None),
+            };
+            let started = Instant::now();
+            let per_try = policy.per_try.map(|t| started + t);
+            let (limit, is_per_try) = match (deadline, per_try) {
+                (Some(d), Some(p)) if p < d => (Some(p), true),
+                (None, Some(p)) => (Some(p), true),
+                (d, _) => (d, false),
+            };
+            let options = SendOptions { http2, upgrade, client: Some(ex.conn.client) };
+            let sent = upstream::send(cluster, &host, request, options);
+            let result = match limit {
+                None => sent.await,
+                Some(limit) => match timeout_at(limit, sent).await {
+                    Ok(result) => result,
+                    Err(_) => Err(UpstreamError::new(Failure::Timeout, "")),
+                },
+            };
+            drop(retrying.take());
+            cluster.report(
+                &host,
+                match &result {
+                    Ok(response) => Observed::Status(response.status().as_u16()),
+                    Err(error) => Observed::Failed(error.failure),
+                },
+            );
+            let outcome = outcome_of(&result);
+            let again = repeatable
+                && attempt <= policy.attempts
+                // The whole time is up: nothing is left to try in.
+                && (is_per_try || !matches!(&result, Err(e) if e.failure == Failure::Timeout))
+                && body.as_ref().is_none_or(|b| b.reader().is_some())
+                && retry::worth_retry(policy, &outcome);
+            let wait = retry::backoff(policy, attempt, redraw(ex.draw, DRAW_BACKOFF + u64::from(attempt)));
+            if again && deadline.is_none_or(|d| Instant::now() + wait < d) {
+                match cluster.admit_retry() {
+                    Some(guard) => {
+                        retrying = Some(guard);
+                        tried.push(host);
+                        drop(result);
+                        sleep(wait).await;
+                        continue;
+                    }
+                    None => ex.record.flags.set(Flag::UpstreamOverflow),
+                }
+            } else if policy.attempts > 0 && attempt > policy.attempts && retry::worth_retry(policy, &outcome) {
+                ex.record.flags.set(Flag::UpstreamRetryLimitExceeded);
+            }
+            return match result {
+                Ok(response) => {
+                    ex.record.upstream_time = Some(started.elapsed());
+                    (arrived(ex, response, client_upgrade), deadline)
+                }
+                Err(error) if error.failure == Failure::Timeout && is_per_try => {
+                    ex.record.flags.set(Flag::UpstreamRequestTimeout);
+                    (
+                        respond::local(ex, StatusCode::GATEWAY_TIMEOUT, "upstream request timeout", "upstream_per_try_timeout"),
+                        None,
+                    )
+                }
+                Err(error) => (failed(ex, &error, attempt > 1, route.dialect), None),
+            };
+        }
+    }
+}
+
+/// Whether HTTP/2 is spoken to the endpoint: declared by the service's port, asked for by policy, or as the client did.
+fn speaks_http2(ex: &Exchange<'_>, cluster: &Cluster) -> bool {
+    use mesh_model::service::AppProtocol;
+    let pool = &cluster.policy().pool;
+    let client_did = ex.parts.version == Version::HTTP_2;
+    if pool.use_client_protocol {
+        return client_did;
+    }
+    if pool.h2_upgrade {
+        return true;
+    }
+    match cluster.app_protocol() {
+        AppProtocol::Http2 | AppProtocol::Grpc => true,
+        AppProtocol::Http11 => false,
+        // Not declared: what the client chose was chosen for the endpoint (Istio's protocol detection).
+        AppProtocol::Unknown | AppProtocol::Tls | AppProtocol::Tcp => client_did,
+    }
+}
+
+/// The request of one attempt.
+fn outgoing(ex: &Exchange<'_>, body: Body, attempt: u32, http2: bool) -> Result<Request<Body>, ()> {
+    let mut request = Request::new(body);
+    *request.method_mut() = ex.parts.method.clone();
+    *request.headers_mut() = ex.parts.headers.clone();
+    let target = match ex.parts.uri.query() {
+        Some(query) => PathAndQuery::try_from(format!("{}?{query}", ex.path)),
+        None => PathAndQuery::try_from(ex.path.as_str()),
+    };
+    let target = target.map_err(|_| ())?;
+    let mut uri = http::uri::Parts::default();
+    uri.path_and_query = Some(target);
+    if http2 {
+        uri.scheme = Some(if ex.conn.scheme() == "https" { Scheme::HTTPS } else { Scheme::HTTP });
+        uri.authority = Some(Authority::try_from(ex.authority.as_str()).map_err(|_| ())?);
+        *request.version_mut() = Version::HTTP_2;
+        request.headers_mut().remove(header::HOST);
+    } else if !ex.authority.is_empty() {
+        request.headers_mut().insert(header::HOST, HeaderValue::try_from(ex.authority.as_str()).map_err(|_| ())?);
+    }
+    *request.uri_mut() = Uri::from_parts(uri).map_err(|_| ())?;
+    request.headers_mut().insert(ATTEMPT_COUNT, HeaderValue::from(attempt));
+    Ok(request)
+}
+
+/// What retry rules see of an attempt.
+fn outcome_of(result: &Result<Response<Incoming>, UpstreamError>) -> Outcome {
+    match result {
+        Ok(response) => Outcome::Answered {
+            status: response.status().as_u16(),
+            grpc_status: response.headers().get("grpc-status").and_then(|v| v.to_str().ok()).and_then(|v| v.parse().ok()),
+            rate_limited: response.headers().contains_key("x-envoy-ratelimited"),
+        },
+        Err(error) => Outcome::Failed(match error.failure {
+            Failure::Connect => retry::FailureKind::Connect,
+            Failure::ConnectTimeout => retry::FailureKind::ConnectTimeout,
+            Failure::Refused => retry::FailureKind::Refused,
+            Failure::Reset => retry::FailureKind::Reset,
+            Failure::ResetBeforeRequest => retry::FailureKind::ResetBeforeRequest,
+            Failure::Protocol => retry::FailureKind::Protocol,
+            Failure::Timeout => retry::FailureKind::Timeout,
+            Failure::Overflow | Failure::NoCluster | Failure::NoHealthy | Failure::ClientGone => retry::FailureKind::Overflow,
+        }),
+    }
+}
+
+/// The upstream answered.
+fn arrived(ex: &mut Exchange<'_>, response: Response<Incoming>, client: Option<OnUpgrade>) -> Response<Body> {
+    let (parts, body) = response.into_parts();
+    ex.record.details = "via_upstream".into();
+    if ex.grpc {
+        ex.record.grpc_status = parts.headers.get("grpc-status").and_then(|v| v.to_str().ok()).and_then(|v| v.parse().ok());
+    }
+    let mut answer = Response::from_parts(parts, Body::Incoming(body));
+    if answer.status() == StatusCode::SWITCHING_PROTOCOLS {
+        let upstream = answer.extensions_mut().remove::<OnUpgrade>();
+        if let (Some(client), Some(upstream)) = (client, upstream) {
+            tokio::spawn(crate::tcp::upgraded(client, upstream));
+        }
+        *answer.body_mut() = Body::Empty;
+    }
+    respond::from_upstream(ex, &mut answer);
+    // What this hop speaks to the client is the server's business.
+    *answer.version_mut() = Version::HTTP_11;
+    answer
+}
+
+fn internal(ex: &mut Exchange<'_>, details: &'static str) -> Response<Body> {
+    ex.record.reason = Some(mesh_model::Reason::Internal);
+    respond::local(ex, StatusCode::INTERNAL_SERVER_ERROR, "", details)
+}
+
+/// The answer to a failed last attempt (spec/waypoint §10).
+fn failed(ex: &mut Exchange<'_>, error: &UpstreamError, retried: bool, dialect: Dialect) -> Response<Body> {
+    let unavailable = StatusCode::SERVICE_UNAVAILABLE;
+    ex.record.transport_failure = error.detail.clone();
+    let (flag, status, reset) = match error.failure {
+        Failure::NoCluster => {
+            ex.record.flags.set(Flag::NoClusterFound);
+            let status = if dialect == Dialect::GatewayApi { StatusCode::INTERNAL_SERVER_ERROR } else { unavailable };
+            return respond::local(ex, status, "", "cluster_not_found");
+        }
+        Failure::NoHealthy => {
+            ex.record.flags.set(Flag::NoHealthyUpstream);
+            ex.record.reason = Some(mesh_model::Reason::NoHealthyEndpoint);
+            return respond::local(ex, unavailable, "no healthy upstream", "no_healthy_upstream");
+        }
+        Failure::Timeout => {
+            ex.record.flags.set(Flag::UpstreamRequestTimeout);
+            return respond::local(ex, StatusCode::GATEWAY_TIMEOUT, "upstream request timeout", "response_timeout");
+        }
+        Failure::ClientGone => {
+            ex.record.flags.set(Flag::DownstreamConnectionTermination);
+            return respond::local(ex, unavailable, "", "downstream_remote_disconnect");
+        }
+        Failure::Overflow => (Flag::UpstreamOverflow, unavailable, Reset::Overflow),
+        Failure::Connect => (Flag::UpstreamConnectionFailure, unavailable, Reset::Connect),
+        Failure::ConnectTimeout => (Flag::UpstreamConnectionFailure, unavailable, Reset::ConnectTimeout),
+        Failure::Refused => (Flag::UpstreamRemoteReset, unavailable, Reset::Refused),
+        Failure::Reset | Failure::ResetBeforeRequest => (Flag::UpstreamConnectionTermination, unavailable, Reset::Terminated),
+        Failure::Protocol => (Flag::UpstreamProtocolError, StatusCode::BAD_GATEWAY, Reset::Protocol),
+    };
+    ex.record.flags.set(flag);
+    let mut details = format!("upstream_reset_before_response_started{{{}", reset.word());
+    if !error.detail.is_empty() {
+        details.push('|');
+        details.extend(error.detail.chars().map(|c| if c.is_whitespace() { '_' } else { c }));
+    }
+    details.push('}');
+    let mut answer = respond::local(ex, status, reset.text(retried), details);
+    if matches!(reset, Reset::Overflow) {
+        answer.headers_mut().insert("x-envoy-overloaded", HeaderValue::from_static("true"));
+    }
+    answer
+}
+
+/// Envoy's reset reasons.
+#[derive(Clone, Copy)]
+enum Reset {
+    Overflow,
+    Connect,
+    ConnectTimeout,
+    Refused,
+    Terminated,
+    Protocol,
+}
+impl Reset {
+    fn word(self) -> &'static str {
+        match self {
+            Self::Overflow => "overflow",
+            Self::Connect => "remote_connection_failure",
+            Self::ConnectTimeout => "connection_timeout",
+            Self::Refused => "remote_refused_stream_reset",
+            Self::Terminated => "connection_termination",
+            Self::Protocol => "protocol_error",
+        }
+    }
+    fn text(self, retried: bool) -> &'static str {
+        macro_rules! text {
+            ($reason:literal) => {
+                if retried {
+                    concat!(
+                        "upstream connect error or disconnect/reset before headers. retried and the latest reset reason: ",
+                        $reason
+                    )
+                } else {
+                    concat!("upstream connect error or disconnect/reset before headers. reset reason: ", $reason)
+                }
+            };
+        }
+        match self {
+            Self::Overflow => text!("overflow"),
+            Self::Connect => text!("remote connection failure"),
+            Self::ConnectTimeout => text!("connection timeout"),
+            Self::Refused => text!("remote refused stream reset"),
+            Self::Terminated => text!("connection termination"),
+            Self::Protocol => text!("protocol error"),
+        }
+    }
+}

@@ -1,0 +1,31 @@
+//! What the upstream is told beside what the client said: header edits of backend and route, timeout.
+use crate::exchange::{Exchange, Flow};
+use crate::phase::rewrite;
+use http::header::{HeaderName, HeaderValue};
+use mesh_model::l7::route::HttpAction;
+
+/// `x-envoy-expected-rq-timeout-ms`.
+const EXPECTED_TIMEOUT: HeaderName = HeaderName::from_static("x-envoy-expected-rq-timeout-ms");
+
+/// Edits the request's headers: the backend's first, then the route's (Envoy: most specific first).
+pub(crate) fn prepare(ex: &mut Exchange<'_>) -> Flow {
+    let Some(route) = ex.route.clone() else { return Flow::Continue };
+    let HttpAction::Forward(forward) = &route.action else { return Flow::Continue };
+    let backend = ex.backend.and_then(|i| forward.backends.get(i));
+    for edits in backend.iter().map(|b| &b.headers.request).chain([&route.headers.request]) {
+        if edits.is_empty() {
+            continue;
+        }
+        edits.apply(&mut ex.parts.headers);
+        if let Some(authority) = &edits.authority {
+            rewrite::authority_to(ex, authority);
+        }
+    }
+    if let Some(timeout) = forward.timeout {
+        let shortest = forward.retry.per_try.map_or(timeout, |per_try| per_try.min(timeout));
+        if let Ok(value) = HeaderValue::try_from(shortest.as_millis().to_string()) {
+            ex.parts.headers.insert(EXPECTED_TIMEOUT, value);
+        }
+    }
+    Flow::Continue
+}

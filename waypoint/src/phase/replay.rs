@@ -1,0 +1,197 @@
+//! A request's body that can be read more than once: by the next attempt, or by a mirror beside the attempt.
+//!
+//! Frames are kept until a limit is passed; from then on only the reader in front goes on and nothing can be repeated.
+//! Counts what came from the client.
+use crate::body::{Body, BodyError};
+use bytes::Bytes;
+use http::HeaderMap;
+use http_body::{Body as HttpBody, Frame, SizeHint};
+use http_body_util::BodyExt as _;
+use parking_lot::Mutex;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::task::{Context, Poll, Waker};
+
+/// The body.
+pub(crate) struct Replay(Arc<Mutex<State>>);
+
+struct State {
+    source: Body,
+    hint: SizeHint,
+    kept: Vec<Kept>,
+    bytes: usize,
+    limit: usize,
+    /// Frames read from the source.
+    read: usize,
+    /// Frames are no longer kept.
+    passed: bool,
+    end: Option<End>,
+    waiting: Vec<Waker>,
+    received: Arc<AtomicU64>,
+}
+#[derive(Clone)]
+enum Kept {
+    Data(Bytes),
+    Trailers(HeaderMap),
+}
+#[derive(Clone, Copy)]
+enum End {
+    Whole,
+    Broken,
+}
+
+impl Replay {
+    /// `limit`: bytes kept at most. `received` counts what arrives.
+    pub(crate) fn new(source: Body, limit: usize, received: Arc<AtomicU64>) -> Self {
+        let hint = source.size_hint();
+        Self(Arc::new(Mutex::new(State {
+            source,
+            hint,
+            kept: Vec::new(),
+            bytes: 0,
+            limit,
+            read: 0,
+            passed: false,
+            end: None,
+            waiting: Vec::new(),
+            received,
+        })))
+    }
+    /// The body from its beginning, if that can still be had.
+    pub(crate) fn reader(&self) -> Option<Body> {
+        let hint = {
+            let state = self.0.lock();
+            if state.passed || matches!(state.end, Some(End::Broken)) {
+                return None;
+            }
+            state.hint.clone()
+        };
+        Some(Body::Boxed(Reader { state: Arc::clone(&self.0), at: 0, hint }.boxed_unsync()))
+    }
+}
+
+struct Reader {
+    state: Arc<Mutex<State>>,
+    at: usize,
+    hint: SizeHint,
+}
+
+impl HttpBody for Reader {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let state = Arc::clone(&self.state);
+        let mut state = state.lock();
+        if self.at < state.read {
+            // Behind the front: what was kept, or nothing any more.
+            let Some(kept) = state.kept.get(self.at).cloned() else {
+                return Poll::Ready(Some(Err(BodyError::Gone("the body is larger than what is kept to repeat it"))));
+            };
+            self.at += 1;
+            return Poll::Ready(Some(Ok(match kept {
+                Kept::Data(data) => Frame::data(data),
+                Kept::Trailers(trailers) => Frame::trailers(trailers),
+            })));
+        }
+        match state.end {
+            Some(End::Whole) => return Poll::Ready(None),
+            Some(End::Broken) => return Poll::Ready(Some(Err(BodyError::Gone("the client's body broke off")))),
+            None => {}
+        }
+        let polled = Pin::new(&mut state.source).poll_frame(cx);
+        let frame = match polled {
+            Poll::Pending => {
+                // The source remembers only the last waker; the others are woken when something comes.
+                if !state.waiting.iter().any(|w| w.will_wake(cx.waker())) {
+                    state.waiting.push(cx.waker().clone());
+                }
+                return Poll::Pending;
+            }
+            Poll::Ready(None) => {
+                state.end = Some(End::Whole);
+                state.wake_others();
+                return Poll::Ready(None);
+            }
+            Poll::Ready(Some(Err(error))) => {
+                state.end = Some(End::Broken);
+                state.wake_others();
+                return Poll::Ready(Some(Err(error)));
+            }
+            Poll::Ready(Some(Ok(frame))) => frame,
+        };
+        state.keep(&frame);
+        self.at += 1;
+        state.wake_others();
+        Poll::Ready(Some(Ok(frame)))
+    }
+    fn size_hint(&self) -> SizeHint {
+        if self.at == 0 { self.hint.clone() } else { SizeHint::default() }
+    }
+}
+impl State {
+    fn keep(&mut self, frame: &Frame<Bytes>) {
+        self.read += 1;
+        if let Some(data) = frame.data_ref() {
+            self.received.fetch_add(data.len() as u64, Relaxed);
+            self.bytes = self.bytes.saturating_add(data.len());
+        }
+        if self.passed {
+            return;
+        }
+        if self.bytes > self.limit {
+            self.passed = true;
+            self.kept = Vec::new();
+            return;
+        }
+        match (frame.data_ref(), frame.trailers_ref()) {
+            (Some(data), _) => self.kept.push(Kept::Data(data.clone())),
+            (None, Some(trailers)) => self.kept.push(Kept::Trailers(trailers.clone())),
+            (None, None) => self.kept.push(Kept::Data(Bytes::new())),
+        }
+    }
+    fn wake_others(&mut self) {
+        for waker in self.waiting.drain(..) {
+            waker.wake();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use futures_util::FutureExt as _;
+
+    fn body(parts: &'static [&'static str]) -> Body {
+        let frames = parts.iter().map(|p| Ok::<_, BodyError>(Frame::data(Bytes::from_static(p.as_bytes()))));
+        Body::Boxed(http_body_util::StreamBody::new(futures_util::stream::iter(frames)).boxed_unsync())
+    }
+    fn collect(body: Body) -> Result<Bytes, BodyError> {
+        body.collect().now_or_never().expect("everything is there").map(http_body_util::Collected::to_bytes)
+    }
+
+    #[test]
+    fn a_small_body_can_be_read_again() {
+        let received = Arc::new(AtomicU64::new(0));
+        let replay = Replay::new(body(&["ab", "cd"]), 10, Arc::clone(&received));
+        assert_eq!(collect(replay.reader().expect("first")).expect("whole"), "abcd");
+        assert_eq!(collect(replay.reader().expect("again")).expect("whole"), "abcd");
+        assert_eq!(received.load(Relaxed), 4, "counted once");
+    }
+    #[test]
+    fn a_large_body_passes_once() {
+        let replay = Replay::new(body(&["abcd", "efgh", "i"]), 6, Arc::default());
+        let mirror = replay.reader().expect("before the limit");
+        assert_eq!(collect(replay.reader().expect("first")).expect("whole"), "abcdefghi");
+        assert!(replay.reader().is_none());
+        assert!(collect(mirror).is_err(), "a reader left behind is told");
+    }
+    #[test]
+    fn two_readers_share_one_source() {
+        let replay = Replay::new(body(&["ab", "cd"]), 10, Arc::default());
+        let (a, b) = (replay.reader().expect("a"), replay.reader().expect("b"));
+        assert_eq!(collect(a).expect("whole"), "abcd");
+        assert_eq!(collect(b).expect("whole"), "abcd");
+    }
+}

@@ -1,0 +1,140 @@
+//! Answers made here, and what every answer gets on its way back.
+use crate::body::Body;
+use crate::exchange::{Exchange, Flow};
+use crate::phase::admit::strip_hop_by_hop;
+use bytes::Bytes;
+use http::header::{self, HeaderName, HeaderValue};
+use http::{Response, StatusCode};
+use mesh_model::l7::rewrite::redirect_location;
+use mesh_model::l7::route::HttpAction;
+use mesh_model::l7::{HttpMatch, RequestFacts};
+use std::borrow::Cow;
+
+/// What Envoy calls itself in Istio; clients and tests look for it.
+const SERVER: HeaderValue = HeaderValue::from_static("istio-envoy");
+/// `x-culvert-reason`: our own word for a refusal.
+const REASON: HeaderName = HeaderName::from_static("x-culvert-reason");
+
+/// An answer made here (Envoy's local reply): plain text, or for gRPC a trailers-only response with the status that the
+/// HTTP status maps to.
+pub(crate) fn local(
+    ex: &mut Exchange<'_>,
+    status: StatusCode,
+    text: &'static str,
+    details: impl Into<Cow<'static, str>>,
+) -> Response<Body> {
+    ex.record.details = details.into();
+    if ex.grpc {
+        return grpc(ex, grpc_status(status), text, Body::Empty);
+    }
+    let mut answer = Response::new(Body::full(Bytes::from_static(text.as_bytes())));
+    *answer.status_mut() = status;
+    if !text.is_empty() {
+        answer.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain"));
+    }
+    answer
+}
+
+/// A gRPC answer that is all headers.
+pub(crate) fn grpc(ex: &mut Exchange<'_>, status: u16, message: &str, body: Body) -> Response<Body> {
+    ex.record.grpc_status = Some(status);
+    let mut answer = Response::new(body);
+    let headers = answer.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+    headers.insert("grpc-status", HeaderValue::from(status));
+    if !message.is_empty()
+        && let Ok(message) = HeaderValue::try_from(message)
+    {
+        headers.insert("grpc-message", message);
+    }
+    answer
+}
+
+/// The gRPC status an HTTP status stands for (gRPC's http-grpc-status-mapping; 429 as Envoy has it).
+fn grpc_status(status: StatusCode) -> u16 {
+    match status.as_u16() {
+        400 => 13,
+        401 => 16,
+        403 => 7,
+        404 => 12,
+        429 | 502 | 503 | 504 => 14,
+        _ => 2,
+    }
+}
+
+/// Redirects and direct responses of the route.
+pub(crate) fn direct(ex: &mut Exchange<'_>) -> Flow {
+    let Some(route) = ex.route.clone() else { return Flow::Continue };
+    let mut answer = match &route.action {
+        HttpAction::Forward(_) => return Flow::Continue,
+        HttpAction::Redirect(redirect) => {
+            let none = HttpMatch::default();
+            let facts = RequestFacts {
+                method: &ex.parts.method,
+                scheme: ex.conn.scheme(),
+                authority: &ex.authority,
+                path: &ex.path,
+                query: ex.parts.uri.query(),
+                headers: &ex.parts.headers,
+                port: ex.conn.port(),
+                claims: None,
+            };
+            let location = redirect_location(redirect, ex.matched().unwrap_or(&none), &facts);
+            let mut answer = Response::new(Body::Empty);
+            *answer.status_mut() = StatusCode::from_u16(redirect.status).unwrap_or(StatusCode::MOVED_PERMANENTLY);
+            match HeaderValue::try_from(location) {
+                Ok(location) => {
+                    answer.headers_mut().insert(header::LOCATION, location);
+                }
+                Err(_) => *answer.status_mut() = StatusCode::BAD_REQUEST,
+            }
+            answer
+        }
+        HttpAction::Respond(respond) => {
+            let mut answer = Response::new(Body::full(Bytes::copy_from_slice(&respond.body)));
+            *answer.status_mut() = StatusCode::from_u16(respond.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+            if !respond.body.is_empty() {
+                answer.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain"));
+            }
+            answer
+        }
+    };
+    ex.record.details = "direct_response".into();
+    route.headers.response.apply(answer.headers_mut());
+    Flow::Answer(answer)
+}
+
+/// What the upstream answered, made ours: connection headers removed, header edits of backend and route.
+pub(crate) fn from_upstream(ex: &mut Exchange<'_>, answer: &mut Response<Body>) {
+    let upgrade =
+        (answer.status() == StatusCode::SWITCHING_PROTOCOLS).then(|| answer.headers().get(header::UPGRADE).cloned()).flatten();
+    strip_hop_by_hop(answer.headers_mut(), upgrade.as_ref());
+    if let Some(backend) = ex.backend()
+        && !backend.headers.response.is_empty()
+    {
+        backend.headers.response.apply(answer.headers_mut());
+    }
+    if let Some(route) = &ex.route
+        && !route.headers.response.is_empty()
+    {
+        route.headers.response.apply(answer.headers_mut());
+    }
+    if let Some(time) = ex.record.upstream_time {
+        answer.headers_mut().insert("x-envoy-upstream-service-time", HeaderValue::from(time.as_millis() as u64));
+    }
+}
+
+/// What every answer gets.
+pub(crate) fn finish(ex: &mut Exchange<'_>, mut answer: Response<Body>) -> Response<Body> {
+    if let Some(cors) = ex.cors_headers.take() {
+        for (name, value) in &cors {
+            answer.headers_mut().insert(name.clone(), value.clone());
+        }
+    }
+    if let Some(reason) = ex.record.reason {
+        answer.headers_mut().insert(REASON, HeaderValue::from_static(reason.as_str()));
+    }
+    answer.headers_mut().insert(header::SERVER, SERVER);
+    ex.record.status = answer.status().as_u16();
+    answer
+}

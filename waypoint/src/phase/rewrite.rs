@@ -1,0 +1,53 @@
+//! Path and authority as the upstream sees them.
+use crate::exchange::{Exchange, Flow};
+use http::header::{HeaderName, HeaderValue};
+use mesh_model::l7::HttpMatch;
+use mesh_model::l7::rewrite::path as rewrite_path;
+use mesh_model::l7::route::{HttpAction, Rewrite};
+use std::sync::Arc;
+
+/// `x-envoy-original-path`.
+pub(crate) const ORIGINAL_PATH: HeaderName = HeaderName::from_static("x-envoy-original-path");
+/// `x-envoy-original-host`.
+const ORIGINAL_HOST: HeaderName = HeaderName::from_static("x-envoy-original-host");
+
+/// Applies the rewrites of the route and then of the backend.
+pub(crate) fn apply(ex: &mut Exchange<'_>) -> Flow {
+    let Some(route) = ex.route.clone() else { return Flow::Continue };
+    let HttpAction::Forward(forward) = &route.action else { return Flow::Continue };
+    let before = ex.path.clone();
+    if let Some(rewrite) = &forward.rewrite {
+        one(ex, rewrite);
+    }
+    if let Some(rewrite) = ex.backend.and_then(|i| forward.backends.get(i)).and_then(|b| b.rewrite.as_ref()) {
+        one(ex, rewrite);
+    }
+    if ex.path != before
+        && let Ok(value) = HeaderValue::try_from(&*ex.record.path)
+    {
+        ex.parts.headers.insert(ORIGINAL_PATH, value);
+    }
+    Flow::Continue
+}
+
+fn one(ex: &mut Exchange<'_>, rewrite: &Rewrite) {
+    let none = HttpMatch::default();
+    if let Some(path) = rewrite.path.as_ref().and_then(|r| rewrite_path(r, ex.matched().unwrap_or(&none), &ex.path)) {
+        ex.path = path;
+    }
+    if let Some(authority) = &rewrite.authority {
+        authority_to(ex, authority);
+    }
+}
+
+/// Another authority, with the old one remembered for the upstream.
+pub(crate) fn authority_to(ex: &mut Exchange<'_>, authority: &Arc<str>) {
+    if *ex.authority == **authority {
+        return;
+    }
+    if let Ok(value) = HeaderValue::try_from(&*ex.authority) {
+        ex.parts.headers.insert(ORIGINAL_HOST, value);
+    }
+    ex.authority.clear();
+    ex.authority.push_str(authority);
+}

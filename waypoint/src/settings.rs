@@ -1,0 +1,152 @@
+//! Process settings: flags and environment, each documented where it is defined (`waypoint proxy --help`).
+//!
+//! Order: default < environment < flag. Names follow Istio's proxies where they have the setting, else they start with
+//! `CULVERT_`.
+use clap::Args;
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Settings of `waypoint proxy`.
+#[derive(Args, Clone, Debug)]
+pub struct Settings {
+    /// Folder of Kubernetes, Istio and Gateway API YAML that describes the mesh; watched for changes.
+    #[arg(long, env = "CULVERT_MESH_DIR", value_name = "DIR")]
+    pub mesh_dir: PathBuf,
+    /// Namespace of this pod.
+    #[arg(long, env = "POD_NAMESPACE", default_value = "default")]
+    pub namespace: String,
+    /// Name of this pod; with its namespace it says which workload of the mesh this process is.
+    #[arg(long, env = "POD_NAME", default_value = "")]
+    pub pod: String,
+    /// Address of this pod, when its name does not say which workload it is.
+    #[arg(long, env = "INSTANCE_IP")]
+    pub instance_ip: Option<IpAddr>,
+    /// Name of the Gateway object this process serves, in its own namespace: its listeners other than HBONE are listened on.
+    #[arg(long, env = "GATEWAY", default_value = "")]
+    pub gateway: String,
+    /// Service account whose identity this process has.
+    #[arg(long, env = "SERVICE_ACCOUNT", default_value = "default")]
+    pub service_account: String,
+    /// Directory of the built-in development CA; created when absent.
+    #[arg(long, env = "CULVERT_CA_DIR", default_value = "/var/lib/culvert/ca", value_name = "DIR")]
+    pub ca_dir: PathBuf,
+    /// Trust domain of this mesh.
+    #[arg(long, env = "TRUST_DOMAIN", default_value = "cluster.local")]
+    pub trust_domain: String,
+    /// Other names of the same trust domain, accepted from peers and in policies.
+    #[arg(long, env = "CULVERT_TRUST_DOMAIN_ALIASES", value_delimiter = ',')]
+    pub trust_domain_aliases: Vec<String>,
+    /// DNS domain of Kubernetes services.
+    #[arg(long, env = "CLUSTER_DOMAIN", default_value = "cluster.local")]
+    pub cluster_domain: String,
+    /// Name of this cluster.
+    #[arg(long, env = "CLUSTER_ID", default_value = "Kubernetes")]
+    pub cluster_id: String,
+    /// Network of this pod; empty for the default network.
+    #[arg(long, env = "NETWORK", default_value = "")]
+    pub network: String,
+    /// Node this pod runs on: where locality preferences count from.
+    #[arg(long, env = "NODE_NAME", default_value = "")]
+    pub node: String,
+    /// Istio's root namespace.
+    #[arg(long, env = "CULVERT_ROOT_NAMESPACE", default_value = "istio-system")]
+    pub root_namespace: String,
+    /// Address tunnels of node agents arrive at.
+    #[arg(long, env = "CULVERT_HBONE_ADDR", default_value = "[::]:15008")]
+    pub hbone_addr: SocketAddr,
+    /// IP address the Gateway's own listeners are bound to.
+    #[arg(long, env = "CULVERT_LISTEN_IP", default_value = "::")]
+    pub listen_ip: IpAddr,
+    /// Address of the admin server (`/config_dump`, `/clusters`, `/logging`).
+    #[arg(long, env = "CULVERT_ADMIN_ADDR", default_value = "127.0.0.1:15000")]
+    pub admin_addr: SocketAddr,
+    /// Address of the metrics server (`/metrics`, `/stats/prometheus`).
+    #[arg(long, env = "CULVERT_STATS_ADDR", default_value = "[::]:15020")]
+    pub stats_addr: SocketAddr,
+    /// Address of the readiness server (`/healthz/ready`).
+    #[arg(long, env = "CULVERT_READINESS_ADDR", default_value = "[::]:15021")]
+    pub readiness_addr: SocketAddr,
+    /// Data threads: a number, a percentage of the cores (`50%`), or 0 for all cores.
+    #[arg(long, env = "CULVERT_WORKER_THREADS")]
+    pub worker_threads: Option<String>,
+    /// Lifetime of issued certificates.
+    #[arg(long, env = "SECRET_TTL", default_value = "1h", value_parser = duration)]
+    pub secret_ttl: Duration,
+    /// How long requests and connections may live on after SIGTERM.
+    #[arg(long, env = "TERMINATION_DRAIN_DURATION", default_value = "5s", value_parser = duration)]
+    pub termination_deadline: Duration,
+    /// TCP connect timeout where no DestinationRule says otherwise.
+    #[arg(long, env = "CULVERT_CONNECT_TIMEOUT", default_value = "10s", value_parser = duration)]
+    pub connect_timeout: Duration,
+    /// Limit for a TLS handshake, an HTTP/2 handshake and a CONNECT answer, each.
+    #[arg(long, env = "CULVERT_HANDSHAKE_TIMEOUT", default_value = "10s", value_parser = duration)]
+    pub handshake_timeout: Duration,
+    /// Handshakes in progress at once.
+    #[arg(long, env = "CULVERT_MAX_HANDSHAKES", default_value_t = 512)]
+    pub max_handshakes: usize,
+    /// How long a connection whose protocol nobody declared is watched for the client's first bytes before the endpoint is
+    /// connected, so that a protocol in which the server speaks first does not stall.
+    #[arg(long, env = "CULVERT_PROTOCOL_SNIFF_TIMEOUT", default_value = "100ms", value_parser = duration)]
+    pub sniff_timeout: Duration,
+    /// Idle limit of HTTP connections from clients; 0 for none.
+    #[arg(long, env = "CULVERT_HTTP_IDLE_TIMEOUT", default_value = "1h", value_parser = duration)]
+    pub http_idle_timeout: Duration,
+    /// Limit for the head of a request to arrive in whole; 0 for none.
+    #[arg(long, env = "CULVERT_REQUEST_HEADERS_TIMEOUT", default_value = "10s", value_parser = duration)]
+    pub headers_timeout: Duration,
+    /// Idle limit of TCP connections; 0 (the default) for none.
+    #[arg(long, env = "CULVERT_TCP_IDLE_TIMEOUT", default_value = "0s", value_parser = duration)]
+    pub tcp_idle_timeout: Duration,
+    /// How long a connection of which one direction has ended may be silent before it is given up; 0 for no limit.
+    #[arg(long, env = "CULVERT_HALF_CLOSED_TIMEOUT", default_value = "1h", value_parser = duration)]
+    pub half_closed_timeout: Duration,
+    /// Streams at once one node agent's tunnel may have open.
+    #[arg(long, env = "CULVERT_MAX_STREAMS", default_value_t = 10_000)]
+    pub max_streams: u32,
+    /// Streams in one tunnel to an endpoint's agent before another is opened.
+    #[arg(long, env = "POOL_MAX_STREAMS_PER_CONNECTION", default_value_t = 100)]
+    pub pool_max_streams: usize,
+    /// How long an unused tunnel is kept.
+    #[arg(long, env = "POOL_UNUSED_RELEASE_TIMEOUT", default_value = "5m", value_parser = duration)]
+    pub pool_unused_release: Duration,
+    /// Bytes that grown windows may hold in this process, all tunnels together.
+    #[arg(long, env = "CULVERT_WINDOW_BUDGET", default_value_t = 64 * 1024 * 1024)]
+    pub window_budget: usize,
+    /// Most bytes of a request body that are kept to send it again; a larger one is not retried.
+    #[arg(long, env = "CULVERT_RETRY_BUFFER", default_value_t = 64 * 1024)]
+    pub retry_buffer: usize,
+    /// Append the client's address to `x-forwarded-for`.
+    #[arg(long, env = "CULVERT_FORWARD_CLIENT_ADDRESS", default_value_t = true, action = clap::ArgAction::Set)]
+    pub forward_client_address: bool,
+    /// Tell the endpoint the client's identity in `x-forwarded-client-cert` (upstream: annotation
+    /// `ambient.istio.io/xfcc-include-client-identity`). What the client sent under that name is removed either way.
+    #[arg(long, env = "CULVERT_FORWARD_CLIENT_IDENTITY", default_value_t = false, action = clap::ArgAction::Set)]
+    pub forward_client_identity: bool,
+    /// Path normalisation before routing and policy: `none`, `base`, `merge-slashes` or `decode-and-merge-slashes`.
+    #[arg(long, env = "CULVERT_PATH_NORMALIZATION", default_value = "base")]
+    pub path_normalization: PathMode,
+    /// Write the access log.
+    #[arg(long, env = "CULVERT_ACCESS_LOG", default_value_t = true, action = clap::ArgAction::Set)]
+    pub access_log: bool,
+    /// What a stock Istio proxy is started with and this one does not need (`proxy waypoint --domain …`).
+    #[arg(hide = true, trailing_var_arg = true, allow_hyphen_values = true)]
+    pub ignored: Vec<String>,
+}
+
+/// Path normalisation (meshConfig.pathNormalization).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum PathMode {
+    /// Paths as they come.
+    None,
+    /// Dot segments resolved, `\` becomes `/` (Istio's default).
+    Base,
+    /// And `//` becomes `/`.
+    MergeSlashes,
+    /// And `%2f`, `%5c` become `/` first.
+    DecodeAndMergeSlashes,
+}
+
+fn duration(s: &str) -> Result<Duration, String> {
+    mesh_runtime::settings::parse_duration(s).map_err(|e| e.to_string())
+}

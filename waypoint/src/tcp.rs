@@ -1,0 +1,183 @@
+//! Connections carried as bytes: TCP routes, TLS passed through, protocols in which the server speaks first.
+//!
+//! Owns the choice of the endpoint for a whole connection. Upstream: `tunnel`, `listen::gateway`, upgrades of `exchange`.
+//! Downstream: `upstream::connect`, the relay.
+use crate::conn::{Conn, Scope};
+use crate::detect::Spoken;
+use crate::http::{self, Version};
+use crate::telemetry::{Flag, Flags, TcpHandles, TcpRecord};
+use crate::tunnel::{Opening, first_bytes};
+use crate::upstream::{self, Cluster, Failure, PickContext, Stream, UpstreamError};
+use hyper::upgrade::OnUpgrade;
+use hyper_util::rt::TokioIo;
+use mesh_hbone::HboneStream;
+use mesh_hbone::relay::endpoint::Endpoint;
+use mesh_hbone::relay::{Timeouts, relay};
+use mesh_hbone::stream::ResetCode;
+use mesh_model::Snapshot;
+use mesh_model::l7::TcpFacts;
+use mesh_model::l7::route::{BackendRef, ClusterKey};
+use mesh_model::l7::select::select_tcp;
+use mesh_model::l7::weights::choose;
+use mesh_model::lb::redraw;
+use mesh_model::waypoint::Target;
+use std::sync::Arc;
+use std::time::Instant;
+
+const DRAW_BACKEND: u64 = 31;
+const DRAW_ENDPOINT: u64 = 32;
+
+/// Carries one connection: route → endpoint → connect → relay → tell.
+pub async fn serve(conn: Arc<Conn>, mut stream: HboneStream, opening: Opening) {
+    let mut record = TcpRecord::new(Instant::now());
+    let reached = reach(&conn, opening.sni.as_deref(), &mut record).await;
+    let mut upstream = match reached {
+        Ok(upstream) => upstream,
+        Err(error) => {
+            note(&mut record, &error);
+            conn.shared.telemetry.tcp_failed(&conn, &record);
+            stream.reset(ResetCode::ConnectError);
+            return;
+        }
+    };
+    if opening.undecided {
+        let spoken = tokio::select! {
+            spoken = first_bytes(&mut stream, None) => spoken,
+            () = upstream.readable() => Spoken::Other,
+        };
+        let version = match spoken {
+            Spoken::Http1 => Some(Version::Http1),
+            Spoken::Http2 => Some(Version::Http2),
+            _ => None,
+        };
+        if let Some(version) = version {
+            // The connection made meanwhile was never used; requests choose endpoints of their own.
+            drop(upstream);
+            return http::serve(conn, stream.into_io(), version).await;
+        }
+    }
+    let handles = conn.shared.telemetry.tcp_opened(&conn, &record);
+    carry(&conn, stream, upstream, &handles, &mut record).await;
+    conn.shared.telemetry.tcp_done(&conn, &record, &handles);
+}
+
+/// Relays between the client and the endpoint.
+pub(crate) async fn carry<A>(conn: &Conn, client: A, upstream: Stream, handles: &TcpHandles, record: &mut TcpRecord)
+where
+    A: Endpoint,
+{
+    let settings = &conn.shared.settings;
+    let of_policy = record.cluster.as_ref().and_then(|c| c.policy().pool.tcp_idle_timeout);
+    let timeouts = Timeouts {
+        idle: of_policy.or_else(|| Some(settings.tcp_idle_timeout).filter(|t| !t.is_zero())),
+        half_closed: Some(settings.half_closed_timeout).filter(|t| !t.is_zero()),
+    };
+    let expired = conn.drain.expired();
+    let end = match upstream {
+        Stream::Hbone(server) => relay(client, server, handles, expired, timeouts).await,
+        Stream::Tcp(server) => relay(client, server, handles, expired, timeouts).await,
+        Stream::Tls(server) => {
+            relay(client, mesh_hbone::relay::endpoint::Bytewise::new(server), handles, expired, timeouts).await
+        }
+    };
+    use mesh_hbone::relay::{End, How};
+    record.details = match end.how {
+        How::Closed => "",
+        How::Reset(End::First) => "downstream_remote_disconnect",
+        How::Reset(End::Second) => "upstream_remote_disconnect",
+        How::Cancelled => "drained",
+        How::Idle => "idle_timeout",
+    }
+    .into();
+    if matches!(end.how, How::Idle) {
+        record.flags.set(Flag::StreamIdleTimeout);
+    }
+}
+
+/// The endpoint of a connection, connected.
+pub(crate) async fn reach(conn: &Conn, sni: Option<&str>, record: &mut TcpRecord) -> Result<Stream, UpstreamError> {
+    let draw: u64 = rand::random();
+    let (cluster, host) = {
+        let snap = conn.shared.mesh.load();
+        let cluster = cluster(conn, &snap, sni, draw, record)?;
+        let pick = PickContext { draw: redraw(draw, DRAW_ENDPOINT), hash: None, tried: &[], dst: Some(conn.local) };
+        let host = cluster.pick(&pick)?;
+        (cluster, host)
+    };
+    record.cluster = Some(Arc::clone(&cluster));
+    record.host = Some(Arc::clone(&host));
+    let connected = upstream::connect(&cluster, &host, Some(conn.client)).await;
+    if let Err(error) = &connected {
+        cluster.report(&host, upstream::Observed::Failed(error.failure));
+    }
+    connected
+}
+
+fn cluster(
+    conn: &Conn,
+    snap: &Snapshot,
+    sni: Option<&str>,
+    draw: u64,
+    record: &mut TcpRecord,
+) -> Result<Arc<Cluster>, UpstreamError> {
+    let upstreams = &conn.shared.upstreams;
+    let facts = TcpFacts { port: conn.port(), destination: Some(conn.local.ip()), sni };
+    let (table, plain) = match &conn.scope {
+        Scope::Mesh(Target::Workload { known, port }) => return Ok(upstreams.workload(snap, known, *port)),
+        Scope::Mesh(Target::Service { service, port }) => {
+            let plain = ClusterKey { service: service.key.clone(), port: *port, subset: None };
+            (snap.find_routes(&service.key).cloned(), Some(plain))
+        }
+        Scope::Gateway { port, listener, .. } => {
+            (crate::listen::gateway::tcp_table(conn, snap, *port, listener.as_deref(), sni), None)
+        }
+    };
+    let no_route = || UpstreamError::new(Failure::NoCluster, "no route for this connection");
+    if let Some(table) = &table {
+        if let Some(why) = &table.broken {
+            return Err(UpstreamError::new(Failure::NoCluster, format!("route_unusable: {why}")));
+        }
+        if let Some(route) = select_tcp(table, &facts) {
+            record.route = Some(Arc::clone(&route.name));
+            let backend = choose(&route.backends, route.total_weight, redraw(draw, DRAW_BACKEND)).ok_or_else(no_route)?;
+            return match &backend.to {
+                BackendRef::Service(key) => upstreams.cluster(snap, key),
+                BackendRef::Invalid { why, .. } => Err(UpstreamError::new(Failure::NoCluster, why.to_string())),
+            };
+        }
+    }
+    upstreams.cluster(snap, &plain.ok_or_else(no_route)?)
+}
+
+fn note(record: &mut TcpRecord, error: &UpstreamError) {
+    record.flags = flags_of(error.failure);
+    record.details = error.to_string().into();
+    record.reason = Some(match error.failure {
+        Failure::NoCluster => mesh_model::Reason::NotBound,
+        Failure::NoHealthy => mesh_model::Reason::NoHealthyEndpoint,
+        Failure::Overflow => mesh_model::Reason::Overloaded,
+        Failure::ConnectTimeout | Failure::Timeout => mesh_model::Reason::ConnectTimeout,
+        _ => mesh_model::Reason::ConnectFailed,
+    });
+}
+
+fn flags_of(failure: Failure) -> Flags {
+    let mut flags = Flags::default();
+    flags.set(match failure {
+        Failure::NoCluster => Flag::NoRouteFound,
+        Failure::NoHealthy => Flag::NoHealthyUpstream,
+        Failure::Overflow => Flag::UpstreamOverflow,
+        Failure::ClientGone => Flag::DownstreamConnectionTermination,
+        _ => Flag::UpstreamConnectionFailure,
+    });
+    flags
+}
+
+/// Carries an upgraded connection (WebSocket and the like) until one side ends it.
+pub(crate) async fn upgraded(client: OnUpgrade, upstream: OnUpgrade) {
+    let (Ok(client), Ok(upstream)) = tokio::join!(client, upstream) else { return };
+    let (mut client, mut upstream) = (TokioIo::new(client), TokioIo::new(upstream));
+    if let Err(error) = tokio::io::copy_bidirectional(&mut client, &mut upstream).await {
+        tracing::debug!(%error, "upgraded connection broke");
+    }
+}

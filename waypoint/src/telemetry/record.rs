@@ -1,0 +1,85 @@
+//! The facts of one request or connection, filled in by the phases as they learn them.
+use super::Flags;
+use crate::upstream::{Cluster, Host};
+use http::{HeaderValue, Method, Version};
+use mesh_model::l7::HttpRoute;
+use std::borrow::Cow;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::{Duration, Instant, SystemTime};
+
+/// One request.
+#[derive(Debug)]
+pub struct Record {
+    /// When its head was in.
+    pub started: Instant,
+    /// The same on the wall.
+    pub start_time: SystemTime,
+    /// Method.
+    pub method: Method,
+    /// Path and query as the client wrote them.
+    pub path: Box<str>,
+    /// Protocol of the client.
+    pub protocol: Version,
+    /// Authority as the client wrote it.
+    pub authority: Box<str>,
+    /// `user-agent`.
+    pub user_agent: Option<HeaderValue>,
+    /// `x-request-id`, ours if the client had none.
+    pub request_id: Option<HeaderValue>,
+    /// `x-forwarded-for` as it goes upstream.
+    pub forwarded_for: Option<HeaderValue>,
+    /// It is gRPC.
+    pub grpc: bool,
+    /// The route.
+    pub route: Option<Arc<HttpRoute>>,
+    /// The cluster.
+    pub cluster: Option<Arc<Cluster>>,
+    /// The endpoint of the last attempt.
+    pub host: Option<Arc<Host>>,
+    /// Status answered; 0 when nothing was.
+    pub status: u16,
+    /// `grpc-status`, from headers or trailers.
+    pub grpc_status: Option<u16>,
+    /// Response flags.
+    pub flags: Flags,
+    /// `%RESPONSE_CODE_DETAILS%`.
+    pub details: Cow<'static, str>,
+    /// `%UPSTREAM_TRANSPORT_FAILURE_REASON%`.
+    pub transport_failure: Cow<'static, str>,
+    /// Our own word for a refusal, if it was one.
+    pub reason: Option<mesh_model::Reason>,
+    /// Attempts made at an upstream.
+    pub attempts: u32,
+    /// From the attempt that answered to its response head (`x-envoy-upstream-service-time`).
+    pub upstream_time: Option<Duration>,
+    /// Bytes of the request's body.
+    pub received: Arc<AtomicU64>,
+    /// Bytes of the response's body.
+    pub sent: u64,
+}
+
+/// One connection that was carried as bytes.
+#[derive(Debug)]
+pub struct TcpRecord {
+    /// When it began.
+    pub started: Instant,
+    /// Name of the route, if one matched.
+    pub route: Option<Arc<str>>,
+    /// The cluster.
+    pub cluster: Option<Arc<Cluster>>,
+    /// The endpoint.
+    pub host: Option<Arc<Host>>,
+    /// Response flags.
+    pub flags: Flags,
+    /// `%CONNECTION_TERMINATION_DETAILS%`.
+    pub details: Cow<'static, str>,
+    /// Our own word for a refusal, if it was one.
+    pub reason: Option<mesh_model::Reason>,
+}
+impl TcpRecord {
+    /// Nothing known yet.
+    pub fn new(started: Instant) -> Self {
+        Self { started, route: None, cluster: None, host: None, flags: Flags::default(), details: "".into(), reason: None }
+    }
+}

@@ -1,0 +1,172 @@
+//! One CONNECT from a node agent: what it asks for, what is spoken in it, who serves it.
+//!
+//! Owns the order: plan → 200 → protocol → HTTP or bytes. Upstream: `listen`. Downstream: `http`, `tcp`.
+use crate::conn::{Conn, Scope, Shared};
+use crate::detect::{self, Spoken};
+use crate::http::{self, Version};
+use crate::tcp;
+use bytes::{Bytes, BytesMut};
+use mesh_hbone::{HboneStream, Incoming};
+use mesh_identity::Peer;
+use mesh_model::l7::HttpRoute;
+use mesh_model::service::AppProtocol;
+use mesh_model::waypoint::{Target, plan_tunnel};
+use mesh_model::{HboneAuthority, Reason, Refusal};
+use mesh_runtime::drain::DrainWatch;
+use std::future::poll_fn;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::time::{Instant, timeout_at};
+
+/// Serves one CONNECT, on the data thread that has least to do: the streams of one tunnel spread over all cores.
+pub async fn serve_stream(shared: Arc<Shared>, proof: Arc<Peer>, client: SocketAddr, incoming: Incoming, drain: DrainWatch) {
+    let (conn, protocol) = match plan(&shared, &proof, client, incoming.authority(), drain) {
+        Ok(planned) => planned,
+        Err(why) => {
+            shared.telemetry.tunnel_refused(client, Some(&proof.id), &why);
+            incoming.refuse(&why);
+            return;
+        }
+    };
+    let here = mesh_runtime::threads::current();
+    let worker = shared.threads.pick(here);
+    let live = worker.admit();
+    let stream = match incoming.accept([]) {
+        Ok(stream) => stream,
+        Err(error) => {
+            tracing::debug!(%client, %error, "client went before the answer");
+            return;
+        }
+    };
+    let work = async move {
+        serve(Arc::new(conn), stream, protocol).await;
+        drop(live);
+    };
+    if here == Some(worker.index()) {
+        work.await;
+    } else {
+        worker.spawn(work);
+    }
+}
+
+/// What the CONNECT is for, and the declared protocol of it.
+fn plan(
+    shared: &Arc<Shared>,
+    proof: &Peer,
+    client: SocketAddr,
+    authority: &str,
+    drain: DrainWatch,
+) -> Result<(Conn, AppProtocol), Refusal> {
+    let authority = HboneAuthority::parse(authority)
+        .ok_or_else(|| Refusal::new(Reason::BadRequest, format!("authority {authority:?} is neither ip:port nor host:port")))?;
+    let snap = shared.mesh.load();
+    let me = shared.me(&snap)?;
+    let target = plan_tunnel(&snap, me, proof.id.namespace(), &authority)?;
+    let source = snap
+        .find_workload_by_ip(&snap.view().network, client.ip().to_canonical())
+        // The address must be of whom the certificate names: labels do not lie.
+        .filter(|w| w.identity().is_ok_and(|id| id == proof.id))
+        .cloned();
+    let (plain, protocol) = match &target {
+        Target::Service { service, port } => {
+            let protocol = service.port(*port).map_or(AppProtocol::Unknown, |p| p.protocol);
+            (HttpRoute::plain(&service.key, *port), protocol)
+        }
+        Target::Workload { known, port } => (HttpRoute::of_workload(known.workload(), *port), AppProtocol::Unknown),
+    };
+    let local = match &authority {
+        HboneAuthority::Addr(addr) => *addr,
+        HboneAuthority::Name { port, .. } => SocketAddr::from(([0, 0, 0, 0], *port)),
+    };
+    let conn = Conn {
+        shared: Arc::clone(shared),
+        scope: Scope::Mesh(target),
+        client,
+        local,
+        identity: Some(proof.id.clone()),
+        source,
+        sni: None,
+        plain: Some(Arc::new(plain)),
+        drain,
+    };
+    Ok((conn, protocol))
+}
+
+/// Serves the stream by what is declared, and where nothing is, by what is spoken.
+async fn serve(conn: Arc<Conn>, mut stream: HboneStream, protocol: AppProtocol) {
+    match protocol {
+        AppProtocol::Tcp => return tcp::serve(conn, stream, Opening::default()).await,
+        AppProtocol::Http2 | AppProtocol::Grpc | AppProtocol::Http11 => {
+            // Declared HTTP: the version is the client's to choose, however long it takes.
+            match first_bytes(&mut stream, None).await {
+                Spoken::Http2 => http::serve(conn, stream.into_io(), Version::Http2).await,
+                // hyper answers what is not HTTP with 400, as Envoy does.
+                _ => http::serve(conn, stream.into_io(), Version::Http1).await,
+            }
+            return;
+        }
+        AppProtocol::Tls => {
+            // A hello is due at once; a client that does not send one has nothing to be routed by.
+            let deadline = Instant::now() + TLS_HELLO;
+            let sni = match first_bytes(&mut stream, Some(deadline)).await {
+                Spoken::Tls(sni) => sni,
+                _ => None,
+            };
+            return tcp::serve(conn, stream, Opening { sni, ..Opening::default() }).await;
+        }
+        AppProtocol::Unknown => {}
+    }
+    let deadline = Instant::now() + conn.shared.settings.sniff_timeout;
+    match first_bytes(&mut stream, Some(deadline)).await {
+        Spoken::Http1 => http::serve(conn, stream.into_io(), Version::Http1).await,
+        Spoken::Http2 => http::serve(conn, stream.into_io(), Version::Http2).await,
+        Spoken::Tls(sni) => tcp::serve(conn, stream, Opening { sni, ..Opening::default() }).await,
+        Spoken::Other => tcp::serve(conn, stream, Opening::default()).await,
+        // Nobody has spoken yet. The server may be the one who does: connect, and see who is first.
+        Spoken::Unclear => tcp::serve(conn, stream, Opening { undecided: true, ..Opening::default() }).await,
+    }
+}
+
+/// How long a client of a declared TLS port may take to say hello.
+const TLS_HELLO: Duration = Duration::from_secs(5);
+
+/// How a byte connection begins.
+#[derive(Clone, Debug, Default)]
+pub struct Opening {
+    /// SNI.
+    pub sni: Option<Arc<str>>,
+    /// The client has not said enough to know; if it speaks HTTP before the server speaks, it is HTTP after all.
+    pub undecided: bool,
+}
+
+/// Looks at the first bytes, which stay to be read again. `None`: waits as long as the connection lasts.
+pub(crate) async fn first_bytes(stream: &mut HboneStream, deadline: Option<Instant>) -> Spoken {
+    let mut seen = BytesMut::new();
+    let spoken = loop {
+        let next = poll_fn(|cx| stream.poll_recv(cx));
+        let next = match deadline {
+            None => next.await,
+            Some(deadline) => match timeout_at(deadline, next).await {
+                Ok(next) => next,
+                Err(_) => break Spoken::Unclear,
+            },
+        };
+        match next {
+            Some(Ok(data)) => {
+                seen.extend_from_slice(&data);
+                match detect::judge(&seen) {
+                    Spoken::Unclear if seen.len() < detect::LIMIT => {}
+                    Spoken::Unclear => break Spoken::Other,
+                    spoken => break spoken,
+                }
+            }
+            // The end or the error is met again by whoever reads next.
+            Some(Err(_)) | None => break if seen.is_empty() { Spoken::Unclear } else { Spoken::Other },
+        }
+    };
+    if !seen.is_empty() {
+        stream.unread(Bytes::from(seen));
+    }
+    spoken
+}
