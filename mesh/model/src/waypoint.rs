@@ -50,7 +50,12 @@ impl Target {
 ///
 /// Where a service and a workload claim one address the service is meant, as in `plan_outbound`, which sent it here.
 /// Refusals: `NotBound` (404) when this waypoint is not the one of what is asked for, `NoSuchPort`, `Recursion`.
-pub fn plan_tunnel(snap: &Snapshot, me: &Workload, client_namespace: &str, authority: &HboneAuthority) -> Result<Target, Refusal> {
+pub fn plan_tunnel(
+    snap: &Snapshot,
+    me: &Workload,
+    client_namespace: &str,
+    authority: &HboneAuthority,
+) -> Result<Target, Refusal> {
     let port = authority.port();
     if port == 0 {
         return Err(Refusal::new(Reason::BadRequest, "port 0"));
