@@ -5,6 +5,7 @@
 //! Downstream: the phases, `upstream`, `telemetry`.
 use crate::body::Body;
 use crate::conn::Conn;
+use crate::phase::replay::Replay;
 use crate::phase::{admit, attempt, cors, expose, fault, forward, mirror, respond, rewrite, route};
 use crate::telemetry::Record;
 use ::http::request::Parts;
@@ -31,8 +32,10 @@ pub struct Exchange<'c> {
     pub snap: Arc<Snapshot>,
     /// The request's head.
     pub parts: Parts,
-    /// The request's body.
+    /// The request's body, until `forward` takes it into `replay`.
     pub body: Body,
+    /// The request's body for attempts and copies; `None` when it has none.
+    pub replay: Option<Replay>,
     /// Normalised path, without the query.
     pub path: String,
     /// The authority as the client wrote it.
@@ -57,6 +60,10 @@ impl Exchange<'_> {
     pub fn backend(&self) -> Option<&Backend> {
         let HttpAction::Forward(forward) = &self.route.as_ref()?.action else { return None };
         forward.backends.get(self.backend?)
+    }
+    /// The request's body from its beginning; `None` when it was sent already and not kept.
+    pub(crate) fn read_body(&self) -> Option<Body> {
+        self.replay.as_ref().map_or(Some(Body::Empty), Replay::reader)
     }
     /// What the chosen rule matched by.
     pub fn matched(&self) -> Option<&HttpMatch> {

@@ -73,6 +73,7 @@ pub(crate) fn begin(conn: &Arc<Conn>, request: Request<Incoming>) -> Exchange<'_
         conn,
         parts,
         body: if body.is_end_stream() { Body::Empty } else { Body::Incoming(body) },
+        replay: None,
         path: String::new(),
         authority,
         draw: rand::random(),

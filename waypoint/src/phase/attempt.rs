@@ -3,7 +3,6 @@ use crate::body::Body;
 use crate::conn::Scope;
 use crate::exchange::Exchange;
 use crate::phase::admit::upgrade_of;
-use crate::phase::replay::Replay;
 use crate::phase::{expose, respond};
 use crate::telemetry::Flag;
 use crate::upstream::{self, Cluster, Failure, Host, Observed, PickContext, SendOptions, UpstreamError};
@@ -111,13 +110,6 @@ impl Attempts<'_, '_> {
         let upgrade = upgrade_of(&ex.parts.headers).is_some();
         let client_upgrade = ex.parts.extensions.remove::<OnUpgrade>().filter(|_| upgrade);
         let repeatable = policy.attempts > 0 && !upgrade;
-        let body = match std::mem::take(&mut ex.body) {
-            Body::Empty => None,
-            body => {
-                let keep = if repeatable { ex.conn.shared.settings.retry_buffer } else { 0 };
-                Some(Replay::new(body, keep, Arc::clone(&ex.record.received)))
-            }
-        };
         let deadline = forward.timeout.map(|t| Instant::now() + t);
         let http2 = speaks_http2(ex, cluster);
         let mut tried: Vec<Arc<Host>> = Vec::new();
@@ -135,12 +127,8 @@ impl Attempts<'_, '_> {
             };
             ex.record.attempts = attempt;
             ex.record.host = Some(Arc::clone(&host));
-            let reader = match &body {
-                None => Some(Body::Empty),
-                Some(replay) => replay.reader(),
-            };
-            let Some(reader) = reader else { return (internal(ex, "the body was already sent"), None) };
-            let request = match outgoing(ex, reader, attempt, http2) {
+            let Some(reader) = ex.read_body() else { return (internal(ex, "the body was already sent"), None) };
+            let request = match outgoing(ex, reader, &ex.authority, attempt, http2) {
                 Ok(request) => request,
                 Err(()) => return (respond::local(ex, StatusCode::BAD_REQUEST, "", "invalid_authority"), None),
             };
@@ -173,7 +161,7 @@ impl Attempts<'_, '_> {
                 && attempt <= policy.attempts
                 // The whole time is up: nothing is left to try in.
                 && (is_per_try || !matches!(&result, Err(e) if e.failure == Failure::Timeout))
-                && body.as_ref().is_none_or(|b| b.reader().is_some())
+                && ex.read_body().is_some()
                 && retry::worth_retry(policy, &outcome);
             let wait = retry::backoff(policy, attempt, redraw(ex.draw, DRAW_BACKOFF + u64::from(attempt)));
             if again && deadline.is_none_or(|d| Instant::now() + wait < d) {
@@ -209,7 +197,7 @@ impl Attempts<'_, '_> {
 }
 
 /// Whether HTTP/2 is spoken to the endpoint: declared by the service's port, asked for by policy, or as the client did.
-fn speaks_http2(ex: &Exchange<'_>, cluster: &Cluster) -> bool {
+pub(super) fn speaks_http2(ex: &Exchange<'_>, cluster: &Cluster) -> bool {
     use mesh_model::service::AppProtocol;
     let pool = &cluster.policy().pool;
     let client_did = ex.parts.version == Version::HTTP_2;
@@ -228,7 +216,7 @@ fn speaks_http2(ex: &Exchange<'_>, cluster: &Cluster) -> bool {
 }
 
 /// The request of one attempt.
-fn outgoing(ex: &Exchange<'_>, body: Body, attempt: u32, http2: bool) -> Result<Request<Body>, ()> {
+pub(super) fn outgoing(ex: &Exchange<'_>, body: Body, authority: &str, attempt: u32, http2: bool) -> Result<Request<Body>, ()> {
     let mut request = Request::new(body);
     *request.method_mut() = ex.parts.method.clone();
     *request.headers_mut() = ex.parts.headers.clone();
@@ -241,11 +229,11 @@ fn outgoing(ex: &Exchange<'_>, body: Body, attempt: u32, http2: bool) -> Result<
     uri.path_and_query = Some(target);
     if http2 {
         uri.scheme = Some(if ex.conn.scheme() == "https" { Scheme::HTTPS } else { Scheme::HTTP });
-        uri.authority = Some(Authority::try_from(ex.authority.as_str()).map_err(|_| ())?);
+        uri.authority = Some(Authority::try_from(authority).map_err(|_| ())?);
         *request.version_mut() = Version::HTTP_2;
         request.headers_mut().remove(header::HOST);
-    } else if !ex.authority.is_empty() {
-        request.headers_mut().insert(header::HOST, HeaderValue::try_from(ex.authority.as_str()).map_err(|_| ())?);
+    } else if !authority.is_empty() {
+        request.headers_mut().insert(header::HOST, HeaderValue::try_from(authority).map_err(|_| ())?);
     }
     *request.uri_mut() = Uri::from_parts(uri).map_err(|_| ())?;
     request.headers_mut().insert(ATTEMPT_COUNT, HeaderValue::from(attempt));

@@ -1,8 +1,12 @@
-//! What the upstream is told beside what the client said: header edits of backend and route, timeout.
+//! What the upstream is told beside what the client said: header edits of backend and route, timeout. And the body is made
+//! repeatable where something may read it twice.
+use crate::body::Body;
 use crate::exchange::{Exchange, Flow};
+use crate::phase::replay::Replay;
 use crate::phase::rewrite;
 use http::header::{HeaderName, HeaderValue};
 use mesh_model::l7::route::HttpAction;
+use std::sync::Arc;
 
 /// `x-envoy-expected-rq-timeout-ms`.
 const EXPECTED_TIMEOUT: HeaderName = HeaderName::from_static("x-envoy-expected-rq-timeout-ms");
@@ -21,6 +25,14 @@ pub(crate) fn prepare(ex: &mut Exchange<'_>) -> Flow {
             rewrite::authority_to(ex, authority);
         }
     }
+    let mirrored = !forward.mirrors.is_empty() || backend.is_some_and(|b| !b.mirrors.is_empty());
+    ex.replay = match std::mem::take(&mut ex.body) {
+        Body::Empty => None,
+        body => {
+            let keep = if forward.retry.attempts > 0 || mirrored { ex.conn.shared.settings.retry_buffer } else { 0 };
+            Some(Replay::new(body, keep, Arc::clone(&ex.record.received)))
+        }
+    };
     if let Some(timeout) = forward.timeout {
         let shortest = forward.retry.per_try.map_or(timeout, |per_try| per_try.min(timeout));
         if let Ok(value) = HeaderValue::try_from(shortest.as_millis().to_string()) {

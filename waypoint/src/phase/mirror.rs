@@ -1,5 +1,74 @@
-//! Copies of requests to somewhere else, whose answers nobody waits for.
+//! Copies of requests to somewhere else, whose answers nobody waits for (spec/waypoint §3.1, §10).
+//!
+//! A copy reads the same body as the request itself, up to what is kept for retries; a larger body ends its copy.
 use crate::exchange::Exchange;
+use crate::phase::attempt::{outgoing, speaks_http2};
+use crate::upstream::{self, PickContext, SendOptions};
+use http::HeaderValue;
+use http_body_util::BodyExt as _;
+use mesh_model::l7::route::{BackendRef, HttpAction, Mirror};
+use mesh_model::lb::redraw;
+use std::sync::Arc;
+use std::time::Duration;
 
-/// Sends the copies the route asks for.
-pub(crate) fn copy(_ex: &mut Exchange<'_>) {}
+const DRAW_MIRROR: u64 = 100;
+/// A copy that takes longer is given up: nobody waits for it, but it holds a connection.
+const LIMIT: Duration = Duration::from_mins(1);
+
+/// Sends the copies the route and the backend ask for.
+pub(crate) fn copy(ex: &mut Exchange<'_>) {
+    let Some(route) = ex.route.clone() else { return };
+    let HttpAction::Forward(forward) = &route.action else { return };
+    let of_backend = ex.backend.and_then(|i| forward.backends.get(i)).map_or(&[][..], |b| &b.mirrors[..]);
+    for (n, mirror) in forward.mirrors.iter().chain(of_backend).enumerate() {
+        if mirror.fraction.hit(redraw(ex.draw, DRAW_MIRROR + n as u64)) {
+            one(ex, mirror, redraw(ex.draw, DRAW_MIRROR + 50 + n as u64));
+        }
+    }
+}
+
+fn one(ex: &Exchange<'_>, mirror: &Mirror, draw: u64) {
+    let BackendRef::Service(key) = &mirror.to else { return };
+    let Ok(cluster) = ex.conn.shared.upstreams.cluster(&ex.snap, key) else { return };
+    let (Ok(host), Ok(guard)) =
+        (cluster.pick(&PickContext { draw, hash: None, tried: &[], dst: Some(ex.conn.local) }), cluster.admit())
+    else {
+        return;
+    };
+    let Some(body) = ex.read_body() else { return };
+    let http2 = speaks_http2(ex, &cluster);
+    let Ok(mut request) = outgoing(ex, body, &shadow(&ex.authority), 1, http2) else { return };
+    request.headers_mut().insert("x-envoy-internal", HeaderValue::from_static("true"));
+    let options = SendOptions { http2, upgrade: false, client: Some(ex.conn.client) };
+    tokio::spawn(async move {
+        let exchange = async {
+            if let Ok(response) = upstream::send(&cluster, &host, request, options).await {
+                let mut body = response.into_body();
+                // Read to its end, so that the connection can be used again.
+                while let Some(Ok(_)) = body.frame().await {}
+            }
+        };
+        if tokio::time::timeout(LIMIT, exchange).await.is_err() {
+            tracing::debug!(cluster = cluster.name(), "mirrored request given up");
+        }
+        drop((guard, Arc::clone(&host)));
+    });
+}
+
+/// The authority of a copy: `-shadow` after the host, before a port.
+fn shadow(authority: &str) -> String {
+    match authority.rsplit_once(':') {
+        Some((host, port)) if !port.is_empty() && port.bytes().all(|b| b.is_ascii_digit()) => format!("{host}-shadow:{port}"),
+        _ => format!("{authority}-shadow"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_suffix_goes_before_the_port() {
+        assert_eq!(super::shadow("127.0.0.1:29910"), "127.0.0.1-shadow:29910");
+        assert_eq!(super::shadow("a.b"), "a.b-shadow");
+        assert_eq!(super::shadow("[::1]:80"), "[::1]-shadow:80");
+    }
+}
