@@ -4,6 +4,7 @@
 //! connections run on the data threads.
 use crate::conn::Shared;
 use crate::dump;
+use crate::listen::gateway::Listeners;
 use crate::listen::{self, Tunnels};
 use crate::settings::Settings;
 use crate::telemetry::Telemetry;
@@ -145,6 +146,10 @@ async fn control<P>(shared: Arc<Shared>, hbone: mesh_runtime::sockets::BoundList
     }
     drop(pending);
     let mut versions = shared.mesh.watch();
+    let mut listeners = Listeners::default();
+    listeners.reconcile(&shared, &drain);
+    // Certificate files are renewed in place, and a port that was taken may have become free.
+    let mut tick = tokio::time::interval(Duration::from_secs(5));
     let mut bundles = shared.tls.bundles();
     loop {
         tokio::select! {
@@ -154,7 +159,9 @@ async fn control<P>(shared: Arc<Shared>, hbone: mesh_runtime::sockets::BoundList
                 }
                 versions.mark_unchanged();
                 shared.upstreams.collect(&shared.mesh.load_full());
+                listeners.reconcile(&shared, &drain);
             }
+            _ = tick.tick() => listeners.reconcile(&shared, &drain),
             changed = bundles.changed() => {
                 if changed.is_err() {
                     return;
@@ -165,7 +172,7 @@ async fn control<P>(shared: Arc<Shared>, hbone: mesh_runtime::sockets::BoundList
                     tracing::warn!(lost, "tunnels closed: their certificates are no longer trusted");
                 }
             }
-            _ = drain.draining() => return,
+            _ = drain.draining() => return listeners.drain(shared.settings.termination_deadline),
         }
     }
 }

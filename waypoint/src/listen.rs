@@ -21,6 +21,7 @@ use tokio::net::TcpStream;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
+pub mod certificates;
 pub mod gateway;
 
 /// Accepts on every data thread until the drain; `serve` runs on the thread with least to do.

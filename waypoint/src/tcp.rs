@@ -149,7 +149,7 @@ fn cluster(
     upstreams.cluster(snap, &plain.ok_or_else(no_route)?)
 }
 
-fn note(record: &mut TcpRecord, error: &UpstreamError) {
+pub(crate) fn note(record: &mut TcpRecord, error: &UpstreamError) {
     record.flags = flags_of(error.failure);
     record.details = error.to_string().into();
     record.reason = Some(match error.failure {

@@ -1,12 +1,225 @@
-//! A gateway's own listeners: which routes a host has, and (see `serve`) HTTP, HTTPS, TLS and TCP from outside the mesh.
+//! A gateway's own listeners: HTTP, HTTPS, TLS and TCP from outside the mesh, and which routes a host has.
 //!
 //! Owns host matching: the most specific listener hostname first, then the most specific route hostname (Gateway API).
 //! Upstream: `app`. Downstream: `http`, `tcp`.
-use crate::conn::{Conn, Routes};
+use crate::conn::{Conn, Routes, Scope, Shared};
+use crate::detect::{self, Spoken};
+use crate::http::{self, Version};
+use crate::listen::accept_all;
+use crate::listen::certificates::Certificates;
+use crate::tcp;
+use crate::telemetry::TcpRecord;
+use mesh_hbone::relay::endpoint::{Bytewise, Endpoint};
 use mesh_model::Snapshot;
 use mesh_model::l7::RouteTable;
+use mesh_model::l7::gateway::ListenerTls;
 use mesh_model::l7::gateway::{GatewayKey, Listener, ListenerProtocol};
+use mesh_model::{Reason, Refusal};
+use mesh_runtime::drain::{self, Drain, DrainMode, DrainWatch};
+use mesh_runtime::sockets::ListenerOptions;
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::net::TcpStream;
+use tokio_rustls::TlsAcceptor;
+
+/// What is listened on, kept in step with the Gateway object.
+#[derive(Default)]
+pub struct Listeners {
+    /// By port; the drain ends a listener that went.
+    open: BTreeMap<u16, (Drain, Arc<PortProtocol>)>,
+    certificates: Arc<Certificates>,
+}
+/// Whether bytes or requests come in on a port.
+#[derive(Debug, PartialEq, Eq)]
+enum PortProtocol {
+    Http,
+    /// HTTPS and TLS listeners may share a port: the name in the hello chooses.
+    Tls,
+    Tcp,
+}
+
+impl Listeners {
+    /// Opens what is new, closes what went, loads certificates. `drain`: of the process. On the control thread.
+    pub fn reconcile(&mut self, shared: &Arc<Shared>, drain: &DrainWatch) {
+        let snap = shared.mesh.load_full();
+        let key = GatewayKey::new(&shared.settings.namespace, &shared.settings.gateway);
+        let listeners = snap.find_gateway(&key).map_or(&[][..], |g| &g.listeners[..]);
+        self.certificates.load(listeners);
+        let mut wanted: BTreeMap<u16, PortProtocol> = BTreeMap::new();
+        for l in listeners.iter().filter(|l| l.broken.is_none()) {
+            let protocol = match l.protocol {
+                ListenerProtocol::Http => PortProtocol::Http,
+                ListenerProtocol::Https | ListenerProtocol::Tls => PortProtocol::Tls,
+                ListenerProtocol::Tcp => PortProtocol::Tcp,
+            };
+            // Two kinds on one port are refused when translated; the first stands should it happen all the same.
+            wanted.entry(l.port).or_insert(protocol);
+        }
+        self.open.retain(|port, (ending, protocol)| {
+            let stays = wanted.get(port) == Some(&**protocol);
+            if !stays {
+                tracing::info!(port, "gateway listener closed");
+                ending.start(DrainMode::Graceful { deadline: shared.settings.termination_deadline });
+            }
+            stays
+        });
+        for (port, protocol) in wanted {
+            if self.open.contains_key(&port) {
+                continue;
+            }
+            let addr = SocketAddr::new(shared.settings.listen_ip, port);
+            match self.open_port(shared, addr, protocol, drain) {
+                Ok(opened) => {
+                    tracing::info!(%addr, "gateway listener opened");
+                    self.open.insert(port, opened);
+                }
+                // Tried again with the next change or tick.
+                Err(error) => tracing::error!(%addr, %error, "gateway listener cannot be opened"),
+            }
+        }
+    }
+
+    fn open_port(
+        &self,
+        shared: &Arc<Shared>,
+        addr: SocketAddr,
+        protocol: PortProtocol,
+        process: &DrainWatch,
+    ) -> std::io::Result<(Drain, Arc<PortProtocol>)> {
+        let bound = ListenerOptions::new(addr).bind()?;
+        let (ending, watch) = drain::channel();
+        let protocol = Arc::new(protocol);
+        let serve = {
+            let (protocol, certificates, process) = (Arc::clone(&protocol), Arc::clone(&self.certificates), process.clone());
+            move |shared: Arc<Shared>, tcp: TcpStream, peer: SocketAddr, drain: DrainWatch| {
+                let (protocol, certificates, process) = (Arc::clone(&protocol), Arc::clone(&certificates), process.clone());
+                async move {
+                    // The process waits for this connection too when it ends.
+                    let held = process.guard();
+                    serve(shared, tcp, peer, drain, &protocol, &certificates).await;
+                    drop(held);
+                }
+            }
+        };
+        accept_all(shared, &bound, &watch, serve)?;
+        Ok((ending, protocol))
+    }
+
+    /// Ends every listener with the process.
+    pub fn drain(&self, deadline: Duration) {
+        for (ending, _) in self.open.values() {
+            ending.start(DrainMode::Graceful { deadline });
+        }
+    }
+}
+
+/// Serves one connection from outside the mesh.
+async fn serve(
+    shared: Arc<Shared>,
+    tcp: TcpStream,
+    client: SocketAddr,
+    drain: DrainWatch,
+    protocol: &PortProtocol,
+    certificates: &Certificates,
+) {
+    let Ok(local) = tcp.local_addr() else { return };
+    let limit = shared.settings.headers_timeout;
+    let conn = |listener: Option<Arc<str>>, secure: bool, sni: Option<Arc<str>>| Conn {
+        shared: Arc::clone(&shared),
+        scope: Scope::Gateway { port: local.port(), listener, secure },
+        client,
+        local,
+        identity: None,
+        source: None,
+        sni,
+        plain: None,
+        drain: drain.clone(),
+    };
+    match protocol {
+        PortProtocol::Http => match peek(&tcp, limit).await {
+            Spoken::Unclear => {}
+            Spoken::Http2 => http::serve(Arc::new(conn(None, false, None)), tcp, Version::Http2).await,
+            _ => http::serve(Arc::new(conn(None, false, None)), tcp, Version::Http1).await,
+        },
+        PortProtocol::Tcp => bytes(Arc::new(conn(None, false, None)), tcp).await,
+        PortProtocol::Tls => {
+            let Spoken::Tls(sni) = peek(&tcp, limit).await else { return };
+            let refuse = |why: &'static str| {
+                let detail = format!("{why} (port {}, name {})", local.port(), sni.as_deref().unwrap_or("none"));
+                shared.telemetry.tunnel_refused(client, None, &Refusal::new(Reason::NotBound, detail));
+            };
+            let found = {
+                let snap = shared.mesh.load();
+                let probe = conn(None, true, None);
+                let tls = |l: &Listener| matches!(l.protocol, ListenerProtocol::Https | ListenerProtocol::Tls);
+                best(&probe, &snap, local.port(), sni.as_deref().unwrap_or_default(), tls)
+                    .map(|l| (Arc::clone(&l.name), l.protocol, matches!(l.tls, Some(ListenerTls::Passthrough))))
+            };
+            let Some((name, protocol, passthrough)) = found else { return refuse("no listener for this name") };
+            let conn = Arc::new(conn(Some(Arc::clone(&name)), true, sni.clone()));
+            if passthrough {
+                return bytes(conn, tcp).await;
+            }
+            let Some(config) = certificates.find(&name) else { return refuse("the listener has no usable certificate") };
+            let handshake = tokio::time::timeout(shared.settings.handshake_timeout, TlsAcceptor::from(config).accept(tcp));
+            let Ok(Ok(tls)) = handshake.await else {
+                tracing::debug!(%client, listener = %name, "TLS handshake failed");
+                return;
+            };
+            if protocol == ListenerProtocol::Tls {
+                return bytes(conn, Bytewise::new(tls)).await;
+            }
+            let version = if tls.get_ref().1.alpn_protocol() == Some(b"h2") { Version::Http2 } else { Version::Http1 };
+            http::serve(conn, tls, version).await;
+        }
+    }
+}
+
+/// A connection carried as bytes.
+async fn bytes<E: Endpoint>(conn: Arc<Conn>, mut client: E) {
+    let mut record = TcpRecord::new(Instant::now());
+    match tcp::reach(&conn, conn.sni.as_deref(), &mut record).await {
+        Ok(upstream) => {
+            let handles = conn.shared.telemetry.tcp_opened(&conn, &record);
+            tcp::carry(&conn, client, upstream, &handles, &mut record).await;
+            conn.shared.telemetry.tcp_done(&conn, &record, &handles);
+        }
+        Err(error) => {
+            tcp::note(&mut record, &error);
+            conn.shared.telemetry.tcp_failed(&conn, &record);
+            client.reset(true);
+        }
+    }
+}
+
+/// What a client's first bytes say, left in the socket.
+async fn peek(tcp: &TcpStream, limit: Duration) -> Spoken {
+    let looking = async {
+        let mut seen = vec![0; 1024];
+        let mut before = 0;
+        loop {
+            let n = match tcp.peek(&mut seen).await {
+                Ok(0) | Err(_) => return Spoken::Unclear,
+                Ok(n) => n,
+            };
+            match detect::judge(seen.get(..n).unwrap_or_default()) {
+                Spoken::Unclear if n < detect::LIMIT => {}
+                Spoken::Unclear => return Spoken::Other,
+                spoken => return spoken,
+            }
+            if n == seen.len() {
+                seen.resize((n * 2).min(detect::LIMIT), 0);
+            } else if n == before {
+                // The socket stays readable while the same bytes lie in it: look again a little later.
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            before = n;
+        }
+    };
+    if limit.is_zero() { looking.await } else { tokio::time::timeout(limit, looking).await.unwrap_or(Spoken::Unclear) }
+}
 
 /// How well `pattern` (exact, `*.suffix`, `*`) fits `host`: longer is better, exact best; `None` when not at all.
 pub(crate) fn fits(pattern: &str, host: &str) -> Option<usize> {

@@ -1,4 +1,4 @@
-//! The two kinds of end a relay knows: a TCP socket and a CONNECT stream.
+//! The kinds of end a relay knows: a TCP socket, a CONNECT stream, and any other byte stream.
 
 use std::cell::RefCell;
 use std::io::{self, IoSlice};
@@ -8,6 +8,9 @@ use std::task::{Context, Poll, ready};
 use bytes::{Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
+
+mod bytewise;
+pub use bytewise::Bytewise;
 
 use super::queue::{PIECES, Queue};
 use crate::stream::{HboneStream, ResetCode, StreamError};
