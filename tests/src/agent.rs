@@ -23,19 +23,25 @@ use crate::wait;
 
 /// The agent binary: `CULVERT_ZTUNNEL`, else the newer of `target/debug/ztunnel` and `target/release/ztunnel`.
 pub fn find_binary() -> anyhow::Result<PathBuf> {
-    if let Some(path) = std::env::var_os("CULVERT_ZTUNNEL") {
+    find_program("ztunnel")
+}
+
+/// A program of ours: `CULVERT_<NAME>`, else the newer of the debug and the release build.
+pub fn find_program(name: &str) -> anyhow::Result<PathBuf> {
+    let variable = format!("CULVERT_{}", name.to_uppercase());
+    if let Some(path) = std::env::var_os(&variable) {
         let path = PathBuf::from(path);
-        ensure!(path.is_file(), "CULVERT_ZTUNNEL names {}, which is not a file", path.display());
+        ensure!(path.is_file(), "{variable} names {}, which is not a file", path.display());
         return Ok(path);
     }
     let target = target_dir();
     ["debug", "release"]
         .into_iter()
-        .map(|profile| target.join(profile).join("ztunnel"))
+        .map(|profile| target.join(profile).join(name))
         .filter_map(|path| Some((fs::metadata(&path).ok()?.modified().ok()?, path)))
         .max()
         .map(|(_, path)| path)
-        .with_context(|| format!("no agent binary in {}: run `cargo build -p ztunnel`", target.display()))
+        .with_context(|| format!("no {name} binary in {}: run `cargo build -p {name}`", target.display()))
 }
 
 /// The build directory: `CARGO_TARGET_DIR` or `target` of the workspace.
@@ -52,8 +58,12 @@ pub fn workspace_dir() -> &'static Path {
 /// How to start an agent.
 #[derive(Clone, Debug)]
 pub struct AgentSpec {
-    /// Name of the Kubernetes node it serves.
+    /// Program: `ztunnel` or `waypoint`.
+    pub program: &'static str,
+    /// Name of the Kubernetes node it serves; of a waypoint, its pod.
     pub node: String,
+    /// Flags beside those every program takes.
+    pub flags: Vec<String>,
     /// Folder of YAML.
     pub mesh_dir: PathBuf,
     /// Development CA folder, shared by the agents of one mesh.
@@ -74,12 +84,30 @@ impl AgentSpec {
             ("CULVERT_ADMIN_ADDR", "127.0.0.1:15000"),
         ];
         Self {
+            program: "ztunnel",
             node: node.into(),
+            flags: vec!["--node".into(), node.into()],
             mesh_dir: mesh_dir.into(),
             ca_dir: ca_dir.into(),
             env: env.into_iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect(),
             log: log_dir.join(format!("{node}.log")),
         }
+    }
+
+    /// A waypoint or gateway: the pod `pod` of `namespace`, with that service account, serving the Gateway `gateway`.
+    pub fn waypoint(
+        (namespace, pod): (&str, &str),
+        account: &str,
+        gateway: &str,
+        mesh_dir: &Path,
+        ca_dir: &Path,
+        log_dir: &Path,
+    ) -> Self {
+        let flags = ["--namespace", namespace, "--pod", pod, "--service-account", account, "--gateway", gateway];
+        let mut spec = Self::new(pod, mesh_dir, ca_dir, log_dir);
+        spec.program = "waypoint";
+        spec.flags = flags.into_iter().map(Into::into).collect();
+        spec.env("CULVERT_WORKER_THREADS", "2")
     }
 
     /// Sets one environment variable.
@@ -91,17 +119,16 @@ impl AgentSpec {
 
     /// Starts it in the namespace of `place`. The log is appended to, so that a restart keeps the first part.
     pub fn start(self, place: &Arc<Place>) -> anyhow::Result<Agent> {
-        let binary = find_binary()?;
+        let binary = find_program(self.program)?;
         let log = File::options().create(true).append(true).open(&self.log)?;
         let mut command = Command::new(&binary);
         command
             .arg("proxy")
             .arg("--mesh-dir")
             .arg(&self.mesh_dir)
-            .arg("--node")
-            .arg(&self.node)
             .arg("--ca-dir")
             .arg(&self.ca_dir)
+            .args(&self.flags)
             .envs(&self.env)
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
