@@ -20,3 +20,4 @@ pub mod skip;
 pub mod suite;
 pub mod topology;
 pub mod wait;
+pub mod web;

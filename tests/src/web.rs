@@ -1,0 +1,179 @@
+//! A small HTTP/1.1 server for pods: says who it is and what it was asked, and misbehaves on request.
+//!
+//! `/status/CODE` answers that; `/fail/N/KEY` answers 503 the first N times KEY is asked for here; `/slow/MS` waits;
+//! `/drop` ends the connection without an answer; `/count` tells how many requests came. Anything else is echoed as JSON.
+//! [`Web::behave`] makes every answer one status. An `upgrade: echo` is switched to and echoed.
+use std::collections::HashMap;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::net::{Ipv6Addr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
+
+use serde_json::json;
+
+use crate::topology::Place;
+
+#[derive(Debug)]
+struct State {
+    name: String,
+    /// Status of every answer; 0: by the path.
+    status: AtomicU16,
+    requests: AtomicUsize,
+    failed: Mutex<HashMap<String, usize>>,
+    stop: AtomicBool,
+}
+
+/// The server. Ends when dropped.
+#[derive(Debug)]
+pub struct Web {
+    state: Arc<State>,
+    port: u16,
+    place: Arc<Place>,
+}
+
+impl Web {
+    /// Listens in a pod, on both families.
+    pub fn start(place: &Arc<Place>, port: u16) -> anyhow::Result<Self> {
+        let listener = place.netns.listen((Ipv6Addr::UNSPECIFIED, port).into())?;
+        let state = Arc::new(State {
+            name: place.name.clone(),
+            status: AtomicU16::new(0),
+            requests: AtomicUsize::new(0),
+            failed: Mutex::default(),
+            stop: AtomicBool::new(false),
+        });
+        let shared = Arc::clone(&state);
+        thread::spawn(move || accept(&listener, &shared));
+        Ok(Self { state, port, place: Arc::clone(place) })
+    }
+    /// From now on every answer has this status; 0: by the path again.
+    pub fn behave(&self, status: u16) {
+        self.state.status.store(status, Ordering::Relaxed);
+    }
+    /// Requests so far.
+    pub fn requests(&self) -> usize {
+        self.state.requests.load(Ordering::Relaxed)
+    }
+}
+impl Drop for Web {
+    fn drop(&mut self) {
+        self.state.stop.store(true, Ordering::Relaxed);
+        // Wakes the accept loop.
+        let _gone = self.place.netns.connect(self.place.at(self.port), Duration::from_millis(200));
+    }
+}
+
+fn accept(listener: &TcpListener, state: &Arc<State>) {
+    for stream in listener.incoming() {
+        if state.stop.load(Ordering::Relaxed) {
+            return;
+        }
+        let Ok(stream) = stream else { continue };
+        let state = Arc::clone(state);
+        thread::spawn(move || {
+            let _client_went = serve(stream, &state);
+        });
+    }
+}
+
+fn serve(stream: TcpStream, state: &State) -> io::Result<()> {
+    stream.set_read_timeout(Some(Duration::from_secs(60)))?;
+    stream.set_nodelay(true)?;
+    let peer = stream.peer_addr()?;
+    let mut out = stream.try_clone()?;
+    let mut reader = BufReader::new(stream);
+    loop {
+        let mut line = String::new();
+        if reader.read_line(&mut line)? == 0 {
+            return Ok(());
+        }
+        let mut words = line.split_whitespace();
+        let (method, path) = (words.next().unwrap_or_default().to_owned(), words.next().unwrap_or_default().to_owned());
+        let mut headers: Vec<(String, String)> = Vec::new();
+        loop {
+            line.clear();
+            if reader.read_line(&mut line)? == 0 {
+                return Ok(());
+            }
+            let Some((name, value)) = line.trim_end().split_once(':') else { break };
+            headers.push((name.to_ascii_lowercase(), value.trim().to_owned()));
+        }
+        let header = |name: &str| headers.iter().find(|(key, _)| key == name).map(|(_, value)| value.as_str());
+        let mut body = Vec::new();
+        if header("transfer-encoding").is_some_and(|v| v.eq_ignore_ascii_case("chunked")) {
+            read_chunks(&mut reader, &mut body)?;
+        } else if let Some(length) = header("content-length").and_then(|text| text.parse::<usize>().ok()) {
+            body.resize(length, 0);
+            reader.read_exact(&mut body)?;
+        }
+        state.requests.fetch_add(1, Ordering::Relaxed);
+        if header("upgrade") == Some("echo") {
+            out.write_all(b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: echo\r\n\r\n")?;
+            let mut piece = [0; 4096];
+            loop {
+                let n = reader.read(&mut piece)?;
+                if n == 0 {
+                    return Ok(());
+                }
+                out.write_all(&piece[..n])?;
+            }
+        }
+        let Some(status) = status_for(state, &path) else { return Ok(()) };
+        let echo = json!({
+            "name": state.name,
+            "peer": peer.ip().to_canonical().to_string(),
+            "method": method,
+            "path": path,
+            "headers": headers.iter().cloned().collect::<HashMap<_, _>>(),
+            "body": String::from_utf8_lossy(&body),
+            "requests": state.requests.load(Ordering::Relaxed),
+        });
+        let echo = format!("{echo}\n");
+        let end = if method == "HEAD" { "" } else { echo.as_str() };
+        write!(out, "HTTP/1.1 {status} Some\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{end}", echo.len())?;
+    }
+}
+
+/// The status for a path; `None`: no answer at all.
+fn status_for(state: &State, path: &str) -> Option<u16> {
+    let fixed = state.status.load(Ordering::Relaxed);
+    if fixed != 0 {
+        return Some(fixed);
+    }
+    let path = path.split('?').next().unwrap_or(path);
+    let mut parts = path.trim_start_matches('/').split('/');
+    match (parts.next(), parts.next(), parts.next()) {
+        (Some("status"), Some(code), _) => Some(code.parse().unwrap_or(400)),
+        (Some("slow"), Some(ms), _) => {
+            thread::sleep(Duration::from_millis(ms.parse().unwrap_or(0)));
+            Some(200)
+        }
+        (Some("drop"), ..) => None,
+        (Some("fail"), Some(times), Some(key)) => {
+            let mut failed = state.failed.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            let count = failed.entry(key.to_owned()).or_default();
+            *count += 1;
+            Some(if *count <= times.parse().unwrap_or(0) { 503 } else { 200 })
+        }
+        _ => Some(200),
+    }
+}
+
+fn read_chunks(reader: &mut impl BufRead, body: &mut Vec<u8>) -> io::Result<()> {
+    let mut line = String::new();
+    loop {
+        line.clear();
+        reader.read_line(&mut line)?;
+        let size = usize::from_str_radix(line.trim().split(';').next().unwrap_or_default(), 16).map_err(io::Error::other)?;
+        let start = body.len();
+        body.resize(start + size, 0);
+        reader.read_exact(&mut body[start..])?;
+        line.clear();
+        reader.read_line(&mut line)?;
+        if size == 0 {
+            return Ok(());
+        }
+    }
+}

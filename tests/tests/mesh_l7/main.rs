@@ -1,0 +1,37 @@
+//! Ring 3: two nodes, real agents, a real waypoint and a real gateway. What layer 7 promises, seen by `curl` in a pod and by
+//! the servers in others; nothing here knows the product's insides.
+use std::process::ExitCode;
+
+use mesh_tests::skip;
+use mesh_tests::suite::{self, Test, test};
+
+mod bytes;
+mod mesh;
+mod outside;
+mod routes;
+mod upstream;
+
+use mesh::{Mesh, set_up};
+
+const TESTS: &[Test<Mesh>] = &[
+    test("a_call_goes_through_the_waypoint", routes::a_call_goes_through_the_waypoint),
+    test("a_canary_by_header_is_exact", routes::a_canary_by_header_is_exact),
+    test("a_canary_by_weight_hits_its_share", routes::a_canary_by_weight_hits_its_share),
+    test("rewrites_redirects_and_answers", routes::rewrites_redirects_and_answers),
+    test("a_route_change_is_live_and_drops_nothing", routes::a_route_change_is_live_and_drops_nothing),
+    test("a_broken_route_closes_its_host_only", routes::a_broken_route_closes_its_host_only),
+    test("failures_are_retried_as_the_route_says", upstream::failures_are_retried_as_the_route_says),
+    test("a_breaker_opens_and_heals", upstream::a_breaker_opens_and_heals),
+    test("a_slow_upstream_is_timed_out", upstream::a_slow_upstream_is_timed_out),
+    test("request_bodies_arrive_whole", upstream::request_bodies_arrive_whole),
+    test("an_upgrade_is_carried", bytes::an_upgrade_is_carried),
+    test("a_server_that_speaks_first_is_heard", bytes::a_server_that_speaks_first_is_heard),
+    test("large_transfers_arrive_whole", bytes::large_transfers_arrive_whole),
+    test("the_gateway_lets_its_hosts_in", outside::the_gateway_lets_its_hosts_in),
+    test("the_gateway_ends_tls", outside::the_gateway_ends_tls),
+    test("metrics_and_log_name_both_ends", outside::metrics_and_log_name_both_ends),
+];
+
+fn main() -> ExitCode {
+    suite::run("mesh_l7", skip::netns_unavailable(), set_up, TESTS)
+}

@@ -1,0 +1,252 @@
+//! The mesh all tests of this suite share: two nodes, a client, two versions of a web server, a waypoint, a gateway.
+use std::collections::BTreeMap;
+use std::process::Command;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use mesh_tests::agent::{Agent, AgentSpec, find_program};
+use mesh_tests::mesh_dir::MeshDir;
+use mesh_tests::netns;
+use mesh_tests::suite::CannotRun;
+use mesh_tests::topology::{Place, Plan, Topology};
+use mesh_tests::web::Web;
+use serde_json::Value;
+use tempfile::TempDir;
+
+pub(crate) const PORT: u16 = 8080;
+/// Port of the byte servers, declared as nothing.
+pub(crate) const BYTES: u16 = 9090;
+pub(crate) const WEB: &str = "10.96.0.20";
+pub(crate) const OTHER: &str = "10.96.0.21";
+
+/// The mesh all tests share. Fields are dropped in this order: proxies before the topology they live in.
+pub(crate) struct Mesh {
+    pub(crate) proxies: BTreeMap<&'static str, Agent>,
+    pub(crate) web: BTreeMap<&'static str, Web>,
+    pub(crate) topology: Topology,
+    pub(crate) dir: MeshDir,
+    pub(crate) ca: TempDir,
+    pub(crate) logs: TempDir,
+}
+
+const OBJECTS: &str = r#"
+apiVersion: v1
+kind: Namespace
+metadata: { name: t, labels: { istio.io/dataplane-mode: ambient } }
+---
+apiVersion: security.istio.io/v1
+kind: PeerAuthentication
+metadata: { name: default, namespace: istio-system }
+spec: { mtls: { mode: STRICT } }
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: Gateway
+metadata: { name: wp, namespace: t }
+spec:
+  gatewayClassName: istio-waypoint
+  listeners:
+  - { name: mesh, port: 15008, protocol: HBONE }
+status:
+  addresses:
+  - { type: Hostname, value: wp.t.svc.cluster.local }
+---
+apiVersion: v1
+kind: Service
+metadata: { name: wp, namespace: t }
+spec:
+  selector: { app: wp }
+  clusterIP: 10.96.0.9
+  ports:
+  - { name: hbone, port: 15008, protocol: TCP }
+---
+apiVersion: v1
+kind: Service
+metadata: { name: web, namespace: t, labels: { istio.io/use-waypoint: wp } }
+spec:
+  selector: { tier: web }
+  clusterIP: 10.96.0.20
+  ports:
+  - { name: http, port: 80, targetPort: 8080, protocol: TCP }
+  - { name: bytes, port: 90, targetPort: 9090, protocol: TCP }
+---
+apiVersion: v1
+kind: Service
+metadata: { name: other, namespace: t, labels: { istio.io/use-waypoint: wp } }
+spec:
+  selector: { app: web1 }
+  clusterIP: 10.96.0.21
+  ports:
+  - { name: http, port: 80, targetPort: 8080, protocol: TCP }
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: Gateway
+metadata: { name: gw, namespace: t }
+spec:
+  gatewayClassName: istio
+  listeners:
+  - { name: http, port: 80, protocol: HTTP }
+  - name: https
+    port: 443
+    protocol: HTTPS
+    hostname: web.example
+    tls: { mode: Terminate, certificateRefs: [ { name: web-tls } ] }
+status:
+  addresses:
+  - { type: Hostname, value: gw.t.svc.cluster.local }
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: { name: front, namespace: t }
+spec:
+  parentRefs: [ { name: gw } ]
+  hostnames: [ web.example ]
+  rules:
+  - matches: [ { path: { type: PathPrefix, value: /shop } } ]
+    backendRefs: [ { name: web, port: 80 } ]
+---
+apiVersion: networking.istio.io/v1
+kind: DestinationRule
+metadata: { name: web, namespace: t }
+spec:
+  host: web
+  subsets:
+  - { name: v1, labels: { version: v1 } }
+  - { name: v2, labels: { version: v2 } }
+"#;
+
+pub(crate) fn set_up() -> anyhow::Result<Mesh> {
+    for program in ["ztunnel", "waypoint"] {
+        find_program(program).map_err(|error| CannotRun(format!("{error:#}")))?;
+    }
+    let plain = "istio.io/dataplane-mode=none";
+    let topology = Plan::default()
+        .node("node-a", "zone-1")
+        .node("node-b", "zone-2")
+        .pod("node-a", "t", "client", "client", &[])
+        .pod("node-b", "t", "web1", "web", &["tier=web", "version=v1"])
+        .pod("node-b", "t", "web2", "web", &["tier=web", "version=v2"])
+        .pod("node-b", "t", "wp", "wp", &["gateway.networking.k8s.io/gateway-name=wp", "networking.istio.io/tunnel=http", plain])
+        .pod("node-a", "t", "gw", "gw", &["gateway.networking.k8s.io/gateway-name=gw", "networking.istio.io/tunnel=http", plain])
+        .host("outside")
+        .build()?;
+    let dir = MeshDir::empty()?;
+    dir.put("00-base.yaml", OBJECTS)?;
+    dir.put("01-nodes.yaml", &topology.nodes_yaml())?;
+    dir.put("02-secret.yaml", &secret("web-tls", "web.example")?)?;
+    for pod in &topology.plan().pods {
+        dir.put(&format!("pod-{}.yaml", pod.name), &topology.pod_yaml(&pod.name, &[]))?;
+    }
+    let mut web = BTreeMap::new();
+    for name in ["web1", "web2"] {
+        web.insert(name, Web::start(topology.pod(name), PORT)?);
+    }
+    let mut mesh =
+        Mesh { proxies: BTreeMap::new(), web, topology, dir, ca: netns::scratch("ca")?, logs: netns::scratch("logs")? };
+    for name in ["node-a", "node-b", "wp", "gw"] {
+        let proxy = mesh.start(name)?;
+        mesh.proxies.insert(name, proxy);
+    }
+    for proxy in mesh.proxies.values() {
+        proxy.wait_ready(Duration::from_secs(20))?;
+    }
+    Ok(mesh)
+}
+
+/// A Secret with a certificate for `host` signed by itself.
+fn secret(name: &str, host: &str) -> anyhow::Result<String> {
+    let made = rcgen::generate_simple_self_signed([host.to_owned()])?;
+    let indent = |pem: &str| pem.lines().map(|line| format!("    {line}\n")).collect::<String>();
+    Ok(format!(
+        "apiVersion: v1\nkind: Secret\nmetadata: {{ name: {name}, namespace: t }}\ntype: kubernetes.io/tls\nstringData:\n  tls.crt: |\n{}  tls.key: |\n{}",
+        indent(&made.cert.pem()),
+        indent(&made.signing_key.serialize_pem())
+    ))
+}
+
+/// What `curl` got.
+#[derive(Debug)]
+pub(crate) struct Got {
+    pub(crate) status: u16,
+    pub(crate) head: String,
+    pub(crate) body: String,
+}
+impl Got {
+    /// The server's echo.
+    pub(crate) fn echo(&self) -> anyhow::Result<Value> {
+        serde_json::from_str(&self.body).with_context(|| format!("not an echo: {self:?}"))
+    }
+    /// A response header.
+    pub(crate) fn header(&self, name: &str) -> Option<&str> {
+        self.head.lines().filter_map(|l| l.split_once(':')).find(|(n, _)| n.eq_ignore_ascii_case(name)).map(|(_, v)| v.trim())
+    }
+}
+
+impl Mesh {
+    pub(crate) fn start(&self, name: &'static str) -> anyhow::Result<Agent> {
+        let spec = if name.starts_with("node") {
+            AgentSpec::new(name, self.dir.path(), self.ca.path(), self.logs.path())
+        } else {
+            AgentSpec::waypoint(("t", name), name, name, self.dir.path(), self.ca.path(), self.logs.path())
+        };
+        let place = if name.starts_with("node") { self.topology.node(name) } else { self.topology.pod(name) };
+        spec.env("TRUST_DOMAIN", "test.local").env("CULVERT_TRUST_DOMAIN_ALIASES", "cluster.local").start(place)
+    }
+    pub(crate) fn proxy(&self, name: &str) -> &Agent {
+        &self.proxies[name]
+    }
+    pub(crate) fn pod(&self, name: &str) -> &Arc<Place> {
+        self.topology.pod(name)
+    }
+    /// `curl` in a pod or host.
+    pub(crate) fn curl(&self, from: &Place, args: &[&str]) -> anyhow::Result<Got> {
+        let mut command = Command::new("curl");
+        command.args(["-sS", "-i", "--max-time", "10", "--noproxy", "*"]).args(args);
+        let output = from.netns.output(&mut command).context("run curl")?;
+        ensure!(output.status.success(), "curl {args:?}: {}", String::from_utf8_lossy(&output.stderr).trim());
+        let text = String::from_utf8_lossy(&output.stdout).replace("\r\n", "\n");
+        // The last head counts: curl shows interim answers and redirects it followed, too.
+        let at = text.rfind("\nHTTP/").map_or(0, |n| n + 1);
+        let (head, body) = text[at..].split_once("\n\n").with_context(|| format!("no head in {text:?}"))?;
+        let status = head.split(' ').nth(1).and_then(|s| s.parse().ok()).with_context(|| format!("status in {head:?}"))?;
+        Ok(Got { status, head: head.to_owned(), body: body.to_owned() })
+    }
+    /// `curl` in the client's pod.
+    pub(crate) fn call(&self, args: &[&str]) -> anyhow::Result<Got> {
+        self.curl(self.pod("client"), args)
+    }
+    /// Puts objects for the time of the guard and waits until the waypoint and the gateway know them.
+    pub(crate) fn objects(&self, name: &str, yaml: &str) -> anyhow::Result<ObjectsForNow<'_>> {
+        let before: BTreeMap<&str, u64> =
+            ["wp", "gw"].into_iter().map(|p| Ok((p, self.version(p)?))).collect::<anyhow::Result<_>>()?;
+        self.dir.put(&format!("objects-{name}.yaml"), yaml)?;
+        let guard = ObjectsForNow { mesh: self, name: name.to_owned() };
+        self.wait_newer(&before)?;
+        Ok(guard)
+    }
+    fn version(&self, proxy: &str) -> anyhow::Result<u64> {
+        self.proxy(proxy).config_dump()?["version"].as_u64().context("a version")
+    }
+    fn wait_newer(&self, before: &BTreeMap<&str, u64>) -> anyhow::Result<()> {
+        for (proxy, old) in before {
+            self.proxy(proxy).wait_config("a newer version", |dump| dump["version"].as_u64() > Some(*old))?;
+        }
+        Ok(())
+    }
+}
+
+/// Takes its objects away and waits until the proxies have forgotten them.
+pub(crate) struct ObjectsForNow<'a> {
+    mesh: &'a Mesh,
+    name: String,
+}
+impl Drop for ObjectsForNow<'_> {
+    fn drop(&mut self) {
+        let before: BTreeMap<&str, u64> =
+            ["wp", "gw"].into_iter().filter_map(|p| Some((p, self.mesh.version(p).ok()?))).collect();
+        self.mesh.dir.remove(&format!("objects-{}.yaml", self.name));
+        if let Err(error) = self.mesh.wait_newer(&before) {
+            eprintln!("{error:#}");
+        }
+    }
+}

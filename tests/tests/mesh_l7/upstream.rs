@@ -1,0 +1,100 @@
+//! How endpoints are used: retries, ejection, timeouts.
+use std::time::{Duration, Instant};
+
+use anyhow::ensure;
+
+use crate::mesh::{Mesh, OTHER, WEB};
+
+pub(crate) fn failures_are_retried_as_the_route_says(mesh: &mut Mesh) -> anyhow::Result<()> {
+    // Istio's default does not retry an answered 503.
+    let got = mesh.call(&[&format!("http://{OTHER}/fail/1/default")])?;
+    ensure!(got.status == 503, "{got:?}");
+    let _retries = mesh.objects(
+        "retries",
+        r#"
+apiVersion: networking.istio.io/v1
+kind: VirtualService
+metadata: { name: retries, namespace: t }
+spec:
+  hosts: [ other ]
+  http:
+  - retries: { attempts: 3, retryOn: "503" }
+    route: [ { destination: { host: other } } ]
+"#,
+    )?;
+    let got = mesh.call(&[&format!("http://{OTHER}/fail/2/asked")])?;
+    ensure!(got.status == 200 && got.echo()?["headers"]["x-envoy-attempt-count"] == "3", "{got:?}");
+    // A body is sent again, whole.
+    let got = mesh.call(&["-d", "the order", &format!("http://{OTHER}/fail/1/body")])?;
+    ensure!(got.status == 200 && got.echo()?["body"] == "the order", "{got:?}");
+    let got = mesh.call(&[&format!("http://{OTHER}/fail/9/never")])?;
+    ensure!(got.status == 503, "{got:?}");
+    Ok(())
+}
+
+pub(crate) fn a_breaker_opens_and_heals(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let _breaker = mesh.objects(
+        "breaker",
+        r#"
+apiVersion: networking.istio.io/v1
+kind: DestinationRule
+metadata: { name: breaker, namespace: t }
+spec:
+  host: web.t.svc.cluster.local
+  trafficPolicy:
+    loadBalancer: { simple: ROUND_ROBIN }
+    outlierDetection: { consecutive5xxErrors: 5, interval: 500ms, baseEjectionTime: 2s, maxEjectionPercent: 50 }
+"#,
+    )?;
+    mesh.web["web2"].behave(503);
+    let mut failures = 0;
+    for _ in 0..40 {
+        failures += usize::from(mesh.call(&[&format!("http://{WEB}/")])?.status == 503);
+    }
+    ensure!((5..=8).contains(&failures), "five in a row eject: {failures} failures of 40");
+    let before = mesh.web["web2"].requests();
+    for _ in 0..20 {
+        ensure!(mesh.call(&[&format!("http://{WEB}/")])?.status == 200, "the other one answers");
+    }
+    ensure!(mesh.web["web2"].requests() == before, "nothing goes to the ejected one");
+    mesh.web["web2"].behave(0);
+    let begun = Instant::now();
+    loop {
+        let got = mesh.call(&[&format!("http://{WEB}/")])?;
+        ensure!(got.status == 200, "{got:?}");
+        if got.echo()?["name"] == "web2" {
+            break;
+        }
+        ensure!(begun.elapsed() < Duration::from_secs(8), "web2 does not come back");
+    }
+    Ok(())
+}
+
+pub(crate) fn a_slow_upstream_is_timed_out(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let _timeout = mesh.objects(
+        "timeout",
+        "apiVersion: networking.istio.io/v1\nkind: VirtualService\nmetadata: { name: timeout, namespace: t }\nspec:\n  hosts: [ other ]\n  http:\n  - timeout: 300ms\n    route: [ { destination: { host: other } } ]\n",
+    )?;
+    let begun = Instant::now();
+    let got = mesh.call(&[&format!("http://{OTHER}/slow/3000")])?;
+    ensure!(got.status == 504 && got.body == "upstream request timeout", "{got:?}");
+    ensure!(begun.elapsed() < Duration::from_secs(2), "in time: {:?}", begun.elapsed());
+    let got = mesh.call(&[&format!("http://{OTHER}/slow/1")])?;
+    ensure!(got.status == 200 && got.echo()?["headers"]["x-envoy-expected-rq-timeout-ms"] == "300", "{got:?}");
+    Ok(())
+}
+
+pub(crate) fn request_bodies_arrive_whole(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let file = mesh.logs.path().join("upload");
+    let text: String = (0..200_000).map(|n| char::from(b'a' + (n % 26) as u8)).collect();
+    std::fs::write(&file, &text)?;
+    let data = format!("@{}", file.display());
+    for more in [&[][..], &["-H", "transfer-encoding: chunked"][..]] {
+        let args: Vec<&str> = more.iter().copied().chain(["--data-binary", &data]).collect();
+        let url = format!("http://{WEB}/upload");
+        let args: Vec<&str> = args.into_iter().chain([url.as_str()]).collect();
+        let got = mesh.call(&args)?;
+        ensure!(got.status == 200 && got.echo()?["body"] == text, "{} bytes came back", got.body.len());
+    }
+    Ok(())
+}
