@@ -35,7 +35,7 @@ pub struct Exchange<'c> {
     /// The request's body, until `forward` takes it into `replay`.
     pub body: Body,
     /// The request's body for attempts and copies; `None` when it has none.
-    pub replay: Option<Replay>,
+    pub(crate) replay: Option<Replay>,
     /// Normalised path, without the query.
     pub path: String,
     /// The authority as the client wrote it.

@@ -9,7 +9,7 @@ use bytes::{Bytes, BytesMut};
 use mesh_hbone::{HboneStream, Incoming};
 use mesh_identity::Peer;
 use mesh_model::l7::HttpRoute;
-use mesh_model::service::AppProtocol;
+use mesh_model::service::{AppProtocol, ServiceKey};
 use mesh_model::waypoint::{Target, plan_tunnel};
 use mesh_model::{HboneAuthority, Reason, Refusal};
 use mesh_runtime::drain::DrainWatch;
@@ -73,7 +73,12 @@ fn plan(
             let protocol = service.port(*port).map_or(AppProtocol::Unknown, |p| p.protocol);
             (HttpRoute::plain(&service.key, *port), protocol)
         }
-        Target::Workload { known, port } => (HttpRoute::of_workload(known.workload(), *port), AppProtocol::Unknown),
+        Target::Workload { known, port } => {
+            // A key of its own: nothing is written about a workload, and `attempt` takes the workload itself.
+            let key =
+                ServiceKey { namespace: Arc::clone(&known.workload().namespace), hostname: Arc::clone(&known.workload().uid) };
+            (HttpRoute::plain(&key, *port), AppProtocol::Unknown)
+        }
     };
     let local = match &authority {
         HboneAuthority::Addr(addr) => *addr,

@@ -22,5 +22,5 @@ pub mod weights;
 
 pub use destination::{Destination, TrafficPolicy};
 pub use gateway::GatewayRoutes;
-pub use route::{Backend, HttpRoute, HttpRule, RequestFacts, RouteTable};
+pub use route::{Backend, HttpMatch, HttpRoute, HttpRule, RequestFacts, RouteTable, TcpFacts};
 pub use text::{Pattern, StringMatch};

@@ -214,9 +214,9 @@ fn request_id() -> HeaderValue {
     let mut bits = rand::random::<u128>();
     bits = (bits & !(0xf << 76)) | (4 << 76);
     bits = (bits & !(3 << 62)) | (2 << 62);
-    let (a, b, c, d, e) =
-        ((bits >> 96) as u32, (bits >> 80) as u16, (bits >> 64) as u16, (bits >> 48) as u16, bits & 0xffff_ffff_ffff);
-    let text = format!("{a:08x}-{b:04x}-{c:04x}-{d:04x}-{e:012x}");
+    let part = |shift: u32| (bits >> shift) & 0xffff;
+    let (head, tail) = ((bits >> 96) as u32, bits & 0xffff_ffff_ffff);
+    let text = format!("{head:08x}-{:04x}-{:04x}-{:04x}-{tail:012x}", part(80), part(64), part(48));
     HeaderValue::try_from(text).unwrap_or_else(|_| HeaderValue::from_static("0"))
 }
 

@@ -128,9 +128,8 @@ impl Attempts<'_, '_> {
             ex.record.attempts = attempt;
             ex.record.host = Some(Arc::clone(&host));
             let Some(reader) = ex.read_body() else { return (internal(ex, "the body was already sent"), None) };
-            let request = match outgoing(ex, reader, &ex.authority, attempt, http2) {
-                Ok(request) => request,
-                Err(()) => return (respond::local(ex, StatusCode::BAD_REQUEST, "", "invalid_authority"), None),
+            let Ok(request) = outgoing(ex, reader, &ex.authority, attempt, http2) else {
+                return (respond::local(ex, StatusCode::BAD_REQUEST, "", "invalid_authority"), None);
             };
             let started = Instant::now();
             let per_try = policy.per_try.map(|t| started + t);
@@ -290,7 +289,7 @@ fn internal(ex: &mut Exchange<'_>, details: &'static str) -> Response<Body> {
 /// The answer to a failed last attempt (spec/waypoint §10).
 fn failed(ex: &mut Exchange<'_>, error: &UpstreamError, retried: bool, dialect: Dialect) -> Response<Body> {
     let unavailable = StatusCode::SERVICE_UNAVAILABLE;
-    ex.record.transport_failure = error.detail.clone();
+    ex.record.transport_failure.clone_from(&error.detail);
     let (flag, status, reset) = match error.failure {
         Failure::NoCluster => {
             ex.record.flags.set(Flag::NoClusterFound);

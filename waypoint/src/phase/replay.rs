@@ -65,7 +65,7 @@ impl Replay {
             if state.passed || matches!(state.end, Some(End::Broken)) {
                 return None;
             }
-            state.hint.clone()
+            state.hint
         };
         Some(Body::Boxed(Reader { state: Arc::clone(&self.0), at: 0, hint }.boxed_unsync()))
     }
@@ -127,7 +127,7 @@ impl HttpBody for Reader {
         Poll::Ready(Some(Ok(frame)))
     }
     fn size_hint(&self) -> SizeHint {
-        if self.at == 0 { self.hint.clone() } else { SizeHint::default() }
+        if self.at == 0 { self.hint } else { SizeHint::default() }
     }
 }
 impl State {
