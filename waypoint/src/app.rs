@@ -26,9 +26,9 @@ use mesh_runtime::gate::Gate;
 use mesh_runtime::logging::{self, Logging};
 use mesh_runtime::memory::Budget;
 use mesh_runtime::metrics::Registry;
-use mesh_runtime::readiness::Readiness;
+use mesh_runtime::readiness::{Readiness, ReadyTask};
 use mesh_runtime::signals;
-use mesh_runtime::sockets::{ListenerOptions, raise_nofile};
+use mesh_runtime::sockets::{BoundListener, ListenerOptions, raise_nofile};
 use mesh_runtime::threads::{DataThreads, cores, worker_count};
 use mesh_sources::{Diagnostics, Origin};
 use std::net::SocketAddr;
@@ -110,7 +110,7 @@ pub async fn serve(settings: Settings, logging: &Logging) -> Result<()> {
         "waypoint starting"
     );
     // Nothing is accepted before it can be decided.
-    let control = tokio::spawn(control(Arc::clone(&shared), hbone, drained, (first_snapshot, first_certificate)));
+    let control = tokio::spawn(control(Arc::clone(&shared), hbone, drained, [first_snapshot, first_certificate]));
     let upkeep = tokio::spawn(upkeep(registry, Arc::clone(&shared)));
 
     tokio::select! {
@@ -133,7 +133,7 @@ pub async fn serve(settings: Settings, logging: &Logging) -> Result<()> {
 }
 
 /// Opens the doors once there is something to decide by, then follows changes of mesh and trust.
-async fn control<P>(shared: Arc<Shared>, hbone: mesh_runtime::sockets::BoundListener, drain: DrainWatch, pending: P) {
+async fn control(shared: Arc<Shared>, hbone: BoundListener, drain: DrainWatch, pending: [ReadyTask; 2]) {
     shared.mesh.synced().await;
     if let Err(error) = shared.svid.fetch().await {
         // Tried again by the cache; tunnels wait for it.
@@ -144,7 +144,9 @@ async fn control<P>(shared: Arc<Shared>, hbone: mesh_runtime::sockets::BoundList
         tracing::error!(%error, "cannot accept tunnels");
         return;
     }
-    drop(pending);
+    for task in &pending {
+        task.ready();
+    }
     let mut versions = shared.mesh.watch();
     let mut listeners = Listeners::default();
     listeners.reconcile(&shared, &drain);
