@@ -5,7 +5,7 @@ use crate::setup;
 use crate::shell::{self, Root};
 use anyhow::{Result, bail};
 
-/// Builds the agent and the guided tour and runs it as root.
+/// Builds both programs and the guided tour and runs it as root.
 pub fn run(args: &[String]) -> Result<()> {
     setup::ensure(setup::NETWORK)?;
     // The development profile: built in a third of the time, and the same target folder as the tests.
@@ -15,9 +15,13 @@ pub fn run(args: &[String]) -> Result<()> {
         "-p",
         "ztunnel",
         "-p",
+        "waypoint",
+        "-p",
         "mesh-tests",
         "--bin",
         "ztunnel",
+        "--bin",
+        "waypoint",
         "--bin",
         "demo",
     ]))?;
@@ -33,8 +37,10 @@ pub fn run(args: &[String]) -> Result<()> {
     }
     let programs = Metadata::load()?.target.join("debug");
     let mut demo = shell::as_root(root, &programs.join("demo"));
-    if std::env::var_os("CULVERT_ZTUNNEL").is_none() {
-        demo.env("CULVERT_ZTUNNEL", programs.join("ztunnel"));
+    for (variable, program) in [("CULVERT_ZTUNNEL", "ztunnel"), ("CULVERT_WAYPOINT", "waypoint")] {
+        if std::env::var_os(variable).is_none() {
+            demo.env(variable, programs.join(program));
+        }
     }
     shell::run(demo.args(args).current_dir(shell::root()))
 }

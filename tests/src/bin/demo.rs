@@ -1,5 +1,5 @@
-//! `cargo xtask demo`: two nodes and five pods as network namespaces, two real agents on the zamaz mesh, real programs in the
-//! pods, and a guided tour of what layer 4 gives. Every line with a tick was checked a moment before; the exit status is not
+//! `cargo xtask demo`: two nodes and seven pods as network namespaces, two real agents, a waypoint and an ingress gateway on the
+//! zamaz mesh, real programs in the pods, and a guided tour of what layers 4 and 7 give. Every line with a tick was checked a moment before; the exit status is not
 //! zero when one of them was false.
 #![forbid(unsafe_code)]
 use std::fs;
@@ -28,6 +28,7 @@ usage: demo [--keep | --clean]
 
 const API: &str = "zamaz-api-service.zamaz.svc.cluster.local";
 const API_VIP: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 12);
+const AUTH_VIP: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 13);
 const REDIS_VIP: Ipv4Addr = Ipv4Addr::new(10, 97, 0, 11);
 /// Pods that serve HTTP.
 const SERVERS: [&str; 4] = ["zamaz-frontend", "zamaz-api-stable", "zamaz-api-canary", "zamaz-auth"];
@@ -110,7 +111,7 @@ struct Tour {
 }
 
 /// Chapters of the tour, for "n of m".
-const STEPS: usize = 9;
+const STEPS: usize = 14;
 
 impl Tour {
     fn step(&mut self, title: &str) {
@@ -144,15 +145,15 @@ struct Mesh {
 }
 
 fn run(tour: &mut Tour, keep: bool) -> anyhow::Result<()> {
-    say(&tour.page.bold("Culvert: the zamaz mesh, layer 4, without sidecars and without a control plane"));
+    say(&tour.page.bold("Culvert: the zamaz mesh, layers 4 and 7, without sidecars and without a control plane"));
     say("Running as root: network namespaces stand in for nodes and pods, and eBPF redirects the pods' traffic.");
     let redis = find_redis()?;
 
-    tour.step("Two nodes, five pods and one host outside the mesh");
+    tour.step("Two nodes, five applications, a waypoint, a gateway, and one host outside the mesh");
     let mesh = start(tour, redis.as_ref())?;
-    tour.step("An allowed call: frontend → API");
+    tour.step("An allowed call: API → authentication service");
     allowed(tour, &mesh)?;
-    tour.step("A denied call: reports → API");
+    tour.step("A denied call: reports → API, around the waypoint");
     denied(tour, &mesh)?;
     tour.step("A call from outside the mesh, in plaintext");
     outside(tour, &mesh)?;
@@ -165,6 +166,16 @@ fn run(tour: &mut Tour, keep: bool) -> anyhow::Result<()> {
     }
     tour.step("A policy changes while a connection is open");
     policy_change(tour, &mesh)?;
+    tour.step("Layer 7: the frontend calls the API through the waypoint");
+    through_waypoint(tour, &mesh)?;
+    tour.step("Layer 7: who may do what, by method and path");
+    by_method_and_path(tour, &mesh)?;
+    tour.step("Layer 7: a canary, by header and by weight; and a retry");
+    canary(tour, &mesh)?;
+    tour.step("Layer 7: a breaker opens and heals");
+    breaker(tour, &mesh)?;
+    tour.step("From outside, through the ingress gateway");
+    ingress(tour, &mesh)?;
     tour.step("The open tunnels");
     tunnels(tour, &mesh)?;
     tour.step("The metrics");
@@ -232,7 +243,12 @@ fn start(tour: &mut Tour, redis: Option<&Redis>) -> anyhow::Result<Mesh> {
     tour.show("outside", &format!("{}: Redis, and a client that is not in the mesh", data.v4));
 
     let prefix = format!("/run/netns/{}", topology.prefix());
-    let dir = MeshDir::copy_of(&zamaz, |text| text.replace("/run/netns/", &prefix))?;
+    // The breaker of the example looks every 30 s and ejects for 30 s; nobody wants to watch that.
+    let dir = MeshDir::copy_of(&zamaz, |text| {
+        text.replace("/run/netns/", &prefix)
+            .replace("interval: 30s", "interval: 500ms")
+            .replace("baseEjectionTime: 30s", "baseEjectionTime: 2s")
+    })?;
     let files = netns::scratch("demo")?;
     let mut mesh = Mesh { programs: Vec::new(), agents: Vec::new(), topology, dir, files };
 
@@ -267,6 +283,15 @@ fn start(tour: &mut Tour, redis: Option<&Redis>) -> anyhow::Result<Mesh> {
             .env("CULVERT_TRUST_DOMAIN_ALIASES", "cluster.local");
         mesh.agents.push(spec.start(mesh.topology.node(name))?);
     }
+    for (pod, account, gateway) in
+        [("zamaz-waypoint", "zamaz-waypoint-sa", "zamaz-waypoint"), ("zamaz-ingress", "zamaz-ingress-sa", "zamaz-gateway")]
+    {
+        let ca = mesh.files.path().join("ca");
+        let spec = AgentSpec::waypoint(("zamaz", pod), account, gateway, mesh.dir.path(), &ca, mesh.files.path())
+            .env("TRUST_DOMAIN", "zamaz.cluster.local")
+            .env("CULVERT_TRUST_DOMAIN_ALIASES", "cluster.local");
+        mesh.agents.push(spec.start(mesh.topology.pod(pod))?);
+    }
     for agent in &mesh.agents {
         agent.wait_ready(Duration::from_secs(20))?;
     }
@@ -274,6 +299,9 @@ fn start(tour: &mut Tour, redis: Option<&Redis>) -> anyhow::Result<Mesh> {
     tour.show("agent", &format!("{} proxy --mesh-dir … --node node-a | node-b", binary.display()));
     let mut all = true;
     let mut problems = 0;
+    for agent in &mesh.agents[2..] {
+        problems += agent.config_dump()?["problems"].as_array().map_or(0, Vec::len);
+    }
     for (agent, expected) in mesh.agents.iter().zip([3, 2]) {
         let dump = agent.config_dump()?;
         let up = dump["workloadState"].as_object().map_or(0, |pods| pods.values().filter(|pod| pod["state"] == "Up").count());
@@ -283,7 +311,7 @@ fn start(tour: &mut Tour, redis: Option<&Redis>) -> anyhow::Result<Mesh> {
     tour.check(
         all,
         &format!(
-            "both agents are ready after {:.1} s: all five pods captured, each with its own certificate",
+            "agents, waypoint and gateway are ready after {:.1} s: all five applications captured, each with its own certificate",
             ready.as_secs_f64()
         ),
     );
@@ -291,16 +319,41 @@ fn start(tour: &mut Tour, redis: Option<&Redis>) -> anyhow::Result<Mesh> {
     Ok(mesh)
 }
 
-/// `python3 -m http.server` in a pod, serving one page that says who it is.
+/// A small program in a pod that says who it is; it fails while the file `fail-NAME` is there, and the first time each
+/// `/api/flaky/…` is asked for.
+const SERVER: &str = r#"
+import http.server, os, socket, sys
+name, fail, seen = sys.argv[1], sys.argv[2], set()
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def answer(self):
+        self.rfile.read(int(self.headers.get("content-length") or 0))
+        bad = os.path.exists(fail) or (self.path.startswith("/api/flaky/") and self.path not in seen)
+        seen.add(self.path)
+        body = b"out of order\n" if bad else ("hello from %s, client %s\n" % (name, self.headers.get("x-forwarded-for", "-"))).encode()
+        self.send_response(503 if bad else 200)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+    do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = answer
+class Server(http.server.ThreadingHTTPServer):
+    address_family = socket.AF_INET6
+    daemon_threads = True
+Server(("::", 8080), Handler).serve_forever()
+"#;
+
 fn http_server(place: &Arc<Place>, files: &Path) -> anyhow::Result<Program> {
-    let root = files.join(format!("www-{}", place.name));
-    fs::create_dir_all(&root)?;
-    fs::write(root.join("index.html"), format!("hello from {}\n", place.name))?;
+    let script = files.join("server.py");
+    fs::write(&script, SERVER)?;
     let mut command = Command::new("python3");
-    command.args(["-u", "-m", "http.server", "8080", "--bind", "::", "--directory"]).arg(&root);
+    command.arg("-u").arg(&script).arg(&place.name).arg(fail_file(files, &place.name));
     let mut server = Program::start(place, &mut command, Some(server_log(files, &place.name)))?;
     server.wait_listening(place, 8080)?;
     Ok(server)
+}
+
+fn fail_file(files: &Path, name: &str) -> PathBuf {
+    files.join(format!("fail-{name}"))
 }
 
 fn server_log(files: &Path, name: &str) -> PathBuf {
@@ -313,6 +366,9 @@ impl Mesh {
     }
     fn b(&self) -> anyhow::Result<&Agent> {
         self.agents.get(1).context("the agent of node-b runs")
+    }
+    fn waypoint(&self) -> anyhow::Result<&Agent> {
+        self.agents.get(2).context("the waypoint runs")
     }
 }
 
@@ -338,37 +394,24 @@ fn spiffe(account: &str) -> String {
 }
 
 fn allowed(tour: &mut Tour, mesh: &Mesh) -> anyhow::Result<()> {
-    let (frontend, api) = (mesh.topology.pod("zamaz-frontend"), mesh.topology.pod("zamaz-api-stable"));
+    let (api, auth) = (mesh.topology.pod("zamaz-api-canary"), mesh.topology.pod("zamaz-auth"));
     let (mark_a, mark_b) = (mesh.a()?.mark(), mesh.b()?.mark());
-    let url = format!("http://{API}/");
-    tour.show("frontend $", &format!("curl {url}"));
-    let mut answers = Vec::new();
-    for _ in 0..64 {
-        let output = curl(frontend, &url, &[])?;
-        ensure!(output.status.success(), "curl failed: {}", complaint(&output));
-        answers.push(out(&output));
-        if ["stable", "canary"].iter().all(|version| answers.iter().any(|answer| answer.ends_with(version))) {
-            break;
-        }
-    }
-    let mut different: Vec<String> = answers.clone();
-    different.sort();
-    different.dedup();
-    for answer in &different {
-        tour.show("answer", answer);
-    }
+    let url = format!("http://{AUTH_VIP}/token");
+    tour.show("api $", &format!("curl {url}"));
+    let output = curl(api, &url, &[])?;
+    ensure!(output.status.success(), "curl failed: {}", complaint(&output));
+    tour.show("answer", &out(&output));
     tour.check(
-        different.len() == 2,
-        &format!("{} calls to the service reached both endpoints, stable and canary", answers.len()),
+        out(&output).contains("hello from zamaz-auth"),
+        "a call to the service's address reached its endpoint on the other node",
     );
-    let (source, destination) = (spiffe("zamaz-frontend-sa"), spiffe("zamaz-api-sa"));
+    let (source, destination) = (spiffe("zamaz-api-sa"), spiffe("zamaz-auth-sa"));
     let both = |direction: &'static str| {
         let (source, destination) = (source.clone(), destination.clone());
         move |record: &Value| {
             record["direction"] == direction
                 && record["src.identity"] == source
                 && record["dst.identity"] == destination
-                && record["dst.workload"] == "zamaz-api-stable"
                 && record["error"].is_null()
         }
     };
@@ -391,11 +434,11 @@ fn allowed(tour: &mut Tour, mesh: &Mesh) -> anyhow::Result<()> {
         }
     }
     tour.check(sent.is_ok() && taken.is_ok(), "both agents name both SPIFFE identities, proven by mutual TLS");
-    let log = server_log(mesh.files.path(), &api.name);
+    let log = server_log(mesh.files.path(), &auth.name);
     let original = wait::until("the server's own log", wait::PATIENCE, || {
-        fs::read_to_string(&log).ok()?.lines().any(|line| line.contains(&frontend.v4.to_string())).then_some(())
+        fs::read_to_string(&log).ok()?.lines().any(|line| line.contains(&api.v4.to_string())).then_some(())
     });
-    tour.check(original.is_ok(), &format!("the server saw the client's own address, {}", frontend.v4));
+    tour.check(original.is_ok(), &format!("the server saw the client's own address, {}", api.v4));
     Ok(())
 }
 
@@ -435,18 +478,18 @@ fn outside(tour: &mut Tour, mesh: &Mesh) -> anyhow::Result<()> {
 
 fn wire(tour: &mut Tour, mesh: &Mesh) -> anyhow::Result<()> {
     let marker = format!("zamaz-secret-{:08x}", std::process::id().wrapping_mul(2_654_435_761));
-    let frontend = mesh.topology.pod("zamaz-frontend");
+    let api = mesh.topology.pod("zamaz-api-canary");
     let capture = Capture::start(&mesh.topology.node("node-a").netns, "eth0")?;
-    let url = format!("http://{}:8080/", mesh.topology.pod("zamaz-api-stable").v4);
+    let url = format!("http://{}:8080/", mesh.topology.pod("zamaz-auth").v4);
     let header = format!("x-secret: {marker}");
     for _ in 0..5 {
-        let output = curl(frontend, &url, &["-H", &header])?;
+        let output = curl(api, &url, &["-H", &header])?;
         ensure!(output.status.success(), "curl failed: {}", complaint(&output));
     }
     // The control of the experiment: the same text to a place outside the mesh, which this capture must be able to read.
     let data = mesh.topology.host("data");
     let control = data.netns.listen((Ipv4Addr::UNSPECIFIED, 7000).into())?;
-    let mut stream = frontend.netns.connect(data.at(7000), Duration::from_secs(5))?;
+    let mut stream = api.netns.connect(data.at(7000), Duration::from_secs(5))?;
     stream.write_all(marker.as_bytes())?;
     drop(stream);
     let (mut accepted, _) = control.accept()?;
@@ -513,26 +556,26 @@ fn external_redis(tour: &mut Tour, mesh: &Mesh) -> anyhow::Result<()> {
 const SUSPEND: &str = r#"apiVersion: security.istio.io/v1
 kind: AuthorizationPolicy
 metadata:
-  name: suspend-frontend
+  name: suspend-api
   namespace: zamaz
 spec:
   selector:
-    matchLabels: { app: zamaz-api-service }
+    matchLabels: { app: zamaz-auth }
   action: DENY
   rules:
   - from:
     - source:
-        principals: ["zamaz.cluster.local/ns/zamaz/sa/zamaz-frontend-sa"]
+        principals: ["zamaz.cluster.local/ns/zamaz/sa/zamaz-api-sa"]
 "#;
 
 fn policy_change(tour: &mut Tour, mesh: &Mesh) -> anyhow::Result<()> {
-    let (frontend, api) = (mesh.topology.pod("zamaz-frontend"), mesh.topology.pod("zamaz-api-stable"));
-    let mut live = open(frontend, api.at(8080))?;
-    let waiting = mesh.b()?.wait_config("the open connection", |dump| tunnels_of(dump, "inbound", "zamaz-api-stable") > 0);
-    tour.check(waiting.is_ok(), "a connection from the frontend to the API is open");
-    let guard = mesh.dir.put_for_now("70-suspend.yaml", SUSPEND)?;
+    let (api, auth) = (mesh.topology.pod("zamaz-api-canary"), mesh.topology.pod("zamaz-auth"));
+    let mut live = open(api, auth.at(8080))?;
+    let waiting = mesh.b()?.wait_config("the open connection", |dump| tunnels_of(dump, "inbound", "zamaz-auth") > 0);
+    tour.check(waiting.is_ok(), "a connection from the API to the authentication service is open");
+    let guard = mesh.dir.put_for_now("90-suspend.yaml", SUSPEND)?;
     let begun = Instant::now();
-    tour.show("folder", "+ 70-suspend.yaml: DENY the frontend");
+    tour.show("folder", "+ 90-suspend.yaml: DENY the API");
     let mut byte = [0];
     let cut = match live.read(&mut byte) {
         Ok(0) => true,
@@ -540,14 +583,13 @@ fn policy_change(tour: &mut Tour, mesh: &Mesh) -> anyhow::Result<()> {
         Err(error) => error.kind() == std::io::ErrorKind::ConnectionReset,
     };
     tour.check(cut, &format!("the open connection was cut {} ms after the file appeared", begun.elapsed().as_millis()));
-    let url = format!("http://{}:8080/", api.v4);
-    let output = curl(frontend, &url, &[])?;
+    let url = format!("http://{}:8080/", auth.v4);
+    let output = curl(api, &url, &[])?;
     tour.check(!output.status.success(), "a new one is refused");
     drop(guard);
-    tour.show("folder", "- 70-suspend.yaml");
-    let again = wait::until("calls to work again", wait::PATIENCE, || {
-        curl(frontend, &url, &[]).ok().filter(|output| output.status.success())
-    });
+    tour.show("folder", "- 90-suspend.yaml");
+    let again =
+        wait::until("calls to work again", wait::PATIENCE, || curl(api, &url, &[]).ok().filter(|output| output.status.success()));
     tour.check(again.is_ok(), "and when the file is gone, calls work again");
     Ok(())
 }
@@ -571,10 +613,11 @@ fn tunnels_of(dump: &Value, direction: &str, pod: &str) -> usize {
 }
 
 fn tunnels(tour: &mut Tour, mesh: &Mesh) -> anyhow::Result<()> {
-    let (frontend, api) = (mesh.topology.pod("zamaz-frontend"), mesh.topology.pod("zamaz-api-stable"));
-    let held: Vec<std::net::TcpStream> = (0..3).map(|_| open(frontend, api.at(8080))).collect::<anyhow::Result<_>>()?;
+    let (api, auth) = (mesh.topology.pod("zamaz-api-canary"), mesh.topology.pod("zamaz-auth"));
+    let held: Vec<std::net::TcpStream> = (0..3).map(|_| open(api, auth.at(8080))).collect::<anyhow::Result<_>>()?;
     tour.show("node-a $", "curl localhost:15000/config_dump");
-    let seen = mesh.a()?.wait_config("the open connections", |dump| tunnels_of(dump, "outbound", "zamaz-frontend") >= held.len());
+    let seen =
+        mesh.a()?.wait_config("the open connections", |dump| tunnels_of(dump, "outbound", "zamaz-api-canary") >= held.len());
     let dump = mesh.a()?.config_dump()?;
     for pod in pods(&dump) {
         for direction in ["inbound", "outbound"] {
@@ -601,11 +644,11 @@ fn tunnels(tour: &mut Tour, mesh: &Mesh) -> anyhow::Result<()> {
 
 fn metrics(tour: &mut Tour, mesh: &Mesh) -> anyhow::Result<()> {
     tour.show("node-a $", "curl localhost:15020/metrics");
-    let frontend = spiffe("zamaz-frontend-sa");
+    let api = spiffe("zamaz-api-sa");
     let labels = [
         ("reporter", "source"),
-        ("source_workload", "zamaz-frontend"),
-        ("source_principal", frontend.as_str()),
+        ("source_workload", "zamaz-api-canary"),
+        ("source_principal", api.as_str()),
         ("connection_security_policy", "mutual_tls"),
     ];
     let page = mesh.a()?.metrics()?;
@@ -618,12 +661,142 @@ fn metrics(tour: &mut Tour, mesh: &Mesh) -> anyhow::Result<()> {
         let value = page.sum(name, &labels);
         tour.check(
             value > 0.0,
-            &format!("{name}{{source_workload=\"zamaz-frontend\", connection_security_policy=\"mutual_tls\"}} = {value}"),
+            &format!("{name}{{source_workload=\"zamaz-api-canary\", connection_security_policy=\"mutual_tls\"}} = {value}"),
         );
     }
     let page = mesh.b()?.metrics()?;
     let refused = page.sum("istio_tcp_connections_failed_total", &[("reporter", "destination"), ("response_flags", "DENY")]);
     tour.check(refused >= 2.0, &format!("istio_tcp_connections_failed_total{{response_flags=\"DENY\"}} = {refused} on node-b"));
+    tour.show("waypoint $", "curl localhost:15020/metrics");
+    let page = mesh.waypoint()?.metrics()?;
+    for (code, what) in [("200", "answered"), ("403", "refused by policy"), ("503", "failed")] {
+        let labels = [("reporter", "waypoint"), ("source_workload", "zamaz-frontend"), ("response_code", code)];
+        let labels = if code == "403" { [labels[0], ("source_workload", "zamaz-reports"), labels[2]] } else { labels };
+        let value = page.sum("istio_requests_total", &labels);
+        tour.check(
+            value > 0.0,
+            &format!("istio_requests_total{{source_workload=\"{}\", response_code=\"{code}\"}} = {value} ({what})", labels[1].1),
+        );
+    }
+    Ok(())
+}
+
+/// A call to the API by its name; gives status and body.
+fn call(from: &Place, path: &str, more: &[&str]) -> anyhow::Result<(String, String)> {
+    let output = curl(from, &format!("http://{API}{path}"), &[&["-w", "\n%{http_code}"], more].concat())?;
+    ensure!(output.status.success(), "curl failed: {}", complaint(&output));
+    let text = out(&output);
+    let (body, status) = text.rsplit_once('\n').unwrap_or(("", &text));
+    Ok((status.to_owned(), body.trim().to_owned()))
+}
+
+fn through_waypoint(tour: &mut Tour, mesh: &Mesh) -> anyhow::Result<()> {
+    let frontend = mesh.topology.pod("zamaz-frontend");
+    let log = mesh.waypoint()?.mark();
+    tour.show("frontend $", &format!("curl http://{API}/api/orders"));
+    let (status, body) = call(frontend, "/api/orders", &[])?;
+    tour.show("answer", &format!("{status} {body}"));
+    tour.check(status == "200" && body.contains("hello from zamaz-api"), "the API answers, through the waypoint");
+    tour.check(body.ends_with(&frontend.v4.to_string()), &format!("and learns the client's address, {}", frontend.v4));
+    let line = wait::until("the waypoint's log", wait::PATIENCE, || {
+        mesh.waypoint().ok()?.log_since(log).lines().find(|line| line.contains("/api/orders")).map(str::to_owned)
+    });
+    if let Ok(line) = &line {
+        tour.show("waypoint log", &line.chars().take(220).collect::<String>());
+    }
+    tour.check(line.is_ok(), "one line of access log for the request");
+    Ok(())
+}
+
+fn by_method_and_path(tour: &mut Tour, mesh: &Mesh) -> anyhow::Result<()> {
+    let (frontend, reports) = (mesh.topology.pod("zamaz-frontend"), mesh.topology.pod("zamaz-reports"));
+    for (from, path, more, expect) in [
+        (frontend, "/api/orders", &["-X", "DELETE"][..], "200"),
+        (frontend, "/api/orders", &["-X", "PATCH"][..], "403"),
+        (frontend, "/internal", &[][..], "403"),
+        (frontend, "/api/../internal", &["--path-as-is"][..], "403"),
+        (reports, "/api/orders", &[][..], "403"),
+    ] {
+        let (status, body) = call(from, path, more)?;
+        let who = from.name.trim_start_matches("zamaz-");
+        let method = more.get(1).filter(|_| more[0] == "-X").unwrap_or(&"GET");
+        let said = if status == "200" { String::new() } else { format!(": {body}") };
+        tour.check(
+            status == expect && (expect == "200" || body == "RBAC: access denied"),
+            &format!("{who}: {method} {path} → {status}{said}"),
+        );
+    }
+    Ok(())
+}
+
+fn canary(tour: &mut Tour, mesh: &Mesh) -> anyhow::Result<()> {
+    const CALLS: usize = 1000;
+    let frontend = mesh.topology.pod("zamaz-frontend");
+    let mut all = true;
+    for _ in 0..10 {
+        all &= call(frontend, "/api/x", &["-H", "canary: true"])?.1.contains("zamaz-api-canary");
+    }
+    tour.check(all, "with the header `canary: true`, ten of ten calls reach the canary");
+    tour.show("frontend $", &format!("curl http://{API}/api/[1-{CALLS}]"));
+    let output = curl(frontend, &format!("http://{API}/api/[1-{CALLS}]"), &["--max-time", "60"])?;
+    let text = out(&output);
+    let (canary, total) = (text.matches("zamaz-api-canary").count(), text.matches("hello from").count());
+    tour.check(
+        total == CALLS && (20..=85).contains(&canary),
+        &format!("without it, {canary} of {total} calls reach the canary (its weight is 5 %)"),
+    );
+    let key = format!("/api/flaky/{}", std::process::id());
+    let (status, _) = call(frontend, &key, &[])?;
+    tour.check(
+        status == "200",
+        &format!("{key} fails the first time it is asked for; the caller sees {status}: it was tried again"),
+    );
+    Ok(())
+}
+
+fn breaker(tour: &mut Tour, mesh: &Mesh) -> anyhow::Result<()> {
+    let frontend = mesh.topology.pod("zamaz-frontend");
+    let fail = fail_file(mesh.files.path(), "zamaz-api-canary");
+    fs::write(&fail, "")?;
+    tour.show("canary", "answers 503 from now on");
+    let mut answers = Vec::new();
+    for _ in 0..12 {
+        answers.push(call(frontend, "/api/x", &["-H", "canary: true"])?);
+    }
+    let own = answers.iter().filter(|(_, body)| body == "out of order").count();
+    let open = answers.iter().filter(|(status, body)| status == "503" && body == "no healthy upstream").count();
+    tour.check(
+        own == 5 && open == 7,
+        &format!(
+            "five failures in a row open the breaker: {own} answers of the canary's own, then {open} × `503 no healthy upstream`"
+        ),
+    );
+    fs::remove_file(&fail)?;
+    let begun = Instant::now();
+    let healed = wait::until("the canary to come back", Duration::from_secs(10), || {
+        call(frontend, "/api/x", &["-H", "canary: true"]).ok().filter(|(status, _)| status == "200")
+    });
+    tour.check(healed.is_ok(), &format!("it is let in again {:.1} s after it recovered", begun.elapsed().as_secs_f64()));
+    Ok(())
+}
+
+fn ingress(tour: &mut Tour, mesh: &Mesh) -> anyhow::Result<()> {
+    let data = mesh.topology.host("data");
+    let gateway = mesh.topology.pod("zamaz-ingress").v4;
+    let mark = mesh.a()?.mark();
+    tour.show("outside $", &format!("curl -H 'host: shop.zamaz.example' http://{gateway}/"));
+    let output = curl(data, &format!("http://{gateway}/"), &["-H", "host: shop.zamaz.example"])?;
+    tour.show("answer", &out(&output));
+    tour.check(
+        out(&output).contains("hello from zamaz-frontend"),
+        "the frontend answers a caller without an identity, through the gateway",
+    );
+    let record = mesh.a()?.wait_access("the gateway's call", mark, |record| {
+        record["direction"] == "inbound" && record["src.identity"] == spiffe("zamaz-ingress-sa") && record["error"].is_null()
+    });
+    tour.check(record.is_ok(), &format!("inside the mesh it is the gateway's own call, as {}", spiffe("zamaz-ingress-sa")));
+    let output = curl(data, &format!("http://{gateway}/"), &["-H", "host: other.example", "-w", "%{http_code}"])?;
+    tour.check(out(&output) == "404", "a host nobody wrote a route for is answered 404");
     Ok(())
 }
 
@@ -634,7 +807,11 @@ fn leave_running(tour: &Tour, mesh: Mesh) -> anyhow::Result<()> {
     let at = |name: &str| format!("ip netns exec {}{name}", topology.prefix());
     say(&format!("\n{}", tour.page.bold("Left running (--keep). Things to try, as root:")));
     for (what, command) in [
-        ("call the API", format!("{} curl --resolve {API}:80:{API_VIP} http://{API}/", at("zamaz-frontend"))),
+        ("call the API", format!("{} curl --resolve {API}:80:{API_VIP} http://{API}/api/x", at("zamaz-frontend"))),
+        (
+            "from outside",
+            format!("{} curl -H 'host: shop.zamaz.example' http://{}/", at("data"), topology.pod("zamaz-ingress").v4),
+        ),
         ("be refused", format!("{} curl http://{}:8080/", at("zamaz-reports"), topology.pod("zamaz-api-stable").v4)),
         ("see the state", format!("{} curl -s localhost:15000/config_dump", at("node-a"))),
         ("see the metrics", format!("{} curl -s localhost:15020/metrics", at("node-b"))),
