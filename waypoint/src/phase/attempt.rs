@@ -5,7 +5,7 @@ use crate::exchange::Exchange;
 use crate::phase::admit::upgrade_of;
 use crate::phase::{expose, respond};
 use crate::telemetry::Flag;
-use crate::upstream::{self, Cluster, Failure, Host, Observed, PickContext, SendOptions, UpstreamError};
+use crate::upstream::{self, Cluster, Failure, Host, Observed, PickContext, RequestGuard, SendOptions, UpstreamError};
 use http::header::{self, HeaderName, HeaderValue};
 use http::uri::{Authority, PathAndQuery, Scheme};
 use http::{Request, Response, StatusCode, Uri, Version};
@@ -47,7 +47,7 @@ pub(crate) async fn run(ex: &mut Exchange<'_>) -> Response<Body> {
         Ok(guard) => guard,
         Err(error) => return failed(ex, &error, false, route.dialect),
     };
-    let attempts = Attempts { ex, forward, route: &route, cluster: &cluster, hash };
+    let attempts = Attempts { ex, forward, route: &route, cluster: &cluster, hash, guard: &guard };
     let (answer, deadline) = attempts.run().await;
     expose::hold(answer, guard, deadline)
 }
@@ -101,11 +101,12 @@ struct Attempts<'a, 'c> {
     route: &'a HttpRoute,
     cluster: &'a Arc<Cluster>,
     hash: Option<u64>,
+    guard: &'a RequestGuard,
 }
 
 impl Attempts<'_, '_> {
     async fn run(self) -> (Response<Body>, Option<Instant>) {
-        let Self { ex, forward, route, cluster, hash } = self;
+        let Self { ex, forward, route, cluster, hash, guard } = self;
         let policy = &forward.retry;
         let upgrade = upgrade_of(&ex.parts.headers).is_some();
         let client_upgrade = ex.parts.extensions.remove::<OnUpgrade>().filter(|_| upgrade);
@@ -138,7 +139,7 @@ impl Attempts<'_, '_> {
                 (None, Some(p)) => (Some(p), true),
                 (d, _) => (d, false),
             };
-            let options = SendOptions { http2, upgrade, client: Some(ex.conn.client) };
+            let options = SendOptions { http2, upgrade, client: Some(ex.conn.client), guard: Some(guard) };
             let sent = upstream::send(cluster, &host, request, options);
             let result = match limit {
                 None => sent.await,

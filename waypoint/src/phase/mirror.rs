@@ -39,10 +39,12 @@ fn one(ex: &Exchange<'_>, mirror: &Mirror, draw: u64) {
     let http2 = speaks_http2(ex, &cluster);
     let Ok(mut request) = outgoing(ex, body, &shadow(&ex.authority), 1, http2) else { return };
     request.headers_mut().insert("x-envoy-internal", HeaderValue::from_static("true"));
-    let options = SendOptions { http2, upgrade: false, client: Some(ex.conn.client) };
+    let client = Some(ex.conn.client);
     tokio::spawn(async move {
         let exchange = async {
-            if let Ok(response) = upstream::send(&cluster, &host, request, options).await {
+            if let Ok(response) =
+                upstream::send(&cluster, &host, request, SendOptions { http2, upgrade: false, client, guard: Some(&guard) }).await
+            {
                 let mut body = response.into_body();
                 // Read to its end, so that the connection can be used again.
                 while let Some(Ok(_)) = body.frame().await {}
