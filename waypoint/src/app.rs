@@ -16,6 +16,7 @@ use mesh_identity::clock::SystemClock;
 use mesh_identity::crypto::TlsSettings;
 use mesh_identity::local_ca::{LocalCa, LocalCaSettings};
 use mesh_identity::{IdentitySource, SvidCache, TlsContext};
+use mesh_model::labels::Labels;
 use mesh_model::snapshot::Viewpoint;
 use mesh_model::workload::Locality;
 use mesh_model::{Network, SpiffeId, TrustDomain};
@@ -215,6 +216,8 @@ fn assemble(
         handshake_timeout: settings.handshake_timeout,
         threads: threads.workers().len(),
         local: Locality::default(),
+        labels: Labels::default(),
+        baggage: None,
     });
     Ok(Arc::new(Shared {
         gate: Gate::new(settings.max_handshakes),

@@ -11,7 +11,7 @@ use crate::upstream::{self, Cluster, Failure, PickContext, Stream, UpstreamError
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
 use mesh_hbone::HboneStream;
-use mesh_hbone::relay::endpoint::Endpoint;
+use mesh_hbone::relay::endpoint::{Bytewise, Endpoint};
 use mesh_hbone::relay::{Timeouts, relay};
 use mesh_hbone::stream::ResetCode;
 use mesh_model::Snapshot;
@@ -43,7 +43,7 @@ pub async fn serve(conn: Arc<Conn>, mut stream: HboneStream, opening: Opening) {
     if opening.undecided {
         let spoken = tokio::select! {
             spoken = first_bytes(&mut stream, None) => spoken,
-            () = upstream.readable() => Spoken::Other,
+            () = spoke(&mut upstream) => Spoken::Other,
         };
         let version = match spoken {
             Spoken::Http1 => Some(Version::Http1),
@@ -74,11 +74,9 @@ where
     };
     let expired = conn.drain.expired();
     let end = match upstream {
-        Stream::Hbone(server) => relay(client, server, handles, expired, timeouts).await,
-        Stream::Tcp(server) => relay(client, server, handles, expired, timeouts).await,
-        Stream::Tls(server) => {
-            relay(client, mesh_hbone::relay::endpoint::Bytewise::new(server), handles, expired, timeouts).await
-        }
+        Stream::Hbone(server, _counted) => relay(client, server, handles, expired, timeouts).await,
+        Stream::Tcp(server, _counted) => relay(client, server, handles, expired, timeouts).await,
+        Stream::Tls(server, _counted) => relay(client, Bytewise::new(*server), handles, expired, timeouts).await,
     };
     use mesh_hbone::relay::{End, How};
     record.details = match end.how {
@@ -91,6 +89,21 @@ where
     .into();
     if matches!(end.how, How::Idle) {
         record.flags.set(Flag::StreamIdleTimeout);
+    }
+}
+
+/// Resolves when the endpoint has said something, or ended. Nothing is consumed.
+async fn spoke(upstream: &mut Stream) {
+    match upstream {
+        Stream::Hbone(stream, _) => {
+            if let Some(Ok(data)) = std::future::poll_fn(|cx| stream.poll_recv(cx)).await {
+                stream.unread(data);
+            }
+        }
+        // An error shows again at the read.
+        Stream::Tcp(tcp, _) => drop(tcp.readable().await),
+        // Whether a record holds anything for the client is known only by reading it: the client is heard first.
+        Stream::Tls(..) => std::future::pending().await,
     }
 }
 
