@@ -79,7 +79,7 @@ fn accept(listener: &TcpListener, state: &Arc<State>) {
 }
 
 fn serve(stream: TcpStream, state: &State) -> io::Result<()> {
-    stream.set_read_timeout(Some(Duration::from_secs(60)))?;
+    stream.set_read_timeout(Some(Duration::from_mins(1)))?;
     stream.set_nodelay(true)?;
     let peer = stream.peer_addr()?;
     let mut out = stream.try_clone()?;

@@ -4,10 +4,11 @@
 //! connections run on the data threads.
 use crate::conn::Shared;
 use crate::dump;
+use crate::listen;
 use crate::listen::gateway::Listeners;
-use crate::listen::{self, Tunnels};
 use crate::settings::Settings;
 use crate::telemetry::Telemetry;
+use crate::tunnels::Tunnels;
 use crate::upstream::{Deps, Upstreams};
 use ::http::{Method, StatusCode};
 use anyhow::{Context, Result};

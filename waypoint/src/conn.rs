@@ -1,17 +1,17 @@
 //! What all connections share, and what is known of one.
+use crate::facts::Facts;
 use crate::settings::Settings;
 use crate::telemetry::Telemetry;
+use crate::tunnels::Tunnels;
 use crate::upstream::Upstreams;
 use mesh_identity::SvidHandle;
-use mesh_model::l7::{HttpRoute, RouteTable};
-use mesh_model::waypoint::Target;
 use mesh_model::workload::Workload;
 use mesh_model::{Reason, Refusal, Snapshot, SpiffeId};
 use mesh_runtime::drain::DrainWatch;
 use mesh_runtime::gate::Gate;
 use mesh_runtime::threads::DataThreads;
 use mesh_sources::Mesh;
-use std::net::SocketAddr;
+use std::ops::Deref;
 use std::sync::Arc;
 
 /// What the whole process shares.
@@ -37,7 +37,7 @@ pub struct Shared {
     /// Metrics and access log.
     pub telemetry: Telemetry,
     /// Live tunnels, for revocation and admin.
-    pub tunnels: crate::listen::Tunnels,
+    pub tunnels: Tunnels,
 }
 impl Shared {
     /// The workload this process is, as `snap` knows it.
@@ -56,66 +56,18 @@ impl Shared {
     }
 }
 
-/// Where requests of a connection are to go before any route is looked at.
-#[derive(Clone, Debug)]
-pub enum Scope {
-    /// Through a tunnel to what was addressed.
-    Mesh(Target),
-    /// To a listener of a gateway; the host of each request decides.
-    Gateway {
-        /// Its port.
-        port: u16,
-        /// The listener, by name within the gateway, when TLS already chose it by SNI.
-        listener: Option<Arc<str>>,
-        /// TLS was terminated here.
-        secure: bool,
-    },
-}
-
-/// One connection as it reached us.
+/// One connection: its facts, and what it needs of the process.
 pub struct Conn {
     /// What all share.
     pub shared: Arc<Shared>,
-    /// What it is for.
-    pub scope: Scope,
-    /// Address of the client itself.
-    pub client: SocketAddr,
-    /// Address it asked for.
-    pub local: SocketAddr,
-    /// Its proven identity; `None` outside the mesh.
-    pub identity: Option<SpiffeId>,
-    /// Its workload, for labels.
-    pub source: Option<Arc<Workload>>,
-    /// SNI, when it spoke TLS to us or through us.
-    pub sni: Option<Arc<str>>,
-    /// The route of what was addressed, for when none was written.
-    pub plain: Option<Arc<HttpRoute>>,
+    /// What is known of it.
+    pub facts: Facts,
     /// Ends with the process or the listener.
     pub drain: DrainWatch,
 }
-impl Conn {
-    /// `https` when TLS was terminated here, else `http`.
-    pub fn scheme(&self) -> &'static str {
-        match self.scope {
-            Scope::Gateway { secure: true, .. } => "https",
-            _ => "http",
-        }
+impl Deref for Conn {
+    type Target = Facts;
+    fn deref(&self) -> &Facts {
+        &self.facts
     }
-    /// Port the client addressed.
-    pub fn port(&self) -> u16 {
-        match &self.scope {
-            Scope::Mesh(target) => target.port(),
-            Scope::Gateway { port, .. } => *port,
-        }
-    }
-}
-
-/// The routes a request falls under.
-pub enum Routes<'s> {
-    /// This table.
-    Table(&'s Arc<RouteTable>),
-    /// None were written: what was addressed is what is meant.
-    Plain,
-    /// A gateway has nothing for this host.
-    NoHost,
 }

@@ -11,13 +11,18 @@ pub mod conn;
 pub mod detect;
 mod dump;
 pub mod exchange;
+pub mod facts;
+mod hosts;
 pub mod http;
 pub mod listen;
+mod opening;
 mod phase;
 pub mod settings;
 pub mod tcp;
 pub mod telemetry;
 pub mod tunnel;
+pub mod tunnels;
+mod upgrade;
 pub mod upstream;
 
 pub use settings::Settings;

@@ -5,20 +5,16 @@
 use crate::conn::Shared;
 use crate::tunnel;
 use mesh_hbone::Incoming;
+use mesh_identity::Peer;
 use mesh_identity::tls::ServerStream;
-use mesh_identity::{Peer, TrustBundles};
 use mesh_model::{Reason, Refusal};
 use mesh_runtime::drain::DrainWatch;
 use mesh_runtime::sockets::{BoundListener, RawAccepted};
 use mesh_runtime::threads;
-use parking_lot::Mutex;
-use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use tokio::net::TcpStream;
-use tokio::sync::Notify;
 use tokio::time::Instant;
 
 pub mod certificates;
@@ -127,42 +123,5 @@ async fn handshake(
     tokio::select! {
         done = mesh_identity::tls::accept(&svid, tcp, deadline) => Ok(Some(done.map_err(Refusal::from)?)),
         () = place.lost() => Err(Refusal::new(Reason::Overloaded, "too many handshakes in progress, this one gave way")),
-    }
-}
-
-/// A live tunnel.
-#[derive(Clone, Debug)]
-struct Tunnel {
-    proof: Arc<Peer>,
-    peer: SocketAddr,
-    cut: Arc<Notify>,
-}
-
-/// Accepted tunnels and the proof their peers gave, so that a withdrawn root ends them.
-#[derive(Debug, Default)]
-pub struct Tunnels {
-    live: Mutex<HashMap<u64, Tunnel>>,
-    next: AtomicU64,
-}
-impl Tunnels {
-    fn admit(&self, proof: Arc<Peer>, peer: SocketAddr) -> (u64, Arc<Notify>) {
-        let id = self.next.fetch_add(1, Ordering::Relaxed);
-        let cut = Arc::new(Notify::new());
-        self.live.lock().insert(id, Tunnel { proof, peer, cut: Arc::clone(&cut) });
-        (id, cut)
-    }
-    fn remove(&self, id: u64) {
-        self.live.lock().remove(&id);
-    }
-    /// Ends the tunnels whose peers `bundles` no longer trusts. Returns how many. Costs a chain verification each.
-    pub fn rejudge(&self, bundles: &TrustBundles) -> usize {
-        let all: Vec<Tunnel> = self.live.lock().values().cloned().collect();
-        let lost = all.into_iter().filter(|t| !t.proof.still_trusted(bundles));
-        // A permit is stored when nobody waits yet.
-        lost.map(|t| t.cut.notify_one()).count()
-    }
-    /// Who is connected: address and identity.
-    pub fn list(&self) -> Vec<(SocketAddr, Arc<Peer>)> {
-        self.live.lock().values().map(|t| (t.peer, Arc::clone(&t.proof))).collect()
     }
 }

@@ -2,14 +2,14 @@
 //!
 //! Owns the choice of the endpoint for a whole connection. Upstream: `tunnel`, `listen::gateway`, upgrades of `exchange`.
 //! Downstream: `upstream::connect`, the relay.
-use crate::conn::{Conn, Scope};
+use crate::conn::Conn;
 use crate::detect::Spoken;
+use crate::facts::Scope;
+use crate::hosts;
 use crate::http::{self, Version};
+use crate::opening::{Opening, first_bytes};
 use crate::telemetry::{Flag, Flags, TcpHandles, TcpRecord};
-use crate::tunnel::{Opening, first_bytes};
 use crate::upstream::{self, Cluster, Failure, PickContext, Stream, UpstreamError};
-use hyper::upgrade::OnUpgrade;
-use hyper_util::rt::TokioIo;
 use mesh_hbone::HboneStream;
 use mesh_hbone::relay::endpoint::{Bytewise, Endpoint};
 use mesh_hbone::relay::{Timeouts, relay};
@@ -35,7 +35,7 @@ pub async fn serve(conn: Arc<Conn>, mut stream: HboneStream, opening: Opening) {
         Ok(upstream) => upstream,
         Err(error) => {
             note(&mut record, &error);
-            conn.shared.telemetry.tcp_failed(&conn, &record);
+            conn.shared.telemetry.tcp_failed(&conn.facts, &record);
             stream.reset(ResetCode::ConnectError);
             return;
         }
@@ -56,9 +56,9 @@ pub async fn serve(conn: Arc<Conn>, mut stream: HboneStream, opening: Opening) {
             return http::serve(conn, stream.into_io(), version).await;
         }
     }
-    let handles = conn.shared.telemetry.tcp_opened(&conn, &record);
+    let handles = conn.shared.telemetry.tcp_opened(&conn.facts, &record);
     carry(&conn, stream, upstream, &handles, &mut record).await;
-    conn.shared.telemetry.tcp_done(&conn, &record, &handles);
+    conn.shared.telemetry.tcp_done(&conn.facts, &record, &handles);
 }
 
 /// Relays between the client and the endpoint.
@@ -141,9 +141,7 @@ fn cluster(
             let plain = ClusterKey { service: service.key.clone(), port: *port, subset: None };
             (snap.find_routes(&service.key).cloned(), Some(plain))
         }
-        Scope::Gateway { port, listener, .. } => {
-            (crate::listen::gateway::tcp_table(conn, snap, *port, listener.as_deref(), sni), None)
-        }
+        Scope::Gateway { port, listener, .. } => (hosts::tcp_table(conn, snap, *port, listener.as_deref(), sni), None),
     };
     let no_route = || UpstreamError::new(Failure::NoCluster, "no route for this connection");
     if let Some(table) = &table {
@@ -184,13 +182,4 @@ fn flags_of(failure: Failure) -> Flags {
         _ => Flag::UpstreamConnectionFailure,
     });
     flags
-}
-
-/// Carries an upgraded connection (WebSocket and the like) until one side ends it.
-pub(crate) async fn upgraded(client: OnUpgrade, upstream: OnUpgrade) {
-    let (Ok(client), Ok(upstream)) = tokio::join!(client, upstream) else { return };
-    let (mut client, mut upstream) = (TokioIo::new(client), TokioIo::new(upstream));
-    if let Err(error) = tokio::io::copy_bidirectional(&mut client, &mut upstream).await {
-        tracing::debug!(%error, "upgraded connection broke");
-    }
 }

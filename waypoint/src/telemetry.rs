@@ -9,7 +9,7 @@ mod record;
 pub use flags::{Flag, Flags};
 pub use record::{Record, TcpRecord};
 
-use crate::conn::Conn;
+use crate::facts::Facts;
 use mesh_hbone::relay::Counters;
 use mesh_model::{Refusal, SpiffeId};
 use mesh_runtime::logging::AccessLog;
@@ -28,7 +28,7 @@ impl Telemetry {
         Ok(Self { access })
     }
     /// A request was answered to its last byte, or given up.
-    pub fn request_done(&self, conn: &Conn, record: &Record) {
+    pub fn request_done(&self, conn: &Facts, record: &Record) {
         let Some(access) = &self.access else { return };
         if access.enabled(tracing::Level::INFO) {
             let mut line = access.line(tracing::Level::INFO, "request");
@@ -46,13 +46,13 @@ impl Telemetry {
         tracing::warn!(%client, identity = identity.map_or("", SpiffeId::as_str), %why, "refused");
     }
     /// A connection carried as bytes reached its endpoint.
-    pub fn tcp_opened(&self, _conn: &Conn, _record: &TcpRecord) -> TcpHandles {
+    pub fn tcp_opened(&self, _conn: &Facts, _record: &TcpRecord) -> TcpHandles {
         TcpHandles::default()
     }
     /// A connection carried as bytes found no endpoint.
-    pub fn tcp_failed(&self, _conn: &Conn, _record: &TcpRecord) {}
+    pub fn tcp_failed(&self, _conn: &Facts, _record: &TcpRecord) {}
     /// A connection carried as bytes ended.
-    pub fn tcp_done(&self, _conn: &Conn, _record: &TcpRecord, _handles: &TcpHandles) {}
+    pub fn tcp_done(&self, _conn: &Facts, _record: &TcpRecord, _handles: &TcpHandles) {}
 }
 
 /// Counters of one connection carried as bytes.

@@ -1,11 +1,12 @@
 //! One CONNECT from a node agent: what it asks for, what is spoken in it, who serves it.
 //!
 //! Owns the order: plan → 200 → protocol → HTTP or bytes. Upstream: `listen`. Downstream: `http`, `tcp`.
-use crate::conn::{Conn, Scope, Shared};
-use crate::detect::{self, Spoken};
+use crate::conn::{Conn, Shared};
+use crate::detect::Spoken;
+use crate::facts::{Facts, Scope};
 use crate::http::{self, Version};
+use crate::opening::{Opening, first_bytes};
 use crate::tcp;
-use bytes::{Bytes, BytesMut};
 use mesh_hbone::{HboneStream, Incoming};
 use mesh_identity::Peer;
 use mesh_model::l7::HttpRoute;
@@ -13,11 +14,10 @@ use mesh_model::service::{AppProtocol, ServiceKey};
 use mesh_model::waypoint::{Target, plan_tunnel};
 use mesh_model::{HboneAuthority, Reason, Refusal};
 use mesh_runtime::drain::DrainWatch;
-use std::future::poll_fn;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::Instant;
 
 /// Serves one CONNECT, on the data thread that has least to do: the streams of one tunnel spread over all cores.
 pub async fn serve_stream(shared: Arc<Shared>, proof: Arc<Peer>, client: SocketAddr, incoming: Incoming, drain: DrainWatch) {
@@ -86,13 +86,15 @@ fn plan(
     };
     let conn = Conn {
         shared: Arc::clone(shared),
-        scope: Scope::Mesh(target),
-        client,
-        local,
-        identity: Some(proof.id.clone()),
-        source,
-        sni: None,
-        plain: Some(Arc::new(plain)),
+        facts: Facts {
+            scope: Scope::Mesh(target),
+            client,
+            local,
+            identity: Some(proof.id.clone()),
+            source,
+            sni: None,
+            plain: Some(Arc::new(plain)),
+        },
         drain,
     };
     Ok((conn, protocol))
@@ -135,43 +137,3 @@ async fn serve(conn: Arc<Conn>, mut stream: HboneStream, protocol: AppProtocol) 
 
 /// How long a client of a declared TLS port may take to say hello.
 const TLS_HELLO: Duration = Duration::from_secs(5);
-
-/// How a byte connection begins.
-#[derive(Clone, Debug, Default)]
-pub struct Opening {
-    /// SNI.
-    pub sni: Option<Arc<str>>,
-    /// The client has not said enough to know; if it speaks HTTP before the server speaks, it is HTTP after all.
-    pub undecided: bool,
-}
-
-/// Looks at the first bytes, which stay to be read again. `None`: waits as long as the connection lasts.
-pub(crate) async fn first_bytes(stream: &mut HboneStream, deadline: Option<Instant>) -> Spoken {
-    let mut seen = BytesMut::new();
-    let spoken = loop {
-        let next = poll_fn(|cx| stream.poll_recv(cx));
-        let next = match deadline {
-            None => next.await,
-            Some(deadline) => match timeout_at(deadline, next).await {
-                Ok(next) => next,
-                Err(_) => break Spoken::Unclear,
-            },
-        };
-        match next {
-            Some(Ok(data)) => {
-                seen.extend_from_slice(&data);
-                match detect::judge(&seen) {
-                    Spoken::Unclear if seen.len() < detect::LIMIT => {}
-                    Spoken::Unclear => break Spoken::Other,
-                    spoken => break spoken,
-                }
-            }
-            // The end or the error is met again by whoever reads next.
-            Some(Err(_)) | None => break if seen.is_empty() { Spoken::Unclear } else { Spoken::Other },
-        }
-    };
-    if !seen.is_empty() {
-        stream.unread(Bytes::from(seen));
-    }
-    spoken
-}

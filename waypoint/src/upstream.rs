@@ -1,8 +1,281 @@
 //! The upstream side: clusters, their endpoints' health and load, connection pools, limits.
 //!
 //! Owns everything traffic changes about a destination. State lives as long as its cluster is in the mesh and survives
-//! changes of anything else. Upstream: `exchange` and `tcp`. Downstream: `mesh-hbone` tunnels, plain TCP, TLS.
+//! changes of anything else; what is derived from the mesh ([`Cluster`]) is made anew when its own part of the mesh changed,
+//! and a request keeps the one it started with. Upstream: `exchange` and `tcp`. Downstream: `mesh-hbone` tunnels, plain TCP,
+//! TLS.
+//!
+//! Threads: a connection lives on the data thread that made it, in that thread's pool; limits, health and load are counted
+//! for the whole process, in atomics.
 
+mod build;
+mod cluster;
 pub mod error;
+mod host;
+mod pool;
+mod proxy_protocol;
+mod send;
+mod state;
+mod tls;
+mod transport;
+mod view;
 
+pub use cluster::{Cluster, Observed, PickContext};
 pub use error::{Failure, UpstreamError};
+pub use host::Host;
+pub use send::{SendOptions, connect, send};
+pub use state::{ConnectionGuard, RequestGuard, RetryGuard};
+pub use transport::Stream;
+pub use view::{ClusterView, Counts, HostView, Limits};
+
+use arc_swap::{ArcSwap, ArcSwapOption};
+use http::HeaderValue;
+use mesh_identity::SvidHandle;
+use mesh_model::known::Known;
+use mesh_model::l7::TrafficPolicy;
+use mesh_model::l7::route::ClusterKey;
+use mesh_model::labels::Labels;
+use mesh_model::workload::{Locality, WorkloadUid};
+use mesh_model::{Snapshot, SpiffeId};
+use parking_lot::Mutex;
+use std::collections::HashMap;
+use std::hash::Hash;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::Duration;
+
+/// What the upstream side needs from the process.
+#[derive(Debug)]
+pub struct Deps {
+    /// Our certificate.
+    pub svid: SvidHandle,
+    /// Our identity.
+    pub identity: SpiffeId,
+    /// Tunnel settings.
+    pub hbone: Arc<mesh_hbone::Settings>,
+    /// Limit of the TCP connect of a tunnel; other connections follow their destination's policy.
+    pub connect_timeout: Duration,
+    /// Limit of the handshake of a tunnel.
+    pub handshake_timeout: Duration,
+    /// Number of data threads.
+    pub threads: usize,
+    /// Where we are, when the mesh does not say.
+    pub local: Locality,
+    /// Our labels, for `failoverPriority`.
+    pub labels: Labels,
+    /// `baggage` that describes us, sent with every CONNECT.
+    pub baggage: Option<HeaderValue>,
+}
+
+/// Every destination of the process.
+#[derive(Debug)]
+pub struct Upstreams {
+    reach: Arc<transport::Reach>,
+    local: Locality,
+    labels: Labels,
+    /// The policy of destinations nothing is said about.
+    plain: Arc<TrafficPolicy>,
+    clusters: Registry<ClusterKey>,
+    workloads: Registry<(WorkloadUid, u16)>,
+}
+
+/// Clusters by key. Read without a lock; written when a cluster is first used or forgotten.
+#[derive(Debug)]
+struct Registry<K> {
+    entries: ArcSwap<HashMap<K, Arc<Entry>, foldhash::fast::RandomState>>,
+    writing: Mutex<()>,
+}
+impl<K> Default for Registry<K> {
+    fn default() -> Self {
+        Self { entries: ArcSwap::default(), writing: Mutex::default() }
+    }
+}
+
+/// One cluster through the versions of the mesh.
+#[derive(Debug)]
+struct Entry {
+    state: Arc<state::State>,
+    current: ArcSwapOption<Cluster>,
+    /// The newest version of the mesh that `current` is known to be right for.
+    seen: AtomicU64,
+    building: Mutex<()>,
+}
+
+/// Clusters of single workloads that are kept while nobody uses them.
+const IDLE_WORKLOADS: usize = 4096;
+
+impl<K: Hash + Eq + Clone> Registry<K> {
+    fn get(&self, key: &K) -> Option<Arc<Entry>> {
+        self.entries.load().get(key).map(Arc::clone)
+    }
+    fn get_or_insert(&self, key: &K, make: impl FnOnce() -> Arc<state::State>, most: usize) -> Arc<Entry> {
+        let _writing = self.writing.lock();
+        if let Some(entry) = self.get(key) {
+            return entry;
+        }
+        let entry = Arc::new(Entry {
+            state: make(),
+            current: ArcSwapOption::empty(),
+            seen: AtomicU64::new(0),
+            building: Mutex::default(),
+        });
+        let mut next = HashMap::clone(&self.entries.load());
+        if next.len() >= most {
+            next.retain(|_, entry| entry.is_used());
+        }
+        next.insert(key.clone(), Arc::clone(&entry));
+        self.entries.store(Arc::new(next));
+        entry
+    }
+    fn retain(&self, keep: impl Fn(&K) -> bool) {
+        let _writing = self.writing.lock();
+        let now = self.entries.load();
+        if now.keys().all(&keep) {
+            return;
+        }
+        let next = now.iter().filter(|(key, _)| keep(key)).map(|(key, entry)| (key.clone(), Arc::clone(entry))).collect();
+        for entry in now.iter().filter(|(key, _)| !keep(key)).map(|(_, entry)| entry) {
+            entry.state.leave();
+        }
+        self.entries.store(Arc::new(next));
+    }
+}
+impl Entry {
+    /// The cluster for a version of the mesh, if it is known without looking.
+    fn fresh(&self, snap: &Snapshot) -> Option<Arc<Cluster>> {
+        (self.seen.load(Relaxed) >= snap.version()).then(|| self.current.load_full()).flatten()
+    }
+    /// The cluster for a version of the mesh: the current one when `fits`, else one that is built now. While another thread
+    /// builds, the previous one serves.
+    fn follow(
+        &self,
+        snap: &Snapshot,
+        fits: impl Fn(&Cluster) -> bool,
+        build: impl FnOnce(&Arc<state::State>) -> Cluster,
+    ) -> Arc<Cluster> {
+        let _building = match self.building.try_lock() {
+            Some(guard) => guard,
+            None => match self.current.load_full() {
+                Some(previous) => return previous,
+                None => self.building.lock(),
+            },
+        };
+        if let Some(current) = self.fresh(snap) {
+            return current;
+        }
+        let cluster = match self.current.load_full() {
+            Some(current) if fits(&current) => current,
+            _ => {
+                let built = self.state.install(build(&self.state));
+                self.current.store(Some(Arc::clone(&built)));
+                built
+            }
+        };
+        self.seen.store(snap.version(), Relaxed);
+        cluster
+    }
+    fn is_used(&self) -> bool {
+        self.state.is_used()
+    }
+}
+
+impl Upstreams {
+    /// No destination yet.
+    pub fn new(deps: Deps) -> Arc<Self> {
+        let Deps { local, labels, .. } = &deps;
+        let (local, labels) = (local.clone(), labels.clone());
+        Arc::new(Self {
+            reach: Arc::new(transport::Reach::new(deps)),
+            local,
+            labels,
+            plain: Arc::default(),
+            clusters: Registry::default(),
+            workloads: Registry::default(),
+        })
+    }
+
+    /// The cluster as this version of the mesh has it. Cheap when it was asked for in this version before. Health, pools,
+    /// limits and balancing survive changes of anything else; endpoints that stay keep their state.
+    ///
+    /// # Errors
+    /// `NoCluster`: the service or its port is unknown, or what is said about reaching it is unusable.
+    pub fn cluster(&self, snap: &Snapshot, key: &ClusterKey) -> Result<Arc<Cluster>, UpstreamError> {
+        let entry = self.clusters.get(key);
+        if let Some(cluster) = entry.as_ref().and_then(|entry| entry.fresh(snap)) {
+            return Ok(cluster);
+        }
+        let unknown = || UpstreamError::new(Failure::NoCluster, "");
+        let backing = snap.find_backing(&key.service).ok_or_else(unknown)?;
+        let service = backing.service().ok_or_else(unknown)?;
+        service.port(key.port).ok_or_else(unknown)?;
+        let destination = snap.find_destination(&key.service);
+        if let Some(why) = destination.and_then(|d| d.broken.as_ref()) {
+            return Err(UpstreamError::new(Failure::NoCluster, format!("destination_unusable: {why}")));
+        }
+        let make = || state::State::new(key.to_string().into(), Arc::clone(&self.reach));
+        let entry = entry.unwrap_or_else(|| self.clusters.get_or_insert(key, make, usize::MAX));
+        let place = self.place(snap);
+        let fits = |c: &Cluster| c.was_built_from(backing, destination, place);
+        Ok(entry.follow(snap, fits, |state| {
+            build::service(state, key, backing, service, destination, &self.plain, snap.view(), place, &self.labels)
+        }))
+    }
+
+    /// A workload addressed by itself (waypoint-for workload).
+    pub fn workload(&self, snap: &Snapshot, known: &Arc<Known>, port: u16) -> Arc<Cluster> {
+        let key = (Arc::clone(known.uid()), port);
+        let entry = self.workloads.get(&key);
+        if let Some(cluster) = entry.as_ref().and_then(|entry| entry.fresh(snap)) {
+            return cluster;
+        }
+        let w = known.workload();
+        let make = || state::State::new(format!("encap|{port}||{}.{}", w.name, w.namespace).into(), Arc::clone(&self.reach));
+        let entry = entry.unwrap_or_else(|| self.workloads.get_or_insert(&key, make, IDLE_WORKLOADS));
+        entry.follow(snap, |c| c.is_of_workload(known), |state| build::workload(state, known, port, &self.plain))
+    }
+
+    /// Brings every cluster to this version and forgets those gone from the mesh. Called after a publish, from the control
+    /// thread, so that no request pays for building a table.
+    pub fn collect(&self, snap: &Snapshot) {
+        let known = |key: &ClusterKey| {
+            let service = snap.find_service(&key.service).is_some_and(|s| s.port(key.port).is_some());
+            let subset = key.subset.as_deref();
+            service && subset.is_none_or(|s| snap.find_destination(&key.service).is_some_and(|d| d.subsets.contains_key(s)))
+        };
+        self.clusters.retain(known);
+        self.workloads.retain(|(uid, _)| snap.find_known(uid).is_some());
+        for key in self.clusters.entries.load().keys() {
+            // A destination that became unusable is refused when it is asked for.
+            let _ = self.cluster(snap, key);
+        }
+        for (uid, port) in self.workloads.entries.load().keys() {
+            if let Some(known) = snap.find_known(uid) {
+                self.workload(snap, known, *port);
+            }
+        }
+    }
+
+    /// Every cluster, for the admin endpoint.
+    pub fn clusters(&self) -> Vec<ClusterView> {
+        let (clusters, workloads) = (self.clusters.entries.load(), self.workloads.entries.load());
+        let mut all: Vec<ClusterView> =
+            clusters.values().chain(workloads.values()).filter_map(|e| e.current.load_full()).map(|c| view::of(&c)).collect();
+        all.sort_by(|a, b| a.name.cmp(&b.name));
+        all
+    }
+
+    /// Tunnels of every data thread, for the admin endpoint.
+    pub fn tunnels(&self) -> Vec<mesh_hbone::pool::PoolStats> {
+        self.reach.tunnels()
+    }
+
+    /// Lets go of the tunnels to endpoints: each ends with its last stream.
+    pub fn drain(&self) {
+        self.reach.drain();
+    }
+
+    fn place<'a>(&'a self, snap: &'a Snapshot) -> &'a Locality {
+        let seen = &snap.view().locality;
+        if seen.region.is_empty() { &self.local } else { seen }
+    }
+}

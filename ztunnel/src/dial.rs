@@ -3,10 +3,10 @@
 //! Owns how each kind of plan is carried out. Upstream: `outbound`. Downstream: `dialer`, the pools of the pod.
 use crate::dialer::PodDialer;
 use crate::pod::Pod;
-use crate::resolve;
 use mesh_hbone::{ConnectRequest, HboneError, HboneStream, PoolKey, Tunnel};
 use mesh_model::plan::{Dial, Hop, NamedDial};
 use mesh_model::{DialAddr, HboneAuthority, Reason, Refusal, SpiffeId};
+use mesh_runtime::resolve;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use tokio::net::TcpStream;

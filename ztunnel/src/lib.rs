@@ -20,7 +20,6 @@ pub mod pods;
 mod proxy_protocol;
 mod record;
 mod report;
-mod resolve;
 pub mod settings;
 
 pub use settings::Settings;

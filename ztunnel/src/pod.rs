@@ -5,7 +5,6 @@
 use crate::conns::Conns;
 use crate::dialer::PodDialer;
 use crate::metrics::Metrics;
-use crate::resolve::Resolver;
 use crate::settings::Settings;
 use arc_swap::ArcSwapOption;
 use http::HeaderValue;
@@ -17,6 +16,7 @@ use mesh_runtime::drain::DrainWatch;
 use mesh_runtime::gate::Gate;
 use mesh_runtime::logging::AccessLog;
 use mesh_runtime::memory::Budget;
+use mesh_runtime::resolve::Resolver;
 use mesh_runtime::sockets::NetnsFd;
 use mesh_runtime::threads::DataThreads;
 use mesh_sources::Mesh;

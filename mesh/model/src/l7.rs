@@ -5,6 +5,7 @@
 //! BackendTLSPolicy). Everything is compiled when it is translated: no regular expression is built, no weight is summed and
 //! no header name is parsed while a request waits. Upstream: `mesh-sources`. Downstream: the waypoint's phases.
 
+pub mod balance;
 pub mod cors;
 pub mod destination;
 pub mod fault;
@@ -12,6 +13,7 @@ pub mod gateway;
 pub mod hash;
 pub mod headers;
 pub mod index;
+pub mod outlier;
 pub mod path;
 pub mod retry;
 pub mod rewrite;

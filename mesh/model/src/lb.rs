@@ -219,6 +219,12 @@ impl EndpointSet {
     pub fn members(&self) -> Vec<(Arc<Known>, PortMap)> {
         self.all().map(|e| (Arc::clone(&e.known), Arc::clone(&e.ports))).collect()
     }
+    /// Members that may be chosen for a service port, with their rank (lower is preferred). Those on other networks are left
+    /// out unless there is a gateway to them.
+    pub fn open_on(&self, port: u16) -> impl Iterator<Item = (u8, &Endpoint)> {
+        let open = move |g: &&Group| g.rank < RANK_STRICT_MISS && g.open.binary_search(&port).is_ok();
+        self.groups.iter().filter(open).flat_map(|g| g.bag.iter().map(|e| (g.rank, e)))
+    }
     /// Whether a workload is a member, usable or not.
     pub fn contains(&self, uid: &str) -> bool {
         self.groups.iter().any(|g| g.bag.find(uid).is_some())

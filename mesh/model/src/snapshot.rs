@@ -72,9 +72,19 @@ fn account_of(w: &Workload) -> Account {
 
 /// A service and the workloads behind it; exists as soon as one of the two does.
 #[derive(Clone, Debug, Default)]
-struct Backing {
+pub struct Backing {
     service: Option<Arc<Service>>,
     endpoints: EndpointSet,
+}
+impl Backing {
+    /// The service, once it has arrived.
+    pub fn service(&self) -> Option<&Arc<Service>> {
+        self.service.as_ref()
+    }
+    /// Its endpoints.
+    pub fn endpoints(&self) -> &EndpointSet {
+        &self.endpoints
+    }
 }
 
 /// A few shared objects under one key, kept sorted. Almost always one, which then costs no allocation to copy.
@@ -409,6 +419,11 @@ impl Snapshot {
     /// Service by key.
     pub fn find_service(&self, key: &ServiceKey) -> Option<&Arc<Service>> {
         self.services.get(key)?.service.as_ref()
+    }
+    /// A service with its endpoints. The same `Arc` in two versions means that neither changed between them, which is how
+    /// what was derived from them is kept.
+    pub fn find_backing(&self, key: &ServiceKey) -> Option<&Arc<Backing>> {
+        self.services.get(key)
     }
     /// Service by VIP (exact, then CIDR) as a client in `client_namespace` sees it. Among ranges the client's own
     /// namespace wins, then the longest prefix, then canonical (node-agent §1.4).

@@ -14,6 +14,7 @@ pub mod logging;
 pub mod memory;
 pub mod metrics;
 pub mod readiness;
+pub mod resolve;
 pub mod settings;
 pub mod signals;
 #[allow(unsafe_code)]

@@ -6,10 +6,11 @@ use std::time::{Duration, Instant};
 use anyhow::ensure;
 use mesh_tests::program::{Client, Server};
 
-use crate::mesh::{BYTES, Mesh, WEB};
+use crate::mesh::{BYTES, Mesh, WEB_IP};
 
 fn vip(port: u16) -> SocketAddr {
-    SocketAddr::new(WEB.parse().expect("an address"), port)
+    let [a, b, c, d] = WEB_IP;
+    SocketAddr::new([a, b, c, d].into(), port)
 }
 
 pub(crate) fn an_upgrade_is_carried(mesh: &mut Mesh) -> anyhow::Result<()> {

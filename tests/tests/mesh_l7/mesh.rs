@@ -18,6 +18,7 @@ pub(crate) const PORT: u16 = 8080;
 /// Port of the byte servers, declared as nothing.
 pub(crate) const BYTES: u16 = 9090;
 pub(crate) const WEB: &str = "10.96.0.20";
+pub(crate) const WEB_IP: [u8; 4] = [10, 96, 0, 20];
 pub(crate) const OTHER: &str = "10.96.0.21";
 
 /// The mesh all tests share. Fields are dropped in this order: proxies before the topology they live in.
@@ -30,7 +31,7 @@ pub(crate) struct Mesh {
     pub(crate) logs: TempDir,
 }
 
-const OBJECTS: &str = r#"
+const OBJECTS: &str = r"
 apiVersion: v1
 kind: Namespace
 metadata: { name: t, labels: { istio.io/dataplane-mode: ambient } }
@@ -113,7 +114,7 @@ spec:
   subsets:
   - { name: v1, labels: { version: v1 } }
   - { name: v2, labels: { version: v2 } }
-"#;
+";
 
 pub(crate) fn set_up() -> anyhow::Result<Mesh> {
     for program in ["ztunnel", "waypoint"] {
@@ -156,7 +157,7 @@ pub(crate) fn set_up() -> anyhow::Result<Mesh> {
 /// A Secret with a certificate for `host` signed by itself.
 fn secret(name: &str, host: &str) -> anyhow::Result<String> {
     let made = rcgen::generate_simple_self_signed([host.to_owned()])?;
-    let indent = |pem: &str| pem.lines().map(|line| format!("    {line}\n")).collect::<String>();
+    let indent = |pem: &str| format!("    {}\n", pem.trim_end().replace('\n', "\n    "));
     Ok(format!(
         "apiVersion: v1\nkind: Secret\nmetadata: {{ name: {name}, namespace: t }}\ntype: kubernetes.io/tls\nstringData:\n  tls.crt: |\n{}  tls.key: |\n{}",
         indent(&made.cert.pem()),
@@ -182,6 +183,20 @@ impl Got {
     }
 }
 
+/// `curl` in a pod or host.
+pub(crate) fn curl(from: &Place, args: &[&str]) -> anyhow::Result<Got> {
+    let mut command = Command::new("curl");
+    command.args(["-sS", "-i", "--max-time", "10", "--noproxy", "*"]).args(args);
+    let output = from.netns.output(&mut command).context("run curl")?;
+    ensure!(output.status.success(), "curl {args:?}: {}", String::from_utf8_lossy(&output.stderr).trim());
+    let text = String::from_utf8_lossy(&output.stdout).replace("\r\n", "\n");
+    // The last head counts: curl shows interim answers and redirects it followed, too.
+    let at = text.rfind("\nHTTP/").map_or(0, |n| n + 1);
+    let (head, body) = text[at..].split_once("\n\n").with_context(|| format!("no head in {text:?}"))?;
+    let status = head.split(' ').nth(1).and_then(|s| s.parse().ok()).with_context(|| format!("status in {head:?}"))?;
+    Ok(Got { status, head: head.to_owned(), body: body.to_owned() })
+}
+
 impl Mesh {
     pub(crate) fn start(&self, name: &'static str) -> anyhow::Result<Agent> {
         let spec = if name.starts_with("node") {
@@ -198,22 +213,9 @@ impl Mesh {
     pub(crate) fn pod(&self, name: &str) -> &Arc<Place> {
         self.topology.pod(name)
     }
-    /// `curl` in a pod or host.
-    pub(crate) fn curl(&self, from: &Place, args: &[&str]) -> anyhow::Result<Got> {
-        let mut command = Command::new("curl");
-        command.args(["-sS", "-i", "--max-time", "10", "--noproxy", "*"]).args(args);
-        let output = from.netns.output(&mut command).context("run curl")?;
-        ensure!(output.status.success(), "curl {args:?}: {}", String::from_utf8_lossy(&output.stderr).trim());
-        let text = String::from_utf8_lossy(&output.stdout).replace("\r\n", "\n");
-        // The last head counts: curl shows interim answers and redirects it followed, too.
-        let at = text.rfind("\nHTTP/").map_or(0, |n| n + 1);
-        let (head, body) = text[at..].split_once("\n\n").with_context(|| format!("no head in {text:?}"))?;
-        let status = head.split(' ').nth(1).and_then(|s| s.parse().ok()).with_context(|| format!("status in {head:?}"))?;
-        Ok(Got { status, head: head.to_owned(), body: body.to_owned() })
-    }
     /// `curl` in the client's pod.
     pub(crate) fn call(&self, args: &[&str]) -> anyhow::Result<Got> {
-        self.curl(self.pod("client"), args)
+        curl(self.pod("client"), args)
     }
     /// Puts objects for the time of the guard and waits until the waypoint and the gateway know them.
     pub(crate) fn objects(&self, name: &str, yaml: &str) -> anyhow::Result<ObjectsForNow<'_>> {

@@ -3,18 +3,18 @@ use anyhow::ensure;
 use mesh_tests::agent::Metrics;
 use mesh_tests::wait;
 
-use crate::mesh::{Mesh, WEB};
+use crate::mesh::{Mesh, WEB, curl};
 
 pub(crate) fn the_gateway_lets_its_hosts_in(mesh: &mut Mesh) -> anyhow::Result<()> {
     let outside = mesh.topology.host("outside").clone();
     let gateway = mesh.pod("gw").v4;
-    let got = mesh.curl(&outside, &["-H", "host: web.example", &format!("http://{gateway}/shop/a")])?;
+    let got = curl(&outside, &["-H", "host: web.example", &format!("http://{gateway}/shop/a")])?;
     ensure!(got.status == 200, "{got:?}");
     let echo = got.echo()?;
     ensure!(echo["path"] == "/shop/a" && echo["headers"]["x-forwarded-for"] == outside.v4.to_string(), "{echo}");
-    let got = mesh.curl(&outside, &["-H", "host: web.example", &format!("http://{gateway}/shopping")])?;
+    let got = curl(&outside, &["-H", "host: web.example", &format!("http://{gateway}/shopping")])?;
     ensure!(got.status == 404, "a path prefix is of whole segments: {got:?}");
-    let got = mesh.curl(&outside, &["-H", "host: other.example", &format!("http://{gateway}/shop")])?;
+    let got = curl(&outside, &["-H", "host: other.example", &format!("http://{gateway}/shop")])?;
     ensure!(got.status == 404, "{got:?}");
     Ok(())
 }
@@ -23,7 +23,7 @@ pub(crate) fn the_gateway_ends_tls(mesh: &mut Mesh) -> anyhow::Result<()> {
     let outside = mesh.topology.host("outside").clone();
     let resolve = format!("web.example:443:{}", mesh.pod("gw").v4);
     for version in ["--http1.1", "--http2"] {
-        let got = mesh.curl(&outside, &["-k", version, "--resolve", &resolve, "https://web.example/shop/b"])?;
+        let got = curl(&outside, &["-k", version, "--resolve", &resolve, "https://web.example/shop/b"])?;
         ensure!(got.status == 200 && got.echo()?["headers"]["x-forwarded-proto"] == "https", "{got:?}");
     }
     Ok(())

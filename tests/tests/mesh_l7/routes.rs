@@ -9,7 +9,7 @@ use mesh_tests::wait;
 use crate::mesh::{Mesh, OTHER, WEB};
 
 pub(crate) fn a_call_goes_through_the_waypoint(mesh: &mut Mesh) -> anyhow::Result<()> {
-    let (agent, from) = (mesh.proxy("node-b"), mesh.proxy("node-b").mark());
+    let agent = mesh.proxy("node-b");
     let got = mesh.call(&[&format!("http://{WEB}/hello?x=1")])?;
     ensure!(got.status == 200, "{got:?}");
     let echo = got.echo()?;
@@ -19,9 +19,12 @@ pub(crate) fn a_call_goes_through_the_waypoint(mesh: &mut Mesh) -> anyhow::Resul
     ensure!(echo["headers"]["x-envoy-attempt-count"] == "1" && echo["headers"]["x-forwarded-proto"] == "http", "{echo}");
     ensure!(echo["headers"]["x-request-id"].as_str().is_some_and(|id| id.len() == 36), "{echo}");
     ensure!(got.header("server") == Some("istio-envoy") && got.header("x-envoy-upstream-service-time").is_some(), "{got:?}");
-    // The endpoint's agent sees the waypoint as its peer, by identity.
-    agent.wait_access("the call from the waypoint", from, |record| {
-        record["direction"] == "inbound" && record["src.identity"] == "spiffe://test.local/ns/t/sa/wp"
+    // The endpoint's agent sees the waypoint as its peer: the connection stays, for the next request.
+    let waypoint = mesh.pod("wp").v4.to_string();
+    agent.wait_config("the waypoint's connection", |dump| {
+        let pods = dump["workloadState"].as_object().into_iter().flatten();
+        pods.flat_map(|(_, pod)| pod["connections"]["inbound"].as_array().into_iter().flatten())
+            .any(|c| c["src"].as_str().is_some_and(|src| src.starts_with(&waypoint)) && c["protocol"] == "HBONE")
     })?;
     Ok(())
 }
@@ -71,7 +74,7 @@ pub(crate) fn a_canary_by_weight_hits_its_share(mesh: &mut Mesh) -> anyhow::Resu
 pub(crate) fn rewrites_redirects_and_answers(mesh: &mut Mesh) -> anyhow::Result<()> {
     let _routes = mesh.objects(
         "shapes",
-        r#"
+        r"
 apiVersion: networking.istio.io/v1
 kind: VirtualService
 metadata: { name: shapes, namespace: t }
@@ -86,7 +89,7 @@ spec:
     redirect: { uri: /here, redirectCode: 308 }
   - match: [ { uri: { exact: /teapot } } ]
     directResponse: { status: 418, body: { string: short and stout } }
-"#,
+",
     )?;
     let got = mesh.call(&[&format!("http://{OTHER}/old/a?q=1")])?;
     let echo = got.echo()?;

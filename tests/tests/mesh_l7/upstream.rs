@@ -35,7 +35,7 @@ spec:
 pub(crate) fn a_breaker_opens_and_heals(mesh: &mut Mesh) -> anyhow::Result<()> {
     let _breaker = mesh.objects(
         "breaker",
-        r#"
+        r"
 apiVersion: networking.istio.io/v1
 kind: DestinationRule
 metadata: { name: breaker, namespace: t }
@@ -44,7 +44,7 @@ spec:
   trafficPolicy:
     loadBalancer: { simple: ROUND_ROBIN }
     outlierDetection: { consecutive5xxErrors: 5, interval: 500ms, baseEjectionTime: 2s, maxEjectionPercent: 50 }
-"#,
+",
     )?;
     mesh.web["web2"].behave(503);
     let mut failures = 0;

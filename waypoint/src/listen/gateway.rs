@@ -1,17 +1,16 @@
-//! A gateway's own listeners: HTTP, HTTPS, TLS and TCP from outside the mesh, and which routes a host has.
+//! A gateway's own listeners: HTTP, HTTPS, TLS and TCP from outside the mesh.
 //!
-//! Owns host matching: the most specific listener hostname first, then the most specific route hostname (Gateway API).
 //! Upstream: `app`. Downstream: `http`, `tcp`.
-use crate::conn::{Conn, Routes, Scope, Shared};
+use crate::conn::{Conn, Shared};
 use crate::detect::{self, Spoken};
+use crate::facts::{Facts, Scope};
+use crate::hosts::best;
 use crate::http::{self, Version};
 use crate::listen::accept_all;
 use crate::listen::certificates::Certificates;
 use crate::tcp;
 use crate::telemetry::TcpRecord;
 use mesh_hbone::relay::endpoint::{Bytewise, Endpoint};
-use mesh_model::Snapshot;
-use mesh_model::l7::RouteTable;
 use mesh_model::l7::gateway::ListenerTls;
 use mesh_model::l7::gateway::{GatewayKey, Listener, ListenerProtocol};
 use mesh_model::{Reason, Refusal};
@@ -128,13 +127,15 @@ async fn serve(
     let limit = shared.settings.headers_timeout;
     let conn = |listener: Option<Arc<str>>, secure: bool, sni: Option<Arc<str>>| Conn {
         shared: Arc::clone(&shared),
-        scope: Scope::Gateway { port: local.port(), listener, secure },
-        client,
-        local,
-        identity: None,
-        source: None,
-        sni,
-        plain: None,
+        facts: Facts {
+            scope: Scope::Gateway { port: local.port(), listener, secure },
+            client,
+            local,
+            identity: None,
+            source: None,
+            sni,
+            plain: None,
+        },
         drain: drain.clone(),
     };
     match protocol {
@@ -182,13 +183,13 @@ async fn bytes<E: Endpoint>(conn: Arc<Conn>, mut client: E) {
     let mut record = TcpRecord::new(Instant::now());
     match tcp::reach(&conn, conn.sni.as_deref(), &mut record).await {
         Ok(upstream) => {
-            let handles = conn.shared.telemetry.tcp_opened(&conn, &record);
+            let handles = conn.shared.telemetry.tcp_opened(&conn.facts, &record);
             tcp::carry(&conn, client, upstream, &handles, &mut record).await;
-            conn.shared.telemetry.tcp_done(&conn, &record, &handles);
+            conn.shared.telemetry.tcp_done(&conn.facts, &record, &handles);
         }
         Err(error) => {
             tcp::note(&mut record, &error);
-            conn.shared.telemetry.tcp_failed(&conn, &record);
+            conn.shared.telemetry.tcp_failed(&conn.facts, &record);
             client.reset(true);
         }
     }
@@ -219,98 +220,4 @@ async fn peek(tcp: &TcpStream, limit: Duration) -> Spoken {
         }
     };
     if limit.is_zero() { looking.await } else { tokio::time::timeout(limit, looking).await.unwrap_or(Spoken::Unclear) }
-}
-
-/// How well `pattern` (exact, `*.suffix`, `*`) fits `host`: longer is better, exact best; `None` when not at all.
-pub(crate) fn fits(pattern: &str, host: &str) -> Option<usize> {
-    if pattern == "*" {
-        return Some(0);
-    }
-    match pattern.strip_prefix('*') {
-        Some(suffix) => {
-            let head = host.len().checked_sub(suffix.len()).filter(|n| *n > 0)?;
-            host.get(head..).filter(|tail| tail.eq_ignore_ascii_case(suffix)).map(|_| suffix.len())
-        }
-        None => pattern.eq_ignore_ascii_case(host).then_some(usize::MAX),
-    }
-}
-
-/// The host of an authority, without its port.
-pub(crate) fn host_of(authority: &str) -> &str {
-    if let Some(rest) = authority.strip_prefix('[') {
-        return rest.split(']').next().unwrap_or(rest);
-    }
-    authority.rsplit_once(':').filter(|(_, port)| port.bytes().all(|b| b.is_ascii_digit())).map_or(authority, |(host, _)| host)
-}
-
-/// The listeners of this process's gateway on `port` that `accept` takes, best fit for `host` first.
-fn best<'s>(conn: &Conn, snap: &'s Snapshot, port: u16, host: &str, accept: impl Fn(&Listener) -> bool) -> Option<&'s Listener> {
-    let settings = &conn.shared.settings;
-    let key = GatewayKey::new(&settings.namespace, &settings.gateway);
-    let gateway = snap.find_gateway(&key)?;
-    let of_port = gateway.listeners.iter().filter(|l| l.port == port && l.broken.is_none() && accept(l));
-    of_port
-        .filter_map(|l| Some((fits(l.hostname.as_deref().unwrap_or("*"), host)?, l)))
-        .max_by_key(|(fit, _)| *fit)
-        .map(|(_, l)| l)
-}
-/// The routes of a listener for a host.
-fn hosts<'s>(listener: &'s Listener, host: &str) -> Option<&'s Arc<RouteTable>> {
-    let fitting = listener.hosts.iter().filter_map(|(pattern, table)| Some((fits(pattern, host)?, table)));
-    fitting.max_by_key(|(fit, _)| *fit).map(|(_, table)| table)
-}
-
-/// The HTTP routes of a request to a gateway. `listener`: what TLS chose; a request for a host of another listener gets no
-/// routes (it would go around that listener's certificate).
-pub(crate) fn table<'s>(
-    conn: &Conn,
-    snap: &'s Snapshot,
-    port: u16,
-    listener: Option<&str>,
-    secure: bool,
-    authority: &str,
-) -> Routes<'s> {
-    let host = host_of(authority);
-    let protocol = if secure { ListenerProtocol::Https } else { ListenerProtocol::Http };
-    let found = best(conn, snap, port, host, |l| l.protocol == protocol);
-    let found = found.filter(|l| listener.is_none_or(|name| *l.name == *name));
-    found.and_then(|l| hosts(l, host)).map_or(Routes::NoHost, Routes::Table)
-}
-
-/// The TCP or TLS routes of a connection to a gateway.
-pub(crate) fn tcp_table(
-    conn: &Conn,
-    snap: &Snapshot,
-    port: u16,
-    listener: Option<&str>,
-    sni: Option<&str>,
-) -> Option<Arc<RouteTable>> {
-    let host = sni.unwrap_or_default();
-    let bytes = |l: &Listener| matches!(l.protocol, ListenerProtocol::Tls | ListenerProtocol::Tcp);
-    let found = best(conn, snap, port, host, |l| bytes(l) && listener.is_none_or(|name| *l.name == *name))?;
-    hosts(found, host).cloned()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn hosts_fit_by_specificity() {
-        assert_eq!(fits("*", "a.b"), Some(0));
-        assert_eq!(fits("*.b", "a.b"), Some(2));
-        assert_eq!(fits("*.b", "x.a.B"), Some(2));
-        assert_eq!(fits("*.b", "b"), None);
-        assert_eq!(fits("*.b", ".b"), None, "a wildcard is at least one character");
-        assert_eq!(fits("A.b", "a.B"), Some(usize::MAX));
-        assert_eq!(fits("a.b", "a.c"), None);
-    }
-    #[test]
-    fn ports_are_not_part_of_a_host() {
-        for (authority, host) in
-            [("a.b:80", "a.b"), ("a.b", "a.b"), ("[::1]:80", "::1"), ("[::1]", "::1"), ("a:b", "a:b"), ("", "")]
-        {
-            assert_eq!(host_of(authority), host);
-        }
-    }
 }

@@ -2,8 +2,8 @@
 //! forwarded-for (Envoy's connection manager).
 use crate::body::Body;
 use crate::conn::Conn;
-use crate::exchange::{Exchange, Flow};
 use crate::phase::respond;
+use crate::phase::{Exchange, Flow};
 use crate::settings::PathMode;
 use crate::telemetry::{Flag, Flags, Record};
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};

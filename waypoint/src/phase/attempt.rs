@@ -1,7 +1,7 @@
 //! The upstream attempts: limits, endpoint, send, and whether to try again.
 use crate::body::Body;
-use crate::conn::Scope;
-use crate::exchange::Exchange;
+use crate::facts::Scope;
+use crate::phase::Exchange;
 use crate::phase::admit::upgrade_of;
 use crate::phase::{expose, respond};
 use crate::telemetry::Flag;
@@ -272,7 +272,7 @@ fn arrived(ex: &mut Exchange<'_>, response: Response<Incoming>, client: Option<O
     if answer.status() == StatusCode::SWITCHING_PROTOCOLS {
         let upstream = answer.extensions_mut().remove::<OnUpgrade>();
         if let (Some(client), Some(upstream)) = (client, upstream) {
-            tokio::spawn(crate::tcp::upgraded(client, upstream));
+            tokio::spawn(crate::upgrade::carry(client, upstream));
         }
         *answer.body_mut() = Body::Empty;
     }

@@ -1,6 +1,6 @@
 //! CORS: preflights are answered here, other answers get their headers on the way back.
 use crate::body::Body;
-use crate::exchange::{Exchange, Flow};
+use crate::phase::{Exchange, Flow};
 use http::{Response, StatusCode};
 use mesh_model::l7::cors::{CorsDecision, decide};
 

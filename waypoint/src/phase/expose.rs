@@ -1,7 +1,7 @@
 //! Last phase: follows the response's body to its end and tells what happened, once.
 use crate::body::{Body, BodyError};
 use crate::conn::Conn;
-use crate::exchange::Exchange;
+use crate::phase::Exchange;
 use crate::telemetry::{Flag, Record};
 use crate::upstream::RequestGuard;
 use bytes::Bytes;
@@ -71,7 +71,7 @@ impl Told {
             if let Some(flag) = flag {
                 record.flags.set(flag);
             }
-            self.conn.shared.telemetry.request_done(&self.conn, &record);
+            self.conn.shared.telemetry.request_done(&self.conn.facts, &record);
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Injected faults: delay, then abort (spec/waypoint §3.1, §10).
 use crate::body::Body;
-use crate::exchange::{Exchange, Flow};
 use crate::phase::respond;
+use crate::phase::{Exchange, Flow};
 use crate::telemetry::Flag;
 use http::StatusCode;
 use mesh_model::l7::fault::decide;

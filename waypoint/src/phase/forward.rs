@@ -1,9 +1,9 @@
 //! What the upstream is told beside what the client said: header edits of backend and route, timeout. And the body is made
 //! repeatable where something may read it twice.
 use crate::body::Body;
-use crate::exchange::{Exchange, Flow};
 use crate::phase::replay::Replay;
 use crate::phase::rewrite;
+use crate::phase::{Exchange, Flow};
 use http::header::{HeaderName, HeaderValue};
 use mesh_model::l7::route::HttpAction;
 use std::sync::Arc;

@@ -1,7 +1,7 @@
 //! Copies of requests to somewhere else, whose answers nobody waits for (spec/waypoint §3.1, §10).
 //!
 //! A copy reads the same body as the request itself, up to what is kept for retries; a larger body ends its copy.
-use crate::exchange::Exchange;
+use crate::phase::Exchange;
 use crate::phase::attempt::{outgoing, speaks_http2};
 use crate::upstream::{self, PickContext, SendOptions};
 use http::HeaderValue;

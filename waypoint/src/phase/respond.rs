@@ -1,7 +1,7 @@
 //! Answers made here, and what every answer gets on its way back.
 use crate::body::Body;
-use crate::exchange::{Exchange, Flow};
 use crate::phase::admit::strip_hop_by_hop;
+use crate::phase::{Exchange, Flow};
 use bytes::Bytes;
 use http::header::{self, HeaderName, HeaderValue};
 use http::{Response, StatusCode};

@@ -1,5 +1,5 @@
 //! Path and authority as the upstream sees them.
-use crate::exchange::{Exchange, Flow};
+use crate::phase::{Exchange, Flow};
 use http::header::{HeaderName, HeaderValue};
 use mesh_model::l7::HttpMatch;
 use mesh_model::l7::rewrite::path as rewrite_path;

@@ -1,7 +1,8 @@
 //! Which route: the table of the host, the first rule that matches, a backend by weight.
-use crate::conn::{Routes, Scope};
-use crate::exchange::{Exchange, Flow};
+use crate::facts::Scope;
+use crate::hosts::{self, Routes};
 use crate::phase::respond;
+use crate::phase::{Exchange, Flow};
 use crate::telemetry::Flag;
 use http::StatusCode;
 use mesh_model::Snapshot;
@@ -52,7 +53,7 @@ fn routes<'s>(ex: &Exchange<'_>, snap: &'s Snapshot) -> Routes<'s> {
         Scope::Mesh(Target::Service { service, .. }) => snap.find_routes(&service.key).map_or(Routes::Plain, Routes::Table),
         Scope::Mesh(Target::Workload { .. }) => Routes::Plain,
         Scope::Gateway { port, listener, secure } => {
-            crate::listen::gateway::table(ex.conn, snap, *port, listener.as_deref(), *secure, &ex.authority)
+            hosts::table(ex.conn, snap, *port, listener.as_deref(), *secure, &ex.authority)
         }
     }
 }

@@ -1,0 +1,211 @@
+//! A destination as one version of the mesh has it: its policy, its endpoints, and the tables a pick looks things up in.
+use super::error::{Failure, UpstreamError};
+use super::host::{Host, HostState, Target};
+use super::state::{RequestGuard, RetryGuard, State, note};
+use arc_swap::ArcSwap;
+use mesh_model::known::Known;
+use mesh_model::l7::TrafficPolicy;
+use mesh_model::l7::balance::{Chance, Entry, Plan, is_held_back, warmup_factor};
+use mesh_model::l7::destination::{Balance, Destination};
+use mesh_model::l7::outlier::Seen;
+use mesh_model::service::{AppProtocol, Service};
+use mesh_model::snapshot::Backing;
+use mesh_model::workload::{Locality, Workload};
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+/// A destination.
+#[derive(Debug)]
+pub struct Cluster {
+    pub(super) policy: Arc<TrafficPolicy>,
+    pub(super) service: Option<Arc<Service>>,
+    pub(super) protocol: AppProtocol,
+    pub(super) hosts: Box<[Arc<Host>]>,
+    /// Per endpoint: priority, share, and what hashing places it by.
+    pub(super) places: Box<[Placement]>,
+    /// Weights of localities.
+    pub(super) shares: Box<[u32]>,
+    pub(super) plan: ArcSwap<Plan>,
+    /// Endpoints are what the client addressed.
+    pub(super) passthrough: bool,
+    pub(super) source: Source,
+    pub(super) state: Arc<State>,
+}
+/// Where an endpoint stands in the tables.
+#[derive(Debug)]
+pub(super) struct Placement {
+    pub priority: u32,
+    pub share: u32,
+    pub key: Box<str>,
+}
+/// What a cluster was built from, to see whether it still stands.
+#[derive(Debug)]
+pub(super) enum Source {
+    Service { backing: Arc<Backing>, destination: Option<Arc<Destination>>, place: Locality },
+    Workload(Arc<Known>),
+}
+
+/// What a pick goes by.
+#[derive(Clone, Copy, Debug)]
+pub struct PickContext<'a> {
+    /// A uniform draw.
+    pub draw: u64,
+    /// Hash of the request, for consistent hashing.
+    pub hash: Option<u64>,
+    /// Endpoints to keep away from if others are there.
+    pub tried: &'a [Arc<Host>],
+    /// What the client addressed, for passthrough.
+    pub dst: Option<SocketAddr>,
+}
+
+/// What came of an attempt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Observed {
+    /// The endpoint answered with this status (for gRPC: the status it stands for in HTTP).
+    Status(u16),
+    /// It did not.
+    Failed(Failure),
+}
+
+impl Cluster {
+    /// Istio's name: `outbound|port|subset|host`.
+    pub fn name(&self) -> &str {
+        &self.state.name
+    }
+    /// How it is reached.
+    pub fn policy(&self) -> &Arc<TrafficPolicy> {
+        &self.policy
+    }
+    /// The service; none for a workload addressed by itself.
+    pub fn service(&self) -> Option<&Arc<Service>> {
+        self.service.as_ref()
+    }
+    /// What its port is declared to carry.
+    pub fn app_protocol(&self) -> AppProtocol {
+        self.protocol
+    }
+    /// Its endpoints, ejected ones included.
+    pub fn hosts(&self) -> &[Arc<Host>] {
+        &self.hosts
+    }
+
+    /// Chooses an endpoint.
+    ///
+    /// # Errors
+    /// `NoHealthy`: there is none to choose.
+    pub fn pick(&self, ctx: &PickContext<'_>) -> Result<Arc<Host>, UpstreamError> {
+        if self.passthrough {
+            return self.pass(ctx.dst);
+        }
+        let plan = self.plan.load();
+        let turn = if plan.takes_turns() { self.state.next_turn() } else { 0 };
+        let chance = Chance { draw: ctx.draw, hash: ctx.hash, turn };
+        let load = |at: usize| self.hosts.get(at).map_or(0, |h| u64::from(h.active()));
+        let avoid = |at: usize, draw: u64| {
+            let Some(host) = self.hosts.get(at) else { return false };
+            let cold = self.policy.warmup.is_some_and(|w| is_held_back(warmup_factor(&w, host.state.joined.elapsed()), draw));
+            cold || ctx.tried.iter().any(|t| t.is_same(host))
+        };
+        let at = plan.pick_avoiding(chance, load, || self.state.next_turn(), avoid);
+        at.and_then(|at| self.hosts.get(at)).cloned().ok_or_else(|| UpstreamError::new(Failure::NoHealthy, ""))
+    }
+
+    /// The endpoint at the address the client asked for: a known one, else that address in plain.
+    fn pass(&self, dst: Option<SocketAddr>) -> Result<Arc<Host>, UpstreamError> {
+        let Some(to) = dst else {
+            return Err(UpstreamError::new(Failure::NoHealthy, "no original destination"));
+        };
+        let known = self.hosts.iter().find(|h| h.target.addr.ip() == to.ip() && h.target.name.is_none());
+        if let Some(host) = known.filter(|h| h.target.addr == to) {
+            return Ok(Arc::clone(host));
+        }
+        Ok(self.state.passed(to, || {
+            let (known, target) = if let Some(host) = known {
+                (Arc::clone(&host.known), Target { addr: to, ..host.target.clone() })
+            } else {
+                let mut stranger = Workload::new(&to.to_string(), "", "");
+                stranger.ips = vec![to.ip()];
+                let target = Target { addr: to, name: None, hbone: false, expect: Arc::default() };
+                (Arc::new(Known::new(Arc::new(stranger))), target)
+            };
+            Arc::new(Host { known, target, weight: 1, state: HostState::new(self.state.reach.threads()) })
+        }))
+    }
+
+    /// Admits a request, to be held until its response is over.
+    ///
+    /// # Errors
+    /// `Overflow`: as many are under way as the policy allows.
+    pub fn admit(&self) -> Result<RequestGuard, UpstreamError> {
+        self.state.admit(self.policy.pool.max_requests)
+    }
+
+    /// Admits a retry, to be held while it is under way.
+    pub fn admit_retry(&self) -> Option<RetryGuard> {
+        self.state.admit_retry(self.policy.pool.max_retries, self.policy.retry_budget.as_ref())
+    }
+
+    /// Tells what came of an attempt, for outlier detection. Takes no lock unless an endpoint is to be ejected.
+    pub fn report(&self, host: &Arc<Host>, result: Observed) {
+        let seen = match result {
+            Observed::Status(status) => Seen::Status(status),
+            Observed::Failed(failure) => match failure {
+                Failure::Timeout => Seen::Timeout,
+                Failure::Connect
+                | Failure::ConnectTimeout
+                | Failure::Refused
+                | Failure::Reset
+                | Failure::ResetBeforeRequest
+                | Failure::Protocol => Seen::Broken,
+                // Not the endpoint's doing.
+                Failure::NoCluster | Failure::NoHealthy | Failure::Overflow | Failure::ClientGone => return,
+            },
+        };
+        if !matches!(seen, Seen::Status(..500)) {
+            note(&host.state.failures);
+        }
+        let Some(policy) = &self.policy.outlier else { return };
+        if let Some(cause) = host.state.monitor.note(policy, seen) {
+            self.state.eject(&host.state, policy, cause);
+        }
+    }
+
+    pub(super) fn was_built_from(&self, backing: &Arc<Backing>, destination: Option<&Arc<Destination>>, here: &Locality) -> bool {
+        match &self.source {
+            Source::Service { backing: b, destination: d, place } => {
+                let same = match (d, destination) {
+                    (Some(a), Some(b)) => Arc::ptr_eq(a, b),
+                    (None, None) => true,
+                    _ => false,
+                };
+                Arc::ptr_eq(b, backing) && same && place == here
+            }
+            Source::Workload(_) => false,
+        }
+    }
+    pub(super) fn is_of_workload(&self, known: &Arc<Known>) -> bool {
+        matches!(&self.source, Source::Workload(k) if Arc::ptr_eq(k, known))
+    }
+
+    /// Makes the tables anew for the health of now. Large tables are made on another thread.
+    pub(super) fn replan(self: &Arc<Self>) {
+        if matches!(self.policy.balance, Balance::Hash { .. })
+            && let Ok(runtime) = tokio::runtime::Handle::try_current()
+        {
+            let cluster = Arc::clone(self);
+            runtime.spawn_blocking(move || cluster.plan.store(Arc::new(cluster.plan_now())));
+            return;
+        }
+        self.plan.store(Arc::new(self.plan_now()));
+    }
+    pub(super) fn plan_now(&self) -> Plan {
+        let entries: Vec<Entry<'_>> = self
+            .hosts
+            .iter()
+            .zip(&self.places)
+            .map(|(h, p)| Entry { weight: h.weight, priority: p.priority, share: p.share, healthy: !h.is_ejected(), key: &p.key })
+            .collect();
+        let panic = self.policy.outlier.as_ref().map_or(0, |o| o.min_health_percent);
+        Plan::new(&self.policy.balance, &entries, &self.shares, panic)
+    }
+}

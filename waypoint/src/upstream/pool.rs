@@ -1,0 +1,732 @@
+//! Connections to one endpoint from one data thread.
+//!
+//! A [`Shelf`] holds the connections of one kind (protocol, TLS, PROXY protocol). HTTP/1 connections carry one request at a
+//! time and the last one used is used next; HTTP/2 connections are shared. Who finds none makes one if the cluster's limit
+//! allows, or if the shelf has none at all (as Envoy's pools do), and otherwise waits, first come first served: for a
+//! connection that is given back, or for leave to make one.
+//!
+//! Nobody watches a connection but its own task: it gives the connection back once hyper is ready for another request, ends
+//! it when it was idle for too long, and takes it off the shelf when it ends. Locks: a shelf's is held for a few
+//! instructions and taken by other threads only to close or to feed; no [`ConnectionGuard`] is dropped under it.
+use super::cluster::Cluster;
+use super::error::{Failure, UpstreamError};
+use super::host::{Host, HostState};
+use super::state::{ConnectionGuard, InFlight, Pending};
+use super::transport;
+use crate::body::Body;
+use http::{Request, Response};
+use hyper::body::Incoming;
+use hyper::client::conn::{TrySendError, http1, http2};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use mesh_model::l7::destination::{PoolLimits, ProxyVersion, UpstreamTls};
+use parking_lot::Mutex;
+use std::collections::VecDeque;
+use std::future::poll_fn;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
+use std::sync::{Arc, Weak};
+use std::task::Poll;
+use tokio::sync::oneshot;
+use tokio::time::{Instant, Sleep};
+
+/// What makes two requests share connections.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct ShelfKey<'a> {
+    /// HTTP/2 is spoken.
+    pub http2: bool,
+    /// The client, where the connection names it (PROXY protocol).
+    pub client: Option<SocketAddr>,
+    /// Server name, where it follows the request.
+    pub sni: Option<&'a str>,
+    /// TLS.
+    pub tls: Option<&'a Arc<UpstreamTls>>,
+    /// PROXY protocol.
+    pub proxy: Option<ProxyVersion>,
+}
+
+/// The connections of one kind.
+#[derive(Debug)]
+pub(super) struct Shelf {
+    http2: bool,
+    client: Option<SocketAddr>,
+    sni: Option<Arc<str>>,
+    tls: Option<Arc<UpstreamTls>>,
+    proxy: Option<ProxyVersion>,
+    inner: Mutex<Inner>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    /// HTTP/1 connections without a request, the last used at the end.
+    idle: Vec<Idle>,
+    /// HTTP/2 connections that take streams.
+    shared: Vec<Arc<SharedConn>>,
+    /// Connections and dials.
+    open: u32,
+    dialing: u32,
+    waiting: VecDeque<Waiter>,
+    /// It is in the cluster's queue for leave to connect.
+    listed: bool,
+    /// The endpoint is gone: nothing is kept.
+    closed: bool,
+}
+#[derive(Debug)]
+struct Idle {
+    sender: http1::SendRequest<Body>,
+    conn: Arc<OwnConn>,
+    since: Instant,
+}
+#[derive(Debug)]
+struct Waiter {
+    tell: oneshot::Sender<Result<Given, UpstreamError>>,
+    cluster: Arc<Cluster>,
+    host: Arc<Host>,
+}
+/// What a waiter gets.
+#[derive(Debug)]
+enum Given {
+    Lease(Lease),
+    /// Leave to make a connection.
+    Permit(ConnectionGuard),
+}
+
+/// A place for one request.
+#[derive(Debug)]
+pub(super) enum Lease {
+    Own(OwnLease),
+    Shared(StreamSlot),
+}
+
+/// An HTTP/1 connection.
+#[derive(Debug)]
+pub(super) struct OwnConn {
+    shelf: Weak<Shelf>,
+    /// While a request is on it: its sender, kept until hyper is ready again.
+    busy: Mutex<Option<(http1::SendRequest<Body>, InFlight)>>,
+    served: AtomicU32,
+    /// Requests it may carry; 0: any number.
+    most: u32,
+    /// Too old for another request.
+    retired: AtomicBool,
+}
+
+/// An HTTP/1 connection that is ours for one request; given back when it is not used.
+#[derive(Debug)]
+pub(super) struct OwnLease(Option<(http1::SendRequest<Body>, Arc<OwnConn>)>);
+
+/// An HTTP/2 connection.
+#[derive(Debug)]
+pub(super) struct SharedConn {
+    sender: http2::SendRequest<Body>,
+    shelf: Weak<Shelf>,
+    streams: AtomicU32,
+    served: AtomicU32,
+    most: u32,
+    /// Streams at a time, by our policy.
+    limit: u32,
+    /// When the last stream ended.
+    idle_since: Mutex<Instant>,
+}
+
+/// A stream's place on a shared connection.
+#[derive(Debug)]
+pub(super) struct StreamSlot(Option<Arc<SharedConn>>);
+
+/// A stream under way.
+#[derive(Debug)]
+pub(super) struct StreamHold {
+    // In this order: the load is taken off before the place is given to another.
+    _flight: InFlight,
+    _slot: StreamSlot,
+}
+
+type Sent = Result<Response<Incoming>, TrySendError<Request<Body>>>;
+
+/// Largest buffer of an HTTP/1 connection, and so its largest response head.
+const H1_BUFFER: usize = 64 << 10;
+/// What a stalled reader of one HTTP/2 response costs.
+const H2_STREAM_WINDOW: u32 = 256 << 10;
+/// Enough for 64 stalled readers before they hold up the others of their connection.
+const H2_CONNECTION_WINDOW: u32 = 16 << 20;
+/// What one HTTP/2 stream may have queued towards the endpoint.
+const H2_SEND_BUFFER: usize = 256 << 10;
+/// Largest response head over HTTP/2.
+const H2_HEADER_LIST: u32 = 64 << 10;
+
+impl Shelf {
+    pub fn new(host: &Arc<HostState>, key: &ShelfKey<'_>) -> Arc<Self> {
+        Arc::new(Self {
+            http2: key.http2,
+            client: key.client,
+            sni: key.sni.map(Arc::from),
+            tls: key.tls.cloned(),
+            proxy: key.proxy,
+            inner: Mutex::new(Inner { closed: host.is_gone(), ..Inner::default() }),
+        })
+    }
+
+    pub fn suits(&self, key: &ShelfKey<'_>) -> bool {
+        let same_tls = match (&self.tls, key.tls) {
+            (Some(a), Some(b)) => Arc::ptr_eq(a, b) || a == b,
+            (None, None) => true,
+            _ => false,
+        };
+        self.http2 == key.http2
+            && self.client == key.client
+            && self.sni.as_deref() == key.sni
+            && self.proxy == key.proxy
+            && same_tls
+    }
+
+    /// Whether nothing is on it and nobody waits.
+    pub fn is_bare(&self) -> bool {
+        let inner = self.inner.lock();
+        inner.open == 0 && inner.waiting.is_empty()
+    }
+
+    /// The endpoint is gone: idle connections are closed, busy ones when their requests end.
+    pub fn clear(&self) {
+        let (idle, shared) = {
+            let mut inner = self.inner.lock();
+            inner.closed = true;
+            (std::mem::take(&mut inner.idle), std::mem::take(&mut inner.shared))
+        };
+        drop((idle, shared));
+    }
+
+    fn key(&self) -> ShelfKey<'_> {
+        ShelfKey { http2: self.http2, client: self.client, sni: self.sni.as_deref(), tls: self.tls.as_ref(), proxy: self.proxy }
+    }
+
+    /// A connection with room, if there is one.
+    fn take(inner: &mut Inner) -> Option<Lease> {
+        while let Some(Idle { sender, conn, .. }) = inner.idle.pop() {
+            // A connection the peer closed is noticed by its task; this is for the moment before it ran.
+            if sender.is_ready() && !conn.retired.load(Relaxed) {
+                return Some(Lease::Own(OwnLease(Some((sender, conn)))));
+            }
+        }
+        inner.shared.retain(|conn| !conn.sender.is_closed() && !conn.is_spent());
+        inner.shared.iter().find_map(StreamSlot::of).map(Lease::Shared)
+    }
+
+    /// Whether a dial under way will serve one more.
+    fn is_covered(&self, inner: &Inner) -> bool {
+        if self.http2 { inner.dialing > 0 } else { inner.dialing as usize > inner.waiting.len() }
+    }
+
+    /// Starts a dial on this thread.
+    fn start(self: &Arc<Self>, inner: &mut Inner, cluster: &Arc<Cluster>, host: &Arc<Host>, permit: ConnectionGuard) {
+        inner.open += 1;
+        inner.dialing += 1;
+        let mut dial = Dial { shelf: Arc::clone(self), over: false };
+        let (cluster, host) = (Arc::clone(cluster), Arc::clone(host));
+        tokio::spawn(async move {
+            let made = make(&dial.shelf, &cluster, &host, permit).await;
+            if made.is_err() {
+                super::state::note(&cluster.state.counters.connect_failures);
+            }
+            dial.over = true;
+            dial.shelf.dialed(made);
+        });
+    }
+
+    /// Starts dials for those who wait and are not covered, as far as allowed.
+    fn dial_more(self: &Arc<Self>, inner: &mut Inner) {
+        loop {
+            let wanting = if self.http2 { inner.dialing == 0 } else { inner.waiting.len() > inner.dialing as usize };
+            let Some(front) = inner.waiting.front().filter(|_| wanting) else { return };
+            let (cluster, host) = (Arc::clone(&front.cluster), Arc::clone(&front.host));
+            let Some(permit) = self.permit(inner, &cluster, &host) else { return };
+            self.start(inner, &cluster, &host, permit);
+        }
+    }
+
+    /// Leave to connect, or a place in the queue for it.
+    fn permit(self: &Arc<Self>, inner: &mut Inner, cluster: &Arc<Cluster>, host: &Arc<Host>) -> Option<ConnectionGuard> {
+        let ask = |forced| cluster.state.permit(&host.state, cluster.policy.pool.max_connections, forced);
+        if let Some(permit) = ask(inner.open == 0) {
+            return Some(permit);
+        }
+        if !inner.listed {
+            inner.listed = true;
+            cluster.state.starve(self);
+            // One may have become free before we were in the queue.
+            return ask(false);
+        }
+        None
+    }
+
+    /// A connection became allowed: gives the leave to who waits here, on whatever thread that is. Whether anybody does.
+    pub fn fed(self: &Arc<Self>) -> bool {
+        let mut inner = self.inner.lock();
+        inner.listed = false;
+        let mut permit = None;
+        while let Some(Waiter { tell, cluster, host }) = inner.waiting.pop_front() {
+            if tell.is_closed() {
+                continue;
+            }
+            let Some(leave) = permit.take().or_else(|| self.permit(&mut inner, &cluster, &host)) else {
+                // Somebody was faster; we are in the queue again.
+                inner.waiting.push_front(Waiter { tell, cluster, host });
+                return true;
+            };
+            if let Err(Ok(Given::Permit(unused))) = tell.send(Ok(Given::Permit(leave))) {
+                permit = Some(unused);
+                continue;
+            }
+            if !inner.waiting.is_empty() && !inner.listed {
+                inner.listed = true;
+                cluster.state.starve(self);
+            }
+            return true;
+        }
+        // An unused leave feeds the next when it is dropped, which may be us.
+        drop(inner);
+        drop(permit);
+        false
+    }
+
+    /// A dial is over.
+    fn dialed(self: &Arc<Self>, made: Result<Made, UpstreamError>) {
+        let mut inner = self.inner.lock();
+        inner.dialing = inner.dialing.saturating_sub(1);
+        match made {
+            Ok(Made::Own(sender, conn)) => {
+                drop(Self::offer(inner, sender, conn));
+                return;
+            }
+            Ok(Made::Shared(conn)) => {
+                if inner.closed && inner.waiting.is_empty() {
+                    drop(inner);
+                    drop(conn);
+                    return;
+                }
+                inner.shared.push(conn);
+                Self::share(&mut inner);
+                if inner.closed {
+                    let shared = std::mem::take(&mut inner.shared);
+                    drop(inner);
+                    drop(shared);
+                    return;
+                }
+            }
+            Err(error) => {
+                inner.open = inner.open.saturating_sub(1);
+                // An endpoint without any connection fails all who wait for it; with one, the others wait for that.
+                let failing = if inner.open == 0 { inner.waiting.len() } else { 1 };
+                let failing = failing.min(inner.waiting.len());
+                for waiter in inner.waiting.drain(..failing).collect::<Vec<_>>() {
+                    let _ = waiter.tell.send(Err(error.clone()));
+                }
+            }
+        }
+        self.dial_more(&mut inner);
+    }
+
+    /// Gives streams of shared connections to those who wait.
+    fn share(inner: &mut Inner) {
+        while !inner.waiting.is_empty() {
+            inner.shared.retain(|conn| !conn.sender.is_closed() && !conn.is_spent());
+            let Some(mut slot) = inner.shared.iter().find_map(StreamSlot::of) else { return };
+            while let Some(waiter) = inner.waiting.pop_front() {
+                match waiter.tell.send(Ok(Given::Lease(Lease::Shared(slot)))) {
+                    Ok(()) => {
+                        slot = StreamSlot(None);
+                        break;
+                    }
+                    Err(Ok(Given::Lease(Lease::Shared(unused)))) => slot = unused,
+                    Err(_) => return,
+                }
+            }
+            // Nobody wanted it after all; its own drop would take the lock we hold.
+            if let Some(conn) = slot.0.take() {
+                conn.streams.fetch_sub(1, Relaxed);
+            }
+        }
+    }
+
+    /// A connection that is free: to who waits, else onto the shelf. What must be dropped without the lock comes back.
+    fn offer(
+        mut inner: parking_lot::MutexGuard<'_, Inner>,
+        mut sender: http1::SendRequest<Body>,
+        mut conn: Arc<OwnConn>,
+    ) -> Option<(http1::SendRequest<Body>, Arc<OwnConn>)> {
+        while let Some(waiter) = inner.waiting.pop_front() {
+            match waiter.tell.send(Ok(Given::Lease(Lease::Own(OwnLease(Some((sender, conn))))))) {
+                Ok(()) => return None,
+                Err(Ok(Given::Lease(Lease::Own(mut unused)))) => (sender, conn) = unused.0.take()?,
+                Err(_) => return None,
+            }
+        }
+        if inner.closed {
+            return Some((sender, conn));
+        }
+        inner.idle.push(Idle { sender, conn, since: Instant::now() });
+        None
+    }
+
+    /// An HTTP/1 connection ended.
+    fn ended(self: &Arc<Self>, conn: &Arc<OwnConn>) {
+        let mut inner = self.inner.lock();
+        inner.open = inner.open.saturating_sub(1);
+        inner.idle.retain(|idle| !Arc::ptr_eq(&idle.conn, conn));
+        self.dial_more(&mut inner);
+    }
+
+    /// An HTTP/2 connection ended.
+    fn shared_ended(self: &Arc<Self>) {
+        let mut inner = self.inner.lock();
+        inner.open = inner.open.saturating_sub(1);
+        let over: Vec<_> = inner.shared.extract_if(.., |conn| conn.sender.is_closed()).collect();
+        self.dial_more(&mut inner);
+        drop(inner);
+        drop(over);
+    }
+
+    /// Takes a connection off the shelf if it is idle since `before` or earlier; else since when it is.
+    fn expire(&self, conn: &Arc<OwnConn>, before: Instant) -> Expiry {
+        let mut inner = self.inner.lock();
+        let Some(at) = inner.idle.iter().position(|idle| Arc::ptr_eq(&idle.conn, conn)) else { return Expiry::Busy };
+        match inner.idle.get(at) {
+            Some(idle) if idle.since > before => Expiry::Since(idle.since),
+            _ => Expiry::Taken(inner.idle.swap_remove(at)),
+        }
+    }
+}
+
+#[derive(Debug)]
+enum Expiry {
+    Busy,
+    Since(Instant),
+    #[expect(dead_code, reason = "held only to be dropped without the lock")]
+    Taken(Idle),
+}
+
+/// Tells the shelf that a dial is over, also when its task was dropped.
+struct Dial {
+    shelf: Arc<Shelf>,
+    over: bool,
+}
+impl Drop for Dial {
+    fn drop(&mut self) {
+        if !self.over {
+            self.over = true;
+            let mut inner = self.shelf.inner.lock();
+            inner.dialing = inner.dialing.saturating_sub(1);
+            inner.open = inner.open.saturating_sub(1);
+            for waiter in inner.waiting.drain(..).collect::<Vec<_>>() {
+                let _ = waiter.tell.send(Err(UpstreamError::new(Failure::Connect, "given up")));
+            }
+        }
+    }
+}
+
+/// A place for one request to `host`.
+pub(super) async fn acquire(cluster: &Arc<Cluster>, host: &Arc<Host>, key: &ShelfKey<'_>) -> Result<Lease, UpstreamError> {
+    let shelf = host.state.shelf(key);
+    let (mut told, pending): (_, Option<Pending>) = {
+        let mut inner = shelf.inner.lock();
+        if let Some(lease) = Shelf::take(&mut inner) {
+            return Ok(lease);
+        }
+        inner.waiting.retain(|waiter| !waiter.tell.is_closed());
+        let permit = if shelf.is_covered(&inner) { None } else { shelf.permit(&mut inner, cluster, host) };
+        let pending = if let Some(permit) = permit {
+            shelf.start(&mut inner, cluster, host, permit);
+            None
+        } else {
+            Some(cluster.state.wait(cluster.policy.pool.max_pending)?)
+        };
+        let (tell, told) = oneshot::channel();
+        inner.waiting.push_back(Waiter { tell, cluster: Arc::clone(cluster), host: Arc::clone(host) });
+        (told, pending)
+    };
+    loop {
+        match told.await {
+            Ok(Ok(Given::Lease(lease))) => {
+                drop(pending);
+                return Ok(lease);
+            }
+            Ok(Ok(Given::Permit(permit))) => {
+                let (tell, again) = oneshot::channel();
+                told = again;
+                let mut inner = shelf.inner.lock();
+                shelf.start(&mut inner, cluster, host, permit);
+                inner.waiting.push_front(Waiter { tell, cluster: Arc::clone(cluster), host: Arc::clone(host) });
+            }
+            Ok(Err(error)) => return Err(error),
+            Err(_) => return Err(UpstreamError::new(Failure::Connect, "given up")),
+        }
+    }
+}
+
+enum Made {
+    Own(http1::SendRequest<Body>, Arc<OwnConn>),
+    Shared(Arc<SharedConn>),
+}
+
+/// A connection: transport, handshake, and the task that lives with it.
+async fn make(
+    shelf: &Arc<Shelf>,
+    cluster: &Arc<Cluster>,
+    host: &Arc<Host>,
+    permit: ConnectionGuard,
+) -> Result<Made, UpstreamError> {
+    let limits = &cluster.policy.pool;
+    let io = transport::dial(cluster, host, &shelf.key(), transport::Purpose::Pooled, permit).await?;
+    let io = TokioIo::new(io);
+    if shelf.http2 {
+        let (mut sender, conn) = http2::Builder::new(TokioExecutor::new())
+            .initial_stream_window_size(H2_STREAM_WINDOW)
+            .initial_connection_window_size(H2_CONNECTION_WINDOW)
+            .max_send_buf_size(H2_SEND_BUFFER)
+            .max_header_list_size(H2_HEADER_LIST)
+            .handshake(io)
+            .await
+            .map_err(|e| UpstreamError::new(Failure::Connect, e.to_string()))?;
+        let shared = Arc::new(SharedConn {
+            sender: sender.clone(),
+            shelf: Arc::downgrade(shelf),
+            streams: AtomicU32::new(0),
+            served: AtomicU32::new(0),
+            most: limits.max_requests_per_connection,
+            limit: limits.max_concurrent_streams.max(1),
+            idle_since: Mutex::new(Instant::now()),
+        });
+        tokio::spawn(drive_shared(conn, Arc::downgrade(&shared), Arc::downgrade(shelf), Clock::new(limits)));
+        sender.ready().await.map_err(|e| UpstreamError::new(Failure::Connect, e.to_string()))?;
+        return Ok(Made::Shared(shared));
+    }
+    let (mut sender, conn) = builder().handshake(io).await.map_err(|e| UpstreamError::new(Failure::Connect, e.to_string()))?;
+    let own = Arc::new(OwnConn {
+        shelf: Arc::downgrade(shelf),
+        busy: Mutex::new(None),
+        served: AtomicU32::new(0),
+        most: limits.max_requests_per_connection,
+        retired: AtomicBool::new(false),
+    });
+    tokio::spawn(drive_own(conn, Arc::clone(&own), Clock::new(limits)));
+    // From here on the connection's own task counts it: an error now must not be counted as a failed dial.
+    let _ = sender.ready().await;
+    Ok(Made::Own(sender, own))
+}
+
+/// How HTTP/1 connections are made, pooled or not.
+pub(super) fn builder() -> http1::Builder {
+    let mut builder = http1::Builder::new();
+    builder.max_buf_size(H1_BUFFER);
+    builder
+}
+
+/// When a connection must be looked at: once per limit, not per request.
+struct Clock {
+    sleep: Option<Pin<Box<Sleep>>>,
+    idle: Option<std::time::Duration>,
+    end: Option<Instant>,
+}
+impl Clock {
+    fn new(limits: &PoolLimits) -> Self {
+        let now = Instant::now();
+        let end = limits.max_connection_duration.and_then(|d| now.checked_add(d));
+        let idle = limits.http_idle_timeout.filter(|d| !d.is_zero());
+        let first = [end, idle.and_then(|d| now.checked_add(d))].into_iter().flatten().min();
+        Self { sleep: first.map(|at| Box::pin(tokio::time::sleep_until(at))), idle, end }
+    }
+    /// Whether it is time to look.
+    fn poll(&mut self, cx: &mut std::task::Context<'_>) -> bool {
+        self.sleep.as_mut().is_some_and(|sleep| sleep.as_mut().poll(cx).is_ready())
+    }
+    fn is_over(&self, now: Instant) -> bool {
+        self.end.is_some_and(|end| end <= now)
+    }
+    /// Looks again when something that is idle since then is idle for too long, or the connection is too old.
+    fn again(&mut self, idle_since: Instant, now: Instant) {
+        let idle = self.idle.and_then(|d| idle_since.checked_add(d)).map(|at| at.max(now + std::time::Duration::from_millis(1)));
+        let next = [self.end.filter(|end| *end > now), idle].into_iter().flatten().min();
+        match (next, &mut self.sleep) {
+            (Some(at), Some(sleep)) => sleep.as_mut().reset(at),
+            _ => self.sleep = None,
+        }
+    }
+}
+
+/// Lives with an HTTP/1 connection.
+async fn drive_own(mut connection: http1::Connection<TokioIo<transport::Io>, Body>, own: Arc<OwnConn>, mut clock: Clock) {
+    poll_fn(|cx| {
+        loop {
+            if let Poll::Ready(result) = Pin::new(&mut connection).poll(cx) {
+                if let Err(error) = result {
+                    tracing::debug!(%error, "connection to an endpoint ended");
+                }
+                return Poll::Ready(());
+            }
+            own.settle();
+            if !clock.poll(cx) {
+                return Poll::Pending;
+            }
+            let now = Instant::now();
+            let over = clock.is_over(now);
+            if over {
+                own.retired.store(true, Relaxed);
+            }
+            let Some(shelf) = own.shelf.upgrade() else { return Poll::Pending };
+            let before = if over { Some(now) } else { clock.idle.and_then(|d| now.checked_sub(d)) };
+            let expiry = before.map_or(Expiry::Busy, |before| shelf.expire(&own, before));
+            match expiry {
+                Expiry::Busy => clock.again(now, now),
+                Expiry::Since(since) => clock.again(since, now),
+                // Dropping its sender ends the connection, which the next turn sees.
+                Expiry::Taken(_) => clock.sleep = None,
+            }
+        }
+    })
+    .await;
+    // The limit's guard is in there: given back before others are told.
+    drop(connection);
+    drop(own.busy.lock().take());
+    if let Some(shelf) = own.shelf.upgrade() {
+        shelf.ended(&own);
+    }
+}
+
+/// Lives with an HTTP/2 connection.
+async fn drive_shared(
+    mut connection: http2::Connection<TokioIo<transport::Io>, Body, TokioExecutor>,
+    shared: Weak<SharedConn>,
+    shelf: Weak<Shelf>,
+    mut clock: Clock,
+) {
+    poll_fn(|cx| {
+        loop {
+            if let Poll::Ready(result) = Pin::new(&mut connection).poll(cx) {
+                if let Err(error) = result {
+                    tracing::debug!(%error, "connection to an endpoint ended");
+                }
+                return Poll::Ready(());
+            }
+            if !clock.poll(cx) {
+                return Poll::Pending;
+            }
+            let now = Instant::now();
+            let (Some(shared), Some(shelf)) = (shared.upgrade(), shelf.upgrade()) else {
+                clock.sleep = None;
+                continue;
+            };
+            let since = if shared.streams.load(Relaxed) > 0 { now } else { *shared.idle_since.lock() };
+            if clock.is_over(now) || clock.idle.is_some_and(|d| now.duration_since(since) >= d) {
+                // Off the shelf: it ends with its last stream.
+                let mut inner = shelf.inner.lock();
+                let off: Vec<_> = inner.shared.extract_if(.., |conn| Arc::ptr_eq(conn, &shared)).collect();
+                drop(inner);
+                drop(off);
+                clock.sleep = None;
+            } else {
+                clock.again(since, now);
+            }
+        }
+    })
+    .await;
+    drop(connection);
+    if let Some(shelf) = shelf.upgrade() {
+        shelf.shared_ended();
+    }
+}
+
+impl OwnConn {
+    /// Gives the connection back if its request is over and hyper takes another.
+    fn settle(self: &Arc<Self>) {
+        let mut busy = self.busy.lock();
+        if !busy.as_ref().is_some_and(|(sender, _)| sender.is_ready()) {
+            return;
+        }
+        let Some((sender, flight)) = busy.take() else { return };
+        drop(busy);
+        drop(flight);
+        self.give_back(sender);
+    }
+    fn give_back(self: &Arc<Self>, sender: http1::SendRequest<Body>) {
+        let spent = self.most > 0 && self.served.load(Relaxed) >= self.most;
+        if spent || self.retired.load(Relaxed) || sender.is_closed() {
+            return;
+        }
+        if let Some(shelf) = self.shelf.upgrade() {
+            let inner = shelf.inner.lock();
+            drop(Shelf::offer(inner, sender, Arc::clone(self)));
+        }
+    }
+}
+
+impl OwnLease {
+    /// Whether it carried a request before.
+    pub fn is_used(&self) -> bool {
+        self.0.as_ref().is_some_and(|(_, conn)| conn.served.load(Relaxed) > 0)
+    }
+    /// Sends a request and gives the head of its response. The connection goes back by itself when the response is over.
+    pub async fn send(mut self, request: Request<Body>, flight: InFlight) -> Sent {
+        let Some((mut sender, conn)) = self.0.take() else {
+            // A lease is used once.
+            return std::future::pending().await;
+        };
+        conn.served.fetch_add(1, Relaxed);
+        let response = sender.try_send_request(request);
+        *conn.busy.lock() = Some((sender, flight));
+        let response = response.await;
+        // Its task usually did that already.
+        conn.settle();
+        response
+    }
+}
+impl Drop for OwnLease {
+    fn drop(&mut self) {
+        if let Some((sender, conn)) = self.0.take() {
+            conn.give_back(sender);
+        }
+    }
+}
+
+impl SharedConn {
+    /// Whether it carried as many requests as it may.
+    fn is_spent(&self) -> bool {
+        self.most > 0 && self.served.load(Relaxed) >= self.most
+    }
+}
+/// Streams put on one connection: hyper does not tell what the peer allows, and peers should allow this many (RFC 9113 §6.5.2).
+const PEER_STREAMS: u32 = 100;
+
+impl StreamSlot {
+    /// A place on `conn`, if it has one.
+    fn of(conn: &Arc<SharedConn>) -> Option<Self> {
+        let limit = conn.limit.min(PEER_STREAMS);
+        conn.streams.fetch_update(Relaxed, Relaxed, |n| (n < limit).then_some(n + 1)).ok()?;
+        conn.served.fetch_add(1, Relaxed);
+        Some(Self(Some(Arc::clone(conn))))
+    }
+    /// Whether the connection carried a stream before this one.
+    pub fn is_used(&self) -> bool {
+        self.0.as_ref().is_some_and(|conn| conn.served.load(Relaxed) > 1)
+    }
+    /// Sends a request; the hold is to live as long as the response.
+    pub async fn send(self, request: Request<Body>, flight: InFlight) -> (Sent, StreamHold) {
+        let Some(mut sender) = self.0.as_ref().map(|conn| conn.sender.clone()) else {
+            // A slot in use has its connection.
+            return std::future::pending().await;
+        };
+        let hold = StreamHold { _flight: flight, _slot: self };
+        (sender.try_send_request(request).await, hold)
+    }
+}
+impl Drop for StreamSlot {
+    fn drop(&mut self) {
+        let Some(conn) = self.0.take() else { return };
+        if conn.streams.fetch_sub(1, Relaxed) == 1 {
+            *conn.idle_since.lock() = Instant::now();
+        }
+        let Some(shelf) = conn.shelf.upgrade() else { return };
+        let mut inner = shelf.inner.lock();
+        if !inner.waiting.is_empty() {
+            Shelf::share(&mut inner);
+        }
+    }
+}

@@ -1,0 +1,395 @@
+//! What traffic changes about a cluster: counts against limits, health, the queue for connections.
+use super::cluster::Cluster;
+use super::error::{Failure, UpstreamError};
+use super::host::{Host, HostState, Target};
+use super::pool::Shelf;
+use super::transport::Reach;
+use mesh_model::l7::destination::{OutlierPolicy, RetryBudget};
+use mesh_model::l7::outlier::{self, Cause};
+use mesh_model::workload::WorkloadUid;
+use parking_lot::Mutex;
+use std::collections::{HashMap, VecDeque};
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+use tokio::time::Instant;
+
+/// The state of one cluster.
+#[derive(Debug)]
+pub(super) struct State {
+    pub name: Arc<str>,
+    pub reach: Arc<Reach>,
+    /// Connections, those being made included.
+    pub connections: AtomicU32,
+    /// Requests that wait for a connection they may not make themselves.
+    pub pending: AtomicU32,
+    /// Requests that have a connection.
+    pub requests: AtomicU32,
+    /// Requests admitted and not over, wherever they are.
+    pub admitted: AtomicU32,
+    /// Retries under way.
+    pub retries: AtomicU32,
+    pub counters: Counters,
+    /// Picks so far, for round robin.
+    turn: AtomicU64,
+    /// Shelves with requests that wait for a connection to be allowed.
+    starving: Mutex<VecDeque<Weak<Shelf>>>,
+    /// Endpoints by workload.
+    hosts: Mutex<HashMap<WorkloadUid, (Target, Arc<HostState>)>>,
+    /// Endpoints made for original destinations.
+    passed: Mutex<HashMap<SocketAddr, Arc<Host>>>,
+    /// The newest version. Also the lock under which endpoints are ejected and tables replaced.
+    live: Mutex<Weak<Cluster>>,
+    started: Instant,
+    ticking: AtomicBool,
+}
+
+/// Events since the cluster was made.
+#[derive(Debug, Default)]
+pub(super) struct Counters {
+    pub requests: AtomicU64,
+    pub connections: AtomicU64,
+    pub connect_failures: AtomicU64,
+    pub connection_overflows: AtomicU64,
+    pub pending_overflows: AtomicU64,
+    pub request_overflows: AtomicU64,
+    pub retries: AtomicU64,
+    pub retry_overflows: AtomicU64,
+    pub ejections: AtomicU64,
+    pub ejection_overflows: AtomicU64,
+}
+
+/// Counts one up if that stays within `limit`.
+fn count_up(count: &AtomicU32, limit: u32) -> bool {
+    if limit == u32::MAX {
+        count.fetch_add(1, Relaxed);
+        return true;
+    }
+    count.fetch_update(Relaxed, Relaxed, |n| (n < limit).then_some(n + 1)).is_ok()
+}
+pub(super) fn note(counter: &AtomicU64) {
+    counter.fetch_add(1, Relaxed);
+}
+
+impl State {
+    pub fn new(name: Arc<str>, reach: Arc<Reach>) -> Arc<Self> {
+        Arc::new(Self {
+            name,
+            reach,
+            connections: AtomicU32::new(0),
+            pending: AtomicU32::new(0),
+            requests: AtomicU32::new(0),
+            admitted: AtomicU32::new(0),
+            retries: AtomicU32::new(0),
+            counters: Counters::default(),
+            turn: AtomicU64::new(0),
+            starving: Mutex::default(),
+            hosts: Mutex::default(),
+            passed: Mutex::default(),
+            live: Mutex::default(),
+            started: Instant::now(),
+            ticking: AtomicBool::new(false),
+        })
+    }
+
+    pub fn next_turn(&self) -> u64 {
+        self.turn.fetch_add(1, Relaxed)
+    }
+
+    /// The state of an endpoint: what it was if it is reached as before, else new.
+    pub fn host(&self, uid: &WorkloadUid, target: &Target) -> Arc<HostState> {
+        let hosts = self.hosts.lock();
+        match hosts.get(uid) {
+            Some((before, state)) if before == target && !state.is_gone() => Arc::clone(state),
+            _ => HostState::new(self.reach.threads()),
+        }
+    }
+
+    /// Makes a freshly built version the one that counts: endpoints it does not have leave.
+    pub fn install(self: &Arc<Self>, cluster: Cluster) -> Arc<Cluster> {
+        let cluster = Arc::new(cluster);
+        let now = cluster.hosts.iter().map(|h| (Arc::clone(h.known.uid()), (h.target.clone(), Arc::clone(&h.state)))).collect();
+        let before = std::mem::replace(&mut *self.hosts.lock(), now);
+        let mut live = self.live.lock();
+        *live = Arc::downgrade(&cluster);
+        if cluster.policy().outlier.is_none() {
+            for host in &cluster.hosts {
+                host.state.ejection.lock().pardon();
+                host.state.ejected.store(false, Relaxed);
+            }
+        }
+        // Health may have changed while the tables were built.
+        if cluster.hosts.iter().any(|h| h.is_ejected()) {
+            cluster.replan();
+        }
+        drop(live);
+        let stays = self.hosts.lock();
+        for (uid, (_, state)) in &before {
+            if !stays.get(uid).is_some_and(|(_, s)| Arc::ptr_eq(s, state)) {
+                state.leave();
+            }
+        }
+        drop(stays);
+        cluster
+    }
+
+    /// The cluster is gone from the mesh.
+    pub fn leave(&self) {
+        for (_, state) in std::mem::take(&mut *self.hosts.lock()).into_values() {
+            state.leave();
+        }
+        for host in std::mem::take(&mut *self.passed.lock()).into_values() {
+            host.state.leave();
+        }
+    }
+
+    /// Whether anything is under way.
+    pub fn is_used(&self) -> bool {
+        self.connections.load(Relaxed) > 0 || self.admitted.load(Relaxed) > 0
+    }
+
+    /// The endpoint made for an original destination.
+    pub fn passed(&self, to: SocketAddr, make: impl FnOnce() -> Arc<Host>) -> Arc<Host> {
+        /// Beyond it those nobody uses are forgotten, with their idle connections.
+        const MOST: usize = 1024;
+        let mut passed = self.passed.lock();
+        if let Some(host) = passed.get(&to) {
+            return Arc::clone(host);
+        }
+        if passed.len() >= MOST {
+            passed.retain(|_, host| Arc::strong_count(host) > 1 || host.active() > 0);
+        }
+        let host = make();
+        passed.insert(to, Arc::clone(&host));
+        host
+    }
+
+    /// A connection within `limit`, or beyond it when `forced` (a pool always gets its first).
+    pub fn permit(self: &Arc<Self>, host: &Arc<HostState>, limit: u32, forced: bool) -> Option<ConnectionGuard> {
+        if !count_up(&self.connections, limit) {
+            if !forced {
+                return None;
+            }
+            self.connections.fetch_add(1, Relaxed);
+        }
+        note(&self.counters.connections);
+        host.connections.fetch_add(1, Relaxed);
+        Some(ConnectionGuard { state: Arc::clone(self), host: Arc::clone(host), flight: None })
+    }
+
+    /// A place among the requests that wait.
+    pub fn wait(self: &Arc<Self>, limit: u32) -> Result<Pending, UpstreamError> {
+        if count_up(&self.pending, limit) {
+            return Ok(Pending(Arc::clone(self)));
+        }
+        note(&self.counters.pending_overflows);
+        Err(overflow())
+    }
+
+    /// To be told when a connection is allowed again.
+    pub fn starve(&self, shelf: &Arc<Shelf>) {
+        self.starving.lock().push_back(Arc::downgrade(shelf));
+    }
+
+    /// Gives a request its place on a connection.
+    pub fn attach(self: &Arc<Self>, host: &Arc<HostState>, limit: u32) -> Result<InFlight, UpstreamError> {
+        if !count_up(&self.requests, limit) {
+            note(&self.counters.request_overflows);
+            return Err(overflow());
+        }
+        host.active.fetch_add(1, Relaxed);
+        note(&host.requests);
+        Ok(InFlight { state: Arc::clone(self), host: Arc::clone(host) })
+    }
+
+    pub fn admit(self: &Arc<Self>, limit: u32) -> Result<RequestGuard, UpstreamError> {
+        if self.requests.load(Relaxed) >= limit {
+            note(&self.counters.request_overflows);
+            return Err(overflow());
+        }
+        note(&self.counters.requests);
+        self.admitted.fetch_add(1, Relaxed);
+        Ok(RequestGuard { state: Arc::clone(self), stream: Mutex::new(None) })
+    }
+
+    pub fn admit_retry(self: &Arc<Self>, most: u32, budget: Option<&RetryBudget>) -> Option<RetryGuard> {
+        let limit = match budget {
+            None => most,
+            Some(budget) => {
+                let share = u64::from(self.admitted.load(Relaxed)) * u64::from(budget.percent_hundredths) / 10_000;
+                u32::try_from(share).unwrap_or(u32::MAX).max(budget.min_concurrency)
+            }
+        };
+        if !count_up(&self.retries, limit) {
+            note(&self.counters.retry_overflows);
+            return None;
+        }
+        note(&self.counters.retries);
+        Some(RetryGuard(Arc::clone(self)))
+    }
+
+    fn now(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    /// A count of `host` is full: ejects it if the policy allows one more.
+    pub fn eject(self: &Arc<Self>, host: &Arc<HostState>, policy: &OutlierPolicy, cause: Cause) {
+        // Without a runtime nobody could end the ejection.
+        if tokio::runtime::Handle::try_current().is_err() {
+            return;
+        }
+        let live = self.live.lock();
+        host.monitor.reset(cause);
+        let Some(cluster) = live.upgrade() else { return };
+        if host.ejected.load(Relaxed) || host.is_gone() {
+            return;
+        }
+        let active = cluster.hosts.iter().filter(|h| h.is_ejected()).count();
+        if !outlier::may_eject(policy, active, cluster.hosts.len()) {
+            note(&self.counters.ejection_overflows);
+            return;
+        }
+        host.ejection.lock().eject(policy, self.now());
+        host.ejected.store(true, Relaxed);
+        note(&self.counters.ejections);
+        cluster.replan();
+        if !self.ticking.swap(true, Relaxed) {
+            tokio::spawn(watch(Arc::downgrade(self), policy.interval));
+        }
+    }
+
+    /// One look at the ejected endpoints; when to look again, if at all.
+    fn tick(self: &Arc<Self>) -> Option<Duration> {
+        let live = self.live.lock();
+        let next = live.upgrade().and_then(|cluster| {
+            let policy = cluster.policy().outlier.clone()?;
+            let (mut changed, mut settled) = (false, true);
+            for host in &cluster.hosts {
+                let mut ejection = host.state.ejection.lock();
+                if ejection.tick(&policy, self.now()) {
+                    host.state.monitor.reset_all();
+                    host.state.ejected.store(false, Relaxed);
+                    changed = true;
+                }
+                settled &= ejection.is_settled();
+            }
+            if changed {
+                cluster.replan();
+            }
+            (!settled).then_some(policy.interval)
+        });
+        if next.is_none() {
+            // Under the lock that ejecting takes: the next ejection starts a watch of its own.
+            self.ticking.store(false, Relaxed);
+        }
+        next
+    }
+
+    /// A connection is allowed again: whoever waits longest may make one.
+    fn feed(self: &Arc<Self>) {
+        loop {
+            let next = self.starving.lock().pop_front();
+            match next {
+                None => return,
+                Some(shelf) => {
+                    if shelf.upgrade().is_some_and(|shelf| shelf.fed()) {
+                        return;
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Ends ejections whose time is over, for as long as there is anything to end or to forgive.
+async fn watch(state: Weak<State>, mut interval: Duration) {
+    loop {
+        tokio::time::sleep(interval.max(Duration::from_millis(1))).await;
+        match state.upgrade().and_then(|state| state.tick()) {
+            Some(next) => interval = next,
+            None => return,
+        }
+    }
+}
+
+pub(super) fn overflow() -> UpstreamError {
+    UpstreamError::new(Failure::Overflow, "")
+}
+
+/// One connection of a cluster, counted against `maxConnections`; to be held as long as the connection.
+#[derive(Debug)]
+#[must_use = "the connection counts only while the guard is held"]
+pub struct ConnectionGuard {
+    state: Arc<State>,
+    host: Arc<HostState>,
+    /// The one request or raw connection on it, when it is not pooled.
+    flight: Option<InFlight>,
+}
+impl ConnectionGuard {
+    pub(super) fn with(mut self, flight: InFlight) -> Self {
+        self.flight = Some(flight);
+        self
+    }
+}
+impl Drop for ConnectionGuard {
+    fn drop(&mut self) {
+        self.flight = None;
+        self.host.connections.fetch_sub(1, Relaxed);
+        self.state.connections.fetch_sub(1, Relaxed);
+        self.state.feed();
+    }
+}
+
+/// A request that waits.
+#[derive(Debug)]
+pub(super) struct Pending(Arc<State>);
+impl Drop for Pending {
+    fn drop(&mut self) {
+        self.0.pending.fetch_sub(1, Relaxed);
+    }
+}
+
+/// A request on a connection: counted against `http2MaxRequests` and as its endpoint's load.
+#[derive(Debug)]
+pub(super) struct InFlight {
+    state: Arc<State>,
+    host: Arc<HostState>,
+}
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.host.active.fetch_sub(1, Relaxed);
+        self.state.requests.fetch_sub(1, Relaxed);
+    }
+}
+
+/// A request, from admission until the last byte of its response. Held by the exchange; handed to [`super::send`], which
+/// leaves in it what must live as long as a response on a shared connection.
+#[derive(Debug)]
+#[must_use = "the request counts only while the guard is held"]
+pub struct RequestGuard {
+    state: Arc<State>,
+    stream: Mutex<Option<super::pool::StreamHold>>,
+}
+impl RequestGuard {
+    pub(super) fn keep(&self, stream: super::pool::StreamHold) {
+        let before = self.stream.lock().replace(stream);
+        // Its end may wake others: not under the lock.
+        drop(before);
+    }
+}
+impl Drop for RequestGuard {
+    fn drop(&mut self) {
+        self.state.admitted.fetch_sub(1, Relaxed);
+    }
+}
+
+/// A retry under way.
+#[derive(Debug)]
+#[must_use = "the retry counts only while the guard is held"]
+pub struct RetryGuard(Arc<State>);
+impl Drop for RetryGuard {
+    fn drop(&mut self) {
+        self.0.retries.fetch_sub(1, Relaxed);
+    }
+}

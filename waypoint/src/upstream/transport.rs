@@ -1,0 +1,362 @@
+//! The bytes under a connection to an endpoint: a tunnel to its node agent or plain TCP, then the PROXY protocol header, then
+//! TLS, within the destination's connect timeout.
+//!
+//! Owns the tunnels (one pool per data thread, shared by all clusters), name look-ups and TLS configurations. Refuses to
+//! reach an HBONE endpoint in plain, or any peer but the one the mesh names.
+use super::Deps;
+use super::cluster::Cluster;
+use super::error::{Failure, UpstreamError};
+use super::host::Host;
+use super::pool::ShelfKey;
+use super::proxy_protocol;
+use super::state::ConnectionGuard;
+use super::tls::TlsCache;
+use bytes::Bytes;
+use http::header::{HeaderName, HeaderValue};
+use mesh_hbone::headers::{self, TraceParent};
+use mesh_hbone::{ConnectRequest, Dialer, HboneError, HboneIo, HboneStream, Pool, PoolKey};
+use mesh_identity::SvidHandle;
+use mesh_identity::tls::ClientStream;
+use mesh_model::l7::destination::TcpKeepalive;
+use mesh_model::{HboneAuthority, Reason, Refusal, SpiffeId};
+use mesh_runtime::resolve::{self, Resolver};
+use mesh_runtime::sockets::{ConnectOptions, Keepalive, StreamOptions};
+use std::future::poll_fn;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, ReadBuf};
+use tokio::net::TcpStream;
+use tokio::time::{Instant, timeout};
+use tokio_rustls::client::TlsStream;
+
+/// Port of the node agents.
+const HBONE_PORT: u16 = 15008;
+/// Tells a gateway or agent what kind of proxy opened the stream (spec/waypoint §1.9).
+const ISTIO_SOURCE: HeaderName = HeaderName::from_static("x-istio-source");
+
+/// Reaches endpoints.
+#[derive(Debug)]
+pub(super) struct Reach {
+    identity: SpiffeId,
+    pools: Box<[Pool<AgentDialer>]>,
+    resolver: Resolver,
+    tls: TlsCache,
+    baggage: Option<HeaderValue>,
+}
+impl Reach {
+    pub fn new(deps: Deps) -> Self {
+        let dialer =
+            AgentDialer { svid: deps.svid, connect_timeout: deps.connect_timeout, handshake_timeout: deps.handshake_timeout };
+        let pools = (0..deps.threads.max(1)).map(|_| Pool::new(dialer.clone(), Arc::clone(&deps.hbone))).collect();
+        Self { identity: deps.identity, pools, resolver: Resolver::default(), tls: TlsCache::default(), baggage: deps.baggage }
+    }
+    pub fn threads(&self) -> usize {
+        self.pools.len()
+    }
+    pub fn tunnels(&self) -> Vec<mesh_hbone::pool::PoolStats> {
+        self.pools.iter().map(Pool::stats).collect()
+    }
+    pub fn drain(&self) {
+        for pool in &self.pools {
+            pool.drain();
+        }
+    }
+}
+
+/// Dials node agents.
+#[derive(Clone, Debug)]
+struct AgentDialer {
+    svid: SvidHandle,
+    connect_timeout: Duration,
+    handshake_timeout: Duration,
+}
+impl Dialer for AgentDialer {
+    type Io = ClientStream<TcpStream>;
+
+    async fn dial(&self, key: &PoolKey) -> Result<Self::Io, HboneError> {
+        let options = ConnectOptions { timeout: self.connect_timeout, ..ConnectOptions::default() };
+        let tcp = mesh_runtime::sockets::connect(key.dial(), &options).await.map_err(|e| {
+            let reason = if e.kind() == io::ErrorKind::TimedOut { Reason::ConnectTimeout } else { Reason::ConnectFailed };
+            HboneError::new(reason, connect_detail(&e))
+        })?;
+        let svid = self.svid.fetch().await.map_err(Refusal::from)?;
+        let deadline = Instant::now() + self.handshake_timeout;
+        let (stream, _) = mesh_identity::tls::connect(&svid, tcp, key.expect(), deadline).await.map_err(Refusal::from)?;
+        Ok(stream)
+    }
+}
+
+/// What a connection is for: decides what its endpoint's agent is told of the client.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Purpose {
+    /// Requests of many clients: no client is named, it would be the wrong one from the second request on.
+    Pooled,
+    /// One request of one client, which may be upgraded.
+    Single(Option<SocketAddr>),
+    /// A raw connection of one client.
+    Stream(Option<SocketAddr>),
+}
+
+/// A raw byte stream to an endpoint, with the guard of its place among the destination's connections.
+#[derive(Debug)]
+pub enum Stream {
+    /// Through a tunnel; for the relay.
+    Hbone(HboneStream, ConnectionGuard),
+    /// Plain TCP; for the relay.
+    Tcp(TcpStream, ConnectionGuard),
+    /// TLS that we originate.
+    Tls(Box<TlsIo>, ConnectionGuard),
+}
+impl Stream {
+    /// The stream as [`AsyncRead`] and [`AsyncWrite`].
+    pub fn into_io(self) -> Io {
+        match self {
+            Self::Hbone(stream, guard) => Io { raw: Raw::Bare(Bare::Hbone(stream.into_io())), _guard: guard },
+            Self::Tcp(stream, guard) => Io { raw: Raw::Bare(Bare::Tcp(stream)), _guard: guard },
+            Self::Tls(stream, guard) => Io { raw: Raw::Tls(stream), _guard: guard },
+        }
+    }
+}
+
+/// TLS to an endpoint, through a tunnel or not.
+pub type TlsIo = TlsStream<Bare>;
+
+/// A byte stream without TLS of its own.
+#[derive(Debug)]
+pub enum Bare {
+    /// Through a tunnel.
+    Hbone(HboneIo),
+    /// TCP.
+    Tcp(TcpStream),
+}
+#[derive(Debug)]
+enum Raw {
+    Bare(Bare),
+    Tls(Box<TlsIo>),
+}
+/// A connection's bytes; counts as a connection until it is dropped.
+#[derive(Debug)]
+pub struct Io {
+    raw: Raw,
+    _guard: ConnectionGuard,
+}
+
+/// A connection for HTTP.
+pub(super) async fn dial(
+    cluster: &Arc<Cluster>,
+    host: &Arc<Host>,
+    key: &ShelfKey<'_>,
+    purpose: Purpose,
+    guard: ConnectionGuard,
+) -> Result<Io, UpstreamError> {
+    Ok(open(cluster, host, key, purpose, guard).await?.into_io())
+}
+
+/// A connection, raw.
+pub(super) async fn open(
+    cluster: &Arc<Cluster>,
+    host: &Arc<Host>,
+    key: &ShelfKey<'_>,
+    purpose: Purpose,
+    guard: ConnectionGuard,
+) -> Result<Stream, UpstreamError> {
+    match timeout(cluster.policy.pool.connect_timeout, layers(cluster, host, key, purpose, guard)).await {
+        Ok(result) => result,
+        Err(_) => Err(UpstreamError::new(Failure::ConnectTimeout, "connection timeout")),
+    }
+}
+
+async fn layers(
+    cluster: &Arc<Cluster>,
+    host: &Arc<Host>,
+    key: &ShelfKey<'_>,
+    purpose: Purpose,
+    guard: ConnectionGuard,
+) -> Result<Stream, UpstreamError> {
+    let reach = &cluster.state.reach;
+    let client = match purpose {
+        Purpose::Pooled => key.client,
+        Purpose::Single(client) | Purpose::Stream(client) => client,
+    };
+    let to = resolve(reach, host, client).await?;
+    // Before anything is dialled: a TLS policy that cannot be kept costs no connection.
+    let tls = match key.tls {
+        None => None,
+        Some(tls) => {
+            let alpn = if matches!(purpose, Purpose::Stream(_)) { None } else { Some(key.http2) };
+            Some(reach.tls.client(tls, alpn, key.sni).await?)
+        }
+    };
+    let header = key.proxy.map(|version| proxy_protocol::header(version, client, to));
+    if host.target.hbone {
+        let mut stream = tunnel(reach, cluster, host, to, client).await?;
+        if let Some(header) = header {
+            write(&mut stream, header).await?;
+        }
+        let Some((config, name)) = tls else { return Ok(Stream::Hbone(stream, guard)) };
+        return handshake(config, name, Bare::Hbone(stream.into_io()), guard).await;
+    }
+    let mut stream = tcp(to, cluster.policy.pool.keepalive, cluster.policy.pool.connect_timeout).await?;
+    if let Some(header) = header {
+        stream.write_all(&header).await.map_err(|e| UpstreamError::new(Failure::Connect, connect_detail(&e)))?;
+    }
+    let Some((config, name)) = tls else { return Ok(Stream::Tcp(stream, guard)) };
+    handshake(config, name, Bare::Tcp(stream), guard).await
+}
+
+/// Where the endpoint is now.
+async fn resolve(reach: &Reach, host: &Host, client: Option<SocketAddr>) -> Result<SocketAddr, UpstreamError> {
+    let Some(name) = &host.target.name else { return Ok(host.target.addr) };
+    // A name without addresses is a destination without endpoints, as in Envoy.
+    let none = |why: String| UpstreamError::new(Failure::NoHealthy, why);
+    let ips = reach.resolver.lookup(name).await.map_err(none)?;
+    let family = client.map_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED), |c| c.ip());
+    let ip = resolve::choose(&ips, family, rand::random()).ok_or_else(|| none(format!("{name}: no addresses")))?;
+    *host.state.resolved.lock() = Some(ip);
+    Ok(SocketAddr::new(ip, host.target.addr.port()))
+}
+
+/// A stream through the endpoint's node agent.
+async fn tunnel(
+    reach: &Reach,
+    cluster: &Cluster,
+    host: &Host,
+    to: SocketAddr,
+    client: Option<SocketAddr>,
+) -> Result<HboneStream, UpstreamError> {
+    let thread = mesh_runtime::threads::current().unwrap_or_default();
+    let pool = reach.pools.get(thread).or(reach.pools.first());
+    let pool = pool.ok_or_else(|| UpstreamError::new(Failure::Connect, "not on a data thread"))?;
+    let any = if to.is_ipv4() { IpAddr::V4(Ipv4Addr::UNSPECIFIED) } else { IpAddr::V6(std::net::Ipv6Addr::UNSPECIFIED) };
+    // All clients share the waypoint's tunnels: they are its own, with its own address.
+    let dial = SocketAddr::new(to.ip(), HBONE_PORT);
+    let key = PoolKey::new(reach.identity.clone(), Arc::clone(&host.target.expect), any, dial);
+    let mut request = ConnectRequest::to(HboneAuthority::Addr(to));
+    request.baggage.clone_from(&reach.baggage);
+    request.forwarded = client.and_then(|client| headers::forwarded(client, cluster.service.as_ref().map(|s| &*s.key.hostname)));
+    request.traceparent = TraceParent::random().encode();
+    request.extra.push((ISTIO_SOURCE, HeaderValue::from_static("waypoint")));
+    let (stream, _) = pool.open(&key, &request).await.map_err(|e| {
+        let failure = match e.reason {
+            Reason::ConnectTimeout | Reason::HandshakeTimeout => Failure::ConnectTimeout,
+            _ => Failure::Connect,
+        };
+        UpstreamError::new(failure, if e.detail.is_empty() { e.reason.as_str().to_owned() } else { e.to_string() })
+    })?;
+    Ok(stream)
+}
+
+async fn write(stream: &mut HboneStream, bytes: Vec<u8>) -> Result<(), UpstreamError> {
+    let failed = |e: mesh_hbone::StreamError| UpstreamError::new(Failure::Connect, e.to_string());
+    let mut rest = Bytes::from(bytes);
+    while !rest.is_empty() {
+        let room = poll_fn(|cx| stream.poll_capacity(cx, rest.len())).await.map_err(failed)?;
+        let part = rest.split_to(room.min(rest.len()));
+        stream.send(part, false).map_err(failed)?;
+    }
+    stream.give_back();
+    Ok(())
+}
+
+async fn tcp(to: SocketAddr, keepalive: Option<TcpKeepalive>, limit: Duration) -> Result<TcpStream, UpstreamError> {
+    let mut stream = StreamOptions::default();
+    if let Some(k) = keepalive {
+        stream.keepalive = Some(Keepalive { time: k.time, interval: k.interval, retries: k.probes });
+    }
+    let options = ConnectOptions { stream, timeout: limit, ..ConnectOptions::default() };
+    mesh_runtime::sockets::connect(to, &options).await.map_err(|e| {
+        if e.kind() == io::ErrorKind::TimedOut && e.raw_os_error().is_none() {
+            UpstreamError::new(Failure::ConnectTimeout, "connection timeout")
+        } else {
+            UpstreamError::new(Failure::Connect, connect_detail(&e))
+        }
+    })
+}
+
+/// Envoy's words for a TCP connect that failed.
+fn connect_detail(e: &io::Error) -> String {
+    let text = e.to_string();
+    let text = text.split(" (os error").next().unwrap_or_default();
+    format!("delayed connect error: {text}")
+}
+
+async fn handshake(
+    config: Arc<rustls::ClientConfig>,
+    name: rustls_pki_types::ServerName<'static>,
+    io: Bare,
+    guard: ConnectionGuard,
+) -> Result<Stream, UpstreamError> {
+    let connector = tokio_rustls::TlsConnector::from(config);
+    let stream =
+        connector.connect(name, io).await.map_err(|e| UpstreamError::new(Failure::Connect, format!("TLS error: {e}")))?;
+    Ok(Stream::Tls(Box::new(stream), guard))
+}
+
+macro_rules! either {
+    ($self:ident, $enum:ident { $($name:ident),+ }, $io:ident => $do:expr) => {
+        match $self.get_mut() { $( $enum::$name($io) => $do, )+ }
+    };
+}
+impl AsyncRead for Bare {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        either!(self, Bare { Hbone, Tcp }, io => Pin::new(io).poll_read(cx, buf))
+    }
+}
+impl AsyncWrite for Bare {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        either!(self, Bare { Hbone, Tcp }, io => Pin::new(io).poll_write(cx, buf))
+    }
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        either!(self, Bare { Hbone, Tcp }, io => Pin::new(io).poll_flush(cx))
+    }
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        either!(self, Bare { Hbone, Tcp }, io => Pin::new(io).poll_shutdown(cx))
+    }
+    fn poll_write_vectored(self: Pin<&mut Self>, cx: &mut Context<'_>, bufs: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        either!(self, Bare { Hbone, Tcp }, io => Pin::new(io).poll_write_vectored(cx, bufs))
+    }
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+}
+impl AsyncRead for Io {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        match &mut self.get_mut().raw {
+            Raw::Bare(io) => Pin::new(io).poll_read(cx, buf),
+            Raw::Tls(io) => Pin::new(io).poll_read(cx, buf),
+        }
+    }
+}
+impl AsyncWrite for Io {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        match &mut self.get_mut().raw {
+            Raw::Bare(io) => Pin::new(io).poll_write(cx, buf),
+            Raw::Tls(io) => Pin::new(io).poll_write(cx, buf),
+        }
+    }
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match &mut self.get_mut().raw {
+            Raw::Bare(io) => Pin::new(io).poll_flush(cx),
+            Raw::Tls(io) => Pin::new(io).poll_flush(cx),
+        }
+    }
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match &mut self.get_mut().raw {
+            Raw::Bare(io) => Pin::new(io).poll_shutdown(cx),
+            Raw::Tls(io) => Pin::new(io).poll_shutdown(cx),
+        }
+    }
+    fn poll_write_vectored(self: Pin<&mut Self>, cx: &mut Context<'_>, bufs: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        match &mut self.get_mut().raw {
+            Raw::Bare(io) => Pin::new(io).poll_write_vectored(cx, bufs),
+            Raw::Tls(io) => Pin::new(io).poll_write_vectored(cx, bufs),
+        }
+    }
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+}
