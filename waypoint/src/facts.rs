@@ -1,6 +1,7 @@
 //! What is known of one connection as it reached us, whoever asks.
 use mesh_model::SpiffeId;
 use mesh_model::l7::HttpRoute;
+use mesh_model::service::Service;
 use mesh_model::waypoint::Target;
 use mesh_model::workload::Workload;
 use std::net::SocketAddr;
@@ -46,6 +47,13 @@ impl Facts {
         match self.scope {
             Scope::Gateway { secure: true, .. } => "https",
             _ => "http",
+        }
+    }
+    /// The service the client addressed, inside the mesh.
+    pub fn service(&self) -> Option<&Arc<Service>> {
+        match &self.scope {
+            Scope::Mesh(target) => target.service(),
+            Scope::Gateway { .. } => None,
         }
     }
     /// Port the client addressed.
