@@ -279,3 +279,6 @@ impl Upstreams {
         if seen.region.is_empty() { &self.local } else { seen }
     }
 }
+
+#[cfg(test)]
+mod tests;

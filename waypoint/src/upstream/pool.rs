@@ -125,6 +125,8 @@ pub(super) struct SharedConn {
     most: u32,
     /// Streams at a time, by our policy.
     limit: u32,
+    /// The same by the peer's SETTINGS; its task keeps it.
+    peer_limit: Arc<AtomicU32>,
     /// When the last stream ended.
     idle_since: Mutex<Instant>,
 }
@@ -315,9 +317,9 @@ impl Shelf {
             Err(error) => {
                 inner.open = inner.open.saturating_sub(1);
                 // An endpoint without any connection fails all who wait for it; with one, the others wait for that.
-                let failing = if inner.open == 0 { inner.waiting.len() } else { 1 };
-                let failing = failing.min(inner.waiting.len());
-                for waiter in inner.waiting.drain(..failing).collect::<Vec<_>>() {
+                let all = inner.waiting.len();
+                let failing = if inner.open == 0 { all } else { all.min(1) };
+                for waiter in inner.waiting.drain(..failing) {
                     let _ = waiter.tell.send(Err(error.clone()));
                 }
             }
@@ -416,7 +418,7 @@ impl Drop for Dial {
             let mut inner = self.shelf.inner.lock();
             inner.dialing = inner.dialing.saturating_sub(1);
             inner.open = inner.open.saturating_sub(1);
-            for waiter in inner.waiting.drain(..).collect::<Vec<_>>() {
+            for waiter in inner.waiting.drain(..) {
                 let _ = waiter.tell.send(Err(UpstreamError::new(Failure::Connect, "given up")));
             }
         }
@@ -493,9 +495,16 @@ async fn make(
             served: AtomicU32::new(0),
             most: limits.max_requests_per_connection,
             limit: limits.max_concurrent_streams.max(1),
+            peer_limit: Arc::new(AtomicU32::new(streams_allowed(&conn))),
             idle_since: Mutex::new(Instant::now()),
         });
-        tokio::spawn(drive_shared(conn, Arc::downgrade(&shared), Arc::downgrade(shelf), Clock::new(limits)));
+        tokio::spawn(drive_shared(
+            Arc::clone(&shared.peer_limit),
+            conn,
+            Arc::downgrade(&shared),
+            Arc::downgrade(shelf),
+            Clock::new(limits),
+        ));
         sender.ready().await.map_err(|e| UpstreamError::new(Failure::Connect, e.to_string()))?;
         return Ok(Made::Shared(shared));
     }
@@ -591,9 +600,16 @@ async fn drive_own(mut connection: http1::Connection<TokioIo<transport::Io>, Bod
     }
 }
 
+type Http2Connection = http2::Connection<TokioIo<transport::Io>, Body, TokioExecutor>;
+/// Streams the peer allows; none is no usable answer before its SETTINGS came.
+fn streams_allowed(connection: &Http2Connection) -> u32 {
+    u32::try_from(connection.current_max_send_streams()).unwrap_or(u32::MAX)
+}
+
 /// Lives with an HTTP/2 connection.
 async fn drive_shared(
-    mut connection: http2::Connection<TokioIo<transport::Io>, Body, TokioExecutor>,
+    peer_limit: Arc<AtomicU32>,
+    mut connection: Http2Connection,
     shared: Weak<SharedConn>,
     shelf: Weak<Shelf>,
     mut clock: Clock,
@@ -605,6 +621,13 @@ async fn drive_shared(
                     tracing::debug!(%error, "connection to an endpoint ended");
                 }
                 return Poll::Ready(());
+            }
+            let allowed = streams_allowed(&connection);
+            if peer_limit.load(Relaxed) != allowed {
+                peer_limit.store(allowed, Relaxed);
+                if let Some(shelf) = shelf.upgrade() {
+                    Shelf::share(&mut shelf.inner.lock());
+                }
             }
             if !clock.poll(cx) {
                 return Poll::Pending;
@@ -692,13 +715,10 @@ impl SharedConn {
         self.most > 0 && self.served.load(Relaxed) >= self.most
     }
 }
-/// Streams put on one connection: hyper does not tell what the peer allows, and peers should allow this many (RFC 9113 §6.5.2).
-const PEER_STREAMS: u32 = 100;
-
 impl StreamSlot {
     /// A place on `conn`, if it has one.
     fn of(conn: &Arc<SharedConn>) -> Option<Self> {
-        let limit = conn.limit.min(PEER_STREAMS);
+        let limit = conn.limit.min(conn.peer_limit.load(Relaxed));
         conn.streams.fetch_update(Relaxed, Relaxed, |n| (n < limit).then_some(n + 1)).ok()?;
         conn.served.fetch_add(1, Relaxed);
         Some(Self(Some(Arc::clone(conn))))

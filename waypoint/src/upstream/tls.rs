@@ -28,7 +28,6 @@ const CAPACITY: usize = 1024;
 pub(super) struct TlsCache {
     made: Mutex<HashMap<Key, Made>>,
 }
-/// Policy, and what is offered.
 type Key = (Arc<UpstreamTls>, Option<bool>);
 #[derive(Clone, Debug)]
 struct Made {

@@ -13,7 +13,7 @@ mod hashing;
 pub mod locality;
 
 pub use bag::Bag;
-pub use hashing::{Maglev, Ring, xxh64};
+pub use hashing::{Maglev, Ring};
 
 /// Draws a pick may take to get away from hosts that were tried before (Istio's `host_selection_retry_max_attempts`).
 pub const MAX_REDRAWS: u64 = 5;
@@ -259,3 +259,6 @@ pub fn warmup_factor(warmup: &Warmup, age: Duration) -> f64 {
 pub fn is_held_back(factor: f64, draw: u64) -> bool {
     factor < 1.0 && (draw as f64 / u64::MAX as f64) >= factor
 }
+
+#[cfg(test)]
+mod tests;

@@ -154,3 +154,6 @@ impl Ejection {
         self.since.is_none() && self.times == 0
     }
 }
+
+#[cfg(test)]
+mod tests;

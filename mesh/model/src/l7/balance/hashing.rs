@@ -1,5 +1,6 @@
 //! Consistent hashing as Envoy does it: points and permutations from xxHash64 of `ip:port`, so that both proxies send a
 //! request of one hash to the same endpoint.
+use crate::l7::hash::xxh64;
 use std::fmt::Write as _;
 
 /// Largest ring (Envoy's default maximum).
@@ -132,54 +133,4 @@ impl Maglev {
         let at = hash.checked_rem(self.slots.len() as u64)?;
         self.slots.get(at as usize).map(|host| *host as usize)
     }
-}
-
-const P1: u64 = 0x9e37_79b1_85eb_ca87;
-const P2: u64 = 0xc2b2_ae3d_27d4_eb4f;
-const P3: u64 = 0x1656_67b1_9e37_79f9;
-const P4: u64 = 0x85eb_ca77_c2b2_ae63;
-const P5: u64 = 0x27d4_eb2f_1656_67c5;
-
-fn round(acc: u64, lane: u64) -> u64 {
-    acc.wrapping_add(lane.wrapping_mul(P2)).rotate_left(31).wrapping_mul(P1)
-}
-fn read8(bytes: &[u8]) -> u64 {
-    bytes.iter().rev().fold(0, |n, b| n << 8 | u64::from(*b))
-}
-
-/// xxHash64 (the specification at github.com/Cyan4973/xxHash).
-pub fn xxh64(bytes: &[u8], seed: u64) -> u64 {
-    let (stripes, mut rest) = bytes.as_chunks::<32>();
-    let mut hash = if stripes.is_empty() {
-        seed.wrapping_add(P5)
-    } else {
-        let mut acc = [seed.wrapping_add(P1).wrapping_add(P2), seed.wrapping_add(P2), seed, seed.wrapping_sub(P1)];
-        for stripe in stripes {
-            for (acc, lane) in acc.iter_mut().zip(stripe.chunks_exact(8)) {
-                *acc = round(*acc, read8(lane));
-            }
-        }
-        let [a, b, c, d] = acc;
-        let mut hash =
-            a.rotate_left(1).wrapping_add(b.rotate_left(7)).wrapping_add(c.rotate_left(12)).wrapping_add(d.rotate_left(18));
-        for acc in acc {
-            hash = (hash ^ round(0, acc)).wrapping_mul(P1).wrapping_add(P4);
-        }
-        hash
-    };
-    hash = hash.wrapping_add(bytes.len() as u64);
-    while let Some((lane, after)) = rest.split_first_chunk::<8>() {
-        hash = (hash ^ round(0, read8(lane))).rotate_left(27).wrapping_mul(P1).wrapping_add(P4);
-        rest = after;
-    }
-    if let Some((lane, after)) = rest.split_first_chunk::<4>() {
-        hash = (hash ^ read8(lane).wrapping_mul(P1)).rotate_left(23).wrapping_mul(P2).wrapping_add(P3);
-        rest = after;
-    }
-    for byte in rest {
-        hash = (hash ^ u64::from(*byte).wrapping_mul(P5)).rotate_left(11).wrapping_mul(P1);
-    }
-    hash = (hash ^ (hash >> 33)).wrapping_mul(P2);
-    hash = (hash ^ (hash >> 29)).wrapping_mul(P3);
-    hash ^ (hash >> 32)
 }

@@ -1,0 +1,159 @@
+//! Limits hold for the whole process, and who waits is woken.
+use super::*;
+use futures_util::future::join_all;
+
+fn limited(pool: PoolLimits) -> TrafficPolicy {
+    TrafficPolicy { pool, ..TrafficPolicy::default() }
+}
+fn count(results: &[Result<(StatusCode, Bytes), UpstreamError>]) -> (usize, usize) {
+    let overflow = results.iter().filter(|r| matches!(r, Err(e) if e.failure == Failure::Overflow)).count();
+    (results.iter().filter(|r| r.is_ok()).count(), overflow)
+}
+
+#[tokio::test]
+async fn four_at_once_on_one_connection_and_one_waiting() {
+    let server = Server::open().await;
+    let mut world = World::new();
+    world.endpoint("a", server.addr);
+    world.policy(limited(PoolLimits { max_connections: 1, max_pending: 1, ..PoolLimits::default() }));
+    let cluster = world.cluster();
+    // The first time the connection must be made, the second time it is there.
+    for _ in 0..2 {
+        let results = join_all((0..4).map(|_| fetch(&cluster, false))).await;
+        assert_eq!(count(&results), (2, 2), "{results:?}");
+        settle().await;
+    }
+    assert_eq!(server.connections(), 1);
+    let counts = world.upstreams.clusters()[0].counts;
+    assert_eq!((counts.pending_overflows, counts.pending, counts.requests, counts.connections), (4, 0, 0, 1));
+}
+
+#[tokio::test]
+async fn everyone_who_waits_is_served() {
+    let server = Server::open().await;
+    let mut world = World::new();
+    world.endpoint("a", server.addr);
+    world.policy(limited(PoolLimits { max_connections: 2, max_pending: 1000, ..PoolLimits::default() }));
+    let cluster = world.cluster();
+    for http2 in [false, true] {
+        let results = join_all((0..200).map(|_| fetch(&cluster, http2))).await;
+        assert_eq!(count(&results), (200, 0));
+        settle().await;
+    }
+    // HTTP/2 has connections of its own; both kinds had a right to a first one.
+    assert!(server.connections() <= 3, "{}", server.connections());
+}
+
+#[tokio::test]
+async fn requests_under_way_are_limited() {
+    let server = Server::gated().await;
+    let mut world = World::new();
+    world.endpoint("a", server.addr);
+    world.policy(limited(PoolLimits { max_requests: 2, ..PoolLimits::default() }));
+    let cluster = world.cluster();
+    for http2 in [false, true] {
+        let before = server.requests();
+        let two: Vec<_> = (0..2)
+            .map(|_| {
+                let cluster = Arc::clone(&cluster);
+                tokio::spawn(async move { fetch(&cluster, http2).await })
+            })
+            .collect();
+        server.until(|s| s.requests() == before + 2).await;
+        assert_eq!(fetch(&cluster, http2).await.unwrap_err().failure, Failure::Overflow);
+        server.gate.add_permits(2);
+        for one in two {
+            one.await.unwrap().unwrap();
+        }
+        settle().await;
+        server.gate.add_permits(1);
+        fetch(&cluster, http2).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn retries_are_limited_by_number_or_budget() {
+    use mesh_model::l7::destination::RetryBudget;
+    let mut world = World::new();
+    world.policy(limited(PoolLimits { max_retries: 1, ..PoolLimits::default() }));
+    let cluster = world.cluster();
+    let first = cluster.admit_retry().unwrap();
+    assert!(cluster.admit_retry().is_none());
+    drop(first);
+    assert!(cluster.admit_retry().is_some());
+    let retry_budget = Some(RetryBudget { percent_hundredths: 2000, min_concurrency: 1 });
+    world.policy(TrafficPolicy { retry_budget, ..TrafficPolicy::default() });
+    let cluster = world.cluster();
+    let requests: Vec<_> = (0..10).map(|_| cluster.admit().unwrap()).collect();
+    let retries: Vec<_> = (0..3).filter_map(|_| cluster.admit_retry()).collect();
+    assert_eq!(retries.len(), 2, "a fifth of ten");
+    drop((requests, retries));
+    assert!(cluster.admit_retry().is_some(), "one is always allowed");
+}
+
+#[tokio::test]
+async fn raw_connections_count_and_overflow_at_once() {
+    let server = Server::open().await;
+    let mut world = World::new();
+    world.endpoint("a", server.addr);
+    world.policy(limited(PoolLimits { max_connections: 1, ..PoolLimits::default() }));
+    let cluster = world.cluster();
+    let host = pick(&cluster);
+    let first = connect(&cluster, &host, None).await.unwrap();
+    assert!(matches!(first, Stream::Tcp(..)));
+    assert_eq!((host.active(), connect(&cluster, &host, None).await.unwrap_err().failure), (1, Failure::Overflow));
+    // A pool always gets its first connection.
+    fetch(&cluster, false).await.unwrap();
+    drop(first);
+    assert_eq!(host.active(), 0);
+}
+
+#[tokio::test]
+async fn a_freed_connection_of_another_endpoint_wakes_who_waits() {
+    let (a, b) = (Server::gated().await, Server::gated().await);
+    let mut world = World::new();
+    world.endpoint("a", a.addr);
+    world.endpoint("b", b.addr);
+    world.policy(limited(PoolLimits { max_connections: 2, max_requests_per_connection: 1, ..PoolLimits::default() }));
+    let cluster = world.cluster();
+    let host_of = |addr| cluster.hosts().iter().find(|h| h.addr() == addr).cloned().unwrap();
+    let run = |host: Arc<Host>| {
+        let cluster = Arc::clone(&cluster);
+        tokio::spawn(async move {
+            send(&cluster, &host, get(), SendOptions::default())
+                .await?
+                .into_body()
+                .collect()
+                .await
+                .map_err(|_| UpstreamError::new(Failure::Reset, ""))
+        })
+    };
+    let first = run(host_of(a.addr));
+    a.until(|s| s.requests() == 1).await;
+    let second = run(host_of(b.addr));
+    b.until(|s| s.requests() == 1).await;
+    let third = run(host_of(a.addr));
+    settle().await;
+    assert_eq!((a.connections(), world.upstreams.clusters()[0].counts.pending), (1, 1));
+    b.gate.add_permits(1);
+    second.await.unwrap().unwrap();
+    a.until(|s| s.connections() == 2).await;
+    a.gate.add_permits(2);
+    first.await.unwrap().unwrap();
+    third.await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn waiting_for_an_endpoint_that_cannot_be_reached_fails_together() {
+    let mut world = World::new();
+    let free = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+    world.endpoint("a", free);
+    world.policy(limited(PoolLimits { max_connections: 1, max_pending: 100, ..PoolLimits::default() }));
+    let cluster = world.cluster();
+    for http2 in [false, true] {
+        let results = join_all((0..20).map(|_| fetch(&cluster, http2))).await;
+        assert!(results.iter().all(|r| matches!(r, Err(e) if e.failure == Failure::Connect)), "{results:?}");
+    }
+    let counts = world.upstreams.clusters()[0].counts;
+    assert_eq!((counts.pending, counts.connections, counts.requests), (0, 0, 0));
+}
