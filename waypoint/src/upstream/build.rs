@@ -5,7 +5,7 @@ use super::state::State;
 use arc_swap::ArcSwap;
 use mesh_model::known::Known;
 use mesh_model::l7::TrafficPolicy;
-use mesh_model::l7::balance::{Plan, locality};
+use mesh_model::l7::balance::locality;
 use mesh_model::l7::destination::{Balance, Destination};
 use mesh_model::l7::route::ClusterKey;
 use mesh_model::labels::Labels;
@@ -13,6 +13,7 @@ use mesh_model::lb::{Endpoint, family_allowed};
 use mesh_model::service::{AppProtocol, LbMode, Service};
 use mesh_model::snapshot::{Backing, Viewpoint};
 use mesh_model::workload::{Locality, Protocol};
+use parking_lot::Mutex;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 
@@ -56,7 +57,7 @@ pub(super) fn service(
         places.push(Placement { priority, share, key });
     }
     let source = Source::Service { backing: Arc::clone(backing), destination: destination.cloned(), place: place.clone() };
-    finish(Cluster {
+    Cluster {
         policy: Arc::clone(policy),
         service: Some(Arc::clone(service)),
         protocol: service.port(key.port).map_or(AppProtocol::Unknown, |p| p.protocol),
@@ -64,10 +65,11 @@ pub(super) fn service(
         places: places.into(),
         shares: rules.shares.iter().map(|(_, weight)| *weight).collect(),
         plan: ArcSwap::default(),
+        planning: Mutex::default(),
         passthrough: policy.balance == Balance::Passthrough || service.lb.mode == LbMode::Passthrough,
         source,
         state: Arc::clone(state),
-    })
+    }
 }
 
 /// The cluster of a workload addressed by itself.
@@ -87,7 +89,7 @@ pub(super) fn workload(state: &Arc<State>, known: &Arc<Known>, port: u16, plain:
         Arc::new(Host { known: Arc::clone(known), target, weight: 1, state })
     });
     let places = host.iter().map(|h| Placement { priority: 0, share: 0, key: key_of(&h.target) }).collect();
-    finish(Cluster {
+    Cluster {
         policy: Arc::clone(plain),
         service: None,
         protocol: AppProtocol::Unknown,
@@ -95,16 +97,11 @@ pub(super) fn workload(state: &Arc<State>, known: &Arc<Known>, port: u16, plain:
         places,
         shares: Box::default(),
         plan: ArcSwap::default(),
+        planning: Mutex::default(),
         passthrough: false,
         source: Source::Workload(Arc::clone(known)),
         state: Arc::clone(state),
-    })
-}
-
-fn finish(cluster: Cluster) -> Cluster {
-    let plan: Plan = cluster.plan_now();
-    cluster.plan.store(Arc::new(plan));
-    cluster
+    }
 }
 
 const UNKNOWN: IpAddr = IpAddr::V4(Ipv4Addr::UNSPECIFIED);

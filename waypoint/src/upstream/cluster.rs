@@ -11,6 +11,7 @@ use mesh_model::l7::outlier::Seen;
 use mesh_model::service::{AppProtocol, Service};
 use mesh_model::snapshot::Backing;
 use mesh_model::workload::{Locality, Workload};
+use parking_lot::Mutex;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
@@ -25,7 +26,9 @@ pub struct Cluster {
     pub(super) places: Box<[Placement]>,
     /// Weights of localities.
     pub(super) shares: Box<[u32]>,
+    /// Made when the cluster is installed, and whenever the health of an endpoint changes.
     pub(super) plan: ArcSwap<Plan>,
+    pub(super) planning: Mutex<()>,
     /// Endpoints are what the client addressed.
     pub(super) passthrough: bool,
     pub(super) source: Source,
@@ -193,12 +196,18 @@ impl Cluster {
             && let Ok(runtime) = tokio::runtime::Handle::try_current()
         {
             let cluster = Arc::clone(self);
-            runtime.spawn_blocking(move || cluster.plan.store(Arc::new(cluster.plan_now())));
+            runtime.spawn_blocking(move || cluster.plan_anew());
             return;
         }
+        self.plan_anew();
+    }
+    /// As [`Self::replan`], on this thread.
+    pub(super) fn plan_anew(&self) {
+        // Whoever comes last sees the newest health.
+        let _planning = self.planning.lock();
         self.plan.store(Arc::new(self.plan_now()));
     }
-    pub(super) fn plan_now(&self) -> Plan {
+    fn plan_now(&self) -> Plan {
         let entries: Vec<Entry<'_>> = self
             .hosts
             .iter()

@@ -119,10 +119,8 @@ impl State {
                 host.state.ejected.store(false, Relaxed);
             }
         }
-        // Health may have changed while the tables were built.
-        if cluster.hosts.iter().any(|h| h.is_ejected()) {
-            cluster.replan();
-        }
+        // Under the lock that ejecting takes, so that no change of health is missed.
+        cluster.plan_anew();
         drop(live);
         let stays = self.hosts.lock();
         for (uid, (_, state)) in &before {

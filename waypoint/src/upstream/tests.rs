@@ -15,7 +15,7 @@ use mesh_model::Change;
 use mesh_model::l7::destination::{Destination, PoolLimits, TrafficPolicy};
 use mesh_model::service::{AppProtocol, Service, ServiceKey, ServicePort};
 use mesh_model::snapshot::Viewpoint;
-use mesh_model::workload::Workload;
+use mesh_model::workload::{Protocol, Workload};
 use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::net::SocketAddr;
@@ -23,14 +23,17 @@ use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 
+mod hbone;
 mod limits;
+mod picks;
 mod pools;
+mod tls;
 
 /// A mesh with one service, and the upstreams that follow it.
 struct World {
     snap: Snapshot,
     upstreams: Arc<Upstreams>,
-    _svids: SvidCache,
+    svids: SvidCache,
     _ca: tempfile::TempDir,
 }
 
@@ -66,7 +69,7 @@ impl World {
         });
         let mut service = Service::new("web", "shop", "web.shop.svc.cluster.local");
         service.ports = vec![ServicePort { port: PORT, target: 0, protocol: AppProtocol::Http11 }];
-        let mut world = Self { snap: Snapshot::empty(Viewpoint::default()), upstreams, _svids: svids, _ca: dir };
+        let mut world = Self { snap: Snapshot::empty(Viewpoint::default()), upstreams, svids, _ca: dir };
         world.apply(vec![Change::Service(Arc::new(service))]);
         world
     }
@@ -148,13 +151,20 @@ struct Server {
 impl Server {
     /// Answers at once.
     async fn open() -> Self {
-        let server = Self::gated().await;
+        Self::open_on([127, 0, 0, 1].into()).await
+    }
+    /// Answers at once, on this address.
+    async fn open_on(ip: std::net::IpAddr) -> Self {
+        let server = Self::gated_on(ip).await;
         server.gate.add_permits(1 << 20);
         server
     }
     /// Answers as `gate` allows.
     async fn gated() -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        Self::gated_on([127, 0, 0, 1].into()).await
+    }
+    async fn gated_on(ip: std::net::IpAddr) -> Self {
+        let listener = TcpListener::bind((ip, 0)).await.unwrap();
         let addr = listener.local_addr().unwrap();
         let [connections, live, requests] = std::array::from_fn(|_| Arc::<AtomicUsize>::default());
         let gate = Arc::new(Semaphore::new(0));
