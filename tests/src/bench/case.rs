@@ -73,6 +73,15 @@ pub fn all(quick: bool) -> Vec<Case> {
     ]
 }
 
+/// Blocks of connections from one source to one service, in one namespace's life: 24 000 in all, twice as many as a kernel has
+/// ports for before its searches get long. What a block costs an agent must not depend on how many came before it; the direct
+/// path's rate falls all the same, as the application's own connect searches too.
+pub fn cliff() -> Vec<Case> {
+    ["block1", "block2", "block3", "block4", "block5", "block6"]
+        .map(|name| Case::new(name, Unit::HundredThousand, "churn --conc 16 --count 4000".into()))
+        .into()
+}
+
 /// One row of the targets: what istio/ztunnel costs on the same kind of machine, what we must reach, what we aim at.
 #[derive(Clone, Copy, Debug)]
 pub struct Target {

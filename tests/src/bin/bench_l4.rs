@@ -24,7 +24,8 @@ bench_l4 [flags]
   --peer PATH     another agent with the same contract (flags, environment, files), measured in the same run
   --quick         smaller runs, two rounds: a look, not a measurement
   --rounds N      default 4
-  --only A,B      only these cases (upload download upload8 download8 ping1 ping16 ping64 rate3000 churn16 memory)
+  --only A,B      only these cases (upload download upload8 download8 ping1 ping16 ping64 rate3000 churn16 memory), or
+                  `cliff` alone: 24 000 connections of one source, CPU per block of 4000
   --workers N     ZTUNNEL_WORKER_THREADS of every agent, default 2
   --agent PATH    our agent; default: the `ztunnel` beside this program
   --out DIR       where the JSON file and the logs go; default: the folder of this program";
@@ -87,7 +88,10 @@ impl Run {
         }
         let mut cases = case::all(quick);
         let mut memory = true;
-        if let Some(only) = flags.optional::<String>("only")? {
+        let only = flags.optional::<String>("only")?;
+        if only.as_deref() == Some("cliff") {
+            (cases, memory) = (case::cliff(), false);
+        } else if let Some(only) = only {
             let names: Vec<&str> = only.split(',').collect();
             let known = |name: &&str| *name == "memory" || cases.iter().any(|case| case.name == *name);
             ensure!(names.iter().all(known), "--only {only}: unknown case");
