@@ -107,6 +107,11 @@ fn denial(view: &Viewpoint, key: &PolicyKey, plaintext: bool) -> Refusal {
     Refusal::new(reason, key.to_string())
 }
 
+/// Whether one match accepts a connection; a match without any field accepts none.
+pub(crate) fn matches(view: &Viewpoint, m: &Match, conn: &InboundConn<'_>) -> bool {
+    Facts::of(view, conn).matches(m)
+}
+
 /// The policies that bind one workload.
 struct InScope<'a> {
     global: Option<&'a Bucket>,

@@ -1,4 +1,5 @@
 //! Changes: the only way knowledge enters the model.
+use crate::l7::authz::L7Policy;
 use crate::l7::destination::Destination;
 use crate::l7::gateway::{GatewayKey, GatewayRoutes};
 use crate::l7::route::RouteTable;
@@ -23,6 +24,10 @@ pub enum Change {
     Policy(Arc<Policy>),
     /// A policy went.
     PolicyGone(PolicyKey),
+    /// A policy of layer 7 appeared or changed.
+    L7Policy(Arc<L7Policy>),
+    /// A policy of layer 7 went.
+    L7PolicyGone(PolicyKey),
     /// The routes of a service appeared or changed.
     Routes(ServiceKey, Arc<RouteTable>),
     /// A service has no routes of its own any more.

@@ -8,6 +8,7 @@ use crate::addr::{Network, NetworkAddr};
 use crate::change::Change;
 use crate::id::{SpiffeId, TrustDomain};
 use crate::known::Known;
+use crate::l7::authz::{L7Policy, L7Target};
 use crate::l7::destination::Destination;
 use crate::l7::gateway::{GatewayKey, GatewayRoutes};
 use crate::l7::route::RouteTable;
@@ -51,6 +52,10 @@ pub struct Snapshot {
     /// Identities in use, by what they are made of.
     identities: Shards<Account, SharedIdentity>,
     policies: PolicyIndex,
+    /// Policies of layer 7.
+    l7_policies: Shards<PolicyKey, Arc<L7Policy>>,
+    /// The same by target, sorted by key.
+    by_target: Shards<L7Target, Candidates<L7Policy>>,
     /// Routes of services that have any.
     routes: Shards<ServiceKey, Arc<RouteTable>>,
     /// How services are reached, where something is said about it.
@@ -201,6 +206,8 @@ impl Snapshot {
             cidr_lengths: Arc::default(),
             identities: Shards::default(),
             policies: PolicyIndex::default(),
+            l7_policies: Shards::default(),
+            by_target: Shards::default(),
             routes: Shards::default(),
             destinations: Shards::default(),
             gateways: Shards::default(),
@@ -228,6 +235,8 @@ impl Snapshot {
                 Change::ServiceGone(key) => next.take_service(key),
                 Change::Policy(p) => next.policies.put(p),
                 Change::PolicyGone(key) => next.policies.take(key),
+                Change::L7Policy(p) => next.put_l7_policy(p),
+                Change::L7PolicyGone(key) => next.take_l7_policy(key),
                 Change::Routes(key, table) => {
                     let table = if table.is_indexed() { Arc::clone(table) } else { Arc::new(RouteTable::clone(table).indexed()) };
                     next.routes.insert(key.clone(), table);
@@ -259,6 +268,19 @@ impl Snapshot {
         next
     }
 
+    fn put_l7_policy(&mut self, p: &Arc<L7Policy>) {
+        self.take_l7_policy(&p.key);
+        for target in distinct(p.targets.iter().cloned()) {
+            self.by_target.edit(&target, |c| c.put(p, |p| p.key.clone()));
+        }
+        self.l7_policies.insert(p.key.clone(), Arc::clone(p));
+    }
+    fn take_l7_policy(&mut self, key: &PolicyKey) {
+        let Some(old) = self.l7_policies.remove(key) else { return };
+        for target in distinct(old.targets.iter().cloned()) {
+            self.by_target.edit(&target, |c| c.take(|p| p.key == *key));
+        }
+    }
     fn put_workload(&mut self, w: &Arc<Workload>) {
         if let Some(old) = self.workloads.get(&*w.uid) {
             if old.workload() == w {
@@ -483,6 +505,14 @@ impl Snapshot {
             None => Box::new(std::iter::empty()),
         }
     }
+    /// The layer 7 policies bound to a target, sorted by key.
+    pub fn l7_policies_of(&self, target: &L7Target) -> impl Iterator<Item = &Arc<L7Policy>> {
+        self.by_target.get(target).map_or(&[][..], Candidates::all).iter()
+    }
+    /// All layer 7 policies, in no order.
+    pub fn l7_policies(&self) -> impl Iterator<Item = &Arc<L7Policy>> {
+        self.l7_policies.values()
+    }
     /// The routes of a service, if it has any of its own.
     pub fn find_routes(&self, service: &ServiceKey) -> Option<&Arc<RouteTable>> {
         self.routes.get(service)
@@ -542,6 +572,8 @@ impl Snapshot {
         }
         lines.extend(self.identities.iter().map(|(_, i)| format!("identity {:?} of {}", i.expect, i.users)));
         lines.push(format!("lengths {:?}", self.cidr_lengths));
+        lines.extend(self.l7_policies.values().map(|p| format!("l7 policy {p:?}")));
+        lines.extend(self.by_target.iter().map(|(t, c)| format!("target {t:?} {:?}", c.all())));
         lines.extend(self.routes.iter().map(|(key, table)| format!("routes {key} {table:?}")));
         lines.extend(self.destinations.values().map(|d| format!("destination {d:?}")));
         lines.extend(self.gateways.values().map(|g| format!("gateway {g:?}")));

@@ -215,6 +215,8 @@ fn final_set(changes: &[Change]) -> Vec<Change> {
             Change::DestinationGone(key) => (format!("d{key}"), false),
             Change::Gateway(g) => (format!("g{}", g.key), true),
             Change::GatewayGone(key) => (format!("g{key}"), false),
+            Change::L7Policy(p) => (format!("l7 {}", p.key), true),
+            Change::L7PolicyGone(k) => (format!("l7 {k}"), false),
             Change::OwnLocality(_) => ("locality".into(), true),
         };
         last.insert(key, keep.then(|| c.clone()));

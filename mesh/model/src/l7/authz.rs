@@ -1,0 +1,361 @@
+//! Authorization at layer 7: policies bound to a service, a gateway or the waypoint class by `targetRefs`
+//! (spec/waypoint §3.4), and the verdict on one request or one TCP connection. Pure; matching allocates nothing.
+//!
+//! A policy that could not be understood is a value that denies what it is bound to. On a TCP connection HTTP attributes
+//! cannot be judged: an ALLOW rule that has one allows nothing, a DENY rule denies as if it matched. Without a verified token no
+//! request principal and no claim is there. Upstream: `snapshot`. Downstream: the waypoint's phases.
+use crate::authz;
+use crate::conn::InboundConn;
+use crate::gateway::ServiceKey;
+use crate::id::SpiffeId;
+use crate::l7::gateway::GatewayKey;
+use crate::origin::Origin;
+use crate::policy::{Match, PolicyKey, TextMatch, Values};
+use crate::reason::{Reason, Refusal};
+use crate::snapshot::Snapshot;
+use http::HeaderMap;
+use http::header::HeaderName;
+use ipnet::IpNet;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+/// What a policy is bound to.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum L7Target {
+    /// A Service or ServiceEntry of the policy's namespace, by the object's name. Where both have one name, both are bound.
+    Service {
+        /// Namespace.
+        namespace: Arc<str>,
+        /// Name of the object.
+        name: Arc<str>,
+    },
+    /// A Gateway: everything that passes it.
+    Gateway(GatewayKey),
+    /// Every waypoint (GatewayClass `istio-waypoint`, policies of the root namespace only).
+    Waypoints,
+}
+/// What a match means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum L7Action {
+    /// Lets through.
+    Allow,
+    /// Refuses.
+    Deny,
+    /// Only marks.
+    Audit,
+    /// Asks somebody else. Nobody is asked yet: what it matches is refused.
+    Custom,
+}
+/// One policy.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct L7Policy {
+    /// Key.
+    pub key: PolicyKey,
+    /// What it is bound to.
+    pub targets: Vec<L7Target>,
+    /// What it says, or why it cannot be used.
+    pub body: L7Body,
+    /// Where the object came from.
+    pub origin: Option<Arc<Origin>>,
+}
+/// The content of a policy.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum L7Body {
+    /// Understood.
+    Rules {
+        /// Action.
+        action: L7Action,
+        /// Only logged.
+        dry_run: bool,
+        /// OR over rules; none never matches.
+        rules: Vec<L7Rule>,
+    },
+    /// Not understood: what it is bound to is refused, with this text.
+    Unusable {
+        /// What was wrong.
+        why: Arc<str>,
+    },
+}
+/// AND over its three parts; an empty part holds.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct L7Rule {
+    /// Any of these sources.
+    pub from: Vec<L7Source>,
+    /// Any of these operations.
+    pub to: Vec<L7Operation>,
+    /// All of these conditions.
+    pub when: Vec<L7Condition>,
+}
+/// A source: all of its fields.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct L7Source {
+    /// What layer 4 knows too.
+    pub peer: Match,
+    /// `issuer/subject` of a verified token.
+    pub request_principals: Values<TextMatch>,
+    /// Client address as `x-forwarded-for` tells it.
+    pub remote_ips: Values<IpNet>,
+}
+/// An operation: all of its fields.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct L7Operation {
+    /// Hosts, lower case, with or without port.
+    pub hosts: Values<TextMatch>,
+    /// Methods.
+    pub methods: Values<TextMatch>,
+    /// Normalised paths without query.
+    pub paths: Values<PathPattern>,
+    /// Ports of the service.
+    pub ports: Values<u16>,
+}
+/// One `when`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum L7Condition {
+    /// About the peer or the destination.
+    Peer(Match),
+    /// `remote.ip`.
+    RemoteIp(Values<IpNet>),
+    /// `connection.sni`.
+    Sni(Values<TextMatch>),
+    /// `request.headers[name]`.
+    Header(HeaderName, Values<TextMatch>),
+    /// `request.auth.*`: of a verified token.
+    Token(Arc<str>, Values<TextMatch>),
+}
+/// How a path is written in a policy.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PathPattern {
+    /// Exact, prefix, suffix or anything.
+    Text(TextMatch),
+    /// Segments with `{*}` (one segment) and at most one `{**}` (any number, also none).
+    Template(Arc<[Segment]>),
+}
+/// One segment of a template.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Segment {
+    /// This text.
+    Text(Arc<str>),
+    /// One segment, not empty.
+    One,
+    /// Any number of segments.
+    Any,
+}
+impl PathPattern {
+    /// Parses a path of a policy; `None` when it is neither text nor a template.
+    pub fn parse(text: &str) -> Option<Self> {
+        if !text.contains(['{', '}']) {
+            return TextMatch::parse(text).map(Self::Text);
+        }
+        let rest = text.strip_prefix('/')?;
+        let segments = rest.split('/').map(|s| match s {
+            "{*}" => Some(Segment::One),
+            "{**}" => Some(Segment::Any),
+            s if s.contains(['{', '}', '*']) => None,
+            s => Some(Segment::Text(s.into())),
+        });
+        let segments: Vec<Segment> = segments.collect::<Option<_>>()?;
+        (segments.iter().filter(|s| **s == Segment::Any).count() <= 1).then(|| Self::Template(segments.into()))
+    }
+    /// Whether a path matches.
+    pub fn matches(&self, path: &str) -> bool {
+        match self {
+            Self::Text(text) => text.matches(Some(path)),
+            Self::Template(segments) => {
+                let Some(rest) = path.strip_prefix('/') else { return false };
+                let count = rest.split('/').count();
+                match segments.iter().position(|s| *s == Segment::Any) {
+                    None => count == segments.len() && segments.iter().zip(rest.split('/')).all(|(s, have)| s.takes(have)),
+                    Some(at) => {
+                        let (head, tail) = (segments.get(..at).unwrap_or_default(), segments.get(at + 1..).unwrap_or_default());
+                        count >= head.len() + tail.len()
+                            && head.iter().zip(rest.split('/')).all(|(s, have)| s.takes(have))
+                            && tail.iter().rev().zip(rest.rsplit('/')).all(|(s, have)| s.takes(have))
+                    }
+                }
+            }
+        }
+    }
+}
+impl Segment {
+    fn takes(&self, have: &str) -> bool {
+        match self {
+            Self::Text(text) => **text == *have,
+            Self::One => !have.is_empty(),
+            Self::Any => true,
+        }
+    }
+}
+
+/// What a request or connection is judged by.
+#[derive(Clone, Copy)]
+pub struct L7Facts<'a> {
+    /// Proven identity of the client.
+    pub identity: Option<&'a SpiffeId>,
+    /// Its address.
+    pub client: SocketAddr,
+    /// Address it asked for, with the service's port.
+    pub destination: SocketAddr,
+    /// SNI.
+    pub sni: Option<&'a str>,
+    /// The request; `None` for a TCP connection.
+    pub http: Option<HttpFacts<'a>>,
+}
+/// The request's part.
+#[derive(Clone, Copy)]
+pub struct HttpFacts<'a> {
+    /// Method.
+    pub method: &'a str,
+    /// Authority as the client wrote it.
+    pub authority: &'a str,
+    /// Normalised path, without query.
+    pub path: &'a str,
+    /// Headers.
+    pub headers: &'a HeaderMap,
+}
+
+/// The answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum L7Verdict {
+    /// Let through.
+    Allow,
+    /// Refused: why, and by which rule of which policy.
+    Deny {
+        /// Reason and particulars.
+        why: Refusal,
+        /// Policy and rule, when one matched.
+        by: Option<(PolicyKey, usize)>,
+    },
+}
+
+/// Judges by the policies of every target. Order: an unusable policy, then CUSTOM, then DENY, then, when any ALLOW is bound, one
+/// must match. Dry-run policies and AUDIT decide nothing.
+pub fn authorize<'t>(snap: &Snapshot, targets: impl Iterator<Item = &'t L7Target> + Clone, facts: &L7Facts<'_>) -> L7Verdict {
+    let bound = || targets.clone().flat_map(|t| snap.l7_policies_of(t));
+    let (mut allows, mut allowed) = (false, false);
+    let mut denied: Option<(u8, &PolicyKey, usize, L7Action)> = None;
+    for policy in bound() {
+        let (action, rules) = match &policy.body {
+            L7Body::Unusable { why } => {
+                let why = Refusal::new(Reason::PolicyUnusable, format!("{}: {why}", policy.key));
+                return L7Verdict::Deny { why, by: None };
+            }
+            L7Body::Rules { dry_run: true, .. } => continue,
+            L7Body::Rules { action, rules, .. } => (*action, rules),
+        };
+        let rank = match action {
+            L7Action::Audit => continue,
+            L7Action::Allow => {
+                allows = true;
+                allowed = allowed || rules.iter().any(|r| judge(snap, r, facts, action));
+                continue;
+            }
+            L7Action::Custom => 0,
+            L7Action::Deny => 1,
+        };
+        if let Some(rule) = rules.iter().position(|r| judge(snap, r, facts, action)) {
+            let found = (rank, &policy.key, rule, action);
+            if denied.as_ref().is_none_or(|d| (found.0, found.1) < (d.0, d.1)) {
+                denied = Some(found);
+            }
+        }
+    }
+    if let Some((_, key, rule, action)) = denied {
+        let detail = match action {
+            L7Action::Custom => format!("{key}: action CUSTOM asks an external authorizer, which is not supported yet"),
+            _ => key.to_string(),
+        };
+        return L7Verdict::Deny { why: Refusal::new(Reason::PolicyDenied, detail), by: Some((key.clone(), rule)) };
+    }
+    if allows && !allowed {
+        return L7Verdict::Deny { why: Refusal::new(Reason::NotAllowed, ""), by: None };
+    }
+    L7Verdict::Allow
+}
+
+/// What an attribute that cannot be judged on this kind of connection counts as.
+#[derive(Clone, Copy)]
+struct Judge<'a> {
+    snap: &'a Snapshot,
+    facts: &'a L7Facts<'a>,
+    /// DENY and CUSTOM: it counts as matching. ALLOW: as not matching.
+    unknown: bool,
+}
+
+fn judge(snap: &Snapshot, rule: &L7Rule, facts: &L7Facts<'_>, action: L7Action) -> bool {
+    let j = Judge { snap, facts, unknown: action != L7Action::Allow };
+    (rule.from.is_empty() || rule.from.iter().any(|s| j.source(s)))
+        && (rule.to.is_empty() || rule.to.iter().any(|o| j.operation(o)))
+        && rule.when.iter().all(|c| j.condition(c))
+}
+
+impl Judge<'_> {
+    fn peer(self, m: &Match) -> bool {
+        let conn =
+            InboundConn { client: self.facts.client.into(), dst: self.facts.destination, identity: self.facts.identity };
+        m.is_empty() || authz::matches(self.snap.view(), m, &conn)
+    }
+    fn source(self, s: &L7Source) -> bool {
+        self.peer(&s.peer)
+            && kind(&s.request_principals, |_| false, self.http_only())
+            && kind(&s.remote_ips, |net| self.remote().is_some_and(|ip| net.contains(&ip)), self.http_only())
+    }
+    fn operation(self, o: &L7Operation) -> bool {
+        let http = self.facts.http;
+        kind(&o.ports, |p| *p == self.facts.destination.port(), None)
+            && kind(&o.methods, |m| http.is_some_and(|h| m.matches(Some(h.method))), self.http_only())
+            && kind(&o.hosts, |m| http.is_some_and(|h| host_matches(m, h.authority)), self.http_only())
+            && kind(&o.paths, |p| http.is_some_and(|h| p.matches(h.path)), self.http_only())
+    }
+    fn condition(self, c: &L7Condition) -> bool {
+        match c {
+            L7Condition::Peer(m) => self.peer(m),
+            L7Condition::RemoteIp(v) => kind(v, |net| self.remote().is_some_and(|ip| net.contains(&ip)), self.http_only()),
+            L7Condition::Sni(v) => kind(v, |m| m.matches(self.facts.sni), None),
+            L7Condition::Header(name, v) => kind(v, |m| self.header(name, m), self.http_only()),
+            L7Condition::Token(_, v) => kind(v, |_| false, self.http_only()),
+        }
+    }
+    /// What an HTTP attribute counts as when there is no request.
+    fn http_only(self) -> Option<bool> {
+        self.facts.http.is_none().then_some(self.unknown)
+    }
+    /// Any value of the header.
+    fn header(self, name: &HeaderName, m: &TextMatch) -> bool {
+        self.facts.http.is_some_and(|h| h.headers.get_all(name).iter().any(|v| v.to_str().is_ok_and(|v| m.matches(Some(v)))))
+    }
+    /// Nobody between the client and us is trusted to say who the client is: its own address (numTrustedProxies 0).
+    fn remote(self) -> Option<IpAddr> {
+        self.facts.http.map(|_| self.facts.client.ip().to_canonical())
+    }
+}
+/// No positive values or any of them, and none of the negative ones; `unknown` instead, when it cannot be judged.
+fn kind<T>(values: &Values<T>, is: impl Fn(&T) -> bool, unknown: Option<bool>) -> bool {
+    if values.is_empty() {
+        return true;
+    }
+    if let Some(unknown) = unknown {
+        return unknown;
+    }
+    (values.any().is_empty() || values.any().iter().any(&is)) && !values.none().iter().any(&is)
+}
+/// Hosts are compared without regard to case, with the port the client wrote and without it.
+fn host_matches(m: &TextMatch, authority: &str) -> bool {
+    let bare = authority.rsplit_once(':').filter(|(_, p)| p.bytes().all(|b| b.is_ascii_digit())).map(|(host, _)| host);
+    let one = |host: &str| match m {
+        TextMatch::Exact(x) => x.eq_ignore_ascii_case(host),
+        TextMatch::Prefix(x) => host.get(..x.len()).is_some_and(|h| h.eq_ignore_ascii_case(x)),
+        TextMatch::Suffix(x) => {
+            host.len().checked_sub(x.len()).and_then(|at| host.get(at..)).is_some_and(|h| h.eq_ignore_ascii_case(x))
+        }
+        TextMatch::Presence => !host.is_empty(),
+    };
+    one(authority) || bare.is_some_and(one)
+}
+
+/// The target a service is.
+pub fn target_of(service: &ServiceKey, name: &Arc<str>) -> L7Target {
+    L7Target::Service { namespace: Arc::clone(&service.namespace), name: Arc::clone(name) }
+}
+
+#[cfg(test)]
+mod tests;
