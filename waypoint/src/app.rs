@@ -17,6 +17,7 @@ use mesh_identity::clock::SystemClock;
 use mesh_identity::crypto::TlsSettings;
 use mesh_identity::local_ca::{LocalCa, LocalCaSettings};
 use mesh_identity::{IdentitySource, SvidCache, TlsContext};
+use mesh_model::l7::gateway::GatewayKey;
 use mesh_model::labels::Labels;
 use mesh_model::snapshot::Viewpoint;
 use mesh_model::workload::Locality;
@@ -226,6 +227,7 @@ fn assemble(
         threads,
         svid,
         identity,
+        gateway: GatewayKey::new(&settings.namespace, &settings.gateway),
         tls,
         hbone,
         upstreams,

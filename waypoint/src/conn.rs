@@ -5,6 +5,7 @@ use crate::telemetry::Telemetry;
 use crate::tunnels::Tunnels;
 use crate::upstream::Upstreams;
 use mesh_identity::SvidHandle;
+use mesh_model::l7::gateway::GatewayKey;
 use mesh_model::workload::Workload;
 use mesh_model::{Reason, Refusal, Snapshot, SpiffeId};
 use mesh_runtime::drain::DrainWatch;
@@ -26,6 +27,8 @@ pub struct Shared {
     pub svid: SvidHandle,
     /// Our identity.
     pub identity: SpiffeId,
+    /// The Gateway this process serves.
+    pub gateway: GatewayKey,
     /// Trust bundles, to see that a peer's root was withdrawn.
     pub tls: mesh_identity::TlsContext,
     /// Handshakes in progress.

@@ -5,7 +5,7 @@
 //! Downstream: the phases, `upstream`, `telemetry`.
 use crate::body::Body;
 use crate::conn::Conn;
-use crate::phase::{Exchange, Flow, admit, attempt, cors, expose, fault, forward, mirror, respond, rewrite, route};
+use crate::phase::{Exchange, Flow, admit, attempt, authorize, cors, expose, fault, forward, mirror, respond, rewrite, route};
 use ::http::{Request, Response};
 use hyper::body::Incoming;
 use std::sync::Arc;
@@ -28,6 +28,7 @@ async fn phases(ex: &mut Exchange<'_>) -> Response<Body> {
     }
     phase!(admit::check(ex)); //       host, path, hop-by-hop headers, request id, forwarded-for
     phase!(route::choose(ex)); //      routes of the host → rule → backend by weight
+    phase!(authorize::check(ex)); //   policies of what was addressed
     phase!(fault::inject(ex).await); // delay, abort
     phase!(cors::apply(ex)); //        preflight answered, headers for the response remembered
     phase!(respond::direct(ex)); //    redirect, direct response

@@ -3,7 +3,7 @@
 use crate::conn::Conn;
 use mesh_model::Snapshot;
 use mesh_model::l7::RouteTable;
-use mesh_model::l7::gateway::{GatewayKey, Listener, ListenerProtocol};
+use mesh_model::l7::gateway::{Listener, ListenerProtocol};
 use std::sync::Arc;
 
 /// The routes a request falls under.
@@ -46,9 +46,7 @@ pub(crate) fn best<'s>(
     host: &str,
     accept: impl Fn(&Listener) -> bool,
 ) -> Option<&'s Listener> {
-    let settings = &conn.shared.settings;
-    let key = GatewayKey::new(&settings.namespace, &settings.gateway);
-    let gateway = snap.find_gateway(&key)?;
+    let gateway = snap.find_gateway(&conn.shared.gateway)?;
     let of_port = gateway.listeners.iter().filter(|l| l.port == port && l.broken.is_none() && accept(l));
     of_port
         .filter_map(|l| Some((fits(l.hostname.as_deref().unwrap_or("*"), host)?, l)))

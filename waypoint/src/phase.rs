@@ -1,6 +1,7 @@
 //! The phases of one exchange, one file each, and what they share; `exchange::run` has their order.
 pub(crate) mod admit;
 pub(crate) mod attempt;
+pub(crate) mod authorize;
 pub(crate) mod cors;
 pub(crate) mod expose;
 pub(crate) mod fault;

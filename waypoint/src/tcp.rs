@@ -8,6 +8,7 @@ use crate::facts::Scope;
 use crate::hosts;
 use crate::http::{self, Version};
 use crate::opening::{Opening, first_bytes};
+use crate::phase::authorize;
 use crate::telemetry::{Flag, Flags, TcpHandles, TcpRecord};
 use crate::upstream::{self, Cluster, Failure, PickContext, Stream, UpstreamError};
 use mesh_hbone::HboneStream;
@@ -72,7 +73,7 @@ where
         idle: of_policy.or_else(|| Some(settings.tcp_idle_timeout).filter(|t| !t.is_zero())),
         half_closed: Some(settings.half_closed_timeout).filter(|t| !t.is_zero()),
     };
-    let expired = conn.drain.expired();
+    let expired = ended(conn);
     let end = match upstream {
         Stream::Hbone(server, _counted) => relay(client, server, handles, expired, timeouts).await,
         Stream::Tcp(server, _counted) => relay(client, server, handles, expired, timeouts).await,
@@ -83,12 +84,42 @@ where
         How::Closed => "",
         How::Reset(End::First) => "downstream_remote_disconnect",
         How::Reset(End::Second) => "upstream_remote_disconnect",
-        How::Cancelled => "drained",
+        How::Cancelled if conn.drain.is_draining() => "drained",
+        How::Cancelled => "policy_change",
         How::Idle => "idle_timeout",
     }
     .into();
     if matches!(end.how, How::Idle) {
         record.flags.set(Flag::StreamIdleTimeout);
+    }
+}
+
+/// The policies of what was addressed, as far as they can be judged without a request.
+fn judge(conn: &Conn, snap: &Snapshot) -> Result<(), UpstreamError> {
+    authorize::judge(snap, conn, conn.shared.gateway.clone(), None)
+        .map_err(|(why, _)| UpstreamError::new(Failure::Denied, brief(&why)))
+}
+fn brief(why: &mesh_model::Refusal) -> String {
+    if why.detail.is_empty() { why.reason.to_string() } else { format!("{}: {}", why.reason, why.detail) }
+}
+
+/// Resolves when a published version no longer allows the connection, or the process has drained (I6).
+async fn ended(conn: &Conn) {
+    let mut versions = conn.shared.mesh.watch();
+    // What was published between the verdict and now counts too.
+    versions.mark_changed();
+    let forbidden = async {
+        while versions.changed().await.is_ok() {
+            versions.mark_unchanged();
+            if judge(conn, &conn.shared.mesh.load()).is_err() {
+                return;
+            }
+        }
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        () = forbidden => {}
+        () = conn.drain.expired() => {}
     }
 }
 
@@ -112,6 +143,7 @@ pub(crate) async fn reach(conn: &Conn, sni: Option<&str>, record: &mut TcpRecord
     let draw: u64 = rand::random();
     let (cluster, host) = {
         let snap = conn.shared.mesh.load();
+        judge(conn, &snap)?;
         let cluster = cluster(conn, &snap, sni, draw, record)?;
         let pick = PickContext { draw: redraw(draw, DRAW_ENDPOINT), hash: None, tried: &[], dst: Some(conn.local) };
         let host = cluster.pick(&pick)?;
@@ -164,6 +196,7 @@ pub(crate) fn note(record: &mut TcpRecord, error: &UpstreamError) {
     record.flags = flags_of(error.failure);
     record.details = error.to_string().into();
     record.reason = Some(match error.failure {
+        Failure::Denied => mesh_model::Reason::NotAllowed,
         Failure::NoCluster => mesh_model::Reason::NotBound,
         Failure::NoHealthy => mesh_model::Reason::NoHealthyEndpoint,
         Failure::Overflow => mesh_model::Reason::Overloaded,

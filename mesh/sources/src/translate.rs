@@ -32,6 +32,7 @@ mod waypoint;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use mesh_model::l7::authz::L7Policy;
 use mesh_model::policy::{Policy, PolicyKey};
 use mesh_model::service::{Service, ServiceKey};
 use mesh_model::snapshot::Viewpoint;
@@ -160,6 +161,7 @@ pub struct Translator {
     /// Namespaces in which a host was handed out.
     hosts_out: HashMap<Arc<str>, BTreeSet<Arc<str>>>,
     policies_out: HashMap<PolicyKey, Arc<Policy>>,
+    l7_policies_out: HashMap<PolicyKey, Arc<L7Policy>>,
     peers_out: BTreeMap<PolicyKey, Arc<Policy>>,
     own_locality: Locality,
     strict_key: PolicyKey,
@@ -192,6 +194,7 @@ impl Translator {
             services_out: HashMap::default(),
             hosts_out: HashMap::default(),
             policies_out: HashMap::default(),
+            l7_policies_out: HashMap::default(),
             peers_out: BTreeMap::new(),
             default_account: "default".into(),
             latest: "latest".into(),
@@ -596,6 +599,7 @@ impl Translator {
                 }
             }
         }
+        self.flush_l7_policies(dirty, changes);
         if dirty.peers || dirty.all {
             let want = self.peer_policies();
             for (key, p) in &want {
@@ -607,6 +611,35 @@ impl Translator {
                 changes.push(Change::PolicyGone(key.clone()));
             }
             self.peers_out = want;
+        }
+    }
+
+    /// Policies with targets, for waypoints.
+    fn flush_l7_policies(&mut self, dirty: &Dirty, changes: &mut Vec<Change>) {
+        if self.layer7.is_none() {
+            return;
+        }
+        let all = || self.spaces.iter().flat_map(|(ns, s)| s.policies.keys().map(move |name| (ns, name)));
+        let keys: BTreeSet<PolicyKey> = if dirty.all {
+            let here = all().map(|(ns, name)| PolicyKey { namespace: Arc::clone(ns), name: Arc::clone(name) });
+            here.chain(self.l7_policies_out.keys().cloned()).collect()
+        } else {
+            dirty.policies.iter().cloned().collect()
+        };
+        for key in keys {
+            let slot = self.spaces.get(&key.namespace).and_then(|s| s.policies.get(&key.name));
+            match slot.and_then(|s| s.obj.l7.clone()) {
+                Some(p) if self.l7_policies_out.get(&key) == Some(&p) => {}
+                Some(p) => {
+                    changes.push(Change::L7Policy(Arc::clone(&p)));
+                    self.l7_policies_out.insert(key, p);
+                }
+                None => {
+                    if self.l7_policies_out.remove(&key).is_some() {
+                        changes.push(Change::L7PolicyGone(key));
+                    }
+                }
+            }
         }
     }
 

@@ -12,7 +12,7 @@ use crate::tcp;
 use crate::telemetry::TcpRecord;
 use mesh_hbone::relay::endpoint::{Bytewise, Endpoint};
 use mesh_model::l7::gateway::ListenerTls;
-use mesh_model::l7::gateway::{GatewayKey, Listener, ListenerProtocol};
+use mesh_model::l7::gateway::{Listener, ListenerProtocol};
 use mesh_model::{Reason, Refusal};
 use mesh_runtime::drain::{self, Drain, DrainMode, DrainWatch};
 use mesh_runtime::sockets::ListenerOptions;
@@ -43,8 +43,7 @@ impl Listeners {
     /// Opens what is new, closes what went, loads certificates. `drain`: of the process. On the control thread.
     pub fn reconcile(&mut self, shared: &Arc<Shared>, drain: &DrainWatch) {
         let snap = shared.mesh.load_full();
-        let key = GatewayKey::new(&shared.settings.namespace, &shared.settings.gateway);
-        let listeners = snap.find_gateway(&key).map_or(&[][..], |g| &g.listeners[..]);
+        let listeners = snap.find_gateway(&shared.gateway).map_or(&[][..], |g| &g.listeners[..]);
         self.certificates.load(listeners);
         let mut wanted: BTreeMap<u16, PortProtocol> = BTreeMap::new();
         for l in listeners.iter().filter(|l| l.broken.is_none()) {

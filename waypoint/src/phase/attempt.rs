@@ -256,7 +256,9 @@ fn outcome_of(result: &Result<Response<Incoming>, UpstreamError>) -> Outcome {
             Failure::ResetBeforeRequest => retry::FailureKind::ResetBeforeRequest,
             Failure::Protocol => retry::FailureKind::Protocol,
             Failure::Timeout => retry::FailureKind::Timeout,
-            Failure::Overflow | Failure::NoCluster | Failure::NoHealthy | Failure::ClientGone => retry::FailureKind::Overflow,
+            Failure::Overflow | Failure::NoCluster | Failure::NoHealthy | Failure::Denied | Failure::ClientGone => {
+                retry::FailureKind::Overflow
+            }
         }),
     }
 }
@@ -306,6 +308,7 @@ fn failed(ex: &mut Exchange<'_>, error: &UpstreamError, retried: bool, dialect: 
             ex.record.flags.set(Flag::UpstreamRequestTimeout);
             return respond::local(ex, StatusCode::GATEWAY_TIMEOUT, "upstream request timeout", "response_timeout");
         }
+        Failure::Denied => return respond::local(ex, StatusCode::FORBIDDEN, "", "rbac_access_denied"),
         Failure::ClientGone => {
             ex.record.flags.set(Flag::DownstreamConnectionTermination);
             return respond::local(ex, unavailable, "", "downstream_remote_disconnect");

@@ -161,7 +161,7 @@ impl Cluster {
                 | Failure::ResetBeforeRequest
                 | Failure::Protocol => Seen::Broken,
                 // Not the endpoint's doing.
-                Failure::NoCluster | Failure::NoHealthy | Failure::Overflow | Failure::ClientGone => return,
+                Failure::NoCluster | Failure::NoHealthy | Failure::Overflow | Failure::Denied | Failure::ClientGone => return,
             },
         };
         if !matches!(seen, Seen::Status(..500)) {

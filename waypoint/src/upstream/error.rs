@@ -25,6 +25,8 @@ pub enum Failure {
     Protocol,
     /// The attempt took too long. 504; `UT`.
     Timeout,
+    /// Policy does not allow it (TCP connections; requests are answered before an attempt).
+    Denied,
     /// The client went while we waited. No answer; `DC`.
     ClientGone,
 }

@@ -290,8 +290,7 @@ fn judge(snap: &Snapshot, rule: &L7Rule, facts: &L7Facts<'_>, action: L7Action) 
 
 impl Judge<'_> {
     fn peer(self, m: &Match) -> bool {
-        let conn =
-            InboundConn { client: self.facts.client.into(), dst: self.facts.destination, identity: self.facts.identity };
+        let conn = InboundConn { client: self.facts.client.into(), dst: self.facts.destination, identity: self.facts.identity };
         m.is_empty() || authz::matches(self.snap.view(), m, &conn)
     }
     fn source(self, s: &L7Source) -> bool {

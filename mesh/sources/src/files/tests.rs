@@ -52,6 +52,8 @@ impl Dir {
                         format!("-{k}")
                     }
                 }
+                Change::L7Policy(p) => format!("+l7 {}", p.key),
+                Change::L7PolicyGone(k) => format!("-l7 {k}"),
                 Change::Routes(k, t) => format!("{}routes {k}", if t.broken.is_some() { "!" } else { "+" }),
                 Change::RoutesGone(k) => format!("-routes {k}"),
                 Change::Destination(d) => format!("{}destination {}", if d.broken.is_some() { "!" } else { "+" }, d.key),

@@ -4,6 +4,8 @@
 //! apply. Well-formed rules about HTTP cannot be judged here: such a rule allows nothing, and denies as if its HTTP
 //! part matched. Upstream: [`super::object`]. Downstream: `mesh_model::authz`.
 
+mod l7;
+
 use std::sync::Arc;
 
 use mesh_model::Origin;
@@ -51,13 +53,16 @@ pub(super) fn read<'p>(r: &mut Reader<'_>, node: &'p Node<'p>, id: &ObjectId, or
             false
         }
     };
-    let not_for_agent = AuthorizationPolicy { policy: None, selector: Labels::default() };
+    let not_for_agent = AuthorizationPolicy { policy: None, selector: Labels::default(), l7: None };
     // Whether it is for a waypoint, and whom it binds, come first: they decide what a mistake further down closes.
     let (selector, scope_error) = match read::map(node, "spec") {
         Ok(Some(spec)) => match selector(spec, r.pool) {
             Ok(labels) if has(spec, "selector") => (labels, None),
             Ok(labels) => match has_targets(node, spec, &id.namespace) {
-                Ok(true) => return not_for_agent,
+                Ok(true) => {
+                    let l7 = if r.layer7 { l7::read(r, node, spec, id, origin, dry_run) } else { None };
+                    return AuthorizationPolicy { l7, ..not_for_agent };
+                }
                 Ok(false) => (labels, None),
                 Err(bad) => (labels, Some(bad)),
             },
@@ -94,7 +99,7 @@ pub(super) fn read<'p>(r: &mut Reader<'_>, node: &'p Node<'p>, id: &ObjectId, or
     };
     let key = PolicyKey { namespace: Arc::clone(&id.namespace), name: Arc::clone(&id.name) };
     let policy = Policy { key, scope, body, origin: Some(Arc::clone(origin)) };
-    AuthorizationPolicy { policy: Some(Arc::new(policy)), selector }
+    AuthorizationPolicy { policy: Some(Arc::new(policy)), selector, l7: None }
 }
 
 /// Whether `key` is written at all, even as null.

@@ -70,7 +70,7 @@ pub(crate) fn closed(versions: &[&Object], why: &str, root_namespace: &str) -> O
                 body: PolicyBody::Unusable { why: why.into() },
                 origin: Some(Arc::clone(&first.origin)),
             };
-            Body::AuthorizationPolicy(AuthorizationPolicy { policy: Some(Arc::new(policy)), selector })
+            Body::AuthorizationPolicy(AuthorizationPolicy { policy: Some(Arc::new(policy)), selector, l7: None })
         }
         _ => return None,
     };

@@ -8,6 +8,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use mesh_model::Origin;
+use mesh_model::l7::authz::L7Policy;
 use mesh_model::policy::Policy;
 use mesh_model::service::{AppProtocol, IpFamilies};
 use mesh_model::workload::Locality;
@@ -439,6 +440,8 @@ pub struct AuthorizationPolicy {
     pub policy: Option<Arc<Policy>>,
     /// Labels it selects, when its scope is `Selector`.
     pub selector: Labels,
+    /// The policy as waypoints enforce it, when it names targets.
+    pub l7: Option<Arc<L7Policy>>,
 }
 /// mTLS mode.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]

@@ -14,6 +14,7 @@ use crate::diagnostics::Severity;
 /// What a mesh is after some changes.
 #[derive(Debug, Default, PartialEq)]
 struct State {
+    l7: BTreeMap<String, Arc<mesh_model::l7::authz::L7Policy>>,
     workloads: BTreeMap<String, Arc<Workload>>,
     services: BTreeMap<String, Arc<Service>>,
     policies: BTreeMap<String, Arc<Policy>>,
@@ -32,6 +33,8 @@ impl State {
                 Change::ServiceGone(k) => drop(self.services.remove(&k.to_string())),
                 Change::Policy(p) => drop(self.policies.insert(p.key.to_string(), p)),
                 Change::PolicyGone(k) => drop(self.policies.remove(&k.to_string())),
+                Change::L7Policy(p) => drop(self.l7.insert(p.key.to_string(), p)),
+                Change::L7PolicyGone(k) => drop(self.l7.remove(&k.to_string())),
                 Change::Routes(k, t) => drop(self.routes.insert(k.to_string(), t)),
                 Change::RoutesGone(k) => drop(self.routes.remove(&k.to_string())),
                 Change::Destination(d) => drop(self.destinations.insert(d.key.to_string(), d)),
@@ -919,3 +922,56 @@ fn only_what_is_touched_changes() {
 }
 
 use mesh_model::addr::Network;
+
+#[test]
+fn policies_with_targets_are_the_waypoints() {
+    use mesh_model::l7::authz::{L7Body, L7Target};
+    let read = |text: &str, layer7: bool| {
+        let mut t = Translator::new(view(), &Settings { layer7, ..Settings::default() });
+        let (objects, problems) = objects(&mut t, text);
+        for o in objects {
+            t.upsert(o);
+        }
+        let mut state = State::default();
+        state.apply(t.flush());
+        (state, problems)
+    };
+    let target = "targetRefs: [{kind: Service, group: '', name: web}]";
+    let good = ap(
+        "shop",
+        "p",
+        &format!(
+            "{{{target}, rules: [{{from: [{{source: {{principals: ['*']}}}}], to: [{{operation: {{methods: [GET], paths: ['/api/*', '/a/{{*}}']}}}}], when: [{{key: 'request.headers[x-a]', values: [b]}}]}}]}}"
+        ),
+    );
+    let (state, problems) = read(&good, true);
+    assert!(problems.is_empty() && state.policies.is_empty(), "{problems:?}");
+    let policy = &state.l7["shop/p"];
+    assert_eq!(policy.targets, [L7Target::Service { namespace: "shop".into(), name: "web".into() }]);
+    assert!(matches!(&policy.body, L7Body::Rules { rules, .. } if rules.len() == 1 && rules[0].when.len() == 1));
+    assert!(read(&good, false).0.l7.is_empty(), "not for the agent");
+
+    // Every mistake closes what the policy is bound to, and says where it is.
+    for (rule, says) in [
+        ("{to: [{operation: {path: ['/x']}}]}", "paths"),
+        ("{to: [{operation: {paths: ['/a/{x}']}}]}", "template"),
+        ("{to: [{operation: {paths: []}}]}", "empty"),
+        ("{to: [{operation: {paths: ['/a*b']}}]}", "one end"),
+        ("{from: []}", "empty"),
+        ("{when: [{key: 'request.nonsense', values: [x]}]}", "unknown condition"),
+        ("{when: [{key: 'request.headers[a b]', values: [x]}]}", "header name"),
+    ] {
+        let (state, problems) = read(&ap("shop", "p", &format!("{{{target}, rules: [{rule}]}}")), true);
+        let policy = state.l7.get("shop/p").unwrap_or_else(|| panic!("{rule} is no policy"));
+        assert!(matches!(&policy.body, L7Body::Unusable { .. }), "{rule}: {:?}", policy.body);
+        assert!(
+            problems.iter().any(|p| (p.message.contains(says) || p.fix.contains(says)) && p.origin.line > 0),
+            "{rule}: {problems:?}"
+        );
+    }
+    let (state, problems) = read(
+        &ap("shop", "p", "{targetRefs: [{kind: GatewayClass, group: gateway.networking.k8s.io, name: istio-waypoint}]}"),
+        true,
+    );
+    assert!(state.l7.is_empty() && problems.iter().any(|p| p.message.contains("root namespace")), "{problems:?}");
+}

@@ -87,7 +87,9 @@ fn without_a_token_nobody_is_a_request_principal() {
 fn hosts_headers_and_ports() {
     let to = |o: L7Operation| vec![policy("p", L7Action::Allow, vec![L7Rule { to: vec![o], ..L7Rule::default() }])];
     let hosts = |h: &str| L7Operation { hosts: methods(&[h]), ..L7Operation::default() };
-    for (host, ok) in [("web.shop", true), ("WEB.SHOP:80", true), ("web.*", true), ("*.shop", true), ("web.shop:81", false), ("shop", false)] {
+    for (host, ok) in
+        [("web.shop", true), ("WEB.SHOP:80", true), ("web.*", true), ("*.shop", true), ("web.shop:81", false), ("shop", false)]
+    {
         assert_eq!(check(to(hosts(host)), "a: GET /").is_ok(), ok, "{host}");
     }
     let port = |p| L7Operation { ports: Values::new(vec![p], Vec::new()), ..L7Operation::default() };
