@@ -1,7 +1,7 @@
 //! Changes: the only way knowledge enters the model.
-use crate::l7::authz::L7Policy;
 use crate::l7::destination::Destination;
 use crate::l7::gateway::{GatewayKey, GatewayRoutes};
+use crate::l7::policy::L7Policy;
 use crate::l7::route::RouteTable;
 pub use crate::origin::Origin;
 use crate::policy::{Policy, PolicyKey};

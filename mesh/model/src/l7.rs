@@ -5,7 +5,6 @@
 //! BackendTLSPolicy). Everything is compiled when it is translated: no regular expression is built, no weight is summed and
 //! no header name is parsed while a request waits. Upstream: `mesh-sources`. Downstream: the waypoint's phases.
 
-pub mod authz;
 pub mod balance;
 pub mod cors;
 pub mod destination;
@@ -16,6 +15,7 @@ pub mod headers;
 pub mod index;
 pub mod outlier;
 pub mod path;
+pub mod policy;
 pub mod retry;
 pub mod rewrite;
 pub mod route;

@@ -7,6 +7,7 @@
 
 pub mod addr;
 pub mod authz;
+pub mod authz_l7;
 pub mod change;
 pub mod conn;
 pub mod gateway;

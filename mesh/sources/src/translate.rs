@@ -32,7 +32,7 @@ mod waypoint;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use mesh_model::l7::authz::L7Policy;
+use mesh_model::l7::policy::L7Policy;
 use mesh_model::policy::{Policy, PolicyKey};
 use mesh_model::service::{Service, ServiceKey};
 use mesh_model::snapshot::Viewpoint;

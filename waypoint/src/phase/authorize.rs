@@ -2,8 +2,9 @@
 use crate::facts::{Facts, Scope};
 use crate::phase::{Exchange, Flow, respond};
 use http::StatusCode;
-use mesh_model::l7::authz::{HttpFacts, L7Facts, L7Target, L7Verdict, authorize, target_of};
+use mesh_model::authz_l7::{HttpFacts, L7Facts, L7Verdict, authorize};
 use mesh_model::l7::gateway::GatewayKey;
+use mesh_model::l7::policy::L7Target;
 use mesh_model::waypoint::Target;
 use mesh_model::{Refusal, Snapshot};
 use std::borrow::Cow;
@@ -38,7 +39,7 @@ pub(crate) fn judge(
     if let Scope::Mesh(target) = &conn.scope {
         targets.push(L7Target::Waypoints);
         if let Target::Service { service, .. } = target {
-            targets.push(target_of(&service.key, &service.name));
+            targets.push(L7Target::of_service(&service.key, &service.name));
         }
     }
     let facts = L7Facts {

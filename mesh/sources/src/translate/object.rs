@@ -8,7 +8,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use mesh_model::Origin;
-use mesh_model::l7::authz::L7Policy;
+use mesh_model::l7::policy::L7Policy;
 use mesh_model::policy::Policy;
 use mesh_model::service::{AppProtocol, IpFamilies};
 use mesh_model::workload::Locality;

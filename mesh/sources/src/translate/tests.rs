@@ -14,7 +14,7 @@ use crate::diagnostics::Severity;
 /// What a mesh is after some changes.
 #[derive(Debug, Default, PartialEq)]
 struct State {
-    l7: BTreeMap<String, Arc<mesh_model::l7::authz::L7Policy>>,
+    l7: BTreeMap<String, Arc<mesh_model::l7::policy::L7Policy>>,
     workloads: BTreeMap<String, Arc<Workload>>,
     services: BTreeMap<String, Arc<Service>>,
     policies: BTreeMap<String, Arc<Policy>>,
@@ -925,7 +925,7 @@ use mesh_model::addr::Network;
 
 #[test]
 fn policies_with_targets_are_the_waypoints() {
-    use mesh_model::l7::authz::{L7Body, L7Target};
+    use mesh_model::l7::policy::{L7Body, L7Target};
     let read = |text: &str, layer7: bool| {
         let mut t = Translator::new(view(), &Settings { layer7, ..Settings::default() });
         let (objects, problems) = objects(&mut t, text);

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use http::header::HeaderName;
 use mesh_model::Origin;
-use mesh_model::l7::authz::{L7Action, L7Body, L7Condition, L7Operation, L7Policy, L7Rule, L7Source, L7Target, PathPattern};
 use mesh_model::l7::gateway::GatewayKey;
+use mesh_model::l7::policy::{L7Action, L7Body, L7Condition, L7Operation, L7Policy, L7Rule, L7Source, L7Target, PathPattern};
 use mesh_model::policy::{PolicyKey, TextMatch, Values};
 
 use super::super::object::{ObjectId, Reader};

@@ -1,6 +1,8 @@
 use super::*;
 use crate::change::Change;
 use crate::fixture::*;
+use crate::l7::policy::{L7Policy, PathPattern};
+use std::sync::Arc;
 
 fn target() -> L7Target {
     L7Target::Service { namespace: "shop".into(), name: "web".into() }
