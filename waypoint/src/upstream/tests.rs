@@ -27,6 +27,7 @@ mod hbone;
 mod limits;
 mod picks;
 mod pools;
+mod stress;
 mod tls;
 
 /// A mesh with one service, and the upstreams that follow it.
@@ -51,6 +52,9 @@ fn own_id() -> SpiffeId {
 
 impl World {
     fn new() -> Self {
+        Self::with_threads(1)
+    }
+    fn with_threads(threads: usize) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let settings = LocalCaSettings { directory: dir.path().join("ca"), ..LocalCaSettings::default() };
         let ca = LocalCa::open(&settings, Arc::new(SystemClock)).unwrap();
@@ -62,7 +66,7 @@ impl World {
             hbone: Arc::new(mesh_hbone::Settings::default()),
             connect_timeout: Duration::from_secs(5),
             handshake_timeout: Duration::from_secs(5),
-            threads: 1,
+            threads,
             local: Locality::default(),
             labels: Labels::default(),
             baggage: None,
