@@ -3,10 +3,12 @@ use crate::addr::{Network, NetworkAddr};
 use crate::change::Change;
 use crate::conn::{InboundConn, OutboundConn};
 use crate::id::{SpiffeId, TrustDomain};
+use crate::l7::route::RequestFacts;
 use crate::policy::{Action, Clause, Match, Policy, PolicyBody, PolicyKey, Rule, Scope, TextMatch};
 use crate::service::{AppProtocol, Service, ServiceKey, ServicePort, WeightedWaypoint};
 use crate::snapshot::{Snapshot, Viewpoint};
 use crate::workload::{GatewayDestination, GatewayRef, Protocol, Workload};
+use http::header::{HeaderMap, HeaderName, HeaderValue};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
@@ -94,5 +96,56 @@ impl From<Service> for Change {
 impl From<Policy> for Change {
     fn from(p: Policy) -> Self {
         Self::Policy(Arc::new(p))
+    }
+}
+/// An HTTP request, as its facts borrow it.
+#[derive(Clone, Debug)]
+pub struct Req {
+    pub method: http::Method,
+    pub scheme: &'static str,
+    pub authority: String,
+    pub path: String,
+    pub query: Option<String>,
+    pub headers: HeaderMap,
+    pub port: u16,
+}
+impl Req {
+    /// `GET http://h.com<target>`, port 80.
+    pub fn get(target: &str) -> Self {
+        let (path, query) = target.split_once('?').map_or((target, None), |(p, q)| (p, Some(q)));
+        Self {
+            method: http::Method::GET,
+            scheme: "http",
+            authority: "h.com".into(),
+            path: path.into(),
+            query: query.map(str::to_owned),
+            headers: HeaderMap::new(),
+            port: 80,
+        }
+    }
+    pub fn method(mut self, method: http::Method) -> Self {
+        self.method = method;
+        self
+    }
+    pub fn host(mut self, authority: &str) -> Self {
+        self.authority = authority.into();
+        self
+    }
+    pub fn header(mut self, name: &'static str, value: impl AsRef<[u8]>) -> Self {
+        let value = HeaderValue::from_bytes(value.as_ref()).expect("a header value");
+        self.headers.append(HeaderName::from_static(name), value);
+        self
+    }
+    pub fn facts(&self) -> RequestFacts<'_> {
+        RequestFacts {
+            method: &self.method,
+            scheme: self.scheme,
+            authority: &self.authority,
+            path: &self.path,
+            query: self.query.as_deref(),
+            headers: &self.headers,
+            port: self.port,
+            claims: None,
+        }
     }
 }

@@ -1,5 +1,6 @@
 //! CORS: which answer or headers a request of a browser gets (Envoy's cors filter; spec/waypoint §10).
 use crate::l7::route::Cors;
+use crate::l7::select::joined;
 use http::Method;
 use http::header::{
     ACCESS_CONTROL_ALLOW_CREDENTIALS, ACCESS_CONTROL_ALLOW_HEADERS, ACCESS_CONTROL_ALLOW_METHODS, ACCESS_CONTROL_ALLOW_ORIGIN,
@@ -24,7 +25,11 @@ pub enum CorsDecision {
 
 /// Decides for one request.
 pub fn decide(cors: &Cors, method: &Method, headers: &HeaderMap) -> CorsDecision {
-    let Some(origin) = headers.get(ORIGIN).filter(|o| !o.is_empty()) else { return CorsDecision::NotCors };
+    // Several origins are one text that no origin matches.
+    let several = headers.get_all(ORIGIN).iter().nth(1).is_some();
+    let Some(origin) = headers.get(ORIGIN).filter(|o| !o.is_empty() || several) else { return CorsDecision::NotCors };
+    let several = several.then(|| joined(headers, &ORIGIN, ",")).and_then(|all| HeaderValue::try_from(all).ok());
+    let origin = several.as_ref().unwrap_or(origin);
     let allowed = origin.to_str().is_ok_and(|origin| {
         // `*` allows all, whichever kind of match accepts that text (Envoy asks each of them).
         cors.origins.iter().any(|o| o.matches("*") || o.matches(origin))
@@ -41,7 +46,10 @@ pub fn decide(cors: &Cors, method: &Method, headers: &HeaderMap) -> CorsDecision
     if cors.credentials {
         answer.insert(ACCESS_CONTROL_ALLOW_CREDENTIALS, HeaderValue::from_static("true"));
     }
-    set(&mut answer, ACCESS_CONTROL_EXPOSE_HEADERS, &cors.expose);
+    if allowed {
+        // On preflights too, where browsers have no use for it (measured).
+        set(&mut answer, ACCESS_CONTROL_EXPOSE_HEADERS, &cors.expose);
+    }
     if !preflight {
         return CorsDecision::Simple(answer);
     }
@@ -58,3 +66,6 @@ fn set(answer: &mut HeaderMap, name: HeaderName, value: &str) {
         answer.insert(name, value);
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -107,3 +107,6 @@ pub fn xxh64(data: &[u8], seed: u64) -> u64 {
     h = (h ^ (h >> 29)).wrapping_mul(P3);
     h ^ (h >> 32)
 }
+
+#[cfg(test)]
+mod tests;

@@ -5,10 +5,10 @@
 //! Refuses: deciding. A file only proposes, [`crate::l7::select::matches`] has the word, and of all rules that match the
 //! one declared first wins, so that the answer is that of the linear scan for every table and request (property test).
 use crate::l7::route::{HttpMatch, HttpRule, PathMatch, RequestFacts};
-use crate::l7::select::{header_text, matches};
+use crate::l7::select::{matches, text};
 use crate::l7::text::StringMatch;
 use hashbrown::HashMap;
-use http::header::HeaderName;
+use http::header::{COOKIE, HeaderName};
 use std::fmt;
 use std::sync::Arc;
 
@@ -94,7 +94,8 @@ fn requirements(m: &HttpMatch) -> Vec<Filed> {
         out.push(Filed::Authority(Arc::clone(a)));
     }
     out.extend(m.headers.iter().filter_map(|(name, what)| match what {
-        StringMatch::Exact(value) => Some(Filed::Header(name.clone(), Arc::clone(value))),
+        // Several lines of cookies are one more text, which no line has.
+        StringMatch::Exact(value) if *name != COOKIE => Some(Filed::Header(name.clone(), Arc::clone(value))),
         _ => None,
     }));
     out
@@ -185,8 +186,8 @@ impl Files {
         }
         self.authority.get(req.authority).copied().map(&mut ask);
         for (name, by_value) in &self.headers {
-            if let Some(value) = header_text(req.headers, name) {
-                by_value.get(&*value).copied().map(&mut ask);
+            for value in req.headers.get_all(name) {
+                by_value.get(&*text(value)).copied().map(&mut ask);
             }
         }
         // Last, because here are the patterns: only those declared before the best are run.

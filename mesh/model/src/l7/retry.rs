@@ -131,3 +131,6 @@ pub fn parse_retry_on(text: &str) -> Result<(RetryOn, Vec<u16>), String> {
     }
     Ok((on, statuses))
 }
+
+#[cfg(test)]
+mod tests;

@@ -4,7 +4,7 @@
 //! segments). Refuses: headers (`x-envoy-original-path` is the phase's business). Queries are kept, never looked into.
 use crate::l7::route::{HttpMatch, PathMatch, PathRewrite, Redirect, RedirectPort, RequestFacts};
 
-/// The path a rewrite makes of `path` (both without query). `None`: there is nothing to rewrite, the path stays.
+/// The path a rewrite makes of `path` (both without query). `None`: what matched is not there to be replaced, the path stays.
 ///
 /// What comes out always begins with `/`: a rewrite written without one (`uri: v2`) does not get to make a request line that
 /// is no path.
@@ -12,11 +12,11 @@ pub fn path(rewrite: &PathRewrite, matched: &HttpMatch, path: &str) -> Option<St
     let mut new = match rewrite {
         PathRewrite::Full(x) => x.to_string(),
         PathRewrite::TextPrefix(x) => {
-            let rest = path.get(matched_text(matched, path)..)?;
+            let rest = path.get(matched_text(matched, path)?..)?;
             [x, rest].concat()
         }
         PathRewrite::SegmentPrefix(x) => {
-            let rest = path.get(matched_segments(matched, path)..)?;
+            let rest = path.get(matched_segments(matched, path)?..)?;
             // `/x/` and `/x` are one replacement; the slash between it and the rest is the rest's.
             [x.strip_suffix('/').unwrap_or(x), rest].concat()
         }
@@ -30,20 +30,27 @@ pub fn path(rewrite: &PathRewrite, matched: &HttpMatch, path: &str) -> Option<St
 
 /// How many bytes of the path a text prefix rewrite replaces: the matched prefix, or all of it when the match was not by
 /// prefix. A rule that says nothing about the path matches by the prefix `/` (so Istio translates it).
-fn matched_text(matched: &HttpMatch, path: &str) -> usize {
+fn matched_text(matched: &HttpMatch, path: &str) -> Option<usize> {
     match &matched.path {
-        Some(PathMatch::TextPrefix(p) | PathMatch::SegmentPrefix(p)) => p.len(),
-        Some(PathMatch::Exact(_) | PathMatch::Regex(_)) => path.len(),
-        None => 1,
+        Some(PathMatch::TextPrefix(p) | PathMatch::SegmentPrefix(p)) => begins(path, p, matched.ignore_case),
+        Some(PathMatch::Exact(_) | PathMatch::Regex(_)) => Some(path.len()),
+        None => begins(path, "/", false),
     }
 }
 /// How many bytes of the path the matched segments are, without the slash that follows them.
-fn matched_segments(matched: &HttpMatch, path: &str) -> usize {
+fn matched_segments(matched: &HttpMatch, path: &str) -> Option<usize> {
     match &matched.path {
-        Some(PathMatch::TextPrefix(p) | PathMatch::SegmentPrefix(p)) => p.strip_suffix('/').unwrap_or(p).len(),
-        Some(PathMatch::Exact(_) | PathMatch::Regex(_)) => path.len(),
-        None => 0,
+        Some(PathMatch::TextPrefix(p) | PathMatch::SegmentPrefix(p)) => {
+            begins(path, p.strip_suffix('/').unwrap_or(p), matched.ignore_case)
+        }
+        Some(PathMatch::Exact(_) | PathMatch::Regex(_)) => Some(path.len()),
+        None => Some(0),
     }
+}
+/// The length of the prefix, if the path begins with it: another rewrite may have changed it since it matched.
+fn begins(path: &str, prefix: &str, ignore_case: bool) -> Option<usize> {
+    let head = path.get(..prefix.len())?;
+    (head == prefix || ignore_case && head.eq_ignore_ascii_case(prefix)).then_some(prefix.len())
 }
 
 /// `Location` of a redirect.
@@ -100,3 +107,6 @@ fn default_port(scheme: &str) -> Option<&'static str> {
         _ => None,
     }
 }
+
+#[cfg(test)]
+mod tests;

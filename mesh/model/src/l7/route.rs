@@ -65,7 +65,7 @@ pub struct HttpMatch {
     pub scheme: Option<StringMatch>,
     /// Host, as the client wrote it (VirtualService: with its port if it has one).
     pub authority: Option<StringMatch>,
-    /// Headers that must match; several values of one name are joined with `,`.
+    /// Headers that must match: any of the values of the name.
     pub headers: Vec<(HeaderName, StringMatch)>,
     /// Headers that must not match; a missing header counts as the empty text unless the match is `Present`.
     pub without_headers: Vec<(HeaderName, StringMatch)>,

@@ -4,7 +4,7 @@
 //! (translators put the rules into the order of their API) and weights ([`crate::l7::weights`]).
 use crate::l7::route::{GrpcMatch, HttpMatch, HttpRule, PathMatch, RequestFacts, RouteTable, TcpFacts, TcpRoute, TlsRule};
 use crate::l7::text::StringMatch;
-use http::header::{HeaderMap, HeaderName};
+use http::header::{COOKIE, HeaderMap, HeaderName, HeaderValue};
 use std::borrow::Cow;
 use std::sync::Arc;
 
@@ -44,20 +44,47 @@ pub fn matches(m: &HttpMatch, req: &RequestFacts<'_>) -> bool {
         && m.scheme.as_ref().is_none_or(|x| x.matches(req.scheme))
         && m.authority.as_ref().is_none_or(|x| x.matches(req.authority))
         && m.grpc.as_ref().is_none_or(|g| grpc_matches(g, req.path))
-        && m.headers.iter().all(|(name, x)| header_text(req.headers, name).is_some_and(|v| x.matches(&v)))
-        && m.without_headers.iter().all(|(name, x)| !without_matches(x, header_text(req.headers, name).as_deref()))
+        && m.headers.iter().all(|(name, x)| header_matches(x, name, req.headers))
+        && !m.without_headers.iter().any(|(name, x)| forbidden(x, name, req.headers))
         && m.query.iter().all(|(name, x)| query_value(req.query, name).is_some_and(|v| x.matches(v)))
         && m.claims.iter().all(|(path, x)| req.claims.is_some_and(|c| c.matches(path, x)))
         && !m.without_claims.iter().any(|(path, x)| req.claims.is_some_and(|c| c.matches(path, x)))
 }
 
+/// Whether any value of a header matches: each line of the same name is one value (Envoy 1.40 does not join them). Only the
+/// lines of `cookie` are also one text, since HTTP/2 may cut it in pieces (RFC 9113 §8.2.3).
+fn header_matches(x: &StringMatch, name: &HeaderName, headers: &HeaderMap) -> bool {
+    let mut values = headers.get_all(name).iter();
+    let Some(first) = values.next() else { return false };
+    if x.matches(&text(first)) {
+        return true;
+    }
+    // Almost always there is no second.
+    let mut rest = values.peekable();
+    if rest.peek().is_none() {
+        return false;
+    }
+    *name == COOKIE && x.matches(&joined(headers, name, "; ")) || rest.any(|value| x.matches(&text(value)))
+}
 /// Whether what must not be there is there: a header that is missing says the empty text (Istio sets
 /// `treat_missing_header_as_empty`), unless only its presence is asked for.
-fn without_matches(x: &StringMatch, value: Option<&str>) -> bool {
-    match x {
-        StringMatch::Present => value.is_some(),
-        x => x.matches(value.unwrap_or_default()),
+fn forbidden(x: &StringMatch, name: &HeaderName, headers: &HeaderMap) -> bool {
+    header_matches(x, name, headers) || *x != StringMatch::Present && !headers.contains_key(name) && x.matches("")
+}
+/// A value as text. Bytes that are no UTF-8 are replaced, so that a prefix in front of them is still seen.
+pub(crate) fn text(value: &HeaderValue) -> Cow<'_, str> {
+    String::from_utf8_lossy(value.as_bytes())
+}
+/// All values of a header in one text.
+pub(crate) fn joined(headers: &HeaderMap, name: &HeaderName, separator: &str) -> String {
+    let mut out = String::new();
+    for (at, value) in headers.get_all(name).iter().enumerate() {
+        if at > 0 {
+            out.push_str(separator);
+        }
+        out.push_str(&text(value));
     }
+    out
 }
 
 fn path_matches(p: &PathMatch, ignore_case: bool, path: &str) -> bool {
@@ -82,23 +109,6 @@ fn grpc_matches(g: &GrpcMatch, path: &str) -> bool {
     }
     let Some((service, method)) = path.strip_prefix('/').and_then(|p| p.split_once('/')) else { return false };
     g.service.as_ref().is_none_or(|x| x.matches(service)) && g.method.as_ref().is_none_or(|x| x.matches(method))
-}
-
-/// The value of a header as text: several are joined with `,` as Envoy does, bytes that are no UTF-8 are replaced, so that
-/// a prefix in front of them is still seen. Borrowed, unless there are several or such bytes.
-pub(crate) fn header_text<'h>(headers: &'h HeaderMap, name: &HeaderName) -> Option<Cow<'h, str>> {
-    let mut values = headers.get_all(name).iter();
-    let first = String::from_utf8_lossy(values.next()?.as_bytes());
-    let mut rest = values.peekable();
-    if rest.peek().is_none() {
-        return Some(first);
-    }
-    let mut joined = first.into_owned();
-    for value in rest {
-        joined.push(',');
-        joined.push_str(&String::from_utf8_lossy(value.as_bytes()));
-    }
-    Some(Cow::Owned(joined))
 }
 
 /// The first value of a query parameter, as written (Envoy matches routes on the encoded text); without `=` it is empty.
@@ -135,3 +145,6 @@ pub fn host_matches(pattern: &str, host: &str) -> bool {
             .is_some_and(|at| at > 0 && host.get(at..).is_some_and(|tail| tail.eq_ignore_ascii_case(suffix))),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -2,6 +2,11 @@ use super::*;
 use crate::authz::authorize;
 use crate::authz::tests::any_policy;
 use crate::fixture::*;
+use crate::l7::destination::{Balance, Subset, TrafficPolicy};
+use crate::l7::gateway::{Listener, ListenerProtocol};
+use crate::l7::route::{HttpMatch, HttpRoute, HttpRule, PathMatch};
+use crate::l7::select::select;
+use crate::labels::Labels;
 use crate::plan::plan_outbound;
 use crate::service::{HealthPolicy, IpFamilies, LbMode, LbScope};
 use crate::workload::{Health, Locality};
@@ -186,8 +191,66 @@ fn any_service() -> impl Strategy<Value = Service> {
             s
         })
 }
+/// Tables small and large (those that are indexed), indexed by their maker or not, sometimes unusable.
+fn any_table() -> impl Strategy<Value = RouteTable> {
+    let path = (0..12_u8, 0..3_u8).prop_map(|(n, how)| match how {
+        0 => PathMatch::Exact(format!("/{n}").into()),
+        1 => PathMatch::TextPrefix(format!("/{n}").into()),
+        _ => PathMatch::SegmentPrefix(format!("/{n}").into()),
+    });
+    (prop::collection::vec(path, 0..14), prop::bool::weighted(0.1), prop::bool::ANY).prop_map(|(paths, broken, indexed)| {
+        let route = Arc::new(HttpRoute::plain(&key("ns1", "a"), 80));
+        let rule = |path| HttpRule { matches: HttpMatch { path: Some(path), ..HttpMatch::default() }, route: Arc::clone(&route) };
+        let broken = broken.then(|| "why".into());
+        let table = RouteTable { http: paths.into_iter().map(rule).collect(), broken, ..RouteTable::default() };
+        if indexed { table.indexed() } else { table }
+    })
+}
+fn any_destination() -> impl Strategy<Value = Destination> {
+    (0..SERVICES.len(), prop::collection::vec((0..3_u8, any::<bool>()), 0..3)).prop_map(|(n, subsets)| {
+        let (ns, name) = SERVICES[n];
+        let policy = |random: bool| {
+            let balance = if random { Balance::Random } else { Balance::RoundRobin };
+            Arc::new(TrafficPolicy { balance, ..TrafficPolicy::default() })
+        };
+        let subset = |(n, random): (u8, bool)| {
+            let labels = Labels::of(vec![("v".into(), n.to_string().into())]);
+            (Arc::from(format!("v{n}")), Subset { labels, policy: policy(random), ports: BTreeMap::new() })
+        };
+        Destination {
+            key: key(ns, name),
+            policy: policy(n % 2 == 0),
+            ports: BTreeMap::from([(80, policy(true))]),
+            subsets: subsets.into_iter().map(subset).collect(),
+            origins: Vec::new(),
+            broken: None,
+        }
+    })
+}
+fn any_gateway() -> impl Strategy<Value = GatewayRoutes> {
+    (0..2_u8, prop::collection::vec(any_table(), 0..3)).prop_map(|(n, tables)| GatewayRoutes {
+        key: GatewayKey::new("ns1", &format!("g{n}")),
+        listeners: vec![Listener {
+            name: "l".into(),
+            port: 80,
+            protocol: ListenerProtocol::Http,
+            hostname: None,
+            tls: None,
+            hosts: tables.into_iter().enumerate().map(|(i, t)| (Arc::from(format!("h{i}")), Arc::new(t))).collect(),
+            broken: None,
+        }],
+        origin: None,
+    })
+}
 fn any_change() -> impl Strategy<Value = Change> {
+    let service = || (0..SERVICES.len()).prop_map(|n| key(SERVICES[n].0, SERVICES[n].1));
     prop_oneof![
+        3 => (service(), any_table()).prop_map(|(key, t)| Change::Routes(key, Arc::new(t))),
+        1 => service().prop_map(Change::RoutesGone),
+        2 => any_destination().prop_map(|d| Change::Destination(Arc::new(d))),
+        1 => service().prop_map(Change::DestinationGone),
+        2 => any_gateway().prop_map(|g| Change::Gateway(Arc::new(g))),
+        1 => any_gateway().prop_map(|g| Change::GatewayGone(g.key)),
         6 => any_workload().prop_map(Change::from),
         2 => any_workload().prop_map(|w| Change::WorkloadGone(w.uid)),
         4 => any_service().prop_map(Change::from),
@@ -243,6 +306,23 @@ fn answers(snap: &Snapshot) -> Vec<String> {
             out.push(format!("{:?}", snap.find_service_by_host(host, ns)));
         }
     }
+    let requests: Vec<Req> = ["/", "/1", "/1/x", "/11", "/7", "/x"].into_iter().map(Req::get).collect();
+    let mut route = |table: &RouteTable| {
+        out.extend(requests.iter().map(|r| format!("{:?}", select(table, &r.facts()))));
+    };
+    for (ns, name) in SERVICES {
+        snap.find_routes(&key(ns, name)).map(|t| route(t));
+    }
+    for n in 0..2 {
+        let gateway = snap.find_gateway(&GatewayKey::new("ns1", &format!("g{n}")));
+        gateway.into_iter().flat_map(|g| &g.listeners).flat_map(|l| &l.hosts).for_each(|(_, t)| route(t));
+    }
+    for (ns, name) in SERVICES {
+        let destination = snap.find_destination(&key(ns, name));
+        for (subset, port) in [(None, 80), (None, 90), (Some("v0"), 80), (Some("v1"), 90), (Some("v9"), 80)] {
+            out.push(format!("{:?}", destination.and_then(|d| d.policy(subset, port))));
+        }
+    }
     let mut sources: Vec<_> = snap.local_workloads().cloned().collect();
     sources.sort_by(|a, b| a.uid.cmp(&b.uid));
     let peer = id("cluster.local", "ns1", "a");
@@ -277,6 +357,8 @@ proptest! {
             }
         }
         let rebuilt = Snapshot::empty(view()).apply(&final_set(&changes));
+        // Whoever made them, published tables are indexed.
+        prop_assert!(snap.routes().all(|(_, t)| t.is_indexed()) && snap.gateways().all(|g| g.is_indexed()));
         prop_assert_eq!(snap.canonical_dump(), rebuilt.canonical_dump());
         prop_assert_eq!(answers(&snap), answers(&rebuilt));
         if let Some((old, dump)) = kept {
