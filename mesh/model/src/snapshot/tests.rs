@@ -311,7 +311,7 @@ fn answers(snap: &Snapshot) -> Vec<String> {
         out.extend(requests.iter().map(|r| format!("{:?}", select(table, &r.facts()))));
     };
     for (ns, name) in SERVICES {
-        snap.find_routes(&key(ns, name)).map(|t| route(t));
+        snap.find_routes(&key(ns, name)).into_iter().for_each(|t| route(t));
     }
     for n in 0..2 {
         let gateway = snap.find_gateway(&GatewayKey::new("ns1", &format!("g{n}")));

@@ -103,8 +103,8 @@ fn plain() -> Redirect {
 fn to(scheme: Option<&str>, authority: Option<&str>, port: RedirectPort, path: Option<PathRewrite>) -> Redirect {
     Redirect { scheme: scheme.map(Into::into), authority: authority.map(Into::into), port, path, ..plain() }
 }
-fn full(p: &str) -> Option<PathRewrite> {
-    Some(PathRewrite::Full(p.into()))
+fn full(p: &str) -> PathRewrite {
+    PathRewrite::Full(p.into())
 }
 
 /// Measured on Envoy 1.40, with what istiod makes of the objects on top (default ports left out).
@@ -136,10 +136,16 @@ fn locations() {
         (to(Some("https"), Some("n.com:81"), ProtocolDefault, None), &any, "h.com", "/p", "https://n.com/p"),
         (to(None, None, FromRequest, None), &any, "h.com:1", "/p", "http://h.com/p"),
         (to(Some("https"), Some("n.com"), FromRequest, None), &any, "h.com", "/p", "https://n.com:80/p"),
-        (to(None, None, Unset, full("/new")), &any, "h.com:8080", "/p?q=1", "http://h.com:8080/new?q=1"),
-        (to(None, None, Unset, full("/new?x=y")), &any, "h.com", "/p?q=1", "http://h.com/new?x=y"),
-        (to(None, None, Unset, full("new")), &any, "h.com", "/p", "http://h.com/new"),
-        (Redirect { strip_query: true, ..to(None, None, Unset, full("/new")) }, &any, "h.com", "/p?q=1", "http://h.com/new"),
+        (to(None, None, Unset, Some(full("/new"))), &any, "h.com:8080", "/p?q=1", "http://h.com:8080/new?q=1"),
+        (to(None, None, Unset, Some(full("/new?x=y"))), &any, "h.com", "/p?q=1", "http://h.com/new?x=y"),
+        (to(None, None, Unset, Some(full("new"))), &any, "h.com", "/p", "http://h.com/new"),
+        (
+            Redirect { strip_query: true, ..to(None, None, Unset, Some(full("/new"))) },
+            &any,
+            "h.com",
+            "/p?q=1",
+            "http://h.com/new",
+        ),
         (plain(), &any, "h.com", "/s?", "http://h.com/s?"),
         (plain(), &any, "h.com", "//evil.com/x", "http://h.com//evil.com/x"),
         (

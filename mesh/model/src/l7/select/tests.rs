@@ -401,7 +401,8 @@ proptest! {
 /// which takes a thousand times as long.)
 #[test]
 fn large_tables_are_not_scanned() {
-    let shapes: [(&str, fn(usize) -> HttpMatch, fn(usize) -> Req); 6] = [
+    type Shape = (&'static str, fn(usize) -> HttpMatch, fn(usize) -> Req);
+    let shapes: [Shape; 6] = [
         ("exact", |i| at(PathMatch::Exact(format!("/r{i}").into())), |i| Req::get(&format!("/r{i}"))),
         ("text", |i| at(PathMatch::TextPrefix(format!("/r{i}/").into())), |i| Req::get(&format!("/r{i}/x"))),
         ("segments", |i| at(PathMatch::SegmentPrefix(format!("/r{i}").into())), |i| Req::get(&format!("/r{i}/x"))),
