@@ -1,44 +1,467 @@
-//! Gateway API routes of services and gateways: the place where they enter the join of [`super::layer7`].
+//! The Gateway API: routes of services (GAMMA) and of Gateways that face the outside, BackendTLSPolicy, ReferenceGrant.
+//!
+//! Owns these objects and what attaches to what. Each is compiled when it is read, as if all it names were there and
+//! permitted; the join looks at the references and replaces only what is not. Order of rules (spec of the Gateway API):
+//! exact paths, then prefixes, then patterns; longer, with method, with more headers, with more query parameters first;
+//! then older routes, then by name. Backends that are unknown, not permitted or not backends answer 500 for their share; a
+//! route that could not be understood closes (500) the service or the listener's hosts it was for. Upstream:
+//! [`super::object`]. Downstream: [`super::layer7`], which asks per service and per Gateway.
 
+mod backend_tls;
+mod compile;
+mod filter;
+mod grpc_route;
+mod http_route;
+mod l4_route;
+mod listener;
+mod reference;
+mod route;
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use mesh_model::Origin;
-use mesh_model::l7::destination::UpstreamTls;
-use mesh_model::l7::gateway::{GatewayKey, GatewayRoutes};
-use mesh_model::l7::route::RouteTable;
-use mesh_model::service::Service;
+use mesh_model::l7::destination::{KeyPair, Roots, UpstreamTls};
+use mesh_model::l7::gateway::{GatewayKey, GatewayRoutes, Listener, ListenerTls};
+use mesh_model::l7::route::{BackendRef, ClusterKey, HttpMatch, HttpRoute, HttpRule, RouteTable, TcpRoute, TcpRule, TlsRule};
+use mesh_model::service::{Service, ServiceKey};
 
-use super::layer7::{Join, Touched};
-use super::object::{ObjectId, Reader};
+use super::layer7::{Join, Need, Output, Touched};
+use super::object::{AllowedRoutes, Kind, KubeService, ObjectId, Reader};
 use super::read::Read;
+use super::{HashMap, Name, Slot, Translator};
+use crate::diagnostics::Severity;
 use crate::yaml::Node;
+
+use backend_tls::{CaKind, TlsPolicy};
+use compile::{invalid, settle_http, settle_l4};
+pub use listener::{EdgeListener, EdgeTls, SecretRef, read_all as read_listeners};
+use reference::{GATEWAY_GROUP, ParentKind, ParentRef, ReferenceGrant, Target, TargetKind, kind_name};
+use route::{Action, At, Rank, Route, RouteKind};
 
 /// One object of the Gateway API, as read.
 #[derive(Clone, Debug, PartialEq)]
-pub enum GatewayApiObject {}
+pub enum GatewayApiObject {
+    /// HTTPRoute, GRPCRoute, TCPRoute or TLSRoute.
+    Route(Route),
+    /// BackendTLSPolicy.
+    BackendTls(TlsPolicy),
+    /// ReferenceGrant.
+    Grant(ReferenceGrant),
+}
+impl GatewayApiObject {
+    /// Whether it only stands for an object that could not be read.
+    pub fn is_stand_in(&self) -> bool {
+        match self {
+            Self::Route(r) => r.broken.is_some(),
+            Self::BackendTls(p) => p.broken.is_some(),
+            Self::Grant(_) => false,
+        }
+    }
+}
+
+/// What routes are indexed by.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum Parent {
+    Service(ServiceKey),
+    /// A ServiceEntry by name; its hosts are its own business.
+    Entry(Name),
+    Gateway(GatewayKey),
+}
+/// A route of any kind, as the index names it.
+type RouteId = (RouteKind, Arc<str>, Arc<str>);
 
 /// The objects of the Gateway API, and their indices.
 #[derive(Debug, Default)]
-pub(super) struct GatewayApi {}
-impl GatewayApi {
-    /// Takes an object in or forgets it, and marks what it touches. (Outputs that asked for the object by name, or for all
-    /// of its kind and namespace, are marked by the caller.)
-    pub(super) fn set(&mut self, _id: &ObjectId, _new: Option<(GatewayApiObject, Arc<Origin>)>, _touched: &mut Touched) {}
+pub(super) struct GatewayApi {
+    routes: BTreeMap<RouteId, Slot<Route>>,
+    by_parent: HashMap<Parent, BTreeSet<RouteId>>,
+    policies: BTreeMap<Name, Slot<TlsPolicy>>,
+    by_target: HashMap<ServiceKey, BTreeSet<Name>>,
+    grants: BTreeMap<Name, ReferenceGrant>,
 }
 
 /// Reads an HTTPRoute, GRPCRoute, TCPRoute, TLSRoute, BackendTLSPolicy or ReferenceGrant.
 pub(super) fn read<'p>(
     r: &mut Reader<'_>,
     node: &'p Node<'p>,
-    _id: &ObjectId,
-    _origin: &Arc<Origin>,
+    id: &ObjectId,
+    origin: &Arc<Origin>,
 ) -> Read<'p, Option<GatewayApiObject>> {
-    r.note(node, "accepted; not used by this proxy yet");
-    Ok(None)
+    Ok(match id.kind {
+        Kind::BackendTlsPolicy => Some(GatewayApiObject::BackendTls(backend_tls::read(r, node, id)?)),
+        Kind::ReferenceGrant => Some(GatewayApiObject::Grant(reference::grant(r, node)?)),
+        kind => match route_kind(kind) {
+            Some(kind) => Some(GatewayApiObject::Route(route::read(r, node, kind, id, origin)?)),
+            None => None,
+        },
+    })
+}
+fn route_kind(kind: Kind) -> Option<RouteKind> {
+    match kind {
+        Kind::HttpRoute => Some(RouteKind::Http),
+        Kind::GrpcRoute => Some(RouteKind::Grpc),
+        Kind::TcpRoute => Some(RouteKind::Tcp),
+        Kind::TlsRoute => Some(RouteKind::Tls),
+        _ => None,
+    }
+}
+
+/// What a parentRef of a route in `ns` attaches to; Services and ServiceEntries only in its own namespace.
+fn parent_of(p: &ParentRef, ns: &str) -> Option<Parent> {
+    let namespace = Arc::clone(&p.namespace);
+    match &p.kind {
+        ParentKind::Gateway => Some(Parent::Gateway(GatewayKey { namespace, name: Arc::clone(&p.name) })),
+        ParentKind::Service(host) if *namespace == *ns => {
+            Some(Parent::Service(ServiceKey { namespace, hostname: Arc::clone(host) }))
+        }
+        ParentKind::ServiceEntry if *namespace == *ns => Some(Parent::Entry((namespace, Arc::clone(&p.name)))),
+        _ => None,
+    }
+}
+/// A ServiceEntry and whatever attaches to it.
+pub(super) fn entry_need((namespace, name): &Name) -> Need {
+    Need::Object(ObjectId { kind: Kind::ServiceEntry, namespace: Arc::clone(namespace), name: Arc::clone(name) })
+}
+
+impl GatewayApi {
+    /// Takes an object in or forgets it, and marks what it touches. (Outputs that asked for the object by name, or for all
+    /// of its kind and namespace, are marked by the caller.) What stands in for an object that cannot be read does not
+    /// replace a good one.
+    pub(super) fn set(&mut self, id: &ObjectId, new: Option<(GatewayApiObject, Arc<Origin>)>, touched: &mut Touched) {
+        let name: Name = (Arc::clone(&id.namespace), Arc::clone(&id.name));
+        match id.kind {
+            Kind::BackendTlsPolicy => {
+                let new = match new {
+                    Some((GatewayApiObject::BackendTls(obj), origin)) => Some(Slot { obj, origin }),
+                    _ => None,
+                };
+                self.set_policy(name, new, touched);
+            }
+            Kind::ReferenceGrant => {
+                match new {
+                    Some((GatewayApiObject::Grant(grant), _)) => self.grants.insert(name, grant),
+                    _ => self.grants.remove(&name),
+                };
+                return;
+            }
+            kind => {
+                let Some(kind) = route_kind(kind) else { return };
+                let new = match new {
+                    Some((GatewayApiObject::Route(obj), origin)) => Some(Slot { obj, origin }),
+                    _ => None,
+                };
+                self.set_route((kind, name.0, name.1), new, touched);
+            }
+        }
+        touched.output(Output::Check(id.clone()));
+    }
+
+    fn set_route(&mut self, id: RouteId, new: Option<Slot<Route>>, touched: &mut Touched) {
+        let old = self.routes.get(&id);
+        if let (Some(old), Some(new)) = (old, &new)
+            && ((old.obj == new.obj && old.origin == new.origin) || (new.obj.broken.is_some() && old.obj.broken.is_none()))
+        {
+            return;
+        }
+        let parents =
+            |slot: &Slot<Route>| -> Vec<Parent> { slot.obj.parents.iter().filter_map(|p| parent_of(p, &id.1)).collect() };
+        let (before, after) = (old.map(parents).unwrap_or_default(), new.as_ref().map(parents).unwrap_or_default());
+        for p in &before {
+            if let Some(set) = self.by_parent.get_mut(p) {
+                set.remove(&id);
+                if set.is_empty() {
+                    self.by_parent.remove(p);
+                }
+            }
+        }
+        for p in before.iter().chain(&after) {
+            match p {
+                Parent::Service(key) => touched.output(Output::Routes(key.clone())),
+                Parent::Gateway(key) => touched.output(Output::Gateway(key.clone())),
+                // Of its hosts only it itself knows.
+                Parent::Entry(name) => touched.need(entry_need(name)),
+            }
+        }
+        for p in after {
+            self.by_parent.entry(p).or_default().insert(id.clone());
+        }
+        match new {
+            Some(slot) => self.routes.insert(id, slot),
+            None => self.routes.remove(&id),
+        };
+    }
+
+    fn set_policy(&mut self, name: Name, new: Option<Slot<TlsPolicy>>, touched: &mut Touched) {
+        let old = self.policies.get(&name);
+        if let (Some(old), Some(new)) = (old, &new)
+            && ((old.obj == new.obj && old.origin == new.origin) || (new.obj.broken.is_some() && old.obj.broken.is_none()))
+        {
+            return;
+        }
+        let targets = |slot: &Slot<TlsPolicy>| -> Vec<ServiceKey> {
+            let key =
+                |t: &backend_tls::PolicyTarget| ServiceKey { namespace: Arc::clone(&name.0), hostname: Arc::clone(&t.host) };
+            slot.obj.targets.iter().map(key).collect()
+        };
+        let (before, after) = (old.map(targets).unwrap_or_default(), new.as_ref().map(targets).unwrap_or_default());
+        for key in before {
+            if let Some(set) = self.by_target.get_mut(&key) {
+                set.remove(&name);
+                if set.is_empty() {
+                    self.by_target.remove(&key);
+                }
+            }
+            touched.output(Output::Destination(key));
+        }
+        for key in after {
+            self.by_target.entry(key.clone()).or_default().insert(name.clone());
+            touched.output(Output::Destination(key));
+        }
+        match new {
+            Some(slot) => self.policies.insert(name, slot),
+            None => self.policies.remove(&name),
+        };
+    }
+
+    /// The routes attached to something, oldest first.
+    fn attached(&self, parent: &Parent) -> Vec<(&RouteId, &Slot<Route>)> {
+        let ids = self.by_parent.get(parent).into_iter().flatten();
+        let mut all: Vec<_> = ids.filter_map(|id| self.routes.get_key_value(id)).collect();
+        all.sort_by_key(|((kind, ns, name), slot)| (slot.obj.created.is_empty(), &slot.obj.created, ns, name, *kind));
+        all
+    }
+}
+
+/// The Kubernetes Service behind a service; `None` when a ServiceEntry stands for it.
+fn kube_service<'t>(t: &'t Translator, key: &ServiceKey) -> Option<&'t KubeService> {
+    let (ns, name) = t.kube_name(&key.hostname)?;
+    if *key.namespace != *ns {
+        return None;
+    }
+    t.spaces.get(ns)?.services.get(name).map(|s| &s.obj).filter(|s| !s.external_name)
 }
 
 /// Adds the rules of the routes attached to a service, in the order of the Gateway API, behind what is there.
-pub(super) fn add(_join: &mut Join<'_>, _service: &Arc<Service>, _table: &mut RouteTable) {}
+pub(super) fn add(join: &mut Join<'_>, service: &Arc<Service>, table: &mut RouteTable) {
+    let kube = kube_service(join.t, &service.key);
+    let parent = if kube.is_some() {
+        Parent::Service(service.key.clone())
+    } else {
+        let entry = (Arc::clone(&service.key.namespace), Arc::clone(&service.name));
+        join.need(entry_need(&entry));
+        Parent::Entry(entry)
+    };
+    let api = &join.objects.gateway_api;
+    let (mut rules, mut tls, mut tcp) = (Vec::new(), Vec::new(), Vec::new());
+    for (id, slot) in api.attached(&parent) {
+        table.origins.push(Arc::clone(&slot.origin));
+        if let Some(why) = &slot.obj.broken {
+            table.broken.get_or_insert_with(|| Arc::clone(why));
+            continue;
+        }
+        let settled = settle(join, id, slot);
+        for p in slot.obj.parents.iter().filter(|p| parent_of(p, &id.1).as_ref() == Some(&parent)) {
+            // Told by the check of the route.
+            let Ok(port) = scope(p, kube, service) else { continue };
+            for (rank, matches, route) in &settled.http {
+                let matches = HttpMatch { port, ..HttpMatch::clone(matches) };
+                rules.push((*rank, HttpRule { matches, route: Arc::clone(route) }));
+            }
+            if id.0 == RouteKind::Tls {
+                let own = std::slice::from_ref(&service.key.hostname);
+                let sni = if slot.obj.hostnames.is_empty() { own } else { &slot.obj.hostnames };
+                for (host, to) in sni.iter().flat_map(|h| settled.l4.iter().map(move |to| (h, to))) {
+                    let rule = TlsRule { sni: vec![Arc::clone(host)], port, route: Arc::clone(to) };
+                    tls.push((host_order(host), rule));
+                }
+            } else {
+                tcp.extend(settled.l4.iter().map(|to| TcpRule { port, destinations: Vec::new(), route: Arc::clone(to) }));
+            }
+        }
+    }
+    // Stable: equally specific rules stay in the order of their routes.
+    rules.sort_by_key(|(rank, _)| *rank);
+    table.http.extend(rules.into_iter().map(|(_, rule)| rule));
+    tls.sort_by(|(a, _), (b, _)| a.cmp(b));
+    table.tls.extend(tls.into_iter().map(|(_, rule)| rule));
+    table.tcp.append(&mut tcp);
+}
+
+/// A parentRef names a port its service does not have.
+struct NoSuchPort;
+/// The port a parentRef is limited to, as a port of the service; `None` for all of them.
+fn scope(p: &ParentRef, kube: Option<&KubeService>, service: &Service) -> Result<Option<u16>, NoSuchPort> {
+    let by_number = p.port.map(|port| service.port(port).map(|p| p.port).ok_or(NoSuchPort)).transpose()?;
+    let named = |section: &Arc<str>| {
+        // The names of a ServiceEntry's ports do not reach the model; nobody attaches to them by name.
+        kube.and_then(|s| s.ports.iter().find(|p| p.name == *section)).map(|p| p.port).ok_or(NoSuchPort)
+    };
+    let by_name = p.section.as_ref().map(named).transpose()?;
+    match (by_number, by_name) {
+        (Some(a), Some(b)) if a != b => Err(NoSuchPort),
+        (a, b) => Ok(a.or(b)),
+    }
+}
+
+/// The rules of a route with their references looked up.
+#[derive(Default)]
+struct Settled<'a> {
+    http: Vec<HttpEntry<'a>>,
+    l4: Vec<Arc<TcpRoute>>,
+}
+/// An HTTP rule on its way into a table.
+type HttpEntry<'a> = (Rank, &'a HttpMatch, Arc<HttpRoute>);
+
+/// The rules of a route with their references looked up; complains about those that cannot be used.
+fn settle<'a>(join: &mut Join<'_>, id: &RouteId, slot: &'a Slot<Route>) -> Settled<'a> {
+    let mut out = Settled::default();
+    for (i, rule) in slot.obj.rules.iter().enumerate() {
+        let mut other = Vec::new();
+        for (at, target) in &rule.targets {
+            match resolve(join, id, target) {
+                Ok(None) => {}
+                Ok(Some(to)) => other.push((*at, to)),
+                Err((why, code)) => {
+                    let (field, effect) = match at {
+                        At::Backend(_) => ("backendRefs", "its share is answered 500"),
+                        At::Mirror(_) | At::BackendMirror(..) => ("filters", "nothing is copied there"),
+                    };
+                    let effect = if matches!(rule.action, Action::L4(_)) { "its share is refused" } else { effect };
+                    join.complain(
+                        Severity::Error,
+                        (&slot.origin, target.line),
+                        &format!("spec.rules[{i}].{field}"),
+                        format!("{why}; {effect}"),
+                        if code == "ref-not-permitted" { "write a ReferenceGrant there" } else { "correct the reference" },
+                        code,
+                    );
+                    other.push((*at, invalid(why)));
+                }
+            }
+        }
+        match &rule.action {
+            Action::Http(route) => {
+                let route = settle_http(route, other);
+                out.http.extend(rule.matches.iter().map(|(rank, matches)| (*rank, matches, Arc::clone(&route))));
+            }
+            Action::L4(route) => out.l4.push(settle_l4(route, other)),
+        }
+    }
+    out
+}
+/// Whether a reference is as assumed (`None`), another service, or unusable (why, and the code of the complaint).
+fn resolve(join: &mut Join<'_>, (kind, own, _): &RouteId, to: &Target) -> Result<Option<BackendRef>, (String, &'static str)> {
+    let ns = to.namespace.as_ref().unwrap_or(own);
+    let found = match &to.kind {
+        TargetKind::Other(kind) => return Err((format!("a {kind} takes no requests (InvalidKind)"), "invalid-kind")),
+        TargetKind::Service => {
+            if ns != own && !granted(join, &kind_name(GATEWAY_GROUP, kind.as_str()), own, "Service", ns, &to.name) {
+                let why = format!("Service {ns}/{} is not open to a {} of {own} (RefNotPermitted)", to.name, kind.as_str());
+                return Err((why, "ref-not-permitted"));
+            }
+            join.need(Need::Host(Arc::clone(&to.key.hostname)));
+            join.t.services_out.get(&to.key)
+        }
+        TargetKind::Hostname => join.find_service(&to.name, own),
+    };
+    let port = to.port.unwrap_or(0);
+    let missing = |what: std::fmt::Arguments<'_>| {
+        let name = match to.kind {
+            TargetKind::Hostname => format!("host {}", to.name),
+            _ => format!("Service {ns}/{}", to.name),
+        };
+        (format!("{name} {what} (BackendNotFound)"), "backend-not-found")
+    };
+    let Some(service) = found else { return Err(missing(format_args!("does not exist"))) };
+    if service.port(port).is_none() {
+        return Err(missing(format_args!("has no TCP port {port}")));
+    }
+    let moved = service.key != to.key;
+    Ok(moved.then(|| BackendRef::Service(ClusterKey { service: service.key.clone(), port, subset: None })))
+}
+
+/// Whether a ReferenceGrant in `ns` lets objects of `kind` in `own` point at `name`.
+fn granted(join: &mut Join<'_>, kind: &str, own: &str, to: &str, ns: &Arc<str>, name: &str) -> bool {
+    join.need(Need::All(Kind::ReferenceGrant, Arc::clone(ns)));
+    let from: Name = (Arc::clone(ns), "".into());
+    let grants = join.objects.gateway_api.grants.range(from..).take_while(|((n, _), _)| n == ns);
+    grants.into_iter().any(|(_, g)| g.allows(kind, own, to, name))
+}
+
+/// Complains about parents and targets that are not there. (What Gateways say to routes is told with the Gateway.)
+pub(super) fn check(join: &mut Join<'_>, id: &ObjectId) {
+    let api = &join.objects.gateway_api;
+    if let Some(kind) = route_kind(id.kind) {
+        let Some(slot) = api.routes.get(&(kind, Arc::clone(&id.namespace), Arc::clone(&id.name))) else { return };
+        for (i, p) in slot.obj.parents.iter().enumerate() {
+            if let Some((severity, message, fix)) = check_parent(join, &id.namespace, p) {
+                let field = format!("spec.parentRefs[{i}]");
+                join.complain(severity, (&slot.origin, p.line), &field, message, fix, "parent");
+            }
+        }
+        return;
+    }
+    let Some(slot) = api.policies.get(&(Arc::clone(&id.namespace), Arc::clone(&id.name))) else { return };
+    for (i, target) in slot.obj.targets.iter().enumerate() {
+        join.need(Need::Host(Arc::clone(&target.host)));
+        let key = ServiceKey { namespace: Arc::clone(&id.namespace), hostname: Arc::clone(&target.host) };
+        let known = |s: &KubeService| target.section.as_ref().is_none_or(|x| s.ports.iter().any(|p| p.name == *x));
+        let message = match kube_service(join.t, &key) {
+            None => format!("Service {}/{} does not exist", id.namespace, target.name),
+            Some(s) if !known(s) => format!("Service {}/{} has no TCP port of this name", id.namespace, target.name),
+            Some(_) => continue,
+        };
+        let field = format!("spec.targetRefs[{i}]");
+        let message = format!("{message}; the policy has no effect there");
+        join.complain(Severity::Warning, (&slot.origin, target.line), &field, message, "correct the reference", "target");
+    }
+}
+
+fn check_parent(join: &mut Join<'_>, own: &Arc<str>, p: &ParentRef) -> Option<(Severity, String, &'static str)> {
+    let ns = &p.namespace;
+    let hosts: Vec<Arc<str>> = match &p.kind {
+        ParentKind::Gateway => return None,
+        ParentKind::Other(kind) => {
+            return Some((
+                Severity::Warning,
+                format!("nothing attaches to a {kind} here"),
+                "attach to a Gateway, Service or ServiceEntry",
+            ));
+        }
+        _ if ns != own => {
+            let message = format!(
+                "routes of {own} for clients of a service of {ns} are not supported in ambient meshes; this has no effect"
+            );
+            return Some((Severity::Error, message, "move the route to the namespace of the service"));
+        }
+        ParentKind::Service(host) => vec![Arc::clone(host)],
+        ParentKind::ServiceEntry => {
+            join.need(entry_need(&(Arc::clone(ns), Arc::clone(&p.name))));
+            let entry = join.t.spaces.get(ns).and_then(|s| s.service_entries.get(&p.name));
+            entry.map(|e| e.obj.hosts.clone()).unwrap_or_default()
+        }
+    };
+    let mut found = None;
+    for host in hosts {
+        join.need(Need::Host(Arc::clone(&host)));
+        let key = ServiceKey { namespace: Arc::clone(ns), hostname: host };
+        let kube = kube_service(join.t, &key);
+        let is_kube = matches!(p.kind, ParentKind::Service(_));
+        if let Some(s) = join.t.services_out.get(&key).filter(|s| kube.is_some() == is_kube && (is_kube || s.name == p.name)) {
+            if scope(p, kube, s).is_ok() {
+                return None;
+            }
+            found = Some(key);
+        }
+    }
+    let message = match found {
+        Some(key) => format!("{} has no TCP port of this number or name; the route has no effect there", key.hostname),
+        None => format!("the parent {ns}/{} does not exist; the route has no effect there", p.name),
+    };
+    Some((Severity::Warning, message, "correct the reference"))
+}
 
 /// TLS towards a service, as a BackendTLSPolicy asks for it.
 #[derive(Clone, Debug)]
@@ -51,11 +474,311 @@ pub(super) struct BackendTls {
     pub(super) origin: Arc<Origin>,
 }
 /// What BackendTLSPolicies say about a service; one per port at most, ports of their own first.
-pub(super) fn backend_tls(_join: &mut Join<'_>, _service: &Arc<Service>) -> Vec<BackendTls> {
-    Vec::new()
+pub(super) fn backend_tls(join: &mut Join<'_>, service: &Arc<Service>) -> Vec<BackendTls> {
+    let api = &join.objects.gateway_api;
+    let Some(kube) = kube_service(join.t, &service.key) else { return Vec::new() };
+    let names = api.by_target.get(&service.key).into_iter().flatten();
+    let mut policies: Vec<(&Name, &Slot<TlsPolicy>)> = names.filter_map(|n| api.policies.get_key_value(n)).collect();
+    policies.sort_by_key(|(name, slot)| (slot.obj.created.is_empty(), &slot.obj.created, *name));
+    let mut out: Vec<BackendTls> = Vec::new();
+    for ((ns, _), slot) in policies {
+        let mine = slot.obj.targets.iter().filter(|t| t.host == service.key.hostname);
+        for target in mine {
+            let port = match &target.section {
+                None => None,
+                Some(section) => match kube.ports.iter().find(|p| p.name == *section) {
+                    Some(p) => Some(p.port),
+                    // Told by the check of the policy.
+                    None => continue,
+                },
+            };
+            if let Some(first) = out.iter().find(|b| b.port == port) {
+                let message = format!("an older policy speaks of the same: {}; this one has no effect there", first.origin);
+                let fix = "remove one of them";
+                join.complain(Severity::Warning, (&slot.origin, target.line), "spec.targetRefs", message, fix, "conflict");
+                continue;
+            }
+            let tls = Arc::new(upstream_tls(join, ns, slot));
+            out.push(BackendTls { port, tls, origin: Arc::clone(&slot.origin) });
+        }
+    }
+    out.sort_by_key(|b| (b.port.is_none(), b.port));
+    out
+}
+fn upstream_tls(join: &mut Join<'_>, ns: &Arc<str>, slot: &Slot<TlsPolicy>) -> UpstreamTls {
+    let v = &slot.obj.validation;
+    let mut roots = Roots::System;
+    let mut pem = String::new();
+    for (i, ca) in v.roots.iter().enumerate() {
+        let found = match &ca.kind {
+            CaKind::ConfigMap => join.find_config_map(ns, &ca.name).and_then(|e| e.get("ca.crt")).ok_or("ConfigMap"),
+            CaKind::Secret => join.find_secret(ns, &ca.name).and_then(|e| e.get("ca.crt")).ok_or("Secret"),
+            CaKind::Other(kind) => Err(&**kind),
+        };
+        let why = match found {
+            Ok(text) if text.contains(CERTIFICATE_LINE) => {
+                pem.push_str(text.trim_end());
+                pem.push('\n');
+                continue;
+            }
+            Ok(_) => format!("`ca.crt` of {ns}/{} holds no certificate", ca.name),
+            Err(kind @ ("ConfigMap" | "Secret")) => format!("there is no {kind} {ns}/{} with `ca.crt`", ca.name),
+            Err(kind) => format!("a CA bundle cannot come from a {kind}"),
+        };
+        let field = format!("spec.validation.caCertificateRefs[{i}]");
+        let message = format!("{why}; nobody is trusted, connections to the service fail");
+        join.complain(Severity::Error, (&slot.origin, ca.line), &field, message, "create or correct it", "ca");
+        if !matches!(roots, Roots::Missing(_)) {
+            roots = Roots::Missing(why.into());
+        }
+    }
+    if !pem.is_empty() && !matches!(roots, Roots::Missing(_)) {
+        roots = Roots::Pem(pem.into());
+    }
+    if let Some(why) = &slot.obj.broken {
+        roots = Roots::Missing(Arc::clone(why));
+    }
+    UpstreamTls {
+        sni: (!v.hostname.is_empty()).then(|| Arc::clone(&v.hostname)),
+        sans: v.sans.clone(),
+        roots,
+        client: None,
+        skip_verify: false,
+        alpn: Vec::new(),
+    }
 }
 
-/// The listeners and routes of a Gateway that faces the outside; `None` for waypoints and unknown ones.
-pub(super) fn gateway(_join: &mut Join<'_>, _key: &GatewayKey) -> Option<GatewayRoutes> {
-    None
+const CERTIFICATE_LINE: &str = "-----BEGIN CERTIFICATE-----";
+
+/// Host names of a listener, most specific first: exact, then the longer wildcard, then `*`.
+type HostOrder = (u8, Reverse<usize>, Arc<str>);
+fn host_order(host: &Arc<str>) -> HostOrder {
+    let class = if **host == *"*" { 2 } else { u8::from(host.starts_with("*.")) };
+    (class, Reverse(host.len()), Arc::clone(host))
 }
+/// What a listener's host name and a route's have in common: the narrower one, if one covers the other. `*.x` covers
+/// everything below `x`, not `x`.
+fn intersection(listener: &Arc<str>, route: &Arc<str>) -> Option<Arc<str>> {
+    let covers = |wide: &str, narrow: &str| {
+        wide == "*" || wide == narrow || wide.strip_prefix('*').is_some_and(|suffix| narrow.ends_with(suffix) && narrow != suffix)
+    };
+    if covers(listener, route) { Some(Arc::clone(route)) } else { covers(route, listener).then(|| Arc::clone(listener)) }
+}
+
+/// What is attached to one host of a listener.
+#[derive(Default)]
+struct Host<'a> {
+    http: Vec<HttpEntry<'a>>,
+    /// All but the HTTP rules.
+    rest: RouteTable,
+}
+impl Host<'_> {
+    /// Its table: the one it had, if that still says the same, so that a change of one host costs one table.
+    fn table(mut self, old: Option<&Arc<RouteTable>>) -> Arc<RouteTable> {
+        // Stable: equally specific rules stay in the order of their routes.
+        self.http.sort_by_key(|(rank, ..)| *rank);
+        let rest = self.rest;
+        let same = |old: &&Arc<RouteTable>| {
+            old.http.len() == self.http.len()
+                && old.http.iter().zip(&self.http).all(|(o, (_, matches, route))| o.route == *route && o.matches == **matches)
+                && (&old.tls, &old.tcp, &old.origins, &old.broken) == (&rest.tls, &rest.tcp, &rest.origins, &rest.broken)
+        };
+        if let Some(old) = old.filter(same) {
+            return Arc::clone(old);
+        }
+        let rule = |(_, matches, route): HttpEntry<'_>| HttpRule { matches: HttpMatch::clone(matches), route };
+        Arc::new(RouteTable { http: self.http.into_iter().map(rule).collect(), ..rest }.indexed())
+    }
+}
+
+/// The listeners and routes of a Gateway that faces the outside; `None` for waypoints and unknown ones. `old` is what it was
+/// before, whose tables are kept where they say the same.
+pub(super) fn gateway(join: &mut Join<'_>, key: &GatewayKey, old: Option<&GatewayRoutes>) -> Option<GatewayRoutes> {
+    let api = &join.objects.gateway_api;
+    let attached = api.attached(&Parent::Gateway(key.clone()));
+    let slot = join.t.gateways.get(&(Arc::clone(&key.namespace), Arc::clone(&key.name)) as &Name);
+    let Some(slot) = slot.filter(|s| !s.obj.edge.is_empty()) else {
+        let why = match slot {
+            None => format!("the Gateway {key} does not exist"),
+            Some(_) => format!("the Gateway {key} is a waypoint; routes attach to the Service or ServiceEntry behind it"),
+        };
+        for (i, p, route) in parent_refs(&attached, key) {
+            let field = format!("spec.parentRefs[{i}]");
+            join.complain(Severity::Warning, (&route.origin, p.line), &field, why.clone(), "correct the reference", "parent");
+        }
+        return None;
+    };
+    let edge = &slot.obj.edge;
+    let mut hosts: Vec<BTreeMap<HostOrder, Host<'_>>> = edge.iter().map(|_| BTreeMap::new()).collect();
+    for (id, route) in &attached {
+        attach(join, key, edge, id, route, &mut hosts);
+    }
+    let mut listeners = Vec::new();
+    for (l, hosts) in edge.iter().zip(hosts) {
+        let (tls, broken) = match &l.broken {
+            Some(why) => (None, Some(Arc::clone(why))),
+            None => match terminate(join, key, &slot.origin, l) {
+                Ok(tls) => (tls, None),
+                Err(why) => (None, Some(why.into())),
+            },
+        };
+        let before = old.and_then(|g| g.listeners.iter().find(|b| b.name == l.name));
+        let before: HashMap<&str, &Arc<RouteTable>> =
+            before.into_iter().flat_map(|b| &b.hosts).map(|(host, table)| (&**host, table)).collect();
+        let finish = |((_, _, host), h): (HostOrder, Host<'_>)| {
+            let table = h.table(before.get(&*host).copied());
+            (host, table)
+        };
+        listeners.push(Listener {
+            name: Arc::clone(&l.name),
+            port: l.port,
+            protocol: l.protocol,
+            hostname: l.hostname.clone(),
+            tls,
+            hosts: hosts.into_iter().map(finish).collect(),
+            broken,
+        });
+    }
+    Some(GatewayRoutes { key: key.clone(), listeners, origin: Some(Arc::clone(&slot.origin)) })
+}
+/// The parentRefs of the routes that name a Gateway, with their numbers.
+fn parent_refs<'a>(
+    attached: &[(&'a RouteId, &'a Slot<Route>)],
+    key: &GatewayKey,
+) -> Vec<(usize, &'a ParentRef, &'a Slot<Route>)> {
+    let of = |(id, slot): &(&'a RouteId, &'a Slot<Route>)| {
+        let (own, slot) = (Arc::clone(&id.1), *slot);
+        let parent = Some(Parent::Gateway(key.clone()));
+        slot.obj.parents.iter().enumerate().filter(move |(_, p)| parent_of(p, &own) == parent).map(move |(i, p)| (i, p, slot))
+    };
+    attached.iter().flat_map(of).collect()
+}
+
+/// Puts one route on the listeners it may attach to, and says why where there is none.
+fn attach<'a>(
+    join: &mut Join<'_>,
+    key: &GatewayKey,
+    edge: &[EdgeListener],
+    id: &RouteId,
+    route: &'a Slot<Route>,
+    hosts: &mut [BTreeMap<HostOrder, Host<'a>>],
+) {
+    let any: Arc<str> = "*".into();
+    let mut settled: Option<Settled<'a>> = None;
+    // Hosts it is on already: several parentRefs may lead to one listener.
+    let mut done: BTreeSet<(usize, Arc<str>)> = BTreeSet::new();
+    for (i, p, _) in parent_refs(&[(id, route)], key) {
+        // How far it got with any listener.
+        let mut got = 0;
+        for (n, l) in edge.iter().enumerate() {
+            if p.port.is_some_and(|port| port != l.port) || p.section.as_ref().is_some_and(|s| *s != l.name) {
+                continue;
+            }
+            got = got.max(1);
+            if l.broken.is_some() {
+                // Told with the listener.
+                got = 5;
+                continue;
+            }
+            if !l.kinds.contains(&id.0) {
+                continue;
+            }
+            got = got.max(2);
+            if matches!(l.allowed, AllowedRoutes::Selector { .. }) {
+                let (kind, namespace, name) = (Kind::Namespace, Arc::clone(&join.t.empty), Arc::clone(&id.1));
+                join.need(Need::Object(ObjectId { kind, namespace, name }));
+            }
+            if !join.t.admits(&l.allowed, &key.namespace, &id.1) {
+                continue;
+            }
+            got = got.max(3);
+            let listener = l.hostname.as_ref().unwrap_or(&any);
+            let own = std::slice::from_ref(&any);
+            let named = if route.obj.hostnames.is_empty() || id.0 == RouteKind::Tcp { own } else { &route.obj.hostnames };
+            for host in named.iter().filter_map(|h| intersection(listener, h)) {
+                got = 5;
+                if route.obj.rules.is_empty() && route.obj.broken.is_none() {
+                    // It asks for nothing, so there is nothing to answer but 404.
+                    continue;
+                }
+                let Some(hosts) = hosts.get_mut(n).filter(|_| done.insert((n, Arc::clone(&host)))) else { continue };
+                let at = hosts.entry(host_order(&host)).or_default();
+                at.rest.origins.push(Arc::clone(&route.origin));
+                if let Some(why) = &route.obj.broken {
+                    at.rest.broken.get_or_insert_with(|| Arc::clone(why));
+                    continue;
+                }
+                let settled = settled.get_or_insert_with(|| settle(join, id, route));
+                at.http.extend(settled.http.iter().cloned());
+                if id.0 == RouteKind::Tls && *host != *"*" {
+                    let sni = [Arc::clone(&host)];
+                    let rule = |to| TlsRule { sni: sni.to_vec(), port: None, route: Arc::clone(to) };
+                    at.rest.tls.extend(settled.l4.iter().map(rule));
+                } else {
+                    let rule = |to| TcpRule { port: None, destinations: Vec::new(), route: Arc::clone(to) };
+                    at.rest.tcp.extend(settled.l4.iter().map(rule));
+                }
+            }
+        }
+        let why = match got {
+            0 => format!("the Gateway {key} has no listener of this name or port (NoMatchingParent)"),
+            1 => format!("no such listener of {key} takes a {} (NotAllowedByListeners)", id.0.as_str()),
+            2 => format!("no such listener of {key} lets namespace {} attach (NotAllowedByListeners)", id.1),
+            3 => format!("no host name of the route fits such a listener of {key} (NoMatchingListenerHostname)"),
+            _ => continue,
+        };
+        let field = format!("spec.parentRefs[{i}]");
+        let message = format!("{why}; the route has no effect there");
+        join.complain(Severity::Error, (&route.origin, p.line), &field, message, "correct the route or the listener", "parent");
+    }
+}
+
+/// The certificates of a listener; why it cannot terminate TLS when one is missing.
+fn terminate(join: &mut Join<'_>, key: &GatewayKey, origin: &Origin, l: &EdgeListener) -> Result<Option<ListenerTls>, String> {
+    let refs = match &l.tls {
+        None => return Ok(None),
+        Some(EdgeTls::Passthrough) => return Ok(Some(ListenerTls::Passthrough)),
+        Some(EdgeTls::Files { chain, key }) => {
+            return Ok(Some(ListenerTls::Files { chain: Arc::clone(chain), key: Arc::clone(key) }));
+        }
+        Some(EdgeTls::Secrets(refs)) => refs,
+    };
+    let (mut pairs, mut broken) = (Vec::new(), None);
+    for (i, secret) in refs.iter().enumerate() {
+        match key_pair(join, key, secret) {
+            Ok(pair) => pairs.push(pair),
+            Err((why, code)) => {
+                let field = format!("spec.listeners[{}].tls.certificateRefs[{i}]", l.number);
+                let message = format!("{why}; port {} is not listened on", l.port);
+                let fix =
+                    if code == "ref-not-permitted" { "write a ReferenceGrant there" } else { "create or correct the Secret" };
+                join.complain(Severity::Error, (origin, secret.line), &field, message, fix, code);
+                broken.get_or_insert(why);
+            }
+        }
+    }
+    match broken {
+        None => Ok(Some(ListenerTls::Terminate(pairs))),
+        Some(why) => Err(why),
+    }
+}
+fn key_pair(join: &mut Join<'_>, gateway: &GatewayKey, secret: &SecretRef) -> Result<KeyPair, (String, &'static str)> {
+    let (own, name) = (&gateway.namespace, &secret.name);
+    let ns = secret.namespace.as_ref().unwrap_or(own);
+    if ns != own && !granted(join, &kind_name(GATEWAY_GROUP, "Gateway"), own, "Secret", ns, name) {
+        return Err((format!("Secret {ns}/{name} is not open to Gateways of {own} (RefNotPermitted)"), "ref-not-permitted"));
+    }
+    let Some(entries) = join.find_secret(ns, name) else {
+        return Err((format!("Secret {ns}/{name} does not exist"), "certificate"));
+    };
+    let chain = entries.get("tls.crt").or_else(|| entries.get("cert")).filter(|t| t.contains(CERTIFICATE_LINE));
+    let key = entries.get("tls.key").or_else(|| entries.get("key")).filter(|t| t.contains("PRIVATE KEY-----"));
+    match (chain, key) {
+        (Some(chain), Some(key)) => Ok(KeyPair { chain: Arc::clone(chain), key: Arc::clone(key) }),
+        (None, _) => Err((format!("Secret {ns}/{name} has no certificate in `tls.crt`"), "certificate")),
+        (_, None) => Err((format!("Secret {ns}/{name} has no private key in `tls.key`"), "certificate")),
+    }
+}
+
+#[cfg(test)]
+mod tests;

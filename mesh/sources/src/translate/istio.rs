@@ -6,6 +6,7 @@ use std::sync::Arc;
 use mesh_model::Origin;
 use mesh_model::workload::Locality;
 
+use super::gateway_api;
 use super::kube::{app_protocol, canary_weight, distribution, redirected, section};
 use super::object::{
     AllowedRoutes, Expression, ExpressionOp, Gateway, GatewayAddress, GatewayClass, InboundBinding, Listener, Port, Reader,
@@ -114,7 +115,6 @@ pub(super) fn service_entry<'p>(r: &mut Reader<'_>, node: &'p Node<'p>) -> Read<
     })
 }
 
-/// A DNS name in lower case; `*.name` too where wildcards are allowed.
 pub(super) fn host_name<'p>(n: &'p Node<'p>, wildcard: bool) -> Read<'p, String> {
     let t = read::scalar(n)?;
     let rest = if wildcard { t.strip_prefix("*.").unwrap_or(t) } else { t };
@@ -243,16 +243,18 @@ pub(super) fn gateway<'p>(r: &mut Reader<'_>, node: &'p Node<'p>) -> Read<'p, Ga
             allowed: allowed_routes(r, node, l)?,
         });
     }
+    let edge = if r.layer7 { gateway_api::read_listeners(r, node, spec)? } else { Vec::new() };
     Ok(Gateway {
         class: r.pool.text(read::text_or_empty(spec, "gatewayClassName")?),
         waypoint_for: waypoint_for(r, node, meta)?,
         binding: binding(r, node, meta),
         address: hostname.map(GatewayAddress::Hostname).or(ip.map(GatewayAddress::Ip)),
         listeners,
+        edge,
     })
 }
 
-fn allowed_routes<'p>(r: &mut Reader<'_>, root: &'p Node<'p>, listener: &'p Node<'p>) -> Read<'p, AllowedRoutes> {
+pub(super) fn allowed_routes<'p>(r: &mut Reader<'_>, root: &'p Node<'p>, listener: &'p Node<'p>) -> Read<'p, AllowedRoutes> {
     let Some(ns) = read::map(section(listener, "allowedRoutes")?, "namespaces")? else { return Ok(AllowedRoutes::Same) };
     let Some(from) = ns.get("from") else { return Ok(AllowedRoutes::Same) };
     Ok(match read::scalar(from)? {

@@ -11,7 +11,9 @@ use std::sync::Arc;
 
 use mesh_model::l7::destination::Destination;
 use mesh_model::l7::gateway::{GatewayKey, GatewayRoutes};
-use mesh_model::l7::route::{HttpMatch, HttpRoute, HttpRule, RouteTable};
+use mesh_model::l7::route::{
+    Backend, BackendRef, ClusterKey, Dialect, Forward, HttpAction, HttpMatch, HttpRoute, HttpRule, RetryPolicy, RouteTable,
+};
 use mesh_model::service::{Service, ServiceKey};
 use mesh_model::{Change, Origin};
 
@@ -45,8 +47,6 @@ pub(super) enum Need {
     Object(ObjectId),
     /// All objects of a kind in a namespace.
     All(Kind, Arc<str>),
-    /// The DestinationRules of a service.
-    Destination(ServiceKey),
 }
 
 /// What must be made again.
@@ -180,7 +180,7 @@ impl Layer7 {
         let outputs = self.outputs(t, dirty);
         let mut all_problems = Vec::with_capacity(outputs.len());
         for output in outputs {
-            let mut join = Join { t, objects: &self.objects, needs: BTreeSet::new(), problems: Vec::new() };
+            let mut join = Join::new(t, &self.objects);
             match &output {
                 Output::Routes(key) => {
                     let new = join.routes(key).map(Arc::new);
@@ -191,19 +191,22 @@ impl Layer7 {
                     replace(&mut self.destinations_out, key, new, changes, Change::Destination, Change::DestinationGone);
                 }
                 Output::Gateway(key) => {
-                    let new = gateway_api::gateway(&mut join, key).map(Arc::new);
+                    let new = gateway_api::gateway(&mut join, key, self.gateways_out.get(key).map(|g| &**g)).map(Arc::new);
                     replace(&mut self.gateways_out, key, new, changes, Change::Gateway, Change::GatewayGone);
                 }
                 Output::Check(id) => join.check(id),
             }
-            let Join { needs, mut problems, .. } = join;
-            // Rules made for several ports complain alike.
-            problems.sort();
-            problems.dedup();
+            let Join { needs, problems, .. } = join;
             all_problems.push((output.problems_id(), problems));
             self.remember(output, needs);
         }
         all_problems
+    }
+
+    /// A join of nothing in particular.
+    #[cfg(test)]
+    pub(super) fn join<'a>(&'a self, t: &'a Translator) -> Join<'a> {
+        Join::new(t, &self.objects)
     }
 
     /// Everything to be made again, in a fixed order.
@@ -227,17 +230,14 @@ impl Layer7 {
             }
         };
         outputs.extend(touched.routes_of.iter().flat_map(keys_of).map(Output::Routes));
-        let mut needs = touched.needs;
-        for key in touched.destinations_of.iter().flat_map(keys_of) {
-            needs.insert(Need::Destination(key.clone()));
-            outputs.insert(Output::Destination(key));
-        }
+        outputs.extend(touched.destinations_of.iter().flat_map(keys_of).map(Output::Destination));
         outputs.extend(dirty.gateways.iter().map(gateway_output));
         let namespaces = dirty
             .namespaces
             .iter()
             .map(|n| Need::Object(ObjectId { kind: Kind::Namespace, namespace: Arc::clone(&t.empty), name: Arc::clone(n) }));
-        for need in needs.into_iter().chain(namespaces) {
+        let entries = dirty.service_entries.iter().map(gateway_api::entry_need);
+        for need in touched.needs.into_iter().chain(namespaces).chain(entries) {
             outputs.extend(self.needed_by.get(&need).into_iter().flatten().cloned());
         }
         outputs
@@ -354,6 +354,9 @@ pub(super) struct Join<'a> {
     pub(super) problems: Vec<Problem>,
 }
 impl<'a> Join<'a> {
+    fn new(t: &'a Translator, objects: &'a Objects) -> Self {
+        Self { t, objects, needs: BTreeSet::new(), problems: Vec::new() }
+    }
     /// Remembers that the output depends on something.
     pub(super) fn need(&mut self, need: Need) {
         self.needs.insert(need);
@@ -377,7 +380,6 @@ impl<'a> Join<'a> {
         found
     }
     /// The PEM entries of a ConfigMap.
-    #[allow(dead_code, reason = "for the CA of a BackendTLSPolicy")]
     pub(super) fn find_config_map(&mut self, namespace: &str, name: &str) -> Option<&'a PemEntries> {
         let id = ObjectId { kind: Kind::ConfigMap, namespace: namespace.into(), name: name.into() };
         let found = self.objects.config_maps.get(&(Arc::clone(&id.namespace), Arc::clone(&id.name))).map(|s| &s.obj);
@@ -425,7 +427,7 @@ impl<'a> Join<'a> {
             return None;
         }
         add_untouched_ports(service, &mut table);
-        Some(table.indexed())
+        Some(table)
     }
     /// What is said about reaching a service: DestinationRules, then BackendTLSPolicies where those say nothing of TLS.
     fn destination(&mut self, key: &ServiceKey) -> Option<Destination> {
@@ -438,7 +440,7 @@ impl<'a> Join<'a> {
         match id.kind {
             Kind::VirtualService => virtual_service::check(self, &name),
             Kind::DestinationRule => destination_rule::check(self, &name),
-            _ => {}
+            _ => gateway_api::check(self, id),
         }
     }
 }
@@ -451,10 +453,36 @@ fn add_untouched_ports(service: &Service, table: &mut RouteTable) {
     }
     for port in &service.ports {
         if table.http.iter().all(|r| r.matches.port.is_some_and(|p| p != port.port)) {
+            let to = ClusterKey { service: service.key.clone(), port: port.port, subset: None };
             table.http.push(HttpRule {
                 matches: HttpMatch { port: Some(port.port), ..HttpMatch::default() },
-                route: Arc::new(HttpRoute::plain(&service.key, port.port)),
+                route: Arc::new(plain(to)),
             });
         }
+    }
+}
+/// The route of a service without routes.
+fn plain(to: ClusterKey) -> HttpRoute {
+    HttpRoute {
+        name: "default".into(),
+        origin: None,
+        action: HttpAction::Forward(Forward {
+            backends: vec![Backend {
+                to: BackendRef::Service(to),
+                weight: 1,
+                headers: mesh_model::l7::headers::BothEdits::default(),
+                rewrite: None,
+                mirrors: Vec::new(),
+            }],
+            total_weight: 1,
+            rewrite: None,
+            timeout: None,
+            retry: Arc::new(RetryPolicy::istio_default()),
+            mirrors: Vec::new(),
+        }),
+        headers: mesh_model::l7::headers::BothEdits::default(),
+        cors: None,
+        fault: None,
+        dialect: Dialect::Istio,
     }
 }

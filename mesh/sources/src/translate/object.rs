@@ -14,7 +14,7 @@ use mesh_model::service::{AppProtocol, IpFamilies};
 use mesh_model::workload::Locality;
 
 use super::destination_rule::{self, DestinationRule};
-use super::gateway_api::{self, GatewayApiObject};
+use super::gateway_api::{self, EdgeListener, GatewayApiObject};
 use super::intern::{Interner, Labels};
 use super::pem::{self, PemEntries};
 use super::read::{self, Bad, Read};
@@ -144,6 +144,7 @@ impl Object {
         match &self.body {
             Body::VirtualService(v) => v.broken.is_some(),
             Body::DestinationRule(d) => d.broken.is_some(),
+            Body::GatewayApi(g) => g.is_stand_in(),
             _ => false,
         }
     }
@@ -432,6 +433,8 @@ pub struct Gateway {
     pub address: Option<GatewayAddress>,
     /// Listeners.
     pub listeners: Vec<Listener>,
+    /// Those that face the outside; read where layer 7 is.
+    pub edge: Vec<EdgeListener>,
 }
 /// An AuthorizationPolicy.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -484,6 +487,7 @@ pub struct Reader<'a> {
     pub refused: Vec<ObjectId>,
     pub(crate) object: Arc<str>,
     /// DNS domain of Kubernetes services, for short host names.
+    #[allow(dead_code, reason = "used by the readers that come next")]
     pub(super) cluster_domain: Arc<str>,
     /// Whether the kinds of layer 7 are read.
     pub(super) layer7: bool,
@@ -629,7 +633,7 @@ impl<'a> Reader<'a> {
             Kind::WorkloadEntry => istio::workload_entry_object(self, node).map(|w| Body::WorkloadEntry(Box::new(w))),
             Kind::Gateway => istio::gateway(self, node).map(|g| Body::Gateway(Box::new(g))),
             Kind::GatewayClass => istio::gateway_class(self, node).map(Body::GatewayClass),
-            Kind::VirtualService => virtual_service::read(self, node, &id).map(|v| Body::VirtualService(Box::new(v))),
+            Kind::VirtualService => virtual_service::read(self, node, &id, &origin).map(|v| Body::VirtualService(Box::new(v))),
             Kind::DestinationRule => destination_rule::read(self, node, &id).map(|d| Body::DestinationRule(Box::new(d))),
             Kind::HttpRoute
             | Kind::GrpcRoute

@@ -77,16 +77,6 @@ impl Translator {
             Declared::Waypoint { ns: wns, name } => self.waypoint(wns, name, ns, traffic, own),
         }
     }
-    /// Namespace of the (primary) waypoint a service asks for, there or not.
-    pub(super) fn waypoint_namespace(&self, key: &ServiceKey) -> Option<Arc<str>> {
-        let of = |labels| match declared(labels, &key.namespace, USE, USE_NAMESPACE) {
-            Declared::Nothing => None,
-            Declared::OptedOut => Some(None),
-            Declared::Waypoint { ns, .. } => Some(Some(Arc::from(ns))),
-        };
-        let own = self.service_labels(key).and_then(of);
-        own.or_else(|| self.space_labels(&key.namespace).and_then(of)).flatten()
-    }
     fn waypoint(&self, wns: &str, name: &str, client_ns: &str, traffic: Traffic, own: bool) -> Found {
         let unusable = |why: String| Found::Unusable { why, own };
         let Some(slot) = self.gateways.get(&(Arc::from(wns), Arc::from(name)) as &Name) else {
@@ -139,7 +129,11 @@ impl Translator {
             None => None,
         });
         let hbone = || gateway.listeners.iter().find(|l| &*l.protocol == "HBONE" && l.port == HBONE_PORT);
-        match bound.or_else(hbone).map_or(&AllowedRoutes::Same, |l| &l.allowed) {
+        self.admits(bound.or_else(hbone).map_or(&AllowedRoutes::Same, |l| &l.allowed), gateway_ns, client_ns)
+    }
+    /// Whether a listener of a Gateway in `gateway_ns` lets objects of `client_ns` attach.
+    pub(super) fn admits(&self, allowed: &AllowedRoutes, gateway_ns: &str, client_ns: &str) -> bool {
+        match allowed {
             AllowedRoutes::All => true,
             AllowedRoutes::Same => gateway_ns == client_ns,
             AllowedRoutes::Nobody => false,
