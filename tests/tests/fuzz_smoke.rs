@@ -137,13 +137,19 @@ fn certificates() {
 
 #[test]
 fn objects() {
-    let mut all = seeds(&[include_str!("../fuzz/seeds/mesh.yaml"), include_str!("../fuzz/seeds/gateway_api.yaml")]);
-    // One seed per object, so that a change often hits the part that matters.
-    let documents: Vec<Vec<u8>> = all
-        .iter()
-        .flat_map(|file| String::from_utf8_lossy(file).split("---\n").map(|text| text.as_bytes().to_vec()).collect::<Vec<_>>())
-        .collect();
-    all.extend(documents);
+    let mut all = seeds(&[
+        include_str!("../fuzz/seeds/mesh.yaml"),
+        include_str!("../fuzz/seeds/layer7.yaml"),
+        include_str!("../fuzz/seeds/gateway_api.yaml"),
+    ]);
+    // One seed per object, so that a change often hits the part that matters; those of layer 7 with their services, without
+    // which nothing is made of them.
+    let documents = |seed: &[u8]| -> Vec<String> { String::from_utf8_lossy(seed).split("---\n").map(str::to_owned).collect() };
+    let (mesh, layer7) = (documents(&all[0]), [documents(&all[1]), documents(&all[2])]);
+    all.extend(mesh.into_iter().map(String::into_bytes));
+    for (services, rest) in layer7.iter().filter_map(|documents| documents.split_first()) {
+        all.extend(rest.iter().map(|object| format!("{object}---\n{services}").into_bytes()));
+    }
     let words = [
         "- ",
         ": ",
@@ -171,6 +177,13 @@ fn objects() {
         "10.0.0.0/33",
         "*",
         "principals: []",
+        "match: [{}]",
+        "delegate: {name: leaf}",
+        "host: api",
+        "'*'",
+        "\\1",
+        "1h2m3s",
+        "%%",
         "rules: [{}]",
         "mode: X",
         "kind: List\nitems:\n",
@@ -180,5 +193,5 @@ fn objects() {
         "{{",
         "%YAML 1.1\n",
     ];
-    smoke(checks::yaml, &all, &words, 4_000);
+    smoke(checks::yaml, &all, &words, 6_000);
 }

@@ -10,22 +10,19 @@
 mod authorization;
 mod build;
 pub(crate) mod conflict;
-#[allow(clippy::unnecessary_wraps, reason = "the readers come next")]
 mod destination_rule;
 #[allow(dead_code, clippy::unnecessary_wraps, clippy::unused_self, reason = "the readers come next")]
 mod gateway_api;
+mod http_text;
 mod intern;
 mod istio;
 mod kube;
-#[allow(dead_code, reason = "used by the readers that come next")]
 mod layer7;
 mod object;
 mod peer;
-#[allow(dead_code, reason = "used by the readers that come next")]
 mod pem;
 pub(crate) mod read;
 mod selector;
-#[allow(clippy::unnecessary_wraps, reason = "the readers come next")]
 mod virtual_service;
 mod waypoint;
 

@@ -23,6 +23,12 @@ impl Dir {
         let folder = Folder::new(dir.path(), view(), &Settings::default());
         Self { dir, folder }
     }
+    /// As a waypoint reads it.
+    fn layer7() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = Folder::new(dir.path(), view(), &Settings { layer7: true, ..Settings::default() });
+        Self { dir, folder }
+    }
     fn put(&self, name: &str, text: &str) -> &Self {
         let path = self.dir.path().join(name);
         fs::create_dir_all(path.parent().unwrap()).unwrap();
@@ -168,6 +174,56 @@ fn a_refused_object_stays_as_it_was_until_it_goes() {
     assert_eq!(d.reload(), ["+p"]);
     d.put("f.yaml", "");
     assert_eq!(d.reload(), ["-c//Pod/a/p"]);
+}
+
+#[test]
+fn routes_that_cannot_be_read_stay_as_they_were_or_close_their_host() {
+    let service =
+        "apiVersion: v1\nkind: Service\nmetadata: {name: s, namespace: a}\nspec: {clusterIP: 10.1.0.1, ports: [{port: 80}]}\n";
+    let vs = |rule: &str| {
+        format!(
+            "apiVersion: networking.istio.io/v1\nkind: VirtualService\nmetadata: {{name: v, namespace: a}}\nspec: {{hosts: [s], http: [{rule}]}}\n"
+        )
+    };
+    let dr = |policy: &str| {
+        format!(
+            "apiVersion: networking.istio.io/v1\nkind: DestinationRule\nmetadata: {{name: d, namespace: a}}\nspec: {{host: s, trafficPolicy: {policy}}}\n"
+        )
+    };
+    let (good, bad) = (vs("{directResponse: {status: 200}}"), vs("{directResponse: {status: x}}"));
+    let (fine, wrong) = (dr("{loadBalancer: {simple: RANDOM}}"), dr("{loadBalancer: {simple: ODD}}"));
+    let key = "a/s.a.svc.cluster.local";
+    let mut d = Dir::layer7();
+    d.put("s.yaml", service).put("v.yaml", &format!("{good}---\n{fine}"));
+    assert_eq!(d.reload(), [format!("+{key}"), format!("+destination {key}"), format!("+routes {key}")]);
+    // Edited badly: as it was, and told.
+    d.put("v.yaml", &format!("{bad}---\n{wrong}"));
+    assert_eq!(d.reload(), [""; 0]);
+    assert_eq!(d.codes(), BTreeSet::from(["bad-value"]));
+    assert_eq!(d.folder.problems().len(), 2);
+    // Moved while it cannot be read: still as it was.
+    fs::remove_file(d.dir.path().join("v.yaml")).unwrap();
+    d.put("w.yaml", &format!("{bad}---\n{wrong}"));
+    assert_eq!(d.reload(), [""; 0]);
+    // Broken YAML around it.
+    d.put("w.yaml", "{");
+    assert_eq!(d.reload(), [""; 0]);
+    d.put("w.yaml", "");
+    assert_eq!(d.reload(), [format!("-destination {key}"), format!("-routes {key}")]);
+    // Never read: its host is closed until it is corrected.
+    d.put("w.yaml", &format!("{bad}---\n{wrong}"));
+    assert_eq!(d.reload(), [format!("!destination {key}"), format!("!routes {key}")]);
+    d.put("w.yaml", &format!("{good}---\n{fine}"));
+    assert_eq!(d.reload(), [format!("+destination {key}"), format!("+routes {key}")]);
+    // So it is at start.
+    let mut e = Dir::layer7();
+    e.put("a.yaml", &format!("{service}---\n{bad}---\n{wrong}"));
+    assert_eq!(e.reload(), [format!("!destination {key}"), format!("!routes {key}"), format!("+{key}")]);
+    // The agent takes no notice.
+    let mut agent = Dir::new();
+    agent.put("a.yaml", &format!("{service}---\n{bad}---\n{wrong}"));
+    assert_eq!(agent.reload(), [format!("+{key}")]);
+    assert_eq!(agent.codes(), BTreeSet::from(["not-for-agent"]));
 }
 
 #[test]

@@ -84,10 +84,7 @@ pub(super) fn read<'p>(r: &mut Reader<'_>, node: &'p Node<'p>, id: &ObjectId, or
         Ok(Some(body)) => body,
         Ok(None) => return not_for_agent,
         Err(mut bad) => {
-            let why = match read::path_of(node, bad.at) {
-                Some(path) if !path.is_empty() => format!("{path}: {} (line {})", bad.message, bad.at.line),
-                _ => bad.message.clone(),
-            };
+            let why = bad.why(node);
             bad.message =
                 format!("{}; {}", bad.message, if dry_run { "the policy is a dry run and is ignored" } else { UNUSABLE });
             r.report(node, &bad, Severity::Error);

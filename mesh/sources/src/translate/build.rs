@@ -60,6 +60,13 @@ impl Translator {
         matches!(self.owner(ns, host), Some(Owner::Entry(n, _)) if n == name)
     }
 
+    /// Labels of the object a service comes from.
+    pub(super) fn service_labels(&self, key: &ServiceKey) -> Option<&Labels> {
+        Some(match self.owner(&key.namespace, &key.hostname)? {
+            Owner::Service(slot) => &slot.obj.labels,
+            Owner::Entry(_, slot) => &slot.obj.labels,
+        })
+    }
     /// The service of a key, with the object it came from and what is wrong with it.
     pub(super) fn build_service(&self, key: &ServiceKey) -> (Option<Service>, ObjectId, Vec<Problem>) {
         let mut problems = Vec::new();
@@ -475,6 +482,10 @@ impl Translator {
         for endpoint in &se.endpoints {
             let at = endpoint.ip.map_or_else(|| endpoint.hostname.to_string(), |ip: IpAddr| ip.to_string());
             let mut w = self.base(uid(&at), name, ns, &se.labels, name);
+            if !endpoint.labels.is_empty() {
+                // Subsets select by the endpoint's own labels; names and policies go by those of the ServiceEntry.
+                w.labels = pool.labels(se.labels.iter().chain(endpoint.labels.iter()).cloned().collect());
+            }
             if Self::place(&mut w, endpoint).is_none() || out.iter().any(|have| have.uid == w.uid) {
                 problems.push(Problem {
                     severity: Severity::Warning,

@@ -115,6 +115,7 @@ pub(super) fn service_entry<'p>(r: &mut Reader<'_>, node: &'p Node<'p>) -> Read<
     })
 }
 
+/// A DNS name in lower case; `*.name` too where wildcards are allowed.
 pub(super) fn host_name<'p>(n: &'p Node<'p>, wildcard: bool) -> Read<'p, String> {
     let t = read::scalar(n)?;
     let rest = if wildcard { t.strip_prefix("*.").unwrap_or(t) } else { t };

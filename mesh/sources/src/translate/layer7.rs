@@ -11,9 +11,7 @@ use std::sync::Arc;
 
 use mesh_model::l7::destination::Destination;
 use mesh_model::l7::gateway::{GatewayKey, GatewayRoutes};
-use mesh_model::l7::route::{
-    Backend, BackendRef, ClusterKey, Dialect, Forward, HttpAction, HttpMatch, HttpRoute, HttpRule, RetryPolicy, RouteTable,
-};
+use mesh_model::l7::route::{HttpMatch, HttpRoute, HttpRule, RouteTable};
 use mesh_model::service::{Service, ServiceKey};
 use mesh_model::{Change, Origin};
 
@@ -47,6 +45,8 @@ pub(super) enum Need {
     Object(ObjectId),
     /// All objects of a kind in a namespace.
     All(Kind, Arc<str>),
+    /// The DestinationRules of a service.
+    Destination(ServiceKey),
 }
 
 /// What must be made again.
@@ -196,7 +196,10 @@ impl Layer7 {
                 }
                 Output::Check(id) => join.check(id),
             }
-            let Join { needs, problems, .. } = join;
+            let Join { needs, mut problems, .. } = join;
+            // Rules made for several ports complain alike.
+            problems.sort();
+            problems.dedup();
             all_problems.push((output.problems_id(), problems));
             self.remember(output, needs);
         }
@@ -230,14 +233,18 @@ impl Layer7 {
             }
         };
         outputs.extend(touched.routes_of.iter().flat_map(keys_of).map(Output::Routes));
-        outputs.extend(touched.destinations_of.iter().flat_map(keys_of).map(Output::Destination));
+        let mut needs = touched.needs;
+        for key in touched.destinations_of.iter().flat_map(keys_of) {
+            needs.insert(Need::Destination(key.clone()));
+            outputs.insert(Output::Destination(key));
+        }
         outputs.extend(dirty.gateways.iter().map(gateway_output));
         let namespaces = dirty
             .namespaces
             .iter()
             .map(|n| Need::Object(ObjectId { kind: Kind::Namespace, namespace: Arc::clone(&t.empty), name: Arc::clone(n) }));
         let entries = dirty.service_entries.iter().map(gateway_api::entry_need);
-        for need in touched.needs.into_iter().chain(namespaces).chain(entries) {
+        for need in needs.into_iter().chain(namespaces).chain(entries) {
             outputs.extend(self.needed_by.get(&need).into_iter().flatten().cloned());
         }
         outputs
@@ -380,6 +387,7 @@ impl<'a> Join<'a> {
         found
     }
     /// The PEM entries of a ConfigMap.
+    #[allow(dead_code, reason = "for the CA of a BackendTLSPolicy")]
     pub(super) fn find_config_map(&mut self, namespace: &str, name: &str) -> Option<&'a PemEntries> {
         let id = ObjectId { kind: Kind::ConfigMap, namespace: namespace.into(), name: name.into() };
         let found = self.objects.config_maps.get(&(Arc::clone(&id.namespace), Arc::clone(&id.name))).map(|s| &s.obj);
@@ -427,7 +435,7 @@ impl<'a> Join<'a> {
             return None;
         }
         add_untouched_ports(service, &mut table);
-        Some(table)
+        Some(table.indexed())
     }
     /// What is said about reaching a service: DestinationRules, then BackendTLSPolicies where those say nothing of TLS.
     fn destination(&mut self, key: &ServiceKey) -> Option<Destination> {
@@ -453,36 +461,10 @@ fn add_untouched_ports(service: &Service, table: &mut RouteTable) {
     }
     for port in &service.ports {
         if table.http.iter().all(|r| r.matches.port.is_some_and(|p| p != port.port)) {
-            let to = ClusterKey { service: service.key.clone(), port: port.port, subset: None };
             table.http.push(HttpRule {
                 matches: HttpMatch { port: Some(port.port), ..HttpMatch::default() },
-                route: Arc::new(plain(to)),
+                route: Arc::new(HttpRoute::plain(&service.key, port.port)),
             });
         }
-    }
-}
-/// The route of a service without routes.
-fn plain(to: ClusterKey) -> HttpRoute {
-    HttpRoute {
-        name: "default".into(),
-        origin: None,
-        action: HttpAction::Forward(Forward {
-            backends: vec![Backend {
-                to: BackendRef::Service(to),
-                weight: 1,
-                headers: mesh_model::l7::headers::BothEdits::default(),
-                rewrite: None,
-                mirrors: Vec::new(),
-            }],
-            total_weight: 1,
-            rewrite: None,
-            timeout: None,
-            retry: Arc::new(RetryPolicy::istio_default()),
-            mirrors: Vec::new(),
-        }),
-        headers: mesh_model::l7::headers::BothEdits::default(),
-        cors: None,
-        fault: None,
-        dialect: Dialect::Istio,
     }
 }

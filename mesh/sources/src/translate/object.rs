@@ -487,7 +487,6 @@ pub struct Reader<'a> {
     pub refused: Vec<ObjectId>,
     pub(crate) object: Arc<str>,
     /// DNS domain of Kubernetes services, for short host names.
-    #[allow(dead_code, reason = "used by the readers that come next")]
     pub(super) cluster_domain: Arc<str>,
     /// Whether the kinds of layer 7 are read.
     pub(super) layer7: bool,
@@ -633,7 +632,7 @@ impl<'a> Reader<'a> {
             Kind::WorkloadEntry => istio::workload_entry_object(self, node).map(|w| Body::WorkloadEntry(Box::new(w))),
             Kind::Gateway => istio::gateway(self, node).map(|g| Body::Gateway(Box::new(g))),
             Kind::GatewayClass => istio::gateway_class(self, node).map(Body::GatewayClass),
-            Kind::VirtualService => virtual_service::read(self, node, &id, &origin).map(|v| Body::VirtualService(Box::new(v))),
+            Kind::VirtualService => virtual_service::read(self, node, &id).map(|v| Body::VirtualService(Box::new(v))),
             Kind::DestinationRule => destination_rule::read(self, node, &id).map(|d| Body::DestinationRule(Box::new(d))),
             Kind::HttpRoute
             | Kind::GrpcRoute

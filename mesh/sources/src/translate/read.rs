@@ -6,6 +6,7 @@
 use std::fmt::Write as _;
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use ipnet::IpNet;
 use mesh_model::Origin;
@@ -39,6 +40,13 @@ impl<'p> Bad<'p> {
     /// A field that must be there and is not.
     pub fn missing(at: &'p Node<'p>, field: &'static str, message: impl Into<String>) -> Self {
         Self { at, missing: Some(field), message: message.into(), fix: "add the field", code: "missing-field" }
+    }
+    /// It in one line, with its path and line, for what is refused because of it.
+    pub fn why(&self, root: &Node<'_>) -> String {
+        match path_of(root, self.at) {
+            Some(path) if !path.is_empty() => format!("{path}: {} (line {})", self.message, self.at.line),
+            _ => self.message.clone(),
+        }
     }
     /// The operator's view of it.
     pub fn problem(&self, root: &Node<'_>, place: &Arc<str>, object: &Arc<str>, severity: Severity) -> Problem {
@@ -237,6 +245,57 @@ fn near(a: &str, b: &str) -> bool {
     let front = a.iter().zip(&b).take_while(|(x, y)| x == y).count();
     let back = a.iter().rev().zip(b.iter().rev()).take_while(|(x, y)| x == y).count();
     front + back + 1 >= a.len().max(b.len())
+}
+/// A duration in Go's syntax (`300ms`, `1.5s`, `1h30m`), as Istio and the Gateway API write them; never negative.
+pub fn parse_duration(t: &str) -> Option<Duration> {
+    if t == "0" {
+        return Some(Duration::ZERO);
+    }
+    let mut rest = t;
+    let mut total = Duration::ZERO;
+    while !rest.is_empty() {
+        let digits = rest.find(|c: char| !c.is_ascii_digit() && c != '.')?;
+        let (number, tail) = rest.split_at(digits);
+        let unit_len = tail.find(|c: char| c.is_ascii_digit() || c == '.').unwrap_or(tail.len());
+        let (unit, next) = tail.split_at(unit_len);
+        let unit: u64 = match unit {
+            "ns" => 1,
+            "us" | "µs" | "μs" => 1_000,
+            "ms" => 1_000_000,
+            "s" => 1_000_000_000,
+            "m" => 60_000_000_000,
+            "h" => 3_600_000_000_000,
+            _ => return None,
+        };
+        let (whole, part) = number.split_once('.').unwrap_or((number, ""));
+        if (whole.is_empty() && part.is_empty()) || part.contains('.') {
+            return None;
+        }
+        let mut nanos = if whole.is_empty() { 0 } else { whole.parse::<u64>().ok()?.checked_mul(unit)? };
+        // Digits of a fraction below a nanosecond say nothing.
+        let mut scale = unit;
+        for d in part.bytes() {
+            scale /= 10;
+            nanos = nanos.checked_add(u64::from(d - b'0') * scale)?;
+        }
+        total = total.checked_add(Duration::from_nanos(nanos))?;
+        rest = next;
+    }
+    // Go's durations end at 2^63 nanoseconds.
+    (!t.is_empty() && total.as_nanos() < 1 << 63).then_some(total)
+}
+/// The duration below `key`.
+pub fn duration<'p>(node: &'p Node<'p>, key: &str) -> Read<'p, Option<Duration>> {
+    let Some(n) = node.get(key) else { return Ok(None) };
+    let t = scalar(n)?;
+    let bad = || Bad::value(n, format!("`{t}` is not a duration"), "write for example `10s`, `250ms` or `1m30s`");
+    parse_duration(t).map(Some).ok_or_else(bad)
+}
+/// A number with a fraction below `key`, finite.
+pub fn decimal<'p>(node: &'p Node<'p>, key: &str) -> Read<'p, Option<f64>> {
+    let Some(n) = node.get(key) else { return Ok(None) };
+    let t = n.text().and_then(|t| t.parse::<f64>().ok()).filter(|v| v.is_finite());
+    t.map(Some).ok_or_else(|| Bad::value(n, format!("expected a number, found `{}`", n.text().unwrap_or(n.describe())), ""))
 }
 /// A mapping of text to text below `key`, as labels. Null values count as empty text, as in the API server.
 pub fn labels<'p>(node: &'p Node<'p>, key: &str, pool: &mut Interner) -> Read<'p, Labels> {

@@ -77,6 +77,16 @@ impl Translator {
             Declared::Waypoint { ns: wns, name } => self.waypoint(wns, name, ns, traffic, own),
         }
     }
+    /// Namespace of the (primary) waypoint a service asks for, there or not.
+    pub(super) fn waypoint_namespace(&self, key: &ServiceKey) -> Option<Arc<str>> {
+        let of = |labels| match declared(labels, &key.namespace, USE, USE_NAMESPACE) {
+            Declared::Nothing => None,
+            Declared::OptedOut => Some(None),
+            Declared::Waypoint { ns, .. } => Some(Some(Arc::from(ns))),
+        };
+        let own = self.service_labels(key).and_then(of);
+        own.or_else(|| self.space_labels(&key.namespace).and_then(of)).flatten()
+    }
     fn waypoint(&self, wns: &str, name: &str, client_ns: &str, traffic: Traffic, own: bool) -> Found {
         let unusable = |why: String| Found::Unusable { why, own };
         let Some(slot) = self.gateways.get(&(Arc::from(wns), Arc::from(name)) as &Name) else {
