@@ -1317,6 +1317,26 @@ fn backend_tls_policies() {
 }
 
 #[test]
+fn a_backend_tls_policy_is_part_of_the_destination() {
+    let policy = format!("{ON_S}, validation: {{wellKnownCACertificates: System, hostname: h.com}}");
+    let mut t = translator();
+    let mut state = State::default();
+    let (all, _) = objects(&mut t, &(services("a") + &tls_policy("p", "", &policy)));
+    let id = all.last().unwrap().id.clone();
+    for o in all {
+        t.upsert(o);
+    }
+    state.apply(t.flush());
+    let d = &state.destinations[S];
+    let tls = d.policy(None, 80).and_then(|p| p.tls.as_ref()).unwrap();
+    assert_eq!((tls.sni.as_deref(), &tls.roots), (Some("h.com"), &Roots::System));
+    assert_eq!(d.origins.iter().map(|o| &*o.object).collect::<Vec<_>>(), ["BackendTLSPolicy a/p"]);
+    t.remove(&id);
+    state.apply(t.flush());
+    assert_eq!(state.destinations.len(), 0);
+}
+
+#[test]
 fn backend_tls_policies_that_speak_of_the_same() {
     let v = |h: &str| format!("validation: {{wellKnownCACertificates: System, hostname: {h}}}");
     let port = |name: &str| format!("targetRefs: [{{group: '', kind: Service, name: s, sectionName: {name}}}]");
