@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use mesh_tests::skip;
-use mesh_tests::suite::{self, Test, extended, test};
+use mesh_tests::suite::{self, Test, test};
 
 mod bytes;
 mod mesh;
@@ -15,21 +15,21 @@ use mesh::{Mesh, set_up};
 
 const TESTS: &[Test<Mesh>] = &[
     test("a_call_goes_through_the_waypoint", routes::a_call_goes_through_the_waypoint),
-    extended("a_canary_by_header_is_exact", routes::a_canary_by_header_is_exact),
-    extended("a_canary_by_weight_hits_its_share", routes::a_canary_by_weight_hits_its_share),
-    extended("rewrites_redirects_and_answers", routes::rewrites_redirects_and_answers),
-    extended("a_route_change_is_live_and_drops_nothing", routes::a_route_change_is_live_and_drops_nothing),
-    extended("a_broken_route_closes_its_host_only", routes::a_broken_route_closes_its_host_only),
-    extended("failures_are_retried_as_the_route_says", upstream::failures_are_retried_as_the_route_says),
-    extended("a_breaker_opens_and_heals", upstream::a_breaker_opens_and_heals),
-    extended("a_slow_upstream_is_timed_out", upstream::a_slow_upstream_is_timed_out),
+    test("a_canary_by_header_is_exact", routes::a_canary_by_header_is_exact),
+    test("a_canary_by_weight_hits_its_share", routes::a_canary_by_weight_hits_its_share),
+    test("rewrites_redirects_and_answers", routes::rewrites_redirects_and_answers),
+    test("a_route_change_is_live_and_drops_nothing", routes::a_route_change_is_live_and_drops_nothing),
+    test("a_broken_route_closes_its_host_only", routes::a_broken_route_closes_its_host_only),
+    test("failures_are_retried_as_the_route_says", upstream::failures_are_retried_as_the_route_says),
+    test("a_breaker_opens_and_heals", upstream::a_breaker_opens_and_heals),
+    test("a_slow_upstream_is_timed_out", upstream::a_slow_upstream_is_timed_out),
     test("request_bodies_arrive_whole", upstream::request_bodies_arrive_whole),
     test("an_upgrade_is_carried", bytes::an_upgrade_is_carried),
     test("a_server_that_speaks_first_is_heard", bytes::a_server_that_speaks_first_is_heard),
     test("large_transfers_arrive_whole", bytes::large_transfers_arrive_whole),
-    extended("the_gateway_lets_its_hosts_in", outside::the_gateway_lets_its_hosts_in),
-    extended("the_gateway_ends_tls", outside::the_gateway_ends_tls),
-    extended("metrics_and_log_name_both_ends", outside::metrics_and_log_name_both_ends),
+    test("the_gateway_lets_its_hosts_in", outside::the_gateway_lets_its_hosts_in),
+    test("the_gateway_ends_tls", outside::the_gateway_ends_tls),
+    test("metrics_and_log_name_both_ends", outside::metrics_and_log_name_both_ends),
 ];
 
 fn main() -> ExitCode {
