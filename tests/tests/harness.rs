@@ -91,7 +91,7 @@ fn capture_sees_plaintext_on_the_nodes_link(context: &mut Context) -> anyhow::Re
 
 fn a_plan_is_read_from_the_zamaz_manifests(_: &mut Context) -> anyhow::Result<()> {
     let plan = Plan::from_manifests(&agent::workspace_dir().join("manifests/examples/zamaz"))?;
-    ensure!(plan.nodes.len() == 2 && plan.pods.len() == 5, "{plan:?}");
+    ensure!(plan.nodes.len() == 2 && plan.pods.len() == 7, "{plan:?}");
     ensure!(plan.pods.iter().all(|pod| pod.namespace == "zamaz" && plan.nodes.iter().any(|node| node.name == pod.node)));
     Ok(())
 }

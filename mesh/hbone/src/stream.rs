@@ -74,20 +74,20 @@ pub struct HboneStream {
     slot: StreamSlot,
     send_ended: bool,
     recv_ended: bool,
-    /// Given back by [`Self::unread`], to be received again.
-    unread: Bytes,
+    /// Given back by [`Self::unread`], to be received again. Boxed: few streams ever have any.
+    unread: Option<Box<Bytes>>,
 }
 
 impl HboneStream {
     pub(crate) fn new(send: h2::SendStream<Bytes>, recv: h2::RecvStream, slot: StreamSlot) -> Self {
-        Self { send, recv, slot, send_ended: false, recv_ended: false, unread: Bytes::new() }
+        Self { send, recv, slot, send_ended: false, recv_ended: false, unread: None }
     }
 
     /// The next bytes from the peer; `None` is end of stream. The bytes count against the receive window until
     /// [`Self::release`] is called for them.
     pub fn poll_recv(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, StreamError>>> {
-        if !self.unread.is_empty() {
-            return Poll::Ready(Some(Ok(std::mem::take(&mut self.unread))));
+        if let Some(unread) = self.unread.take() {
+            return Poll::Ready(Some(Ok(*unread)));
         }
         loop {
             if self.recv_ended {
@@ -108,12 +108,12 @@ impl HboneStream {
     /// Gives bytes back that were received and not [`Self::release`]d, so that whoever reads next gets them again: what
     /// protocol detection looked at.
     pub fn unread(&mut self, bytes: Bytes) {
-        self.unread = bytes;
+        self.unread = (!bytes.is_empty()).then(|| Box::new(bytes));
     }
 
     /// Whether end of stream is already known, so that the last bytes can be passed on together with it.
     pub fn recv_is_at_end(&self) -> bool {
-        self.unread.is_empty() && (self.recv_ended || self.recv.is_end_stream())
+        self.unread.is_none() && (self.recv_ended || self.recv.is_end_stream())
     }
 
     /// Gives back receive window for `bytes` that were consumed.

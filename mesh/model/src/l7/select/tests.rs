@@ -437,6 +437,7 @@ fn large_tables_are_not_scanned() {
         };
         let indexed = time(&|facts| number(select(&t, facts)));
         let scanned = time(&|facts| t.http.iter().position(|r| matches(&r.matches, facts)));
-        assert!(indexed * 20 < scanned, "{shape}: {indexed:?} against {scanned:?} for a scan");
+        // A scan of ten thousand would be as slow as the scan; the rest is room for a busy machine and an unoptimised build.
+        assert!(indexed * 4 < scanned, "{shape}: {indexed:?} against {scanned:?} for a scan");
     }
 }
