@@ -193,6 +193,10 @@ fn assemble(
     let tls = TlsContext::new(&TlsSettings::default(), source.as_ref(), Arc::new(SystemClock))?;
     let control = tokio::runtime::Handle::current();
     let budget = Budget::new(settings.window_budget);
+    if settings.gateway.is_empty() {
+        // Policies bound to the Gateway would bind nobody.
+        anyhow::bail!("which Gateway is this process for? set --gateway (GATEWAY) to the name of the Gateway object");
+    }
     let identity = SpiffeId::new(&view.trust_domain, &settings.namespace, &settings.service_account)
         .context("namespace and service account make no SPIFFE identity")?;
     let svids = SvidCache::start(source, tls.clone(), &CacheSettings::default(), &control);

@@ -147,8 +147,11 @@ impl Judge<'_> {
     fn http_only(self) -> Option<bool> {
         self.facts.http.is_none().then_some(self.unknown)
     }
-    /// Any value of the header.
+    /// Any value of the header; `host` is the authority, which HTTP/2 does not send as a header.
     fn header(self, name: &HeaderName, m: &TextMatch) -> bool {
+        if *name == http::header::HOST {
+            return self.facts.http.is_some_and(|h| m.matches(Some(h.authority)));
+        }
         self.facts.http.is_some_and(|h| h.headers.get_all(name).iter().any(|v| v.to_str().is_ok_and(|v| m.matches(Some(v)))))
     }
     /// Nobody between the client and us is trusted to say who the client is: its own address (numTrustedProxies 0).
@@ -177,7 +180,9 @@ fn host_matches(m: &TextMatch, authority: &str) -> bool {
         }
         TextMatch::Presence => !host.is_empty(),
     };
-    one(authority) || bare.is_some_and(one)
+    // A name with the root's dot at its end is the same name.
+    let host = bare.unwrap_or(authority);
+    one(authority) || bare.is_some_and(one) || host.strip_suffix('.').is_some_and(one)
 }
 
 #[cfg(test)]

@@ -326,6 +326,7 @@ import http.server, os, socket, sys
 name, fail, seen = sys.argv[1], sys.argv[2], set()
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
     def answer(self):
         self.rfile.read(int(self.headers.get("content-length") or 0))
         bad = os.path.exists(fail) or (self.path.startswith("/api/flaky/") and self.path not in seen)

@@ -108,6 +108,10 @@ pub(crate) fn check(ex: &mut Exchange<'_>) -> Flow {
     if ex.authority.is_empty() && ex.parts.version != Version::HTTP_10 {
         return bad(ex, "missing_host_header");
     }
+    if ex.authority.contains('@') {
+        // Nobody's host has a user; whoever compares hosts would be fooled by one.
+        return bad(ex, "invalid_authority");
+    }
     if ex.parts.headers.get_all(header::HOST).iter().nth(1).is_some() {
         return bad(ex, "http1.duplicate_host");
     }

@@ -25,7 +25,8 @@ fn check(policies: Vec<Change>, call: &str) -> Result<(), String> {
     let (account, rest) = call.split_once(": ").expect("a call");
     let identity = id("cluster.local", "shop", account);
     let headers: HeaderMap = [("x-team".parse().expect("name"), "blue".parse().expect("value"))].into_iter().collect();
-    let http = rest.split_once(' ').map(|(method, path)| HttpFacts { method, authority: "Web.shop:80", path, headers: &headers });
+    let (authority, rest) = rest.split_once(" at ").map_or(("Web.shop:80", rest), |(rest, at)| (at, rest));
+    let http = rest.split_once(' ').map(|(method, path)| HttpFacts { method, authority, path, headers: &headers });
     let (client, destination) = (sock("10.0.0.1:4000"), sock("10.96.0.1:80"));
     let facts = L7Facts { identity: Some(&identity), client, destination, sni: None, http };
     match authorize(&mesh(policies), [target()].iter(), &facts) {
@@ -93,6 +94,10 @@ fn hosts_headers_and_ports() {
         [("web.shop", true), ("WEB.SHOP:80", true), ("web.*", true), ("*.shop", true), ("web.shop:81", false), ("shop", false)]
     {
         assert_eq!(check(to(hosts(host)), "a: GET /").is_ok(), ok, "{host}");
+    }
+    let not = L7Operation { hosts: Values::new(Vec::new(), vec![text("admin.shop")]), ..L7Operation::default() };
+    for (authority, ok) in [("web.shop", true), ("admin.shop", false), ("ADMIN.shop.", false), ("admin.shop.:80", false)] {
+        assert_eq!(check(to(not.clone()), &format!("a: GET / at {authority}")).is_ok(), ok, "{authority}");
     }
     let port = |p| L7Operation { ports: Values::new(vec![p], Vec::new()), ..L7Operation::default() };
     assert!(check(to(port(80)), "a: GET /").is_ok() && check(to(port(81)), "a: GET /").is_err());
