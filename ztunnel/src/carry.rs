@@ -3,6 +3,7 @@
 //! The client's end always comes first, so that bytes and resets mean the same for every direction.
 use crate::conns::Cut;
 use crate::metrics::TcpHandles;
+use futures_util::FutureExt as _;
 use mesh_hbone::relay::endpoint::Endpoint;
 use mesh_hbone::relay::{Counters, End, How, RelayEnd, Timeouts, relay};
 use mesh_model::{Reason, Refusal};
@@ -19,15 +20,20 @@ impl Counters for TcpHandles {
 
 /// Relays between the client's end and the server's end; either may be TCP or a stream of a tunnel. `None` when both
 /// directions ended by themselves.
-pub async fn both<A: Endpoint, B: Endpoint>(
+///
+/// Not an `async fn`, which would hold both ends twice for as long as the relay runs.
+pub fn both<'a, A: Endpoint + 'a, B: Endpoint + 'a>(
     client: A,
     server: B,
     half_closed: Duration,
-    handles: &TcpHandles,
-    cut: &Cut,
-) -> Option<Refusal> {
+    handles: &'a TcpHandles,
+    cut: &'a Cut,
+) -> impl Future<Output = Option<Refusal>> + 'a {
     let timeouts = Timeouts { idle: None, half_closed: (!half_closed.is_zero()).then_some(half_closed) };
-    let end: RelayEnd = relay(client, server, handles, cut.wait(), timeouts).await;
+    relay(client, server, handles, cut.wait(), timeouts).map(|end| why(&end, cut))
+}
+
+fn why(end: &RelayEnd, cut: &Cut) -> Option<Refusal> {
     match end.how {
         How::Closed => None,
         How::Reset(End::First) => Some(Refusal::new(Reason::Reset, "by the client")),
