@@ -8,12 +8,12 @@
 
 mod join;
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
 use ipnet::IpNet;
 use mesh_model::l7::headers::BothEdits;
+use mesh_model::l7::retry::parse_retry_on;
 use mesh_model::l7::route::{
     Abort, Cors, DirectResponse, Fault, Fraction, HttpMatch, PathMatch, PathRewrite, Redirect, RedirectPort, RetryOn,
     RetryPolicy, Rewrite,
@@ -847,42 +847,15 @@ fn retries<'p>(n: &'p Node<'p>) -> Read<'p, RetryPolicy> {
     Ok(out)
 }
 fn retry_on<'p>(n: &'p Node<'p>) -> Read<'p, (RetryOn, Vec<u16>)> {
-    let (mut on, mut statuses) = (RetryOn::default(), BTreeSet::new());
-    for token in read::scalar(n)?.split(',').map(str::trim).filter(|t| !t.is_empty()) {
-        on = on.with(match token {
-            "5xx" => RetryOn::FIVE_XX,
-            "gateway-error" => RetryOn::GATEWAY_ERROR,
-            "connect-failure" => RetryOn::CONNECT_FAILURE,
-            "refused-stream" => RetryOn::REFUSED_STREAM,
-            "reset" => RetryOn::RESET,
-            "reset-before-request" => RetryOn::RESET_BEFORE_REQUEST,
-            "retriable-4xx" => RetryOn::RETRIABLE_4XX,
-            "retriable-status-codes" => RetryOn::STATUS_CODES,
-            "cancelled" => RetryOn::CANCELLED,
-            "deadline-exceeded" => RetryOn::DEADLINE_EXCEEDED,
-            "internal" => RetryOn::INTERNAL,
-            "resource-exhausted" => RetryOn::RESOURCE_EXHAUSTED,
-            "unavailable" => RetryOn::UNAVAILABLE,
-            "envoy-ratelimited" => RetryOn::ENVOY_RATELIMITED,
-            "http3-post-connect-failure" => RetryOn::HTTP3,
-            // There is no field for the headers it would look at: it never holds, in Istio neither.
-            "retriable-headers" => RetryOn::default(),
-            t => match t.parse().ok().filter(|s| (100..600).contains(s)) {
-                Some(status) => {
-                    statuses.insert(status);
-                    RetryOn::STATUS_CODES
-                }
-                None => {
-                    return Err(Bad::value(
-                        n,
-                        format!("`{t}` is not a reason to retry"),
-                        "write Envoy's words (`5xx`, `reset`, `connect-failure`, …) or statuses",
-                    ));
-                }
-            },
-        });
-    }
-    Ok((on, statuses.into_iter().collect()))
+    let (on, mut statuses) = parse_retry_on(read::scalar(n)?).map_err(|word| {
+        Bad::value(
+            n,
+            format!("`{word}` is not a reason to retry"),
+            "write Envoy's words (`5xx`, `reset`, `connect-failure`, …) or statuses",
+        )
+    })?;
+    statuses.sort_unstable();
+    Ok((on, statuses))
 }
 
 fn cors<'p>(n: &'p Node<'p>) -> Read<'p, Cors> {
