@@ -15,6 +15,7 @@ pub use record::{Record, TcpRecord};
 use crate::facts::Facts;
 use labels::{Ends, HTTP_LABELS, TCP_LABELS};
 use mesh_hbone::relay::Counters;
+use mesh_model::metric_labels;
 use mesh_model::service::Service;
 use mesh_model::workload::Workload;
 use mesh_model::{Refusal, SpiffeId};
@@ -170,11 +171,14 @@ impl Telemetry {
 
     fn look_up(&self, key: &Key, conn: &Facts, record: &Record) -> Handles {
         let ends = Ends {
-            source: key.source.as_ref(),
-            identity: key.identity.as_ref(),
-            destination: key.destination.as_ref(),
-            proven: record.host.as_ref().and_then(|h| h.identity()),
-            service: key.service.as_ref(),
+            ends: metric_labels::Ends {
+                reporter: "waypoint",
+                source: key.source.as_ref(),
+                source_id: key.identity.as_ref(),
+                destination: key.destination.as_ref(),
+                destination_id: record.host.as_ref().and_then(|h| h.identity()),
+                service: key.service.as_ref(),
+            },
             mutual: conn.identity.is_some(),
         };
         let (flags, status) = (record.flags.to_string(), record.status.to_string());
@@ -237,11 +241,14 @@ impl Telemetry {
 
 fn ends_of<'a>(conn: &'a Facts, record: &'a TcpRecord) -> Ends<'a> {
     Ends {
-        source: conn.source.as_ref(),
-        identity: conn.identity.as_ref(),
-        destination: record.host.as_ref().map(|h| h.workload()),
-        proven: record.host.as_ref().and_then(|h| h.identity()),
-        service: record.cluster.as_ref().and_then(|c| c.service()).or(conn.service()),
+        ends: metric_labels::Ends {
+            reporter: "waypoint",
+            source: conn.source.as_ref(),
+            source_id: conn.identity.as_ref(),
+            destination: record.host.as_ref().map(|h| h.workload()),
+            destination_id: record.host.as_ref().and_then(|h| h.identity()),
+            service: record.cluster.as_ref().and_then(|c| c.service()).or(conn.service()),
+        },
         mutual: conn.identity.is_some(),
     }
 }

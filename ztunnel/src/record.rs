@@ -3,6 +3,7 @@
 //! Owns the mapping of facts to Istio's words (node-agent §1.12, §1.13). Upstream: the three directions fill it in as
 //! they learn. Downstream: `metrics` and the access log. Nothing here is on the path of a byte.
 use crate::conns::Direction;
+use mesh_model::metric_labels::{self, COMMON, Ends, NAMES, UNKNOWN};
 use mesh_model::service::Service;
 use mesh_model::workload::Workload;
 use mesh_model::{Refusal, SpiffeId};
@@ -67,93 +68,35 @@ pub enum Ending<'a> {
 }
 
 /// Names of the labels of the `istio_tcp_*` families, in the order [`labels`] gives their values.
-pub const LABELS: [&str; 27] = [
-    "reporter",
-    "source_workload",
-    "source_canonical_service",
-    "source_canonical_revision",
-    "source_workload_namespace",
-    "source_principal",
-    "source_app",
-    "source_version",
-    "source_cluster",
-    "destination_service",
-    "destination_service_namespace",
-    "destination_service_name",
-    "destination_workload",
-    "destination_canonical_service",
-    "destination_canonical_revision",
-    "destination_workload_namespace",
-    "destination_principal",
-    "destination_app",
-    "destination_version",
-    "destination_cluster",
-    "request_protocol",
-    "response_flags",
-    "connection_security_policy",
-    "source_region",
-    "source_zone",
-    "destination_region",
-    "destination_zone",
-];
-
-const UNKNOWN: &str = "unknown";
-
-fn or_unknown(s: &str) -> &str {
-    if s.is_empty() { UNKNOWN } else { s }
-}
+pub const LABELS: [&str; COMMON + 7] = metric_labels::with(
+    NAMES,
+    [
+        "request_protocol",
+        "response_flags",
+        "connection_security_policy",
+        "source_region",
+        "source_zone",
+        "destination_region",
+        "destination_zone",
+    ],
+);
 
 /// Label values of a record; unknown ones are `unknown`, as Istio's dashboards expect. Regions and zones are empty when
 /// not known: Prometheus treats an empty label as absent.
 pub fn labels<'a>(r: &'a Record, response_flags: &'a str) -> [&'a str; LABELS.len()] {
-    fn side<'a>(w: Option<&'a Arc<Workload>>, id: Option<&'a SpiffeId>) -> [&'a str; 8] {
-        let of = |get: fn(&Workload) -> &str| w.map_or(UNKNOWN, |w| or_unknown(get(w)));
-        [
-            of(|w| &w.workload_name),
-            of(|w| &w.canonical_name),
-            of(|w| &w.canonical_revision),
-            of(|w| &w.namespace),
-            id.map_or(UNKNOWN, SpiffeId::as_str),
-            of(|w| &w.canonical_name),
-            of(|w| &w.canonical_revision),
-            of(|w| &w.cluster),
-        ]
-    }
-    let [s0, s1, s2, s3, s4, s5, s6, s7] = side(r.source.as_ref(), r.source_id.as_ref());
-    let [d0, d1, d2, d3, d4, d5, d6, d7] = side(r.destination.as_ref(), r.destination_id.as_ref());
-    let svc = r.service.as_ref();
+    let ends = Ends {
+        reporter: r.direction.reporter(),
+        source: r.source.as_ref(),
+        source_id: r.source_id.as_ref(),
+        destination: r.destination.as_ref(),
+        destination_id: r.destination_id.as_ref(),
+        service: r.service.as_ref(),
+    };
     let locality = |w: Option<&'a Arc<Workload>>| w.map_or(("", ""), |w| (&*w.locality.region, &*w.locality.zone));
-    let (s_region, s_zone) = locality(r.source.as_ref());
-    let (d_region, d_zone) = locality(r.destination.as_ref());
-    [
-        r.direction.reporter(),
-        s0,
-        s1,
-        s2,
-        s3,
-        s4,
-        s5,
-        s6,
-        s7,
-        svc.map_or(UNKNOWN, |s| &s.key.hostname),
-        svc.map_or(UNKNOWN, |s| &s.key.namespace),
-        svc.map_or(UNKNOWN, |s| &s.name),
-        d0,
-        d1,
-        d2,
-        d3,
-        d4,
-        d5,
-        d6,
-        d7,
-        "tcp",
-        response_flags,
-        if r.mutual_tls() { "mutual_tls" } else { UNKNOWN },
-        s_region,
-        s_zone,
-        d_region,
-        d_zone,
-    ]
+    let (s_region, s_zone) = locality(ends.source);
+    let (d_region, d_zone) = locality(ends.destination);
+    let security = if r.mutual_tls() { "mutual_tls" } else { UNKNOWN };
+    metric_labels::with(ends.values(), ["tcp", response_flags, security, s_region, s_zone, d_region, d_zone])
 }
 
 /// Calls `field` with every known field of the access log line, in Istio's order; `quoted` tells texts from addresses

@@ -17,6 +17,7 @@ pub mod known;
 pub mod l7;
 pub mod labels;
 pub mod lb;
+pub mod metric_labels;
 pub mod origin;
 pub mod plan;
 pub mod policy;
