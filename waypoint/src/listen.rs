@@ -1,6 +1,6 @@
 //! Listeners: the HBONE port node agents come to, and a gateway's own ports.
 //!
-//! Owns accepting and placing. One accept loop per data thread shares each listening socket's queue. Upstream: `app`.
+//! Owns accepting; the data threads place. One accept loop per data thread shares each listening socket's queue. Upstream: `app`.
 //! Downstream: `tunnel`, `http`, `tcp`.
 use crate::conn::Shared;
 use crate::tunnel;
@@ -10,7 +10,6 @@ use mesh_identity::tls::ServerStream;
 use mesh_model::{Reason, Refusal};
 use mesh_runtime::drain::DrainWatch;
 use mesh_runtime::sockets::{BoundListener, RawAccepted};
-use mesh_runtime::threads;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -29,47 +28,25 @@ where
     for worker in shared.threads.workers() {
         let (listener, shared, drain, serve) = (listener.try_clone()?, Arc::clone(shared), drain.clone(), serve.clone());
         worker.spawn(async move {
-            if let Err(error) = accept(shared, listener, drain, serve).await {
+            let (on, until) = (Arc::clone(&shared), drain.clone());
+            let task = move |raw, peer, live| {
+                let (drain, serve, shared) = (drain.clone(), serve.clone(), Arc::clone(&shared));
+                async move {
+                    // A connection that already died is nobody's business.
+                    if let Ok(tcp) = RawAccepted::into_tcp(raw) {
+                        let held = drain.guard();
+                        serve(shared, tcp, peer, drain).await;
+                        drop(held);
+                    }
+                    drop(live);
+                }
+            };
+            if let Err(error) = on.threads.accept(listener, until.draining(), task).await {
                 tracing::error!(%error, "a listener failed");
             }
         });
     }
     Ok(())
-}
-
-async fn accept<F, Fut>(shared: Arc<Shared>, listener: BoundListener, drain: DrainWatch, serve: F) -> io::Result<()>
-where
-    F: Fn(Arc<Shared>, TcpStream, SocketAddr, DrainWatch) -> Fut + Clone + Send + 'static,
-    Fut: Future<Output = ()> + Send + 'static,
-{
-    let listener = listener.into_listener()?;
-    let draining = drain.draining();
-    tokio::pin!(draining);
-    loop {
-        let (raw, peer) = tokio::select! {
-            biased;
-            accepted = listener.accept() => accepted?,
-            _ = &mut draining => return Ok(()),
-        };
-        let here = threads::current();
-        let worker = shared.threads.pick(here);
-        let live = worker.admit();
-        let (on, drain, serve, shared) = (worker.clone(), drain.clone(), serve.clone(), Arc::clone(&shared));
-        let task = async move {
-            // A connection that already died is nobody's business.
-            if let Ok(tcp) = RawAccepted::into_tcp(raw) {
-                let held = drain.guard();
-                serve(shared, tcp, peer, drain).await;
-                drop(held);
-            }
-            drop(live);
-        };
-        if here == Some(on.index()) {
-            tokio::spawn(task);
-        } else {
-            on.spawn(task);
-        }
-    }
 }
 
 /// Serves one connection to the HBONE port: first byte → gate → TLS → HTTP/2, then each CONNECT as a task of its own.

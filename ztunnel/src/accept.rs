@@ -1,9 +1,8 @@
-//! Accept loops: one task per listener of a pod, connections placed on a data thread once and for all.
+//! Accept loops: one task per listener of a pod.
 //!
-//! Owns the placing. Refuses nothing itself. Upstream: the listeners `pods` bound. Downstream: the three directions.
+//! Owns what is known of a connection that was accepted; the data threads place it, once and for all. Refuses nothing itself. Upstream: the listeners `pods` bound. Downstream: the three directions.
 use crate::pod::Pod;
 use mesh_runtime::sockets::{BoundListener, RawAccepted};
-use mesh_runtime::threads;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -26,33 +25,16 @@ where
     F: Fn(Arc<Pod>, Accepted) -> Fut + Copy + Send + 'static,
     Fut: Future<Output = ()> + Send + 'static,
 {
-    let listener = listener.into_listener()?;
-    let drain = pod.drain.clone();
-    let draining = drain.draining();
-    tokio::pin!(draining);
-    loop {
-        let (raw, peer) = tokio::select! {
-            biased;
-            accepted = listener.accept() => accepted?,
-            // Accepting first empties the queue of a listener about to close: those clients are already connected.
-            _ = &mut draining => return Ok(()),
-        };
-        let here = threads::current();
-        let worker = pod.shared.threads.pick(here);
-        let live = worker.admit();
+    let task = |raw, peer, live| {
         let pod = Arc::clone(&pod);
-        let task = async move {
+        async move {
             if let Some(accepted) = register(raw, peer) {
                 serve(pod, accepted).await;
             }
             drop(live);
-        };
-        if here == Some(worker.index()) {
-            tokio::spawn(task);
-        } else {
-            worker.spawn(task);
         }
-    }
+    };
+    pod.shared.threads.accept(listener, pod.drain.draining(), task).await
 }
 
 /// Registers the connection with this thread. A connection that already died is nobody's business.

@@ -9,6 +9,8 @@
 use std::cell::Cell;
 use std::future::Future;
 use std::io;
+use std::net::SocketAddr;
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -17,6 +19,8 @@ use parking_lot::Mutex;
 use tokio::runtime::{Builder, Handle, LocalOptions};
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
+
+use crate::sockets::{BoundListener, RawAccepted};
 
 thread_local! {
     static INDEX: Cell<Option<usize>> = const { Cell::new(None) };
@@ -102,6 +106,36 @@ impl DataThreads {
             (_, Some(least)) => least,
             (Some(home), None) => home,
             (None, None) => unreachable!("start makes at least one worker"),
+        }
+    }
+
+    /// Accepts connections until `stop` resolves and runs `serve` for each on the thread [`Self::pick`] chooses, where it
+    /// counts for as long as `serve` keeps the guard.
+    ///
+    /// # Errors
+    /// The listener cannot be used; a connection that failed before it was accepted is no error.
+    pub async fn accept<S, F>(&self, listener: BoundListener, stop: impl Future, serve: S) -> io::Result<()>
+    where
+        S: Fn(RawAccepted, SocketAddr, LiveGuard) -> F,
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let listener = listener.into_listener()?;
+        let mut stop = pin!(stop);
+        loop {
+            let (raw, peer) = tokio::select! {
+                biased;
+                accepted = listener.accept() => accepted?,
+                // Accepting first empties the queue of a listener about to close: those clients are already connected.
+                _ = &mut stop => return Ok(()),
+            };
+            let here = current();
+            let worker = self.pick(here);
+            let task = serve(raw, peer, worker.admit());
+            if here == Some(worker.index) {
+                tokio::spawn(task);
+            } else {
+                worker.spawn(task);
+            }
         }
     }
 
