@@ -10,7 +10,7 @@ use crate::settings::Settings;
 use crate::telemetry::Telemetry;
 use crate::tunnels::Tunnels;
 use crate::upstream::{Deps, Upstreams};
-use ::http::{Method, StatusCode};
+use ::http::Method;
 use anyhow::{Context, Result};
 use mesh_identity::cache::CacheSettings;
 use mesh_identity::clock::SystemClock;
@@ -22,19 +22,19 @@ use mesh_model::labels::Labels;
 use mesh_model::snapshot::Viewpoint;
 use mesh_model::workload::Locality;
 use mesh_model::{Network, SpiffeId, TrustDomain};
-use mesh_runtime::admin::{HttpServer, json, text};
+use mesh_runtime::admin::{HttpServer, json};
 use mesh_runtime::allocator;
 use mesh_runtime::drain::{self, DrainMode, DrainWatch, Finished};
 use mesh_runtime::gate::Gate;
-use mesh_runtime::logging::{self, Logging};
+use mesh_runtime::logging::Logging;
 use mesh_runtime::memory::Budget;
 use mesh_runtime::metrics::Registry;
+use mesh_runtime::process;
 use mesh_runtime::readiness::{Readiness, ReadyTask};
 use mesh_runtime::signals;
 use mesh_runtime::sockets::{BoundListener, ListenerOptions, raise_nofile};
 use mesh_runtime::threads::{DataThreads, cores, worker_count};
 use mesh_sources::{Diagnostics, Origin};
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::Notify;
@@ -51,19 +51,7 @@ pub fn version() -> serde_json::Value {
 
 /// Runs the proxy until SIGTERM, SIGINT or `/quitquitquit`.
 pub fn run(settings: Settings) -> Result<()> {
-    let options = logging::Options::from_env(
-        std::env::var("RUST_LOG").ok().as_deref(),
-        std::env::var("LOG_FORMAT").ok().as_deref(),
-        "waypoint",
-    )
-    .context("RUST_LOG")?;
-    let logging = logging::init(options)?;
-    logging.log_panics();
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("control runtime")?;
-    let outcome = runtime.block_on(serve(settings, &logging));
-    runtime.shutdown_timeout(Duration::from_millis(500));
-    logging.writer.flush(Duration::from_millis(500));
-    outcome
+    process::run("waypoint", async |logging| serve(settings, logging).await)
 }
 
 /// The proxy on the current (control) runtime.
@@ -97,7 +85,7 @@ pub async fn serve(settings: Settings, logging: &Logging) -> Result<()> {
         (settings.admin_addr, admin(&shared, &diagnostics, logging, &quit)),
     ];
     for (addr, server) in servers {
-        listen_http(addr, &server, &drain)?;
+        process::listen(&server, addr, &drain).with_context(|| format!("cannot listen on {addr}"))?;
     }
     let hbone =
         ListenerOptions::new(settings.hbone_addr).bind().with_context(|| format!("cannot listen on {}", settings.hbone_addr))?;
@@ -270,36 +258,10 @@ fn authority(s: &Settings) -> Result<Arc<dyn IdentitySource>> {
 fn admin(shared: &Arc<Shared>, diagnostics: &Diagnostics, logging: &Logging, quit: &Arc<Notify>) -> HttpServer {
     let config = {
         let (shared, diagnostics) = (Arc::clone(shared), diagnostics.clone());
-        move |_| {
-            let (shared, diagnostics) = (Arc::clone(&shared), diagnostics.clone());
-            let made = tokio::task::spawn_blocking(move || json(&dump::config(&shared, &diagnostics)));
-            async move { made.await.unwrap_or_else(|e| text(StatusCode::INTERNAL_SERVER_ERROR, format!("{e}\n"))) }
-        }
+        move |_| json(&dump::config(&shared, &diagnostics))
     };
-    let quit = Arc::clone(quit);
-    let server = HttpServer::new("admin")
-        .route_async(Method::GET, "/config_dump", config)
-        .route(Method::GET, "/version", |_| json(&dump::version()))
-        .route(Method::POST, "/quitquitquit", move |_| {
-            quit.notify_one();
-            text(StatusCode::OK, "shutting down\n")
-        });
-    let server = logging.control.route(server);
-    let mut index = server.paths().collect::<Vec<_>>().join("\n");
-    index.push('\n');
-    server.route(Method::GET, "/", move |_| text(StatusCode::OK, index.clone()))
-}
-
-fn listen_http(addr: SocketAddr, server: &HttpServer, drain: &drain::Drain) -> Result<()> {
-    let bound = server.bind(addr).with_context(|| format!("cannot listen on {addr}"))?;
-    let watch = drain.watch();
-    tokio::spawn(async move {
-        // These faces stay up during the drain: an operator wants to see it.
-        if let Err(error) = bound.serve(async move { watch.expired().await }).await {
-            tracing::error!(%error, %addr, "server failed");
-        }
-    });
-    Ok(())
+    let server = HttpServer::new("admin").route_blocking(Method::GET, "/config_dump", config);
+    process::admin_routes(server, dump::version(), logging, Arc::clone(quit))
 }
 
 /// Slow periodic work of the control thread.

@@ -8,7 +8,7 @@ use crate::pod::Shared;
 use crate::pods::{PodSupervisor, PodTable};
 use crate::settings::{RedirectMode, Settings};
 use anyhow::{Context, Result, bail};
-use http::{Method, StatusCode};
+use http::Method;
 use mesh_identity::cache::CacheSettings;
 use mesh_identity::clock::SystemClock;
 use mesh_identity::crypto::TlsSettings;
@@ -17,20 +17,20 @@ use mesh_identity::{IdentitySource, SvidCache, TlsContext};
 use mesh_model::snapshot::Viewpoint;
 use mesh_model::workload::Locality;
 use mesh_model::{Network, TrustDomain};
-use mesh_runtime::admin::{HttpServer, json, text};
+use mesh_runtime::admin::{HttpServer, json};
 use mesh_runtime::allocator;
 use mesh_runtime::drain::{self, DrainMode, Finished};
 use mesh_runtime::gate::Gate;
-use mesh_runtime::logging::{self, Logging};
+use mesh_runtime::logging::Logging;
 use mesh_runtime::memory::Budget;
 use mesh_runtime::metrics::Registry;
+use mesh_runtime::process;
 use mesh_runtime::readiness::Readiness;
 use mesh_runtime::resolve::Resolver;
 use mesh_runtime::signals;
 use mesh_runtime::sockets::raise_nofile;
 use mesh_runtime::threads::{DataThreads, cores, worker_count};
 use mesh_sources::{Diagnostics, Mesh, Origin};
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::Notify;
@@ -49,19 +49,7 @@ pub fn version() -> serde_json::Value {
 
 /// Runs the agent until SIGTERM, SIGINT or `/quitquitquit`.
 pub fn run(settings: Settings) -> Result<()> {
-    let options = logging::Options::from_env(
-        std::env::var("RUST_LOG").ok().as_deref(),
-        std::env::var("LOG_FORMAT").ok().as_deref(),
-        "ztunnel",
-    )
-    .context("RUST_LOG")?;
-    let logging = logging::init(options)?;
-    logging.log_panics();
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("control runtime")?;
-    let outcome = runtime.block_on(serve(settings, &logging));
-    runtime.shutdown_timeout(Duration::from_millis(500));
-    logging.writer.flush(Duration::from_millis(500));
-    outcome
+    process::run("ztunnel", async |logging| serve(settings, logging).await)
 }
 
 /// The agent on the current (control) runtime.
@@ -99,7 +87,7 @@ pub async fn serve(settings: Settings, logging: &Logging) -> Result<()> {
         (settings.admin_addr, admin(&shared, &pods, &diagnostics, logging, &quit)),
     ];
     for (addr, server) in servers {
-        listen(addr, &server, &drain)?;
+        process::listen(&server, addr, &drain).with_context(|| format!("cannot listen on {addr}"))?;
     }
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
@@ -239,37 +227,10 @@ fn hbone_settings(s: &Settings, budget: &Budget) -> mesh_hbone::Settings {
 fn admin(shared: &Arc<Shared>, pods: &PodTable, diagnostics: &Diagnostics, logging: &Logging, quit: &Arc<Notify>) -> HttpServer {
     let dump = {
         let (shared, pods, diagnostics) = (Arc::clone(shared), pods.clone(), diagnostics.clone());
-        move |_| {
-            let (shared, pods, diagnostics) = (Arc::clone(&shared), pods.clone(), diagnostics.clone());
-            // Of a large mesh it takes a while: the control thread goes on judging meanwhile.
-            let made = tokio::task::spawn_blocking(move || json(&dump::config_dump(&shared, &pods, &diagnostics)));
-            async move { made.await.unwrap_or_else(|e| text(StatusCode::INTERNAL_SERVER_ERROR, format!("{e}\n"))) }
-        }
+        move |_| json(&dump::config_dump(&shared, &pods, &diagnostics))
     };
-    let quit = Arc::clone(quit);
-    let server = HttpServer::new("admin")
-        .route_async(Method::GET, "/config_dump", dump)
-        .route(Method::GET, "/version", |_| json(&dump::version()))
-        .route(Method::POST, "/quitquitquit", move |_| {
-            quit.notify_one();
-            text(StatusCode::OK, "shutting down\n")
-        });
-    let server = logging.control.route(server);
-    let mut index = server.paths().collect::<Vec<_>>().join("\n");
-    index.push('\n');
-    server.route(Method::GET, "/", move |_| text(StatusCode::OK, index.clone()))
-}
-
-fn listen(addr: SocketAddr, server: &HttpServer, drain: &drain::Drain) -> Result<()> {
-    let bound = server.bind(addr).with_context(|| format!("cannot listen on {addr}"))?;
-    let watch = drain.watch();
-    tokio::spawn(async move {
-        // These faces stay up during the drain: an operator wants to see it.
-        if let Err(error) = bound.serve(async move { watch.expired().await }).await {
-            tracing::error!(%error, %addr, "server failed");
-        }
-    });
-    Ok(())
+    let server = HttpServer::new("admin").route_blocking(Method::GET, "/config_dump", dump);
+    process::admin_routes(server, dump::version(), logging, Arc::clone(quit))
 }
 
 /// Slow periodic work of the control thread.

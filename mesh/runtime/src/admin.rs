@@ -101,6 +101,21 @@ impl HttpServer {
         self
     }
 
+    /// Adds a route whose handler takes a while (a dump of a large mesh): it runs on a blocking thread, so that this one
+    /// goes on with its work.
+    #[must_use]
+    pub fn route_blocking<H>(self, method: Method, path: &str, handler: H) -> Self
+    where
+        H: Fn(Request) -> Response + Send + Sync + 'static,
+    {
+        let handler = Arc::new(handler);
+        self.route_async(method, path, move |request| {
+            let handler = Arc::clone(&handler);
+            let made = tokio::task::spawn_blocking(move || handler(request));
+            async move { made.await.unwrap_or_else(|e| text(StatusCode::INTERNAL_SERVER_ERROR, format!("{e}\n"))) }
+        })
+    }
+
     /// The paths that have a route, sorted: for an index page.
     pub fn paths(&self) -> impl Iterator<Item = &str> {
         self.routes.keys().map(String::as_str)

@@ -13,6 +13,7 @@ pub mod gate;
 pub mod logging;
 pub mod memory;
 pub mod metrics;
+pub mod process;
 pub mod readiness;
 pub mod resolve;
 pub mod settings;
