@@ -1,6 +1,6 @@
 //! The smallest HTTP/1.1 client that can read an agent's pages: one request per connection, blocking, bounded.
 //! Refuses: keep-alive, redirects, compression, bodies over 64 MiB.
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -48,19 +48,7 @@ pub fn request(ns: &Netns, to: SocketAddr, method: &str, path: &str) -> anyhow::
     let header = |name: &str| headers.iter().find(|(key, _)| key == name).map(|(_, value)| value.as_str());
     let mut body = Vec::new();
     if header("transfer-encoding") == Some("chunked") {
-        loop {
-            line.clear();
-            reader.read_line(&mut line)?;
-            let size = usize::from_str_radix(line.trim(), 16).with_context(|| format!("chunk size {line:?}"))?;
-            let start = body.len();
-            body.resize(start + size, 0);
-            reader.read_exact(&mut body[start..])?;
-            line.clear();
-            reader.read_line(&mut line)?;
-            if size == 0 {
-                break;
-            }
-        }
+        read_chunks(&mut reader, &mut body).with_context(|| format!("chunks of {path}"))?;
     } else if let Some(length) = header("content-length").and_then(|text| text.parse::<usize>().ok()) {
         body.resize(length, 0);
         reader.read_exact(&mut body)?;
@@ -68,4 +56,22 @@ pub fn request(ns: &Netns, to: SocketAddr, method: &str, path: &str) -> anyhow::
         reader.read_to_end(&mut body)?;
     }
     Ok(Answer { status, headers, body: String::from_utf8_lossy(&body).into_owned() })
+}
+
+/// A chunked body, to its end.
+pub(crate) fn read_chunks(reader: &mut impl BufRead, body: &mut Vec<u8>) -> io::Result<()> {
+    let mut line = String::new();
+    loop {
+        line.clear();
+        reader.read_line(&mut line)?;
+        let size = usize::from_str_radix(line.trim().split(';').next().unwrap_or_default(), 16).map_err(io::Error::other)?;
+        let start = body.len();
+        body.resize(start + size, 0);
+        reader.read_exact(&mut body[start..])?;
+        line.clear();
+        reader.read_line(&mut line)?;
+        if size == 0 {
+            return Ok(());
+        }
+    }
 }

@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use serde_json::json;
 
+use crate::http::read_chunks;
 use crate::topology::Place;
 
 #[derive(Debug)]
@@ -158,22 +159,5 @@ fn status_for(state: &State, path: &str) -> Option<u16> {
             Some(if *count <= times.parse().unwrap_or(0) { 503 } else { 200 })
         }
         _ => Some(200),
-    }
-}
-
-fn read_chunks(reader: &mut impl BufRead, body: &mut Vec<u8>) -> io::Result<()> {
-    let mut line = String::new();
-    loop {
-        line.clear();
-        reader.read_line(&mut line)?;
-        let size = usize::from_str_radix(line.trim().split(';').next().unwrap_or_default(), 16).map_err(io::Error::other)?;
-        let start = body.len();
-        body.resize(start + size, 0);
-        reader.read_exact(&mut body[start..])?;
-        line.clear();
-        reader.read_line(&mut line)?;
-        if size == 0 {
-            return Ok(());
-        }
     }
 }
