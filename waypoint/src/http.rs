@@ -9,7 +9,7 @@ use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use std::convert::Infallible;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -56,16 +56,8 @@ where
             let mut builder = hyper::server::conn::http1::Builder::new();
             builder.timer(TokioTimer::new()).max_buf_size(HEAD).max_headers(FIELDS).half_close(false);
             builder.header_read_timeout(headers_timeout);
-            let serving = builder.serve_connection(io, service).with_upgrades();
-            let mut serving = pin!(serving);
-            tokio::select! {
-                done = serving.as_mut() => return ended(&conn, done),
-                _ = conn.drain.draining() => serving.as_mut().graceful_shutdown(),
-            }
-            tokio::select! {
-                done = serving.as_mut() => ended(&conn, done),
-                () = conn.drain.expired() => {}
-            }
+            let serving = pin!(builder.serve_connection(io, service).with_upgrades());
+            drive(&conn, serving, hyper::server::conn::http1::UpgradeableConnection::graceful_shutdown).await;
         }
         Version::Http2 => {
             let mut builder = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
@@ -78,16 +70,24 @@ where
                 .max_send_buf_size(SEND_BUFFER)
                 .keep_alive_interval(Some(Duration::from_secs(30)))
                 .keep_alive_timeout(Duration::from_secs(20));
-            let mut serving = pin!(builder.serve_connection(io, service));
-            tokio::select! {
-                done = serving.as_mut() => return ended(&conn, done),
-                _ = conn.drain.draining() => serving.as_mut().graceful_shutdown(),
-            }
-            tokio::select! {
-                done = serving.as_mut() => ended(&conn, done),
-                () = conn.drain.expired() => {}
-            }
+            let serving = pin!(builder.serve_connection(io, service));
+            drive(&conn, serving, hyper::server::conn::http2::Connection::graceful_shutdown).await;
         }
+    }
+}
+
+/// Until the connection ends: by itself, after a graceful shutdown, or at the deadline of the drain.
+async fn drive<C>(conn: &Conn, mut serving: Pin<&mut C>, shut_down: fn(Pin<&mut C>))
+where
+    C: Future<Output = hyper::Result<()>>,
+{
+    tokio::select! {
+        done = serving.as_mut() => return ended(conn, done),
+        _ = conn.drain.draining() => shut_down(serving.as_mut()),
+    }
+    tokio::select! {
+        done = serving => ended(conn, done),
+        () = conn.drain.expired() => {}
     }
 }
 

@@ -19,7 +19,7 @@ use http::Response;
 use http::request::Parts;
 use mesh_model::Snapshot;
 use mesh_model::l7::route::HttpAction;
-use mesh_model::l7::{Backend, HttpMatch, HttpRoute, RouteTable};
+use mesh_model::l7::{Backend, HttpMatch, HttpRoute, RequestFacts, RouteTable};
 use replay::Replay;
 use std::sync::Arc;
 
@@ -63,6 +63,19 @@ pub struct Exchange<'c> {
     pub record: Record,
 }
 impl Exchange<'_> {
+    /// The request as rules see it.
+    pub(crate) fn facts(&self) -> RequestFacts<'_> {
+        RequestFacts {
+            method: &self.parts.method,
+            scheme: self.conn.scheme(),
+            authority: &self.authority,
+            path: &self.path,
+            query: self.parts.uri.query(),
+            headers: &self.parts.headers,
+            port: self.conn.port(),
+            claims: None,
+        }
+    }
     /// The backend `route` chose.
     pub fn backend(&self) -> Option<&Backend> {
         let HttpAction::Forward(forward) = &self.route.as_ref()?.action else { return None };

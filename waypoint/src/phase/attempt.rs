@@ -11,10 +11,10 @@ use http::uri::{Authority, PathAndQuery, Scheme};
 use http::{Request, Response, StatusCode, Uri, Version};
 use hyper::body::Incoming;
 use hyper::upgrade::OnUpgrade;
+use mesh_model::l7::HttpRoute;
 use mesh_model::l7::hash::{HashOutcome, request_hash};
 use mesh_model::l7::retry::{self, Outcome};
 use mesh_model::l7::route::{BackendRef, Dialect, Forward, HttpAction};
-use mesh_model::l7::{HttpRoute, RequestFacts};
 use mesh_model::lb::redraw;
 use mesh_model::waypoint::Target;
 use std::borrow::Cow;
@@ -77,16 +77,7 @@ fn cluster(ex: &mut Exchange<'_>, route: &HttpRoute) -> Result<Arc<Cluster>, Box
 /// The hash of a consistent-hash destination, and the cookie to set when it asks for one that is not there.
 fn sticky(ex: &Exchange<'_>, cluster: &Cluster) -> (Option<u64>, Option<HeaderValue>) {
     let mesh_model::l7::destination::Balance::Hash { key, .. } = &cluster.policy().balance else { return (None, None) };
-    let facts = RequestFacts {
-        method: &ex.parts.method,
-        scheme: ex.conn.scheme(),
-        authority: &ex.authority,
-        path: &ex.path,
-        query: ex.parts.uri.query(),
-        headers: &ex.parts.headers,
-        port: ex.conn.port(),
-        claims: None,
-    };
+    let facts = ex.facts();
     match request_hash(key, &facts, ex.conn.client.ip(), ex.draw) {
         HashOutcome::Hash(hash) => (Some(hash), None),
         HashOutcome::Cookie { hash, set_cookie } => (Some(hash), HeaderValue::try_from(set_cookie).ok()),

@@ -5,9 +5,9 @@ use crate::phase::{Exchange, Flow};
 use bytes::Bytes;
 use http::header::{self, HeaderName, HeaderValue};
 use http::{Response, StatusCode};
+use mesh_model::l7::HttpMatch;
 use mesh_model::l7::rewrite::redirect_location;
 use mesh_model::l7::route::HttpAction;
-use mesh_model::l7::{HttpMatch, RequestFacts};
 use std::borrow::Cow;
 
 /// What Envoy calls itself in Istio; clients and tests look for it.
@@ -69,16 +69,7 @@ pub(crate) fn direct(ex: &mut Exchange<'_>) -> Flow {
         HttpAction::Forward(_) => return Flow::Continue,
         HttpAction::Redirect(redirect) => {
             let none = HttpMatch::default();
-            let facts = RequestFacts {
-                method: &ex.parts.method,
-                scheme: ex.conn.scheme(),
-                authority: &ex.authority,
-                path: &ex.path,
-                query: ex.parts.uri.query(),
-                headers: &ex.parts.headers,
-                port: ex.conn.port(),
-                claims: None,
-            };
+            let facts = ex.facts();
             let location = redirect_location(redirect, ex.matched().unwrap_or(&none), &facts);
             let mut answer = Response::new(Body::Empty);
             *answer.status_mut() = StatusCode::from_u16(redirect.status).unwrap_or(StatusCode::MOVED_PERMANENTLY);

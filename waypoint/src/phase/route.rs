@@ -9,7 +9,7 @@ use mesh_model::Snapshot;
 use mesh_model::l7::route::{Dialect, HttpAction};
 use mesh_model::l7::select::{Selected, select};
 use mesh_model::l7::weights::choose as choose_backend;
-use mesh_model::l7::{HttpRoute, RequestFacts, RouteTable};
+use mesh_model::l7::{HttpRoute, RouteTable};
 use mesh_model::lb::redraw;
 use mesh_model::waypoint::Target;
 use std::sync::Arc;
@@ -24,16 +24,7 @@ pub(crate) fn choose(ex: &mut Exchange<'_>) -> Flow {
         Routes::Plain => return plain(ex),
         Routes::NoHost => return not_found(ex),
     };
-    let facts = RequestFacts {
-        method: &ex.parts.method,
-        scheme: ex.conn.scheme(),
-        authority: &ex.authority,
-        path: &ex.path,
-        query: ex.parts.uri.query(),
-        headers: &ex.parts.headers,
-        port: ex.conn.port(),
-        claims: None,
-    };
+    let facts = ex.facts();
     let (route, rule) = match select(table, &facts) {
         Selected::Rule(rule, at) => (Arc::clone(&rule.route), Some((Arc::clone(table), at))),
         Selected::Default => return plain(ex),

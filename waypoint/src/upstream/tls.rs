@@ -111,7 +111,7 @@ fn configure(tls: &UpstreamTls, http2: Option<bool>) -> Result<ClientConfig, Str
 fn verifier(tls: &UpstreamTls, crypto: &Arc<CryptoProvider>) -> Result<Arc<dyn ServerCertVerifier>, String> {
     let algorithms = crypto.signature_verification_algorithms;
     if tls.skip_verify {
-        return Ok(Arc::new(Anyone(algorithms)));
+        return Ok(Arc::new(Verifier { algorithms, accepted: Accepted::Anyone }));
     }
     let mut roots = RootCertStore::empty();
     let pem = match &tls.roots {
@@ -137,7 +137,7 @@ fn verifier(tls: &UpstreamTls, crypto: &Arc<CryptoProvider>) -> Result<Arc<dyn S
         let verifier = WebPkiServerVerifier::builder_with_provider(roots, Arc::clone(crypto)).build();
         return Ok(verifier.map_err(|e| e.to_string())?);
     }
-    Ok(Arc::new(AnyOf { roots, algorithms, names: tls.sans.clone() }))
+    Ok(Arc::new(Verifier { algorithms, accepted: Accepted::AnyOf { roots, names: tls.sans.clone() } }))
 }
 
 fn read(path: &str) -> Result<Vec<u8>, String> {
@@ -151,14 +151,20 @@ fn certificates(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> {
     }
 }
 
-/// Accepts a trusted chain whose leaf has one of the names (DNS, address or URI).
+/// Who is accepted where no single name is asked for.
 #[derive(Debug)]
-struct AnyOf {
-    roots: Arc<RootCertStore>,
+struct Verifier {
     algorithms: WebPkiSupportedAlgorithms,
-    names: Vec<Arc<str>>,
+    accepted: Accepted,
 }
-impl ServerCertVerifier for AnyOf {
+#[derive(Debug)]
+enum Accepted {
+    /// A trusted chain whose leaf has one of the names (DNS, address or URI).
+    AnyOf { roots: Arc<RootCertStore>, names: Vec<Arc<str>> },
+    /// `insecureSkipVerify`: whoever holds the key of the certificate shown.
+    Anyone,
+}
+impl ServerCertVerifier for Verifier {
     fn verify_server_cert(
         &self,
         leaf: &CertificateDer<'_>,
@@ -167,15 +173,19 @@ impl ServerCertVerifier for AnyOf {
         _: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
+        let (roots, names) = match &self.accepted {
+            Accepted::Anyone => return Ok(ServerCertVerified::assertion()),
+            Accepted::AnyOf { roots, names } => (roots, names),
+        };
         let parsed = ParsedCertificate::try_from(leaf)?;
-        verify_server_cert_signed_by_trust_anchor(&parsed, &self.roots, intermediates, now, self.algorithms.all)?;
+        verify_server_cert_signed_by_trust_anchor(&parsed, roots, intermediates, now, self.algorithms.all)?;
         let has = |name: &str| {
             if name.contains("://") {
                 return webpki::EndEntityCert::try_from(leaf).is_ok_and(|cert| cert.valid_uri_names().any(|uri| uri == name));
             }
             ServerName::try_from(name).is_ok_and(|name| verify_server_name(&parsed, &name).is_ok())
         };
-        if self.names.iter().any(|name| has(name)) {
+        if names.iter().any(|name| has(name)) {
             return Ok(ServerCertVerified::assertion());
         }
         Err(CertificateError::NotValidForName.into())
@@ -198,40 +208,5 @@ impl ServerCertVerifier for AnyOf {
     }
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
         self.algorithms.supported_schemes()
-    }
-}
-
-/// `insecureSkipVerify`: whoever holds the key of the certificate shown.
-#[derive(Debug)]
-struct Anyone(WebPkiSupportedAlgorithms);
-impl ServerCertVerifier for Anyone {
-    fn verify_server_cert(
-        &self,
-        _: &CertificateDer<'_>,
-        _: &[CertificateDer<'_>],
-        _: &ServerName<'_>,
-        _: &[u8],
-        _: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        Ok(ServerCertVerified::assertion())
-    }
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        signed: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls12_signature(message, cert, signed, &self.0)
-    }
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        signed: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls13_signature(message, cert, signed, &self.0)
-    }
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.0.supported_schemes()
     }
 }
