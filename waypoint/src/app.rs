@@ -8,13 +8,13 @@ use crate::listen;
 use crate::listen::gateway::Listeners;
 use crate::settings::Settings;
 use crate::telemetry::Telemetry;
-use crate::tunnels::Tunnels;
 use crate::upstream::{Deps, Upstreams};
 use ::http::Method;
 use anyhow::{Context, Result};
 use mesh_identity::cache::CacheSettings;
 use mesh_identity::clock::SystemClock;
 use mesh_identity::crypto::TlsSettings;
+use mesh_identity::live::LivePeers;
 use mesh_identity::local_ca::{LocalCa, LocalCaSettings};
 use mesh_identity::{IdentitySource, SvidCache, TlsContext};
 use mesh_model::l7::gateway::GatewayKey;
@@ -219,12 +219,13 @@ fn assemble(
         threads,
         svid,
         identity,
+        pod: (!settings.pod.is_empty()).then(|| format!("{}//Pod/{}/{}", view.cluster, settings.namespace, settings.pod).into()),
         gateway: GatewayKey::new(&settings.namespace, &settings.gateway),
         tls,
         hbone,
         upstreams,
         telemetry,
-        tunnels: Tunnels::default(),
+        tunnels: LivePeers::default(),
         settings,
     }))
 }

@@ -27,7 +27,7 @@ pub enum Body {
     Full(Option<Bytes>),
     /// Straight from the other connection; backpressure is the connection's.
     Incoming(Incoming),
-    /// Anything else (replayed, measured, compressed).
+    /// Anything else (replayed, followed to its end).
     Boxed(UnsyncBoxBody<Bytes, BodyError>),
 }
 impl Body {

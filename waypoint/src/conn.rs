@@ -1,11 +1,13 @@
 //! What all connections share, and what is known of one.
-use crate::facts::Facts;
+use crate::facts::{Facts, Scope};
 use crate::settings::Settings;
 use crate::telemetry::Telemetry;
-use crate::tunnels::Tunnels;
 use crate::upstream::Upstreams;
 use mesh_identity::SvidHandle;
+use mesh_identity::live::LivePeers;
 use mesh_model::l7::gateway::GatewayKey;
+use mesh_model::l7::policy::L7Target;
+use mesh_model::waypoint::Target;
 use mesh_model::workload::Workload;
 use mesh_model::{Reason, Refusal, Snapshot, SpiffeId};
 use mesh_runtime::drain::DrainWatch;
@@ -27,27 +29,27 @@ pub struct Shared {
     pub svid: SvidHandle,
     /// Our identity.
     pub identity: SpiffeId,
+    /// This process's pod, as workloads are known; `None` when it does not know its own name.
+    pub pod: Option<Box<str>>,
     /// The Gateway this process serves.
     pub gateway: GatewayKey,
     /// Trust bundles, to see that a peer's root was withdrawn.
     pub tls: mesh_identity::TlsContext,
     /// Handshakes in progress.
     pub gate: Gate,
-    /// Tunnel settings of the server side.
+    /// Tunnel settings, of both sides.
     pub hbone: Arc<mesh_hbone::Settings>,
     /// Clusters, pools, health.
     pub upstreams: Arc<Upstreams>,
     /// Metrics and access log.
     pub telemetry: Telemetry,
-    /// Live tunnels, for revocation and admin.
-    pub tunnels: Tunnels,
+    /// Live tunnels, for revocation.
+    pub tunnels: LivePeers,
 }
 impl Shared {
     /// The workload this process is, as `snap` knows it.
     pub fn me<'s>(&self, snap: &'s Snapshot) -> Result<&'s Arc<Workload>, Refusal> {
-        let by_name = (!self.settings.pod.is_empty()).then(|| {
-            snap.find_workload(&format!("{}//Pod/{}/{}", snap.view().cluster, self.settings.namespace, self.settings.pod))
-        });
+        let by_name = self.pod.as_ref().map(|uid| snap.find_workload(uid));
         let by_address = || {
             let ip = self.settings.instance_ip?;
             snap.find_workload_by_ip(&snap.view().network, ip.to_canonical())
@@ -67,6 +69,21 @@ pub struct Conn {
     pub facts: Facts,
     /// Ends with the process or the listener.
     pub drain: DrainWatch,
+    /// What policies may be bound to that concerns it: the same for every request.
+    pub targets: Box<[L7Target]>,
+}
+impl Conn {
+    /// A connection of which this is known.
+    pub fn new(shared: Arc<Shared>, facts: Facts, drain: DrainWatch) -> Self {
+        let mut targets = vec![L7Target::Gateway(shared.gateway.clone())];
+        if let Scope::Mesh(target) = &facts.scope {
+            targets.push(L7Target::Waypoints);
+            if let Target::Service { service, .. } = target {
+                targets.push(L7Target::of_service(&service.key, &service.name));
+            }
+        }
+        Self { shared, facts, drain, targets: targets.into() }
+    }
 }
 impl Deref for Conn {
     type Target = Facts;

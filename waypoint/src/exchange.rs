@@ -32,8 +32,8 @@ async fn phases(ex: &mut Exchange<'_>) -> Response<Body> {
     phase!(fault::inject(ex).await); // delay, abort
     phase!(cors::apply(ex)); //        preflight answered, headers for the response remembered
     phase!(respond::direct(ex)); //    redirect, direct response
-    phase!(forward::prepare(ex)); //   header edits, attempt and timeout headers
-    phase!(rewrite::apply(ex)); //     path, authority
+    forward::prepare(ex); //           header edits, attempt and timeout headers
+    rewrite::apply(ex); //             path, authority
     mirror::copy(ex); //               shadows, fire and forget
     attempt::run(ex).await //          limits → endpoint → send → retry
 }

@@ -1,9 +1,10 @@
 //! Which routes a host has on a gateway: the most specific listener hostname first, then the most specific route hostname
 //! (Gateway API).
-use crate::conn::Conn;
 use mesh_model::Snapshot;
+use mesh_model::addr::without_port;
 use mesh_model::l7::RouteTable;
-use mesh_model::l7::gateway::{Listener, ListenerProtocol};
+use mesh_model::l7::gateway::{GatewayKey, Listener, ListenerProtocol};
+use mesh_model::l7::select::host_matches;
 use std::sync::Arc;
 
 /// The routes a request falls under.
@@ -21,13 +22,7 @@ pub(crate) fn fits(pattern: &str, host: &str) -> Option<usize> {
     if pattern == "*" {
         return Some(0);
     }
-    match pattern.strip_prefix('*') {
-        Some(suffix) => {
-            let head = host.len().checked_sub(suffix.len()).filter(|n| *n > 0)?;
-            host.get(head..).filter(|tail| tail.eq_ignore_ascii_case(suffix)).map(|_| suffix.len())
-        }
-        None => pattern.eq_ignore_ascii_case(host).then_some(usize::MAX),
-    }
+    host_matches(pattern, host).then(|| pattern.strip_prefix('*').map_or(usize::MAX, str::len))
 }
 
 /// The host of an authority, without its port.
@@ -35,18 +30,18 @@ pub(crate) fn host_of(authority: &str) -> &str {
     if let Some(rest) = authority.strip_prefix('[') {
         return rest.split(']').next().unwrap_or(rest);
     }
-    authority.rsplit_once(':').filter(|(_, port)| port.bytes().all(|b| b.is_ascii_digit())).map_or(authority, |(host, _)| host)
+    without_port(authority).unwrap_or(authority)
 }
 
-/// The listeners of this process's gateway on `port` that `accept` takes, best fit for `host` first.
+/// Of a gateway's listeners on `port` that `accept` takes the one that fits `host` best.
 pub(crate) fn best<'s>(
-    conn: &Conn,
+    gateway: &GatewayKey,
     snap: &'s Snapshot,
     port: u16,
     host: &str,
     accept: impl Fn(&Listener) -> bool,
 ) -> Option<&'s Listener> {
-    let gateway = snap.find_gateway(&conn.shared.gateway)?;
+    let gateway = snap.find_gateway(gateway)?;
     let of_port = gateway.listeners.iter().filter(|l| l.port == port && l.broken.is_none() && accept(l));
     of_port
         .filter_map(|l| Some((fits(l.hostname.as_deref().unwrap_or("*"), host)?, l)))
@@ -62,7 +57,7 @@ fn hosts<'s>(listener: &'s Listener, host: &str) -> Option<&'s Arc<RouteTable>> 
 /// The HTTP routes of a request to a gateway. `listener`: what TLS chose; a request for a host of another listener gets no
 /// routes (it would go around that listener's certificate).
 pub(crate) fn table<'s>(
-    conn: &Conn,
+    gateway: &GatewayKey,
     snap: &'s Snapshot,
     port: u16,
     listener: Option<&str>,
@@ -71,14 +66,14 @@ pub(crate) fn table<'s>(
 ) -> Routes<'s> {
     let host = host_of(authority);
     let protocol = if secure { ListenerProtocol::Https } else { ListenerProtocol::Http };
-    let found = best(conn, snap, port, host, |l| l.protocol == protocol);
+    let found = best(gateway, snap, port, host, |l| l.protocol == protocol);
     let found = found.filter(|l| listener.is_none_or(|name| *l.name == *name));
     found.and_then(|l| hosts(l, host)).map_or(Routes::NoHost, Routes::Table)
 }
 
 /// The TCP or TLS routes of a connection to a gateway.
 pub(crate) fn tcp_table(
-    conn: &Conn,
+    gateway: &GatewayKey,
     snap: &Snapshot,
     port: u16,
     listener: Option<&str>,
@@ -86,7 +81,7 @@ pub(crate) fn tcp_table(
 ) -> Option<Arc<RouteTable>> {
     let host = sni.unwrap_or_default();
     let bytes = |l: &Listener| matches!(l.protocol, ListenerProtocol::Tls | ListenerProtocol::Tcp);
-    let found = best(conn, snap, port, host, |l| bytes(l) && listener.is_none_or(|name| *l.name == *name))?;
+    let found = best(gateway, snap, port, host, |l| bytes(l) && listener.is_none_or(|name| *l.name == *name))?;
     hosts(found, host).cloned()
 }
 

@@ -21,7 +21,6 @@ pub mod settings;
 pub mod tcp;
 pub mod telemetry;
 pub mod tunnel;
-pub mod tunnels;
 mod upgrade;
 pub mod upstream;
 

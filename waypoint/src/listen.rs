@@ -5,16 +5,12 @@
 use crate::conn::Shared;
 use crate::tunnel;
 use mesh_hbone::Incoming;
-use mesh_identity::Peer;
-use mesh_identity::tls::ServerStream;
-use mesh_model::{Reason, Refusal};
 use mesh_runtime::drain::DrainWatch;
 use mesh_runtime::sockets::{BoundListener, RawAccepted};
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use tokio::net::TcpStream;
-use tokio::time::Instant;
 
 pub mod certificates;
 pub mod gateway;
@@ -51,7 +47,9 @@ where
 
 /// Serves one connection to the HBONE port: first byte → gate → TLS → HTTP/2, then each CONNECT as a task of its own.
 pub async fn serve_hbone(shared: Arc<Shared>, tcp: TcpStream, peer: SocketAddr, drain: DrainWatch) {
-    let (tls, proof) = match Box::pin(handshake(&shared, tcp, peer)).await {
+    let limit = shared.settings.handshake_timeout;
+    let handshake = mesh_identity::arrival::accept(&shared.svid, &shared.gate, limit, tcp, peer.ip());
+    let (tls, proof) = match Box::pin(handshake).await {
         Ok(Some(done)) => done,
         // Nothing was ever said: a probe or a scan.
         Ok(None) => return,
@@ -61,7 +59,7 @@ pub async fn serve_hbone(shared: Arc<Shared>, tcp: TcpStream, peer: SocketAddr, 
         }
     };
     let proof = Arc::new(proof);
-    let (id, cut) = shared.tunnels.admit(Arc::clone(&proof), peer);
+    let (id, cut) = shared.tunnels.admit(Arc::clone(&proof));
     // The bundles may have changed while the client took its time with the handshake.
     if !proof.still_trusted(&shared.tls.bundles().borrow()) {
         shared.tunnels.remove(id);
@@ -78,27 +76,4 @@ pub async fn serve_hbone(shared: Arc<Shared>, tcp: TcpStream, peer: SocketAddr, 
         () = cut.notified() => tracing::warn!(%peer, "tunnel closed: the peer's certificate is no longer trusted"),
     }
     shared.tunnels.remove(id);
-}
-
-async fn handshake(
-    shared: &Shared,
-    tcp: TcpStream,
-    peer: SocketAddr,
-) -> Result<Option<(ServerStream<TcpStream>, Peer)>, Refusal> {
-    let limit = shared.settings.handshake_timeout;
-    match tokio::time::timeout(limit, tcp.peek(&mut [0])).await {
-        Err(_) | Ok(Err(_) | Ok(0)) => return Ok(None),
-        Ok(Ok(_)) => {}
-    }
-    let svid = shared.svid.fetch().await.map_err(Refusal::from)?;
-    let deadline = Instant::now() + limit;
-    let place = tokio::time::timeout_at(deadline, shared.gate.enter(peer.ip()))
-        .await
-        .ok()
-        .flatten()
-        .ok_or_else(|| Refusal::new(Reason::Overloaded, "too many handshakes in progress"))?;
-    tokio::select! {
-        done = mesh_identity::tls::accept(&svid, tcp, deadline) => Ok(Some(done.map_err(Refusal::from)?)),
-        () = place.lost() => Err(Refusal::new(Reason::Overloaded, "too many handshakes in progress, this one gave way")),
-    }
 }

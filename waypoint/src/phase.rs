@@ -15,12 +15,13 @@ pub(crate) mod route;
 use crate::body::Body;
 use crate::conn::Conn;
 use crate::telemetry::Record;
-use http::Response;
 use http::request::Parts;
+use http::{HeaderMap, Response};
 use mesh_model::Snapshot;
-use mesh_model::l7::route::HttpAction;
+use mesh_model::l7::route::{Forward, HttpAction};
 use mesh_model::l7::{Backend, HttpMatch, HttpRoute, RequestFacts, RouteTable};
 use replay::Replay;
+use std::str::FromStr;
 use std::sync::Arc;
 
 /// Whether the next phase runs.
@@ -56,7 +57,7 @@ pub struct Exchange<'c> {
     /// Index of the backend within the route, once `route` drew it.
     pub backend: Option<usize>,
     /// Headers CORS adds to the response.
-    pub cors_headers: Option<http::HeaderMap>,
+    pub cors_headers: Option<HeaderMap>,
     /// gRPC: refusals are answered as trailers-only responses.
     pub grpc: bool,
     /// What will be told about it.
@@ -79,7 +80,15 @@ impl Exchange<'_> {
     /// The backend `route` chose.
     pub fn backend(&self) -> Option<&Backend> {
         let HttpAction::Forward(forward) = &self.route.as_ref()?.action else { return None };
+        self.backend_of(forward)
+    }
+    /// The backend `route` chose, of its own route's action.
+    pub(crate) fn backend_of<'f>(&self, forward: &'f Forward) -> Option<&'f Backend> {
         forward.backends.get(self.backend?)
+    }
+    /// Whether [`Self::read_body`] would give one.
+    pub(crate) fn body_is_whole(&self) -> bool {
+        self.replay.as_ref().is_none_or(Replay::is_whole)
     }
     /// The request's body from its beginning; `None` when it was sent already and not kept.
     pub(crate) fn read_body(&self) -> Option<Body> {
@@ -90,4 +99,9 @@ impl Exchange<'_> {
         let (table, at) = self.rule.as_ref()?;
         table.http.get(*at).map(|r| &r.matches)
     }
+}
+
+/// `grpc-status` of headers or trailers.
+pub(crate) fn grpc_status<N: FromStr>(headers: &HeaderMap) -> Option<N> {
+    headers.get("grpc-status")?.to_str().ok()?.parse().ok()
 }

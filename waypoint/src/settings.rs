@@ -58,7 +58,7 @@ pub struct Settings {
     /// IP address the Gateway's own listeners are bound to.
     #[arg(long, env = "CULVERT_LISTEN_IP", default_value = "::")]
     pub listen_ip: IpAddr,
-    /// Address of the admin server (`/config_dump`, `/clusters`, `/logging`).
+    /// Address of the admin server (`/config_dump`, `/logging`).
     #[arg(long, env = "CULVERT_ADMIN_ADDR", default_value = "127.0.0.1:15000")]
     pub admin_addr: SocketAddr,
     /// Address of the metrics server (`/metrics`, `/stats/prometheus`).
@@ -89,7 +89,7 @@ pub struct Settings {
     /// connected, so that a protocol in which the server speaks first does not stall.
     #[arg(long, env = "CULVERT_PROTOCOL_SNIFF_TIMEOUT", default_value = "100ms", value_parser = duration)]
     pub sniff_timeout: Duration,
-    /// Idle limit of HTTP connections from clients; 0 for none.
+    /// Idle limit of HTTP connections from clients; 0 for none. Not enforced yet.
     #[arg(long, env = "CULVERT_HTTP_IDLE_TIMEOUT", default_value = "1h", value_parser = duration)]
     pub http_idle_timeout: Duration,
     /// Limit for the head of a request to arrive in whole; 0 for none.

@@ -1,6 +1,6 @@
 //! Connections carried as bytes: TCP routes, TLS passed through, protocols in which the server speaks first.
 //!
-//! Owns the choice of the endpoint for a whole connection. Upstream: `tunnel`, `listen::gateway`, upgrades of `exchange`.
+//! Owns the choice of the endpoint for a whole connection. Upstream: `tunnel`, `listen::gateway`.
 //! Downstream: `upstream::connect`, the relay.
 use crate::conn::Conn;
 use crate::detect::Spoken;
@@ -14,7 +14,6 @@ use crate::upstream::{self, Cluster, Failure, PickContext, Stream, UpstreamError
 use mesh_hbone::HboneStream;
 use mesh_hbone::relay::endpoint::{Bytewise, Endpoint};
 use mesh_hbone::relay::{Timeouts, relay};
-use mesh_hbone::stream::ResetCode;
 use mesh_model::Snapshot;
 use mesh_model::l7::TcpFacts;
 use mesh_model::l7::route::{BackendRef, ClusterKey};
@@ -23,23 +22,17 @@ use mesh_model::l7::weights::choose;
 use mesh_model::lb::redraw;
 use mesh_model::waypoint::Target;
 use std::sync::Arc;
-use std::time::Instant;
 
 const DRAW_BACKEND: u64 = 31;
 const DRAW_ENDPOINT: u64 = 32;
 
 /// Carries one connection: route → endpoint → connect → relay → tell.
 pub async fn serve(conn: Arc<Conn>, mut stream: HboneStream, opening: Opening) {
-    let mut record = TcpRecord::new(Instant::now());
+    let mut record = TcpRecord::begin();
     let reached = reach(&conn, opening.sni.as_deref(), &mut record).await;
     let mut upstream = match reached {
         Ok(upstream) => upstream,
-        Err(error) => {
-            note(&mut record, &error);
-            conn.shared.telemetry.tcp_failed(&conn.facts, &record);
-            stream.reset(ResetCode::ConnectError);
-            return;
-        }
+        Err(error) => return failed(&conn, stream, record, &error),
     };
     if opening.undecided {
         let spoken = tokio::select! {
@@ -57,13 +50,34 @@ pub async fn serve(conn: Arc<Conn>, mut stream: HboneStream, opening: Opening) {
             return http::serve(conn, stream.into_io(), version).await;
         }
     }
+    carried(&conn, stream, upstream, record).await;
+}
+
+/// Carries one connection from outside the mesh.
+pub(crate) async fn serve_outside<E: Endpoint>(conn: &Conn, client: E) {
+    let mut record = TcpRecord::begin();
+    match reach(conn, conn.sni.as_deref(), &mut record).await {
+        Ok(upstream) => carried(conn, client, upstream, record).await,
+        Err(error) => failed(conn, client, record, &error),
+    }
+}
+
+/// No endpoint was reached: told here, and to the client by a reset.
+fn failed(conn: &Conn, mut client: impl Endpoint, mut record: TcpRecord, error: &UpstreamError) {
+    note(&mut record, error);
+    conn.shared.telemetry.tcp_failed(&conn.facts, &record);
+    client.reset(true);
+}
+
+/// An endpoint was reached: relay and tell.
+async fn carried(conn: &Conn, client: impl Endpoint, upstream: Stream, mut record: TcpRecord) {
     let handles = conn.shared.telemetry.tcp_opened(&conn.facts, &record);
-    carry(&conn, stream, upstream, &handles, &mut record).await;
+    carry(conn, client, upstream, &handles, &mut record).await;
     conn.shared.telemetry.tcp_done(&conn.facts, &record, &handles);
 }
 
 /// Relays between the client and the endpoint.
-pub(crate) async fn carry<A>(conn: &Conn, client: A, upstream: Stream, handles: &TcpHandles, record: &mut TcpRecord)
+async fn carry<A>(conn: &Conn, client: A, upstream: Stream, handles: &TcpHandles, record: &mut TcpRecord)
 where
     A: Endpoint,
 {
@@ -96,11 +110,7 @@ where
 
 /// The policies of what was addressed, as far as they can be judged without a request.
 fn judge(conn: &Conn, snap: &Snapshot) -> Result<(), UpstreamError> {
-    authorize::judge(snap, conn, conn.shared.gateway.clone(), None)
-        .map_err(|(why, _)| UpstreamError::new(Failure::Denied, brief(&why)))
-}
-fn brief(why: &mesh_model::Refusal) -> String {
-    if why.detail.is_empty() { why.reason.to_string() } else { format!("{}: {}", why.reason, why.detail) }
+    authorize::judge(snap, conn, None).map_err(|(why, _)| UpstreamError::new(Failure::Denied, why.brief()))
 }
 
 /// Resolves when a published version no longer allows the connection, or the process has drained (I6).
@@ -139,7 +149,7 @@ async fn spoke(upstream: &mut Stream) {
 }
 
 /// The endpoint of a connection, connected.
-pub(crate) async fn reach(conn: &Conn, sni: Option<&str>, record: &mut TcpRecord) -> Result<Stream, UpstreamError> {
+async fn reach(conn: &Conn, sni: Option<&str>, record: &mut TcpRecord) -> Result<Stream, UpstreamError> {
     let draw: u64 = rand::random();
     let (cluster, host) = {
         let snap = conn.shared.mesh.load();
@@ -173,7 +183,9 @@ fn cluster(
             let plain = ClusterKey { service: service.key.clone(), port: *port, subset: None };
             (snap.find_routes(&service.key).cloned(), Some(plain))
         }
-        Scope::Gateway { port, listener, .. } => (hosts::tcp_table(conn, snap, *port, listener.as_deref(), sni), None),
+        Scope::Gateway { port, listener, .. } => {
+            (hosts::tcp_table(&conn.shared.gateway, snap, *port, listener.as_deref(), sni), None)
+        }
     };
     let no_route = || UpstreamError::new(Failure::NoCluster, "no route for this connection");
     if let Some(table) = &table {
@@ -192,7 +204,7 @@ fn cluster(
     upstreams.cluster(snap, &plain.ok_or_else(no_route)?)
 }
 
-pub(crate) fn note(record: &mut TcpRecord, error: &UpstreamError) {
+fn note(record: &mut TcpRecord, error: &UpstreamError) {
     record.flags = flags_of(error.failure);
     record.details = error.to_string().into();
     record.reason = Some(match error.failure {

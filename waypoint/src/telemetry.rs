@@ -13,9 +13,9 @@ pub use flags::{Flag, Flags};
 pub use record::{Record, TcpRecord};
 
 use crate::facts::Facts;
-use labels::{Ends, HTTP_LABELS, TCP_LABELS};
+use labels::{HTTP_LABELS, TCP_LABELS};
 use mesh_hbone::relay::Counters;
-use mesh_model::metric_labels;
+use mesh_model::metric_labels::Ends;
 use mesh_model::service::Service;
 use mesh_model::workload::Workload;
 use mesh_model::{Refusal, SpiffeId};
@@ -152,7 +152,7 @@ impl Telemetry {
             if known.len() >= REMEMBERED {
                 known.clear();
             }
-            let handles = known.entry(key.clone()).or_insert_with(|| self.look_up(&key, conn, record));
+            let handles = known.entry(key).or_insert_with_key(|key| self.look_up(key, record));
             handles.requests.inc();
             handles.durations.observe(elapsed.as_secs_f64() * 1000.0);
             handles.request_bytes.observe(received as f64);
@@ -169,22 +169,19 @@ impl Telemetry {
         });
     }
 
-    fn look_up(&self, key: &Key, conn: &Facts, record: &Record) -> Handles {
+    fn look_up(&self, key: &Key, record: &Record) -> Handles {
         let ends = Ends {
-            ends: metric_labels::Ends {
-                reporter: "waypoint",
-                source: key.source.as_ref(),
-                source_id: key.identity.as_ref(),
-                destination: key.destination.as_ref(),
-                destination_id: record.host.as_ref().and_then(|h| h.identity()),
-                service: key.service.as_ref(),
-            },
-            mutual: conn.identity.is_some(),
+            reporter: "waypoint",
+            source: key.source.as_ref(),
+            source_id: key.identity.as_ref(),
+            destination: key.destination.as_ref(),
+            destination_id: record.host.as_ref().and_then(|h| h.identity()),
+            service: key.service.as_ref(),
         };
         let (flags, status) = (record.flags.to_string(), record.status.to_string());
         let grpc_status = record.grpc_status.filter(|_| record.grpc).map(|s| s.to_string()).unwrap_or_default();
         let protocol = if record.grpc { "grpc" } else { "http" };
-        let values = ends.http(protocol, &status, &grpc_status, &flags);
+        let values = labels::http(ends, protocol, &status, &grpc_status, &flags);
         Handles {
             requests: self.requests.get(&values),
             durations: self.durations.get(&values),
@@ -202,7 +199,7 @@ impl Telemetry {
     /// A connection carried as bytes reached its endpoint.
     pub fn tcp_opened(&self, conn: &Facts, record: &TcpRecord) -> TcpHandles {
         let flags = record.flags.to_string();
-        let values = ends_of(conn, record).tcp(&flags);
+        let values = labels::tcp(ends_of(conn, record), &flags);
         self.opened.get(&values).inc();
         TcpHandles {
             closed: self.closed.get(&values),
@@ -215,7 +212,7 @@ impl Telemetry {
     /// A connection carried as bytes found no endpoint.
     pub fn tcp_failed(&self, conn: &Facts, record: &TcpRecord) {
         let flags = record.flags.to_string();
-        let values = ends_of(conn, record).tcp(&flags);
+        let values = labels::tcp(ends_of(conn, record), &flags);
         self.opened.get(&values).inc();
         self.closed.get(&values).inc();
         if let Some(reason) = record.reason {
@@ -241,15 +238,12 @@ impl Telemetry {
 
 fn ends_of<'a>(conn: &'a Facts, record: &'a TcpRecord) -> Ends<'a> {
     Ends {
-        ends: metric_labels::Ends {
-            reporter: "waypoint",
-            source: conn.source.as_ref(),
-            source_id: conn.identity.as_ref(),
-            destination: record.host.as_ref().map(|h| h.workload()),
-            destination_id: record.host.as_ref().and_then(|h| h.identity()),
-            service: record.cluster.as_ref().and_then(|c| c.service()).or(conn.service()),
-        },
-        mutual: conn.identity.is_some(),
+        reporter: "waypoint",
+        source: conn.source.as_ref(),
+        source_id: conn.identity.as_ref(),
+        destination: record.host.as_ref().map(|h| h.workload()),
+        destination_id: record.host.as_ref().and_then(|h| h.identity()),
+        service: record.cluster.as_ref().and_then(|c| c.service()).or(conn.service()),
     }
 }
 

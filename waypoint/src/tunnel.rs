@@ -84,20 +84,16 @@ fn plan(
         HboneAuthority::Addr(addr) => *addr,
         HboneAuthority::Name { port, .. } => SocketAddr::from(([0, 0, 0, 0], *port)),
     };
-    let conn = Conn {
-        shared: Arc::clone(shared),
-        facts: Facts {
-            scope: Scope::Mesh(target),
-            client,
-            local,
-            identity: Some(proof.id.clone()),
-            source,
-            sni: None,
-            plain: Some(Arc::new(plain)),
-        },
-        drain,
+    let facts = Facts {
+        scope: Scope::Mesh(target),
+        client,
+        local,
+        identity: Some(proof.id.clone()),
+        source,
+        sni: None,
+        plain: Some(Arc::new(plain)),
     };
-    Ok((conn, protocol))
+    Ok((Conn::new(Arc::clone(shared), facts, drain), protocol))
 }
 
 /// Serves the stream by what is declared, and where nothing is, by what is spoken.

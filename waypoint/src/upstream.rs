@@ -269,11 +269,6 @@ impl Upstreams {
         self.reach.tunnels()
     }
 
-    /// Lets go of the tunnels to endpoints: each ends with its last stream.
-    pub fn drain(&self) {
-        self.reach.drain();
-    }
-
     fn place<'a>(&'a self, snap: &'a Snapshot) -> &'a Locality {
         let seen = &snap.view().locality;
         if seen.region.is_empty() { &self.local } else { seen }

@@ -177,7 +177,7 @@ impl Conns {
                 identity: live.facts.identity.as_ref(),
             };
             if let Verdict::Deny(now) = authorize(snap, workload, &conn).verdict {
-                let detail = format!("connection closed due to policy change: {}", brief(&now));
+                let detail = format!("connection closed due to policy change: {}", now.brief());
                 live.cut.cut(Refusal::new(Reason::Revoked, detail));
                 cut += 1;
             }
@@ -189,11 +189,6 @@ impl Conns {
         #[expect(clippy::indexing_slicing, reason = "index is a remainder of the array's length")]
         &self.shards[(id % SHARDS as u64) as usize]
     }
-}
-
-/// A refusal without its hint: `reason: detail`.
-pub fn brief(r: &Refusal) -> String {
-    if r.detail.is_empty() { r.reason.to_string() } else { format!("{}: {}", r.reason, r.detail) }
 }
 
 /// A connection in the table; dropping it takes it out.

@@ -13,7 +13,6 @@ use crate::record::Record;
 use crate::report;
 use mesh_hbone::{Incoming, headers};
 use mesh_identity::Peer;
-use mesh_identity::tls::ServerStream;
 use mesh_model::authz::{Verdict, authorize};
 use mesh_model::conn::InboundConn;
 use mesh_model::inbound::{InboundPlan, plan_inbound};
@@ -23,12 +22,13 @@ use parking_lot::Mutex;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use tokio::net::TcpStream;
-use tokio::time::Instant;
 
 /// Serves one connection to 15008: first byte → gate → TLS → HTTP/2, then each CONNECT as a task of its own.
 pub async fn serve_conn(pod: Arc<Pod>, accepted: Accepted) {
     let (peer, local) = (accepted.peer, accepted.original_dst);
-    let (tls, proof) = match Box::pin(handshake(&pod, accepted)).await {
+    let (gate, limit) = (&pod.shared.gate, pod.shared.settings.handshake_timeout);
+    let handshake = mesh_identity::arrival::accept(&pod.svid, gate, limit, accepted.tcp, peer.ip());
+    let (tls, proof) = match Box::pin(handshake).await {
         Ok(Some(done)) => done,
         // Nothing was ever said: a probe or a scan. Nobody is denied anything.
         Ok(None) => return,
@@ -70,26 +70,6 @@ pub async fn serve_conn(pod: Arc<Pod>, accepted: Accepted) {
         }
     }
     pod.tunnels.remove(id);
-}
-
-/// Waits for the first byte without holding anything, then for a place, then does TLS. `None`: the peer never spoke.
-async fn handshake(pod: &Pod, accepted: Accepted) -> Result<Option<(ServerStream<TcpStream>, Peer)>, Refusal> {
-    let limit = pod.shared.settings.handshake_timeout;
-    match tokio::time::timeout(limit, accepted.tcp.peek(&mut [0])).await {
-        Err(_) | Ok(Err(_) | Ok(0)) => return Ok(None),
-        Ok(Ok(_)) => {}
-    }
-    let svid = pod.svid.fetch().await.map_err(Refusal::from)?;
-    let deadline = Instant::now() + limit;
-    let place = tokio::time::timeout_at(deadline, pod.shared.gate.enter(accepted.peer.ip()))
-        .await
-        .ok()
-        .flatten()
-        .ok_or_else(|| Refusal::new(Reason::Overloaded, "too many handshakes in progress"))?;
-    tokio::select! {
-        done = mesh_identity::tls::accept(&svid, accepted.tcp, deadline) => Ok(Some(done.map_err(Refusal::from)?)),
-        () = place.lost() => Err(Refusal::new(Reason::Overloaded, "too many handshakes in progress, this one gave way")),
-    }
 }
 
 /// Serves one CONNECT: plan → enter → authorize → deliver → 200 → relay → report.

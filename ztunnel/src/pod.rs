@@ -9,7 +9,8 @@ use crate::settings::Settings;
 use arc_swap::ArcSwapOption;
 use http::HeaderValue;
 use mesh_hbone::{Pool, headers};
-use mesh_identity::{Peer, SvidCache, SvidHandle, TrustBundles};
+use mesh_identity::live::LivePeers;
+use mesh_identity::{SvidCache, SvidHandle};
 use mesh_model::workload::{Workload, WorkloadUid};
 use mesh_model::{Reason, Refusal, Snapshot, SpiffeId};
 use mesh_runtime::drain::DrainWatch;
@@ -20,11 +21,7 @@ use mesh_runtime::resolve::Resolver;
 use mesh_runtime::sockets::NetnsFd;
 use mesh_runtime::threads::DataThreads;
 use mesh_sources::Mesh;
-use parking_lot::Mutex;
-use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use tokio::sync::Notify;
 
 /// Ports of the agent's own listeners in a pod (node-agent §1.1).
 pub mod ports {
@@ -75,7 +72,7 @@ pub struct Pod {
     /// Its live connections.
     pub conns: Arc<Conns>,
     /// Inbound tunnels, for revocation.
-    pub tunnels: Tunnels,
+    pub tunnels: LivePeers,
     /// Tunnels per data thread.
     pub pools: Box<[Pool<PodDialer>]>,
     /// Ends the pod.
@@ -103,7 +100,7 @@ impl Pod {
             identity,
             svid,
             conns: Arc::default(),
-            tunnels: Tunnels::default(),
+            tunnels: LivePeers::default(),
             pools,
             drain,
             shared: Arc::clone(shared),
@@ -152,46 +149,6 @@ fn describe(w: &Workload) -> headers::Baggage<'_> {
         version: text(&w.canonical_revision),
         region: text(&w.locality.region),
         zone: text(&w.locality.zone),
-    }
-}
-
-/// The proof a peer gave, and the switch of its tunnel.
-type Tunnel = (Arc<Peer>, Arc<Notify>);
-
-/// Accepted tunnels and the proof their peers gave, so that a withdrawn root ends them.
-#[derive(Debug, Default)]
-pub struct Tunnels {
-    live: Mutex<HashMap<u64, Tunnel>>,
-    next: AtomicU64,
-}
-impl Tunnels {
-    /// Enters a tunnel; it stays until the guard is dropped.
-    pub fn admit(&self, peer: Arc<Peer>) -> (u64, Arc<Notify>) {
-        let id = self.next.fetch_add(1, Ordering::Relaxed);
-        let cut = Arc::new(Notify::new());
-        self.live.lock().insert(id, (peer, Arc::clone(&cut)));
-        (id, cut)
-    }
-    /// Takes a tunnel out.
-    pub fn remove(&self, id: u64) {
-        self.live.lock().remove(&id);
-    }
-    /// Ends the tunnels whose peers `bundles` no longer trusts. Returns how many. Costs a chain verification each.
-    pub fn rejudge(&self, bundles: &TrustBundles) -> usize {
-        let all: Vec<_> = self.live.lock().values().cloned().collect();
-        let mut cut = 0;
-        for (peer, switch) in all {
-            if !peer.still_trusted(bundles) {
-                // A permit is stored when nobody waits yet.
-                switch.notify_one();
-                cut += 1;
-            }
-        }
-        cut
-    }
-    /// Peers of the live tunnels.
-    pub fn list(&self) -> Vec<Arc<Peer>> {
-        self.live.lock().values().map(|(p, _)| Arc::clone(p)).collect()
     }
 }
 

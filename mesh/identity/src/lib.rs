@@ -14,11 +14,13 @@
 #[cfg(not(any(feature = "tls-aws-lc", feature = "tls-boring")))]
 compile_error!("mesh-identity needs a crypto provider: feature `tls-aws-lc` or `tls-boring`");
 
+pub mod arrival;
 pub mod bundle;
 pub mod cache;
 pub mod clock;
 pub mod crypto;
 pub mod error;
+pub mod live;
 pub mod local_ca;
 mod pem;
 mod read_ahead;

@@ -107,3 +107,9 @@ impl fmt::Display for HboneAuthority {
         }
     }
 }
+
+/// The host of an authority that has a port; `None` when it has none. Brackets of IPv6 addresses stay.
+pub fn without_port(authority: &str) -> Option<&str> {
+    let (host, port) = authority.rsplit_once(':')?;
+    port.bytes().all(|b| b.is_ascii_digit()).then_some(host)
+}

@@ -107,11 +107,6 @@ fn denial(view: &Viewpoint, key: &PolicyKey, plaintext: bool) -> Refusal {
     Refusal::new(reason, key.to_string())
 }
 
-/// Whether one match accepts a connection; a match without any field accepts none.
-pub(crate) fn matches(view: &Viewpoint, m: &Match, conn: &InboundConn<'_>) -> bool {
-    Facts::of(view, conn).matches(m)
-}
-
 /// The policies that bind one workload.
 struct InScope<'a> {
     global: Option<&'a Bucket>,
@@ -199,7 +194,7 @@ fn enforced(p: &Policy, of: Action) -> bool {
 }
 
 /// What rules are matched against.
-struct Facts<'a> {
+pub(crate) struct Facts<'a> {
     view: &'a Viewpoint,
     peer: Option<Peer<'a>>,
     source: IpAddr,
@@ -229,7 +224,7 @@ impl<'a> Peer<'a> {
     }
 }
 impl<'a> Facts<'a> {
-    fn of(view: &'a Viewpoint, conn: &InboundConn<'a>) -> Self {
+    pub(crate) fn of(view: &'a Viewpoint, conn: &InboundConn<'a>) -> Self {
         Self {
             view,
             peer: conn.identity.map(|id| Peer::of(view, id)),
@@ -254,7 +249,7 @@ impl<'a> Facts<'a> {
     fn clause(&self, c: &Clause) -> bool {
         c.matches.is_empty() || c.matches.iter().any(|m| self.matches(m))
     }
-    fn matches(&self, m: &Match) -> bool {
+    pub(crate) fn matches(&self, m: &Match) -> bool {
         let peer = self.peer.as_ref();
         let namespace = peer.map(|p| p.namespace);
         !m.is_empty()

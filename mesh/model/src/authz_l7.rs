@@ -4,7 +4,8 @@
 //! On a TCP connection HTTP attributes cannot be judged: an ALLOW rule that has one allows nothing, a DENY rule denies as if it
 //! matched. Without a verified token no request principal and no claim is there. Upstream: `snapshot`. Downstream: the
 //! waypoint's phases.
-use crate::authz;
+use crate::addr::without_port;
+use crate::authz::Facts as PeerFacts;
 use crate::conn::InboundConn;
 use crate::id::SpiffeId;
 use crate::l7::policy::{L7Action, L7Body, L7Condition, L7Operation, L7Rule, L7Source, L7Target};
@@ -60,6 +61,8 @@ pub enum L7Verdict {
 /// must match. Dry-run policies and AUDIT decide nothing.
 pub fn authorize<'t>(snap: &Snapshot, targets: impl Iterator<Item = &'t L7Target> + Clone, facts: &L7Facts<'_>) -> L7Verdict {
     let bound = || targets.clone().flat_map(|t| snap.l7_policies_of(t));
+    let conn = InboundConn { client: facts.client.into(), dst: facts.destination, identity: facts.identity };
+    let peer = PeerFacts::of(snap.view(), &conn);
     let (mut allows, mut allowed) = (false, false);
     let mut denied: Option<(u8, &PolicyKey, usize, L7Action)> = None;
     for policy in bound() {
@@ -75,13 +78,13 @@ pub fn authorize<'t>(snap: &Snapshot, targets: impl Iterator<Item = &'t L7Target
             L7Action::Audit => continue,
             L7Action::Allow => {
                 allows = true;
-                allowed = allowed || rules.iter().any(|r| judge(snap, r, facts, action));
+                allowed = allowed || rules.iter().any(|r| judge(r, &peer, facts, action));
                 continue;
             }
             L7Action::Custom => 0,
             L7Action::Deny => 1,
         };
-        if let Some(rule) = rules.iter().position(|r| judge(snap, r, facts, action)) {
+        if let Some(rule) = rules.iter().position(|r| judge(r, &peer, facts, action)) {
             let found = (rank, &policy.key, rule, action);
             if denied.as_ref().is_none_or(|d| (found.0, found.1) < (d.0, d.1)) {
                 denied = Some(found);
@@ -104,14 +107,14 @@ pub fn authorize<'t>(snap: &Snapshot, targets: impl Iterator<Item = &'t L7Target
 /// What an attribute that cannot be judged on this kind of connection counts as.
 #[derive(Clone, Copy)]
 struct Judge<'a> {
-    snap: &'a Snapshot,
+    peer: &'a PeerFacts<'a>,
     facts: &'a L7Facts<'a>,
     /// DENY and CUSTOM: it counts as matching. ALLOW: as not matching.
     unknown: bool,
 }
 
-fn judge(snap: &Snapshot, rule: &L7Rule, facts: &L7Facts<'_>, action: L7Action) -> bool {
-    let j = Judge { snap, facts, unknown: action != L7Action::Allow };
+fn judge(rule: &L7Rule, peer: &PeerFacts<'_>, facts: &L7Facts<'_>, action: L7Action) -> bool {
+    let j = Judge { peer, facts, unknown: action != L7Action::Allow };
     (rule.from.is_empty() || rule.from.iter().any(|s| j.source(s)))
         && (rule.to.is_empty() || rule.to.iter().any(|o| j.operation(o)))
         && rule.when.iter().all(|c| j.condition(c))
@@ -119,8 +122,7 @@ fn judge(snap: &Snapshot, rule: &L7Rule, facts: &L7Facts<'_>, action: L7Action) 
 
 impl Judge<'_> {
     fn peer(self, m: &Match) -> bool {
-        let conn = InboundConn { client: self.facts.client.into(), dst: self.facts.destination, identity: self.facts.identity };
-        m.is_empty() || authz::matches(self.snap.view(), m, &conn)
+        m.is_empty() || self.peer.matches(m)
     }
     fn source(self, s: &L7Source) -> bool {
         self.peer(&s.peer)
@@ -171,7 +173,7 @@ fn kind<T>(values: &Values<T>, is: impl Fn(&T) -> bool, unknown: Option<bool>) -
 }
 /// Hosts are compared without regard to case, with the port the client wrote and without it.
 fn host_matches(m: &TextMatch, authority: &str) -> bool {
-    let bare = authority.rsplit_once(':').filter(|(_, p)| p.bytes().all(|b| b.is_ascii_digit())).map(|(host, _)| host);
+    let bare = without_port(authority);
     let one = |host: &str| match m {
         TextMatch::Exact(x) => x.eq_ignore_ascii_case(host),
         TextMatch::Prefix(x) => host.get(..x.len()).is_some_and(|h| h.eq_ignore_ascii_case(x)),

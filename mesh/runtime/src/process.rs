@@ -14,6 +14,7 @@ use tokio::sync::Notify;
 use crate::admin::{HttpServer, json, text};
 use crate::drain::Drain;
 use crate::logging::{self, BadLevel, Logging, LoggingError};
+use crate::threads;
 
 /// How long the end of the process waits for blocking jobs, and again for the last lines of the log.
 const LAST_WORDS: Duration = Duration::from_millis(500);
@@ -51,7 +52,7 @@ fn start(own_crate: &'static str) -> Result<(Logging, tokio::runtime::Runtime), 
         .map_err(StartError::Levels)?;
     let logging = logging::init(options)?;
     logging.log_panics();
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(StartError::Runtime)?;
+    let runtime = threads::control_runtime().map_err(StartError::Runtime)?;
     Ok((logging, runtime))
 }
 

@@ -109,9 +109,12 @@ impl Chosen {
 }
 impl rustls::server::ResolvesServerCert for Chosen {
     fn resolve(&self, hello: rustls::server::ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        if self.all.len() == 1 {
+            return Some(Arc::clone(&self.first));
+        }
         let name = hello.server_name().unwrap_or_default().to_owned();
         let fits = |key: &&Arc<CertifiedKey>| ResolvesServerCertUsingSni::new().add(&name, CertifiedKey::clone(key)).is_ok();
-        Some(Arc::clone(self.all.iter().find(fits).filter(|_| self.all.len() > 1).unwrap_or(&self.first)))
+        Some(Arc::clone(self.all.iter().find(fits).unwrap_or(&self.first)))
     }
 }
 

@@ -9,8 +9,7 @@ use crate::http::{self, Version};
 use crate::listen::accept_all;
 use crate::listen::certificates::Certificates;
 use crate::tcp;
-use crate::telemetry::TcpRecord;
-use mesh_hbone::relay::endpoint::{Bytewise, Endpoint};
+use mesh_hbone::relay::endpoint::Bytewise;
 use mesh_model::l7::gateway::ListenerTls;
 use mesh_model::l7::gateway::{Listener, ListenerProtocol};
 use mesh_model::{Reason, Refusal};
@@ -19,7 +18,7 @@ use mesh_runtime::sockets::ListenerOptions;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tokio::net::TcpStream;
 use tokio_rustls::TlsAcceptor;
 
@@ -124,9 +123,8 @@ async fn serve(
 ) {
     let Ok(local) = tcp.local_addr() else { return };
     let limit = shared.settings.headers_timeout;
-    let conn = |listener: Option<Arc<str>>, secure: bool, sni: Option<Arc<str>>| Conn {
-        shared: Arc::clone(&shared),
-        facts: Facts {
+    let conn = |listener: Option<Arc<str>>, secure: bool, sni: Option<Arc<str>>| {
+        let facts = Facts {
             scope: Scope::Gateway { port: local.port(), listener, secure },
             client,
             local,
@@ -134,8 +132,8 @@ async fn serve(
             source: None,
             sni,
             plain: None,
-        },
-        drain: drain.clone(),
+        };
+        Conn::new(Arc::clone(&shared), facts, drain.clone())
     };
     match protocol {
         PortProtocol::Http => match peek(&tcp, limit).await {
@@ -143,7 +141,7 @@ async fn serve(
             Spoken::Http2 => http::serve(Arc::new(conn(None, false, None)), tcp, Version::Http2).await,
             _ => http::serve(Arc::new(conn(None, false, None)), tcp, Version::Http1).await,
         },
-        PortProtocol::Tcp => bytes(Arc::new(conn(None, false, None)), tcp).await,
+        PortProtocol::Tcp => tcp::serve_outside(&conn(None, false, None), tcp).await,
         PortProtocol::Tls => {
             let Spoken::Tls(sni) = peek(&tcp, limit).await else { return };
             let refuse = |why: &'static str| {
@@ -152,15 +150,14 @@ async fn serve(
             };
             let found = {
                 let snap = shared.mesh.load();
-                let probe = conn(None, true, None);
                 let tls = |l: &Listener| matches!(l.protocol, ListenerProtocol::Https | ListenerProtocol::Tls);
-                best(&probe, &snap, local.port(), sni.as_deref().unwrap_or_default(), tls)
+                best(&shared.gateway, &snap, local.port(), sni.as_deref().unwrap_or_default(), tls)
                     .map(|l| (Arc::clone(&l.name), l.protocol, matches!(l.tls, Some(ListenerTls::Passthrough))))
             };
             let Some((name, protocol, passthrough)) = found else { return refuse("no listener for this name") };
             let conn = Arc::new(conn(Some(Arc::clone(&name)), true, sni.clone()));
             if passthrough {
-                return bytes(conn, tcp).await;
+                return tcp::serve_outside(&conn, tcp).await;
             }
             let Some(config) = certificates.find(&name) else { return refuse("the listener has no usable certificate") };
             let handshake = tokio::time::timeout(shared.settings.handshake_timeout, TlsAcceptor::from(config).accept(tcp));
@@ -169,27 +166,10 @@ async fn serve(
                 return;
             };
             if protocol == ListenerProtocol::Tls {
-                return bytes(conn, Bytewise::new(tls)).await;
+                return tcp::serve_outside(&conn, Bytewise::new(tls)).await;
             }
             let version = if tls.get_ref().1.alpn_protocol() == Some(b"h2") { Version::Http2 } else { Version::Http1 };
             http::serve(conn, tls, version).await;
-        }
-    }
-}
-
-/// A connection carried as bytes.
-async fn bytes<E: Endpoint>(conn: Arc<Conn>, mut client: E) {
-    let mut record = TcpRecord::new(Instant::now());
-    match tcp::reach(&conn, conn.sni.as_deref(), &mut record).await {
-        Ok(upstream) => {
-            let handles = conn.shared.telemetry.tcp_opened(&conn.facts, &record);
-            tcp::carry(&conn, client, upstream, &handles, &mut record).await;
-            conn.shared.telemetry.tcp_done(&conn.facts, &record, &handles);
-        }
-        Err(error) => {
-            tcp::note(&mut record, &error);
-            conn.shared.telemetry.tcp_failed(&conn.facts, &record);
-            client.reset(true);
         }
     }
 }

@@ -3,7 +3,7 @@ use crate::body::Body;
 use crate::facts::Scope;
 use crate::phase::Exchange;
 use crate::phase::admit::upgrade_of;
-use crate::phase::{expose, respond};
+use crate::phase::{expose, grpc_status, respond};
 use crate::telemetry::Flag;
 use crate::upstream::{self, Cluster, Failure, Host, Observed, PickContext, RequestGuard, SendOptions, UpstreamError};
 use http::header::{self, HeaderName, HeaderValue};
@@ -47,8 +47,7 @@ pub(crate) async fn run(ex: &mut Exchange<'_>) -> Response<Body> {
         Ok(guard) => guard,
         Err(error) => return failed(ex, &error, false, route.dialect),
     };
-    let attempts = Attempts { ex, forward, route: &route, cluster: &cluster, hash, guard: &guard };
-    let (answer, deadline) = attempts.run().await;
+    let (answer, deadline) = attempts(ex, forward, route.dialect, &cluster, hash, &guard).await;
     expose::hold(answer, guard, deadline)
 }
 
@@ -85,105 +84,97 @@ fn sticky(ex: &Exchange<'_>, cluster: &Cluster) -> (Option<u64>, Option<HeaderVa
     }
 }
 
-/// The attempts of one exchange.
-struct Attempts<'a, 'c> {
-    ex: &'a mut Exchange<'c>,
-    forward: &'a Forward,
-    route: &'a HttpRoute,
-    cluster: &'a Arc<Cluster>,
+/// Attempts until one is final: its answer, and until when its body may take.
+async fn attempts(
+    ex: &mut Exchange<'_>,
+    forward: &Forward,
+    dialect: Dialect,
+    cluster: &Arc<Cluster>,
     hash: Option<u64>,
-    guard: &'a RequestGuard,
-}
-
-impl Attempts<'_, '_> {
-    async fn run(self) -> (Response<Body>, Option<Instant>) {
-        let Self { ex, forward, route, cluster, hash, guard } = self;
-        let policy = &forward.retry;
-        let upgrade = upgrade_of(&ex.parts.headers).is_some();
-        let client_upgrade = ex.parts.extensions.remove::<OnUpgrade>().filter(|_| upgrade);
-        let repeatable = policy.attempts > 0 && !upgrade;
-        let deadline = forward.timeout.map(|t| Instant::now() + t);
-        let http2 = speaks_http2(ex, cluster);
-        let mut tried: Vec<Arc<Host>> = Vec::new();
-        // Held while a retry is under way: the budget counts it.
-        let mut retrying = None;
-        loop {
-            let attempt = ex.record.attempts + 1;
-            let draw = redraw(ex.draw, DRAW_ATTEMPT + u64::from(attempt));
-            let none: &[Arc<Host>] = &[];
-            let tried_now = if policy.other_hosts && hash.is_none() { &tried[..] } else { none };
-            let pick = PickContext { draw, hash, tried: tried_now, dst: Some(ex.conn.local) };
-            let host = match cluster.pick(&pick) {
-                Ok(host) => host,
-                Err(error) => return (failed(ex, &error, attempt > 1, route.dialect), None),
-            };
-            ex.record.attempts = attempt;
-            ex.record.host = Some(Arc::clone(&host));
-            let Some(reader) = ex.read_body() else { return (internal(ex, "the body was already sent"), None) };
-            let Ok(request) = outgoing(ex, reader, &ex.authority, attempt, http2) else {
-                return (respond::local(ex, StatusCode::BAD_REQUEST, "", "invalid_authority"), None);
-            };
-            let started = Instant::now();
-            let per_try = policy.per_try.map(|t| started + t);
-            let (limit, is_per_try) = match (deadline, per_try) {
-                (Some(d), Some(p)) if p < d => (Some(p), true),
-                (None, Some(p)) => (Some(p), true),
-                (d, _) => (d, false),
-            };
-            let options = SendOptions { http2, upgrade, client: Some(ex.conn.client), guard: Some(guard) };
-            let sent = upstream::send(cluster, &host, request, options);
-            let result = match limit {
-                None => sent.await,
-                Some(limit) => match timeout_at(limit, sent).await {
-                    Ok(result) => result,
-                    Err(_) => Err(UpstreamError::new(Failure::Timeout, "")),
-                },
-            };
-            drop(retrying.take());
-            cluster.report(
-                &host,
-                match &result {
-                    Ok(response) => Observed::Status(response.status().as_u16()),
-                    Err(error) => Observed::Failed(error.failure),
-                },
-            );
-            let outcome = outcome_of(&result);
-            let again = repeatable
-                && attempt <= policy.attempts
-                // The whole time is up: nothing is left to try in.
-                && (is_per_try || !matches!(&result, Err(e) if e.failure == Failure::Timeout))
-                && ex.read_body().is_some()
-                && retry::worth_retry(policy, &outcome);
-            let wait = retry::backoff(policy, attempt, redraw(ex.draw, DRAW_BACKOFF + u64::from(attempt)));
-            if again && deadline.is_none_or(|d| Instant::now() + wait < d) {
-                match cluster.admit_retry() {
-                    Some(guard) => {
-                        retrying = Some(guard);
-                        tried.push(host);
-                        drop(result);
-                        sleep(wait).await;
-                        continue;
-                    }
-                    None => ex.record.flags.set(Flag::UpstreamOverflow),
+    guard: &RequestGuard,
+) -> (Response<Body>, Option<Instant>) {
+    let policy = &forward.retry;
+    let upgrade = upgrade_of(&ex.parts.headers).is_some();
+    let client_upgrade = ex.parts.extensions.remove::<OnUpgrade>().filter(|_| upgrade);
+    let repeatable = policy.attempts > 0 && !upgrade;
+    let deadline = forward.timeout.map(|t| Instant::now() + t);
+    let http2 = speaks_http2(ex, cluster);
+    let mut tried: Vec<Arc<Host>> = Vec::new();
+    // Held while a retry is under way: the budget counts it.
+    let mut retrying = None;
+    loop {
+        let attempt = ex.record.attempts + 1;
+        let draw = redraw(ex.draw, DRAW_ATTEMPT + u64::from(attempt));
+        let none: &[Arc<Host>] = &[];
+        let tried_now = if policy.other_hosts && hash.is_none() { &tried[..] } else { none };
+        let pick = PickContext { draw, hash, tried: tried_now, dst: Some(ex.conn.local) };
+        let host = match cluster.pick(&pick) {
+            Ok(host) => host,
+            Err(error) => return (failed(ex, &error, attempt > 1, dialect), None),
+        };
+        ex.record.attempts = attempt;
+        ex.record.host = Some(Arc::clone(&host));
+        let Some(reader) = ex.read_body() else { return (internal(ex, "the body was already sent"), None) };
+        let Ok(request) = outgoing(ex, reader, &ex.authority, attempt, http2) else {
+            return (respond::local(ex, StatusCode::BAD_REQUEST, "", "invalid_authority"), None);
+        };
+        let started = Instant::now();
+        let per_try = policy.per_try.map(|t| started + t);
+        let (limit, is_per_try) = match (deadline, per_try) {
+            (Some(d), Some(p)) if p < d => (Some(p), true),
+            (None, Some(p)) => (Some(p), true),
+            (d, _) => (d, false),
+        };
+        let options = SendOptions { http2, upgrade, client: Some(ex.conn.client), guard: Some(guard) };
+        let sent = upstream::send(cluster, &host, request, options);
+        let result = match limit {
+            None => sent.await,
+            Some(limit) => match timeout_at(limit, sent).await {
+                Ok(result) => result,
+                Err(_) => Err(UpstreamError::new(Failure::Timeout, "")),
+            },
+        };
+        drop(retrying.take());
+        cluster.report(
+            &host,
+            match &result {
+                Ok(response) => Observed::Status(response.status().as_u16()),
+                Err(error) => Observed::Failed(error.failure),
+            },
+        );
+        let worth = policy.attempts > 0 && retry::worth_retry(policy, &outcome_of(&result));
+        let again = worth
+            && repeatable
+            && attempt <= policy.attempts
+            // The whole time is up: nothing is left to try in.
+            && (is_per_try || !matches!(&result, Err(e) if e.failure == Failure::Timeout))
+            && ex.body_is_whole();
+        let wait = || retry::backoff(policy, attempt, redraw(ex.draw, DRAW_BACKOFF + u64::from(attempt)));
+        if let Some(wait) = again.then(wait).filter(|wait| deadline.is_none_or(|d| Instant::now() + *wait < d)) {
+            match cluster.admit_retry() {
+                Some(guard) => {
+                    retrying = Some(guard);
+                    tried.push(host);
+                    drop(result);
+                    sleep(wait).await;
+                    continue;
                 }
-            } else if policy.attempts > 0 && attempt > policy.attempts && retry::worth_retry(policy, &outcome) {
-                ex.record.flags.set(Flag::UpstreamRetryLimitExceeded);
+                None => ex.record.flags.set(Flag::UpstreamOverflow),
             }
-            return match result {
-                Ok(response) => {
-                    ex.record.upstream_time = Some(started.elapsed());
-                    (arrived(ex, response, client_upgrade), deadline)
-                }
-                Err(error) if error.failure == Failure::Timeout && is_per_try => {
-                    ex.record.flags.set(Flag::UpstreamRequestTimeout);
-                    (
-                        respond::local(ex, StatusCode::GATEWAY_TIMEOUT, "upstream request timeout", "upstream_per_try_timeout"),
-                        None,
-                    )
-                }
-                Err(error) => (failed(ex, &error, attempt > 1, route.dialect), None),
-            };
+        } else if worth && attempt > policy.attempts {
+            ex.record.flags.set(Flag::UpstreamRetryLimitExceeded);
         }
+        return match result {
+            Ok(response) => {
+                ex.record.upstream_time = Some(started.elapsed());
+                (arrived(ex, response, client_upgrade), deadline)
+            }
+            Err(error) if error.failure == Failure::Timeout && is_per_try => {
+                ex.record.flags.set(Flag::UpstreamRequestTimeout);
+                (respond::local(ex, StatusCode::GATEWAY_TIMEOUT, "upstream request timeout", "upstream_per_try_timeout"), None)
+            }
+            Err(error) => (failed(ex, &error, attempt > 1, dialect), None),
+        };
     }
 }
 
@@ -236,7 +227,7 @@ fn outcome_of(result: &Result<Response<Incoming>, UpstreamError>) -> Outcome {
     match result {
         Ok(response) => Outcome::Answered {
             status: response.status().as_u16(),
-            grpc_status: response.headers().get("grpc-status").and_then(|v| v.to_str().ok()).and_then(|v| v.parse().ok()),
+            grpc_status: grpc_status(response.headers()),
             rate_limited: response.headers().contains_key("x-envoy-ratelimited"),
         },
         Err(error) => Outcome::Failed(match error.failure {
@@ -259,7 +250,7 @@ fn arrived(ex: &mut Exchange<'_>, response: Response<Incoming>, client: Option<O
     let (parts, body) = response.into_parts();
     ex.record.details = "via_upstream".into();
     if ex.grpc {
-        ex.record.grpc_status = parts.headers.get("grpc-status").and_then(|v| v.to_str().ok()).and_then(|v| v.parse().ok());
+        ex.record.grpc_status = grpc_status(&parts.headers);
     }
     let mut answer = Response::from_parts(parts, Body::Incoming(body));
     if answer.status() == StatusCode::SWITCHING_PROTOCOLS {

@@ -1,11 +1,8 @@
 //! Who may do what: the layer 7 policies bound to what was addressed (spec/waypoint §3.4, §10).
-use crate::facts::{Facts, Scope};
+use crate::conn::Conn;
 use crate::phase::{Exchange, Flow, respond};
 use http::StatusCode;
 use mesh_model::authz_l7::{HttpFacts, L7Facts, L7Verdict, authorize};
-use mesh_model::l7::gateway::GatewayKey;
-use mesh_model::l7::policy::L7Target;
-use mesh_model::waypoint::Target;
 use mesh_model::{Refusal, Snapshot};
 use std::borrow::Cow;
 use std::sync::Arc;
@@ -18,30 +15,14 @@ pub(crate) fn check(ex: &mut Exchange<'_>) -> Flow {
     let snap = Arc::clone(&ex.snap);
     let http =
         HttpFacts { method: ex.parts.method.as_str(), authority: &ex.authority, path: &ex.path, headers: &ex.parts.headers };
-    let Err((why, details)) = judge(&snap, ex.conn, gateway(ex), Some(http)) else { return Flow::Continue };
+    let Err((why, details)) = judge(&snap, ex.conn, Some(http)) else { return Flow::Continue };
     ex.record.reason = Some(why.reason);
     tracing::debug!(client = %ex.conn.client, %why, "request refused");
     Flow::Answer(respond::local(ex, StatusCode::FORBIDDEN, TEXT, details))
 }
 
-fn gateway(ex: &Exchange<'_>) -> GatewayKey {
-    ex.conn.shared.gateway.clone()
-}
-
-/// Judges a request, or (without `http`) a TCP connection. `gateway`: which Gateway this process serves.
-pub(crate) fn judge(
-    snap: &Snapshot,
-    conn: &Facts,
-    gateway: GatewayKey,
-    http: Option<HttpFacts<'_>>,
-) -> Result<(), (Refusal, Cow<'static, str>)> {
-    let mut targets = vec![L7Target::Gateway(gateway)];
-    if let Scope::Mesh(target) = &conn.scope {
-        targets.push(L7Target::Waypoints);
-        if let Target::Service { service, .. } = target {
-            targets.push(L7Target::of_service(&service.key, &service.name));
-        }
-    }
+/// Judges a request, or (without `http`) a TCP connection.
+pub(crate) fn judge(snap: &Snapshot, conn: &Conn, http: Option<HttpFacts<'_>>) -> Result<(), (Refusal, Cow<'static, str>)> {
     let facts = L7Facts {
         identity: conn.identity.as_ref(),
         client: conn.client,
@@ -49,7 +30,7 @@ pub(crate) fn judge(
         sni: conn.sni.as_deref(),
         http,
     };
-    match authorize(snap, targets.iter(), &facts) {
+    match authorize(snap, conn.targets.iter(), &facts) {
         L7Verdict::Allow => Ok(()),
         L7Verdict::Deny { why, by } => {
             let details = match by {

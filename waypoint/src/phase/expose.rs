@@ -1,7 +1,7 @@
 //! Last phase: follows the response's body to its end and tells what happened, once.
 use crate::body::{Body, BodyError};
 use crate::conn::Conn;
-use crate::phase::Exchange;
+use crate::phase::{Exchange, grpc_status};
 use crate::telemetry::{Flag, Record};
 use crate::upstream::RequestGuard;
 use bytes::Bytes;
@@ -102,7 +102,7 @@ impl HttpBody for Followed {
                         record.sent += data.len() as u64;
                     }
                     if let Some(trailers) = frame.trailers_ref().filter(|_| record.grpc) {
-                        let status = trailers.get("grpc-status").and_then(|v| v.to_str().ok()).and_then(|v| v.parse().ok());
+                        let status = grpc_status(trailers);
                         record.grpc_status = status.or(record.grpc_status);
                     }
                 }

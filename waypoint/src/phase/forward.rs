@@ -1,9 +1,9 @@
 //! What the upstream is told beside what the client said: header edits of backend and route, timeout. And the body is made
 //! repeatable where something may read it twice.
 use crate::body::Body;
+use crate::phase::Exchange;
 use crate::phase::replay::Replay;
 use crate::phase::rewrite;
-use crate::phase::{Exchange, Flow};
 use http::header::{HeaderName, HeaderValue};
 use mesh_model::l7::route::HttpAction;
 use std::sync::Arc;
@@ -12,10 +12,10 @@ use std::sync::Arc;
 const EXPECTED_TIMEOUT: HeaderName = HeaderName::from_static("x-envoy-expected-rq-timeout-ms");
 
 /// Edits the request's headers: the backend's first, then the route's (Envoy: most specific first).
-pub(crate) fn prepare(ex: &mut Exchange<'_>) -> Flow {
-    let Some(route) = ex.route.clone() else { return Flow::Continue };
-    let HttpAction::Forward(forward) = &route.action else { return Flow::Continue };
-    let backend = ex.backend.and_then(|i| forward.backends.get(i));
+pub(crate) fn prepare(ex: &mut Exchange<'_>) {
+    let Some(route) = ex.route.clone() else { return };
+    let HttpAction::Forward(forward) = &route.action else { return };
+    let backend = ex.backend_of(forward);
     for edits in backend.iter().map(|b| &b.headers.request).chain([&route.headers.request]) {
         if edits.is_empty() {
             continue;
@@ -39,5 +39,4 @@ pub(crate) fn prepare(ex: &mut Exchange<'_>) -> Flow {
             ex.parts.headers.insert(EXPECTED_TIMEOUT, value);
         }
     }
-    Flow::Continue
 }

@@ -19,7 +19,7 @@ const LIMIT: Duration = Duration::from_mins(1);
 pub(crate) fn copy(ex: &mut Exchange<'_>) {
     let Some(route) = ex.route.clone() else { return };
     let HttpAction::Forward(forward) = &route.action else { return };
-    let of_backend = ex.backend.and_then(|i| forward.backends.get(i)).map_or(&[][..], |b| &b.mirrors[..]);
+    let of_backend = ex.backend_of(forward).map_or(&[][..], |b| &b.mirrors[..]);
     for (n, mirror) in forward.mirrors.iter().chain(of_backend).enumerate() {
         if mirror.fraction.hit(redraw(ex.draw, DRAW_MIRROR + n as u64)) {
             one(ex, mirror, redraw(ex.draw, DRAW_MIRROR + 50 + n as u64));

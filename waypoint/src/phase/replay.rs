@@ -41,6 +41,13 @@ enum End {
     Broken,
 }
 
+impl State {
+    /// Nothing from the beginning on is lost.
+    fn is_whole(&self) -> bool {
+        !self.passed && !matches!(self.end, Some(End::Broken))
+    }
+}
+
 impl Replay {
     /// `limit`: bytes kept at most. `received` counts what arrives.
     pub(crate) fn new(source: Body, limit: usize, received: Arc<AtomicU64>) -> Self {
@@ -58,14 +65,15 @@ impl Replay {
             received,
         })))
     }
+    /// Whether [`Self::reader`] would give one.
+    pub(crate) fn is_whole(&self) -> bool {
+        self.0.lock().is_whole()
+    }
     /// The body from its beginning, if that can still be had.
     pub(crate) fn reader(&self) -> Option<Body> {
         let hint = {
             let state = self.0.lock();
-            if state.passed || matches!(state.end, Some(End::Broken)) {
-                return None;
-            }
-            state.hint
+            state.is_whole().then_some(state.hint)?
         };
         Some(Body::Boxed(Reader { state: Arc::clone(&self.0), at: 0, hint }.boxed_unsync()))
     }

@@ -1,5 +1,5 @@
 //! Path and authority as the upstream sees them.
-use crate::phase::{Exchange, Flow};
+use crate::phase::Exchange;
 use http::header::{HeaderName, HeaderValue};
 use mesh_model::l7::HttpMatch;
 use mesh_model::l7::rewrite::path as rewrite_path;
@@ -12,14 +12,14 @@ pub(crate) const ORIGINAL_PATH: HeaderName = HeaderName::from_static("x-envoy-or
 const ORIGINAL_HOST: HeaderName = HeaderName::from_static("x-envoy-original-host");
 
 /// Applies the rewrites of the route and then of the backend.
-pub(crate) fn apply(ex: &mut Exchange<'_>) -> Flow {
-    let Some(route) = ex.route.clone() else { return Flow::Continue };
-    let HttpAction::Forward(forward) = &route.action else { return Flow::Continue };
+pub(crate) fn apply(ex: &mut Exchange<'_>) {
+    let Some(route) = ex.route.clone() else { return };
+    let HttpAction::Forward(forward) = &route.action else { return };
     let before = ex.path.clone();
     if let Some(rewrite) = &forward.rewrite {
         one(ex, rewrite);
     }
-    if let Some(rewrite) = ex.backend.and_then(|i| forward.backends.get(i)).and_then(|b| b.rewrite.as_ref()) {
+    if let Some(rewrite) = ex.backend_of(forward).and_then(|b| b.rewrite.as_ref()) {
         one(ex, rewrite);
     }
     if ex.path != before
@@ -27,7 +27,6 @@ pub(crate) fn apply(ex: &mut Exchange<'_>) -> Flow {
     {
         ex.parts.headers.insert(ORIGINAL_PATH, value);
     }
-    Flow::Continue
 }
 
 fn one(ex: &mut Exchange<'_>, rewrite: &Rewrite) {

@@ -62,7 +62,6 @@ impl Line<'_> {
             w.end();
             return;
         }
-        let dash = |t: Option<&str>| t.unwrap_or("-").to_owned();
         // Writing to a Vec does not fail.
         let _ = write!(
             w.out,
@@ -130,7 +129,6 @@ impl TcpLine<'_> {
             w.end();
             return;
         }
-        let dash = |t: Option<&str>| t.unwrap_or("-").to_owned();
         // Writing to a Vec does not fail.
         let _ = write!(
             w.out,
@@ -154,6 +152,9 @@ impl TcpLine<'_> {
     }
 }
 
+fn dash(text: Option<&str>) -> &str {
+    text.unwrap_or("-")
+}
 fn filled(text: &str) -> Option<&str> {
     (!text.is_empty()).then_some(text)
 }

@@ -51,14 +51,6 @@ impl Flags {
     pub fn set(&mut self, flag: Flag) {
         self.0 |= 1 << flag as u8;
     }
-    /// Whether it is in.
-    pub fn has(self, flag: Flag) -> bool {
-        self.0 & (1 << flag as u8) != 0
-    }
-    /// Takes one out.
-    pub fn clear(&mut self, flag: Flag) {
-        self.0 &= !(1 << flag as u8);
-    }
     /// The bits, for keys.
     pub fn bits(self) -> u32 {
         self.0

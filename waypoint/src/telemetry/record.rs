@@ -78,8 +78,16 @@ pub struct TcpRecord {
     pub reason: Option<mesh_model::Reason>,
 }
 impl TcpRecord {
-    /// Nothing known yet.
-    pub fn new(started: Instant) -> Self {
-        Self { started, route: None, cluster: None, host: None, flags: Flags::default(), details: "".into(), reason: None }
+    /// Begun now, nothing known yet.
+    pub fn begin() -> Self {
+        Self {
+            started: Instant::now(),
+            route: None,
+            cluster: None,
+            host: None,
+            flags: Flags::default(),
+            details: "".into(),
+            reason: None,
+        }
     }
 }

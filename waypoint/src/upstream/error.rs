@@ -17,7 +17,7 @@ pub enum Failure {
     ConnectTimeout,
     /// The endpoint refused the stream before it looked at it (REFUSED_STREAM, GOAWAY). 503; `UR`.
     Refused,
-    /// The connection ended or was reset before a response came. 503; `UC` (ended) or `UR` (reset).
+    /// The connection ended or was reset before a response came. 503; `UC`.
     Reset,
     /// As `Reset`, and nothing of the request had been sent.
     ResetBeforeRequest,
@@ -27,7 +27,7 @@ pub enum Failure {
     Timeout,
     /// Policy does not allow it (TCP connections; requests are answered before an attempt).
     Denied,
-    /// The client went while we waited. No answer; `DC`.
+    /// The client went while we waited. 503, which nobody reads; `DC`.
     ClientGone,
 }
 

@@ -114,10 +114,6 @@ impl Host {
     pub fn workload(&self) -> &Arc<Workload> {
         self.known.workload()
     }
-    /// The workload with its identity.
-    pub fn known(&self) -> &Arc<Known> {
-        &self.known
-    }
     /// Its address and own port; for a name, the address it had last (unspecified before the first look-up).
     pub fn addr(&self) -> SocketAddr {
         match (&self.target.name, *self.state.resolved.lock()) {

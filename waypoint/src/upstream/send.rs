@@ -6,6 +6,7 @@ use super::pool::{self, Lease, ShelfKey};
 use super::state::{RequestGuard, note, overflow};
 use super::transport::{self, Purpose, Stream};
 use crate::body::{Body, BodyError};
+use crate::hosts::host_of;
 use http::header::{self, HeaderName, HeaderValue};
 use http::uri::{Authority, PathAndQuery, Scheme};
 use http::{Request, Response, Uri, Version};
@@ -136,12 +137,7 @@ fn alone(cluster: &Arc<Cluster>, host: &Arc<Host>) -> Result<super::ConnectionGu
 fn server_name(cluster: &Cluster, request: &Request<Body>) -> Option<Arc<str>> {
     cluster.policy.tls.as_ref().filter(|tls| tls.sni.is_none())?;
     let of_uri = request.uri().host();
-    let of_header = || {
-        let authority = request.headers().get(header::HOST)?.to_str().ok()?;
-        Some(
-            authority.rsplit_once(':').filter(|(_, port)| port.bytes().all(|b| b.is_ascii_digit())).map_or(authority, |(h, _)| h),
-        )
-    };
+    let of_header = || Some(host_of(request.headers().get(header::HOST)?.to_str().ok()?));
     let name = of_uri.or_else(of_header)?;
     Some(name.trim_start_matches('[').trim_end_matches(']').into())
 }

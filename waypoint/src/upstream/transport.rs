@@ -18,6 +18,7 @@ use mesh_hbone::{ConnectRequest, Dialer, HboneError, HboneIo, HboneStream, Pool,
 use mesh_identity::SvidHandle;
 use mesh_identity::tls::ClientStream;
 use mesh_model::l7::destination::TcpKeepalive;
+use mesh_model::plan::HBONE_PORT;
 use mesh_model::{HboneAuthority, Reason, Refusal, SpiffeId};
 use mesh_runtime::resolve::{self, Resolver};
 use mesh_runtime::sockets::{ConnectOptions, Keepalive, StreamOptions};
@@ -33,8 +34,6 @@ use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout};
 use tokio_rustls::client::TlsStream;
 
-/// Port of the node agents.
-const HBONE_PORT: u16 = 15008;
 /// Tells a gateway or agent what kind of proxy opened the stream (spec/waypoint §1.9).
 const ISTIO_SOURCE: HeaderName = HeaderName::from_static("x-istio-source");
 
@@ -59,11 +58,6 @@ impl Reach {
     }
     pub fn tunnels(&self) -> Vec<mesh_hbone::pool::PoolStats> {
         self.pools.iter().map(Pool::stats).collect()
-    }
-    pub fn drain(&self) {
-        for pool in &self.pools {
-            pool.drain();
-        }
     }
 }
 
