@@ -509,10 +509,6 @@ impl Snapshot {
     pub fn l7_policies_of(&self, target: &L7Target) -> impl Iterator<Item = &Arc<L7Policy>> {
         self.by_target.get(target).map_or(&[][..], Candidates::all).iter()
     }
-    /// All layer 7 policies, in no order.
-    pub fn l7_policies(&self) -> impl Iterator<Item = &Arc<L7Policy>> {
-        self.l7_policies.values()
-    }
     /// The routes of a service, if it has any of its own.
     pub fn find_routes(&self, service: &ServiceKey) -> Option<&Arc<RouteTable>> {
         self.routes.get(service)
@@ -528,10 +524,6 @@ impl Snapshot {
     /// All routes, in no order (admin, never the data path).
     pub fn routes(&self) -> impl Iterator<Item = (&ServiceKey, &Arc<RouteTable>)> {
         self.routes.iter()
-    }
-    /// All destinations, in no order.
-    pub fn destinations(&self) -> impl Iterator<Item = &Arc<Destination>> {
-        self.destinations.values()
     }
     /// All gateways, in no order.
     pub fn gateways(&self) -> impl Iterator<Item = &Arc<GatewayRoutes>> {

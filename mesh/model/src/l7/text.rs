@@ -93,18 +93,4 @@ impl StringMatch {
             Self::Present => true,
         }
     }
-    /// [`Self::matches`] for ASCII text whose case does not count (`ignoreUriCase`, host names).
-    pub fn matches_ignoring_case(&self, value: &str) -> bool {
-        let head = |x: &str| value.get(..x.len()).is_some_and(|v| v.eq_ignore_ascii_case(x));
-        let tail =
-            |x: &str| value.len().checked_sub(x.len()).and_then(|at| value.get(at..)).is_some_and(|v| v.eq_ignore_ascii_case(x));
-        match self {
-            Self::Exact(x) => x.eq_ignore_ascii_case(value),
-            Self::Prefix(x) => head(x),
-            Self::Suffix(x) => tail(x),
-            // Envoy: `ignore_case` does not apply to regular expressions.
-            Self::Regex(p) => p.is_match(value),
-            Self::Present => true,
-        }
-    }
 }

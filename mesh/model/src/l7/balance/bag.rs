@@ -35,11 +35,6 @@ impl Bag {
         Self { hosts, weights, ends, cycle }
     }
 
-    /// Whether it is empty.
-    pub fn is_empty(&self) -> bool {
-        self.hosts.is_empty()
-    }
-
     fn draw_at(&self, draw: u64) -> Option<usize> {
         if self.ends.is_empty() {
             return (!self.hosts.is_empty()).then(|| below(draw, self.hosts.len() as u64) as usize);
