@@ -11,7 +11,6 @@ mod authorization;
 mod build;
 pub(crate) mod conflict;
 mod destination_rule;
-#[allow(dead_code, clippy::unnecessary_wraps, clippy::unused_self, reason = "the readers come next")]
 mod gateway_api;
 mod http_text;
 mod intern;
@@ -41,7 +40,7 @@ pub use object::{Body, Kind, Object, ObjectId, Reader};
 pub use peer::STATIC_STRICT;
 
 use crate::diagnostics::Problem;
-use layer7::Layer7;
+use layer7::{Layer7, replace};
 use object::{
     AuthorizationPolicy, EndpointSlice, Gateway, GatewayClass, KubeService, Mode, Namespace, PeerAuthentication, Pod,
     ServiceEntry, WorkloadEntry,
@@ -445,7 +444,7 @@ impl Translator {
 
     fn set_service(&mut self, id: Name, new: Option<(KubeService, Arc<Origin>)>) {
         let (ns, name) = id;
-        let host = self.pool.text(&format!("{name}.{ns}.svc.{}", self.view.cluster_domain));
+        let host = self.pool.text(&kube::service_host(&name, &ns, &self.view.cluster_domain));
         let space = self.spaces.entry(Arc::clone(&ns)).or_default();
         let old = space.services.get(&name);
         if old.map(|s| (&s.obj, &s.origin)) == new.as_ref().map(|(o, r)| (o, r)) {
@@ -582,19 +581,7 @@ impl Translator {
             let new = space.and_then(|s| {
                 s.unreadable.get(&key.name).or_else(|| s.policies.get(&key.name).and_then(|p| p.obj.policy.as_ref()))
             });
-            match new {
-                Some(p) if self.policies_out.get(&key) == Some(p) => {}
-                Some(p) => {
-                    changes.push(Change::Policy(Arc::clone(p)));
-                    let p = Arc::clone(p);
-                    self.policies_out.insert(key, p);
-                }
-                None => {
-                    if self.policies_out.remove(&key).is_some() {
-                        changes.push(Change::PolicyGone(key));
-                    }
-                }
-            }
+            replace(&mut self.policies_out, &key, new.cloned(), changes, Change::Policy, Change::PolicyGone);
         }
         self.flush_l7_policies(dirty, changes);
         if dirty.peers || dirty.all {
@@ -616,27 +603,19 @@ impl Translator {
         if self.layer7.is_none() {
             return;
         }
-        let all = || self.spaces.iter().flat_map(|(ns, s)| s.policies.keys().map(move |name| (ns, name)));
         let keys: BTreeSet<PolicyKey> = if dirty.all {
-            let here = all().map(|(ns, name)| PolicyKey { namespace: Arc::clone(ns), name: Arc::clone(name) });
+            let here = self
+                .spaces
+                .iter()
+                .flat_map(|(ns, s)| s.policies.keys().map(|n| PolicyKey { namespace: Arc::clone(ns), name: Arc::clone(n) }));
             here.chain(self.l7_policies_out.keys().cloned()).collect()
         } else {
             dirty.policies.iter().cloned().collect()
         };
         for key in keys {
             let slot = self.spaces.get(&key.namespace).and_then(|s| s.policies.get(&key.name));
-            match slot.and_then(|s| s.obj.l7.clone()) {
-                Some(p) if self.l7_policies_out.get(&key) == Some(&p) => {}
-                Some(p) => {
-                    changes.push(Change::L7Policy(Arc::clone(&p)));
-                    self.l7_policies_out.insert(key, p);
-                }
-                None => {
-                    if self.l7_policies_out.remove(&key).is_some() {
-                        changes.push(Change::L7PolicyGone(key));
-                    }
-                }
-            }
+            let new = slot.and_then(|s| s.obj.l7.clone());
+            replace(&mut self.l7_policies_out, &key, new, changes, Change::L7Policy, Change::L7PolicyGone);
         }
     }
 

@@ -32,7 +32,8 @@ impl Translator {
         let (name, ns) = rest.split_once('.')?;
         (!ns.contains('.')).then_some((ns, name))
     }
-    fn kube_service(&self, host: &str) -> Option<&ServiceSlot> {
+    /// The Kubernetes Service with this host name.
+    pub(super) fn kube_service(&self, host: &str) -> Option<&ServiceSlot> {
         let (ns, name) = self.kube_name(host)?;
         self.spaces.get(ns)?.services.get(name).filter(|s| !s.obj.external_name)
     }

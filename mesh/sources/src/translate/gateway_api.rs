@@ -27,7 +27,7 @@ use mesh_model::l7::gateway::{GatewayKey, GatewayRoutes, Listener, ListenerTls};
 use mesh_model::l7::route::{BackendRef, ClusterKey, HttpMatch, HttpRoute, HttpRule, RouteTable, TcpRoute, TcpRule, TlsRule};
 use mesh_model::service::{Service, ServiceKey};
 
-use super::layer7::{Join, Need, Output, Touched};
+use super::layer7::{Join, Need, Output, Touched, covers, forget, put, same_or_stand_in};
 use super::object::{AllowedRoutes, Kind, KubeService, ObjectId, Reader};
 use super::read::Read;
 use super::{HashMap, Name, Slot, Translator};
@@ -126,9 +126,8 @@ pub(super) fn entry_need((namespace, name): &Name) -> Need {
 }
 
 impl GatewayApi {
-    /// Takes an object in or forgets it, and marks what it touches. (Outputs that asked for the object by name, or for all
-    /// of its kind and namespace, are marked by the caller.) What stands in for an object that cannot be read does not
-    /// replace a good one.
+    /// Takes an object in or forgets it, and marks what it touches. What stands in for an object that cannot be read does
+    /// not replace a good one.
     pub(super) fn set(&mut self, id: &ObjectId, new: Option<(GatewayApiObject, Arc<Origin>)>, touched: &mut Touched) {
         let name: Name = (Arc::clone(&id.namespace), Arc::clone(&id.name));
         match id.kind {
@@ -140,6 +139,7 @@ impl GatewayApi {
                 self.set_policy(name, new, touched);
             }
             Kind::ReferenceGrant => {
+                touched.need(Need::Grants(Arc::clone(&name.0)));
                 match new {
                     Some((GatewayApiObject::Grant(grant), _)) => self.grants.insert(name, grant),
                     _ => self.grants.remove(&name),
@@ -160,21 +160,14 @@ impl GatewayApi {
 
     fn set_route(&mut self, id: RouteId, new: Option<Slot<Route>>, touched: &mut Touched) {
         let old = self.routes.get(&id);
-        if let (Some(old), Some(new)) = (old, &new)
-            && ((old.obj == new.obj && old.origin == new.origin) || (new.obj.broken.is_some() && old.obj.broken.is_none()))
-        {
+        if same_or_stand_in(old, new.as_ref(), |r| r.broken.is_some()) {
             return;
         }
         let parents =
             |slot: &Slot<Route>| -> Vec<Parent> { slot.obj.parents.iter().filter_map(|p| parent_of(p, &id.1)).collect() };
         let (before, after) = (old.map(parents).unwrap_or_default(), new.as_ref().map(parents).unwrap_or_default());
         for p in &before {
-            if let Some(set) = self.by_parent.get_mut(p) {
-                set.remove(&id);
-                if set.is_empty() {
-                    self.by_parent.remove(p);
-                }
-            }
+            forget(&mut self.by_parent, p, &id);
         }
         for p in before.iter().chain(&after) {
             match p {
@@ -187,17 +180,12 @@ impl GatewayApi {
         for p in after {
             self.by_parent.entry(p).or_default().insert(id.clone());
         }
-        match new {
-            Some(slot) => self.routes.insert(id, slot),
-            None => self.routes.remove(&id),
-        };
+        put(&mut self.routes, id, new);
     }
 
     fn set_policy(&mut self, name: Name, new: Option<Slot<TlsPolicy>>, touched: &mut Touched) {
         let old = self.policies.get(&name);
-        if let (Some(old), Some(new)) = (old, &new)
-            && ((old.obj == new.obj && old.origin == new.origin) || (new.obj.broken.is_some() && old.obj.broken.is_none()))
-        {
+        if same_or_stand_in(old, new.as_ref(), |p| p.broken.is_some()) {
             return;
         }
         let targets = |slot: &Slot<TlsPolicy>| -> Vec<ServiceKey> {
@@ -207,22 +195,14 @@ impl GatewayApi {
         };
         let (before, after) = (old.map(targets).unwrap_or_default(), new.as_ref().map(targets).unwrap_or_default());
         for key in before {
-            if let Some(set) = self.by_target.get_mut(&key) {
-                set.remove(&name);
-                if set.is_empty() {
-                    self.by_target.remove(&key);
-                }
-            }
+            forget(&mut self.by_target, &key, &name);
             touched.output(Output::Destination(key));
         }
         for key in after {
             self.by_target.entry(key.clone()).or_default().insert(name.clone());
             touched.output(Output::Destination(key));
         }
-        match new {
-            Some(slot) => self.policies.insert(name, slot),
-            None => self.policies.remove(&name),
-        };
+        put(&mut self.policies, name, new);
     }
 
     /// The routes attached to something, oldest first.
@@ -236,11 +216,7 @@ impl GatewayApi {
 
 /// The Kubernetes Service behind a service; `None` when a ServiceEntry stands for it.
 fn kube_service<'t>(t: &'t Translator, key: &ServiceKey) -> Option<&'t KubeService> {
-    let (ns, name) = t.kube_name(&key.hostname)?;
-    if *key.namespace != *ns {
-        return None;
-    }
-    t.spaces.get(ns)?.services.get(name).map(|s| &s.obj).filter(|s| !s.external_name)
+    t.kube_service(&key.hostname).filter(|s| s.key.namespace == key.namespace).map(|s| &s.obj)
 }
 
 /// Adds the rules of the routes attached to a service, in the order of the Gateway API, behind what is there.
@@ -384,7 +360,7 @@ fn resolve(join: &mut Join<'_>, (kind, own, _): &RouteId, to: &Target) -> Result
 
 /// Whether a ReferenceGrant in `ns` lets objects of `kind` in `own` point at `name`.
 fn granted(join: &mut Join<'_>, kind: &str, own: &str, to: &str, ns: &Arc<str>, name: &str) -> bool {
-    join.need(Need::All(Kind::ReferenceGrant, Arc::clone(ns)));
+    join.need(Need::Grants(Arc::clone(ns)));
     let from: Name = (Arc::clone(ns), "".into());
     let grants = join.objects.gateway_api.grants.range(from..).take_while(|((n, _), _)| n == ns);
     grants.into_iter().any(|(_, g)| g.allows(kind, own, to, name))
@@ -556,12 +532,8 @@ fn host_order(host: &Arc<str>) -> HostOrder {
     let class = if **host == *"*" { 2 } else { u8::from(host.starts_with("*.")) };
     (class, Reverse(host.len()), Arc::clone(host))
 }
-/// What a listener's host name and a route's have in common: the narrower one, if one covers the other. `*.x` covers
-/// everything below `x`, not `x`.
+/// What a listener's host name and a route's have in common: the narrower one, if one covers the other.
 fn intersection(listener: &Arc<str>, route: &Arc<str>) -> Option<Arc<str>> {
-    let covers = |wide: &str, narrow: &str| {
-        wide == "*" || wide == narrow || wide.strip_prefix('*').is_some_and(|suffix| narrow.ends_with(suffix) && narrow != suffix)
-    };
     if covers(listener, route) { Some(Arc::clone(route)) } else { covers(route, listener).then(|| Arc::clone(listener)) }
 }
 

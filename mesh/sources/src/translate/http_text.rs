@@ -7,6 +7,7 @@ use mesh_model::l7::headers::{BothEdits, HeaderEdits};
 use mesh_model::l7::text::{Pattern, StringMatch};
 
 use super::istio::host_name;
+use super::kube::service_host;
 use super::object::Reader;
 use super::read::{self, Bad, Read};
 use crate::diagnostics::Severity;
@@ -43,7 +44,7 @@ pub(super) fn resolve<'p>(r: &mut Reader<'_>, n: &'p Node<'p>, namespace: &str, 
     if host.contains('.') {
         return Ok(r.pool.text(&host));
     }
-    let full = format!("{host}.{namespace}.svc.{}", r.cluster_domain);
+    let full = service_host(&host, namespace, &r.cluster_domain);
     Ok(r.pool.text(&full))
 }
 

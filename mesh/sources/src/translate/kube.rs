@@ -21,6 +21,10 @@ static NOTHING: Node<'static> = Node { line: 0, tag: None, value: crate::yaml::V
 pub(super) fn section<'p>(node: &'p Node<'p>, key: &str) -> Read<'p, &'p Node<'p>> {
     Ok(read::map(node, key)?.unwrap_or(&NOTHING))
 }
+/// Host name of a Service.
+pub(super) fn service_host(name: &str, namespace: &str, domain: &str) -> String {
+    format!("{name}.{namespace}.svc.{domain}")
+}
 pub(super) fn annotation(r: &mut Reader<'_>, meta: &Node<'_>, name: &str) -> Option<Arc<str>> {
     read::annotation(meta, name).map(|t| r.pool.text(t))
 }

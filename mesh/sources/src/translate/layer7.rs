@@ -43,8 +43,8 @@ pub(super) enum Need {
     Host(Arc<str>),
     /// This object, there or not. Namespaces count too (their labels).
     Object(ObjectId),
-    /// All objects of a kind in a namespace.
-    All(Kind, Arc<str>),
+    /// The ReferenceGrants of a namespace.
+    Grants(Arc<str>),
     /// The DestinationRules of a service.
     Destination(ServiceKey),
 }
@@ -162,8 +162,6 @@ impl Layer7 {
                     _ => None,
                 };
                 objects.gateway_api.set(id, new, touched);
-                touched.need(Need::Object(id.clone()));
-                touched.need(Need::All(id.kind, Arc::clone(&id.namespace)));
             }
         }
     }
@@ -290,20 +288,24 @@ impl Output {
 
 /// Whether nothing is to be done: the objects are the same, or the new one only stands in for a good one that could not be
 /// read any more.
-fn same_or_stand_in<T: PartialEq>(old: Option<&Slot<T>>, new: Option<&Slot<T>>, stand_in: impl Fn(&T) -> bool) -> bool {
+pub(super) fn same_or_stand_in<T: PartialEq>(
+    old: Option<&Slot<T>>,
+    new: Option<&Slot<T>>,
+    stand_in: impl Fn(&T) -> bool,
+) -> bool {
     match (old, new) {
         (None, None) => true,
         (Some(old), Some(new)) => (old.obj == new.obj && old.origin == new.origin) || (stand_in(&new.obj) && !stand_in(&old.obj)),
         _ => false,
     }
 }
-fn put<T>(map: &mut BTreeMap<Name, Slot<T>>, name: Name, new: Option<Slot<T>>) {
+pub(super) fn put<K: Ord, T>(map: &mut BTreeMap<K, Slot<T>>, key: K, new: Option<Slot<T>>) {
     match new {
-        Some(slot) => map.insert(name, slot),
-        None => map.remove(&name),
+        Some(slot) => map.insert(key, slot),
+        None => map.remove(&key),
     };
 }
-fn forget<K: std::hash::Hash + Eq, V: Ord>(map: &mut HashMap<K, BTreeSet<V>>, key: &K, value: &V) {
+pub(super) fn forget<K: std::hash::Hash + Eq, V: Ord>(map: &mut HashMap<K, BTreeSet<V>>, key: &K, value: &V) {
     if let Some(set) = map.get_mut(key) {
         set.remove(value);
         if set.is_empty() {
@@ -311,7 +313,8 @@ fn forget<K: std::hash::Hash + Eq, V: Ord>(map: &mut HashMap<K, BTreeSet<V>>, ke
         }
     }
 }
-fn replace<K: std::hash::Hash + Eq + Clone, T: PartialEq>(
+/// Puts what was made for `key` in its place and tells the difference.
+pub(super) fn replace<K: std::hash::Hash + Eq + Clone, T: PartialEq>(
     out: &mut HashMap<K, Arc<T>>,
     key: &K,
     new: Option<Arc<T>>,
@@ -381,17 +384,22 @@ impl<'a> Join<'a> {
     }
     /// The PEM entries of a Secret.
     pub(super) fn find_secret(&mut self, namespace: &str, name: &str) -> Option<&'a PemEntries> {
-        let id = ObjectId { kind: Kind::Secret, namespace: namespace.into(), name: name.into() };
-        let found = self.objects.secrets.get(&(Arc::clone(&id.namespace), Arc::clone(&id.name))).map(|s| &s.obj);
-        self.need(Need::Object(id));
-        found
+        self.pem(Kind::Secret, &self.objects.secrets, namespace, name)
     }
     /// The PEM entries of a ConfigMap.
-    #[allow(dead_code, reason = "for the CA of a BackendTLSPolicy")]
     pub(super) fn find_config_map(&mut self, namespace: &str, name: &str) -> Option<&'a PemEntries> {
-        let id = ObjectId { kind: Kind::ConfigMap, namespace: namespace.into(), name: name.into() };
-        let found = self.objects.config_maps.get(&(Arc::clone(&id.namespace), Arc::clone(&id.name))).map(|s| &s.obj);
-        self.need(Need::Object(id));
+        self.pem(Kind::ConfigMap, &self.objects.config_maps, namespace, name)
+    }
+    fn pem(
+        &mut self,
+        kind: Kind,
+        of_kind: &'a BTreeMap<Name, Slot<PemEntries>>,
+        namespace: &str,
+        name: &str,
+    ) -> Option<&'a PemEntries> {
+        let at: Name = (namespace.into(), name.into());
+        let found = of_kind.get(&at).map(|s| &s.obj);
+        self.need(Need::Object(ObjectId { kind, namespace: at.0, name: at.1 }));
         found
     }
     /// The VirtualServices with a host that covers `host`, in no order.

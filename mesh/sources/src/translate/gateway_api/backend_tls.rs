@@ -3,10 +3,10 @@
 use std::sync::Arc;
 
 use super::super::istio::host_name;
-use super::super::kube::section;
+use super::super::kube::{section, service_host};
 use super::super::object::{ObjectId, Reader};
 use super::super::read::{self, Bad, Read};
-use super::reference::{self, kind_name, service_host};
+use super::reference::{self, kind_name};
 use crate::diagnostics::Severity;
 use crate::yaml::{Node, Value};
 

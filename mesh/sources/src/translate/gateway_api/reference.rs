@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use mesh_model::service::ServiceKey;
 
-use super::super::kube::section;
+use super::super::kube::{section, service_host};
 use super::super::object::Reader;
 use super::super::read::{self, Bad, Read};
 use crate::yaml::Node;
@@ -75,11 +75,6 @@ pub enum TargetKind {
     Hostname,
     /// Not something that takes requests: `group/Kind`.
     Other(Arc<str>),
-}
-
-/// Host name of a Service.
-pub(super) fn service_host(name: &str, namespace: &str, domain: &str) -> String {
-    format!("{name}.{namespace}.svc.{domain}")
 }
 
 /// `group/Kind`, or `Kind` of the core group.

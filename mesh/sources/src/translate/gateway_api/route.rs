@@ -49,8 +49,6 @@ impl RouteKind {
 /// A route of any kind.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Route {
-    /// Which kind.
-    pub kind: RouteKind,
     /// What it attaches to.
     pub parents: Vec<ParentRef>,
     /// Host names, lower case; empty for all. SNI names of a TLSRoute.
@@ -171,7 +169,7 @@ pub(super) fn read<'p>(
     hostnames.sort();
     hostnames.dedup();
     let created = r.pool.text(read::text_or_empty(meta, "creationTimestamp")?);
-    let mut route = Route { kind, parents, hostnames, created, rules: Vec::new(), broken: None };
+    let mut route = Route { parents, hostnames, created, rules: Vec::new(), broken: None };
     match first.map_or_else(|| rules(r, Owner { root: node, namespace: &id.namespace }, spec, kind), Err) {
         Ok(rules) => {
             let compile = Compile { kind, id, origin };
