@@ -58,12 +58,16 @@ pub struct Settings {
     /// IP address the Gateway's own listeners are bound to.
     #[arg(long, env = "CULVERT_LISTEN_IP", default_value = "::")]
     pub listen_ip: IpAddr,
-    /// Address of the admin server (`/config_dump`, `/logging`).
+    /// Address of the admin server (`/config_dump`, `/clusters`, `/listeners`, `/streams`, `/logging`, `/stats/prometheus`).
     #[arg(long, env = "CULVERT_ADMIN_ADDR", default_value = "127.0.0.1:15000")]
     pub admin_addr: SocketAddr,
     /// Address of the metrics server (`/metrics`, `/stats/prometheus`).
     #[arg(long, env = "CULVERT_STATS_ADDR", default_value = "[::]:15020")]
     pub stats_addr: SocketAddr,
+    /// Where Envoy would show its own metrics (`/stats/prometheus`): the same page once more, for scrape jobs that know no
+    /// other port.
+    #[arg(long, env = "CULVERT_ENVOY_STATS_ADDR", default_value = "[::]:15090")]
+    pub envoy_stats_addr: SocketAddr,
     /// Address of the readiness server (`/healthz/ready`).
     #[arg(long, env = "CULVERT_READINESS_ADDR", default_value = "[::]:15021")]
     pub readiness_addr: SocketAddr,

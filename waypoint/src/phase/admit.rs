@@ -5,7 +5,7 @@ use crate::conn::Conn;
 use crate::phase::respond;
 use crate::phase::{Exchange, Flow};
 use crate::settings::PathMode;
-use crate::telemetry::{Flag, Flags, Record};
+use crate::telemetry::{Flag, Record};
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::{Method, Request, StatusCode, Version};
 use http_body::Body as _;
@@ -13,8 +13,6 @@ use hyper::body::Incoming;
 use mesh_model::l7::path::{PathNormalization, normalize};
 use std::fmt::Write as _;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
-use std::time::{Instant, SystemTime};
 
 /// `x-request-id`.
 pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -44,29 +42,12 @@ pub(crate) fn begin(conn: &Arc<Conn>, request: Request<Incoming>) -> Exchange<'_
     let authority = authority(&parts.uri, &parts.headers);
     let grpc = parts.headers.get(header::CONTENT_TYPE).is_some_and(|v| is_grpc(v.as_bytes()));
     let record = Record {
-        started: Instant::now(),
-        start_time: SystemTime::now(),
         method: parts.method.clone(),
         path: parts.uri.path_and_query().map_or("/", |p| p.as_str()).into(),
         protocol: parts.version,
         authority: authority.as_str().into(),
         user_agent: parts.headers.get(header::USER_AGENT).cloned(),
-        request_id: None,
-        forwarded_for: None,
-        grpc,
-        route: None,
-        cluster: None,
-        host: None,
-        status: 0,
-        grpc_status: None,
-        flags: Flags::default(),
-        details: "".into(),
-        transport_failure: "".into(),
-        reason: None,
-        attempts: 0,
-        upstream_time: None,
-        received: Arc::new(AtomicU64::new(0)),
-        sent: 0,
+        ..Record::new(grpc)
     };
     Exchange {
         snap: conn.shared.mesh.load_full(),

@@ -99,7 +99,7 @@ impl HttpBody for Followed {
             Poll::Ready(Some(Ok(frame))) => {
                 if let Some(record) = &mut self.told.record {
                     if let Some(data) = frame.data_ref() {
-                        record.sent += data.len() as u64;
+                        record.sent(data);
                     }
                     if let Some(trailers) = frame.trailers_ref().filter(|_| record.grpc) {
                         let status = grpc_status(trailers);

@@ -51,10 +51,6 @@ impl Flags {
     pub fn set(&mut self, flag: Flag) {
         self.0 |= 1 << flag as u8;
     }
-    /// The bits, for keys.
-    pub fn bits(self) -> u32 {
-        self.0
-    }
 }
 impl fmt::Display for Flags {
     /// `-` when none, else the words joined with `,` (`%RESPONSE_FLAGS%`).
