@@ -22,6 +22,9 @@ use nix::unistd::Pid;
 /// Where iproute2 keeps its named namespaces.
 const NETNS_DIR: &str = "/run/netns";
 
+/// Where the agents of runs keep their pins, by the name of the namespace the agent is in.
+const PINS_DIR: &str = "/sys/fs/bpf/culvert-tests";
+
 /// The prefix of everything this process makes: `cv<pid>-`.
 pub fn own_prefix() -> String {
     format!("cv{}-", std::process::id())
@@ -117,9 +120,15 @@ impl Netns {
     }
 
     /// Starts a program inside the namespace. (Not through `ip netns exec`, which would also give it another `/sys` and so
-    /// hide pinned eBPF objects.)
+    /// hide pinned eBPF objects.) An agent's pins are kept where they go with the namespace.
     pub fn spawn(&self, command: &mut Command) -> io::Result<Child> {
+        command.env("CULVERT_BPF_DIR", self.pins());
         self.enter(|| command.spawn())
+    }
+
+    /// Where an agent started in this namespace keeps its pins.
+    pub fn pins(&self) -> PathBuf {
+        Path::new(PINS_DIR).join(&self.name)
     }
 
     /// Runs a program inside the namespace to its end and takes what it wrote.
@@ -139,7 +148,22 @@ impl Drop for Netns {
             end_processes_in(&BTreeSet::from([key]));
         }
         let _gone_already = ip(&["netns", "del", &self.name]);
+        let _gone_already = remove_pins(&self.pins());
     }
+}
+
+/// Removes a directory of a BPF filesystem with everything below it. (`remove_dir_all` cannot: such a filesystem does not
+/// say which of its entries are directories.)
+fn remove_pins(dir: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(dir)? {
+        let path = entry?.path();
+        if fs::metadata(&path)?.is_dir() {
+            remove_pins(&path)?;
+        } else {
+            fs::remove_file(path)?;
+        }
+    }
+    fs::remove_dir(dir)
 }
 
 /// Runs `ip` with these arguments; its own words on failure.
@@ -199,15 +223,18 @@ fn end_processes_in(keys: &BTreeSet<(u64, u64)>) {
     }
 }
 
-/// Names of the namespaces present now.
-fn present() -> Vec<String> {
-    let Ok(entries) = fs::read_dir(NETNS_DIR) else { return Vec::new() };
+/// Names of what is in `dir` now.
+fn present(dir: &str) -> Vec<String> {
+    let Ok(entries) = fs::read_dir(dir) else { return Vec::new() };
     entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect()
 }
 
 /// Removes every namespace whose name starts with `prefix`, and the processes inside.
 pub fn sweep_prefix(prefix: &str) {
-    let names: Vec<String> = present().into_iter().filter(|name| name.starts_with(prefix)).collect();
+    for name in present(PINS_DIR).into_iter().filter(|name| name.starts_with(prefix)) {
+        let _gone_already = remove_pins(&Path::new(PINS_DIR).join(name));
+    }
+    let names: Vec<String> = present(NETNS_DIR).into_iter().filter(|name| name.starts_with(prefix)).collect();
     let keys: BTreeSet<(u64, u64)> = names
         .iter()
         .filter_map(|name| fs::metadata(Path::new(NETNS_DIR).join(name)).ok())
@@ -230,7 +257,8 @@ pub fn sweep_leftovers() -> usize {
         let alive = Path::new("/proc").join(number.to_string()).exists();
         (!alive && !kept(&format!("cv{pid}-"))).then(|| pid.to_owned())
     };
-    let dead: BTreeSet<String> = present().iter().filter_map(|name| abandoned(name, "cv")).collect();
+    let dead: BTreeSet<String> =
+        present(NETNS_DIR).iter().chain(&present(PINS_DIR)).filter_map(|name| abandoned(name, "cv")).collect();
     for pid in &dead {
         sweep_prefix(&format!("cv{pid}-"));
     }

@@ -7,9 +7,9 @@ use crate::dump;
 use crate::listen;
 use crate::listen::gateway::Listeners;
 use crate::settings::Settings;
-use crate::telemetry::Telemetry;
+use crate::telemetry::{Telemetry, scrape};
 use crate::upstream::{Deps, Upstreams};
-use ::http::Method;
+use ::http::{Method, StatusCode};
 use anyhow::{Context, Result};
 use mesh_identity::cache::CacheSettings;
 use mesh_identity::clock::SystemClock;
@@ -22,7 +22,7 @@ use mesh_model::labels::Labels;
 use mesh_model::snapshot::Viewpoint;
 use mesh_model::workload::Locality;
 use mesh_model::{Network, SpiffeId, TrustDomain};
-use mesh_runtime::admin::{HttpServer, json};
+use mesh_runtime::admin::{HttpServer, Request, Response, json, text};
 use mesh_runtime::allocator;
 use mesh_runtime::drain::{self, DrainMode, DrainWatch, Finished};
 use mesh_runtime::gate::Gate;
@@ -73,16 +73,20 @@ pub async fn serve(settings: Settings, logging: &Logging) -> Result<()> {
     let (mesh, diagnostics) = mesh_sources::start_with(Origin::Folder(settings.mesh_dir.clone()), view.clone(), &translation);
 
     let access = settings.access_log.then(|| logging.access.clone());
-    let telemetry = Telemetry::new(&registry, access)?;
+    let identity = SpiffeId::new(&view.trust_domain, &settings.namespace, &settings.service_account)
+        .context("namespace and service account make no SPIFFE identity")?;
+    let telemetry = Telemetry::new(&registry, access, identity)?;
     let shared = assemble(settings, mesh, &view, source, telemetry)?;
     let settings = &shared.settings;
+    register_state(&registry, &shared, &diagnostics, logging)?;
 
     let quit = Arc::new(Notify::new());
     let (drain, drained) = drain::channel();
     let servers = [
         (settings.readiness_addr, readiness.route(HttpServer::new("readiness"))),
         (settings.stats_addr, registry.route(HttpServer::new("stats"))),
-        (settings.admin_addr, admin(&shared, &diagnostics, logging, &quit)),
+        (settings.envoy_stats_addr, registry.route(HttpServer::new("envoy stats"))),
+        (settings.admin_addr, admin(&shared, &diagnostics, &registry, logging, &quit)),
     ];
     for (addr, server) in servers {
         process::listen(&server, addr, &drain).with_context(|| format!("cannot listen on {addr}"))?;
@@ -139,6 +143,8 @@ async fn control(shared: Arc<Shared>, hbone: BoundListener, drain: DrainWatch, p
         task.ready();
     }
     let mut versions = shared.mesh.watch();
+    let tell_own = || shared.telemetry.set_own(shared.me(&shared.mesh.load()).ok());
+    tell_own();
     let mut listeners = Listeners::default();
     listeners.reconcile(&shared, &drain);
     // Certificate files are renewed in place, and a port that was taken may have become free.
@@ -151,6 +157,7 @@ async fn control(shared: Arc<Shared>, hbone: BoundListener, drain: DrainWatch, p
                     return;
                 }
                 versions.mark_unchanged();
+                tell_own();
                 shared.upstreams.collect(&shared.mesh.load_full());
                 listeners.reconcile(&shared, &drain);
             }
@@ -185,8 +192,7 @@ fn assemble(
         // Policies bound to the Gateway would bind nobody.
         anyhow::bail!("which Gateway is this process for? set --gateway (GATEWAY) to the name of the Gateway object");
     }
-    let identity = SpiffeId::new(&view.trust_domain, &settings.namespace, &settings.service_account)
-        .context("namespace and service account make no SPIFFE identity")?;
+    let identity = telemetry.own_identity().clone();
     let svids = SvidCache::start(source, tls.clone(), &CacheSettings::default(), &control);
     let svid = svids.handle(&identity);
     let hbone = Arc::new(
@@ -256,13 +262,54 @@ fn authority(s: &Settings) -> Result<Arc<dyn IdentitySource>> {
     Ok(Arc::new(opened))
 }
 
-fn admin(shared: &Arc<Shared>, diagnostics: &Diagnostics, logging: &Logging, quit: &Arc<Notify>) -> HttpServer {
-    let config = {
+/// Metrics of what exists anyway, written when somebody asks.
+fn register_state(registry: &Registry, shared: &Arc<Shared>, diagnostics: &Diagnostics, logging: &Logging) -> Result<()> {
+    let of_clusters = Arc::clone(shared);
+    registry.on_scrape(&scrape::cluster_names(), move |out| scrape::clusters(&of_clusters.upstreams.clusters(), out))?;
+    let (shared, diagnostics, writer) = (Arc::clone(shared), diagnostics.clone(), logging.writer.clone());
+    registry.on_scrape(&scrape::PROCESS_NAMES, move |out| {
+        let now = scrape::Process {
+            version: shared.mesh.load().version(),
+            problems: diagnostics.list().len(),
+            tunnels: shared.tunnels.list().len(),
+            lost_lines: writer.dropped(),
+        };
+        scrape::process(now, out);
+    })?;
+    Ok(())
+}
+
+fn admin(
+    shared: &Arc<Shared>,
+    diagnostics: &Diagnostics,
+    registry: &Registry,
+    logging: &Logging,
+    quit: &Arc<Notify>,
+) -> HttpServer {
+    type Page = fn(&Shared, &Diagnostics, &Request) -> Response;
+    let pages: [(&str, Page); 4] = [
+        ("/config_dump", |shared, diagnostics, _| json(&dump::config(shared, diagnostics))),
+        ("/clusters", |shared, _, request| {
+            let clusters = shared.upstreams.clusters();
+            if wants_json(request) { json(&dump::clusters_json(&clusters)) } else { plain(dump::clusters_text(&clusters)) }
+        }),
+        ("/listeners", |shared, _, request| {
+            if wants_json(request) { json(&dump::listeners_json(shared)) } else { plain(dump::listeners_text(shared)) }
+        }),
+        ("/streams", |shared, _, _| json(&dump::streams(shared))),
+    ];
+    let server = pages.into_iter().fold(registry.route(HttpServer::new("admin")), |server, (path, page)| {
         let (shared, diagnostics) = (Arc::clone(shared), diagnostics.clone());
-        move |_| json(&dump::config(&shared, &diagnostics))
-    };
-    let server = HttpServer::new("admin").route_blocking(Method::GET, "/config_dump", config);
+        server.route_blocking(Method::GET, path, move |request| page(&shared, &diagnostics, &request))
+    });
     process::admin_routes(server, dump::version(), logging, Arc::clone(quit))
+}
+
+fn plain(page: String) -> Response {
+    text(StatusCode::OK, page)
+}
+fn wants_json(request: &Request) -> bool {
+    request.query.get("format").is_some_and(|format| format == "json")
 }
 
 /// Slow periodic work of the control thread.
@@ -279,6 +326,10 @@ async fn upkeep(registry: Registry, shared: Arc<Shared>) {
             }
         }
         if beats.is_multiple_of(150) {
+            for worker in shared.threads.workers() {
+                let telemetry = shared.telemetry.clone();
+                worker.spawn(async move { telemetry.tidy_thread() });
+            }
             registry.sweep(SERIES_UNUSED);
         }
     }

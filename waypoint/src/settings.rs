@@ -58,12 +58,16 @@ pub struct Settings {
     /// IP address the Gateway's own listeners are bound to.
     #[arg(long, env = "CULVERT_LISTEN_IP", default_value = "::")]
     pub listen_ip: IpAddr,
-    /// Address of the admin server (`/config_dump`, `/logging`).
+    /// Address of the admin server (`/config_dump`, `/clusters`, `/listeners`, `/streams`, `/logging`, `/stats/prometheus`).
     #[arg(long, env = "CULVERT_ADMIN_ADDR", default_value = "127.0.0.1:15000")]
     pub admin_addr: SocketAddr,
     /// Address of the metrics server (`/metrics`, `/stats/prometheus`).
     #[arg(long, env = "CULVERT_STATS_ADDR", default_value = "[::]:15020")]
     pub stats_addr: SocketAddr,
+    /// Where Envoy would show its own metrics (`/stats/prometheus`): the same page once more, for scrape jobs that know no
+    /// other port.
+    #[arg(long, env = "CULVERT_ENVOY_STATS_ADDR", default_value = "[::]:15090")]
+    pub envoy_stats_addr: SocketAddr,
     /// Address of the readiness server (`/healthz/ready`).
     #[arg(long, env = "CULVERT_READINESS_ADDR", default_value = "[::]:15021")]
     pub readiness_addr: SocketAddr,
@@ -89,10 +93,10 @@ pub struct Settings {
     /// connected, so that a protocol in which the server speaks first does not stall.
     #[arg(long, env = "CULVERT_PROTOCOL_SNIFF_TIMEOUT", default_value = "100ms", value_parser = duration)]
     pub sniff_timeout: Duration,
-    /// How long an HTTP connection from a client may be without a request; 0 for no limit.
+    /// Idle limit of HTTP connections from clients; 0 for none. Not enforced yet.
     #[arg(long, env = "CULVERT_HTTP_IDLE_TIMEOUT", default_value = "1h", value_parser = duration)]
     pub http_idle_timeout: Duration,
-    /// Limit for the head of an HTTP/1 request to arrive in whole once it has begun; 0 for none.
+    /// Limit for the head of a request to arrive in whole; 0 for none.
     #[arg(long, env = "CULVERT_REQUEST_HEADERS_TIMEOUT", default_value = "10s", value_parser = duration)]
     pub headers_timeout: Duration,
     /// Idle limit of TCP connections; 0 (the default) for none.

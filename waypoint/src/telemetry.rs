@@ -1,271 +1,227 @@
 //! What is told about requests and connections: metrics under Istio's names, the access log.
 //!
-//! Everything here runs after a request's last byte, off its path. Labels are looked up once per (client, endpoint, answer)
-//! and data thread; a line is formatted into a buffer of the thread and handed to the log's own. Upstream: `phase::expose`,
-//! `tcp`. Downstream: the scrape on 15020, the log's writer thread.
+//! Everything here runs after a request's last byte, off its path. Label lookups happen once per (client, endpoint, answer)
+//! and data thread. Upstream: `phase::expose`, `tcp`. Downstream: the scrape on 15020, the log's writer thread.
 
-mod access;
+pub mod access;
+mod cache;
 mod flags;
+mod grpc;
 mod labels;
+mod metrics;
 mod record;
+pub(crate) mod scrape;
 
 pub use flags::{Flag, Flags};
+pub use grpc::{Messages, Received};
 pub use record::{Record, TcpRecord};
 
-use crate::facts::Facts;
-use labels::{HTTP_LABELS, TCP_LABELS};
+use crate::facts::{Facts, Scope};
+use crate::upstream::{Cluster, Host};
+use access::{Format, Line, Told};
+use arc_swap::ArcSwapOption;
+use cache::{AnswerKey, Cache, Key};
 use mesh_hbone::relay::Counters;
 use mesh_model::metric_labels::Ends;
-use mesh_model::service::Service;
 use mesh_model::workload::Workload;
 use mesh_model::{Refusal, SpiffeId};
-use mesh_runtime::logging::{AccessLog, Format};
-use mesh_runtime::metrics::{Counter, Family, Histogram, MetricError, Registry};
+use mesh_runtime::logging::AccessLog;
+use mesh_runtime::metrics::{Counter, MetricError, Registry};
+use metrics::Metrics;
 use std::cell::RefCell;
-use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+use tracing::Level;
 
-/// Envoy's histogram buckets, in milliseconds and in bytes.
-const BUCKETS: [f64; 19] = [
-    0.5,
-    1.0,
-    5.0,
-    10.0,
-    25.0,
-    50.0,
-    100.0,
-    250.0,
-    500.0,
-    1_000.0,
-    2_500.0,
-    5_000.0,
-    10_000.0,
-    30_000.0,
-    60_000.0,
-    300_000.0,
-    600_000.0,
-    1_800_000.0,
-    3_600_000.0,
-];
-/// Handles one data thread remembers; beyond it all are looked up anew.
-const REMEMBERED: usize = 4096;
+thread_local! {
+    static CACHE: RefCell<Cache> = RefCell::default();
+}
 
 /// The entrance. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Telemetry {
-    requests: Family<Counter>,
-    durations: Family<Histogram>,
-    request_bytes: Family<Histogram>,
-    response_bytes: Family<Histogram>,
-    opened: Family<Counter>,
-    closed: Family<Counter>,
-    sent: Family<Counter>,
-    received: Family<Counter>,
-    refused: Family<Counter>,
-    access: Option<AccessLog>,
+    inner: Arc<Inner>,
 }
-
-/// What decides the labels of a request. The `Arc`s are compared by address and kept alive by being here.
-#[derive(Clone)]
-struct Key {
-    source: Option<Arc<Workload>>,
-    identity: Option<SpiffeId>,
-    destination: Option<Arc<Workload>>,
-    service: Option<Arc<Service>>,
-    status: u16,
-    grpc_status: Option<u16>,
-    flags: u32,
-    grpc: bool,
+#[derive(Debug)]
+struct Inner {
+    /// Tells the handles of these metrics from those of others in the threads' tables.
+    id: u64,
+    metrics: Metrics,
+    access: Option<(AccessLog, Format)>,
+    /// The workload this process is.
+    own: ArcSwapOption<Workload>,
+    own_identity: SpiffeId,
 }
-fn address<T>(of: Option<&Arc<T>>) -> usize {
-    of.map_or(0, |a| Arc::as_ptr(a) as usize)
-}
-impl Key {
-    fn parts(&self) -> (usize, usize, usize, u16, Option<u16>, u32, bool) {
-        let (source, destination) = (address(self.source.as_ref()), address(self.destination.as_ref()));
-        (source, destination, address(self.service.as_ref()), self.status, self.grpc_status, self.flags, self.grpc)
-    }
-}
-impl PartialEq for Key {
-    fn eq(&self, other: &Self) -> bool {
-        self.parts() == other.parts() && self.identity == other.identity
-    }
-}
-impl Eq for Key {}
-impl std::hash::Hash for Key {
-    fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
-        self.parts().hash(state);
-    }
-}
-struct Handles {
-    requests: Arc<Counter>,
-    durations: Arc<Histogram>,
-    request_bytes: Arc<Histogram>,
-    response_bytes: Arc<Histogram>,
-}
-
-thread_local! {
-    static HANDLES: RefCell<HashMap<Key, Handles, foldhash::fast::RandomState>> = RefCell::default();
-    static LINE: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
-}
-
 impl Telemetry {
-    /// Registers all metrics. `access`: where request lines go, if anywhere.
-    pub fn new(registry: &Registry, access: Option<AccessLog>) -> Result<Self, MetricError> {
-        let http = |name, help| registry.family(Family::with_buckets(name, help, &HTTP_LABELS, &BUCKETS));
-        let tcp = |name, help| registry.family(Family::<Counter>::new(name, help, &TCP_LABELS));
-        Ok(Self {
-            requests: registry.family(Family::new("istio_requests_total", "Requests answered or given up", &HTTP_LABELS))?,
-            durations: http("istio_request_duration_milliseconds", "From the request's head to the last byte of the answer")?,
-            request_bytes: http("istio_request_bytes", "Bytes of request bodies")?,
-            response_bytes: http("istio_response_bytes", "Bytes of response bodies")?,
-            opened: tcp("istio_tcp_connections_opened_total", "Connections opened")?,
-            closed: tcp("istio_tcp_connections_closed_total", "Connections closed")?,
-            sent: tcp("istio_tcp_sent_bytes_total", "Bytes sent to the client, as responses")?,
-            received: tcp("istio_tcp_received_bytes_total", "Bytes received from the client, as requests")?,
-            refused: registry.family(Family::new(
-                "culvert_refused_total",
-                "Tunnels, connections and requests refused here, by reason",
-                &["reporter", "reason"],
-            ))?,
-            access,
-        })
+    /// Registers all metrics. `access`: where lines about requests and connections go, if anywhere. `own_identity`: ours.
+    pub fn new(registry: &Registry, access: Option<AccessLog>, own_identity: SpiffeId) -> Result<Self, MetricError> {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        let access = access.map(|log| {
+            let format = Format::istio(log.format());
+            (log, format)
+        });
+        let id = NEXT.fetch_add(1, Ordering::Relaxed);
+        let inner = Inner { id, metrics: Metrics::new(registry)?, access, own: ArcSwapOption::empty(), own_identity };
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// Who we are.
+    pub fn own_identity(&self) -> &SpiffeId {
+        &self.inner.own_identity
+    }
+
+    /// The mesh says which workload this process is: what a gateway reports as.
+    pub fn set_own(&self, own: Option<&Arc<Workload>>) {
+        self.inner.own.store(own.cloned());
+    }
+
+    /// Lets go of handles this thread did not use since the last call, so that series nobody counts in can expire. To be
+    /// called on each data thread now and then.
+    pub fn tidy_thread(&self) {
+        CACHE.with_borrow_mut(Cache::tidy);
     }
 
     /// A request was answered to its last byte, or given up.
-    pub fn request_done(&self, conn: &Facts, record: &Record) {
-        let elapsed = record.started.elapsed();
-        let received = record.received.load(Ordering::Relaxed);
-        let key = Key {
-            source: conn.source.clone(),
-            identity: conn.identity.clone(),
-            destination: record.host.as_ref().map(|h| Arc::clone(h.workload())),
-            service: record.cluster.as_ref().and_then(|c| c.service()).or(conn.service()).cloned(),
-            status: record.status,
-            grpc_status: record.grpc_status,
-            flags: record.flags.bits(),
-            grpc: record.grpc,
-        };
-        HANDLES.with_borrow_mut(|known| {
-            if known.len() >= REMEMBERED {
-                known.clear();
-            }
-            let handles = known.entry(key).or_insert_with_key(|key| self.look_up(key, record));
-            handles.requests.inc();
-            handles.durations.observe(elapsed.as_secs_f64() * 1000.0);
-            handles.request_bytes.observe(received as f64);
-            handles.response_bytes.observe(record.sent as f64);
-        });
+    pub fn request_done(&self, facts: &Facts, record: &Record) {
+        let took = record.started.elapsed();
+        self.count(facts, record, took);
         if let Some(reason) = record.reason {
-            self.refused.get(&["waypoint", reason.as_str()]).inc();
+            self.inner.metrics.refused.inc(reason);
         }
-        let Some(access) = self.access.as_ref().filter(|a| a.enabled(tracing::Level::INFO)) else { return };
-        LINE.with_borrow_mut(|line| {
-            line.clear();
-            access::Line { conn, record, elapsed, received }.write(line, access.format() == Format::Json);
-            access.send_bytes(line);
+        self.tell(&Line { facts, told: Told::Request(record), took });
+    }
+
+    fn count(&self, facts: &Facts, record: &Record, took: Duration) {
+        let inner = &*self.inner;
+        let own = inner.own.load();
+        let ends = self.ends(facts, own.as_ref(), record.host.as_ref(), record.cluster.as_ref());
+        let answer = AnswerKey {
+            status: record.status,
+            flags: record.flags,
+            grpc: record.grpc,
+            grpc_status: record.grpc_status,
+            hbone: record.host.as_ref().is_some_and(|h| h.is_hbone()),
+        };
+        CACHE.with_borrow_mut(|cache| {
+            let handles = cache.get(inner.id, &Key { ends, answer }, || inner.metrics.request(ends, record));
+            handles.requests.inc();
+            handles.duration.observe(took.as_secs_f64() * 1000.0);
+            // Exact below 2^53.
+            handles.request_bytes.observe(record.received.bytes() as f64);
+            handles.response_bytes.observe(record.sent as f64);
+            if let Some((requests, responses)) = &handles.messages {
+                requests.add(record.received.messages());
+                responses.add(record.sent_messages.count());
+            }
         });
     }
 
-    fn look_up(&self, key: &Key, record: &Record) -> Handles {
-        let ends = Ends {
-            reporter: "waypoint",
-            source: key.source.as_ref(),
-            source_id: key.identity.as_ref(),
-            destination: key.destination.as_ref(),
-            destination_id: record.host.as_ref().and_then(|h| h.identity()),
-            service: key.service.as_ref(),
+    /// Who talked to whom. `own`: the workload this process is.
+    fn ends<'a>(
+        &'a self,
+        facts: &'a Facts,
+        own: Option<&'a Arc<Workload>>,
+        host: Option<&'a Arc<Host>>,
+        cluster: Option<&'a Arc<Cluster>>,
+    ) -> Ends<'a> {
+        // A gateway at the mesh's edge is the first of the mesh to see a request: it reports as the source, as in Istio. A
+        // waypoint stands between a client and an endpoint of the mesh.
+        let (reporter, source, source_id) = match facts.scope {
+            Scope::Gateway { .. } => ("source", own, Some(&self.inner.own_identity)),
+            Scope::Mesh(_) => ("waypoint", facts.source.as_ref(), facts.identity.as_ref()),
         };
-        let (flags, status) = (record.flags.to_string(), record.status.to_string());
-        let grpc_status = record.grpc_status.filter(|_| record.grpc).map(|s| s.to_string()).unwrap_or_default();
-        let protocol = if record.grpc { "grpc" } else { "http" };
-        let values = labels::http(ends, protocol, &status, &grpc_status, &flags);
-        Handles {
-            requests: self.requests.get(&values),
-            durations: self.durations.get(&values),
-            request_bytes: self.request_bytes.get(&values),
-            response_bytes: self.response_bytes.get(&values),
+        Ends {
+            reporter,
+            source,
+            source_id,
+            destination: host.map(|h| h.workload()),
+            destination_id: host.and_then(|h| h.identity()),
+            // A route may lead to another service than the one addressed; Istio counts the one the request went to.
+            service: cluster.and_then(|c| c.service()).or(facts.service()),
         }
     }
 
     /// A tunnel or a CONNECT in it was refused.
     pub fn tunnel_refused(&self, client: SocketAddr, identity: Option<&SpiffeId>, why: &Refusal) {
-        self.refused.get(&["waypoint", why.reason.as_str()]).inc();
+        self.inner.metrics.refused.inc(why.reason);
         tracing::warn!(%client, identity = identity.map_or("", SpiffeId::as_str), %why, "refused");
     }
 
     /// A connection carried as bytes reached its endpoint.
-    pub fn tcp_opened(&self, conn: &Facts, record: &TcpRecord) -> TcpHandles {
+    pub fn tcp_opened(&self, facts: &Facts, record: &TcpRecord) -> TcpHandles {
+        let inner = &*self.inner;
+        let own = inner.own.load();
+        let ends = self.ends(facts, own.as_ref(), record.host.as_ref(), record.cluster.as_ref());
         let flags = record.flags.to_string();
-        let values = labels::tcp(ends_of(conn, record), &flags);
-        self.opened.get(&values).inc();
+        let values = labels::tcp(ends, &flags);
+        let metrics = &inner.metrics;
+        metrics.opened.get(&values).inc();
         TcpHandles {
-            closed: self.closed.get(&values),
-            sent: self.sent.get(&values),
-            received: self.received.get(&values),
-            to_server: AtomicU64::new(0),
-            to_client: AtomicU64::new(0),
+            closed: metrics.closed.get(&values),
+            received_total: metrics.received.get(&values),
+            sent_total: metrics.sent.get(&values),
+            received: AtomicU64::new(0),
+            sent: AtomicU64::new(0),
         }
     }
-    /// A connection carried as bytes found no endpoint.
-    pub fn tcp_failed(&self, conn: &Facts, record: &TcpRecord) {
-        let flags = record.flags.to_string();
-        let values = labels::tcp(ends_of(conn, record), &flags);
-        self.opened.get(&values).inc();
-        self.closed.get(&values).inc();
+    /// A connection carried as bytes found no endpoint: opened and closed at once, with the flag that says why (Envoy).
+    pub fn tcp_failed(&self, facts: &Facts, record: &TcpRecord) {
+        let handles = self.tcp_opened(facts, record);
         if let Some(reason) = record.reason {
-            self.refused.get(&["waypoint", reason.as_str()]).inc();
+            self.inner.metrics.refused.inc(reason);
         }
-        self.tcp_line(conn, record, (0, 0));
+        self.tcp_done(facts, record, &handles);
     }
     /// A connection carried as bytes ended.
-    pub fn tcp_done(&self, conn: &Facts, record: &TcpRecord, handles: &TcpHandles) {
-        handles.closed.inc();
-        let bytes = (handles.to_server.load(Ordering::Relaxed), handles.to_client.load(Ordering::Relaxed));
-        self.tcp_line(conn, record, bytes);
+    pub fn tcp_done(&self, facts: &Facts, record: &TcpRecord, handles: &TcpHandles) {
+        let (received, sent) = handles.bytes();
+        let told = Told::Connection { record, received, sent };
+        self.tell(&Line { facts, told, took: record.started.elapsed() });
     }
-    fn tcp_line(&self, conn: &Facts, record: &TcpRecord, bytes: (u64, u64)) {
-        let Some(access) = self.access.as_ref().filter(|a| a.enabled(tracing::Level::INFO)) else { return };
-        LINE.with_borrow_mut(|line| {
-            line.clear();
-            access::TcpLine { conn, record, bytes }.write(line, access.format() == Format::Json);
-            access.send_bytes(line);
-        });
+
+    fn tell(&self, line: &Line<'_>) {
+        if let Some((log, format)) = &self.inner.access
+            && log.enabled(Level::INFO)
+        {
+            format.send(line, log);
+        }
     }
 }
 
-fn ends_of<'a>(conn: &'a Facts, record: &'a TcpRecord) -> Ends<'a> {
-    Ends {
-        reporter: "waypoint",
-        source: conn.source.as_ref(),
-        source_id: conn.identity.as_ref(),
-        destination: record.host.as_ref().map(|h| h.workload()),
-        destination_id: record.host.as_ref().and_then(|h| h.identity()),
-        service: record.cluster.as_ref().and_then(|c| c.service()).or(conn.service()),
-    }
-}
-
-/// Counters of one connection carried as bytes.
+/// Counters of one connection carried as bytes. Dropping them counts its end.
 #[derive(Debug)]
 pub struct TcpHandles {
     closed: Arc<Counter>,
-    sent: Arc<Counter>,
-    received: Arc<Counter>,
-    to_server: AtomicU64,
-    to_client: AtomicU64,
+    received_total: Arc<Counter>,
+    sent_total: Arc<Counter>,
+    received: AtomicU64,
+    sent: AtomicU64,
+}
+impl TcpHandles {
+    /// Bytes so far: from the client, to the client.
+    pub fn bytes(&self) -> (u64, u64) {
+        (self.received.load(Ordering::Relaxed), self.sent.load(Ordering::Relaxed))
+    }
 }
 impl Counters for TcpHandles {
+    /// The client is the relay's first end: what it sent, we received.
     fn sent(&self, bytes: u64) {
-        self.received.add(bytes);
-        self.to_server.fetch_add(bytes, Ordering::Relaxed);
+        self.received_total.add(bytes);
+        self.received.fetch_add(bytes, Ordering::Relaxed);
     }
     fn received(&self, bytes: u64) {
-        self.sent.add(bytes);
-        self.to_client.fetch_add(bytes, Ordering::Relaxed);
+        self.sent_total.add(bytes);
+        self.sent.fetch_add(bytes, Ordering::Relaxed);
+    }
+}
+impl Drop for TcpHandles {
+    fn drop(&mut self) {
+        // Also when the connection's task is dropped at the end of the process; nothing is logged here.
+        self.closed.inc();
     }
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

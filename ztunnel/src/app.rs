@@ -6,8 +6,9 @@ use crate::dump;
 use crate::metrics::Metrics;
 use crate::pod::Shared;
 use crate::pods::{PodSupervisor, PodTable};
-use crate::settings::{RedirectMode, Settings};
+use crate::settings::{OnAgentDeath, RedirectMode, Settings};
 use anyhow::{Context, Result, bail};
+use ebpf_loader::PinRoot;
 use http::Method;
 use mesh_identity::cache::CacheSettings;
 use mesh_identity::clock::SystemClock;
@@ -58,7 +59,7 @@ pub async fn serve(settings: Settings, logging: &Logging) -> Result<()> {
         tracing::debug!(%error, "transparent huge pages stay on");
     }
     let open_files = raise_nofile().context("raising the limit of open files")?;
-    preflight(&settings)?;
+    let pins = preflight(&settings)?;
     let stop = signals::shutdown().context("installing signal handlers")?;
     let readiness = Readiness::new();
     let registry = Registry::new();
@@ -101,7 +102,7 @@ pub async fn serve(settings: Settings, logging: &Logging) -> Result<()> {
     );
 
     // Nothing is captured before the first snapshot is in (node-agent §1.1).
-    let supervisor = PodSupervisor::new(Arc::clone(&shared), readiness.clone(), pods);
+    let supervisor = PodSupervisor::new(Arc::clone(&shared), readiness.clone(), pods, pins);
     let control = tokio::spawn({
         let mesh = mesh.clone();
         async move {
@@ -163,12 +164,26 @@ pub fn assemble(
     }))
 }
 
-/// What can be known to fail, said before anything starts.
-fn preflight(settings: &Settings) -> Result<()> {
-    if settings.redirect == RedirectMode::Ebpf {
-        ebpf_loader::probe().context("this machine cannot redirect connections with eBPF")?;
+/// What can be known to fail, said before anything starts. Answers where redirections are kept.
+fn preflight(settings: &Settings) -> Result<Option<PinRoot>> {
+    if settings.redirect != RedirectMode::Ebpf {
+        return Ok(None);
     }
-    Ok(())
+    ebpf_loader::probe().context("this machine cannot redirect connections with eBPF")?;
+    let kept = settings.pins.of_node(&settings.node);
+    if settings.on_agent_death == OnAgentDeath::Open {
+        tracing::warn!("--on-agent-death=open: whenever this agent does not run, its pods talk in plaintext");
+        if kept.exists() {
+            // By an agent with the other setting; its programs would go on dropping.
+            PinRoot::open(&kept)?.sweep([])?;
+        }
+        return Ok(None);
+    }
+    let pins = PinRoot::open(&kept).context(
+        "redirections cannot outlive the agent (mount a BPF filesystem there, name another place with --bpf-dir, or accept with \
+         --on-agent-death=open that pods talk in plaintext while no agent runs)",
+    )?;
+    Ok(Some(pins))
 }
 
 fn viewpoint(s: &Settings) -> Result<Viewpoint> {

@@ -1,7 +1,7 @@
 //! Entry point of the node agent: parse, build, run until told to end.
 #![forbid(unsafe_code)]
 use anyhow::Result;
-use clap::{Parser, Subcommand};
+use clap::{Args, Parser, Subcommand};
 use std::process::ExitCode;
 
 /// A predictable allocator that returns memory after peaks; the system's keeps it (arenas per thread).
@@ -20,8 +20,19 @@ struct Cli {
 enum Command {
     /// Run the agent (the default).
     Proxy(Box<ztunnel::Settings>),
+    /// Remove the redirection of every pod of this node, after the agent was uninstalled: their traffic is direct from then on.
+    Cleanup(Cleanup),
     /// Print the version as JSON.
     Version,
+}
+
+#[derive(Args)]
+struct Cleanup {
+    /// Name of the node, as the agent was given it.
+    #[arg(long = "node", env = "NODE_NAME", default_value = "")]
+    node: String,
+    #[command(flatten)]
+    pins: ztunnel::settings::Pins,
 }
 
 fn main() -> ExitCode {
@@ -48,6 +59,11 @@ struct DefaultProxy {
 fn run(command: Command) -> Result<()> {
     match command {
         Command::Proxy(settings) => ztunnel::app::run(*settings),
+        Command::Cleanup(Cleanup { node, pins }) => {
+            let removed = ebpf_loader::PinRoot::open(&pins.of_node(&node))?.sweep([])?;
+            println!("{removed} redirections removed");
+            Ok(())
+        }
         Command::Version => {
             println!("{}", ztunnel::app::version());
             Ok(())

@@ -9,7 +9,7 @@ use crate::dialer::stream_options;
 use crate::pod::{Pod, Shared, ports};
 use crate::settings::RedirectMode;
 use crate::{inbound, outbound, passthrough};
-use ebpf_loader::{Config, Listeners, PodSpec, Redirect};
+use ebpf_loader::{Config, Listeners, PinRoot, PodSpec, Redirect};
 use mesh_identity::TrustBundles;
 use mesh_model::workload::{NetworkMode, Protocol, Workload, WorkloadUid};
 use mesh_model::{Reason, Refusal, SpiffeId};
@@ -60,7 +60,8 @@ impl PodTable {
     }
 }
 
-/// A running pod. Dropping it without [`PodSupervisor::stop`] still detaches: every part cleans up after itself.
+/// A running pod. Dropping it without [`PodSupervisor::stop`] still ends it: every part cleans up after itself, save a pinned
+/// redirection, which then keeps the pod closed.
 struct Running {
     pod: Arc<Pod>,
     place: Option<NetnsId>,
@@ -77,12 +78,16 @@ pub struct PodSupervisor {
     running: HashMap<WorkloadUid, Running>,
     pending: HashMap<WorkloadUid, ReadyTask>,
     table: PodTable,
+    pins: Option<PinRoot>,
+    /// Whether redirections that an earlier agent left for pods that are gone may still be there.
+    unswept: bool,
 }
 
 impl PodSupervisor {
-    /// A supervisor with no pods.
-    pub fn new(shared: Arc<Shared>, readiness: Readiness, table: PodTable) -> Self {
-        Self { shared, readiness, running: HashMap::new(), pending: HashMap::new(), table }
+    /// A supervisor with no pods. What it captures is kept in `pins`.
+    pub fn new(shared: Arc<Shared>, readiness: Readiness, table: PodTable, pins: Option<PinRoot>) -> Self {
+        let unswept = pins.is_some();
+        Self { shared, readiness, running: HashMap::new(), pending: HashMap::new(), table, pins, unswept }
     }
 
     /// Follows the mesh until `drain` starts, then drains every pod. `synced` is marked after the first reconciliation.
@@ -123,7 +128,7 @@ impl PodSupervisor {
             snap.local_workloads().filter(|w| is_served(w)).map(|w| (Arc::clone(&w.uid), Arc::clone(w))).collect();
         let gone: Vec<_> = self.running.keys().filter(|uid| !desired.contains_key(*uid)).cloned().collect();
         for uid in gone {
-            self.stop(&uid, "the pod left the mesh");
+            self.stop(&uid, "the pod left the mesh", After::Direct);
         }
         // A pending pod that is no longer wanted does not hold readiness back.
         let given_up: Vec<_> = self.pending.keys().filter(|uid| !desired.contains_key(*uid)).cloned().collect();
@@ -141,6 +146,22 @@ impl PodSupervisor {
         }
         self.shared.metrics.active_pods.set(self.running.len() as i64);
         self.shared.metrics.pending_pods.set(self.pending.len() as i64);
+        self.sweep();
+    }
+
+    /// Removes the redirections an earlier agent left for pods that are no longer in the mesh. Not before every pod is
+    /// served: one that is not may be among those closed.
+    fn sweep(&mut self) {
+        if !self.unswept || !self.pending.is_empty() {
+            return;
+        }
+        let Some(pins) = &self.pins else { return };
+        match pins.sweep(self.running.values().filter_map(|r| r.redirect.as_ref()).map(Redirect::netns)) {
+            Ok(0) => {}
+            Ok(removed) => tracing::info!(removed, "redirections of pods that left the mesh while no agent ran are removed"),
+            Err(error) => tracing::warn!(%error, "redirections of pods that left the mesh may remain"),
+        }
+        self.unswept = false;
     }
 
     /// Serves one pod, unless it already is and has not changed its namespace or identity.
@@ -154,11 +175,14 @@ impl PodSupervisor {
                 return;
             }
             // What comes after it in the same namespace must not find its sockets, nor lose its rules to the old one's end.
-            if let Some(down) = self.stop(uid, "the pod was replaced") {
+            let after = if same_place { After::Kept } else { After::Direct };
+            // Should it not be served again and then leave, nobody else would open it.
+            self.unswept = self.pins.is_some();
+            if let Some(down) = self.stop(uid, "the pod was replaced", after) {
                 let _ = down.await;
             }
         } else if place.is_err() && self.running.contains_key(uid) {
-            self.stop(uid, "the pod's network namespace is gone");
+            self.stop(uid, "the pod's network namespace is gone", After::Direct);
         }
         let started = match place {
             Ok(netns) => self.start(workload, netns).await,
@@ -218,7 +242,7 @@ impl PodSupervisor {
         self.shared.svids.prefetch(&pod.identity);
         let sockets = Sockets::bind(workload, netns.as_deref()).map_err(|e| format!("listeners: {e}"))?;
         let redirect = match (self.shared.settings.redirect, &netns) {
-            (RedirectMode::Ebpf, Some(netns)) => Some(attach(Arc::clone(netns), &sockets).await?),
+            (RedirectMode::Ebpf, Some(netns)) => Some(attach(Arc::clone(netns), &sockets, self.pins.clone()).await?),
             _ => None,
         };
         let workers = self.shared.threads.workers();
@@ -260,7 +284,7 @@ impl PodSupervisor {
     }
 
     /// Ends one pod at once: it is no longer ours, its network may be gone.
-    fn stop(&mut self, uid: &str, why: &'static str) -> Option<JoinHandle<()>> {
+    fn stop(&mut self, uid: &str, why: &'static str, after: After) -> Option<JoinHandle<()>> {
         let running = self.running.remove(uid)?;
         self.table.remove(uid);
         running.ready.ready();
@@ -271,7 +295,7 @@ impl PodSupervisor {
         self.forget_unused(&running.pod.identity);
         self.shared.metrics.pods_stopped.inc();
         tracing::info!(pod = %uid, %why, "pod is no longer served");
-        Some(tokio::spawn(take_down(running, why)))
+        Some(tokio::spawn(take_down(running, why, after)))
     }
     /// Drops the certificate when no other pod of this node has that identity.
     fn forget_unused(&self, identity: &SpiffeId) {
@@ -328,7 +352,7 @@ impl PodSupervisor {
             tracing::warn!(left, "connections closed at the termination deadline");
         }
         let why = Refusal::new(Reason::Draining, "the agent is shutting down");
-        let downs: Vec<_> = self.running.drain().map(|(_, r)| tokio::spawn(take_down(r, why.clone()))).collect();
+        let downs: Vec<_> = self.running.drain().map(|(_, r)| tokio::spawn(take_down(r, why.clone(), After::Kept))).collect();
         for down in downs {
             let _ = down.await;
         }
@@ -388,11 +412,11 @@ impl Sockets {
 }
 
 /// Loading and attaching takes milliseconds of system calls: not on the control thread.
-async fn attach(netns: Arc<NetnsFd>, sockets: &Sockets) -> Result<Redirect, String> {
+async fn attach(netns: Arc<NetnsFd>, sockets: &Sockets, pins: Option<PinRoot>) -> Result<Redirect, String> {
     let (out, plain) = (sockets.outbound.try_clone(), sockets.plain.try_clone());
     let (out, plain) = out.and_then(|o| plain.map(|p| (o, p))).map_err(|e| format!("redirection: {e}"))?;
     tokio::task::spawn_blocking(move || {
-        let spec = PodSpec { netns: netns.as_fd(), interfaces: None, config: Config::default() };
+        let spec = PodSpec { netns: netns.as_fd(), interfaces: None, config: Config::default(), pins: pins.as_ref() };
         Redirect::attach(&spec, &Listeners { outbound: out.as_fd(), inbound: plain.as_fd() })
     })
     .await
@@ -400,9 +424,18 @@ async fn attach(netns: Arc<NetnsFd>, sockets: &Sockets) -> Result<Redirect, Stri
     .map_err(|e| format!("redirection: {e}"))
 }
 
+/// What becomes of a pod's redirection when the pod is no longer served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum After {
+    /// It is removed.
+    Direct,
+    /// It stays where it is pinned, for the next to serve the pod; until then new connections are dropped.
+    Kept,
+}
+
 /// Ends what a pod has: connections first, because once the redirection is gone, what the application still sends on
 /// them would go to the network as it is.
-async fn take_down(running: Running, why: Refusal) {
+async fn take_down(running: Running, why: Refusal, after: After) {
     let Running { pod, redirect, loops, .. } = running;
     pod.conns.close(&why);
     for pool in &pod.pools {
@@ -422,8 +455,14 @@ async fn take_down(running: Running, why: Refusal) {
     }
     let Some(redirect) = redirect else { return };
     // Tens of milliseconds of system calls.
-    let done = tokio::task::spawn_blocking(move || redirect.detach()).await;
-    if let Ok(Err(error)) = done {
+    let done = tokio::task::spawn_blocking(move || match after {
+        After::Direct => redirect.detach(),
+        After::Kept => {
+            drop(redirect);
+            Ok(())
+        }
+    });
+    if let Ok(Err(error)) = done.await {
         // The namespace is usually gone together with everything in it.
         tracing::debug!(%error, pod = %pod.uid, "redirection could not be removed");
     }

@@ -94,6 +94,39 @@ pub struct Settings {
     /// Redirection: `ebpf`, or `none` for tests that bring connections to the listeners themselves.
     #[arg(long, env = "CULVERT_REDIRECT", default_value = "ebpf")]
     pub redirect: RedirectMode,
+    /// What new connections of this node's pods meet while no agent runs: `closed` drops them, `open` lets them go around
+    /// the mesh, in plaintext and unjudged.
+    #[arg(long, env = "CULVERT_ON_AGENT_DEATH", default_value = "closed")]
+    pub on_agent_death: OnAgentDeath,
+    /// Where redirections are kept.
+    #[command(flatten)]
+    pub pins: Pins,
+}
+
+/// Where redirections are kept that outlive the agent.
+#[derive(Args, Clone, Debug)]
+pub struct Pins {
+    /// Directory in a BPF filesystem that keeps the redirection of each pod, so that it outlives the agent; mounted and
+    /// created when absent. Each node has a directory of its own in it.
+    #[arg(long, env = "CULVERT_BPF_DIR", default_value = "/sys/fs/bpf/culvert", value_name = "DIR")]
+    pub bpf_dir: PathBuf,
+}
+
+impl Pins {
+    /// The directory of this node. A dot may not occur in it.
+    pub fn of_node(&self, node: &str) -> PathBuf {
+        let node = if node.is_empty() { "node".to_owned() } else { node.replace('.', "_") };
+        self.bpf_dir.join(node)
+    }
+}
+
+/// What happens to new connections without an agent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum OnAgentDeath {
+    /// They are dropped until an agent is back.
+    Closed,
+    /// They are direct: the redirection ends with the agent.
+    Open,
 }
 
 /// How connections reach the listeners.

@@ -108,7 +108,7 @@ impl Lab {
         let pods = PodTable::default();
         let readiness = Readiness::new();
         let (drain, watch) = drain::channel();
-        let supervisor = PodSupervisor::new(Arc::clone(&shared), readiness.clone(), pods.clone());
+        let supervisor = PodSupervisor::new(Arc::clone(&shared), readiness.clone(), pods.clone(), None);
         tokio::spawn(supervisor.run(watch, readiness.pending("mesh")));
         timeout(LIMIT, readiness.ready()).await.context("readiness")?;
         Ok(Self { net, mesh, sink, shared, pods, drain, said, logging, ca, registry, _dir: dir })

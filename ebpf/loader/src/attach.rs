@@ -3,13 +3,12 @@
 //! The order matters. Attaching: routes, then listeners in their slots, then the receiving end on `lo`, then what sends
 //! traffic there, and what makes the agent deliver to the application last, so that no packet is ever handed to a place that
 //! does not know it. Detaching is the reverse.
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-
-use aya::programs::{
-    LinkOrder, SchedClassifier, TcAttachType,
-    sk_lookup::SkLookupLink,
-    tc::{SchedClassifierLink, TcAttachOptions},
+use std::{
+    io,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
 };
+
+use aya::programs::{LinkOrder, SchedClassifier, TcAttachType, links::FdLink, tc::TcAttachOptions};
 use ebpf_common::{Config, Slot, map, program};
 
 use crate::{
@@ -18,6 +17,7 @@ use crate::{
     netlink::Netlink,
     netns,
     object::{Instance, Maps, map_error, program_error},
+    pins::{PinRoot, PodPins},
     plumbing::{Interface, LO_INDEX, Plumbing, interfaces},
 };
 
@@ -31,6 +31,9 @@ pub struct PodSpec<'a> {
     pub interfaces: Option<Vec<String>>,
     /// What the programs do; see [`Redirect::set_config`].
     pub config: Config,
+    /// Where the redirection is kept, so that it outlives this process; `None` ends it with the process. What an earlier
+    /// agent kept there for the pod is taken over.
+    pub pins: Option<&'a PinRoot>,
 }
 
 /// The agent's listeners of the pod; see the crate's documentation for what they must be.
@@ -42,31 +45,29 @@ pub struct Listeners<'a> {
     pub inbound: BorrowedFd<'a>,
 }
 
-/// A pod's redirection. Dropping it detaches; the kernel detaches the programs when the process ends.
+/// A pod's redirection. Dropping it detaches, and so does the kernel when the process ends; one with pins stays until
+/// [`Redirect::detach`] or [`PinRoot::sweep`].
 #[derive(Debug)]
 pub struct Redirect {
-    // `None` only while being dropped.
-    links: Option<Links>,
-    plumbing: Option<Plumbing>,
+    // `None` once detached.
+    attached: Option<(Attachment, Plumbing)>,
     maps: Maps,
     netns: OwnedFd,
     cookie: NetnsCookie,
     interfaces: Vec<String>,
 }
 
-/// The attachments. The fields' order is the order of detaching. Where pins come in: each would be pinned in the pod's bpffs directory and taken
-/// over with `PinnedLink::from_pin` and `SchedClassifier::attach_to_link`, before the descriptor here is closed.
+/// What keeps the programs attached.
 #[derive(Debug)]
-#[expect(dead_code, reason = "held for their descriptors: closing one detaches")]
-struct Links {
-    ingress: Vec<SchedClassifierLink>,
-    egress: Vec<SchedClassifierLink>,
-    lookup: SkLookupLink,
-    lo: SchedClassifierLink,
+enum Attachment {
+    /// The descriptors of the links, in the order of detaching.
+    Held { _links: Vec<FdLink> },
+    /// The pod's directory.
+    Pinned(PodPins),
 }
 
 impl Redirect {
-    /// Captures the pod's TCP traffic. On an error nothing is left behind.
+    /// Captures the pod's TCP traffic. On an error nothing is left behind but what was there.
     ///
     /// Connections that exist already stay as they are. Takes tens of milliseconds and blocks, mostly in the verifier.
     pub fn attach(spec: &PodSpec<'_>, listeners: &Listeners<'_>) -> Result<Self, RedirectError> {
@@ -78,15 +79,23 @@ impl Redirect {
             let mut netlink =
                 Netlink::open().map_err(|source| RedirectError::Netlink { what: "open a netlink socket", source })?;
             let chosen = choose(interfaces(&mut netlink)?, spec.interfaces.as_deref())?;
+            let pins = spec.pins.map(|root| root.pod(cookie));
+            let found = pins.as_ref().map(PodPins::create).transpose()?.unwrap_or(false);
             let plumbing = Plumbing::install(&mut netlink)?;
-            match attach_programs(netns.as_fd(), spec.config, listeners, &chosen) {
+            match attach_programs(netns.as_fd(), spec.config, listeners, &chosen, pins.as_ref()) {
                 Ok((links, maps)) => {
+                    let attachment = pins.map_or(Attachment::Held { _links: links }, Attachment::Pinned);
                     let interfaces = chosen.into_iter().map(|interface| interface.name).collect();
-                    Ok(Self { links: Some(links), plumbing: Some(plumbing), maps, netns, cookie, interfaces })
+                    Ok(Self { attached: Some((attachment, plumbing)), maps, netns, cookie, interfaces })
+                }
+                Err(e) if found => {
+                    // What an earlier agent left goes on dropping what nobody carries.
+                    Err(e)
                 }
                 Err(e) => {
-                    if let Err(second) = plumbing.remove(&mut netlink) {
-                        tracing::warn!(error = %second, "cannot undo the routing of a pod that could not be captured");
+                    let undone = pins.map_or(Ok(()), |pins| pins.remove()).and(plumbing.remove(&mut netlink));
+                    if let Err(second) = undone {
+                        tracing::warn!(error = %second, "cannot undo what was made for a pod that could not be captured");
                     }
                     Err(e)
                 }
@@ -111,6 +120,11 @@ impl Redirect {
         fill_slots(&mut self.maps, *listeners)
     }
 
+    /// The namespace redirected in.
+    pub fn netns(&self) -> NetnsCookie {
+        self.cookie
+    }
+
     /// The interfaces captured on.
     pub fn interfaces(&self) -> &[String] {
         &self.interfaces
@@ -122,8 +136,11 @@ impl Redirect {
     }
 
     fn undo(&mut self) -> Result<(), RedirectError> {
-        drop(self.links.take());
-        let Some(plumbing) = self.plumbing.take() else { return Ok(()) };
+        let Some((attachment, plumbing)) = self.attached.take() else { return Ok(()) };
+        match attachment {
+            Attachment::Held { .. } => drop(attachment),
+            Attachment::Pinned(pins) => pins.remove()?,
+        }
         netns::within(self.netns.as_fd(), || {
             let mut netlink =
                 Netlink::open().map_err(|source| RedirectError::Netlink { what: "open a netlink socket", source })?;
@@ -134,6 +151,9 @@ impl Redirect {
 
 impl Drop for Redirect {
     fn drop(&mut self) {
+        if matches!(self.attached, Some((Attachment::Pinned(_), _))) {
+            return;
+        }
         if let Err(e) = self.undo() {
             tracing::warn!(error = %e, "a pod's redirection left something behind in its namespace");
         }
@@ -178,41 +198,69 @@ fn choose(all: Vec<Interface>, wanted: Option<&[String]>) -> Result<Vec<Interfac
     if chosen.is_empty() { Err(RedirectError::NoInterface) } else { Ok(chosen) }
 }
 
+/// Attaches, or takes over, every program. The links come in the order of detaching; pinned ones stay out.
 fn attach_programs(
     netns: BorrowedFd<'_>,
     config: Config,
     listeners: Listeners<'_>,
     interfaces: &[Interface],
-) -> Result<(Links, Maps), RedirectError> {
-    let (mut instance, mut maps) = Instance::load()?;
+    pins: Option<&PodPins>,
+) -> Result<(Vec<FdLink>, Maps), RedirectError> {
+    let (mut instance, mut maps) = Instance::load(pins)?;
     maps.set_config(config)?;
     fill_slots(&mut maps, listeners)?;
 
-    let lo = attach_classifier(instance.classifier(program::LO_INGRESS)?, program::LO_INGRESS, "lo", TcAttachType::Ingress)?;
+    let mut links = Vec::new();
+    let lo = instance.classifier(program::LO_INGRESS)?;
+    links.extend(attach_classifier(
+        lo,
+        program::LO_INGRESS,
+        "lo",
+        TcAttachType::Ingress,
+        pins.map(|p| (p, program::LO_INGRESS)),
+    )?);
     let lookup = instance.sk_lookup(program::STEER_LOOKUP)?;
     let id = lookup.attach(netns).map_err(program_error(program::STEER_LOOKUP))?;
-    let lookup = lookup.take_link(id).map_err(program_error(program::STEER_LOOKUP))?;
-
-    let mut attach_all = |name: &'static str, direction| {
+    let lookup = FdLink::from(lookup.take_link(id).map_err(program_error(program::STEER_LOOKUP))?);
+    match pins {
+        // A namespace may have several; the old one goes when the new one takes its name.
+        Some(pins) => pins.pin(lookup, program::STEER_LOOKUP)?,
+        None => links.push(lookup),
+    }
+    // Ingress last: what the application answers to the agent's deliveries must already find its way back.
+    for (name, direction) in [(program::ETH_EGRESS, TcAttachType::Egress), (program::ETH_INGRESS, TcAttachType::Ingress)] {
         let classifier = instance.classifier(name)?;
-        interfaces.iter().map(|i| attach_classifier(classifier, name, &i.name, direction)).collect::<Result<Vec<_>, _>>()
-    };
-    let egress = attach_all(program::ETH_EGRESS, TcAttachType::Egress)?;
-    // Last: what the application answers to the agent's deliveries must already find its way back.
-    let ingress = attach_all(program::ETH_INGRESS, TcAttachType::Ingress)?;
-    Ok((Links { ingress, egress, lookup, lo }, maps))
+        for interface in interfaces {
+            let pin = format!("{name}-{}", interface.index);
+            links.extend(attach_classifier(classifier, name, &interface.name, direction, pins.map(|p| (p, &*pin)))?);
+        }
+    }
+    links.reverse();
+    Ok((links, maps))
 }
 
-/// Attaches before any other program on the hook: one of those could pass a packet on for good.
+/// Attaches before any other program on the hook: one of those could pass a packet on for good. The link, unless it is pinned.
 fn attach_classifier(
     classifier: &mut SchedClassifier,
     name: &'static str,
     interface: &str,
     direction: TcAttachType,
-) -> Result<SchedClassifierLink, RedirectError> {
+    pin: Option<(&PodPins, &str)>,
+) -> Result<Option<FdLink>, RedirectError> {
+    if let Some((pins, pin)) = pin
+        && pins.take_over(classifier, pin).map_err(program_error(name))?
+    {
+        return Ok(None);
+    }
     let options = TcAttachOptions::TcxOrder(LinkOrder::first());
     let id = classifier.attach_with_options(interface, direction, options).map_err(program_error(name))?;
-    classifier.take_link(id).map_err(program_error(name))
+    let link = classifier.take_link(id).map_err(program_error(name))?;
+    // Only the older way of attaching, which `LinkOrder` excludes, gives anything else.
+    let link = FdLink::try_from(link).map_err(|e| program_error(name)(io::Error::other(e).into()))?;
+    match pin {
+        Some((pins, pin)) => pins.pin(link, pin).map(|()| None),
+        None => Ok(Some(link)),
+    }
 }
 
 fn fill_slots(maps: &mut Maps, listeners: Listeners<'_>) -> Result<(), RedirectError> {
@@ -227,14 +275,14 @@ pub(crate) fn rehearse(netns: BorrowedFd<'_>) -> Result<(), RedirectError> {
     let mut netlink = Netlink::open().map_err(|source| RedirectError::Netlink { what: "open a netlink socket", source })?;
     crate::plumbing::raise_lo(&mut netlink)?;
     let plumbing = Plumbing::install(&mut netlink)?;
-    let (mut instance, mut maps) = Instance::load()?;
+    let (mut instance, mut maps) = Instance::load(None)?;
     maps.set_config(Config::DEFAULT)?;
     for (name, direction) in [
         (program::LO_INGRESS, TcAttachType::Ingress),
         (program::ETH_INGRESS, TcAttachType::Ingress),
         (program::ETH_EGRESS, TcAttachType::Egress),
     ] {
-        drop(attach_classifier(instance.classifier(name)?, name, "lo", direction)?);
+        drop(attach_classifier(instance.classifier(name)?, name, "lo", direction, None)?);
     }
     instance.sk_lookup(program::STEER_LOOKUP)?.attach(netns).map_err(program_error(program::STEER_LOOKUP))?;
     plumbing.remove(&mut netlink)

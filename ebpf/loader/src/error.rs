@@ -1,5 +1,5 @@
 //! What can go wrong, said so that an operator knows where to look.
-use std::io;
+use std::{io, path::PathBuf};
 
 use thiserror::Error;
 
@@ -61,6 +61,16 @@ pub enum RedirectError {
         name: &'static str,
         /// The kernel's answer.
         source: Box<aya::maps::MapError>,
+    },
+    /// What should outlive the agent could not be kept in a BPF filesystem.
+    #[error("cannot {what} {path}: {source}")]
+    Pins {
+        /// What was tried.
+        what: &'static str,
+        /// The directory.
+        path: PathBuf,
+        /// The kernel's answer.
+        source: io::Error,
     },
     /// The object does not have what this build expects; it was built from other sources.
     #[error("the redirection object has no {0}; rebuild it with `cargo xtask ebpf`")]

@@ -30,9 +30,13 @@
 //! * **Once the pod has no connections from before** (at once for a new pod; else when `outbound_existing` stands still), set
 //!   [`Config::with_reset_existing`].
 //!
+//! # When the agent is gone
+//! With [`PodSpec::pins`] the programs, their maps and their links are pinned. Without an agent there is no listener, so new
+//! connections are dropped, in and out, until the next agent attaches, which takes the pins over; connections that the agent
+//! carried end with it. Without pins the programs end with the process and the pod's traffic is direct; the rule, route and
+//! settings stay, do nothing on their own, and are taken over.
+//!
 //! # Limits
-//! * Nothing is pinned yet: when the process dies, the programs go with it and the pod's traffic is direct until the next
-//!   agent attaches. The rule, route and settings stay, do nothing on their own, and are taken over.
 //! * Interfaces that appear after [`Redirect::attach`] are not covered.
 //! * A process in the pod that may set packet marks (`CAP_NET_ADMIN`, `CAP_NET_RAW`) can pass for the agent, as in Istio.
 //! * UDP is not captured, so neither is TCP in a tunnel inside UDP.
@@ -51,6 +55,7 @@ mod listener;
 mod netlink;
 mod netns;
 mod object;
+mod pins;
 mod plumbing;
 mod probe;
 
@@ -59,6 +64,8 @@ use std::ops::RangeInclusive;
 pub use attach::{Listeners, PodSpec, Redirect};
 pub use ebpf_common::{Config, Counter, HBONE_PORT, MARK_AGENT, MARK_CAPTURE, MARK_MASK};
 pub use error::{ListenerFault, RedirectError, Unsupported};
+pub use listener::NetnsCookie;
+pub use pins::PinRoot;
 pub use probe::probe;
 
 /// Ports to deliver from with a client's address: below what clients are given by default (32768 and up) and below node ports.

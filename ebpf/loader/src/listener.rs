@@ -1,6 +1,6 @@
 //! Checks that a listener keeps the contract in the crate's documentation, before any traffic depends on it.
 use std::{
-    io,
+    fmt, io,
     os::fd::{AsRawFd, BorrowedFd},
 };
 
@@ -11,7 +11,13 @@ use crate::error::ListenerFault;
 
 /// Identifies a network namespace for as long as the machine runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct NetnsCookie(u64);
+pub struct NetnsCookie(u64);
+
+impl fmt::Display for NetnsCookie {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:x}", self.0)
+    }
+}
 
 impl NetnsCookie {
     /// The calling thread's namespace.

@@ -13,16 +13,20 @@ use aya::{
 };
 use ebpf_common::{Config, Counter, map};
 
-use crate::error::RedirectError;
+use crate::{error::RedirectError, pins::PodPins};
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!("../obj/redirect.bpf.o");
 
 // A new loader parses the kernel's type information, tens of milliseconds of work that these programs do not need.
-static LOADER: LazyLock<Mutex<EbpfLoader<'static>>> = LazyLock::new(|| {
+static LOADER: LazyLock<Mutex<EbpfLoader<'static>>> = LazyLock::new(loader);
+// A loader never forgets a path that it was given.
+static PINNING_LOADER: LazyLock<Mutex<EbpfLoader<'static>>> = LazyLock::new(loader);
+
+fn loader() -> Mutex<EbpfLoader<'static>> {
     let mut loader = EbpfLoader::new();
     loader.btf(None);
     Mutex::new(loader)
-});
+}
 
 #[derive(Clone, Copy)]
 #[repr(transparent)]
@@ -75,10 +79,20 @@ pub(crate) struct Instance {
 }
 
 impl Instance {
-    /// Creates the maps. Where pins come in: a pod's maps would be created under, or reused from, its own bpffs directory
-    /// (`EbpfLoader::map_pin_path`), with a loader of its own instead of the shared one.
-    pub(crate) fn load() -> Result<(Self, Maps), RedirectError> {
-        let mut ebpf = LOADER.lock().unwrap_or_else(PoisonError::into_inner).load(OBJECT).map_err(Box::new)?;
+    /// Creates the maps; with `pins`, in the pod's directory, or takes those that are there.
+    pub(crate) fn load(pins: Option<&PodPins>) -> Result<(Self, Maps), RedirectError> {
+        let lock = |loader: &'static LazyLock<Mutex<_>>| loader.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut ebpf = match pins {
+            None => lock(&LOADER).load(OBJECT),
+            Some(pins) => {
+                let mut loader = lock(&PINNING_LOADER);
+                for name in map::ALL {
+                    loader.map_pin_path(name, pins.map(name));
+                }
+                loader.load(OBJECT)
+            }
+        }
+        .map_err(Box::new)?;
         let maps = Maps {
             socks: take(&mut ebpf, map::SOCKS)?,
             config: take(&mut ebpf, map::CONFIG)?,

@@ -525,6 +525,10 @@ impl Snapshot {
     pub fn routes(&self) -> impl Iterator<Item = (&ServiceKey, &Arc<RouteTable>)> {
         self.routes.iter()
     }
+    /// All destinations, in no order.
+    pub fn destinations(&self) -> impl Iterator<Item = &Arc<Destination>> {
+        self.destinations.values()
+    }
     /// All gateways, in no order.
     pub fn gateways(&self) -> impl Iterator<Item = &Arc<GatewayRoutes>> {
         self.gateways.values()

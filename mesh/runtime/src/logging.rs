@@ -25,7 +25,7 @@ use tracing_subscriber::reload;
 use crate::admin::{HttpServer, Response, text};
 
 pub use directives::{BadLevel, Directives};
-pub use line::{Format, Line};
+pub use line::{Format, JsonText, Line, Visible, push_json, push_second};
 pub use writer::{LogWriter, MAX_LINES};
 
 /// Scope of access-log lines.

@@ -22,11 +22,12 @@ use parking_lot::Mutex;
 use prometheus::TextEncoder;
 use prometheus::core::Collector;
 
+pub use exposition::{Samples, Scrape};
 pub use family::{Counter, Family, Gauge, Histogram, Series};
 pub use process::resident_bytes;
 
 use crate::admin::{HttpServer, Request, Response, respond, text};
-use exposition::Expose;
+use exposition::{Computed, Expose};
 
 /// Content type of the text format.
 const TEXT_FORMAT: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -99,6 +100,26 @@ impl Registry {
         }
         families.exposed.push(family.exposed());
         Ok(family)
+    }
+
+    /// Registers metrics that `write` computes at each scrape, on the scraping thread. `names`: all families it may write,
+    /// none of which may exist yet.
+    pub fn on_scrape<F>(&self, names: &[&str], write: F) -> Result<(), MetricError>
+    where
+        F: Fn(&mut Scrape<'_>) + Send + Sync + 'static,
+    {
+        let mut families = self.inner.families.lock();
+        for name in names {
+            if exposition::bad_name(name, &[]).is_some() {
+                return Err(MetricError::BadName((*name).to_owned()));
+            }
+            if families.names.contains(*name) {
+                return Err(MetricError::Duplicate((*name).to_owned()));
+            }
+        }
+        families.names.extend(names.iter().map(|name| (*name).to_owned()));
+        families.exposed.push(Arc::new(Computed(write)));
+        Ok(())
     }
 
     /// Registers the metrics of the process itself: open and maximal descriptors, resident memory, CPU time.

@@ -1,9 +1,11 @@
 //! Starting, draining, dying, and leaving nothing behind.
-use std::io::Read;
+use std::io::{self, ErrorKind, Read};
+use std::net::TcpStream;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
-use mesh_tests::agent::{AgentSpec, is_clean};
+use mesh_tests::agent::{AgentSpec, find_binary, is_clean};
 use mesh_tests::program::Client;
 use mesh_tests::wait;
 use nix::sys::signal::Signal;
@@ -104,8 +106,8 @@ pub(crate) fn an_agent_is_not_ready_before_it_has_its_mesh(mesh: &mut Mesh) -> a
     Ok(())
 }
 
-/// Kills agent b; what the application saw from outside while nobody was in charge; and starts it again.
-pub(crate) fn kill_and_replace(mesh: &mut Mesh, while_dead: impl FnOnce(&Mesh) -> anyhow::Result<()>) -> anyhow::Result<()> {
+/// Kills agent b; what was seen while nobody was in charge; and starts it again.
+fn kill_and_replace(mesh: &mut Mesh, while_dead: impl FnOnce(&Mesh) -> anyhow::Result<()>) -> anyhow::Result<()> {
     let web1 = mesh.pod("web1").at(PORT);
     let (mut live, _) = Client::who(mesh.pod("client"), web1)?;
     mesh.b().signal(Signal::SIGKILL)?;
@@ -121,21 +123,56 @@ pub(crate) fn a_killed_agent_is_replaced_by_a_new_one(mesh: &mut Mesh) -> anyhow
     kill_and_replace(mesh, |_| Ok(()))
 }
 
-/// Not true yet, and so not among the tests that run by default: the redirection is not pinned, so that it ends with its
-/// agent (`ebpf-loader`, Limits).
 pub(crate) fn a_killed_agent_fails_closed(mesh: &mut Mesh) -> anyhow::Result<()> {
-    kill_and_replace(mesh, |mesh| {
-        let accepted = mesh.servers["web1"].accepted();
-        let answered = Client::open(mesh.outside(), mesh.pod("web1").at(PORT), "who").and_then(|mut client| {
-            client.stream().set_read_timeout(Some(Duration::from_secs(2)))?;
-            client.line()
-        });
-        ensure!(
-            answered.is_err() && mesh.servers["web1"].accepted() == accepted,
-            "while the agent was dead, plaintext reached the STRICT pod: {answered:?}"
-        );
-        Ok(())
-    })
+    kill_and_replace(mesh, closed)
+}
+
+pub(crate) fn a_stopped_agent_fails_closed_until_cleaned_up(mesh: &mut Mesh) -> anyhow::Result<()> {
+    mesh.b().terminate(Duration::from_secs(10))?;
+    let seen = closed(mesh).context("after SIGTERM").and_then(|()| {
+        let node = &mesh.topology().node("node-b").netns;
+        let mut cleanup = Command::new(find_binary()?);
+        let done = node.output(cleanup.args(["cleanup", "--node", "node-b", "--bpf-dir"]).arg(node.pins()))?;
+        ensure!(done.status.success() && done.stdout == b"4 redirections removed\n", "{done:?}");
+        wait::until_true("traffic to be direct after `ztunnel cleanup`", || dial_in(mesh).is_ok() && dial_out(mesh).is_ok())
+    });
+    restart_b(mesh)?;
+    refused(mesh.outside(), mesh.pod("web1").at(PORT)).context("STRICT holds again")?;
+    seen
+}
+
+/// Only because it was told to.
+pub(crate) fn a_killed_agent_may_leave_its_pods_open(mesh: &mut Mesh) -> anyhow::Result<()> {
+    mesh.b().terminate(Duration::from_secs(10))?;
+    mesh.agent_b = None;
+    let open = mesh.spec("node-b").env("CULVERT_ON_AGENT_DEATH", "open");
+    mesh.agent_b = Some(open.start(mesh.topology().node("node-b"))?);
+    mesh.b().wait_ready(Duration::from_secs(20))?;
+    refused(mesh.outside(), mesh.pod("web1").at(PORT)).context("while it lives")?;
+    mesh.b().signal(Signal::SIGKILL)?;
+    mesh.b().wait_end(Duration::from_secs(5))?;
+    let seen = wait::until_true("traffic to be direct", || dial_in(mesh).is_ok() && dial_out(mesh).is_ok());
+    restart_b(mesh)?;
+    refused(mesh.outside(), mesh.pod("web1").at(PORT)).context("STRICT holds again")?;
+    seen
+}
+
+/// Without an agent nothing new gets into its pods or out of them.
+fn closed(mesh: &Mesh) -> anyhow::Result<()> {
+    let accepted = || mesh.servers["web1"].accepted() + mesh.servers["outside"].accepted();
+    let before = accepted();
+    let dialled = [dial_in(mesh), dial_out(mesh)];
+    ensure!(
+        dialled.iter().all(|d| d.as_ref().is_err_and(|e| e.kind() == ErrorKind::TimedOut)) && accepted() == before,
+        "without an agent plaintext went in or out: {dialled:?}"
+    );
+    Ok(())
+}
+fn dial_in(mesh: &Mesh) -> io::Result<TcpStream> {
+    mesh.outside().netns.connect(mesh.pod("web1").at(PORT), Duration::from_millis(500))
+}
+fn dial_out(mesh: &Mesh) -> io::Result<TcpStream> {
+    mesh.pod("web1").netns.connect(mesh.outside().at(PORT), Duration::from_millis(500))
 }
 
 pub(crate) fn nothing_is_left_behind(mesh: &mut Mesh) -> anyhow::Result<()> {
@@ -146,8 +183,10 @@ pub(crate) fn nothing_is_left_behind(mesh: &mut Mesh) -> anyhow::Result<()> {
         agent.wait_end(Duration::from_secs(5))?;
     }
     mesh.servers.clear();
+    let pins = ["node-a", "node-b"].map(|node| mesh.topology().node(node).netns.pins());
+    ensure!(pins.iter().all(|path| path.exists()), "the killed agents left no pins");
     mesh.topology = None;
-    for path in paths {
+    for path in paths.into_iter().chain(pins) {
         ensure!(!path.exists(), "{} is still there", path.display());
     }
     Ok(())

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use mesh_tests::skip;
-use mesh_tests::suite::{self, Test, extended, test};
+use mesh_tests::suite::{self, Test, test};
 
 mod calls;
 mod hostile;
@@ -66,7 +66,9 @@ const TESTS: &[Test<Mesh>] = &[
         "the_plain_log_is_istios_line_and_quitquitquit_ends_the_agent",
         telling::the_plain_log_is_istios_line_and_quitquitquit_ends_the_agent,
     ),
-    extended("a_killed_agent_fails_closed", lifecycle::a_killed_agent_fails_closed),
+    test("a_killed_agent_fails_closed", lifecycle::a_killed_agent_fails_closed),
+    test("a_stopped_agent_fails_closed_until_cleaned_up", lifecycle::a_stopped_agent_fails_closed_until_cleaned_up),
+    test("a_killed_agent_may_leave_its_pods_open", lifecycle::a_killed_agent_may_leave_its_pods_open),
     test("nothing_is_left_behind", lifecycle::nothing_is_left_behind),
 ];
 

@@ -57,5 +57,19 @@ pub(crate) fn metrics_and_log_name_both_ends(mesh: &mut Mesh) -> anyhow::Result<
     wait::until_true("five lines in the log", || {
         proxy.log_since(mark).lines().filter(|l| l.contains("/counted") && l.contains("response_code")).count() == 5
     })?;
+    let pod = mesh.pod("wp");
+    let get = |port: u16, path: &str| -> anyhow::Result<String> {
+        let ip = if port == 15000 { [127, 0, 0, 1].into() } else { pod.v4 };
+        Ok(mesh_tests::http::get(&pod.netns, (ip, port).into(), path)?.body)
+    };
+    ensure!(get(15090, "/stats/prometheus")?.contains("istio_requests_total{"), "Envoy's port shows the same page");
+    let total = r#"envoy_cluster_upstream_rq_total{cluster_name="outbound|80||web.t.svc.cluster.local"}"#;
+    ensure!(get(15020, "/metrics")?.contains(total), "{total}");
+    let clusters = get(15000, "/clusters")?;
+    ensure!(clusters.contains("outbound|80||web.t.svc.cluster.local::added_via_api::true"), "{clusters}");
+    ensure!(clusters.lines().any(|l| l.ends_with("::health_flags::healthy")), "{clusters}");
+    ensure!(get(15000, "/listeners")?.starts_with("connect_terminate::"));
+    let streams = get(15000, "/streams")?;
+    ensure!(streams.contains("spiffe://test.local/ns/t/sa/client"), "the client's tunnel: {streams}");
     Ok(())
 }

@@ -3,6 +3,7 @@
 //! Frames are kept until a limit is passed; from then on only the reader in front goes on and nothing can be repeated.
 //! Counts what came from the client.
 use crate::body::{Body, BodyError};
+use crate::telemetry::Received;
 use bytes::Bytes;
 use http::HeaderMap;
 use http_body::{Body as HttpBody, Frame, SizeHint};
@@ -10,7 +11,6 @@ use http_body_util::BodyExt as _;
 use parking_lot::Mutex;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::task::{Context, Poll, Waker};
 
 /// The body.
@@ -28,7 +28,7 @@ struct State {
     passed: bool,
     end: Option<End>,
     waiting: Vec<Waker>,
-    received: Arc<AtomicU64>,
+    received: Arc<Received>,
 }
 #[derive(Clone)]
 enum Kept {
@@ -50,7 +50,7 @@ impl State {
 
 impl Replay {
     /// `limit`: bytes kept at most. `received` counts what arrives.
-    pub(crate) fn new(source: Body, limit: usize, received: Arc<AtomicU64>) -> Self {
+    pub(crate) fn new(source: Body, limit: usize, received: Arc<Received>) -> Self {
         let hint = source.size_hint();
         Self(Arc::new(Mutex::new(State {
             source,
@@ -142,7 +142,7 @@ impl State {
     fn keep(&mut self, frame: &Frame<Bytes>) {
         self.read += 1;
         if let Some(data) = frame.data_ref() {
-            self.received.fetch_add(data.len() as u64, Relaxed);
+            self.received.add(data);
             self.bytes = self.bytes.saturating_add(data.len());
         }
         if self.passed {
@@ -181,11 +181,11 @@ mod tests {
 
     #[test]
     fn a_small_body_can_be_read_again() {
-        let received = Arc::new(AtomicU64::new(0));
+        let received = Arc::new(Received::new(false));
         let replay = Replay::new(body(&["ab", "cd"]), 10, Arc::clone(&received));
         assert_eq!(collect(replay.reader().expect("first")).expect("whole"), "abcd");
         assert_eq!(collect(replay.reader().expect("again")).expect("whole"), "abcd");
-        assert_eq!(received.load(Relaxed), 4, "counted once");
+        assert_eq!(received.bytes(), 4, "counted once");
     }
     #[test]
     fn a_large_body_passes_once() {

@@ -6,6 +6,8 @@ pub(super) const HTTP_LABELS: [&str; COMMON + 5] = metric_labels::with(
     NAMES,
     ["connection_security_policy", "request_protocol", "response_code", "grpc_response_status", "response_flags"],
 );
+/// Labels of gRPC messages, which are counted before the answer is known.
+pub(super) const MESSAGE_LABELS: [&str; COMMON] = NAMES;
 /// Labels of the TCP families, in the order [`tcp`] gives their values.
 pub(super) const TCP_LABELS: [&str; COMMON + 3] =
     metric_labels::with(NAMES, ["connection_security_policy", "request_protocol", "response_flags"]);
@@ -24,7 +26,12 @@ pub(super) fn http<'a>(
 pub(super) fn tcp<'a>(ends: Ends<'a>, flags: &'a str) -> [&'a str; TCP_LABELS.len()] {
     metric_labels::with(ends.values(), [security(ends), "tcp", flags])
 }
-/// Whoever proved an identity came over mutual TLS.
+/// How the client came: whoever proved an identity came over mutual TLS. Whoever reports as the source cannot know how its
+/// requests arrive (Istio).
 fn security(ends: Ends<'_>) -> &'static str {
-    if ends.source_id.is_some() { "mutual_tls" } else { "none" }
+    match (ends.reporter, ends.source_id) {
+        ("source", _) => metric_labels::UNKNOWN,
+        (_, Some(_)) => "mutual_tls",
+        (_, None) => "none",
+    }
 }

@@ -1,11 +1,10 @@
 //! The facts of one request or connection, filled in by the phases as they learn them.
-use super::Flags;
+use super::{Flags, Messages, Received};
 use crate::upstream::{Cluster, Host};
 use http::{HeaderValue, Method, Version};
 use mesh_model::l7::HttpRoute;
 use std::borrow::Cow;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant, SystemTime};
 
 /// One request.
@@ -53,10 +52,50 @@ pub struct Record {
     pub attempts: u32,
     /// From the attempt that answered to its response head (`x-envoy-upstream-service-time`).
     pub upstream_time: Option<Duration>,
-    /// Bytes of the request's body.
-    pub received: Arc<AtomicU64>,
+    /// Bytes and gRPC messages of the request's body.
+    pub received: Arc<Received>,
     /// Bytes of the response's body.
     pub sent: u64,
+    /// gRPC messages of the response.
+    pub sent_messages: Messages,
+}
+impl Record {
+    /// A request of this moment of which nothing else is known.
+    pub fn new(grpc: bool) -> Self {
+        Self {
+            started: Instant::now(),
+            start_time: SystemTime::now(),
+            method: Method::GET,
+            path: "".into(),
+            protocol: Version::HTTP_11,
+            authority: "".into(),
+            user_agent: None,
+            request_id: None,
+            forwarded_for: None,
+            grpc,
+            route: None,
+            cluster: None,
+            host: None,
+            status: 0,
+            grpc_status: None,
+            flags: Flags::default(),
+            details: "".into(),
+            transport_failure: "".into(),
+            reason: None,
+            attempts: 0,
+            upstream_time: None,
+            received: Arc::new(Received::new(grpc)),
+            sent: 0,
+            sent_messages: Messages::default(),
+        }
+    }
+    /// A piece of the response's body went to the client.
+    pub fn sent(&mut self, data: &[u8]) {
+        self.sent += data.len() as u64;
+        if self.grpc {
+            self.sent_messages.feed(data);
+        }
+    }
 }
 
 /// One connection that was carried as bytes.
@@ -64,6 +103,8 @@ pub struct Record {
 pub struct TcpRecord {
     /// When it began.
     pub started: Instant,
+    /// The same on the wall.
+    pub start_time: SystemTime,
     /// Name of the route, if one matched.
     pub route: Option<Arc<str>>,
     /// The cluster.
@@ -82,6 +123,7 @@ impl TcpRecord {
     pub fn begin() -> Self {
         Self {
             started: Instant::now(),
+            start_time: SystemTime::now(),
             route: None,
             cluster: None,
             host: None,

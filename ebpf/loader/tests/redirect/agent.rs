@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use ebpf_loader::{Config, Listeners, PodSpec, Redirect, RedirectError};
+use ebpf_loader::{Config, Listeners, PinRoot, PodSpec, Redirect, RedirectError};
 
 use crate::{net::Netns, sock};
 
@@ -40,19 +40,32 @@ impl Agent {
     }
 
     pub fn start_with(pod: &Netns, config: Config) -> Result<Self, RedirectError> {
+        Self::start_whole(pod, config, None)
+    }
+
+    /// One whose redirection outlives it.
+    pub fn start_pinned(pod: &Netns, pins: &PinRoot) -> Self {
+        Self::start_whole(pod, Config::default(), Some(pins)).expect("attach")
+    }
+
+    fn start_whole(pod: &Netns, config: Config, pins: Option<&PinRoot>) -> Result<Self, RedirectError> {
         let (out, inbound) = pod.run(|| (sock::listen(sock::GOOD, 15001), sock::listen(sock::GOOD, 15006)));
         let (out, inbound) = (out.expect("listen"), inbound.expect("listen"));
         let (sender, captured) = channel();
         for (listener, direction) in [(&out, Direction::Out), (&inbound, Direction::In)] {
             serve(pod, listener.try_clone().expect("descriptor"), direction, sender.clone());
         }
-        let spec = PodSpec { netns: pod.fd(), interfaces: None, config };
+        let spec = PodSpec { netns: pod.fd(), interfaces: None, config, pins };
         let redirect = Redirect::attach(&spec, &Listeners { outbound: out.as_fd(), inbound: inbound.as_fd() })?;
         Ok(Self { redirect: Some(redirect), captured, listeners: vec![out, inbound] })
     }
 
     pub fn redirect(&mut self) -> &mut Redirect {
         self.redirect.as_mut().expect("attached")
+    }
+
+    pub fn listeners(&self) -> Listeners<'_> {
+        Listeners { outbound: self.listeners[0].as_fd(), inbound: self.listeners[1].as_fd() }
     }
 
     /// The next captured connection.

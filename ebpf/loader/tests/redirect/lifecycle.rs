@@ -3,12 +3,13 @@ use std::{
     io::{BufRead, BufReader, ErrorKind, Read, Write},
     net::{SocketAddr, TcpListener},
     os::fd::AsFd,
-    process::{Command, Stdio},
+    process::{Child, Command, Stdio},
+    sync::atomic::{AtomicBool, Ordering},
     time::{Duration, Instant},
 };
 
 use aya::programs::{SchedClassifier, TcAttachType};
-use ebpf_loader::{Config, ListenerFault, Listeners, PodSpec, Redirect, RedirectError};
+use ebpf_loader::{Config, ListenerFault, Listeners, PinRoot, PodSpec, Redirect, RedirectError};
 
 use crate::{
     agent::{Agent, Direction},
@@ -123,10 +124,10 @@ fn detaching_leaves_nothing_and_restores_direct_traffic() {
     }
 }
 
-/// Nothing is pinned yet: the programs end with the agent and traffic is direct again, until the next one starts.
+/// Without pins the programs end with the agent and traffic is direct again, until the next one starts.
 #[test]
-fn a_killed_agent_takes_its_programs_along_and_the_next_takes_over_the_rest() {
-    const NAME: &str = "a_killed_agent_takes_its_programs_along_and_the_next_takes_over_the_rest";
+fn without_pins_a_killed_agent_takes_its_programs_along_and_the_next_takes_over_the_rest() {
+    const NAME: &str = "without_pins_a_killed_agent_takes_its_programs_along_and_the_next_takes_over_the_rest";
     if let Ok(netns) = std::env::var(CHILD_NETNS) {
         return be_killed(&netns);
     }
@@ -134,15 +135,7 @@ fn a_killed_agent_takes_its_programs_along_and_the_next_takes_over_the_rest() {
     let net = Topology::new();
     echo_server(&net.host, 8080);
     let before = remains(&net.pod);
-    let mut child = Command::new(std::env::current_exe().expect("this program"))
-        .args(["--exact", &format!("lifecycle::{NAME}"), "--nocapture"])
-        .env(CHILD_NETNS, &net.pod.name)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .expect("start");
-    let mut said = BufReader::new(child.stdout.take().expect("piped")).lines().map_while(Result::ok);
-    assert!(said.any(|line| line.contains("READY")));
+    let mut child = start_child(NAME, &net.pod, None);
     assert!(remains(&net.pod).contains("programs=[1, 1, 1]"));
     Client::connect(&net.pod, SocketAddr::new(ip(SERVICE4), 8080)).expect("captured").finish();
     child.kill().expect("kill");
@@ -165,13 +158,177 @@ fn a_killed_agent_takes_its_programs_along_and_the_next_takes_over_the_rest() {
 
 /// Set for the process to be killed, which runs the same test.
 const CHILD_NETNS: &str = "REDIRECT_TEST_NETNS";
+const CHILD_PINS: &str = "REDIRECT_TEST_PINS";
+
+/// Starts this program as an agent of `pod` and waits until it has attached.
+fn start_child(test: &str, pod: &Netns, pins: Option<&PinRoot>) -> Child {
+    let mut command = Command::new(std::env::current_exe().expect("this program"));
+    command.args(["--exact", &format!("lifecycle::{test}"), "--nocapture"]).env(CHILD_NETNS, &pod.name);
+    if let Some(pins) = pins {
+        command.env(CHILD_PINS, pins.dir());
+    }
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("start");
+    let mut said = BufReader::new(child.stdout.take().expect("piped")).lines().map_while(Result::ok);
+    assert!(said.any(|line| line.contains("READY")));
+    child
+}
 
 fn be_killed(netns: &str) {
     let pod = Netns::open(netns);
-    let _agent = Agent::start(&pod);
+    let _agent = match std::env::var(CHILD_PINS) {
+        Ok(dir) => Agent::start_pinned(&pod, &PinRoot::open(dir.as_ref()).expect("pins")),
+        Err(_) => Agent::start(&pod),
+    };
     println!("READY");
     // Until killed, or until the test that started it is gone.
     let _ = std::io::stdin().read(&mut [0]);
+}
+
+/// A directory of pins that is emptied and removed at the end of a test.
+struct Pins(PinRoot);
+
+impl Pins {
+    fn new(test: &str) -> Self {
+        let dir = format!("/sys/fs/bpf/culvert-test/{test}-{}", std::process::id());
+        Self(PinRoot::open(dir.as_ref()).expect("a BPF filesystem"))
+    }
+}
+
+impl Drop for Pins {
+    fn drop(&mut self) {
+        let _ = self.0.sweep([]);
+        let _ = std::fs::remove_dir(self.0.dir());
+    }
+}
+
+fn pinned(pins: &PinRoot) -> Vec<String> {
+    let pods = std::fs::read_dir(pins.dir()).expect("list");
+    let of = |pod: std::io::Result<std::fs::DirEntry>| {
+        let names = std::fs::read_dir(pod.expect("entry").path()).expect("list");
+        names.map(|name| name.expect("entry").file_name().into_string().expect("text")).collect::<Vec<_>>()
+    };
+    let mut names: Vec<_> = pods.flat_map(of).collect();
+    names.sort();
+    names
+}
+
+/// The kernel's numbers of the links on the pod's hooks; they stay when a program is replaced in a link.
+fn hooks(pod: &Netns) -> Vec<(u64, usize)> {
+    pod.run(|| {
+        [("lo", TcAttachType::Ingress), ("eth0", TcAttachType::Ingress), ("eth0", TcAttachType::Egress)]
+            .map(|(device, direction)| {
+                let (revision, programs) = SchedClassifier::query_tcx(device, direction).expect("query");
+                (revision, programs.len())
+            })
+            .to_vec()
+    })
+}
+
+/// In and out, both families.
+const WAYS: [(bool, &str, u16); 4] = [(true, SERVICE4, 8080), (true, SERVICE6, 8080), (false, POD4, 9090), (false, POD6, 9090)];
+
+fn dial(net: &Topology, (from_pod, to, port): (bool, &str, u16), patience: Duration) -> std::io::Result<std::net::TcpStream> {
+    let to = SocketAddr::new(ip(to), port);
+    let from = if from_pod { &net.pod } else { &net.host };
+    from.run(move || std::net::TcpStream::connect_timeout(&to, patience))
+}
+
+#[test]
+fn with_pins_a_killed_agent_leaves_its_pod_closed_and_the_next_takes_over() {
+    const NAME: &str = "with_pins_a_killed_agent_leaves_its_pod_closed_and_the_next_takes_over";
+    if let Ok(netns) = std::env::var(CHILD_NETNS) {
+        return be_killed(&netns);
+    }
+    require_root!(NAME);
+    let net = Topology::new();
+    let pins = Pins::new("killed");
+    echo_server(&net.host, 8080);
+    echo_server(&net.pod, 9090);
+    let before = remains(&net.pod);
+    let mut old = Client::connect(&net.pod, SocketAddr::new(ip(SERVICE4), 8080)).expect("direct");
+    let mut child = start_child(NAME, &net.pod, Some(&pins.0));
+    Client::connect(&net.pod, SocketAddr::new(ip(SERVICE4), 8080)).expect("captured").finish();
+    child.kill().expect("kill");
+    child.wait().expect("wait");
+
+    for way in WAYS {
+        let error = dial(&net, way, Duration::from_millis(300)).expect_err("dropped");
+        assert!(timed_out(&error), "{way:?}: {error}");
+    }
+    old.echo("older than the enrolment");
+    assert_eq!(
+        pinned(&pins.0),
+        ["CONFIG", "COUNTERS", "SOCKS", "STEER", "eth_egress-2", "eth_ingress-2", "lo_ingress", "steer_lookup"]
+    );
+
+    let mut agent = Agent::start_pinned(&net.pod, &pins.0);
+    assert!(hooks(&net.pod).iter().all(|(_, programs)| *programs == 1), "one program each: {:?}", hooks(&net.pod));
+    assert!(agent.count("outbound_no_listener") >= 2, "the counters go on: {:?}", agent.all_counts());
+    for (from_pod, to, port) in WAYS {
+        let from = if from_pod { &net.pod } else { &net.host };
+        Client::connect(from, SocketAddr::new(ip(to), port)).expect("captured").finish();
+        agent.next();
+    }
+    old.finish();
+    agent.redirect.take().expect("attached").detach().expect("detach");
+    assert_eq!(remains(&net.pod), before);
+    assert!(pinned(&pins.0).is_empty());
+}
+
+/// The next agent attaches while the last one still serves: no connection is lost, and none goes around.
+#[test]
+fn programs_are_replaced_without_a_gap() {
+    require_root!("programs_are_replaced_without_a_gap");
+    let net = Topology::new();
+    let pins = Pins::new("replaced");
+    echo_server(&net.host, 8080);
+    let first = Agent::start_pinned(&net.pod, &pins.0);
+    let (mut held, stop) =
+        (Client::connect(&net.pod, SocketAddr::new(ip(SERVICE4), 8080)).expect("captured"), AtomicBool::new(false));
+    let dialled = std::thread::scope(|scope| {
+        let dialler = scope.spawn(|| {
+            let mut count = 0;
+            while !stop.load(Ordering::Relaxed) {
+                Client::connect(&net.pod, SocketAddr::new(ip(SERVICE6), 8080)).expect("captured").finish();
+                count += 1;
+            }
+            count
+        });
+        for _ in 0..5 {
+            // With the same listeners: what is replaced here are the programs.
+            let listeners = first.listeners();
+            let spec = PodSpec { netns: net.pod.fd(), interfaces: None, config: Config::default(), pins: Some(&pins.0) };
+            drop(Redirect::attach(&spec, &listeners).expect("take over"));
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        stop.store(true, Ordering::Relaxed);
+        dialler.join().expect("dialler")
+    });
+    held.echo("still carried");
+    let captured = std::iter::from_fn(|| first.captured.recv_timeout(Duration::from_secs(1)).ok()).count();
+    assert_eq!(captured, dialled + 1);
+    assert!(dialled > 5, "{dialled}");
+}
+
+#[test]
+fn pins_nobody_holds_are_swept() {
+    require_root!("pins_nobody_holds_are_swept");
+    let (net, other) = (Topology::new(), Topology::new());
+    let pins = Pins::new("swept");
+    echo_server(&net.host, 8080);
+    let before = hooks(&net.pod);
+    drop(Agent::start_pinned(&net.pod, &pins.0).redirect.take());
+    let mut agent = Agent::start_pinned(&other.pod, &pins.0);
+    assert_ne!(hooks(&net.pod), before);
+    assert_eq!(pins.0.sweep([agent.redirect().netns()]).expect("sweep"), 1);
+    // The kernel detaches a moment after the last reference is gone.
+    assert!(eventually(|| hooks(&net.pod).iter().all(|(_, programs)| *programs == 0)));
+    Client::connect(&net.pod, SocketAddr::new(ip(SERVICE4), 8080)).expect("direct").finish();
+    assert_eq!(pinned(&pins.0).len(), 8);
+    // A namespace that went with its programs attached leaves pins, and they are no obstacle to remove.
+    let redirect = agent.redirect.take();
+    drop((redirect, agent, other));
+    assert_eq!(pins.0.sweep([]).expect("sweep"), 1);
 }
 
 #[test]
@@ -214,7 +371,7 @@ fn listeners_that_break_the_contract_are_refused() {
     let net = Topology::new();
     let before = remains(&net.pod);
     let fault = |outbound: &TcpListener, inbound: &TcpListener| {
-        let spec = PodSpec { netns: net.pod.fd(), interfaces: None, config: Config::default() };
+        let spec = PodSpec { netns: net.pod.fd(), interfaces: None, config: Config::default(), pins: None };
         match Redirect::attach(&spec, &Listeners { outbound: outbound.as_fd(), inbound: inbound.as_fd() }) {
             Err(RedirectError::Listener { fault, .. }) => fault,
             Err(other) => panic!("{other}"),
@@ -241,7 +398,7 @@ fn unusable_namespaces_are_refused() {
     let (out, inbound) = net.pod.run(|| (sock::listen(GOOD, 0), sock::listen(GOOD, 0)));
     let (out, inbound) = (out.expect("listen"), inbound.expect("listen"));
     let attach = |interfaces: Option<Vec<String>>| {
-        let spec = PodSpec { netns: net.pod.fd(), interfaces, config: Config::default() };
+        let spec = PodSpec { netns: net.pod.fd(), interfaces, config: Config::default(), pins: None };
         Redirect::attach(&spec, &Listeners { outbound: out.as_fd(), inbound: inbound.as_fd() }).map(drop)
     };
     assert!(matches!(attach(Some(vec!["eth9".into()])), Err(RedirectError::UnknownInterface(_))));
@@ -294,7 +451,7 @@ fn enrolment_time() {
     let (out, inbound) = net.pod.run(|| (sock::listen(GOOD, 0), sock::listen(GOOD, 0)));
     let (out, inbound) = (out.expect("listen"), inbound.expect("listen"));
     for _ in 0..5 {
-        let spec = PodSpec { netns: net.pod.fd(), interfaces: None, config: Config::default() };
+        let spec = PodSpec { netns: net.pod.fd(), interfaces: None, config: Config::default(), pins: None };
         let start = Instant::now();
         let redirect = Redirect::attach(&spec, &Listeners { outbound: out.as_fd(), inbound: inbound.as_fd() }).expect("attach");
         let (attached, start) = (start.elapsed(), Instant::now());

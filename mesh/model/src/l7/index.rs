@@ -62,43 +62,43 @@ enum Filed {
     PrefixAnyCase(Text),
     Authority(Text),
     Header(HeaderName, Text),
-    Rest,
 }
 
-/// What a request must have for the rule to match: any of these is a place to look for the rule.
-fn requirements(m: &HttpMatch) -> Vec<Filed> {
-    let mut out = Vec::new();
+/// Hands out what a request must have for the rule to match: any of these is a place to look for the rule.
+fn requirements(m: &HttpMatch, out: &mut impl FnMut(Filed)) {
     let lower = |text: &str| Text::from(text.to_ascii_lowercase());
-    let mut prefix = |p: &str, any_case: bool| {
+    let mut prefix = |p: &Text, whole: &str, any_case: bool| match whole {
         // Every path has these: no requirement.
-        if !matches!(p, "" | "/") {
-            out.push(if any_case { Filed::PrefixAnyCase(lower(p)) } else { Filed::Prefix(p.into()) });
-        }
+        "" | "/" => {}
+        _ if any_case => out(Filed::PrefixAnyCase(lower(whole))),
+        _ if whole.len() == p.len() => out(Filed::Prefix(Arc::clone(p))),
+        _ => out(Filed::Prefix(whole.into())),
     };
     match (&m.path, m.ignore_case) {
-        (Some(PathMatch::Exact(p)), false) => out.push(Filed::Exact(Arc::clone(p))),
-        (Some(PathMatch::Exact(p)), true) => out.push(Filed::ExactAnyCase(lower(p))),
-        (Some(PathMatch::TextPrefix(p)), any_case) => prefix(p, any_case),
+        (Some(PathMatch::TextPrefix(p)), any_case) => prefix(p, p, any_case),
         // A trailing slash means nothing here, and `/a` is a match of `/a/`.
-        (Some(PathMatch::SegmentPrefix(p)), any_case) => prefix(p.strip_suffix('/').unwrap_or(p), any_case),
+        (Some(PathMatch::SegmentPrefix(p)), any_case) => prefix(p, p.strip_suffix('/').unwrap_or(p), any_case),
+        (Some(PathMatch::Exact(p)), false) => out(Filed::Exact(Arc::clone(p))),
+        (Some(PathMatch::Exact(p)), true) => out(Filed::ExactAnyCase(lower(p))),
         (Some(PathMatch::Regex(_)) | None, _) => {}
     }
     if let Some(grpc) = &m.grpc {
         match (&grpc.service, &grpc.method) {
-            (Some(StringMatch::Exact(s)), Some(StringMatch::Exact(m))) => out.push(Filed::Exact(format!("/{s}/{m}").into())),
-            (Some(StringMatch::Exact(s)), _) => out.push(Filed::Prefix(format!("/{s}/").into())),
+            (Some(StringMatch::Exact(s)), Some(StringMatch::Exact(m))) => out(Filed::Exact(format!("/{s}/{m}").into())),
+            (Some(StringMatch::Exact(s)), _) => out(Filed::Prefix(format!("/{s}/").into())),
             _ => {}
         }
     }
     if let Some(StringMatch::Exact(a)) = &m.authority {
-        out.push(Filed::Authority(Arc::clone(a)));
+        out(Filed::Authority(Arc::clone(a)));
     }
-    out.extend(m.headers.iter().filter_map(|(name, what)| match what {
-        // Several lines of cookies are one more text, which no line has.
-        StringMatch::Exact(value) if *name != COOKIE => Some(Filed::Header(name.clone(), Arc::clone(value))),
-        _ => None,
-    }));
-    out
+    for (name, what) in &m.headers {
+        match what {
+            // Several lines of cookies are one more text, which no line has.
+            StringMatch::Exact(value) if *name != COOKIE => out(Filed::Header(name.clone(), Arc::clone(value))),
+            _ => {}
+        }
+    }
 }
 
 impl RouteIndex {
@@ -107,17 +107,34 @@ impl RouteIndex {
         if rules.len() <= SCANNED || u32::try_from(rules.len()).is_err() {
             return Self(None);
         }
-        let mut sharing: HashMap<Filed, u32, foldhash::fast::FixedState> = HashMap::default();
-        let wanted: Vec<Vec<Filed>> = rules.iter().map(|r| requirements(&r.matches)).collect();
-        for requirement in wanted.iter().flatten() {
-            *sharing.entry(requirement.clone()).or_insert(0) += 1;
+        // Every requirement gets a number, and how many rules have it.
+        let mut names: HashMap<Filed, usize, foldhash::fast::FixedState> = HashMap::default();
+        names.reserve(rules.len());
+        let mut sharing: Vec<u32> = Vec::with_capacity(rules.len());
+        let (mut wanted, mut ends) = (Vec::with_capacity(rules.len()), Vec::with_capacity(rules.len()));
+        for rule in rules {
+            requirements(&rule.matches, &mut |requirement| {
+                let file = *names.entry(requirement).or_insert(sharing.len());
+                match sharing.get_mut(file) {
+                    Some(n) => *n += 1,
+                    None => sharing.push(1),
+                }
+                wanted.push(file);
+            });
+            ends.push(wanted.len());
         }
-        let mut filed: HashMap<Filed, Vec<u32>, foldhash::fast::FixedState> = HashMap::default();
-        for (number, requirements) in (0_u32..).zip(wanted) {
-            let rarest = requirements.into_iter().min_by_key(|r| sharing.get(r).copied().unwrap_or(u32::MAX));
-            filed.entry(rarest.unwrap_or(Filed::Rest)).or_default().push(number);
-        }
-        Self(Some(Box::new(Files::of(rules.len(), filed))))
+        // One file more, for the rules that require nothing.
+        let rest = sharing.len();
+        let mut start = 0;
+        let chosen: Vec<usize> = ends
+            .into_iter()
+            .map(|end| {
+                let of_rule = wanted.get(start..end).unwrap_or_default();
+                start = end;
+                of_rule.iter().copied().min_by_key(|file| sharing.get(*file)).unwrap_or(rest)
+            })
+            .collect();
+        Self(Some(Box::new(Files::of(names, &chosen, rest))))
     }
     /// Whether this is the index of a table with as many rules (or the table needs none).
     pub fn is_for(&self, rules: &[HttpRule]) -> bool {
@@ -136,31 +153,50 @@ impl RouteIndex {
 }
 
 impl Files {
-    fn of(rules: usize, filed: HashMap<Filed, Vec<u32>, foldhash::fast::FixedState>) -> Self {
-        let mut out = Self { rules, ..Self::default() };
+    /// From the numbered names of the files, and the file chosen for each rule (`rest`: none of them).
+    fn of(names: HashMap<Filed, usize, foldhash::fast::FixedState>, chosen: &[usize], rest: usize) -> Self {
+        // Where each file's rules end, then (as they are put in from behind) where they begin.
+        let mut at = vec![0_u32; rest + 1];
+        for file in chosen {
+            if let Some(n) = at.get_mut(*file) {
+                *n += 1;
+            }
+        }
+        let mut end = 0;
+        for n in &mut at {
+            end += *n;
+            *n = end;
+        }
+        let ends = at.clone();
+        let mut numbers = vec![0_u32; chosen.len()];
+        for (rule, file) in chosen.iter().enumerate().rev() {
+            let Some(start) = at.get_mut(*file) else { continue };
+            *start -= 1;
+            if let Some(number) = numbers.get_mut(*start as usize) {
+                *number = rule as u32;
+            }
+        }
+        let span = |file: usize| (at.get(file).copied().unwrap_or(0), ends.get(file).copied().unwrap_or(0));
+
+        let mut out = Self { rules: chosen.len(), numbers: numbers.into(), rest: span(rest), ..Self::default() };
         let (mut prefix, mut prefix_any_case) = (Vec::new(), Vec::new());
-        let mut numbers: Vec<u32> = Vec::with_capacity(rules);
-        for (file, members) in filed {
-            let start = numbers.len() as u32;
-            numbers.extend(members);
-            let span = (start, numbers.len() as u32);
-            match file {
+        for (name, file) in names {
+            let span = span(file);
+            if span.0 == span.1 {
+                continue;
+            }
+            match name {
                 Filed::Exact(p) => _ = out.exact.insert(p, span),
                 Filed::ExactAnyCase(p) => _ = out.exact_any_case.insert(p, span),
                 Filed::Prefix(p) => prefix.push((p, span)),
                 Filed::PrefixAnyCase(p) => prefix_any_case.push((p, span)),
                 Filed::Authority(a) => _ = out.authority.insert(a, span),
-                Filed::Header(name, value) => {
-                    if let Some((_, by_value)) = out.headers.iter_mut().find(|(n, _)| *n == name) {
-                        by_value.insert(value, span);
-                    } else {
-                        out.headers.push((name, std::iter::once((value, span)).collect()));
-                    }
-                }
-                Filed::Rest => out.rest = span,
+                Filed::Header(name, value) => match out.headers.iter_mut().find(|(n, _)| *n == name) {
+                    Some((_, by_value)) => _ = by_value.insert(value, span),
+                    None => out.headers.push((name, std::iter::once((value, span)).collect())),
+                },
             }
         }
-        out.numbers = numbers.into();
         out.prefix = Prefixes::of(prefix);
         out.prefix_any_case = Prefixes::of(prefix_any_case);
         out

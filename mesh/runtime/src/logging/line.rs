@@ -229,13 +229,20 @@ pub(super) fn name(level: Level) -> &'static str {
     }
 }
 
-/// RFC 3339 in UTC with microseconds. The date is formatted once per second and thread.
+/// This moment, in UTC with microseconds.
 fn push_time(out: &mut String) {
     // A clock before 1970 shows as 1970.
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    push_second(out, now.as_secs());
+    // Writing to a String cannot fail.
+    let _ = write!(out, ".{:06}Z", now.subsec_micros());
+}
+
+/// A second since 1970 in UTC, as RFC 3339 without fraction and zone. The date is formatted once per second and thread.
+pub fn push_second(out: &mut String, since_1970: u64) {
     SECOND.with_borrow_mut(|(second, text)| {
-        if *second != now.as_secs() {
-            *second = now.as_secs();
+        if *second != since_1970 {
+            *second = since_1970;
             text.clear();
             let at = i64::try_from(*second)
                 .ok()
@@ -252,7 +259,7 @@ fn push_time(out: &mut String) {
                 at.second()
             );
         }
-        let _ = write!(out, "{text}.{:06}Z", now.subsec_micros());
+        out.push_str(text);
     });
 }
 
@@ -261,11 +268,13 @@ fn push_visible(out: &mut String, text: &str) {
     let _ = Visible(out).write_str(text);
 }
 
-pub(super) struct Visible<'a>(pub(super) &'a mut String);
+/// Writes text with control characters escaped: what a peer sends cannot begin a line of its own.
+#[derive(Debug)]
+pub struct Visible<'a>(pub &'a mut String);
 
 impl fmt::Write for Visible<'_> {
     fn write_str(&mut self, text: &str) -> fmt::Result {
-        if !text.chars().any(char::is_control) {
+        if all_bytes(text, |byte| (b' '..0x7f).contains(&byte)) || !text.chars().any(char::is_control) {
             self.0.push_str(text);
             return Ok(());
         }
@@ -274,6 +283,11 @@ impl fmt::Write for Visible<'_> {
         }
         Ok(())
     }
+}
+
+/// Whether all bytes are so. Without an early way out, so that many are looked at in one step.
+fn all_bytes(text: &str, is: impl Fn(u8) -> bool) -> bool {
+    text.bytes().fold(true, |all, byte| all & is(byte))
 }
 
 /// Text in quotes: quotes, backslashes and control characters escaped.
@@ -287,7 +301,7 @@ struct Escaped<'a>(&'a mut String);
 
 impl fmt::Write for Escaped<'_> {
     fn write_str(&mut self, text: &str) -> fmt::Result {
-        if text.bytes().all(|byte| matches!(byte, b' '..=b'~') && byte != b'"' && byte != b'\\') {
+        if all_bytes(text, |byte| matches!(byte, b' '..=b'~') && byte != b'"' && byte != b'\\') {
             self.0.push_str(text);
             return Ok(());
         }
@@ -299,18 +313,20 @@ impl fmt::Write for Escaped<'_> {
     }
 }
 
-/// A JSON string.
-pub(super) fn push_json(out: &mut String, text: &str) {
+/// A JSON string, with its quotes.
+pub fn push_json(out: &mut String, text: &str) {
     out.push('"');
     let _ = JsonText(out).write_str(text);
     out.push('"');
 }
 
-pub(super) struct JsonText<'a>(pub(super) &'a mut String);
+/// Writes text as it stands between the quotes of a JSON string.
+#[derive(Debug)]
+pub struct JsonText<'a>(pub &'a mut String);
 
 impl fmt::Write for JsonText<'_> {
     fn write_str(&mut self, text: &str) -> fmt::Result {
-        if text.bytes().all(|byte| byte >= b' ' && byte != b'"' && byte != b'\\') {
+        if all_bytes(text, |byte| byte >= b' ' && byte != b'"' && byte != b'\\') {
             self.0.push_str(text);
             return Ok(());
         }

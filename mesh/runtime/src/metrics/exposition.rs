@@ -9,6 +9,55 @@ pub(super) trait Expose: Send + Sync {
     fn sweep(&self, older_than: Duration) -> usize;
 }
 
+/// Metrics that are computed when somebody asks: gauges of tables that exist anyway. Given to the function behind
+/// [`super::Registry::on_scrape`].
+#[derive(Debug)]
+pub struct Scrape<'o> {
+    out: &'o mut String,
+}
+impl Scrape<'_> {
+    /// Begins a family: `name` as exposed, `kind` is `counter` or `gauge`. Its samples follow, before the next family.
+    pub fn family<'s>(&'s mut self, name: &'s str, help: &str, kind: &str) -> Samples<'s> {
+        head(self.out, name, help, kind);
+        Samples { out: self.out, name }
+    }
+}
+/// The samples of one family.
+#[derive(Debug)]
+pub struct Samples<'s> {
+    out: &'s mut String,
+    name: &'s str,
+}
+impl Samples<'_> {
+    /// One sample. A label with an empty value is not exposed. No two samples of a family may have the same labels.
+    pub fn put(&mut self, labels: &[(&str, &str)], value: u64) -> &mut Self {
+        self.out.push_str(self.name);
+        let mut open = false;
+        for (name, value) in labels.iter().filter(|(_, value)| !value.is_empty()) {
+            self.out.push(if open { ',' } else { '{' });
+            open = true;
+            label(self.out, name, value);
+        }
+        if open {
+            self.out.push('}');
+        }
+        // Writing to a String cannot fail.
+        let _ = writeln!(self.out, " {value}");
+        self
+    }
+}
+
+/// What a function writes at each scrape.
+pub(super) struct Computed<F>(pub(super) F);
+impl<F: Fn(&mut Scrape<'_>) + Send + Sync> Expose for Computed<F> {
+    fn expose(&self, out: &mut String) {
+        (self.0)(&mut Scrape { out });
+    }
+    fn sweep(&self, _: Duration) -> usize {
+        0
+    }
+}
+
 /// `# HELP` and `# TYPE`.
 pub(super) fn head(out: &mut String, name: &str, help: &str, kind: &str) {
     out.push_str("# HELP ");

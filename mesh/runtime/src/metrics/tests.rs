@@ -185,3 +185,20 @@ fn handles_count_from_many_threads() {
     });
     assert_eq!((0..10).map(|n| family.get(&[&n.to_string()]).get()).sum::<u64>(), 4000);
 }
+
+#[test]
+fn what_is_computed_at_a_scrape_is_written_in_families() {
+    let registry = Registry::new();
+    let write = |scrape: &mut Scrape<'_>| {
+        scrape.family("a_total", "A", "counter").put(&[("x", "1\"2"), ("y", "")], 3).put(&[], 4);
+        scrape.family("b", "B", "gauge");
+    };
+    registry.on_scrape(&["a_total", "b"], write).expect("new names");
+    let text = registry.encode();
+    assert_eq!(
+        text,
+        "# HELP a_total A\n# TYPE a_total counter\na_total{x=\"1\\\"2\"} 3\na_total 4\n# HELP b B\n# TYPE b gauge\n"
+    );
+    assert!(matches!(registry.on_scrape(&["b"], |_| {}), Err(MetricError::Duplicate(name)) if name == "b"));
+    assert!(matches!(registry.on_scrape(&["b c"], |_| {}), Err(MetricError::BadName(_))));
+}

@@ -24,6 +24,9 @@ use super::super::{Name, Slot};
 use super::{Action, Dest, HttpEntry, L4Entry, MirrorTo, NamedMatch, Timeout, VirtualService, Weighted};
 use crate::diagnostics::Severity;
 
+/// HTTP rules a service may have. Delegates multiply the matches of two objects, and rules without port those of one by
+/// the ports of the service; an API server would hold neither text, but a folder may.
+const MAX_RULES: usize = 100_000;
 /// Envoy's answer to a cluster that is not there.
 const NO_CLUSTER: u16 = 503;
 
@@ -45,8 +48,14 @@ pub(in super::super) fn add(join: &mut Join<'_>, service: &Arc<Service>, table: 
             let message =
                 format!("{} matches every request to {} already: no request gets here", other.object, service.key.hostname);
             made.complain("spec.http", 0, message, "remove one of them, or add a `match`", "unreachable");
-        } else if made.http(table) {
-            covered_by = Some(&slot.origin);
+        } else {
+            let before = table.broken.is_some();
+            if made.http(table) {
+                covered_by = Some(&slot.origin);
+            }
+            if table.broken.is_some() && !before {
+                return;
+            }
         }
         made.tls(table);
         made.tcp(table);
@@ -222,7 +231,7 @@ impl<'a> Making<'_, 'a, '_> {
     }
     /// One rule per match (and port, where routes differ by it); whether one of them matches everything.
     fn rules(
-        &self,
+        &mut self,
         entry: &HttpEntry,
         route: impl Fn(Option<u16>) -> Option<Arc<HttpRoute>>,
         by_port: bool,
@@ -238,6 +247,9 @@ impl<'a> Making<'_, 'a, '_> {
                 None => vec![None],
             };
             for port in ports {
+                if table.http.len() >= MAX_RULES {
+                    return self.too_many(table);
+                }
                 let Some(mut route) = route(port.filter(|_| by_port)) else { continue };
                 if !m.name.is_empty() {
                     let name = format!("{}.{}", route.name, m.name).into();
@@ -252,6 +264,22 @@ impl<'a> Making<'_, 'a, '_> {
             }
         }
         all
+    }
+    /// Closes the host: which of the rules were meant to count cannot be known.
+    fn too_many(&mut self, table: &mut RouteTable) -> bool {
+        let why = format!("{} makes more than {MAX_RULES} rules for {}", self.slot.origin.object, self.service.key);
+        let message = format!("{why}; requests to it are refused");
+        self.join.complain(
+            Severity::Error,
+            (&self.slot.origin, 0),
+            "spec.http",
+            message,
+            "write fewer matches",
+            "too-many-rules",
+        );
+        table.http.clear();
+        table.broken.get_or_insert_with(|| why.into());
+        true
     }
     fn origin(&self, entry: &HttpEntry) -> Arc<Origin> {
         Arc::new(Origin { line: entry.line, ..(*self.slot.origin).clone() })
@@ -464,7 +492,8 @@ fn merge(root: &HttpEntry, leaf: &HttpEntry) -> Option<HttpEntry> {
             let mut out = Vec::new();
             for l in leaf {
                 let before = out.len();
-                out.extend(root.iter().filter_map(|r| both_matches(r, l)));
+                // One more than are taken, so that it is told.
+                out.extend(root.iter().filter_map(|r| both_matches(r, l)).take(MAX_RULES + 1 - before.min(MAX_RULES)));
                 // As in Istio, each match of the delegate must lie within one of the root's, or its rule does not count.
                 if out.len() == before {
                     return None;

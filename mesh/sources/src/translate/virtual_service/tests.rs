@@ -756,6 +756,19 @@ fn delegates_are_merged() {
 }
 
 #[test]
+fn rules_that_multiply_close_their_host() {
+    let many = |n: usize| (0..n).map(|i| format!("{{headers: {{h{i}: {{exact: a}}}}}}")).collect::<Vec<_>>().join(", ");
+    let root =
+        vs_at("a", "root", "", &format!("hosts: [reviews]\nhttp:\n- {{match: [{}], delegate: {{name: leaf}}}}", many(400)));
+    let leaf = vs_at("a", "leaf", "", &format!("http:\n- {{match: [{}], directResponse: {{status: 200}}}}", many(400)));
+    let (state, problems) = mesh7(&(world() + &root + &leaf));
+    let t = of(&state, REVIEWS);
+    assert_eq!(t.http.len(), 0);
+    assert_eq!(t.broken.as_deref(), Some("VirtualService a/leaf makes more than 100000 rules for a/reviews.a.svc.cluster.local"));
+    assert_eq!(problems.iter().map(|p| (p.severity, p.code)).collect::<Vec<_>>(), [(Severity::Error, Some("too-many-rules"))]);
+}
+
+#[test]
 fn tcp_and_tls_rules() {
     let (state, problems) = mesh7(
         &(world()

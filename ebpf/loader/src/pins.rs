@@ -1,0 +1,161 @@
+//! What of a redirection outlives the agent: maps and links pinned in a BPF filesystem.
+//!
+//! One directory per pod, named by its network namespace's cookie, which the kernel gives once per boot. While an agent is
+//! gone the pinned programs find no listener and drop every new connection; the next agent fills the listeners in and puts
+//! its own programs in the place of the old ones, link by link, without a moment in which neither is there.
+//!
+//! A pod's directory holds its maps under their own names, and its links as `lo_ingress`, `steer_lookup` and
+//! `eth_egress-<interface>`, `eth_ingress-<interface>`. Names in a BPF filesystem have no dots.
+use std::{
+    collections::HashSet,
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use aya::programs::{
+    ProgramError, SchedClassifier,
+    links::{FdLink, PinnedLink},
+    tc::SchedClassifierLink,
+};
+use ebpf_common::program;
+use nix::{
+    mount::{MsFlags, mount},
+    sys::statfs::statfs,
+};
+
+use crate::{error::RedirectError, listener::NetnsCookie};
+
+/// Where a BPF filesystem is by convention; one is mounted here when it is missing.
+const BPFFS: &str = "/sys/fs/bpf";
+const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
+
+/// A directory of pinned redirections, of one agent.
+#[derive(Clone, Debug)]
+pub struct PinRoot {
+    dir: PathBuf,
+}
+
+impl PinRoot {
+    /// Creates `dir` in a BPF filesystem. Where there is none, one is mounted: on `/sys/fs/bpf` for what lies below it, else
+    /// on `dir` itself. No part of `dir` below the mount may contain a dot.
+    pub fn open(dir: &Path) -> Result<Self, RedirectError> {
+        let fail = |what, source| RedirectError::Pins { what, path: dir.to_owned(), source };
+        let mount_point = if dir.starts_with(BPFFS) { Path::new(BPFFS) } else { dir };
+        if mount_point == dir {
+            fs::create_dir_all(dir).map_err(|e| fail("create", e))?;
+        }
+        let found = statfs(mount_point).map_err(|e| fail("inspect", e.into()))?;
+        #[allow(clippy::useless_conversion, reason = "the type of the field differs between architectures")]
+        let magic = i64::from(found.filesystem_type().0);
+        if magic != BPF_FS_MAGIC {
+            mount(
+                Some("bpf"),
+                mount_point,
+                Some("bpf"),
+                MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC,
+                None::<&str>,
+            )
+            .map_err(|e| fail("mount a BPF filesystem for", e.into()))?;
+        }
+        fs::create_dir_all(dir).map_err(|e| fail("create", e))?;
+        Ok(Self { dir: dir.to_owned() })
+    }
+
+    /// The directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Removes every redirection but those of the namespaces `held`; the traffic of the others is direct from then on. Answers
+    /// how many there were.
+    pub fn sweep(&self, held: impl IntoIterator<Item = NetnsCookie>) -> Result<usize, RedirectError> {
+        let held: HashSet<PathBuf> = held.into_iter().map(|netns| self.pod(netns).dir).collect();
+        let listing = fs::read_dir(&self.dir).map_err(|source| {
+            let path = self.dir.clone();
+            RedirectError::Pins { what: "list", path, source }
+        })?;
+        let mut removed = 0;
+        for pod in listing.filter_map(Result::ok).map(|entry| PodPins { dir: entry.path() }) {
+            if !held.contains(&pod.dir) {
+                pod.remove()?;
+                removed += 1;
+            }
+        }
+        Ok(removed)
+    }
+
+    pub(crate) fn pod(&self, netns: NetnsCookie) -> PodPins {
+        PodPins { dir: self.dir.join(netns.to_string()) }
+    }
+}
+
+/// The pins of one pod.
+#[derive(Clone, Debug)]
+pub(crate) struct PodPins {
+    dir: PathBuf,
+}
+
+impl PodPins {
+    /// Makes the directory; answers whether it was there.
+    pub(crate) fn create(&self) -> Result<bool, RedirectError> {
+        match fs::create_dir(&self.dir) {
+            Ok(()) => Ok(false),
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(true),
+            Err(e) => Err(self.error("create", e)),
+        }
+    }
+
+    pub(crate) fn map(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+
+    /// Puts `classifier` in the place of the pinned link `name`, if there is one that still stands. The interface of one that
+    /// does not is gone; its pin is removed.
+    pub(crate) fn take_over(&self, classifier: &mut SchedClassifier, name: &str) -> Result<bool, ProgramError> {
+        let path = self.dir.join(name);
+        let Ok(pinned) = PinnedLink::from_pin(&path) else { return Ok(false) };
+        let Ok(link) = SchedClassifierLink::try_from(FdLink::from(pinned)) else { return Ok(false) };
+        match classifier.attach_to_link(link) {
+            // Our descriptor may close, the pin keeps it.
+            Ok(id) => classifier.take_link(id).map(|_| true),
+            Err(ProgramError::SyscallError(e)) if e.io_error.raw_os_error() == Some(libc::ENOLINK) => {
+                // The kernel gives an interface's number again only after it went around.
+                let _ = fs::remove_file(path);
+                Ok(false)
+            }
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Pins `link` as `name`, in the place of what is there.
+    pub(crate) fn pin(&self, link: FdLink, name: &str) -> Result<(), RedirectError> {
+        let (path, new) = (self.dir.join(name), self.dir.join(format!("{name}-new")));
+        // From an agent that died between the two steps below.
+        let _ = fs::remove_file(&new);
+        link.pin(&new).map_err(|e| self.error("pin a link in", io::Error::other(e)))?;
+        fs::rename(new, path).map_err(|e| self.error("pin a link in", e))
+    }
+
+    /// Detaches and removes everything, in the order of [`crate::attach`]. What is no longer there is as it should be.
+    pub(crate) fn remove(&self) -> Result<(), RedirectError> {
+        let listing = match fs::read_dir(&self.dir) {
+            Ok(listing) => listing,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(e) => return Err(self.error("list", e)),
+        };
+        let mut names: Vec<_> = listing.filter_map(Result::ok).map(|entry| entry.file_name()).collect();
+        let order = [program::ETH_INGRESS, program::ETH_EGRESS, program::STEER_LOOKUP, program::LO_INGRESS];
+        names.sort_by_key(|name| {
+            let name = name.to_string_lossy();
+            order.iter().position(|program| name.starts_with(program)).unwrap_or(order.len())
+        });
+        for name in names {
+            fs::remove_file(self.dir.join(name)).map_err(|e| self.error("remove", e))?;
+        }
+        fs::remove_dir(&self.dir).map_err(|e| self.error("remove", e))
+    }
+
+    fn error(&self, what: &'static str, source: io::Error) -> RedirectError {
+        RedirectError::Pins { what, path: self.dir.clone(), source }
+    }
+}
