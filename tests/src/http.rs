@@ -19,6 +19,17 @@ pub struct Answer {
     pub body: String,
 }
 
+impl Answer {
+    /// The first header of this name.
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.headers.iter().find(|(key, _)| key == name).map(|(_, value)| value.as_str())
+    }
+    /// Whether the connection ends with it.
+    pub fn closes(&self) -> bool {
+        self.header("connection").is_some_and(|value| value.eq_ignore_ascii_case("close"))
+    }
+}
+
 /// GET `path` from `to`, connecting from inside `ns`.
 pub fn get(ns: &Netns, to: SocketAddr, path: &str) -> anyhow::Result<Answer> {
     request(ns, to, "GET", path)
@@ -31,31 +42,47 @@ pub fn request(ns: &Netns, to: SocketAddr, method: &str, path: &str) -> anyhow::
     stream.set_read_timeout(Some(LIMIT))?;
     stream.set_write_timeout(Some(LIMIT))?;
     write!(stream, "{method} {path} HTTP/1.1\r\nhost: {to}\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")?;
-    let mut reader = BufReader::new(stream.take(64 << 20));
+    read_answer(&mut BufReader::new(stream.take(MOST)), method == "HEAD").with_context(|| format!("the answer to {path}"))
+}
+
+/// Largest body that is read.
+const MOST: u64 = 64 << 20;
+
+/// Reads one answer off a connection; interim answers (1xx, but not 101) are passed over. `headless`: it has no body whatever
+/// it says, as the answer to HEAD.
+pub fn read_answer(reader: &mut impl BufRead, headless: bool) -> anyhow::Result<Answer> {
     let mut line = String::new();
-    reader.read_line(&mut line)?;
-    let status: u16 =
-        line.split(' ').nth(1).and_then(|code| code.parse().ok()).with_context(|| format!("status line {line:?}"))?;
-    let mut headers = Vec::new();
-    loop {
+    let (status, headers) = loop {
         line.clear();
-        if reader.read_line(&mut line)? == 0 {
-            bail!("connection closed inside the headers of {path}");
+        reader.read_line(&mut line)?;
+        let status: u16 =
+            line.split(' ').nth(1).and_then(|code| code.trim().parse().ok()).with_context(|| format!("status line {line:?}"))?;
+        let mut headers = Vec::new();
+        loop {
+            line.clear();
+            if reader.read_line(&mut line)? == 0 {
+                bail!("connection closed inside the headers of a {status}");
+            }
+            let Some((name, value)) = line.trim_end().split_once(':') else { break };
+            headers.push((name.to_ascii_lowercase(), value.trim().to_owned()));
         }
-        let Some((name, value)) = line.trim_end().split_once(':') else { break };
-        headers.push((name.to_ascii_lowercase(), value.trim().to_owned()));
-    }
-    let header = |name: &str| headers.iter().find(|(key, _)| key == name).map(|(_, value)| value.as_str());
+        if status >= 200 || status == 101 {
+            break (status, headers);
+        }
+    };
+    let mut answer = Answer { status, headers, body: String::new() };
     let mut body = Vec::new();
-    if header("transfer-encoding") == Some("chunked") {
-        read_chunks(&mut reader, &mut body).with_context(|| format!("chunks of {path}"))?;
-    } else if let Some(length) = header("content-length").and_then(|text| text.parse::<usize>().ok()) {
+    if headless || matches!(status, 101 | 204 | 304) {
+    } else if answer.header("transfer-encoding") == Some("chunked") {
+        read_chunks(reader, &mut body).context("chunks")?;
+    } else if let Some(length) = answer.header("content-length").and_then(|text| text.parse::<usize>().ok()) {
         body.resize(length, 0);
         reader.read_exact(&mut body)?;
     } else {
         reader.read_to_end(&mut body)?;
     }
-    Ok(Answer { status, headers, body: String::from_utf8_lossy(&body).into_owned() })
+    answer.body = String::from_utf8_lossy(&body).into_owned();
+    Ok(answer)
 }
 
 /// A chunked body, to its end.

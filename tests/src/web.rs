@@ -3,15 +3,15 @@
 //! `/status/CODE` answers that; `/fail/N/KEY` answers 503 the first N times KEY is asked for here; `/slow/MS` waits;
 //! `/drop` ends the connection without an answer; `/count` tells how many requests came. Anything else is echoed as JSON.
 //! [`Web::behave`] makes every answer one status. An `upgrade: echo` is switched to and echoed.
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{Ipv6Addr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::http::read_chunks;
 use crate::topology::Place;
@@ -23,8 +23,21 @@ struct State {
     status: AtomicU16,
     requests: AtomicUsize,
     failed: Mutex<HashMap<String, usize>>,
+    /// The last requests, as they are echoed.
+    seen: Mutex<VecDeque<Value>>,
     stop: AtomicBool,
+    /// Connections by number, to break them.
+    open: Mutex<HashMap<usize, TcpStream>>,
 }
+
+impl State {
+    fn open(&self) -> MutexGuard<'_, HashMap<usize, TcpStream>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Requests that are remembered.
+const SEEN: usize = 4096;
 
 /// The server. Ends when dropped.
 #[derive(Debug)]
@@ -43,7 +56,9 @@ impl Web {
             status: AtomicU16::new(0),
             requests: AtomicUsize::new(0),
             failed: Mutex::default(),
+            seen: Mutex::default(),
             stop: AtomicBool::new(false),
+            open: Mutex::default(),
         });
         let shared = Arc::clone(&state);
         thread::spawn(move || accept(&listener, &shared));
@@ -53,9 +68,21 @@ impl Web {
     pub fn behave(&self, status: u16) {
         self.state.status.store(status, Ordering::Relaxed);
     }
+    /// Breaks every connection, whatever is on it, as a process that is killed does; and accepts no more.
+    pub fn die(&self) {
+        self.state.stop.store(true, Ordering::Relaxed);
+        for stream in self.state.open().values() {
+            let _gone_already = stream.shutdown(std::net::Shutdown::Both);
+        }
+    }
     /// Requests so far.
     pub fn requests(&self) -> usize {
         self.state.requests.load(Ordering::Relaxed)
+    }
+    /// The last requests whose path contains `part`, as they were (or would have been) echoed.
+    pub fn seen(&self, part: &str) -> Vec<Value> {
+        let seen = self.state.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        seen.iter().filter(|echo| echo["path"].as_str().is_some_and(|path| path.contains(part))).cloned().collect()
     }
 }
 impl Drop for Web {
@@ -67,14 +94,17 @@ impl Drop for Web {
 }
 
 fn accept(listener: &TcpListener, state: &Arc<State>) {
-    for stream in listener.incoming() {
+    for (number, stream) in listener.incoming().enumerate() {
         if state.stop.load(Ordering::Relaxed) {
             return;
         }
         let Ok(stream) = stream else { continue };
+        let Ok(twin) = stream.try_clone() else { continue };
         let state = Arc::clone(state);
+        state.open().insert(number, twin);
         thread::spawn(move || {
             let _client_went = serve(stream, &state);
+            state.open().remove(&number);
         });
     }
 }
@@ -110,6 +140,22 @@ fn serve(stream: TcpStream, state: &State) -> io::Result<()> {
             reader.read_exact(&mut body)?;
         }
         state.requests.fetch_add(1, Ordering::Relaxed);
+        let echo = json!({
+            "name": state.name,
+            "peer": peer.ip().to_canonical().to_string(),
+            "method": method,
+            "path": path,
+            "headers": headers.iter().cloned().collect::<HashMap<_, _>>(),
+            "body": String::from_utf8_lossy(&body),
+            "requests": state.requests.load(Ordering::Relaxed),
+        });
+        {
+            let mut seen = state.seen.lock().unwrap_or_else(PoisonError::into_inner);
+            if seen.len() == SEEN {
+                seen.pop_front();
+            }
+            seen.push_back(echo.clone());
+        }
         if header("upgrade") == Some("echo") {
             out.write_all(b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: echo\r\n\r\n")?;
             let mut piece = [0; 4096];
@@ -122,15 +168,6 @@ fn serve(stream: TcpStream, state: &State) -> io::Result<()> {
             }
         }
         let Some(status) = status_for(state, &path) else { return Ok(()) };
-        let echo = json!({
-            "name": state.name,
-            "peer": peer.ip().to_canonical().to_string(),
-            "method": method,
-            "path": path,
-            "headers": headers.iter().cloned().collect::<HashMap<_, _>>(),
-            "body": String::from_utf8_lossy(&body),
-            "requests": state.requests.load(Ordering::Relaxed),
-        });
         let echo = format!("{echo}\n");
         let end = if method == "HEAD" { "" } else { echo.as_str() };
         write!(out, "HTTP/1.1 {status} Some\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{end}", echo.len())?;
@@ -153,7 +190,7 @@ fn status_for(state: &State, path: &str) -> Option<u16> {
         }
         (Some("drop"), ..) => None,
         (Some("fail"), Some(times), Some(key)) => {
-            let mut failed = state.failed.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            let mut failed = state.failed.lock().unwrap_or_else(PoisonError::into_inner);
             let count = failed.entry(key.to_owned()).or_default();
             *count += 1;
             Some(if *count <= times.parse().unwrap_or(0) { 503 } else { 200 })

@@ -54,7 +54,7 @@ where
     match version {
         Version::Http1 => {
             let mut builder = hyper::server::conn::http1::Builder::new();
-            builder.timer(TokioTimer::new()).max_buf_size(HEAD).max_headers(FIELDS).half_close(false);
+            builder.timer(TokioTimer::new()).max_buf_size(HEAD).max_header_size(HEAD).max_headers(FIELDS).half_close(false);
             builder.header_read_timeout(headers_timeout);
             let serving = pin!(builder.serve_connection(io, service).with_upgrades());
             drive(&conn, serving, hyper::server::conn::http1::UpgradeableConnection::graceful_shutdown).await;

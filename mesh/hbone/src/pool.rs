@@ -208,6 +208,15 @@ impl<D: Dialer> Pool<D> {
     /// so few that [`MAX_DIALS`] or [`MAX_MEAGRE_TUNNELS`] is reached; with `Draining` after [`Self::drain`]; with `Revoked`
     /// when [`Self::close_where`] matched meanwhile.
     pub async fn open(&self, key: &PoolKey, request: &ConnectRequest) -> Result<(HboneStream, ResponseHead), HboneError> {
+        self.open_on(key, request).await.map(|(opened, _)| opened)
+    }
+
+    /// As [`Self::open`], with the tunnel the stream is in: who keeps a stream for later asks it whether the peer is leaving.
+    pub async fn open_on(
+        &self,
+        key: &PoolKey,
+        request: &ConnectRequest,
+    ) -> Result<((HboneStream, ResponseHead), Tunnel), HboneError> {
         let mut retried = false;
         let mut dials = 0;
         // Each turn either opens, fails, or waits for a dial; a dial's slots can be taken by others before us.
@@ -220,7 +229,7 @@ impl<D: Dialer> Pool<D> {
                         retried = true;
                         continue;
                     }
-                    done => return done,
+                    done => return done.map(|opened| (opened, tunnel)),
                 },
                 Found::Wait { outcome, started } => {
                     dials += usize::from(started);

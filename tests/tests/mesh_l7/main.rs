@@ -6,6 +6,7 @@ use mesh_tests::skip;
 use mesh_tests::suite::{self, Test, test};
 
 mod bytes;
+mod change;
 mod mesh;
 mod outside;
 mod routes;
@@ -29,6 +30,12 @@ const TESTS: &[Test<Mesh>] = &[
     test("large_transfers_arrive_whole", bytes::large_transfers_arrive_whole),
     test("the_gateway_lets_its_hosts_in", outside::the_gateway_lets_its_hosts_in),
     test("the_gateway_ends_tls", outside::the_gateway_ends_tls),
+    test("an_endpoint_is_removed_and_comes_back", change::an_endpoint_is_removed_and_comes_back),
+    test("an_endpoint_dies_unannounced", change::an_endpoint_dies_unannounced),
+    test("a_route_is_replaced_and_removed", change::a_route_is_replaced_and_removed),
+    test("a_waypoint_is_restarted", change::a_waypoint_is_restarted),
+    test("the_agent_of_the_endpoints_is_restarted", change::the_agent_of_the_endpoints_is_restarted),
+    test("the_agent_of_the_client_is_restarted", change::the_agent_of_the_client_is_restarted),
     test("metrics_and_log_name_both_ends", outside::metrics_and_log_name_both_ends),
 ];
 

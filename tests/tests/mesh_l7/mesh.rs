@@ -20,6 +20,8 @@ pub(crate) const BYTES: u16 = 9090;
 pub(crate) const WEB: &str = "10.96.0.20";
 pub(crate) const WEB_IP: [u8; 4] = [10, 96, 0, 20];
 pub(crate) const OTHER: &str = "10.96.0.21";
+/// One endpoint on each node.
+pub(crate) const SPAN: &str = "10.96.0.22";
 
 /// The mesh all tests share. Fields are dropped in this order: proxies before the topology they live in.
 pub(crate) struct Mesh {
@@ -80,6 +82,24 @@ spec:
   ports:
   - { name: http, port: 80, targetPort: 8080, protocol: TCP }
 ---
+apiVersion: v1
+kind: Service
+metadata: { name: span, namespace: t, labels: { istio.io/use-waypoint: wp } }
+spec:
+  selector: { span: both }
+  clusterIP: 10.96.0.22
+  ports:
+  - { name: http, port: 80, targetPort: 8080, protocol: TCP }
+---
+apiVersion: v1
+kind: Service
+metadata: { name: rude, namespace: t, labels: { istio.io/use-waypoint: wp } }
+spec:
+  selector: { app: web1 }
+  clusterIP: 10.96.0.23
+  ports:
+  - { name: http, port: 80, targetPort: 7070, protocol: TCP }
+---
 apiVersion: gateway.networking.k8s.io/v1
 kind: Gateway
 metadata: { name: gw, namespace: t }
@@ -125,9 +145,17 @@ pub(crate) fn set_up() -> anyhow::Result<Mesh> {
         .node("node-a", "zone-1")
         .node("node-b", "zone-2")
         .pod("node-a", "t", "client", "client", &[])
-        .pod("node-b", "t", "web1", "web", &["tier=web", "version=v1"])
+        .pod("node-b", "t", "web1", "web", &["tier=web", "version=v1", "span=both"])
         .pod("node-b", "t", "web2", "web", &["tier=web", "version=v2"])
+        .pod("node-a", "t", "web3", "web", &["span=both", "version=v3"])
         .pod("node-b", "t", "wp", "wp", &["gateway.networking.k8s.io/gateway-name=wp", "networking.istio.io/tunnel=http", plain])
+        .pod(
+            "node-a",
+            "t",
+            "wp2",
+            "wp",
+            &["app=wp", "gateway.networking.k8s.io/gateway-name=wp", "networking.istio.io/tunnel=http", plain],
+        )
         .pod("node-a", "t", "gw", "gw", &["gateway.networking.k8s.io/gateway-name=gw", "networking.istio.io/tunnel=http", plain])
         .host("outside")
         .build()?;
@@ -136,10 +164,13 @@ pub(crate) fn set_up() -> anyhow::Result<Mesh> {
     dir.put("01-nodes.yaml", &topology.nodes_yaml())?;
     dir.put("02-secret.yaml", &secret("web-tls", "web.example")?)?;
     for pod in &topology.plan().pods {
-        dir.put(&format!("pod-{}.yaml", pod.name), &topology.pod_yaml(&pod.name, &[]))?;
+        let yaml = topology.pod_yaml(&pod.name, &[]);
+        // The second instance of the waypoint is started by who needs it.
+        let yaml = if pod.name == "wp2" { yaml.replace("status: \"True\"", "status: \"False\"") } else { yaml };
+        dir.put(&format!("pod-{}.yaml", pod.name), &yaml)?;
     }
     let mut web = BTreeMap::new();
-    for name in ["web1", "web2"] {
+    for name in ["web1", "web2", "web3"] {
         web.insert(name, Web::start(topology.pod(name), PORT)?);
     }
     let mut mesh =
@@ -202,10 +233,14 @@ impl Mesh {
         let spec = if name.starts_with("node") {
             AgentSpec::new(name, self.dir.path(), self.ca.path(), self.logs.path())
         } else {
-            AgentSpec::waypoint(("t", name), name, name, self.dir.path(), self.ca.path(), self.logs.path())
+            let role = if name.starts_with("wp") { "wp" } else { name };
+            AgentSpec::waypoint(("t", name), role, role, self.dir.path(), self.ca.path(), self.logs.path())
         };
         let place = if name.starts_with("node") { self.topology.node(name) } else { self.topology.pod(name) };
-        spec.env("TRUST_DOMAIN", "test.local").env("CULVERT_TRUST_DOMAIN_ALIASES", "cluster.local").start(place)
+        spec.env("TRUST_DOMAIN", "test.local")
+            .env("CULVERT_TRUST_DOMAIN_ALIASES", "cluster.local")
+            .env("CONNECTION_TERMINATION_DEADLINE", "2s")
+            .start(place)
     }
     pub(crate) fn proxy(&self, name: &str) -> &Agent {
         &self.proxies[name]
@@ -217,19 +252,23 @@ impl Mesh {
     pub(crate) fn call(&self, args: &[&str]) -> anyhow::Result<Got> {
         curl(self.pod("client"), args)
     }
-    /// Puts objects for the time of the guard and waits until the waypoint and the gateway know them.
+    /// Puts objects for the time of the guard and waits until waypoint and gateway know them.
     pub(crate) fn objects(&self, name: &str, yaml: &str) -> anyhow::Result<ObjectsForNow<'_>> {
-        let before: BTreeMap<&str, u64> =
-            ["wp", "gw"].into_iter().map(|p| Ok((p, self.version(p)?))).collect::<anyhow::Result<_>>()?;
+        let before = self.versions()?;
         self.dir.put(&format!("objects-{name}.yaml"), yaml)?;
         let guard = ObjectsForNow { mesh: self, name: name.to_owned() };
         self.wait_newer(&before)?;
         Ok(guard)
     }
-    fn version(&self, proxy: &str) -> anyhow::Result<u64> {
-        self.proxy(proxy).config_dump()?["version"].as_u64().context("a version")
+    /// What version of the mesh each waypoint and gateway has (agents do not tell); of those that do not answer, none.
+    pub(crate) fn versions(&self) -> anyhow::Result<BTreeMap<&'static str, u64>> {
+        let version = |proxy: &Agent| proxy.config_dump().ok()?["version"].as_u64();
+        let all: BTreeMap<_, _> = self.proxies.iter().filter_map(|(name, proxy)| Some((*name, version(proxy)?))).collect();
+        ensure!(!all.is_empty(), "no proxy tells its version");
+        Ok(all)
     }
-    fn wait_newer(&self, before: &BTreeMap<&str, u64>) -> anyhow::Result<()> {
+    /// Waits until each of these has a newer one.
+    pub(crate) fn wait_newer(&self, before: &BTreeMap<&'static str, u64>) -> anyhow::Result<()> {
         for (proxy, old) in before {
             self.proxy(proxy).wait_config("a newer version", |dump| dump["version"].as_u64() > Some(*old))?;
         }
@@ -244,8 +283,7 @@ pub(crate) struct ObjectsForNow<'a> {
 }
 impl Drop for ObjectsForNow<'_> {
     fn drop(&mut self) {
-        let before: BTreeMap<&str, u64> =
-            ["wp", "gw"].into_iter().filter_map(|p| Some((p, self.mesh.version(p).ok()?))).collect();
+        let Ok(before) = self.mesh.versions() else { return };
         self.mesh.dir.remove(&format!("objects-{}.yaml", self.name));
         if let Err(error) = self.mesh.wait_newer(&before) {
             eprintln!("{error:#}");

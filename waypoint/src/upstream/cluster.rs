@@ -103,11 +103,14 @@ impl Cluster {
         let plan = self.plan.load();
         let turn = if plan.takes_turns() { self.state.next_turn() } else { 0 };
         let chance = Chance { draw: ctx.draw, hash: ctx.hash, turn };
-        let load = |at: usize| self.hosts.get(at).map_or(0, |h| u64::from(h.active()));
+        let tried = |host: &Arc<Host>| ctx.tried.iter().any(|t| t.is_same(host));
+        // A host that just failed has nothing to do: that is not a reason to prefer it.
+        let load_of = |h: &Arc<Host>| u64::from(if tried(h) { u32::MAX } else { h.active() });
+        let load = |at: usize| self.hosts.get(at).map_or(0, load_of);
         let avoid = |at: usize, draw: u64| {
             let Some(host) = self.hosts.get(at) else { return false };
             let cold = self.policy.warmup.is_some_and(|w| is_held_back(warmup_factor(&w, host.state.joined.elapsed()), draw));
-            cold || ctx.tried.iter().any(|t| t.is_same(host))
+            cold || tried(host)
         };
         let at = plan.pick_avoiding(chance, load, || self.state.next_turn(), avoid);
         at.and_then(|at| self.hosts.get(at)).cloned().ok_or_else(|| UpstreamError::new(Failure::NoHealthy, ""))

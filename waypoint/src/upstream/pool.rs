@@ -18,6 +18,7 @@ use http::{Request, Response};
 use hyper::body::Incoming;
 use hyper::client::conn::{TrySendError, http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo};
+use mesh_hbone::Tunnel;
 use mesh_model::l7::destination::{PoolLimits, ProxyVersion, UpstreamTls};
 use parking_lot::Mutex;
 use std::collections::VecDeque;
@@ -109,6 +110,8 @@ pub(super) struct OwnConn {
     most: u32,
     /// Too old for another request.
     retired: AtomicBool,
+    /// What it is in.
+    tunnel: Option<Tunnel>,
 }
 
 /// An HTTP/1 connection that is ours for one request; given back when it is not used.
@@ -129,6 +132,8 @@ pub(super) struct SharedConn {
     peer_limit: Arc<AtomicU32>,
     /// When the last stream ended.
     idle_since: Mutex<Instant>,
+    /// What it is in.
+    tunnel: Option<Tunnel>,
 }
 
 /// A stream's place on a shared connection.
@@ -205,11 +210,11 @@ impl Shelf {
     fn take(inner: &mut Inner) -> Option<Lease> {
         while let Some(Idle { sender, conn, .. }) = inner.idle.pop() {
             // A connection the peer closed is noticed by its task; this is for the moment before it ran.
-            if sender.is_ready() && !conn.retired.load(Relaxed) {
+            if sender.is_ready() && !conn.retired.load(Relaxed) && !is_leaving(conn.tunnel.as_ref()) {
                 return Some(Lease::Own(OwnLease(Some((sender, conn)))));
             }
         }
-        inner.shared.retain(|conn| !conn.sender.is_closed() && !conn.is_spent());
+        inner.shared.retain(|conn| !conn.sender.is_closed() && !conn.is_spent() && !is_leaving(conn.tunnel.as_ref()));
         inner.shared.iter().find_map(StreamSlot::of).map(Lease::Shared)
     }
 
@@ -477,7 +482,7 @@ async fn make(
     permit: ConnectionGuard,
 ) -> Result<Made, UpstreamError> {
     let limits = &cluster.policy.pool;
-    let io = transport::dial(cluster, host, &shelf.key(), transport::Purpose::Pooled, permit).await?;
+    let (io, tunnel) = transport::dial(cluster, host, &shelf.key(), transport::Purpose::Pooled, permit).await?;
     let io = TokioIo::new(io);
     if shelf.http2 {
         let (mut sender, conn) = http2::Builder::new(TokioExecutor::new())
@@ -497,6 +502,7 @@ async fn make(
             limit: limits.max_concurrent_streams.max(1),
             peer_limit: Arc::new(AtomicU32::new(streams_allowed(&conn))),
             idle_since: Mutex::new(Instant::now()),
+            tunnel,
         });
         tokio::spawn(drive_shared(
             Arc::clone(&shared.peer_limit),
@@ -515,11 +521,18 @@ async fn make(
         served: AtomicU32::new(0),
         most: limits.max_requests_per_connection,
         retired: AtomicBool::new(false),
+        tunnel,
     });
     tokio::spawn(drive_own(conn, Arc::clone(&own), Clock::new(limits)));
     // From here on the connection's own task counts it: an error now must not be counted as a failed dial.
     let _ = sender.ready().await;
     Ok(Made::Own(sender, own))
+}
+
+/// Whether the endpoint's agent said that it will go (GOAWAY): what is in its tunnel ends well, and nothing is begun there
+/// that the agent's deadline would cut.
+fn is_leaving(tunnel: Option<&Tunnel>) -> bool {
+    tunnel.is_some_and(|tunnel| !tunnel.is_open())
 }
 
 /// How HTTP/1 connections are made, pooled or not.

@@ -101,7 +101,7 @@ async fn send_alone(
     client: Option<SocketAddr>,
 ) -> Result<Response<Incoming>, UpstreamError> {
     let permit = alone(cluster, host)?;
-    let io = transport::dial(cluster, host, key, Purpose::Single(client), permit).await?;
+    let (io, _) = transport::dial(cluster, host, key, Purpose::Single(client), permit).await?;
     let (mut sender, connection) =
         pool::builder().handshake(TokioIo::new(io)).await.map_err(|e| UpstreamError::new(Failure::Connect, e.to_string()))?;
     tokio::spawn(async move {
@@ -121,7 +121,7 @@ pub async fn connect(cluster: &Arc<Cluster>, host: &Arc<Host>, client: Option<So
     let permit = alone(cluster, host)?;
     let sni = policy.tls.as_ref().filter(|tls| tls.sni.is_none()).and(cluster.service.as_ref()).map(|s| &*s.key.hostname);
     let key = ShelfKey { http2: false, client, sni, tls: policy.tls.as_ref(), proxy: policy.proxy_protocol };
-    transport::open(cluster, host, &key, Purpose::Stream(client), permit).await
+    Ok(transport::open(cluster, host, &key, Purpose::Stream(client), permit).await?.0)
 }
 
 fn alone(cluster: &Arc<Cluster>, host: &Arc<Host>) -> Result<super::ConnectionGuard, UpstreamError> {

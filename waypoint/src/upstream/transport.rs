@@ -14,7 +14,7 @@ use super::tls::TlsCache;
 use bytes::Bytes;
 use http::header::{HeaderName, HeaderValue};
 use mesh_hbone::headers::{self, TraceParent};
-use mesh_hbone::{ConnectRequest, Dialer, HboneError, HboneIo, HboneStream, Pool, PoolKey};
+use mesh_hbone::{ConnectRequest, Dialer, HboneError, HboneIo, HboneStream, Pool, PoolKey, Tunnel};
 use mesh_identity::SvidHandle;
 use mesh_identity::tls::ClientStream;
 use mesh_model::l7::destination::TcpKeepalive;
@@ -139,25 +139,26 @@ pub struct Io {
     _guard: ConnectionGuard,
 }
 
-/// A connection for HTTP.
+/// A connection for HTTP, with the tunnel it is in.
 pub(super) async fn dial(
     cluster: &Arc<Cluster>,
     host: &Arc<Host>,
     key: &ShelfKey<'_>,
     purpose: Purpose,
     guard: ConnectionGuard,
-) -> Result<Io, UpstreamError> {
-    Ok(open(cluster, host, key, purpose, guard).await?.into_io())
+) -> Result<(Io, Option<Tunnel>), UpstreamError> {
+    let (stream, tunnel) = open(cluster, host, key, purpose, guard).await?;
+    Ok((stream.into_io(), tunnel))
 }
 
-/// A connection, raw.
+/// A connection, raw, with the tunnel it is in.
 pub(super) async fn open(
     cluster: &Arc<Cluster>,
     host: &Arc<Host>,
     key: &ShelfKey<'_>,
     purpose: Purpose,
     guard: ConnectionGuard,
-) -> Result<Stream, UpstreamError> {
+) -> Result<(Stream, Option<Tunnel>), UpstreamError> {
     match timeout(cluster.policy.pool.connect_timeout, layers(cluster, host, key, purpose, guard)).await {
         Ok(result) => result,
         Err(_) => Err(UpstreamError::new(Failure::ConnectTimeout, "connection timeout")),
@@ -170,7 +171,7 @@ async fn layers(
     key: &ShelfKey<'_>,
     purpose: Purpose,
     guard: ConnectionGuard,
-) -> Result<Stream, UpstreamError> {
+) -> Result<(Stream, Option<Tunnel>), UpstreamError> {
     let reach = &cluster.state.reach;
     let client = match purpose {
         Purpose::Pooled => key.client,
@@ -187,19 +188,25 @@ async fn layers(
     };
     let header = key.proxy.map(|version| proxy_protocol::header(version, client, to));
     if host.target.hbone {
-        let mut stream = tunnel(reach, cluster, host, to, client).await?;
+        let (mut stream, tunnel) = tunnel(reach, cluster, host, to, client).await?;
         if let Some(header) = header {
             write(&mut stream, header).await?;
         }
-        let Some((config, name)) = tls else { return Ok(Stream::Hbone(stream, guard)) };
-        return handshake(config, name, Bare::Hbone(stream.into_io()), guard).await;
+        let stream = match tls {
+            None => Stream::Hbone(stream, guard),
+            Some((config, name)) => handshake(config, name, Bare::Hbone(stream.into_io()), guard).await?,
+        };
+        return Ok((stream, Some(tunnel)));
     }
     let mut stream = tcp(to, cluster.policy.pool.keepalive, cluster.policy.pool.connect_timeout).await?;
     if let Some(header) = header {
         stream.write_all(&header).await.map_err(|e| UpstreamError::new(Failure::Connect, connect_detail(&e)))?;
     }
-    let Some((config, name)) = tls else { return Ok(Stream::Tcp(stream, guard)) };
-    handshake(config, name, Bare::Tcp(stream), guard).await
+    let stream = match tls {
+        None => Stream::Tcp(stream, guard),
+        Some((config, name)) => handshake(config, name, Bare::Tcp(stream), guard).await?,
+    };
+    Ok((stream, None))
 }
 
 /// Where the endpoint is now.
@@ -221,7 +228,7 @@ async fn tunnel(
     host: &Host,
     to: SocketAddr,
     client: Option<SocketAddr>,
-) -> Result<HboneStream, UpstreamError> {
+) -> Result<(HboneStream, Tunnel), UpstreamError> {
     let thread = mesh_runtime::threads::current().unwrap_or_default();
     let pool = reach.pools.get(thread).or(reach.pools.first());
     let pool = pool.ok_or_else(|| UpstreamError::new(Failure::Connect, "not on a data thread"))?;
@@ -234,14 +241,14 @@ async fn tunnel(
     request.forwarded = client.and_then(|client| headers::forwarded(client, cluster.service.as_ref().map(|s| &*s.key.hostname)));
     request.traceparent = TraceParent::random().encode();
     request.extra.push((ISTIO_SOURCE, HeaderValue::from_static("waypoint")));
-    let (stream, _) = pool.open(&key, &request).await.map_err(|e| {
+    let ((stream, _), tunnel) = pool.open_on(&key, &request).await.map_err(|e| {
         let failure = match e.reason {
             Reason::ConnectTimeout | Reason::HandshakeTimeout => Failure::ConnectTimeout,
             _ => Failure::Connect,
         };
         UpstreamError::new(failure, if e.detail.is_empty() { e.reason.as_str().to_owned() } else { e.to_string() })
     })?;
-    Ok(stream)
+    Ok((stream, tunnel))
 }
 
 async fn write(stream: &mut HboneStream, bytes: Vec<u8>) -> Result<(), UpstreamError> {

@@ -141,6 +141,11 @@ impl Plan {
 
     /// The host for one request, among all that are usable.
     pub fn pick(&self, chance: Chance, load: impl Fn(usize) -> u64) -> Option<usize> {
+        self.group(chance)?.pick(self.kind, chance, load)
+    }
+
+    /// The priority and locality one request falls to.
+    fn group(&self, chance: Chance) -> Option<&Group> {
         // By hash also the priority and the locality are the same for the same request.
         let draw = match (self.kind, chance.hash) {
             (Kind::Hash, Some(hash)) => redraw(hash, 1),
@@ -149,23 +154,13 @@ impl Plan {
         let at = below(draw, 100);
         let priority = self.priorities.iter().find(|p| at < p.end).or(self.priorities.last())?;
         let at = below(redraw(draw, 2), priority.ends.last().copied()?);
-        let group = priority.groups.get(priority.ends.partition_point(|end| *end <= at))?;
-        let own = redraw(chance.draw, 3);
-        match (self.kind, chance.hash) {
-            (Kind::Least, _) => group.bag.least(own, load),
-            (Kind::Turn, _) => group.bag.turn(chance.turn),
-            (Kind::Random, _) | (Kind::Hash, None) => group.bag.draw(own),
-            (Kind::Hash, Some(hash)) => match &group.table {
-                Table::Ring(ring) => ring.find(hash),
-                Table::Maglev(maglev) => maglev.find(hash),
-                Table::None => group.bag.draw(own),
-            },
-        }
+        priority.groups.get(priority.ends.partition_point(|end| *end <= at))
     }
 
-    /// As [`Self::pick`], drawn again up to [`MAX_REDRAWS`] times while `avoid` says so; then whatever came. A host that
-    /// warms up is avoided for the share of the draws it does not get yet: `avoid` gets an independent draw for that.
-    /// Consistent hashing is not drawn again: the same request belongs to the same host.
+    /// As [`Self::pick`], drawn again up to [`MAX_REDRAWS`] times while `avoid` says so; then any other of the last draw's
+    /// locality (Envoy would take whatever came, and among few hosts fail a retry that need not fail); then whatever came. A
+    /// host that warms up is avoided for the share of the draws it does not get yet: `avoid` gets an independent draw for
+    /// that. Consistent hashing is not drawn again: the same request belongs to the same host.
     pub fn pick_avoiding(
         &self,
         chance: Chance,
@@ -173,18 +168,25 @@ impl Plan {
         next_turn: impl Fn() -> u64,
         avoid: impl Fn(usize, u64) -> bool,
     ) -> Option<usize> {
-        let mut picked = self.pick(chance, &load)?;
+        let mut group = self.group(chance)?;
+        let mut picked = group.pick(self.kind, chance, &load)?;
         if self.kind == Kind::Hash && chance.hash.is_some() {
             return Some(picked);
         }
         for round in 1..=MAX_REDRAWS {
             if !avoid(picked, redraw(chance.draw, 100 + round)) {
-                break;
+                return Some(picked);
             }
             let turn = if self.kind == Kind::Turn { next_turn() } else { 0 };
-            picked = self.pick(Chance { draw: redraw(chance.draw, 10 + round), turn, ..chance }, &load)?;
+            let again = Chance { draw: redraw(chance.draw, 10 + round), turn, ..chance };
+            group = self.group(again)?;
+            picked = group.pick(self.kind, again, &load)?;
         }
-        Some(picked)
+        let last = redraw(chance.draw, 100);
+        if !avoid(picked, last) {
+            return Some(picked);
+        }
+        group.bag.from(last).find(|host| !avoid(*host, redraw(last, *host as u64))).or(Some(picked))
     }
 
     /// Whether picks go in turn and so need [`Chance::turn`].
@@ -194,6 +196,20 @@ impl Plan {
 }
 
 impl Group {
+    fn pick(&self, kind: Kind, chance: Chance, load: impl Fn(usize) -> u64) -> Option<usize> {
+        let own = redraw(chance.draw, 3);
+        match (kind, chance.hash) {
+            (Kind::Least, _) => self.bag.least(own, load),
+            (Kind::Turn, _) => self.bag.turn(chance.turn),
+            (Kind::Random, _) | (Kind::Hash, None) => self.bag.draw(own),
+            (Kind::Hash, Some(hash)) => match &self.table {
+                Table::Ring(ring) => ring.find(hash),
+                Table::Maglev(maglev) => maglev.find(hash),
+                Table::None => self.bag.draw(own),
+            },
+        }
+    }
+
     fn new<'a>(balance: &Balance, hosts: impl Iterator<Item = (usize, &'a Entry<'a>)> + Clone) -> Self {
         let weighted = || hosts.clone().map(|(at, h)| (at as u32, h.weight.max(1)));
         let placed = || hosts.clone().map(|(at, h)| (at as u32, h.key, h.weight.max(1)));

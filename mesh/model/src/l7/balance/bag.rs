@@ -65,6 +65,13 @@ impl Bag {
         Some(if of_second < of_first { second } else { first })
     }
 
+    /// All hosts, each once, from a drawn one on.
+    pub fn from(&self, draw: u64) -> impl Iterator<Item = usize> {
+        let at = below(draw, self.hosts.len() as u64) as usize;
+        let (before, after) = self.hosts.split_at_checked(at).unwrap_or_default();
+        after.iter().chain(before).map(|host| *host as usize)
+    }
+
     /// The host whose turn it is.
     pub fn turn(&self, turn: u64) -> Option<usize> {
         let order = if self.cycle.is_empty() { &self.hosts } else { &self.cycle };

@@ -1,0 +1,185 @@
+//! Clients that call again and again on connections they keep, and count what they got: what a change in the mesh costs them.
+//!
+//! They behave as good HTTP clients do: a connection that ended while nothing was under way is replaced, and a request of which
+//! nothing was answered on a *used* connection is sent once more (RFC 9110 §9.2.2: it is a GET). That is counted, too.
+//! Owns: the threads. Refuses: to call for ever.
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+
+use crate::http::{self, Answer};
+use crate::topology::Place;
+
+/// No request may take longer.
+const LIMIT: Duration = Duration::from_secs(10);
+
+/// What came of the requests.
+#[derive(Debug, Default)]
+pub struct Tally {
+    /// Answers by status.
+    pub statuses: BTreeMap<u16, usize>,
+    /// Requests that got none, and why.
+    pub errors: Vec<String>,
+    /// Answers by the `name` that the server's echo gives.
+    pub names: BTreeMap<String, usize>,
+    /// Bodies of answers other than 200.
+    pub bodies: Vec<String>,
+    /// Connections made.
+    pub connections: usize,
+    /// Requests sent a second time because a kept connection was closed under them.
+    pub again: usize,
+    /// The longest request.
+    pub slowest: Duration,
+}
+
+impl Tally {
+    /// All requests.
+    pub fn requests(&self) -> usize {
+        self.statuses.values().sum::<usize>() + self.errors.len()
+    }
+
+    /// Everything was answered 200, and there were `at_least` so many.
+    pub fn all_well(&self, at_least: usize) -> anyhow::Result<()> {
+        let good = self.statuses.get(&200).copied().unwrap_or_default();
+        ensure!(good == self.requests(), "{} of {} failed: {self:?}", self.requests() - good, self.requests());
+        ensure!(good >= at_least, "only {good} requests were made: {self:?}");
+        Ok(())
+    }
+
+    fn add(&mut self, other: Self) {
+        for (status, count) in other.statuses {
+            *self.statuses.entry(status).or_default() += count;
+        }
+        for (name, count) in other.names {
+            *self.names.entry(name).or_default() += count;
+        }
+        self.errors.extend(other.errors);
+        self.bodies.extend(other.bodies);
+        self.connections += other.connections;
+        self.again += other.again;
+        self.slowest = self.slowest.max(other.slowest);
+    }
+}
+
+/// Requests under way.
+#[derive(Debug)]
+pub struct Load {
+    threads: Vec<JoinHandle<Tally>>,
+    stop: Arc<AtomicBool>,
+    done: Arc<AtomicUsize>,
+}
+
+impl Load {
+    /// `callers` threads in `place` that GET `path` from `to`, each resting for `pause` after a request.
+    pub fn start(place: &Arc<Place>, to: SocketAddr, path: &str, callers: usize, pause: Duration) -> Self {
+        let (stop, done) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+        let threads = (0..callers).map(|_| {
+            let (place, stop, done) = (Arc::clone(place), Arc::clone(&stop), Arc::clone(&done));
+            let request = format!("GET {path} HTTP/1.1\r\nhost: {}\r\n\r\n", to.ip());
+            thread::spawn(move || {
+                let mut caller = Caller { place, to, request, open: None, tally: Tally::default() };
+                while !stop.load(Ordering::Relaxed) {
+                    caller.call();
+                    done.fetch_add(1, Ordering::Relaxed);
+                    thread::sleep(pause);
+                }
+                caller.tally
+            })
+        });
+        Self { threads: threads.collect(), stop, done }
+    }
+
+    /// Requests so far.
+    pub fn done(&self) -> usize {
+        self.done.load(Ordering::Relaxed)
+    }
+
+    /// Waits until `count` requests were made since the start.
+    pub fn wait(&self, count: usize) -> anyhow::Result<()> {
+        crate::wait::until(&format!("{count} requests, {} now", self.done()), Duration::from_mins(1), || {
+            (self.done() >= count).then_some(())
+        })
+    }
+
+    /// Ends once `at_least` so many requests were made.
+    pub fn finish(mut self, at_least: usize) -> anyhow::Result<Tally> {
+        self.wait(at_least)?;
+        self.end()
+    }
+
+    fn end(&mut self) -> anyhow::Result<Tally> {
+        self.stop.store(true, Ordering::Relaxed);
+        let mut all = Tally::default();
+        for thread in self.threads.drain(..) {
+            all.add(thread.join().map_err(|_panic| anyhow::anyhow!("a caller panicked"))?);
+        }
+        Ok(all)
+    }
+}
+impl Drop for Load {
+    fn drop(&mut self) {
+        let _of_a_test_that_failed = self.end();
+    }
+}
+
+struct Caller {
+    place: Arc<Place>,
+    to: SocketAddr,
+    request: String,
+    open: Option<BufReader<TcpStream>>,
+    tally: Tally,
+}
+
+impl Caller {
+    fn call(&mut self) {
+        let begun = Instant::now();
+        match self.answered() {
+            Ok(answer) => {
+                *self.tally.statuses.entry(answer.status).or_default() += 1;
+                if answer.status == 200 {
+                    let echo: serde_json::Value = serde_json::from_str(&answer.body).unwrap_or_default();
+                    *self.tally.names.entry(echo["name"].as_str().unwrap_or_default().to_owned()).or_default() += 1;
+                } else {
+                    self.tally.bodies.push(answer.body);
+                }
+            }
+            Err(error) => {
+                self.open = None;
+                self.tally.errors.push(format!("{error:#}"));
+            }
+        }
+        self.tally.slowest = self.tally.slowest.max(begun.elapsed());
+    }
+
+    fn answered(&mut self) -> anyhow::Result<Answer> {
+        let Some(mut kept) = self.open.take() else { return self.fresh() };
+        let sent = kept.get_mut().write_all(self.request.as_bytes());
+        // Nothing at all came back: it was closed while this was on its way.
+        if sent.is_err() || !kept.fill_buf().is_ok_and(|bytes| !bytes.is_empty()) {
+            self.tally.again += 1;
+            return self.fresh();
+        }
+        self.read(kept)
+    }
+
+    fn fresh(&mut self) -> anyhow::Result<Answer> {
+        let mut stream = self.place.netns.connect(self.to, LIMIT).context("connect")?;
+        stream.set_read_timeout(Some(LIMIT))?;
+        stream.set_nodelay(true)?;
+        self.tally.connections += 1;
+        stream.write_all(self.request.as_bytes()).context("send")?;
+        self.read(BufReader::new(stream))
+    }
+
+    fn read(&mut self, mut reader: BufReader<TcpStream>) -> anyhow::Result<Answer> {
+        let answer = http::read_answer(&mut reader, false)?;
+        self.open = (!answer.closes()).then_some(reader);
+        Ok(answer)
+    }
+}

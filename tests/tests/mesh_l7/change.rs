@@ -1,0 +1,167 @@
+//! What changes under traffic: endpoints go, routes are replaced, proxies are restarted. A request fails only where Istio's
+//! rules say so.
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use mesh_tests::agent::is_clean;
+use mesh_tests::load::Load;
+use mesh_tests::raw::Raw;
+use mesh_tests::wait;
+use mesh_tests::web::Web;
+use nix::sys::signal::Signal;
+
+use crate::mesh::{Mesh, PORT, SPAN, WEB};
+
+/// Requests of every test here, at the least.
+const REQUESTS: usize = 2000;
+
+fn load(mesh: &Mesh, vip: &str) -> anyhow::Result<Load> {
+    let load = Load::start(mesh.pod("client"), SocketAddr::new(vip.parse()?, 80), "/during", 4, Duration::ZERO);
+    load.wait(200)?;
+    Ok(load)
+}
+
+/// The Pod object says whether it is ready, and agents and waypoint have heard of it.
+fn ready(mesh: &Mesh, pod: &str, ready: bool) -> anyhow::Result<()> {
+    let yaml = mesh.topology.pod_yaml(pod, &[]);
+    let state = if ready { "status: \"True\"" } else { "status: \"False\"" };
+    let before = mesh.versions()?;
+    mesh.dir.put(&format!("pod-{pod}.yaml"), &yaml.replace("status: \"True\"", state))?;
+    mesh.wait_newer(&before)
+}
+
+pub(crate) fn an_endpoint_is_removed_and_comes_back(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let load = load(mesh, WEB)?;
+    for _ in 0..3 {
+        ready(mesh, "web2", false)?;
+        // As Kubernetes does it: the endpoint goes from the Service, what is under way ends, then the process does.
+        let so_far = load.done();
+        load.wait(so_far + 150)?;
+        let before = mesh.web["web2"].requests();
+        load.wait(so_far + 300)?;
+        ensure!(mesh.web["web2"].requests() == before, "a removed endpoint still gets requests");
+        mesh.web.remove("web2");
+        load.wait(so_far + 400)?;
+        let web2 = Web::start(mesh.pod("web2"), PORT)?;
+        mesh.web.insert("web2", web2);
+        ready(mesh, "web2", true)?;
+        let so_far = load.done();
+        load.wait(so_far + 200)?;
+        ensure!(mesh.web["web2"].requests() > 0, "an endpoint that came back gets requests");
+    }
+    load.finish(REQUESTS)?.all_well(REQUESTS)
+}
+
+/// The server of an endpoint is gone while the mesh still names it: its connections break, new ones are refused and tried
+/// elsewhere (`connect-failure` of Istio's default).
+pub(crate) fn an_endpoint_dies_unannounced(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let load = load(mesh, WEB)?;
+    mesh.web["web2"].die();
+    mesh.web.remove("web2");
+    let so_far = load.done();
+    load.wait(so_far + 300)?;
+    let web2 = Web::start(mesh.pod("web2"), PORT)?;
+    mesh.web.insert("web2", web2);
+    let tally = load.finish(REQUESTS)?;
+    // What was on the dying server's connections was lost with them: one request a caller at most, answered as Envoy does.
+    let lost = tally.requests() - tally.statuses.get(&200).copied().unwrap_or_default();
+    ensure!(tally.errors.is_empty() && lost <= 4, "{tally:?}");
+    ensure!(tally.bodies.iter().all(|body| body.contains("connection termination")), "{tally:?}");
+    Ok(())
+}
+
+pub(crate) fn a_route_is_replaced_and_removed(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let load = load(mesh, WEB)?;
+    let mut last = 0;
+    for round in 0..20 {
+        let subset = if round % 2 == 0 { "v1" } else { "v2" };
+        let _route = mesh.objects(
+            "during",
+            &format!(
+                "apiVersion: networking.istio.io/v1\nkind: VirtualService\nmetadata: {{ name: during, namespace: t }}\nspec:\n  hosts: [ web ]\n  http:\n  - route: [ {{ destination: {{ host: web, subset: {subset} }} }} ]\n"
+            ),
+        )?;
+        let got = mesh.call(&[&format!("http://{WEB}/")])?;
+        ensure!(
+            got.echo()?["name"] == if subset == "v1" { "web1" } else { "web2" },
+            "the route in force is the new one: {got:?}"
+        );
+        last = round;
+    }
+    ensure!(last == 19);
+    load.finish(REQUESTS)?.all_well(REQUESTS)
+}
+
+/// SIGTERM: GOAWAY to the agents, what is under way is finished; the pod that takes over is used from then on.
+pub(crate) fn a_waypoint_is_restarted(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let load = load(mesh, SPAN)?;
+    for (old, new) in [("wp", "wp2"), ("wp2", "wp")] {
+        // As a rolling update does it: the new pod is ready before the old one is told to go.
+        if !mesh.proxies.contains_key(new) {
+            let proxy = mesh.start(new)?;
+            mesh.proxies.insert(new, proxy);
+        }
+        mesh.proxy(new).wait_ready(Duration::from_secs(20))?;
+        ready(mesh, new, true)?;
+        let mut under_way =
+            Raw::say(mesh.pod("client"), SocketAddr::new(SPAN.parse()?, 80), b"GET /slow/1500 HTTP/1.1\r\nhost: span\r\n\r\n")?;
+        let so_far = load.done();
+        load.wait(so_far + 50)?;
+        ready(mesh, old, false)?;
+        mesh.proxy(old).signal(Signal::SIGTERM)?;
+        let answer = under_way.answer().context("what was under way")?;
+        ensure!(answer.status == 200, "{answer:?}");
+        let status = mesh.proxy(old).wait_end(Duration::from_secs(8))?;
+        ensure!(is_clean(status), "{old} ended with {status}:\n{}", mesh.proxy(old).log_tail(20));
+        ensure!(!mesh.proxy(old).whole_log().contains("closed at the deadline"), "{}", mesh.proxy(old).log_tail(20));
+        mesh.proxies.remove(old);
+        let so_far = load.done();
+        load.wait(so_far + 200)?;
+    }
+    load.finish(REQUESTS)?.all_well(REQUESTS)
+}
+
+/// The agent of the endpoints' node is restarted. There is no takeover between agents yet: while it is away its pods are not
+/// reached through it, and the waypoint tries those of the other node. Nothing is lost.
+pub(crate) fn the_agent_of_the_endpoints_is_restarted(mesh: &mut Mesh) -> anyhow::Result<()> {
+    // The waypoint itself is not a pod of an agent, so that it stays.
+    let load = load(mesh, SPAN)?;
+    let so_far = load.done();
+    let status = mesh.proxy("node-b").terminate(Duration::from_secs(15))?;
+    ensure!(is_clean(status), "{status}");
+    load.wait(so_far + 400)?;
+    let again = mesh.start("node-b")?;
+    again.wait_ready(Duration::from_secs(20))?;
+    mesh.proxies.insert("node-b", again);
+    let (so_far, before) = (load.done(), mesh.web["web1"].requests());
+    load.wait(so_far + 400)?;
+    ensure!(mesh.web["web1"].requests() > before, "its endpoints are used again");
+    load.finish(REQUESTS)?.all_well(REQUESTS)
+}
+
+/// The client's own agent is restarted. What is under way ends well; while it is away its pods reach nothing through the mesh
+/// (a live takeover is not there yet); the new one serves them at once.
+pub(crate) fn the_agent_of_the_client_is_restarted(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let client = Arc::clone(mesh.pod("client"));
+    let vip = SocketAddr::new(WEB.parse()?, 80);
+    let mut under_way: Vec<Raw> = (0..20)
+        .map(|_| Raw::say(&client, vip, b"GET /slow/800 HTTP/1.1\r\nhost: web\r\n\r\n"))
+        .collect::<std::io::Result<_>>()?;
+    let arrived = || ["web1", "web2"].iter().map(|name| mesh.web[name].seen("/slow/800").len()).sum::<usize>() >= 20;
+    wait::until_true("twenty requests under way", arrived)?;
+    mesh.proxy("node-a").signal(Signal::SIGTERM)?;
+    for raw in &mut under_way {
+        let answer = raw.answer().context("what was under way")?;
+        ensure!(answer.status == 200, "{answer:?}");
+    }
+    drop(under_way);
+    let status = mesh.proxy("node-a").wait_end(Duration::from_secs(15))?;
+    ensure!(is_clean(status), "{status}");
+    let again = mesh.start("node-a")?;
+    again.wait_ready(Duration::from_secs(20))?;
+    mesh.proxies.insert("node-a", again);
+    let load = Load::start(&client, vip, "/after", 4, Duration::ZERO);
+    load.finish(REQUESTS)?.all_well(REQUESTS)
+}
