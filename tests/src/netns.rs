@@ -24,6 +24,8 @@ const NETNS_DIR: &str = "/run/netns";
 
 /// Where the agents of runs keep their pins, by the name of the namespace the agent is in.
 const PINS_DIR: &str = "/sys/fs/bpf/culvert-tests";
+/// Where they wait for their successors, by the same name.
+const RUN_DIR: &str = "/run/culvert-tests";
 
 /// The prefix of everything this process makes: `cv<pid>-`.
 pub fn own_prefix() -> String {
@@ -122,8 +124,13 @@ impl Netns {
     /// Starts a program inside the namespace. (Not through `ip netns exec`, which would also give it another `/sys` and so
     /// hide pinned eBPF objects.) An agent's pins are kept where they go with the namespace.
     pub fn spawn(&self, command: &mut Command) -> io::Result<Child> {
-        command.env("CULVERT_BPF_DIR", self.pins());
+        command.env("CULVERT_BPF_DIR", self.pins()).env("CULVERT_RUN_DIR", self.run_dir());
         self.enter(|| command.spawn())
+    }
+
+    /// Where an agent started in this namespace waits for its successor.
+    fn run_dir(&self) -> PathBuf {
+        Path::new(RUN_DIR).join(&self.name)
     }
 
     /// Where an agent started in this namespace keeps its pins.
@@ -149,6 +156,7 @@ impl Drop for Netns {
         }
         let _gone_already = ip(&["netns", "del", &self.name]);
         let _gone_already = remove_pins(&self.pins());
+        let _gone_already = fs::remove_dir_all(self.run_dir());
     }
 }
 
@@ -232,7 +240,8 @@ fn present(dir: &str) -> Vec<String> {
 /// Removes every namespace whose name starts with `prefix`, and the processes inside.
 pub fn sweep_prefix(prefix: &str) {
     for name in present(PINS_DIR).into_iter().filter(|name| name.starts_with(prefix)) {
-        let _gone_already = remove_pins(&Path::new(PINS_DIR).join(name));
+        let _gone_already = remove_pins(&Path::new(PINS_DIR).join(&name));
+        let _gone_already = fs::remove_dir_all(Path::new(RUN_DIR).join(name));
     }
     let names: Vec<String> = present(NETNS_DIR).into_iter().filter(|name| name.starts_with(prefix)).collect();
     let keys: BTreeSet<(u64, u64)> = names

@@ -2,6 +2,7 @@
 //!
 //! Owns what is known of a connection that was accepted; the data threads place it, once and for all. Refuses nothing itself. Upstream: the listeners `pods` bound. Downstream: the three directions.
 use crate::pod::Pod;
+use mesh_runtime::drain::DrainWatch;
 use mesh_runtime::sockets::{BoundListener, RawAccepted};
 use std::io;
 use std::net::SocketAddr;
@@ -19,8 +20,8 @@ pub struct Accepted {
     pub original_dst: SocketAddr,
 }
 
-/// Accepts until the pod drains. `serve` runs on the chosen data thread.
-pub async fn run<F, Fut>(pod: Arc<Pod>, listener: BoundListener, serve: F) -> io::Result<()>
+/// Accepts until `stop` drains. `serve` runs on the chosen data thread.
+pub async fn run<F, Fut>(pod: Arc<Pod>, listener: BoundListener, stop: DrainWatch, serve: F) -> io::Result<()>
 where
     F: Fn(Arc<Pod>, Accepted) -> Fut + Copy + Send + 'static,
     Fut: Future<Output = ()> + Send + 'static,
@@ -34,7 +35,7 @@ where
             drop(live);
         }
     };
-    pod.shared.threads.accept(listener, pod.drain.draining(), task).await
+    pod.shared.threads.accept(listener, stop.draining(), task).await
 }
 
 /// Registers the connection with this thread. A connection that already died is nobody's business.

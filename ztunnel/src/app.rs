@@ -3,6 +3,7 @@
 //! Owns the wiring, nothing else. The control thread is the caller's: sources, certificates, admin and the pod supervisor
 //! run on it; connections run on the data threads.
 use crate::dump;
+use crate::handover::{self, Ask, Predecessor};
 use crate::metrics::Metrics;
 use crate::pod::Shared;
 use crate::pods::{PodSupervisor, PodTable};
@@ -20,7 +21,7 @@ use mesh_model::workload::Locality;
 use mesh_model::{Network, TrustDomain};
 use mesh_runtime::admin::{HttpServer, json};
 use mesh_runtime::allocator;
-use mesh_runtime::drain::{self, DrainMode, Finished};
+use mesh_runtime::drain::{self, Drain, DrainMode, Finished};
 use mesh_runtime::gate::Gate;
 use mesh_runtime::logging::Logging;
 use mesh_runtime::memory::Budget;
@@ -32,9 +33,13 @@ use mesh_runtime::signals;
 use mesh_runtime::sockets::raise_nofile;
 use mesh_runtime::threads::{DataThreads, cores, worker_count};
 use mesh_sources::{Diagnostics, Mesh, Origin};
+use std::convert::Infallible;
+use std::io;
+use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, mpsc, oneshot};
 
 /// How long data threads may take to drop what is left after the drain.
 const STOP_LIMIT: Duration = Duration::from_secs(2);
@@ -60,6 +65,11 @@ pub async fn serve(settings: Settings, logging: &Logging) -> Result<()> {
     }
     let open_files = raise_nofile().context("raising the limit of open files")?;
     let pins = preflight(&settings)?;
+    let handover = handover::path(&settings.run_dir, &settings.node);
+    let (predecessor, inherited) = match pins {
+        Some(_) => Predecessor::find(&handover)?.map_or_else(Default::default, |(agent, pods)| (Some(agent), pods)),
+        None => (None, handover::Inherited::new()),
+    };
     let stop = signals::shutdown().context("installing signal handlers")?;
     let readiness = Readiness::new();
     let registry = Registry::new();
@@ -82,13 +92,20 @@ pub async fn serve(settings: Settings, logging: &Logging) -> Result<()> {
     let quit = Arc::new(Notify::new());
     let pods = PodTable::default();
     let (drain, drained) = drain::channel();
+    let (faces, _) = drain::channel();
     let servers = [
         (settings.readiness_addr, readiness.route(HttpServer::new("readiness"))),
         (settings.stats_addr, registry.route(HttpServer::new("stats"))),
         (settings.admin_addr, admin(&shared, &pods, &diagnostics, logging, &quit)),
     ];
+    let mut later = Vec::new();
     for (addr, server) in servers {
-        process::listen(&server, addr, &drain).with_context(|| format!("cannot listen on {addr}"))?;
+        match process::listen(&server, addr, &faces) {
+            Ok(()) => {}
+            // In one network namespace with this one, the agent before us gives its addresses up when it is released.
+            Err(e) if e.kind() == io::ErrorKind::AddrInUse && predecessor.is_some() => later.push((addr, server)),
+            Err(e) => return Err(e).with_context(|| format!("cannot listen on {addr}")),
+        }
     }
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
@@ -102,25 +119,39 @@ pub async fn serve(settings: Settings, logging: &Logging) -> Result<()> {
     );
 
     // Nothing is captured before the first snapshot is in (node-agent §1.1).
-    let supervisor = PodSupervisor::new(Arc::clone(&shared), readiness.clone(), pods, pins);
+    let kept = pins.is_some();
+    let (asks, successor) = mpsc::channel(1);
+    let supervisor = PodSupervisor::new(Arc::clone(&shared), readiness.clone(), pods, pins, inherited);
     let control = tokio::spawn({
         let mesh = mesh.clone();
         async move {
             let never = drained.clone();
             tokio::select! {
-                () = mesh.synced() => supervisor.run(drained, first_snapshot).await,
+                () = mesh.synced() => supervisor.run(drained, first_snapshot, successor).await,
                 _ = never.draining() => {}
             }
         }
     });
     let upkeep = tokio::spawn(upkeep(registry, Arc::clone(&shared), diagnostics));
 
+    let succession = async {
+        readiness.ready().await;
+        if let Some(predecessor) = predecessor {
+            succeed(predecessor, later, &faces).await?;
+        }
+        if kept {
+            be_succeeded(&handover, asks, &faces).await;
+        }
+        Ok(std::future::pending::<Infallible>().await)
+    };
     tokio::select! {
         signal = stop => tracing::info!(?signal, "shutting down"),
         () = quit.notified() => tracing::info!("shutting down: /quitquitquit"),
+        Err(error) = succession => return Err(error),
     }
     let leaving = readiness.pending("shutting down");
     drain.start(DrainMode::Graceful { deadline: settings.termination_deadline });
+    faces.start(DrainMode::Graceful { deadline: settings.termination_deadline });
     if let Err(error) = control.await
         && !error.is_cancelled()
     {
@@ -136,6 +167,38 @@ pub async fn serve(settings: Settings, logging: &Logging) -> Result<()> {
     drop(leaving);
     tracing::info!("agent stopped");
     Ok(())
+}
+
+/// Takes over from the agent before this one, now that every pod is served here too.
+async fn succeed(predecessor: Predecessor, faces: Vec<(SocketAddr, HttpServer)>, drain: &Drain) -> Result<()> {
+    if let Err(error) = predecessor.release() {
+        tracing::warn!(%error, "the agent before this one ended early");
+    }
+    for (addr, server) in faces {
+        let mut tries = 0;
+        while let Err(error) = process::listen(&server, addr, drain) {
+            tries += 1;
+            if tries == 100 {
+                return Err(error).with_context(|| format!("cannot listen on {addr}"));
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+    tracing::info!("took over from the agent before this one");
+    Ok(())
+}
+
+/// Waits for the agent after this one, and leaves it the addresses for operators.
+async fn be_succeeded(path: &Path, asks: mpsc::Sender<Ask>, faces: &Drain) {
+    let (released, taken) = oneshot::channel();
+    if let Err(error) = handover::serve(path, asks, released) {
+        let error = format!("{error:#}");
+        tracing::warn!(error, path = %path.display(), "no later agent can take over: between the two, new connections will be dropped");
+        return;
+    }
+    if taken.await.is_ok() {
+        faces.start(DrainMode::Immediate);
+    }
 }
 
 /// What all pods share, made from its parts. Starts the data threads and the certificate cache.

@@ -11,6 +11,7 @@ mod deliver;
 mod dial;
 mod dialer;
 mod dump;
+pub mod handover;
 mod inbound;
 pub mod metrics;
 pub mod outbound;
@@ -21,5 +22,6 @@ mod proxy_protocol;
 mod record;
 mod report;
 pub mod settings;
+mod sockets;
 
 pub use settings::Settings;

@@ -5,9 +5,10 @@
 //! holds readiness back. Upstream: `Mesh` versions. Downstream: `pod`, `accept`, `ebpf-loader`.
 use crate::accept;
 use crate::conns::Conns;
-use crate::dialer::stream_options;
-use crate::pod::{Pod, Shared, ports};
+use crate::handover::{Ask, Inherited};
+use crate::pod::{Pod, Shared};
 use crate::settings::RedirectMode;
+use crate::sockets::Sockets;
 use crate::{inbound, outbound, passthrough};
 use ebpf_loader::{Config, Listeners, PinRoot, PodSpec, Redirect};
 use mesh_identity::TrustBundles;
@@ -15,14 +16,14 @@ use mesh_model::workload::{NetworkMode, Protocol, Workload, WorkloadUid};
 use mesh_model::{Reason, Refusal, SpiffeId};
 use mesh_runtime::drain::{self, Drain, DrainMode, DrainWatch};
 use mesh_runtime::readiness::{Readiness, ReadyTask};
-use mesh_runtime::sockets::{BoundListener, ListenerOptions, NetnsFd, NetnsId};
+use mesh_runtime::sockets::{NetnsFd, NetnsId};
 use parking_lot::Mutex;
 use std::collections::{BTreeMap, HashMap};
 use std::io;
-use std::net::{Ipv6Addr, SocketAddr};
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 /// How long after a failure a pod is tried again.
@@ -30,6 +31,9 @@ const RETRY: Duration = Duration::from_secs(5);
 
 /// How long connections that were cut may take to end before the redirection is removed under them.
 const TAKE_DOWN: Duration = Duration::from_secs(1);
+
+/// Connections of an agent that was replaced live until it is told to end, which sets the deadline.
+const UNTIL_TOLD: Duration = Duration::from_hours(24 * 365);
 
 /// What the supervisor knows of each pod, for admin.
 #[derive(Clone, Debug, Default)]
@@ -66,9 +70,20 @@ struct Running {
     pod: Arc<Pod>,
     place: Option<NetnsId>,
     redirect: Option<Redirect>,
+    /// Copies of the listeners, for the next agent; closed with them.
+    sockets: Option<Sockets>,
     loops: [JoinHandle<()>; 3],
+    accepting: Drain,
     drain: Drain,
     ready: Arc<ReadyTask>,
+}
+
+impl Running {
+    /// Closes the listeners, unless another agent has them too.
+    fn stop_accepting(&mut self) {
+        self.sockets = None;
+        self.accepting.start(DrainMode::Immediate);
+    }
 }
 
 /// Runs the pods of this node.
@@ -81,21 +96,35 @@ pub struct PodSupervisor {
     pins: Option<PinRoot>,
     /// Whether redirections that an earlier agent left for pods that are gone may still be there.
     unswept: bool,
+    inherited: Inherited,
+    handed_over: bool,
 }
 
 impl PodSupervisor {
-    /// A supervisor with no pods. What it captures is kept in `pins`.
-    pub fn new(shared: Arc<Shared>, readiness: Readiness, table: PodTable, pins: Option<PinRoot>) -> Self {
-        let unswept = pins.is_some();
-        Self { shared, readiness, running: HashMap::new(), pending: HashMap::new(), table, pins, unswept }
+    /// A supervisor with no pods. What it captures is kept in `pins`; `inherited` are listeners of the agent before this one.
+    pub fn new(shared: Arc<Shared>, readiness: Readiness, table: PodTable, pins: Option<PinRoot>, inherited: Inherited) -> Self {
+        Self {
+            shared,
+            readiness,
+            running: HashMap::new(),
+            pending: HashMap::new(),
+            table,
+            unswept: pins.is_some(),
+            pins,
+            inherited,
+            handed_over: false,
+        }
     }
 
     /// Follows the mesh until `drain` starts, then drains every pod. `synced` is marked after the first reconciliation.
-    pub async fn run(mut self, drain: DrainWatch, synced: ReadyTask) {
+    /// `successor` asks for the listeners.
+    pub async fn run(mut self, drain: DrainWatch, synced: ReadyTask, mut successor: mpsc::Receiver<Ask>) {
         let mut versions = self.shared.mesh.watch();
         let mut bundles = self.shared.svids.tls().bundles();
         let draining = drain.draining();
         tokio::pin!(draining);
+        // Set when another agent accepts: handshakes under way end before the tunnels are told to go.
+        let mut settled = None;
         let ended = loop {
             versions.mark_unchanged();
             // First what must end, then what takes time to begin.
@@ -108,6 +137,19 @@ impl PodSupervisor {
                 // Also without a new version: pods that failed are tried again, and a namespace that was replaced under its
                 // path is noticed.
                 () = tokio::time::sleep(RETRY) => {}
+                Some(ask) = successor.recv() => match ask {
+                    Ask::Listeners(reply) => drop(reply.send(self.listeners())),
+                    Ask::Release => {
+                        self.hand_over();
+                        settled = Some(tokio::time::Instant::now() + self.shared.settings.handshake_timeout);
+                    }
+                },
+                () = tokio::time::sleep_until(settled.unwrap_or(tokio::time::Instant::now())), if settled.is_some() => {
+                    settled = None;
+                    for running in self.running.values() {
+                        running.drain.start(DrainMode::Graceful { deadline: UNTIL_TOLD });
+                    }
+                }
                 Ok(()) = bundles.changed() => self.rejudge_tunnels(&bundles.borrow_and_update().clone()),
             }
         };
@@ -120,6 +162,23 @@ impl PodSupervisor {
         self.drain_all(mode).await;
     }
 
+    /// Copies of all listeners.
+    fn listeners(&self) -> Vec<(WorkloadUid, Sockets)> {
+        let copy =
+            |(uid, running): (&WorkloadUid, &Running)| Some((Arc::clone(uid), running.sockets.as_ref()?.try_clone().ok()?));
+        self.running.iter().filter_map(copy).collect()
+    }
+
+    /// Leaves the pods to the next agent; what this one carries, it carries on and goes on judging.
+    fn hand_over(&mut self) {
+        self.handed_over = true;
+        for running in self.running.values_mut() {
+            running.stop_accepting();
+        }
+        let open: usize = self.running.values().map(|r| r.pod.conns.len()).sum();
+        tracing::info!(pods = self.running.len(), open, "another agent took over; open connections stay until they end");
+    }
+
     /// Makes the running pods those the snapshot says.
     async fn reconcile(&mut self) {
         let snap = self.shared.mesh.load_full();
@@ -128,8 +187,14 @@ impl PodSupervisor {
             snap.local_workloads().filter(|w| is_served(w)).map(|w| (Arc::clone(&w.uid), Arc::clone(w))).collect();
         let gone: Vec<_> = self.running.keys().filter(|uid| !desired.contains_key(*uid)).cloned().collect();
         for uid in gone {
-            self.stop(&uid, "the pod left the mesh", After::Direct);
+            // Of a pod of the next agent only the connections are ours.
+            let after = if self.handed_over { After::Kept } else { After::Direct };
+            self.stop(&uid, "the pod left the mesh", after);
         }
+        if self.handed_over {
+            return;
+        }
+        self.inherited.retain(|uid, _| desired.contains_key(uid));
         // A pending pod that is no longer wanted does not hold readiness back.
         let given_up: Vec<_> = self.pending.keys().filter(|uid| !desired.contains_key(*uid)).cloned().collect();
         for uid in given_up {
@@ -235,12 +300,16 @@ impl PodSupervisor {
     }
 
     /// Listeners, redirection, accept loops: all or nothing.
-    async fn start(&self, workload: &Arc<Workload>, netns: Option<Arc<NetnsFd>>) -> Result<Running, String> {
+    async fn start(&mut self, workload: &Arc<Workload>, netns: Option<Arc<NetnsFd>>) -> Result<Running, String> {
         let identity = workload.identity().map_err(|e| format!("identity: {e}"))?;
         let (drain, watch) = drain::channel();
+        let (accepting, accept) = drain::channel();
         let pod = Pod::new(&self.shared, workload, identity, netns.clone(), watch);
         self.shared.svids.prefetch(&pod.identity);
-        let sockets = Sockets::bind(workload, netns.as_deref()).map_err(|e| format!("listeners: {e}"))?;
+        let sockets = match self.inherited.remove(&workload.uid) {
+            Some(inherited) => inherited,
+            None => Sockets::bind(workload, netns.as_deref()).map_err(|e| format!("listeners: {e}"))?,
+        };
         let redirect = match (self.shared.settings.redirect, &netns) {
             (RedirectMode::Ebpf, Some(netns)) => Some(attach(Arc::clone(netns), &sockets, self.pins.clone()).await?),
             _ => None,
@@ -250,18 +319,23 @@ impl PodSupervisor {
         let home = workload.uid.bytes().fold(0usize, |h, b| h.wrapping_mul(31).wrapping_add(usize::from(b))) % workers.len();
         let worker = workers.get(home).ok_or("no data thread")?;
         let name = label(workload);
+        let copies = sockets.try_clone().map_err(|e| format!("listeners: {e}"))?;
         let Sockets { outbound, plain, hbone } = sockets;
         let loops = [
-            worker.spawn(report_end("outbound", name.clone(), accept::run(Arc::clone(&pod), outbound, outbound::serve_conn))),
+            worker.spawn(report_end(
+                "outbound",
+                name.clone(),
+                accept::run(Arc::clone(&pod), outbound, accept.clone(), outbound::serve_conn),
+            )),
             worker.spawn(report_end(
                 "inbound plaintext",
                 name.clone(),
-                accept::run(Arc::clone(&pod), plain, passthrough::serve_conn),
+                accept::run(Arc::clone(&pod), plain, accept.clone(), passthrough::serve_conn),
             )),
-            worker.spawn(report_end("inbound", name.clone(), accept::run(Arc::clone(&pod), hbone, inbound::serve_conn))),
+            worker.spawn(report_end("inbound", name.clone(), accept::run(Arc::clone(&pod), hbone, accept, inbound::serve_conn))),
         ];
         let ready = Arc::new(self.readiness.pending(&format!("certificate of {name}")));
-        Ok(Running { pod, place: netns.map(|n| n.id()), redirect, loops, drain, ready })
+        Ok(Running { pod, place: netns.map(|n| n.id()), redirect, sockets: Some(copies), loops, accepting, drain, ready })
     }
 
     /// The pod is ready once it can prove who it is.
@@ -285,7 +359,8 @@ impl PodSupervisor {
 
     /// Ends one pod at once: it is no longer ours, its network may be gone.
     fn stop(&mut self, uid: &str, why: &'static str, after: After) -> Option<JoinHandle<()>> {
-        let running = self.running.remove(uid)?;
+        let mut running = self.running.remove(uid)?;
+        running.stop_accepting();
         self.table.remove(uid);
         running.ready.ready();
         let why = Refusal::new(Reason::Revoked, why);
@@ -336,7 +411,8 @@ impl PodSupervisor {
             DrainMode::Graceful { deadline } => deadline,
             DrainMode::Immediate => Duration::ZERO,
         };
-        for running in self.running.values() {
+        for running in self.running.values_mut() {
+            running.stop_accepting();
             running.drain.start(mode);
         }
         let all: Vec<Arc<Conns>> = self.running.values().map(|r| Arc::clone(&r.pod.conns)).collect();
@@ -371,43 +447,6 @@ fn label(w: &Workload) -> String {
 async fn report_end(what: &'static str, pod: String, run: impl Future<Output = io::Result<()>>) {
     if let Err(error) = run.await {
         tracing::error!(%error, pod, what, "listener failed");
-    }
-}
-
-/// The three listeners of a pod, bound and not yet accepting.
-struct Sockets {
-    outbound: BoundListener,
-    plain: BoundListener,
-    hbone: BoundListener,
-}
-
-impl Sockets {
-    fn bind(workload: &Workload, netns: Option<&NetnsFd>) -> io::Result<Self> {
-        // In its own namespace the pod has all addresses to itself; on a shared loopback each pod binds its own.
-        let ip = match netns {
-            Some(_) => Ipv6Addr::UNSPECIFIED.into(),
-            None => workload.ips.first().copied().ok_or_else(|| io::Error::other("the pod has no address"))?,
-        };
-        let bind = || {
-            let listener = |port, transparent| {
-                let mut options = ListenerOptions::new(SocketAddr::new(ip, port));
-                options.stream = stream_options();
-                if netns.is_some() {
-                    options.mark = Some(crate::dialer::MARK);
-                    options.transparent = transparent;
-                }
-                options.bind()
-            };
-            Ok(Self {
-                outbound: listener(ports::OUTBOUND, true)?,
-                plain: listener(ports::INBOUND_PLAIN, true)?,
-                hbone: listener(ports::HBONE, false)?,
-            })
-        };
-        match netns {
-            Some(netns) => netns.run_in(bind),
-            None => bind(),
-        }
     }
 }
 

@@ -98,6 +98,9 @@ pub struct Settings {
     /// the mesh, in plaintext and unjudged.
     #[arg(long, env = "CULVERT_ON_AGENT_DEATH", default_value = "closed")]
     pub on_agent_death: OnAgentDeath,
+    /// Directory of the socket through which the next agent of this node takes the pods over.
+    #[arg(long, env = "CULVERT_RUN_DIR", default_value = "/run/culvert", value_name = "DIR")]
+    pub run_dir: PathBuf,
     /// Where redirections are kept.
     #[command(flatten)]
     pub pins: Pins,

@@ -25,8 +25,10 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout};
 use ztunnel::accept::Accepted;
+use ztunnel::handover::Inherited;
 use ztunnel::metrics::Metrics;
 use ztunnel::pod::{Pod, Shared};
 use ztunnel::pods::{PodState, PodSupervisor, PodTable};
@@ -108,8 +110,9 @@ impl Lab {
         let pods = PodTable::default();
         let readiness = Readiness::new();
         let (drain, watch) = drain::channel();
-        let supervisor = PodSupervisor::new(Arc::clone(&shared), readiness.clone(), pods.clone(), None);
-        tokio::spawn(supervisor.run(watch, readiness.pending("mesh")));
+        let supervisor = PodSupervisor::new(Arc::clone(&shared), readiness.clone(), pods.clone(), None, Inherited::new());
+        let (_asks, successor) = mpsc::channel(1);
+        tokio::spawn(supervisor.run(watch, readiness.pending("mesh"), successor));
         timeout(LIMIT, readiness.ready()).await.context("readiness")?;
         Ok(Self { net, mesh, sink, shared, pods, drain, said, logging, ca, registry, _dir: dir })
     }

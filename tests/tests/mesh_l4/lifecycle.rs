@@ -2,6 +2,7 @@
 use std::io::{self, ErrorKind, Read};
 use std::net::TcpStream;
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
@@ -155,6 +156,58 @@ pub(crate) fn a_killed_agent_may_leave_its_pods_open(mesh: &mut Mesh) -> anyhow:
     restart_b(mesh)?;
     refused(mesh.outside(), mesh.pod("web1").at(PORT)).context("STRICT holds again")?;
     seen
+}
+
+/// The next agent starts beside the one that serves: no connection is refused or cut, in or out, and what the old one carries
+/// lives until that is told to end.
+pub(crate) fn an_upgrade_loses_nothing(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let (web1, near) = (mesh.pod("web1").at(PORT), mesh.pod("near").at(PORT));
+    let ways = [(mesh.pod("client"), web1), (mesh.outside(), mesh.pod("loose").at(PORT)), (mesh.pod("web1"), near)];
+    let mut held = ways.iter().map(|(from, to)| Ok(Client::who(from, *to)?.0)).collect::<anyhow::Result<Vec<_>>>()?;
+    let stop = AtomicBool::new(false);
+    let mark = mesh.b().mark();
+    let (counts, taken) = std::thread::scope(|scope| {
+        let calling = ways.map(|(from, to)| {
+            let stop = &stop;
+            scope.spawn(move || -> anyhow::Result<u32> {
+                let mut calls = 0;
+                while !stop.load(Ordering::Relaxed) {
+                    let (mut client, _) = Client::who(from, to)?;
+                    client.ping("whole")?;
+                    client.finish()?;
+                    calls += 1;
+                }
+                Ok(calls)
+            })
+        });
+        let taken = (|| {
+            let next = mesh.start("node-b")?;
+            wait::until_true("the next agent to take over", || next.log_since(mark).contains("took over from the agent"))?;
+            next.wait_ready(Duration::from_secs(5))?;
+            std::thread::sleep(Duration::from_millis(500));
+            for client in &mut held {
+                client.ping("still carried by the old agent")?;
+            }
+            mesh.b().signal(Signal::SIGTERM)?;
+            std::thread::sleep(Duration::from_millis(500));
+            for client in &mut held {
+                client.ping("until its deadline")?;
+            }
+            mesh.b().wait_end(Duration::from_secs(10))?;
+            std::thread::sleep(Duration::from_millis(300));
+            Ok(next)
+        })();
+        stop.store(true, Ordering::Relaxed);
+        let counts = calling.map(|calls| calls.join().unwrap_or_else(|_| Err(anyhow::anyhow!("a caller panicked"))));
+        (counts, taken)
+    });
+    let taken: anyhow::Result<_> = taken;
+    mesh.agent_b = Some(taken?);
+    for (name, calls) in ["in through a tunnel", "in as plaintext", "out"].iter().zip(counts) {
+        let calls = calls.with_context(|| format!("a call {name} during the upgrade"))?;
+        ensure!(calls > 20, "only {calls} calls {name}");
+    }
+    Ok(())
 }
 
 /// Without an agent nothing new gets into its pods or out of them.

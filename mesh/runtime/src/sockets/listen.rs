@@ -2,7 +2,7 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -116,6 +116,13 @@ impl BoundListener {
     /// A second descriptor of the same listening socket, so that two threads can accept from one queue.
     pub fn try_clone(&self) -> io::Result<Self> {
         Ok(Self { socket: self.socket.try_clone()? })
+    }
+}
+
+/// A listening socket received from another process; non-blocking, as it was bound.
+impl From<OwnedFd> for BoundListener {
+    fn from(fd: OwnedFd) -> Self {
+        Self { socket: fd.into() }
     }
 }
 

@@ -1,0 +1,195 @@
+//! One agent hands the pods of its node to the next: the listening sockets themselves, so that no connection attempt ever
+//! finds nobody.
+//!
+//! The new agent connects to the old one's Unix socket (`SOCK_SEQPACKET`), gets one message per pod with the pod's three
+//! listeners attached, serves them beside the old one, and says when it is ready. Only then does the old one stop accepting;
+//! its connections live on in it. A new agent that dies before that word changes nothing.
+//!
+//! Owns the protocol. Refuses peers of another user. Upstream: `app`. Downstream: `pods`, which answers what is [`Ask`]ed.
+use crate::sockets::Sockets;
+use anyhow::{Context, Result, bail, ensure};
+use mesh_model::workload::WorkloadUid;
+use mesh_runtime::sockets::BoundListener;
+use rustix::net::sockopt::{Timeout, set_socket_timeout, socket_peercred};
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, connect, listen, recv, recvmsg, send, sendmsg,
+    socket_with,
+};
+use std::collections::HashMap;
+use std::io::{IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use tokio::sync::{mpsc, oneshot};
+
+/// What a new agent says first; the number changes with the protocol.
+const HELLO: &[u8] = b"culvert handover 1";
+/// Ends the list of pods.
+const END: &[u8] = b"end";
+/// The new agent serves every pod.
+const READY: &[u8] = b"ready";
+/// Before the id of a pod.
+const POD: &[u8] = b"pod ";
+/// Longer than any id of a workload.
+const LONGEST: usize = 4096;
+/// How long one answer may take.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Listeners received from the agent before this one.
+pub type Inherited = HashMap<WorkloadUid, Sockets>;
+
+/// What the agent is asked when it is to be replaced.
+#[derive(Debug)]
+pub enum Ask {
+    /// Copies of the listeners of every pod it serves.
+    Listeners(oneshot::Sender<Vec<(WorkloadUid, Sockets)>>),
+    /// To stop accepting: the next agent serves them all.
+    Release,
+}
+
+/// The agent before this one, still serving.
+#[derive(Debug)]
+pub struct Predecessor(OwnedFd);
+
+impl Predecessor {
+    /// Asks the agent behind `path` for its listeners. `None` when nobody is there.
+    ///
+    /// # Errors
+    /// Somebody is there and does not keep to the protocol in time.
+    pub fn find(path: &Path) -> Result<Option<(Self, Inherited)>> {
+        let socket = seqpacket()?;
+        if connect(&socket, &SocketAddrUnix::new(path)?).is_err() {
+            return Ok(None);
+        }
+        check_peer(&socket)?;
+        set_socket_timeout(&socket, Timeout::Recv, Some(PATIENCE))?;
+        send(&socket, HELLO, SendFlags::NOSIGNAL)?;
+        let mut inherited = Inherited::new();
+        while let Some((uid, sockets)) = receive_pod(&socket)? {
+            inherited.insert(uid, sockets);
+        }
+        Ok(Some((Self(socket), inherited)))
+    }
+
+    /// Tells it to stop accepting.
+    ///
+    /// # Errors
+    /// It is gone, which comes to the same.
+    pub fn release(self) -> Result<()> {
+        send(&self.0, READY, SendFlags::NOSIGNAL)?;
+        Ok(())
+    }
+}
+
+/// Answers the next agent, on a thread of its own, until one has taken over. `released` resolves then.
+///
+/// # Errors
+/// The socket cannot be made.
+pub fn serve(path: &Path, asks: mpsc::Sender<Ask>, released: oneshot::Sender<()>) -> Result<()> {
+    let listener = listen_at(path)?;
+    std::thread::Builder::new().name("handover".to_owned()).spawn(move || {
+        loop {
+            match answer(&listener, &asks) {
+                Ok(true) => break,
+                Ok(false) => tracing::warn!("the agent that was to take over went away; this one goes on"),
+                Err(error) if asks.is_closed() => {
+                    tracing::debug!(%error, "no more handover: the agent is ending");
+                    return;
+                }
+                Err(error) => tracing::warn!(error = format!("{error:#}"), "handover failed, this agent goes on"),
+            }
+        }
+        let _ = released.send(());
+    })?;
+    Ok(())
+}
+
+/// Where an agent of `node` waits for its successor.
+pub fn path(run_dir: &Path, node: &str) -> PathBuf {
+    run_dir.join(format!("{}.handover", if node.is_empty() { "node" } else { node }))
+}
+
+/// One successor, from its greeting to its word; whether it took over.
+fn answer(listener: &OwnedFd, asks: &mpsc::Sender<Ask>) -> Result<bool> {
+    let peer = accept_with(listener, SocketFlags::CLOEXEC)?;
+    check_peer(&peer)?;
+    set_socket_timeout(&peer, Timeout::Send, Some(PATIENCE))?;
+    let hear = || -> Result<Vec<u8>> {
+        let mut word = [0; 64];
+        let (_, length) = recv(&peer, &mut word, RecvFlags::empty())?;
+        Ok(word.get(..length).unwrap_or_default().to_vec())
+    };
+    ensure!(hear()? == HELLO, "the other side speaks another protocol");
+    let (reply, pods) = oneshot::channel();
+    asks.blocking_send(Ask::Listeners(reply)).context("the agent is ending")?;
+    for (uid, sockets) in pods.blocking_recv().context("the agent is ending")? {
+        let fds = sockets.each().map(AsFd::as_fd);
+        let body = [POD, uid.as_bytes()].concat();
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(3))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        ensure!(control.push(SendAncillaryMessage::ScmRights(&fds)), "no room for three descriptors");
+        sendmsg(&peer, &[IoSlice::new(&body)], &mut control, SendFlags::NOSIGNAL)?;
+    }
+    send(&peer, END, SendFlags::NOSIGNAL)?;
+    // As long as it takes: both serve meanwhile.
+    if hear()? != READY {
+        return Ok(false);
+    }
+    asks.blocking_send(Ask::Release).context("the agent is ending")?;
+    Ok(true)
+}
+
+/// The next pod of the list; `None` at its end.
+fn receive_pod(socket: &OwnedFd) -> Result<Option<(WorkloadUid, Sockets)>> {
+    let mut body = [0; LONGEST];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(3))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let message = recvmsg(socket, &mut [IoSliceMut::new(&mut body)], &mut control, RecvFlags::CMSG_CLOEXEC)
+        .context("the agent before this one does not answer")?;
+    let mut fds = Vec::new();
+    for part in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(received) = part {
+            fds.extend(received);
+        }
+    }
+    ensure!(
+        !message.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC),
+        "a message of the agent before this one is too long"
+    );
+    let body = body.get(..message.bytes).unwrap_or_default();
+    if body == END {
+        return Ok(None);
+    }
+    let Some(uid) = body.strip_prefix(POD) else { bail!("the agent before this one speaks another protocol") };
+    let uid = std::str::from_utf8(uid).context("a pod's id is not text")?;
+    let sockets = <[OwnedFd; 3]>::try_from(fds).ok().context("not three listeners for a pod")?;
+    Ok(Some((uid.into(), Sockets::from_each(sockets.map(BoundListener::from)))))
+}
+
+fn seqpacket() -> rustix::io::Result<OwnedFd> {
+    socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
+}
+
+/// A socket of ours alone, in the place of what an agent before us left.
+fn listen_at(path: &Path) -> Result<OwnedFd> {
+    use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
+    if let Some(dir) = path.parent() {
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+    }
+    let new = path.with_extension("new");
+    let _ = std::fs::remove_file(&new);
+    let socket = seqpacket()?;
+    bind(&socket, &SocketAddrUnix::new(&new)?)?;
+    std::fs::set_permissions(&new, std::fs::Permissions::from_mode(0o600))?;
+    listen(&socket, 4)?;
+    std::fs::rename(new, path)?;
+    Ok(socket)
+}
+
+fn check_peer(socket: &OwnedFd) -> Result<()> {
+    let (peer, own) = (socket_peercred(socket)?.uid, rustix::process::geteuid());
+    ensure!(peer == own, "the other side runs as user {}, not as {}", peer.as_raw(), own.as_raw());
+    Ok(())
+}
