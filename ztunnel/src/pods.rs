@@ -16,7 +16,7 @@ use mesh_model::workload::{NetworkMode, Protocol, Workload, WorkloadUid};
 use mesh_model::{Reason, Refusal, SpiffeId};
 use mesh_runtime::drain::{self, Drain, DrainMode, DrainWatch};
 use mesh_runtime::readiness::{Readiness, ReadyTask};
-use mesh_runtime::sockets::{NetnsFd, NetnsId};
+use mesh_runtime::sockets::{Doorbell, NetnsFd, NetnsId};
 use parking_lot::Mutex;
 use std::collections::{BTreeMap, HashMap};
 use std::io;
@@ -73,6 +73,7 @@ struct Running {
     /// Copies of the listeners, for the next agent; closed with them.
     sockets: Option<Sockets>,
     loops: [JoinHandle<()>; 3],
+    links: Option<JoinHandle<()>>,
     accepting: Drain,
     drain: Drain,
     ready: Arc<ReadyTask>,
@@ -82,6 +83,9 @@ impl Running {
     /// Closes the listeners, unless another agent has them too.
     fn stop_accepting(&mut self) {
         self.sockets = None;
+        if let Some(links) = self.links.take() {
+            links.abort();
+        }
         self.accepting.start(DrainMode::Immediate);
     }
 }
@@ -98,6 +102,8 @@ pub struct PodSupervisor {
     unswept: bool,
     inherited: Inherited,
     handed_over: bool,
+    /// Pods whose interfaces changed.
+    changed: (mpsc::Sender<WorkloadUid>, mpsc::Receiver<WorkloadUid>),
 }
 
 impl PodSupervisor {
@@ -113,6 +119,7 @@ impl PodSupervisor {
             pins,
             inherited,
             handed_over: false,
+            changed: mpsc::channel(16),
         }
     }
 
@@ -150,6 +157,7 @@ impl PodSupervisor {
                         running.drain.start(DrainMode::Graceful { deadline: UNTIL_TOLD });
                     }
                 }
+                Some(uid) = self.changed.1.recv() => self.recapture(&uid).await,
                 Ok(()) = bundles.changed() => self.rejudge_tunnels(&bundles.borrow_and_update().clone()),
             }
         };
@@ -160,6 +168,28 @@ impl PodSupervisor {
             DrainMode::Immediate => DrainMode::Immediate,
         };
         self.drain_all(mode).await;
+    }
+
+    /// Captures on interfaces that the pod was given after it was enrolled.
+    async fn recapture(&mut self, uid: &WorkloadUid) {
+        let (Some(pins), Some(running), false) = (self.pins.clone(), self.running.get_mut(uid), self.handed_over) else { return };
+        let (Some(netns), Some(sockets)) = (running.pod.netns.clone(), &running.sockets) else { return };
+        let Some(redirect) = running.redirect.take() else { return };
+        let checked = tokio::task::spawn_blocking(move || (redirect.is_outdated(), redirect)).await;
+        let Ok((outdated, redirect)) = checked else { return };
+        running.redirect = Some(redirect);
+        let outcome = match outdated {
+            Ok(false) => return,
+            Ok(true) => attach(netns, sockets, Some(pins)).await,
+            Err(error) => Err(error.to_string()),
+        };
+        match outcome {
+            Ok(whole) => {
+                tracing::info!(pod = %uid, interfaces = ?whole.interfaces(), "the pod's new interface is captured");
+                running.redirect = Some(whole);
+            }
+            Err(error) => tracing::error!(pod = %uid, error, "an interface of the pod may not be captured"),
+        }
     }
 
     /// Copies of all listeners.
@@ -335,7 +365,13 @@ impl PodSupervisor {
             worker.spawn(report_end("inbound", name.clone(), accept::run(Arc::clone(&pod), hbone, accept, inbound::serve_conn))),
         ];
         let ready = Arc::new(self.readiness.pending(&format!("certificate of {name}")));
-        Ok(Running { pod, place: netns.map(|n| n.id()), redirect, sockets: Some(copies), loops, accepting, drain, ready })
+        let links = match (&self.pins, &netns) {
+            (Some(_), Some(netns)) => {
+                Some(tokio::spawn(watch_links(Arc::clone(netns), Arc::clone(&workload.uid), self.changed.0.clone())))
+            }
+            _ => None,
+        };
+        Ok(Running { pod, place: netns.map(|n| n.id()), redirect, sockets: Some(copies), loops, links, accepting, drain, ready })
     }
 
     /// The pod is ready once it can prove who it is.
@@ -448,6 +484,17 @@ async fn report_end(what: &'static str, pod: String, run: impl Future<Output = i
     if let Err(error) = run.await {
         tracing::error!(%error, pod, what, "listener failed");
     }
+}
+
+/// Tells of every change among the interfaces of a pod.
+async fn watch_links(netns: Arc<NetnsFd>, uid: WorkloadUid, changed: mpsc::Sender<WorkloadUid>) {
+    let opened = ebpf_loader::watch_links(netns.as_fd()).map_err(io::Error::other).and_then(Doorbell::new);
+    let doorbell = match opened {
+        Ok(doorbell) => doorbell,
+        Err(error) => return tracing::warn!(pod = %uid, %error, "interfaces the pod is given from now on are not captured"),
+    };
+    // Once at first: for what came between the attachment and the watch.
+    while changed.send(Arc::clone(&uid)).await.is_ok() && doorbell.rung().await.is_ok() {}
 }
 
 /// Loading and attaching takes milliseconds of system calls: not on the control thread.

@@ -55,6 +55,7 @@ pub struct Redirect {
     netns: OwnedFd,
     cookie: NetnsCookie,
     interfaces: Vec<String>,
+    indexes: Vec<u32>,
 }
 
 /// What keeps the programs attached.
@@ -85,8 +86,8 @@ impl Redirect {
             match attach_programs(netns.as_fd(), spec.config, listeners, &chosen, pins.as_ref()) {
                 Ok((links, maps)) => {
                     let attachment = pins.map_or(Attachment::Held { _links: links }, Attachment::Pinned);
-                    let interfaces = chosen.into_iter().map(|interface| interface.name).collect();
-                    Ok(Self { attached: Some((attachment, plumbing)), maps, netns, cookie, interfaces })
+                    let (indexes, interfaces) = chosen.into_iter().map(|i| (i.index, i.name)).unzip();
+                    Ok(Self { attached: Some((attachment, plumbing)), maps, netns, cookie, interfaces, indexes })
                 }
                 Err(e) if found => {
                     // What an earlier agent left goes on dropping what nobody carries.
@@ -123,6 +124,15 @@ impl Redirect {
     /// The namespace redirected in.
     pub fn netns(&self) -> NetnsCookie {
         self.cookie
+    }
+
+    /// Whether the namespace has an interface that is not captured on, among those that [`PodSpec::interfaces`] `None` means.
+    pub fn is_outdated(&self) -> Result<bool, RedirectError> {
+        netns::within(self.netns.as_fd(), || {
+            let mut netlink =
+                Netlink::open().map_err(|source| RedirectError::Netlink { what: "open a netlink socket", source })?;
+            Ok(choose(interfaces(&mut netlink)?, None)?.iter().any(|i| !self.indexes.contains(&i.index)))
+        })
     }
 
     /// The interfaces captured on.

@@ -37,7 +37,8 @@
 //! settings stay, do nothing on their own, and are taken over.
 //!
 //! # Limits
-//! * Interfaces that appear after [`Redirect::attach`] are not covered.
+//! * Interfaces that appear after [`Redirect::attach`] are not covered until it is called again, on pins, when [`watch_links`] tells of a
+//!   change and [`Redirect::is_outdated`].
 //! * A process in the pod that may set packet marks (`CAP_NET_ADMIN`, `CAP_NET_RAW`) can pass for the agent, as in Istio.
 //! * UDP is not captured, so neither is TCP in a tunnel inside UDP.
 //! * With `tcp_fwmark_accept` on in the pod, what the agent accepts does not carry its mark: leave
@@ -65,6 +66,7 @@ pub use attach::{Listeners, PodSpec, Redirect};
 pub use ebpf_common::{Config, Counter, HBONE_PORT, MARK_AGENT, MARK_CAPTURE, MARK_MASK};
 pub use error::{ListenerFault, RedirectError, Unsupported};
 pub use listener::NetnsCookie;
+pub use netlink::watch_links;
 pub use pins::PinRoot;
 pub use probe::probe;
 

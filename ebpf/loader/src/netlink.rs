@@ -4,10 +4,12 @@
 //! are read with bounds checks throughout: a short or odd one is an error, never a panic.
 use std::{
     io,
-    os::fd::{AsRawFd, OwnedFd},
+    os::fd::{AsRawFd, BorrowedFd, OwnedFd},
 };
 
-use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket};
+use nix::sys::socket::{AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, send, socket};
+
+use crate::{error::RedirectError, netns::within};
 
 pub(crate) const RTM_NEWLINK: u16 = 16;
 pub(crate) const RTM_GETLINK: u16 = 18;
@@ -93,6 +95,18 @@ pub(crate) fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
 /// The number at a byte offset.
 pub(crate) fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_ne_bytes(bytes.get(at..at.checked_add(4)?)?.try_into().ok()?))
+}
+
+/// A non-blocking socket that gets a message whenever an interface of the namespace comes, goes or changes.
+pub fn watch_links(netns: BorrowedFd<'_>) -> Result<OwnedFd, RedirectError> {
+    const RTMGRP_LINK: u32 = 1;
+    let open = || -> io::Result<OwnedFd> {
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let socket = socket(AddressFamily::Netlink, SockType::Raw, flags, SockProtocol::NetlinkRoute)?;
+        bind(socket.as_raw_fd(), &NetlinkAddr::new(0, RTMGRP_LINK))?;
+        Ok(socket)
+    };
+    within(netns, || open().map_err(|source| RedirectError::Netlink { what: "watch the pod's interfaces", source }))
 }
 
 /// A route socket of the namespace it was opened in.

@@ -6,6 +6,7 @@
 
 mod capability;
 mod connect;
+mod doorbell;
 mod listen;
 mod netns;
 mod options;
@@ -15,6 +16,7 @@ mod tests;
 
 pub use capability::{Capability, MissingCapabilities, check_capabilities, missing_capabilities};
 pub use connect::{ConnectOptions, connect};
+pub use doorbell::Doorbell;
 pub use listen::{BoundListener, Listener, ListenerOptions, RawAccepted, accept_pauses, bind_udp};
 pub use netns::{NetnsFd, NetnsId};
 pub use options::{Keepalive, MissingRight, StreamOptions, probe_rights, raise_nofile, reset_on_close};

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, ensure};
 use mesh_tests::capture::Capture;
 use mesh_tests::program::{Client, Cut, End, Server, Sum, pattern};
+use mesh_tests::{netns, wait};
 use serde_json::Value;
 
 use crate::mesh::{Mesh, PORT, WEB_VIP, WEB_VIP6, entries, id, refused, starts, text};
@@ -295,5 +296,22 @@ pub(crate) fn nothing_listening_is_refused_quickly(mesh: &mut Mesh) -> anyhow::R
     refused(mesh.pod("client"), mesh.pod("web1").at(9))?;
     ensure!(begun.elapsed() < Duration::from_secs(5), "it took {:?}", begun.elapsed());
     mesh.b().wait_access("the failed delivery", mark, |record| starts(record, "error", "connect_failed"))?;
+    Ok(())
+}
+
+/// A second network, plugged in while the pod runs.
+pub(crate) fn an_interface_added_later_is_captured(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let (outside, web1) = (mesh.outside(), mesh.pod("web1"));
+    let (near, far) = (outside.netns.name(), web1.netns.name());
+    netns::ip(&["-n", near, "link", "add", "later0", "type", "veth", "peer", "name", "eth7", "netns", far])?;
+    for (ns, link, address) in [(near, "later0", "10.250.7.1/24"), (far, "eth7", "10.250.7.2/24")] {
+        netns::ip(&["-n", ns, "addr", "add", address, "dev", link])?;
+        netns::ip(&["-n", ns, "link", "set", link, "up"])?;
+    }
+    let new = SocketAddr::from(([10, 250, 7, 2], PORT));
+    let seen = wait::until_true("plaintext to the new address to be refused", || refused(outside, new).is_ok());
+    netns::ip(&["-n", near, "link", "del", "later0"])?;
+    seen?;
+    ensure!(mesh.call("client", web1.at(PORT))? == "web1", "the other interface is captured as before");
     Ok(())
 }

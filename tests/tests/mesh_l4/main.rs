@@ -39,6 +39,7 @@ const TESTS: &[Test<Mesh>] = &[
     test("the_agents_port_numbers_elsewhere_are_ordinary_ports", calls::the_agents_port_numbers_elsewhere_are_ordinary_ports),
     test("resets_are_passed_on_in_both_directions", calls::resets_are_passed_on_in_both_directions),
     test("nothing_listening_is_refused_quickly", calls::nothing_listening_is_refused_quickly),
+    test("an_interface_added_later_is_captured", calls::an_interface_added_later_is_captured),
     test("a_namespace_policy_cuts_a_live_connection", policy::a_namespace_policy_cuts_a_live_connection),
     test("a_new_selector_policy_cuts_a_live_connection", policy::a_new_selector_policy_cuts_a_live_connection),
     test("a_removed_workload_is_cut", policy::a_removed_workload_is_cut),
