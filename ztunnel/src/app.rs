@@ -91,6 +91,7 @@ pub async fn serve(settings: Settings, logging: &Logging) -> Result<()> {
     // Faces: addresses are bound before anything is promised.
     let quit = Arc::new(Notify::new());
     let pods = PodTable::default();
+    pods.expose_packets(&registry)?;
     let (drain, drained) = drain::channel();
     let (faces, _) = drain::channel();
     let servers = [

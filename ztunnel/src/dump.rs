@@ -90,7 +90,7 @@ fn pod_states(pods: &PodTable) -> Value {
     for (uid, state) in pods.list() {
         let entry = match state {
             PodState::Pending { error } => json!({ "state": "Pending", "error": error }),
-            PodState::Up(pod) => {
+            PodState::Up { pod, .. } => {
                 let mut inbound = Vec::new();
                 let mut outbound = Vec::new();
                 for live in pod.conns.list() {

@@ -63,6 +63,10 @@ pub struct Shared {
 pub struct Pod {
     /// Workload id.
     pub uid: WorkloadUid,
+    /// Its Kubernetes namespace.
+    pub namespace: Arc<str>,
+    /// Its name.
+    pub name: Arc<str>,
     /// Its network namespace; `None` serves the agent's own (tests).
     pub netns: Option<Arc<NetnsFd>>,
     /// Its identity.
@@ -96,6 +100,8 @@ impl Pod {
         let pools = shared.threads.workers().iter().map(|_| Pool::new(dialer.clone(), Arc::clone(&shared.hbone))).collect();
         Arc::new(Self {
             uid: Arc::clone(&workload.uid),
+            namespace: Arc::clone(&workload.namespace),
+            name: Arc::clone(&workload.name),
             netns,
             identity,
             svid,

@@ -10,11 +10,12 @@ use crate::pod::{Pod, Shared};
 use crate::settings::RedirectMode;
 use crate::sockets::Sockets;
 use crate::{inbound, outbound, passthrough};
-use ebpf_loader::{Config, Listeners, PinRoot, PodSpec, Redirect};
+use ebpf_loader::{Config, Listeners, PacketCounters, PinRoot, PodSpec, Redirect};
 use mesh_identity::TrustBundles;
 use mesh_model::workload::{NetworkMode, Protocol, Workload, WorkloadUid};
 use mesh_model::{Reason, Refusal, SpiffeId};
 use mesh_runtime::drain::{self, Drain, DrainMode, DrainWatch};
+use mesh_runtime::metrics::{MetricError, Registry};
 use mesh_runtime::readiness::{Readiness, ReadyTask};
 use mesh_runtime::sockets::{Doorbell, NetnsFd, NetnsId};
 use parking_lot::Mutex;
@@ -43,7 +44,12 @@ pub struct PodTable(Arc<Mutex<BTreeMap<WorkloadUid, PodState>>>);
 #[derive(Clone, Debug)]
 pub enum PodState {
     /// Served.
-    Up(Arc<Pod>),
+    Up {
+        /// It.
+        pod: Arc<Pod>,
+        /// What its redirection counts.
+        packets: Option<Arc<PacketCounters>>,
+    },
     /// Should be served and is not.
     Pending {
         /// Why.
@@ -55,6 +61,20 @@ impl PodTable {
     /// A copy of the table.
     pub fn list(&self) -> Vec<(WorkloadUid, PodState)> {
         self.0.lock().iter().map(|(uid, state)| (Arc::clone(uid), state.clone())).collect()
+    }
+    /// Registers what the redirection of each pod counts, read at each scrape. What never happened is left out.
+    pub fn expose_packets(&self, registry: &Registry) -> Result<(), MetricError> {
+        const NAME: &str = "culvert_redirect_packets_total";
+        let table = self.clone();
+        registry.on_scrape(&[NAME], move |out| {
+            let mut samples = out.family(NAME, "Packets that a pod's redirection saw, by what became of them", "counter");
+            for (_, state) in table.list() {
+                let PodState::Up { pod, packets: Some(packets) } = state else { continue };
+                for (event, count) in packets.read().unwrap_or_default().into_iter().filter(|(_, count)| *count > 0) {
+                    samples.put(&[("namespace", &pod.namespace), ("pod", &pod.name), ("event", event)], count);
+                }
+            }
+        })
     }
     fn set(&self, uid: &WorkloadUid, state: PodState) {
         self.0.lock().insert(Arc::clone(uid), state);
@@ -290,7 +310,8 @@ impl PodSupervisor {
                 }
                 tracing::info!(pod = %label(workload), id = %running.pod.identity, "pod is served");
                 self.shared.metrics.pods_started.inc();
-                self.table.set(uid, PodState::Up(Arc::clone(&running.pod)));
+                let packets = running.redirect.as_ref().map(Redirect::counters);
+                self.table.set(uid, PodState::Up { pod: Arc::clone(&running.pod), packets });
                 Self::await_certificate(&running);
                 self.running.insert(Arc::clone(uid), running);
             }

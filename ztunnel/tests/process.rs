@@ -124,7 +124,7 @@ impl Lab {
     }
     fn pod(&self, name: &str) -> Result<Arc<Pod>> {
         let found = self.pods.list().into_iter().find_map(|(uid, state)| match state {
-            PodState::Up(pod) if uid.ends_with(&format!("/{name}")) => Some(pod),
+            PodState::Up { pod, .. } if uid.ends_with(&format!("/{name}")) => Some(pod),
             _ => None,
         });
         found.with_context(|| format!("pod {name} is not up"))

@@ -6,6 +6,7 @@
 use std::{
     io,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    sync::Arc,
 };
 
 use aya::programs::{LinkOrder, SchedClassifier, TcAttachType, links::FdLink, tc::TcAttachOptions};
@@ -16,7 +17,7 @@ use crate::{
     listener::{self, NetnsCookie},
     netlink::Netlink,
     netns,
-    object::{Instance, Maps, map_error, program_error},
+    object::{Instance, Maps, PacketCounters, map_error, program_error},
     pins::{PinRoot, PodPins},
     plumbing::{Interface, LO_INDEX, Plumbing, interfaces},
 };
@@ -104,9 +105,9 @@ impl Redirect {
         })
     }
 
-    /// What the programs counted since they were attached, by name; see [`ebpf_common::Counter`].
-    pub fn counters(&self) -> Result<Vec<(&'static str, u64)>, RedirectError> {
-        self.maps.counters()
+    /// What the programs count, since they were first attached.
+    pub fn counters(&self) -> Arc<PacketCounters> {
+        Arc::clone(&self.maps.counters)
     }
 
     /// Changes what the programs do, from the next packet on.

@@ -67,6 +67,7 @@ pub use ebpf_common::{Config, Counter, HBONE_PORT, MARK_AGENT, MARK_CAPTURE, MAR
 pub use error::{ListenerFault, RedirectError, Unsupported};
 pub use listener::NetnsCookie;
 pub use netlink::watch_links;
+pub use object::PacketCounters;
 pub use pins::PinRoot;
 pub use probe::probe;
 

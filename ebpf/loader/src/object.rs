@@ -3,7 +3,7 @@
 //! Every pod has an instance of its own, so that its maps say nothing about other pods and vanish with it.
 use std::{
     fmt,
-    sync::{LazyLock, Mutex, PoisonError},
+    sync::{Arc, LazyLock, Mutex, PoisonError},
 };
 
 use aya::{
@@ -40,7 +40,7 @@ unsafe impl aya::Pod for ConfigValue {}
 pub(crate) struct Maps {
     pub(crate) socks: SockMap<MapData>,
     config: Array<MapData, ConfigValue>,
-    counters: PerCpuArray<MapData, u64>,
+    pub(crate) counters: Arc<PacketCounters>,
 }
 
 impl fmt::Debug for Maps {
@@ -53,12 +53,24 @@ impl Maps {
     pub(crate) fn set_config(&mut self, config: Config) -> Result<(), RedirectError> {
         self.config.set(0, ConfigValue(config), 0).map_err(|e| map_error(map::CONFIG, e))
     }
+}
 
-    pub(crate) fn counters(&self) -> Result<Vec<(&'static str, u64)>, RedirectError> {
+/// What the programs of one pod count; stays readable when the redirection is gone.
+pub struct PacketCounters(PerCpuArray<MapData, u64>);
+
+impl fmt::Debug for PacketCounters {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PacketCounters").finish_non_exhaustive()
+    }
+}
+
+impl PacketCounters {
+    /// Every counter by name; see [`ebpf_common::Counter`]. One system call each.
+    pub fn read(&self) -> Result<Vec<(&'static str, u64)>, RedirectError> {
         Counter::ALL
             .iter()
             .map(|counter| {
-                let values = self.counters.get(&(*counter as u32), 0).map_err(|e| map_error(map::COUNTERS, e))?;
+                let values = self.0.get(&(*counter as u32), 0).map_err(|e| map_error(map::COUNTERS, e))?;
                 Ok((counter.name(), values.iter().sum()))
             })
             .collect()
@@ -96,7 +108,7 @@ impl Instance {
         let maps = Maps {
             socks: take(&mut ebpf, map::SOCKS)?,
             config: take(&mut ebpf, map::CONFIG)?,
-            counters: take(&mut ebpf, map::COUNTERS)?,
+            counters: Arc::new(PacketCounters(take(&mut ebpf, map::COUNTERS)?)),
         };
         Ok((Self { ebpf }, maps))
     }

@@ -125,7 +125,14 @@ pub(crate) fn a_killed_agent_is_replaced_by_a_new_one(mesh: &mut Mesh) -> anyhow
 }
 
 pub(crate) fn a_killed_agent_fails_closed(mesh: &mut Mesh) -> anyhow::Result<()> {
-    kill_and_replace(mesh, closed)
+    kill_and_replace(mesh, closed)?;
+    // The next agent tells what was dropped before it came.
+    let page = mesh.b().metrics()?;
+    for event in ["inbound_no_listener", "outbound_no_listener"] {
+        let labels = [("namespace", "t"), ("pod", "web1"), ("event", event)];
+        ensure!(page.sum("culvert_redirect_packets_total", &labels) >= 1.0, "no {event} of web1 is counted");
+    }
+    Ok(())
 }
 
 pub(crate) fn a_stopped_agent_fails_closed_until_cleaned_up(mesh: &mut Mesh) -> anyhow::Result<()> {

@@ -79,12 +79,12 @@ impl Agent {
 
     /// Every counter that is not zero.
     pub fn all_counts(&self) -> Vec<(&'static str, u64)> {
-        let counters = self.redirect.as_ref().expect("attached").counters().expect("counters");
+        let counters = self.redirect.as_ref().expect("attached").counters().read().expect("counters");
         counters.into_iter().filter(|(_, value)| *value > 0).collect()
     }
 
     pub fn count(&self, name: &str) -> u64 {
-        let counters = self.redirect.as_ref().expect("attached").counters().expect("counters");
+        let counters = self.redirect.as_ref().expect("attached").counters().read().expect("counters");
         counters.into_iter().find(|(n, _)| *n == name).unwrap_or_else(|| panic!("no counter {name}")).1
     }
 
