@@ -1,12 +1,14 @@
 //! The smallest HTTP/1.1 client that can read an agent's pages: one request per connection, blocking, bounded.
 //! Refuses: keep-alive, redirects, compression, bodies over 64 MiB.
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
 
 use crate::netns::Netns;
+
+const LIMIT: Duration = Duration::from_secs(5);
 
 /// Status and body.
 #[derive(Clone, Debug)]
@@ -35,10 +37,19 @@ pub fn get(ns: &Netns, to: SocketAddr, path: &str) -> anyhow::Result<Answer> {
     request(ns, to, "GET", path)
 }
 
+/// GET `path` from `to`, in the namespace this process is in.
+pub fn get_here(to: SocketAddr, path: &str) -> anyhow::Result<Answer> {
+    let stream = TcpStream::connect_timeout(&to, LIMIT).with_context(|| format!("connect to {to}"))?;
+    exchange(stream, to, "GET", path)
+}
+
 /// Any method without a body.
 pub fn request(ns: &Netns, to: SocketAddr, method: &str, path: &str) -> anyhow::Result<Answer> {
-    const LIMIT: Duration = Duration::from_secs(5);
-    let mut stream = ns.connect(to, LIMIT).with_context(|| format!("connect to {to}"))?;
+    let stream = ns.connect(to, LIMIT).with_context(|| format!("connect to {to}"))?;
+    exchange(stream, to, method, path)
+}
+
+fn exchange(mut stream: TcpStream, to: SocketAddr, method: &str, path: &str) -> anyhow::Result<Answer> {
     stream.set_read_timeout(Some(LIMIT))?;
     stream.set_write_timeout(Some(LIMIT))?;
     write!(stream, "{method} {path} HTTP/1.1\r\nhost: {to}\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")?;

@@ -41,6 +41,61 @@ impl fmt::Display for CannotRun {
 }
 impl std::error::Error for CannotRun {}
 
+/// How one test of a batch went.
+pub type Verdict = anyhow::Result<()>;
+
+/// Runs tests that are data: `work` gets the indices of the chosen ones, does them together in whatever order is quickest,
+/// and gives a verdict for each, in the order of the indices, with the seconds it took.
+pub fn run_batch(suite: &str, names: &[String], work: impl FnOnce(&[usize]) -> anyhow::Result<Vec<(Verdict, f64)>>) -> ExitCode {
+    let arguments = Arguments::from_command_line();
+    let chosen: Vec<usize> = (0..names.len()).filter(|&at| arguments.wants(&names[at], false)).collect();
+    if arguments.list {
+        for &at in &chosen {
+            println!("{}: test", names[at]);
+        }
+        return ExitCode::SUCCESS;
+    }
+    println!("\nrunning {} tests ({suite})", chosen.len());
+    let start = Instant::now();
+    let verdicts = match if chosen.is_empty() { Ok(Vec::new()) } else { work(&chosen) } {
+        Ok(verdicts) => verdicts,
+        Err(error) if error.is::<CannotRun>() => {
+            for &at in &chosen {
+                skip::skipped(&format!("{suite}::{}", names[at]), &format!("{error:#}"));
+            }
+            println!("\ntest result: ok. 0 passed; 0 failed; {} skipped", chosen.len());
+            return ExitCode::SUCCESS;
+        }
+        Err(error) => {
+            println!("{suite} failed: {error:#}\n\ntest result: FAILED. 0 passed; {} failed; 0 skipped", chosen.len());
+            return ExitCode::FAILURE;
+        }
+    };
+    let mut failed = Vec::new();
+    for (&at, (verdict, took)) in chosen.iter().zip(&verdicts) {
+        match verdict {
+            Ok(()) => println!("test {} ... ok ({took:.2}s)", names[at]),
+            Err(error) => {
+                println!("test {} ... FAILED ({took:.2}s)\n    {}", names[at], format!("{error:#}").replace('\n', "\n    "));
+                failed.push(names[at].as_str());
+            }
+        }
+    }
+    // A verdict that is missing is no pass.
+    let missing = chosen.len().saturating_sub(verdicts.len());
+    if !failed.is_empty() {
+        println!("\nfailures:\n    {}", failed.join("\n    "));
+    }
+    println!(
+        "\ntest result: {}. {} passed; {} failed; 0 skipped; finished in {:.2}s",
+        if failed.is_empty() && missing == 0 { "ok" } else { "FAILED" },
+        verdicts.len() - failed.len(),
+        failed.len() + missing,
+        start.elapsed().as_secs_f64()
+    );
+    if failed.is_empty() && missing == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
 #[derive(Debug, Default)]
 struct Arguments {
     filters: Vec<String>,

@@ -3,6 +3,7 @@ use bytes::Bytes;
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use http_body_util::combinators::UnsyncBoxBody;
 use hyper::body::Incoming;
+use std::error::Error as _;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
@@ -15,6 +16,20 @@ pub enum BodyError {
     /// It was given up here (time limit, buffer limit, shutdown).
     #[error("{0}")]
     Gone(&'static str),
+}
+impl BodyError {
+    /// The bytes are not what HTTP/1 wants there (a chunk size that is no number), as against a connection that broke.
+    pub fn is_malformed(&self) -> bool {
+        let Self::Http(error) = self else { return false };
+        let io = error.source().and_then(|cause| cause.downcast_ref::<std::io::Error>());
+        io.is_some_and(|io| matches!(io.kind(), std::io::ErrorKind::InvalidInput | std::io::ErrorKind::InvalidData))
+    }
+    /// The sender ended before the end it had announced.
+    pub fn is_cut_short(&self) -> bool {
+        let Self::Http(error) = self else { return false };
+        let io = error.source().and_then(|cause| cause.downcast_ref::<std::io::Error>());
+        error.is_incomplete_message() || io.is_some_and(|io| io.kind() == std::io::ErrorKind::UnexpectedEof)
+    }
 }
 
 /// A body of either direction. The common cases hold no allocation of their own.

@@ -16,6 +16,9 @@ use mesh_runtime::threads::DataThreads;
 use mesh_sources::Mesh;
 use std::ops::Deref;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::time::Duration;
+use tokio::time::Instant;
 
 /// What the whole process shares.
 pub struct Shared {
@@ -71,6 +74,8 @@ pub struct Conn {
     pub drain: DrainWatch,
     /// What policies may be bound to that concerns it: the same for every request.
     pub targets: Box<[L7Target]>,
+    /// Whether it is in use, for its limits of time.
+    pub(crate) activity: Activity,
 }
 impl Conn {
     /// A connection of which this is known.
@@ -82,12 +87,95 @@ impl Conn {
                 targets.push(L7Target::of_service(&service.key, &service.name));
             }
         }
-        Self { shared, facts, drain, targets: targets.into() }
+        Self { shared, facts, drain, targets: targets.into(), activity: Activity::default() }
     }
 }
 impl Deref for Conn {
     type Target = Facts;
     fn deref(&self) -> &Facts {
         &self.facts
+    }
+}
+
+/// What an HTTP connection is busy with, as far as its limits of time ask. Exchanges and the bytes that arrive tell it;
+/// `http` looks.
+#[derive(Debug)]
+pub(crate) struct Activity {
+    opened: Instant,
+    /// Exchanges under way, to the last byte of their answers.
+    exchanges: AtomicU32,
+    /// Milliseconds after `opened` since when there is none.
+    idle_since: AtomicU64,
+    /// Milliseconds after `opened` since when a head is arriving; [`NEVER`] when none is.
+    head_since: AtomicU64,
+}
+const NEVER: u64 = u64::MAX;
+impl Default for Activity {
+    fn default() -> Self {
+        Self { opened: Instant::now(), exchanges: 0.into(), idle_since: 0.into(), head_since: NEVER.into() }
+    }
+}
+impl Activity {
+    fn now(&self) -> u64 {
+        u64::try_from(self.opened.elapsed().as_millis()).unwrap_or(NEVER - 1)
+    }
+    /// An exchange begins: its head is there.
+    pub(crate) fn begins(&self) {
+        self.exchanges.fetch_add(1, Relaxed);
+        self.head_since.store(NEVER, Relaxed);
+    }
+    /// An exchange is over.
+    pub(crate) fn ends(&self) {
+        self.exchanges.fetch_sub(1, Relaxed);
+        self.idle_since.store(self.now(), Relaxed);
+    }
+    /// Bytes arrived: outside of an exchange they are of the next head.
+    pub(crate) fn bytes_arrived(&self) {
+        if self.exchanges.load(Relaxed) == 0 && self.head_since.load(Relaxed) == NEVER {
+            self.head_since.store(self.now(), Relaxed);
+        }
+    }
+    /// When the limit for being idle, or for a head to arrive, will have passed if nothing happens; a limit of 0 is none.
+    pub(crate) fn due(&self, idle: Duration, head: Duration) -> Option<Instant> {
+        if self.exchanges.load(Relaxed) > 0 {
+            return None;
+        }
+        let (since, limit) = match self.head_since.load(Relaxed) {
+            NEVER => (self.idle_since.load(Relaxed), idle),
+            since => (since, head),
+        };
+        (!limit.is_zero()).then(|| self.opened + Duration::from_millis(since) + limit)
+    }
+    /// Whether a head has begun to arrive.
+    pub(crate) fn is_reading_head(&self) -> bool {
+        self.head_since.load(Relaxed) != NEVER
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_is_idle_reading_or_busy() {
+        let secs = Duration::from_secs;
+        let activity = Activity::default();
+        let due = || activity.due(secs(100), secs(10)).map(|at| at.duration_since(activity.opened));
+        assert_eq!(due(), Some(secs(100)));
+        tokio::time::advance(secs(5)).await;
+        activity.bytes_arrived();
+        tokio::time::advance(secs(1)).await;
+        activity.bytes_arrived();
+        assert_eq!((due(), activity.is_reading_head()), (Some(secs(15)), true), "from its first byte on");
+        activity.begins();
+        activity.begins();
+        activity.bytes_arrived();
+        assert_eq!((due(), activity.is_reading_head()), (None, false), "a body is no head");
+        tokio::time::advance(secs(50)).await;
+        activity.ends();
+        assert_eq!(due(), None, "one is still under way");
+        activity.ends();
+        assert_eq!(due(), Some(secs(156)));
+        assert_eq!(activity.due(secs(0), secs(10)), None, "no limit");
     }
 }

@@ -12,10 +12,14 @@ use std::sync::Arc;
 
 /// The phases of one request, in the order of Envoy's waypoint chain (spec/waypoint §2.1).
 pub async fn run(conn: &Arc<Conn>, request: Request<Incoming>) -> Response<Body> {
-    let mut ex = admit::begin(conn, request);
-    let answer = phases(&mut ex).await;
-    let answer = respond::finish(&mut ex, answer);
-    expose::tell(ex, answer)
+    let mut unanswered = expose::Unanswered::new(admit::begin(conn, request));
+    let Some(ex) = unanswered.get() else { return Response::default() };
+    let answer = phases(ex).await;
+    let answer = respond::finish(ex, answer);
+    match unanswered.take() {
+        Some(ex) => expose::tell(ex, answer),
+        None => answer,
+    }
 }
 
 async fn phases(ex: &mut Exchange<'_>) -> Response<Body> {

@@ -9,10 +9,14 @@ use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use std::convert::Infallible;
+use std::future::poll_fn;
+use std::io;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::time::{Instant, sleep_until};
 
 /// What is spoken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,6 +37,8 @@ const WINDOW: u32 = 256 << 10;
 const CONNECTION_WINDOW: u32 = 1 << 20;
 /// Streams of one HTTP/2 connection.
 const STREAMS: u32 = 1000;
+/// When to look again where nothing is limited.
+const FAR: Duration = Duration::from_hours(24);
 /// Send buffer of one HTTP/2 stream.
 const SEND_BUFFER: usize = 256 << 10;
 
@@ -41,9 +47,6 @@ pub async fn serve<IO>(conn: Arc<Conn>, io: IO, version: Version)
 where
     IO: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let io = TokioIo::new(io);
-    let settings = &conn.shared.settings;
-    let headers_timeout = Some(settings.headers_timeout).filter(|t| !t.is_zero());
     let service = {
         let conn = Arc::clone(&conn);
         service_fn(move |request: Request<Incoming>| {
@@ -53,9 +56,10 @@ where
     };
     match version {
         Version::Http1 => {
+            let io = TokioIo::new(Watched { io, conn: Arc::clone(&conn) });
             let mut builder = hyper::server::conn::http1::Builder::new();
-            builder.timer(TokioTimer::new()).max_buf_size(HEAD).max_header_size(HEAD).max_headers(FIELDS).half_close(false);
-            builder.header_read_timeout(headers_timeout);
+            // Its own limit for a head would count the time in which nobody asks anything.
+            builder.max_buf_size(HEAD).max_header_size(HEAD).max_headers(FIELDS).half_close(false).header_read_timeout(None);
             let serving = pin!(builder.serve_connection(io, service).with_upgrades());
             drive(&conn, serving, hyper::server::conn::http1::UpgradeableConnection::graceful_shutdown).await;
         }
@@ -70,24 +74,95 @@ where
                 .max_send_buf_size(SEND_BUFFER)
                 .keep_alive_interval(Some(Duration::from_secs(30)))
                 .keep_alive_timeout(Duration::from_secs(20));
-            let serving = pin!(builder.serve_connection(io, service));
+            let serving = pin!(builder.serve_connection(TokioIo::new(io), service));
             drive(&conn, serving, hyper::server::conn::http2::Connection::graceful_shutdown).await;
         }
     }
 }
 
-/// Until the connection ends: by itself, after a graceful shutdown, or at the deadline of the drain.
+/// Until the connection ends: by itself, after a graceful shutdown (drained, or idle for too long), or at the deadline of
+/// the drain.
 async fn drive<C>(conn: &Conn, mut serving: Pin<&mut C>, shut_down: fn(Pin<&mut C>))
 where
     C: Future<Output = hyper::Result<()>>,
 {
     tokio::select! {
-        done = serving.as_mut() => return ended(conn, done),
+        done = in_time(conn, serving.as_mut()) => match done {
+            Ok(done) => return ended(conn, done),
+            Err(Overdue::Head) => return tracing::debug!(client = %conn.client, "the head of a request took too long"),
+            Err(Overdue::Idle) => shut_down(serving.as_mut()),
+        },
         _ = conn.drain.draining() => shut_down(serving.as_mut()),
     }
     tokio::select! {
         done = serving => ended(conn, done),
         () = conn.drain.expired() => {}
+    }
+}
+
+/// Which limit of time has passed.
+enum Overdue {
+    /// For the whole connection to be idle (Envoy: `idle_timeout` of the connection manager).
+    Idle,
+    /// For a head of HTTP/1 that has begun.
+    Head,
+}
+
+/// The connection to its end, or to the limit it exceeds. One timer, set anew only when it rings or would ring too late.
+async fn in_time<C: Future>(conn: &Conn, mut serving: Pin<&mut C>) -> Result<C::Output, Overdue> {
+    let (idle, head) = (conn.shared.settings.http_idle_timeout, conn.shared.settings.headers_timeout);
+    let far = || Instant::now() + [idle, head].into_iter().filter(|t| !t.is_zero()).max().unwrap_or(FAR);
+    let mut timer = pin!(sleep_until(conn.activity.due(idle, head).unwrap_or_else(far)));
+    poll_fn(|cx| {
+        if let Poll::Ready(done) = serving.as_mut().poll(cx) {
+            return Poll::Ready(Ok(done));
+        }
+        if let Some(due) = conn.activity.due(idle, head).filter(|due| *due < timer.deadline()) {
+            timer.as_mut().reset(due);
+        }
+        while timer.as_mut().poll(cx).is_ready() {
+            match conn.activity.due(idle, head) {
+                Some(due) if due <= Instant::now() => {
+                    return Poll::Ready(Err(if conn.activity.is_reading_head() { Overdue::Head } else { Overdue::Idle }));
+                }
+                due => timer.as_mut().reset(due.unwrap_or_else(far)),
+            }
+        }
+        Poll::Pending
+    })
+    .await
+}
+
+/// A client's connection that tells of the bytes it brings.
+struct Watched<IO> {
+    io: IO,
+    conn: Arc<Conn>,
+}
+impl<IO: AsyncRead + Unpin> AsyncRead for Watched<IO> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = buf.filled().len();
+        let polled = Pin::new(&mut self.io).poll_read(cx, buf);
+        if buf.filled().len() > before {
+            self.conn.activity.bytes_arrived();
+        }
+        polled
+    }
+}
+impl<IO: AsyncWrite + Unpin> AsyncWrite for Watched<IO> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write(cx, bytes)
+    }
+    fn poll_write_vectored(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write_vectored(cx, bytes)
+    }
+    fn is_write_vectored(&self) -> bool {
+        self.io.is_write_vectored()
+    }
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(cx)
     }
 }
 

@@ -16,7 +16,7 @@ use crate::body::Body;
 use crate::conn::Conn;
 use crate::telemetry::Record;
 use http::request::Parts;
-use http::{HeaderMap, Response};
+use http::{HeaderMap, HeaderValue, Response};
 use mesh_model::Snapshot;
 use mesh_model::l7::route::{Forward, HttpAction};
 use mesh_model::l7::{Backend, HttpMatch, HttpRoute, RequestFacts, RouteTable};
@@ -46,6 +46,8 @@ pub struct Exchange<'c> {
     pub(crate) replay: Option<Replay>,
     /// Normalised path, without the query.
     pub path: String,
+    /// `https` or `http`: what the client says it used, else what it used here.
+    pub scheme: &'static str,
     /// The authority as the client wrote it.
     pub authority: String,
     /// Base of all draws of this exchange (`mesh_model::lb::redraw` makes them independent).
@@ -58,6 +60,8 @@ pub struct Exchange<'c> {
     pub backend: Option<usize>,
     /// Headers CORS adds to the response.
     pub cors_headers: Option<HeaderMap>,
+    /// The cookie by which the client will be known again, for what the endpoint answers.
+    pub(crate) sticky: Option<HeaderValue>,
     /// gRPC: refusals are answered as trailers-only responses.
     pub grpc: bool,
     /// What will be told about it.
@@ -68,7 +72,7 @@ impl Exchange<'_> {
     pub(crate) fn facts(&self) -> RequestFacts<'_> {
         RequestFacts {
             method: &self.parts.method,
-            scheme: self.conn.scheme(),
+            scheme: self.scheme,
             authority: &self.authority,
             path: &self.path,
             query: self.parts.uri.query(),
@@ -104,4 +108,22 @@ impl Exchange<'_> {
 /// `grpc-status` of headers or trailers.
 pub(crate) fn grpc_status<N: FromStr>(headers: &HeaderMap) -> Option<N> {
     headers.get("grpc-status")?.to_str().ok()?.parse().ok()
+}
+
+/// The HTTP status a gRPC status stands for (`google.rpc.Code`, as Envoy maps it).
+pub(crate) fn http_of_grpc(status: u16) -> u16 {
+    match status {
+        0 => 200,
+        1 => 499,
+        3 | 9 | 11 => 400,
+        4 => 504,
+        5 => 404,
+        6 | 10 => 409,
+        7 => 403,
+        8 => 429,
+        12 => 501,
+        14 => 503,
+        16 => 401,
+        _ => 500,
+    }
 }

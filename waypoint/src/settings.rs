@@ -93,10 +93,10 @@ pub struct Settings {
     /// connected, so that a protocol in which the server speaks first does not stall.
     #[arg(long, env = "CULVERT_PROTOCOL_SNIFF_TIMEOUT", default_value = "100ms", value_parser = duration)]
     pub sniff_timeout: Duration,
-    /// Idle limit of HTTP connections from clients; 0 for none. Not enforced yet.
+    /// How long an HTTP connection from a client may be without a request; 0 for no limit.
     #[arg(long, env = "CULVERT_HTTP_IDLE_TIMEOUT", default_value = "1h", value_parser = duration)]
     pub http_idle_timeout: Duration,
-    /// Limit for the head of a request to arrive in whole; 0 for none.
+    /// Limit for the head of an HTTP/1 request to arrive in whole once it has begun; 0 for none.
     #[arg(long, env = "CULVERT_REQUEST_HEADERS_TIMEOUT", default_value = "10s", value_parser = duration)]
     pub headers_timeout: Duration,
     /// Idle limit of TCP connections; 0 (the default) for none.

@@ -212,6 +212,12 @@ impl Upstreams {
         if let Some(why) = destination.and_then(|d| d.broken.as_ref()) {
             return Err(UpstreamError::new(Failure::NoCluster, format!("destination_unusable: {why}")));
         }
+        // A subset nobody declared is no cluster to Envoy either.
+        if let Some(subset) = key.subset.as_deref()
+            && !destination.is_some_and(|d| d.subsets.contains_key(subset))
+        {
+            return Err(unknown());
+        }
         let make = || state::State::new(key.to_string().into(), Arc::clone(&self.reach));
         let entry = entry.unwrap_or_else(|| self.clusters.get_or_insert(key, make, usize::MAX));
         let place = self.place(snap);

@@ -7,6 +7,7 @@ use crate::phase::{Exchange, Flow};
 use crate::settings::PathMode;
 use crate::telemetry::{Flag, Record};
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
+use http::request::Parts;
 use http::{Method, Request, StatusCode, Version};
 use http_body::Body as _;
 use hyper::body::Incoming;
@@ -47,6 +48,7 @@ pub(crate) fn begin(conn: &Arc<Conn>, request: Request<Incoming>) -> Exchange<'_
         protocol: parts.version,
         authority: authority.as_str().into(),
         user_agent: parts.headers.get(header::USER_AGENT).cloned(),
+        request_id: parts.headers.get(REQUEST_ID).cloned(),
         ..Record::new(grpc)
     };
     Exchange {
@@ -56,12 +58,14 @@ pub(crate) fn begin(conn: &Arc<Conn>, request: Request<Incoming>) -> Exchange<'_
         body: if body.is_end_stream() { Body::Empty } else { Body::Incoming(body) },
         replay: None,
         path: String::new(),
+        scheme: conn.scheme(),
         authority,
         draw: rand::random(),
         route: None,
         rule: None,
         backend: None,
         cors_headers: None,
+        sticky: None,
         grpc,
         record,
     }
@@ -82,22 +86,14 @@ fn authority(uri: &http::Uri, headers: &HeaderMap) -> String {
 
 /// Refuses what cannot be carried, cleans what can.
 pub(crate) fn check(ex: &mut Exchange<'_>) -> Flow {
-    let bad = |ex: &mut Exchange<'_>, details: &'static str| {
-        ex.record.flags.set(Flag::DownstreamProtocolError);
-        Flow::Answer(respond::local(ex, StatusCode::BAD_REQUEST, "", details))
-    };
-    if ex.authority.is_empty() && ex.parts.version != Version::HTTP_10 {
-        return bad(ex, "missing_host_header");
+    if ex.parts.uri.path() == "*" {
+        return Flow::Answer(respond::local(ex, StatusCode::NOT_FOUND, "", "absolute_path_rejected"));
     }
-    if ex.authority.contains('@') {
-        // Nobody's host has a user; whoever compares hosts would be fooled by one.
-        return bad(ex, "invalid_authority");
-    }
-    if ex.parts.headers.get_all(header::HOST).iter().nth(1).is_some() {
-        return bad(ex, "http1.duplicate_host");
-    }
-    if ex.parts.method == Method::CONNECT {
-        return bad(ex, "connect_not_supported");
+    if let Err(Unfit { status, text, flag, details }) = fit(&ex.parts, &ex.authority) {
+        if let Some(flag) = flag {
+            ex.record.flags.set(flag);
+        }
+        return Flow::Answer(respond::closing(ex, status, text, details));
     }
     let mode = match ex.conn.shared.settings.path_normalization {
         PathMode::None => PathNormalization::None,
@@ -107,11 +103,15 @@ pub(crate) fn check(ex: &mut Exchange<'_>) -> Flow {
     };
     match normalize(mode, ex.parts.uri.path()) {
         Ok(path) => ex.path = path.into_owned(),
-        Err(_) => return bad(ex, "path_normalization_failed"),
+        Err(_) => return Flow::Answer(respond::closing(ex, StatusCode::BAD_REQUEST, "", "path_normalization_failed")),
     }
+    ex.scheme = scheme(ex);
     let upgrade = upgrade_of(&ex.parts.headers);
     strip_hop_by_hop(&mut ex.parts.headers, upgrade.as_ref());
     let headers = &mut ex.parts.headers;
+    if ex.parts.version == Version::HTTP_2 {
+        join_cookies(headers);
+    }
     for name in INTERNAL {
         headers.remove(name);
     }
@@ -134,10 +134,92 @@ pub(crate) fn check(ex: &mut Exchange<'_>) -> Flow {
     Flow::Continue
 }
 
-/// The protocol of an HTTP/1 upgrade, if one is asked for.
+/// Why a head is not carried, and the answer, with which the connection ends.
+struct Unfit {
+    status: StatusCode,
+    text: &'static str,
+    flag: Option<Flag>,
+    details: &'static str,
+}
+impl Unfit {
+    /// What Envoy's parser, or ours in its place, answers.
+    fn broken(details: &'static str) -> Self {
+        Self { status: StatusCode::BAD_REQUEST, text: "Bad Request", flag: Some(Flag::DownstreamProtocolError), details }
+    }
+}
+
+/// Whether the head is one we carry.
+fn fit(parts: &Parts, authority: &str) -> Result<(), Unfit> {
+    let Parts { method, uri, version, headers, .. } = parts;
+    if *method == Method::CONNECT {
+        let (status, flag) = (StatusCode::NOT_FOUND, Some(Flag::NoRouteFound));
+        return Err(Unfit { status, text: "", flag, details: "route_not_found" });
+    }
+    if method.as_str().bytes().any(|b| b.is_ascii_lowercase()) {
+        // Methods are told apart by case (RFC 9110 §9.1), but not by every endpoint: a `get` would pass where GET is denied.
+        return Err(Unfit::broken("http1.invalid_method"));
+    }
+    if uri.scheme().is_none() && uri.authority().is_some() {
+        // `GET foo`: not a path, and not what only CONNECT may name.
+        return Err(Unfit::broken("http1.invalid_target"));
+    }
+    if authority.is_empty() && *version != Version::HTTP_10 {
+        return Err(Unfit { text: "", flag: None, ..Unfit::broken("missing_host_header") });
+    }
+    if headers.get_all(header::HOST).iter().nth(1).is_some() {
+        return Err(Unfit { text: "", ..Unfit::broken("http1.duplicate_host") });
+    }
+    // No `@`: nobody's host has a user; whoever compares hosts would be fooled by one.
+    if !authority.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.~!$&'()*+,;=:[]%".contains(&b)) {
+        return Err(Unfit::broken("http.invalid_authority"));
+    }
+    // Who names these wants the endpoint not to see them: a way around those who rely on them.
+    let protected = ["host", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto"];
+    let named = |name: &str| protected.iter().any(|one| name.trim().eq_ignore_ascii_case(one));
+    if headers.get_all(header::CONNECTION).iter().filter_map(|v| v.to_str().ok()).any(|list| list.split(',').any(named)) {
+        return Err(Unfit::broken("http1.connection_header_rejected"));
+    }
+    if asks_upgrade(headers) && upgrade_of(headers).is_none() && !headers.get(header::UPGRADE).is_some_and(is_h2c) {
+        return Err(Unfit { status: StatusCode::FORBIDDEN, text: "", flag: None, details: "upgrade_failed" });
+    }
+    Ok(())
+}
+
+/// What the client used to get here: in HTTP/2 it says so, in HTTP/1 a proxy before us may.
+fn scheme(ex: &Exchange<'_>) -> &'static str {
+    let known = |text: &str| match text {
+        _ if text.eq_ignore_ascii_case("https") => Some("https"),
+        _ if text.eq_ignore_ascii_case("http") => Some("http"),
+        _ => None,
+    };
+    let forwarded = || known(ex.parts.headers.get(FORWARDED_PROTO)?.to_str().ok()?);
+    let own = if ex.parts.version == Version::HTTP_2 { ex.parts.uri.scheme_str().and_then(known) } else { None };
+    own.or_else(forwarded).unwrap_or_else(|| ex.conn.scheme())
+}
+
+/// HTTP/2 may split a cookie for compression; HTTP/1 has one field of it (RFC 9113 §8.2.3).
+fn join_cookies(headers: &mut HeaderMap) {
+    if headers.get_all(header::COOKIE).iter().nth(1).is_none() {
+        return;
+    }
+    let crumbs: Vec<&[u8]> = headers.get_all(header::COOKIE).iter().map(HeaderValue::as_bytes).collect();
+    if let Ok(whole) = HeaderValue::from_bytes(&crumbs.join(&b"; "[..])) {
+        headers.insert(header::COOKIE, whole);
+    }
+}
+
+/// The protocol of an HTTP/1 upgrade we carry, if one is asked for: WebSocket, as Istio configures Envoy.
 pub(crate) fn upgrade_of(headers: &HeaderMap) -> Option<HeaderValue> {
-    let upgrade = headers.get(header::UPGRADE)?;
-    headers.get_all(header::CONNECTION).iter().filter_map(|v| v.to_str().ok()).any(has_token("upgrade")).then(|| upgrade.clone())
+    let upgrade = headers.get(header::UPGRADE).filter(|v| v.as_bytes().eq_ignore_ascii_case(b"websocket"))?;
+    asks_upgrade(headers).then(|| upgrade.clone())
+}
+/// To HTTP/2 nobody has to upgrade: the wish is dropped, the request served.
+fn is_h2c(value: &HeaderValue) -> bool {
+    value.to_str().is_ok_and(|list| list.split(',').any(|t| t.trim().eq_ignore_ascii_case("h2c")))
+}
+fn asks_upgrade(headers: &HeaderMap) -> bool {
+    headers.contains_key(header::UPGRADE)
+        && headers.get_all(header::CONNECTION).iter().filter_map(|v| v.to_str().ok()).any(has_token("upgrade"))
 }
 fn has_token(token: &str) -> impl Fn(&str) -> bool {
     move |list| list.split(',').any(|t| t.trim().eq_ignore_ascii_case(token))
@@ -145,6 +227,8 @@ fn has_token(token: &str) -> impl Fn(&str) -> bool {
 
 /// Removes what speaks of this connection alone (RFC 9110 §7.6.1); an upgrade that goes on is put back.
 pub(crate) fn strip_hop_by_hop(headers: &mut HeaderMap, upgrade: Option<&HeaderValue>) {
+    // An upgrade keeps the word as it was written: it is part of the handshake.
+    let word = headers.get(header::CONNECTION).filter(|v| v.as_bytes().eq_ignore_ascii_case(b"upgrade")).cloned();
     if headers.contains_key(header::CONNECTION) {
         let named: Vec<HeaderName> = headers
             .get_all(header::CONNECTION)
@@ -170,7 +254,7 @@ pub(crate) fn strip_hop_by_hop(headers: &mut HeaderMap, upgrade: Option<&HeaderV
     }
     match upgrade {
         Some(protocol) => {
-            headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+            headers.insert(header::CONNECTION, word.unwrap_or_else(|| HeaderValue::from_static("upgrade")));
             headers.insert(header::UPGRADE, protocol.clone());
         }
         None => {

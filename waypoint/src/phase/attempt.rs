@@ -3,12 +3,13 @@ use crate::body::Body;
 use crate::facts::Scope;
 use crate::phase::Exchange;
 use crate::phase::admit::upgrade_of;
-use crate::phase::{expose, grpc_status, respond};
+use crate::phase::{expose, grpc_status, http_of_grpc, respond};
 use crate::telemetry::Flag;
 use crate::upstream::{self, Cluster, Failure, Host, Observed, PickContext, RequestGuard, SendOptions, UpstreamError};
-use http::header::{self, HeaderName, HeaderValue};
+use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::uri::{Authority, PathAndQuery, Scheme};
-use http::{Request, Response, StatusCode, Uri, Version};
+use http::{Method, Request, Response, StatusCode, Uri, Version};
+use http_body::Body as _;
 use hyper::body::Incoming;
 use hyper::upgrade::OnUpgrade;
 use mesh_model::l7::HttpRoute;
@@ -19,10 +20,15 @@ use mesh_model::lb::redraw;
 use mesh_model::waypoint::Target;
 use std::borrow::Cow;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::time::{Instant, sleep, timeout_at};
 
 const DRAW_ATTEMPT: u64 = 20;
 const DRAW_BACKOFF: u64 = 60;
+/// `x-envoy-expected-rq-timeout-ms`.
+const EXPECTED_TIMEOUT: HeaderName = HeaderName::from_static("x-envoy-expected-rq-timeout-ms");
+/// `grpc-timeout`.
+const GRPC_TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
 /// `x-envoy-attempt-count`.
 const ATTEMPT_COUNT: HeaderName = HeaderName::from_static("x-envoy-attempt-count");
 
@@ -35,14 +41,8 @@ pub(crate) async fn run(ex: &mut Exchange<'_>) -> Response<Body> {
         Err(answer) => return *answer,
     };
     ex.record.cluster = Some(Arc::clone(&cluster));
-    let hash = match sticky(ex, &cluster) {
-        (hash, None) => hash,
-        (hash, Some(cookie)) => {
-            // Told to the client with whatever it is answered.
-            ex.cors_headers.get_or_insert_default().append(header::SET_COOKIE, cookie);
-            hash
-        }
-    };
+    let hash;
+    (hash, ex.sticky) = sticky(ex, &cluster);
     let guard = match cluster.admit() {
         Ok(guard) => guard,
         Err(error) => return failed(ex, &error, false, route.dialect),
@@ -97,7 +97,7 @@ async fn attempts(
     let upgrade = upgrade_of(&ex.parts.headers).is_some();
     let client_upgrade = ex.parts.extensions.remove::<OnUpgrade>().filter(|_| upgrade);
     let repeatable = policy.attempts > 0 && !upgrade;
-    let deadline = forward.timeout.map(|t| Instant::now() + t);
+    let deadline = time_limit(ex, forward.timeout).map(|t| Instant::now() + t);
     let http2 = speaks_http2(ex, cluster);
     let mut tried: Vec<Arc<Host>> = Vec::new();
     // Held while a retry is under way: the budget counts it.
@@ -115,11 +115,14 @@ async fn attempts(
         ex.record.attempts = attempt;
         ex.record.host = Some(Arc::clone(&host));
         let Some(reader) = ex.read_body() else { return (internal(ex, "the body was already sent"), None) };
-        let Ok(request) = outgoing(ex, reader, &ex.authority, attempt, http2) else {
+        let Ok(mut request) = outgoing(ex, reader, &ex.authority, attempt, http2) else {
             return (respond::local(ex, StatusCode::BAD_REQUEST, "", "invalid_authority"), None);
         };
         let started = Instant::now();
         let per_try = policy.per_try.map(|t| started + t);
+        if let Some(end) = [deadline, per_try].into_iter().flatten().min() {
+            tell_limit(ex, request.headers_mut(), end.saturating_duration_since(started));
+        }
         let (limit, is_per_try) = match (deadline, per_try) {
             (Some(d), Some(p)) if p < d => (Some(p), true),
             (None, Some(p)) => (Some(p), true),
@@ -138,7 +141,7 @@ async fn attempts(
         cluster.report(
             &host,
             match &result {
-                Ok(response) => Observed::Status(response.status().as_u16()),
+                Ok(response) => Observed::Status(blamed(ex.grpc, response)),
                 Err(error) => Observed::Failed(error.failure),
             },
         );
@@ -166,7 +169,8 @@ async fn attempts(
         }
         return match result {
             Ok(response) => {
-                ex.record.upstream_time = Some(started.elapsed());
+                // Counted from the end of the request, which an upgrade does not have.
+                ex.record.upstream_time = (!upgrade).then(|| started.elapsed());
                 (arrived(ex, response, client_upgrade), deadline)
             }
             Err(error) if error.failure == Failure::Timeout && is_per_try => {
@@ -176,6 +180,63 @@ async fn attempts(
             Err(error) => (failed(ex, &error, attempt > 1, dialect), None),
         };
     }
+}
+
+/// The status that counts for the endpoint's health: of a gRPC call that failed at once, what its status stands for.
+fn blamed(grpc: bool, response: &Response<Incoming>) -> u16 {
+    let status = if grpc { grpc_status(response.headers()) } else { None };
+    status.map_or(response.status().as_u16(), http_of_grpc)
+}
+
+/// How long the exchange may take: the route's limit; a gRPC call may ask for less, or for any time where there is none.
+fn time_limit(ex: &Exchange<'_>, route: Option<Duration>) -> Option<Duration> {
+    let asked = ex.grpc.then(|| ex.parts.headers.get(GRPC_TIMEOUT).and_then(grpc_timeout)).flatten();
+    match (asked, route) {
+        (Some(asked), Some(route)) => Some(asked.min(route)),
+        (asked, route) => asked.or(route),
+    }
+}
+
+/// Tells the endpoint how long it has.
+fn tell_limit(ex: &Exchange<'_>, headers: &mut HeaderMap, limit: Duration) {
+    // Whole milliseconds, at least one: 0 would mean no limit.
+    let ms = u64::try_from(limit.as_micros().div_ceil(1000)).unwrap_or(u64::MAX).max(1);
+    headers.insert(EXPECTED_TIMEOUT, HeaderValue::from(ms));
+    if ex.grpc
+        && let Some(value) = grpc_timeout_value(ms)
+    {
+        headers.insert(GRPC_TIMEOUT, value);
+    }
+}
+
+/// `grpc-timeout`: up to eight digits and a unit (gRPC over HTTP/2), rounded up to milliseconds. What is none is no limit.
+fn grpc_timeout(value: &HeaderValue) -> Option<Duration> {
+    let (unit, digits) = value.as_bytes().split_last()?;
+    if digits.is_empty() || digits.len() > 8 || !digits.iter().all(u8::is_ascii_digit) {
+        return None;
+    }
+    let number: u64 = std::str::from_utf8(digits).ok()?.parse().ok()?;
+    let ms = match unit {
+        b'H' => number * 3_600_000,
+        b'M' => number * 60_000,
+        b'S' => number * 1000,
+        b'm' => number,
+        b'u' => number.div_ceil(1000),
+        b'n' => number.div_ceil(1_000_000),
+        _ => return None,
+    };
+    (ms > 0).then(|| Duration::from_millis(ms))
+}
+
+/// The same, in the finest of the units that holds it in eight digits.
+fn grpc_timeout_value(ms: u64) -> Option<HeaderValue> {
+    const MOST: u64 = 99_999_999;
+    let text = match ms {
+        0..=MOST => format!("{ms}m"),
+        _ if ms / 1000 <= MOST => format!("{}S", ms / 1000),
+        _ => format!("{}M", (ms / 60_000).min(MOST)),
+    };
+    HeaderValue::try_from(text).ok()
 }
 
 /// Whether HTTP/2 is spoken to the endpoint: declared by the service's port, asked for by policy, or as the client did.
@@ -210,7 +271,7 @@ pub(super) fn outgoing(ex: &Exchange<'_>, body: Body, authority: &str, attempt: 
     let mut uri = http::uri::Parts::default();
     uri.path_and_query = Some(target);
     if http2 {
-        uri.scheme = Some(if ex.conn.scheme() == "https" { Scheme::HTTPS } else { Scheme::HTTP });
+        uri.scheme = Some(if ex.scheme == "https" { Scheme::HTTPS } else { Scheme::HTTP });
         uri.authority = Some(Authority::try_from(authority).map_err(|_| ())?);
         *request.version_mut() = Version::HTTP_2;
         request.headers_mut().remove(header::HOST);
@@ -218,6 +279,11 @@ pub(super) fn outgoing(ex: &Exchange<'_>, body: Body, authority: &str, attempt: 
         request.headers_mut().insert(header::HOST, HeaderValue::try_from(authority).map_err(|_| ())?);
     }
     *request.uri_mut() = Uri::from_parts(uri).map_err(|_| ())?;
+    // RFC 9110 §8.6: a method that usually has a body says so when it has none.
+    let bodiless = [Method::GET, Method::HEAD, Method::DELETE, Method::TRACE, Method::CONNECT];
+    if !http2 && request.body().is_end_stream() && !bodiless.contains(request.method()) {
+        request.headers_mut().insert(header::CONTENT_LENGTH, HeaderValue::from_static("0"));
+    }
     request.headers_mut().insert(ATTEMPT_COUNT, HeaderValue::from(attempt));
     Ok(request)
 }
@@ -234,13 +300,16 @@ fn outcome_of(result: &Result<Response<Incoming>, UpstreamError>) -> Outcome {
             Failure::Connect => retry::FailureKind::Connect,
             Failure::ConnectTimeout => retry::FailureKind::ConnectTimeout,
             Failure::Refused => retry::FailureKind::Refused,
-            Failure::Reset => retry::FailureKind::Reset,
+            Failure::Reset | Failure::RemoteReset => retry::FailureKind::Reset,
             Failure::ResetBeforeRequest => retry::FailureKind::ResetBeforeRequest,
             Failure::Protocol => retry::FailureKind::Protocol,
             Failure::Timeout => retry::FailureKind::Timeout,
-            Failure::Overflow | Failure::NoCluster | Failure::NoHealthy | Failure::Denied | Failure::ClientGone => {
-                retry::FailureKind::Overflow
-            }
+            Failure::Overflow
+            | Failure::NoCluster
+            | Failure::NoHealthy
+            | Failure::Denied
+            | Failure::ClientGone
+            | Failure::ClientProtocol => retry::FailureKind::Overflow,
         }),
     }
 }
@@ -295,16 +364,22 @@ fn failed(ex: &mut Exchange<'_>, error: &UpstreamError, retried: bool, dialect: 
             ex.record.flags.set(Flag::DownstreamConnectionTermination);
             return respond::local(ex, unavailable, "", "downstream_remote_disconnect");
         }
+        Failure::ClientProtocol => {
+            ex.record.flags.set(Flag::DownstreamProtocolError);
+            return respond::closing(ex, StatusCode::BAD_REQUEST, "Bad Request", "http1.codec_error");
+        }
         Failure::Overflow => (Flag::UpstreamOverflow, unavailable, Reset::Overflow),
         Failure::Connect => (Flag::UpstreamConnectionFailure, unavailable, Reset::Connect),
         Failure::ConnectTimeout => (Flag::UpstreamConnectionFailure, unavailable, Reset::ConnectTimeout),
         Failure::Refused => (Flag::UpstreamRemoteReset, unavailable, Reset::Refused),
         Failure::Reset | Failure::ResetBeforeRequest => (Flag::UpstreamConnectionTermination, unavailable, Reset::Terminated),
+        Failure::RemoteReset => (Flag::UpstreamRemoteReset, unavailable, Reset::Remote),
         Failure::Protocol => (Flag::UpstreamProtocolError, StatusCode::BAD_GATEWAY, Reset::Protocol),
     };
     ex.record.flags.set(flag);
     let mut details = format!("upstream_reset_before_response_started{{{}", reset.word());
-    if !error.detail.is_empty() {
+    // Only a failed connect has more to tell than its kind; what there is for the others is in the transport failure.
+    if error.failure == Failure::Connect && !error.detail.is_empty() {
         details.push('|');
         details.extend(error.detail.chars().map(|c| if c.is_whitespace() { '_' } else { c }));
     }
@@ -323,6 +398,7 @@ enum Reset {
     Connect,
     ConnectTimeout,
     Refused,
+    Remote,
     Terminated,
     Protocol,
 }
@@ -333,6 +409,7 @@ impl Reset {
             Self::Connect => "remote_connection_failure",
             Self::ConnectTimeout => "connection_timeout",
             Self::Refused => "remote_refused_stream_reset",
+            Self::Remote => "remote_reset",
             Self::Terminated => "connection_termination",
             Self::Protocol => "protocol_error",
         }
@@ -355,6 +432,7 @@ impl Reset {
             Self::Connect => text!("remote connection failure"),
             Self::ConnectTimeout => text!("connection timeout"),
             Self::Refused => text!("remote refused stream reset"),
+            Self::Remote => text!("remote reset"),
             Self::Terminated => text!("connection termination"),
             Self::Protocol => text!("protocol error"),
         }

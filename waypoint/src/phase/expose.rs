@@ -5,7 +5,8 @@ use crate::phase::{Exchange, grpc_status};
 use crate::telemetry::{Flag, Record};
 use crate::upstream::RequestGuard;
 use bytes::Bytes;
-use http::Response;
+use http::header::{self, HeaderValue};
+use http::{Method, Response};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use http_body_util::BodyExt as _;
 use std::pin::Pin;
@@ -15,7 +16,8 @@ use tokio::time::{Instant, Sleep};
 
 /// Keeps what must live as long as the response: its place among the destination's requests, and the route's time limit.
 pub(crate) fn hold(answer: Response<Body>, guard: RequestGuard, deadline: Option<Instant>) -> Response<Body> {
-    if answer.body().is_end_stream() {
+    // What is made here is whole already.
+    if matches!(answer.body(), Body::Full(_)) || answer.body().is_end_stream() {
         return answer;
     }
     let sleep = deadline.map(|d| Box::pin(tokio::time::sleep_until(d)));
@@ -51,13 +53,54 @@ impl HttpBody for Held {
 
 /// Tells about the exchange when the last byte of the answer has been taken, or when it is given up.
 pub(crate) fn tell(ex: Exchange<'_>, answer: Response<Body>) -> Response<Body> {
+    let bodiless = ex.parts.method == Method::HEAD;
     let Exchange { conn, record, .. } = ex;
     let mut told = Told { conn: Arc::clone(conn), record: Some(record) };
-    if answer.body().is_end_stream() {
+    // Nothing of a body goes to who asked for the head only, so nobody would follow it to its end.
+    if bodiless || answer.body().is_end_stream() {
         told.tell(None);
-        return answer;
+        return if bodiless { headless(answer) } else { answer };
     }
     answer.map(|inner| Body::Boxed(Followed { inner, told }.boxed_unsync()))
+}
+
+/// The answer to HEAD: the length a body would have, and none.
+fn headless(mut answer: Response<Body>) -> Response<Body> {
+    let length = answer.body().size_hint().exact();
+    let framed =
+        answer.headers().contains_key(header::CONTENT_LENGTH) || answer.headers().contains_key(header::TRANSFER_ENCODING);
+    // What came from an upstream says its own length, or has none to say.
+    if let (Body::Full(_), Some(length), false) = (answer.body(), length, framed) {
+        answer.headers_mut().insert(header::CONTENT_LENGTH, HeaderValue::from(length));
+    }
+    answer.map(|_| Body::Empty)
+}
+
+/// An exchange whose answer is not made yet. hyper drops the work on it when the client goes, and has no other way to say so.
+pub(crate) struct Unanswered<'c>(Option<Exchange<'c>>);
+impl<'c> Unanswered<'c> {
+    /// Of an exchange that begins.
+    pub(crate) fn new(ex: Exchange<'c>) -> Self {
+        ex.conn.activity.begins();
+        Self(Some(ex))
+    }
+    /// The exchange; `None` once it was taken.
+    pub(crate) fn get(&mut self) -> Option<&mut Exchange<'c>> {
+        self.0.as_mut()
+    }
+    /// The exchange, which now has an answer.
+    pub(crate) fn take(mut self) -> Option<Exchange<'c>> {
+        self.0.take()
+    }
+}
+impl Drop for Unanswered<'_> {
+    fn drop(&mut self) {
+        let Some(mut ex) = self.0.take() else { return };
+        ex.record.flags.set(Flag::DownstreamConnectionTermination);
+        ex.record.details = "downstream_remote_disconnect".into();
+        ex.conn.shared.telemetry.request_done(&ex.conn.facts, &ex.record);
+        ex.conn.activity.ends();
+    }
 }
 
 /// The record, told once.
@@ -66,13 +109,20 @@ struct Told {
     record: Option<Record>,
 }
 impl Told {
-    fn tell(&mut self, flag: Option<Flag>) {
+    fn tell(&mut self, end: Option<(Flag, &'static str)>) {
         if let Some(mut record) = self.record.take() {
-            if let Some(flag) = flag {
+            if let Some((flag, details)) = end {
                 record.flags.set(flag);
+                record.details = details.into();
             }
             self.conn.shared.telemetry.request_done(&self.conn.facts, &record);
         }
+    }
+}
+
+impl Drop for Told {
+    fn drop(&mut self) {
+        self.conn.activity.ends();
     }
 }
 
@@ -90,11 +140,16 @@ impl HttpBody for Followed {
             Poll::Pending => {}
             Poll::Ready(None) => self.told.tell(None),
             Poll::Ready(Some(Err(error))) => {
-                let flag = match error {
-                    BodyError::Gone(_) => Flag::UpstreamRequestTimeout,
-                    BodyError::Http(_) => Flag::UpstreamConnectionTermination,
-                };
-                self.told.tell(Some(flag));
+                self.told.tell(Some(match error {
+                    BodyError::Gone(_) => (Flag::UpstreamRequestTimeout, "response_timeout"),
+                    // It promised more than it sent, or sent what is no chunk.
+                    BodyError::Http(_) if error.is_cut_short() || error.is_malformed() => {
+                        (Flag::UpstreamProtocolError, "upstream_reset_after_response_started{protocol_error}")
+                    }
+                    BodyError::Http(_) => {
+                        (Flag::UpstreamConnectionTermination, "upstream_reset_after_response_started{connection_termination}")
+                    }
+                }));
             }
             Poll::Ready(Some(Ok(frame))) => {
                 if let Some(record) = &mut self.told.record {
@@ -124,6 +179,6 @@ impl HttpBody for Followed {
 impl Drop for Followed {
     fn drop(&mut self) {
         // hyper has no other way to say that the client went before the answer was whole; told already in every other case.
-        self.told.tell(Some(Flag::DownstreamConnectionTermination));
+        self.told.tell(Some((Flag::DownstreamConnectionTermination, "downstream_remote_disconnect")));
     }
 }

@@ -1,5 +1,4 @@
 //! Injected faults: delay, then abort (spec/waypoint §3.1, §10).
-use crate::body::Body;
 use crate::phase::respond;
 use crate::phase::{Exchange, Flow};
 use crate::telemetry::Flag;
@@ -27,9 +26,8 @@ pub(crate) async fn inject(ex: &mut Exchange<'_>) -> Flow {
             let status = StatusCode::from_u16(status).unwrap_or(StatusCode::SERVICE_UNAVAILABLE);
             respond::local(ex, status, TEXT, "fault_filter_abort")
         }
-        Abort::Grpc(status) => {
-            ex.record.details = "fault_filter_abort".into();
-            respond::grpc(ex, status, TEXT, Body::Empty)
-        }
+        // Who does not speak gRPC is told so under the status that gRPC has for everything.
+        Abort::Grpc(_) if !ex.grpc => respond::local(ex, StatusCode::OK, TEXT, "fault_filter_abort"),
+        Abort::Grpc(status) => respond::grpc(ex, status, TEXT, "fault_filter_abort"),
     })
 }

@@ -1,15 +1,11 @@
-//! What the upstream is told beside what the client said: header edits of backend and route, timeout. And the body is made
+//! What the upstream is told beside what the client said: header edits of backend and route. And the body is made
 //! repeatable where something may read it twice.
 use crate::body::Body;
 use crate::phase::Exchange;
 use crate::phase::replay::Replay;
 use crate::phase::rewrite;
-use http::header::{HeaderName, HeaderValue};
 use mesh_model::l7::route::HttpAction;
 use std::sync::Arc;
-
-/// `x-envoy-expected-rq-timeout-ms`.
-const EXPECTED_TIMEOUT: HeaderName = HeaderName::from_static("x-envoy-expected-rq-timeout-ms");
 
 /// Edits the request's headers: the backend's first, then the route's (Envoy: most specific first).
 pub(crate) fn prepare(ex: &mut Exchange<'_>) {
@@ -33,10 +29,4 @@ pub(crate) fn prepare(ex: &mut Exchange<'_>) {
             Some(Replay::new(body, keep, Arc::clone(&ex.record.received)))
         }
     };
-    if let Some(timeout) = forward.timeout {
-        let shortest = forward.retry.per_try.map_or(timeout, |per_try| per_try.min(timeout));
-        if let Ok(value) = HeaderValue::try_from(shortest.as_millis().to_string()) {
-            ex.parts.headers.insert(EXPECTED_TIMEOUT, value);
-        }
-    }
 }

@@ -3,12 +3,15 @@ use crate::body::Body;
 use crate::phase::admit::strip_hop_by_hop;
 use crate::phase::{Exchange, Flow};
 use bytes::Bytes;
-use http::header::{self, HeaderName, HeaderValue};
-use http::{Response, StatusCode};
+use http::header::{self, HeaderMap, HeaderName, HeaderValue};
+use http::{Response, StatusCode, Version};
+use hyper::upgrade::OnUpgrade;
+use hyper_util::rt::TokioIo;
 use mesh_model::l7::HttpMatch;
 use mesh_model::l7::rewrite::redirect_location;
 use mesh_model::l7::route::HttpAction;
 use std::borrow::Cow;
+use tokio::io::AsyncWriteExt as _;
 
 /// What Envoy calls itself in Istio; clients and tests look for it.
 const SERVER: HeaderValue = HeaderValue::from_static("istio-envoy");
@@ -16,29 +19,55 @@ const SERVER: HeaderValue = HeaderValue::from_static("istio-envoy");
 const REASON: HeaderName = HeaderName::from_static("x-culvert-reason");
 
 /// An answer made here (Envoy's local reply): plain text, or for gRPC a trailers-only response with the status that the
-/// HTTP status maps to.
+/// HTTP status maps to. Once a route is chosen its header edits are for these answers too.
 pub(crate) fn local(
     ex: &mut Exchange<'_>,
     status: StatusCode,
     text: &'static str,
     details: impl Into<Cow<'static, str>>,
 ) -> Response<Body> {
-    ex.record.details = details.into();
     if ex.grpc {
-        return grpc(ex, grpc_status(status), text, Body::Empty);
+        return grpc(ex, grpc_status(status), text, details);
     }
+    ex.record.details = details.into();
     let mut answer = Response::new(Body::full(Bytes::from_static(text.as_bytes())));
     *answer.status_mut() = status;
     if !text.is_empty() {
         answer.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain"));
     }
+    edit(ex, answer.headers_mut());
     answer
 }
 
-/// A gRPC answer that is all headers.
-pub(crate) fn grpc(ex: &mut Exchange<'_>, status: u16, message: &str, body: Body) -> Response<Body> {
+/// As [`local`], and the connection ends with it: what the client sends next cannot be trusted to be what it meant.
+pub(crate) fn closing(ex: &mut Exchange<'_>, status: StatusCode, text: &'static str, details: &'static str) -> Response<Body> {
+    let mut answer = local(ex, status, text, details);
+    // HTTP/2 ends streams, not connections.
+    if ex.parts.version != Version::HTTP_2 {
+        answer.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+        if let Some(upgrade) = ex.parts.extensions.remove::<OnUpgrade>() {
+            // hyper hands over a connection on which something else was wished for, instead of ending it.
+            tokio::spawn(async move {
+                if let Ok(io) = upgrade.await {
+                    let _gone_already = TokioIo::new(io).shutdown().await;
+                }
+            });
+        }
+    }
+    answer
+}
+
+/// An answer made here for who speaks gRPC: all headers.
+pub(crate) fn grpc(ex: &mut Exchange<'_>, status: u16, message: &str, details: impl Into<Cow<'static, str>>) -> Response<Body> {
+    ex.record.details = details.into();
+    let mut answer = trailers_only(ex, status, message);
+    edit(ex, answer.headers_mut());
+    answer
+}
+
+fn trailers_only(ex: &mut Exchange<'_>, status: u16, message: &str) -> Response<Body> {
     ex.record.grpc_status = Some(status);
-    let mut answer = Response::new(body);
+    let mut answer = Response::new(Body::Empty);
     let headers = answer.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
     headers.insert("grpc-status", HeaderValue::from(status));
@@ -48,6 +77,16 @@ pub(crate) fn grpc(ex: &mut Exchange<'_>, status: u16, message: &str, body: Body
         headers.insert("grpc-message", message);
     }
     answer
+}
+
+/// The header edits of the chosen backend, then those of the route (Envoy: most specific first).
+fn edit(ex: &Exchange<'_>, headers: &mut HeaderMap) {
+    if let Some(backend) = ex.backend() {
+        backend.headers.response.apply(headers);
+    }
+    if let Some(route) = &ex.route {
+        route.headers.response.apply(headers);
+    }
 }
 
 /// The gRPC status an HTTP status stands for (gRPC's http-grpc-status-mapping; 429 as Envoy has it).
@@ -91,8 +130,24 @@ pub(crate) fn direct(ex: &mut Exchange<'_>) -> Flow {
         }
     };
     ex.record.details = "direct_response".into();
+    if ex.grpc {
+        answer = as_grpc(ex, &route.action, answer);
+    }
     route.headers.response.apply(answer.headers_mut());
     Flow::Answer(answer)
+}
+
+/// A redirect or direct response for who speaks gRPC: its status in gRPC's terms, its text as the message.
+fn as_grpc(ex: &mut Exchange<'_>, action: &HttpAction, plain: Response<Body>) -> Response<Body> {
+    let text = match action {
+        HttpAction::Respond(respond) => std::str::from_utf8(&respond.body).unwrap_or_default(),
+        _ => "",
+    };
+    let mut answer = trailers_only(ex, grpc_status(plain.status()), text);
+    if let Some(location) = plain.headers().get(header::LOCATION) {
+        answer.headers_mut().insert(header::LOCATION, location.clone());
+    }
+    answer
 }
 
 /// What the upstream answered, made ours: connection headers removed, header edits of backend and route.
@@ -100,16 +155,10 @@ pub(crate) fn from_upstream(ex: &mut Exchange<'_>, answer: &mut Response<Body>) 
     let upgrade =
         (answer.status() == StatusCode::SWITCHING_PROTOCOLS).then(|| answer.headers().get(header::UPGRADE).cloned()).flatten();
     strip_hop_by_hop(answer.headers_mut(), upgrade.as_ref());
-    if let Some(backend) = ex.backend()
-        && !backend.headers.response.is_empty()
-    {
-        backend.headers.response.apply(answer.headers_mut());
+    if let Some(cookie) = ex.sticky.take() {
+        answer.headers_mut().append(header::SET_COOKIE, cookie);
     }
-    if let Some(route) = &ex.route
-        && !route.headers.response.is_empty()
-    {
-        route.headers.response.apply(answer.headers_mut());
-    }
+    edit(ex, answer.headers_mut());
     if let Some(time) = ex.record.upstream_time {
         answer.headers_mut().insert("x-envoy-upstream-service-time", HeaderValue::from(time.as_millis() as u64));
     }

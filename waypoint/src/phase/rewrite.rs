@@ -15,17 +15,22 @@ const ORIGINAL_HOST: HeaderName = HeaderName::from_static("x-envoy-original-host
 pub(crate) fn apply(ex: &mut Exchange<'_>) {
     let Some(route) = ex.route.clone() else { return };
     let HttpAction::Forward(forward) = &route.action else { return };
-    let before = ex.path.clone();
+    let of_backend = ex.backend_of(forward).and_then(|b| b.rewrite.as_ref());
+    // As it was routed by: normalised, and told even where the rewrite leaves it as it is.
+    if [forward.rewrite.as_ref(), of_backend].into_iter().flatten().any(|rewrite| rewrite.path.is_some()) {
+        let value = match ex.parts.uri.query() {
+            Some(query) => HeaderValue::try_from(format!("{}?{query}", ex.path)),
+            None => HeaderValue::from_str(&ex.path),
+        };
+        if let Ok(value) = value {
+            ex.parts.headers.insert(ORIGINAL_PATH, value);
+        }
+    }
     if let Some(rewrite) = &forward.rewrite {
         one(ex, rewrite);
     }
-    if let Some(rewrite) = ex.backend_of(forward).and_then(|b| b.rewrite.as_ref()) {
+    if let Some(rewrite) = of_backend {
         one(ex, rewrite);
-    }
-    if ex.path != before
-        && let Ok(value) = HeaderValue::try_from(&*ex.record.path)
-    {
-        ex.parts.headers.insert(ORIGINAL_PATH, value);
     }
 }
 

@@ -5,43 +5,44 @@ use std::fmt;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Flag {
-    /// `DC`: the client went.
-    DownstreamConnectionTermination = 0,
     /// `DI`: a fault delayed it.
-    DelayInjected,
-    /// `DPE`: the client broke the protocol.
-    DownstreamProtocolError,
+    DelayInjected = 0,
     /// `FI`: a fault answered it.
     FaultInjected,
-    /// `NC`: the cluster is not there.
-    NoClusterFound,
     /// `NR`: no route.
     NoRouteFound,
+    /// `NC`: the cluster is not there.
+    NoClusterFound,
     /// `RL`: rate limited here.
     RateLimited,
     /// `UAEX`: external authorization said no.
     UnauthorizedExternal,
-    /// `UC`: the upstream ended the connection.
-    UpstreamConnectionTermination,
-    /// `UF`: no connection to the upstream.
-    UpstreamConnectionFailure,
-    /// `UH`: no healthy upstream.
-    NoHealthyUpstream,
-    /// `UO`: a limit of the destination.
-    UpstreamOverflow,
-    /// `UPE`: the upstream broke the protocol.
-    UpstreamProtocolError,
-    /// `UR`: the upstream reset the stream.
-    UpstreamRemoteReset,
     /// `URX`: retries or connect attempts used up.
     UpstreamRetryLimitExceeded,
+    /// `UO`: a limit of the destination.
+    UpstreamOverflow,
+    /// `UH`: no healthy upstream.
+    NoHealthyUpstream,
+    /// `UF`: no connection to the upstream.
+    UpstreamConnectionFailure,
+    /// `UC`: the upstream ended the connection.
+    UpstreamConnectionTermination,
+    /// `UR`: the upstream reset the stream.
+    UpstreamRemoteReset,
+    /// `UPE`: the upstream broke the protocol.
+    UpstreamProtocolError,
     /// `UT`: the upstream took too long.
     UpstreamRequestTimeout,
     /// `SI`: the stream was idle for too long.
     StreamIdleTimeout,
+    /// `DPE`: the client broke the protocol.
+    DownstreamProtocolError,
+    /// `DC`: the client went.
+    DownstreamConnectionTermination,
 }
+/// In the order in which Envoy comes to set them, which is the order it writes them in.
 const NAMES: [&str; 17] =
-    ["DC", "DI", "DPE", "FI", "NC", "NR", "RL", "UAEX", "UC", "UF", "UH", "UO", "UPE", "UR", "URX", "UT", "SI"];
+    ["DI", "FI", "NR", "NC", "RL", "UAEX", "URX", "UO", "UH", "UF", "UC", "UR", "UPE", "UT", "SI", "DPE", "DC"];
 
 /// A set of flags.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]

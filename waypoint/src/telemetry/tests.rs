@@ -336,7 +336,7 @@ async fn a_refused_request_has_no_destination_but_a_service() {
         assert_eq!(labels[name], value, "{name}");
     }
     assert_eq!(labels["destination_service_name"], "api");
-    assert_eq!((&*labels["response_code"], &*labels["response_flags"]), ("503", "UH,URX"));
+    assert_eq!((&*labels["response_code"], &*labels["response_flags"]), ("503", "URX,UH"));
     let reasons = series(&[("reporter", "waypoint"), ("reason", "no_healthy_endpoint")]);
     assert_eq!(all.one("culvert_refused_total"), (&reasons, 1.0));
 }

@@ -31,7 +31,7 @@ pub(super) fn service(
     labels: &Labels,
 ) -> Cluster {
     let subset = key.subset.as_deref();
-    // A subset nobody declared has no endpoints.
+    // A subset nobody declared would have no endpoints; `Upstreams::cluster` does not come here with one.
     let policy = match destination {
         Some(destination) => destination.policy(subset, key.port),
         None => subset.is_none().then_some(plain),

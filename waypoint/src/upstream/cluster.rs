@@ -161,10 +161,16 @@ impl Cluster {
                 | Failure::ConnectTimeout
                 | Failure::Refused
                 | Failure::Reset
+                | Failure::RemoteReset
                 | Failure::ResetBeforeRequest
                 | Failure::Protocol => Seen::Broken,
                 // Not the endpoint's doing.
-                Failure::NoCluster | Failure::NoHealthy | Failure::Overflow | Failure::Denied | Failure::ClientGone => return,
+                Failure::NoCluster
+                | Failure::NoHealthy
+                | Failure::Overflow
+                | Failure::Denied
+                | Failure::ClientGone
+                | Failure::ClientProtocol => return,
             },
         };
         if !matches!(seen, Seen::Status(..500)) {

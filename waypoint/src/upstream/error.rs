@@ -17,8 +17,10 @@ pub enum Failure {
     ConnectTimeout,
     /// The endpoint refused the stream before it looked at it (REFUSED_STREAM, GOAWAY). 503; `UR`.
     Refused,
-    /// The connection ended or was reset before a response came. 503; `UC`.
+    /// The connection ended before a response came. 503; `UC`.
     Reset,
+    /// The endpoint reset the stream, not the connection. 503; `UR`, `remote reset`.
+    RemoteReset,
     /// As `Reset`, and nothing of the request had been sent.
     ResetBeforeRequest,
     /// The endpoint speaks no HTTP we understand. 502; `UPE`, `protocol_error`.
@@ -29,6 +31,8 @@ pub enum Failure {
     Denied,
     /// The client went while we waited. 503, which nobody reads; `DC`.
     ClientGone,
+    /// What the client sends as a body is none. 400; `DPE`, `http1.codec_error`.
+    ClientProtocol,
 }
 
 /// A failed attempt: the kind and the particulars for the log.

@@ -194,8 +194,9 @@ fn bad(what: &str) -> UpstreamError {
 fn explain(error: &hyper::Error) -> UpstreamError {
     let mut cause = error.source();
     while let Some(inner) = cause {
-        if inner.is::<BodyError>() {
-            return UpstreamError::new(Failure::ClientGone, inner.to_string());
+        if let Some(body) = inner.downcast_ref::<BodyError>() {
+            let failure = if body.is_malformed() { Failure::ClientProtocol } else { Failure::ClientGone };
+            return UpstreamError::new(failure, inner.to_string());
         }
         if let Some(h2) = inner.downcast_ref::<h2::Error>() {
             return explain_h2(h2);
@@ -218,5 +219,5 @@ fn explain_h2(error: &h2::Error) -> UpstreamError {
     if error.is_library() {
         return UpstreamError::new(Failure::Protocol, error.to_string());
     }
-    UpstreamError::new(Failure::Reset, "remote reset")
+    UpstreamError::new(Failure::RemoteReset, "remote reset")
 }

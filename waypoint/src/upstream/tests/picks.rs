@@ -159,7 +159,9 @@ async fn subsets_are_chosen_by_labels_and_have_policies_of_their_own() {
     assert_eq!(v2.policy().balance, Balance::RoundRobin);
     let turns: Vec<_> = (0..4).map(|_| name(&pick_with(&v2, 1).unwrap())).collect();
     assert!(turns[0] != turns[1] && turns[0] == turns[2] && turns[1] == turns[3], "{turns:?}");
-    assert_eq!(pick_with(&of(&world, "v3"), 1).unwrap_err().failure, Failure::NoHealthy);
+    // One that nobody declared is no cluster.
+    let undeclared = ClusterKey { subset: Some("v3".into()), ..cluster_key() };
+    assert_eq!(world.upstreams.cluster(&world.snap, &undeclared).unwrap_err().failure, Failure::NoCluster);
     assert_eq!(seen(&world.cluster()), set(&["a", "b", "c"]));
     // Forgotten with what they belonged to.
     world.policy(TrafficPolicy::default());

@@ -1,0 +1,40 @@
+//! The scenarios. Each names its objects twice: as a user writes them, and as istiod tells Envoy.
+mod breakers;
+mod cors;
+mod ejection;
+mod faults;
+mod gateway_api;
+mod headers;
+mod matching;
+mod mirrors;
+mod protocol;
+mod redirects;
+mod retries;
+mod rewrites;
+mod timeouts;
+mod upstream;
+mod weights;
+
+use crate::case::Scenario;
+
+/// All of them.
+pub fn all() -> Vec<Scenario> {
+    [
+        matching::all(),
+        rewrites::all(),
+        redirects::all(),
+        headers::all(),
+        retries::all(),
+        timeouts::all(),
+        faults::all(),
+        mirrors::all(),
+        cors::all(),
+        weights::all(),
+        breakers::all(),
+        ejection::all(),
+        upstream::all(),
+        protocol::all(),
+        gateway_api::all(),
+    ]
+    .concat()
+}

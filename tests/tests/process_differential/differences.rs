@@ -1,0 +1,176 @@
+//! Every difference from Envoy that there is, with its reason. A case that differs otherwise fails, and so does one that no
+//! longer differs as listed. Where users should know, README and ARCHITECTURE say it too.
+use std::net::IpAddr;
+
+/// What differs in the same way in some cases.
+#[derive(Debug)]
+pub struct Difference {
+    /// Why.
+    pub reason: &'static str,
+    /// In what.
+    pub what: What,
+    /// `scenario::case`
+    pub cases: &'static [&'static str],
+}
+
+/// In what the sides differ.
+#[derive(Clone, Copy, Debug)]
+pub enum What {
+    /// These aspects, in each of the cases; one that ends in `*` stands for all that begin so.
+    Aspects(&'static [&'static str]),
+    /// Ours answers the first status, Envoy the second; all else follows from that.
+    Statuses(&'static str, &'static str),
+}
+use What::{Aspects, Statuses};
+
+/// Whether a listed aspect is, or stands for, the one that was found.
+pub fn is_aspect(listed: &str, found: &str) -> bool {
+    listed.strip_suffix('*').map_or(listed == found, |prefix| found.starts_with(prefix))
+}
+
+/// What differs wherever it can.
+pub struct Everywhere {
+    /// How it is called.
+    pub name: &'static str,
+    /// Why.
+    pub reason: &'static str,
+    /// Whether this aspect with these values (ours, Envoy's) is it.
+    pub is_it: fn(&str, Option<&str>, Option<&str>) -> bool,
+}
+
+/// In every case they can be in; at least one must show each.
+pub const EVERYWHERE: &[Everywhere] = &[
+    Everywhere {
+        name: "the client's address is kept",
+        reason: "Envoy's waypoint tells the endpoint nothing of the client (istio#56166), and a copy only its own address; ours \
+                 appends the client to x-forwarded-for",
+        is_it: |aspect, ours, envoy| {
+            let Some((before, "127.0.0.1")) = ours.map(|ours| ours.rsplit_once(',').unwrap_or(("", ours))) else { return false };
+            let envoy = envoy.unwrap_or_default();
+            let (envoy_before, last) = envoy.rsplit_once(',').unwrap_or(("", envoy));
+            let own = envoy_before == before && last.parse::<IpAddr>().is_ok();
+            aspect.ends_with("header x-forwarded-for") && (envoy == before || own)
+        },
+    },
+    Everywhere {
+        name: "the reason of a refusal",
+        reason: "a refusal says its word in x-culvert-reason, the same as in log and metric",
+        is_it: |aspect, ours, envoy| aspect.ends_with("header x-culvert-reason") && ours.is_some() && envoy.is_none(),
+    },
+    Everywhere {
+        name: "a refused head is logged",
+        reason: "what Envoy's parser refuses has no line in its log; ours has one for all it could read",
+        is_it: |aspect, ours, envoy| match aspect {
+            "log" => ours.is_none() && envoy == Some("nothing"),
+            "flags" => ours == Some("DPE") && envoy.is_none(),
+            "details" => ours.is_some_and(|ours| ours.starts_with("http")) && envoy.is_none(),
+            _ => false,
+        },
+    },
+];
+
+/// In these cases.
+pub const DIFFERENCES: &[Difference] = &[
+    // Stricter.
+    Difference {
+        reason: "a request names exactly one host, without a user in it: policies and routes go by the host, and whoever joins \
+                 or drops part of it sees another (RFC 9112 §3.2 asks for 400)",
+        what: Statuses("400", "200"),
+        cases: &["protocol::empty host", "protocol::two hosts", "protocol::host with a user"],
+    },
+    Difference {
+        reason: "a header line that goes on in the next is refused, as RFC 9112 §5.2 allows; Envoy joins the lines",
+        what: Statuses("400", "200"),
+        cases: &["protocol::folded header"],
+    },
+    // More lenient, where nothing is lost by it.
+    Difference {
+        reason: "HTTP/1.0 is served, as Istio does with PILOT_HTTP10",
+        what: Statuses("200", "426"),
+        cases: &["protocol::HTTP 1.0", "protocol::HTTP 1.0 without host"],
+    },
+    Difference {
+        reason: "methods nobody registered pass in HTTP/1 as they do in HTTP/2; Envoy knows a list",
+        what: Statuses("200", "400"),
+        cases: &["protocol::unknown method"],
+    },
+    Difference {
+        reason: "a length that is said twice alike, or beside chunks, does not split requests: what goes on is framed anew, by the \
+                 chunks where there are any (RFC 9112 §6.3)",
+        what: Statuses("200", "400"),
+        cases: &["protocol::length and chunks", "protocol::two lengths that agree"],
+    },
+    Difference {
+        reason: "a fragment in the target is dropped before anybody sees the path, rules and endpoint alike",
+        what: Statuses("200", "400"),
+        cases: &["match-path::fragment in the target"],
+    },
+    // What the HTTP library answers before we see a request.
+    Difference {
+        reason: "what is no HTTP/1.1 is answered by the parser: the same status, and no body",
+        what: Aspects(&["body", "header content-length", "header content-type", "header server"]),
+        cases: &[
+            "protocol::no target",
+            "protocol::not HTTP at all",
+            "protocol::space before the colon",
+            "protocol::header name with a space",
+            "protocol::header without a colon",
+            "protocol::control byte in a value",
+            "protocol::two lengths that differ",
+            "protocol::length that is no number",
+            "protocol::length with a sign",
+            "protocol::negative length",
+            "protocol::101 header fields",
+        ],
+    },
+    Difference {
+        reason: "what is no HTTP/1.1 is answered by the parser, which knows 400 only",
+        what: Statuses("400", "501"),
+        cases: &["protocol::unknown transfer encoding", "protocol::chunked is not last"],
+    },
+    Difference {
+        reason: "what is no HTTP/1.1 is answered by the parser, which knows 400 only",
+        what: Statuses("400", "426"),
+        cases: &["protocol::HTTP 2.0 in text"],
+    },
+    // The connection after the answer.
+    Difference {
+        reason: "the rest of a request that is answered early is read and the connection kept; Envoy closes it",
+        what: Aspects(&["header connection"]),
+        cases: &[
+            "redirect::POST with a body",
+            "respond::POST with a body",
+            "fault::abort of POST",
+            "up-empty::no endpoint, POST",
+            "protocol::WebSocket that is refused",
+        ],
+    },
+    Difference {
+        reason: "the rest of a request that is answered early is read and the connection kept; Envoy closes it",
+        what: Aspects(&["1 header connection", "2 *"]),
+        cases: &["respond::POST and then another on one connection"],
+    },
+    Difference {
+        reason: "an answer to HEAD says no transfer-encoding (RFC 9110 §9.3.2: a server may leave it out)",
+        what: Aspects(&["header transfer-encoding"]),
+        cases: &["redirect::HEAD", "up-answers::HEAD, chunked"],
+    },
+    // Balancing.
+    Difference {
+        reason: "one endpoint may always be ejected, as Istio documents and Envoy did before 1.31; now Envoy ejects none of fewer \
+                 than ten under the default of 10 %",
+        what: Aspects(&["answers 200 - by good", "answers 503 - by bad"]),
+        cases: &["eject-default-percent::one may always be ejected"],
+    },
+    // The log.
+    Difference {
+        reason: "the line of an upgraded connection is written when the protocol is switched, not at its end",
+        what: Aspects(&["details", "flags"]),
+        cases: &["protocol::WebSocket"],
+    },
+    Difference {
+        reason: "the details of an invalid backend name it",
+        what: Aspects(&["details"]),
+        cases: &["gw-backends::backend that is not there"],
+    },
+];
