@@ -2,7 +2,7 @@
 //!
 //! `/status/CODE` answers that; `/fail/N/KEY` answers 503 the first N times KEY is asked for here; `/slow/MS` waits;
 //! `/drop` ends the connection without an answer; `/count` tells how many requests came. Anything else is echoed as JSON.
-//! [`Web::behave`] makes every answer one status. An `upgrade: echo` is switched to and echoed.
+//! [`Web::behave`] makes every answer one status. An `upgrade: websocket` is switched to and echoed, without its frames.
 use std::collections::{HashMap, VecDeque};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{Ipv6Addr, TcpListener, TcpStream};
@@ -156,8 +156,8 @@ fn serve(stream: TcpStream, state: &State) -> io::Result<()> {
             }
             seen.push_back(echo.clone());
         }
-        if header("upgrade") == Some("echo") {
-            out.write_all(b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: echo\r\n\r\n")?;
+        if header("upgrade") == Some("websocket") {
+            out.write_all(b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n")?;
             let mut piece = [0; 4096];
             loop {
                 let n = reader.read(&mut piece)?;

@@ -16,7 +16,7 @@ fn vip(port: u16) -> SocketAddr {
 pub(crate) fn an_upgrade_is_carried(mesh: &mut Mesh) -> anyhow::Result<()> {
     let mut stream = mesh.pod("client").netns.connect(vip(80), Duration::from_secs(5))?;
     stream.set_read_timeout(Some(Duration::from_secs(5)))?;
-    stream.write_all(b"GET /chat HTTP/1.1\r\nhost: web\r\nconnection: Upgrade\r\nupgrade: echo\r\n\r\n")?;
+    stream.write_all(b"GET /chat HTTP/1.1\r\nhost: web\r\nconnection: Upgrade\r\nupgrade: websocket\r\n\r\n")?;
     let mut head = Vec::new();
     while !head.ends_with(b"\r\n\r\n") {
         let mut byte = [0];
@@ -24,7 +24,7 @@ pub(crate) fn an_upgrade_is_carried(mesh: &mut Mesh) -> anyhow::Result<()> {
         head.push(byte[0]);
     }
     let head = String::from_utf8_lossy(&head).to_lowercase();
-    ensure!(head.starts_with("http/1.1 101") && head.contains("upgrade: echo"), "{head}");
+    ensure!(head.starts_with("http/1.1 101") && head.contains("upgrade: websocket"), "{head}");
     for text in ["one", "two", "three"] {
         stream.write_all(text.as_bytes())?;
         let mut back = vec![0; text.len()];

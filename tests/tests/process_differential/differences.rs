@@ -121,6 +121,7 @@ pub const DIFFERENCES: &[Difference] = &[
             "protocol::length with a sign",
             "protocol::negative length",
             "protocol::101 header fields",
+            "protocol::head of 70 KiB",
         ],
     },
     Difference {
