@@ -1,13 +1,11 @@
 //! What all connections share, and what is known of one.
-use crate::facts::{Facts, Scope};
+use crate::facts::Facts;
 use crate::settings::Settings;
 use crate::telemetry::Telemetry;
 use crate::upstream::Upstreams;
 use mesh_identity::SvidHandle;
 use mesh_identity::live::LivePeers;
 use mesh_model::l7::gateway::GatewayKey;
-use mesh_model::l7::policy::L7Target;
-use mesh_model::waypoint::Target;
 use mesh_model::workload::Workload;
 use mesh_model::{Reason, Refusal, Snapshot, SpiffeId};
 use mesh_runtime::drain::DrainWatch;
@@ -72,22 +70,13 @@ pub struct Conn {
     pub facts: Facts,
     /// Ends with the process or the listener.
     pub drain: DrainWatch,
-    /// What policies may be bound to that concerns it: the same for every request.
-    pub targets: Box<[L7Target]>,
     /// Whether it is in use, for its limits of time.
     pub(crate) activity: Activity,
 }
 impl Conn {
     /// A connection of which this is known.
     pub fn new(shared: Arc<Shared>, facts: Facts, drain: DrainWatch) -> Self {
-        let mut targets = vec![L7Target::Gateway(shared.gateway.clone())];
-        if let Scope::Mesh(target) = &facts.scope {
-            targets.push(L7Target::Waypoints);
-            if let Target::Service { service, .. } = target {
-                targets.push(L7Target::of_service(&service.key, &service.name));
-            }
-        }
-        Self { shared, facts, drain, targets: targets.into(), activity: Activity::default() }
+        Self { shared, facts, drain, activity: Activity::default() }
     }
 }
 impl Deref for Conn {

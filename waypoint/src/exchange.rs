@@ -31,8 +31,9 @@ async fn phases(ex: &mut Exchange<'_>) -> Response<Body> {
         };
     }
     phase!(admit::check(ex)); //       host, path, hop-by-hop headers, request id, forwarded-for
-    phase!(route::choose(ex)); //      routes of the host → rule → backend by weight
+    let routed = route::choose(ex); // routes of the host → rule → backend by weight
     phase!(authorize::check(ex)); //   policies of what was addressed
+    phase!(route::check(ex, routed)); // no route: told to those alone who may ask
     phase!(fault::inject(ex).await); // delay, abort
     phase!(cors::apply(ex)); //        preflight answered, headers for the response remembered
     phase!(respond::direct(ex)); //    redirect, direct response

@@ -3,17 +3,7 @@ use crate::detect::{self, Spoken};
 use bytes::{Bytes, BytesMut};
 use mesh_hbone::HboneStream;
 use std::future::poll_fn;
-use std::sync::Arc;
 use tokio::time::{Instant, timeout_at};
-
-/// How a byte connection begins.
-#[derive(Clone, Debug, Default)]
-pub struct Opening {
-    /// SNI.
-    pub sni: Option<Arc<str>>,
-    /// The client has not said enough to know; if it speaks HTTP before the server speaks, it is HTTP after all.
-    pub undecided: bool,
-}
 
 /// Looks at the first bytes, which stay to be read again. `None`: waits as long as the connection lasts.
 pub(crate) async fn first_bytes(stream: &mut HboneStream, deadline: Option<Instant>) -> Spoken {

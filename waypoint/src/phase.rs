@@ -62,6 +62,8 @@ pub struct Exchange<'c> {
     pub cors_headers: Option<HeaderMap>,
     /// The cookie by which the client will be known again, for what the endpoint answers.
     pub(crate) sticky: Option<HeaderValue>,
+    /// What policies are asked again of a request that becomes something else.
+    pub(crate) upgrade: Option<Box<authorize::Kept>>,
     /// gRPC: refusals are answered as trailers-only responses.
     pub grpc: bool,
     /// What will be told about it.

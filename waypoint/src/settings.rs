@@ -123,6 +123,10 @@ pub struct Settings {
     /// Append the client's address to `x-forwarded-for`.
     #[arg(long, env = "CULVERT_FORWARD_CLIENT_ADDRESS", default_value_t = true, action = clap::ArgAction::Set)]
     pub forward_client_address: bool,
+    /// Proxies between clients and this one that are trusted to append to `x-forwarded-for` (Istio's `numTrustedProxies`): what
+    /// policies call the remote address is that many entries from the right. 0: whoever connected.
+    #[arg(long = "num-trusted-proxies", env = "CULVERT_NUM_TRUSTED_PROXIES", default_value_t = 0)]
+    pub trusted_proxies: usize,
     /// Tell the endpoint the client's identity in `x-forwarded-client-cert` (upstream: annotation
     /// `ambient.istio.io/xfcc-include-client-identity`). What the client sent under that name is removed either way.
     #[arg(long, env = "CULVERT_FORWARD_CLIENT_IDENTITY", default_value_t = false, action = clap::ArgAction::Set)]

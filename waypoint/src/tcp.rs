@@ -7,64 +7,106 @@ use crate::detect::Spoken;
 use crate::facts::Scope;
 use crate::hosts;
 use crate::http::{self, Version};
-use crate::opening::{Opening, first_bytes};
+use crate::opening::first_bytes;
 use crate::phase::authorize;
-use crate::telemetry::{Flag, Flags, TcpHandles, TcpRecord};
+use crate::telemetry::{Flag, TcpHandles, TcpRecord};
 use crate::upstream::{self, Cluster, Failure, PickContext, Stream, UpstreamError};
 use mesh_hbone::HboneStream;
 use mesh_hbone::relay::endpoint::{Bytewise, Endpoint};
 use mesh_hbone::relay::{Timeouts, relay};
-use mesh_model::Snapshot;
+use mesh_model::authz_l7::L7Verdict;
 use mesh_model::l7::TcpFacts;
 use mesh_model::l7::route::{BackendRef, ClusterKey};
 use mesh_model::l7::select::select_tcp;
 use mesh_model::l7::weights::choose;
 use mesh_model::lb::redraw;
 use mesh_model::waypoint::Target;
-use std::sync::Arc;
+use mesh_model::{Reason, Refusal, Snapshot};
+use std::sync::{Arc, OnceLock};
+use tokio::time::Instant;
 
 const DRAW_BACKEND: u64 = 31;
 const DRAW_ENDPOINT: u64 = 32;
 
-/// Carries one connection: route → endpoint → connect → relay → tell.
-pub async fn serve(conn: Arc<Conn>, mut stream: HboneStream, opening: Opening) {
+/// Carries one connection: policy → route → endpoint → connect → relay → tell.
+///
+/// `undecided`: the client has not said enough to know what it speaks; whoever speaks first decides.
+pub async fn serve(mut conn: Conn, mut stream: HboneStream, undecided: bool) {
     let mut record = TcpRecord::begin();
-    let reached = reach(&conn, opening.sni.as_deref(), &mut record).await;
-    let mut upstream = match reached {
-        Ok(upstream) => upstream,
-        Err(error) => return failed(&conn, stream, record, &error),
-    };
-    if opening.undecided {
-        let spoken = tokio::select! {
-            spoken = first_bytes(&mut stream, None) => spoken,
-            () = spoke(&mut upstream) => Spoken::Other,
+    let mut reached = reach(&conn, &mut record).await;
+    if undecided {
+        let spoken = match &mut reached {
+            Ok(upstream) => tokio::select! {
+                spoken = first_bytes(&mut stream, None) => spoken,
+                () = spoke(upstream) => Spoken::Other,
+            },
+            // Policies refuse these bytes; what the client is slow to say may be requests, or a name, that they allow.
+            Err(Unreached::Refused { .. }) => {
+                let limit = Instant::now() + conn.shared.settings.handshake_timeout;
+                first_bytes(&mut stream, Some(limit)).await
+            }
+            Err(Unreached::Failed(_)) => Spoken::Other,
         };
-        let version = match spoken {
-            Spoken::Http1 => Some(Version::Http1),
-            Spoken::Http2 => Some(Version::Http2),
-            _ => None,
-        };
-        if let Some(version) = version {
-            // The connection made meanwhile was never used; requests choose endpoints of their own.
-            drop(upstream);
-            return http::serve(conn, stream.into_io(), version).await;
+        match spoken {
+            // A connection made meanwhile was never used; requests choose endpoints of their own.
+            Spoken::Http1 => return http::serve(Arc::new(conn), stream.into_io(), Version::Http1).await,
+            Spoken::Http2 => return http::serve(Arc::new(conn), stream.into_io(), Version::Http2).await,
+            // Policies and routes may ask for the name: from the beginning with it.
+            Spoken::Tls(sni @ Some(_)) => {
+                conn.facts.sni = sni;
+                drop(reached);
+                record = TcpRecord::begin();
+                reached = reach(&conn, &mut record).await;
+            }
+            _ => {}
         }
     }
-    carried(&conn, stream, upstream, record).await;
+    match reached {
+        Ok(upstream) => carried(&conn, stream, upstream, record).await,
+        Err(why) => failed(&conn, stream, record, why),
+    }
 }
 
 /// Carries one connection from outside the mesh.
 pub(crate) async fn serve_outside<E: Endpoint>(conn: &Conn, client: E) {
     let mut record = TcpRecord::begin();
-    match reach(conn, conn.sni.as_deref(), &mut record).await {
+    match reach(conn, &mut record).await {
         Ok(upstream) => carried(conn, client, upstream, record).await,
-        Err(error) => failed(conn, client, record, &error),
+        Err(why) => failed(conn, client, record, why),
+    }
+}
+
+/// Why no endpoint was reached.
+enum Unreached {
+    /// By policy, or for want of a route; in the words of the access log.
+    Refused { why: Refusal, details: String },
+    /// The destination's fault.
+    Failed(UpstreamError),
+}
+impl From<UpstreamError> for Unreached {
+    fn from(error: UpstreamError) -> Self {
+        Self::Failed(error)
     }
 }
 
 /// No endpoint was reached: told here, and to the client by a reset.
-fn failed(conn: &Conn, mut client: impl Endpoint, mut record: TcpRecord, error: &UpstreamError) {
-    note(&mut record, error);
+fn failed(conn: &Conn, mut client: impl Endpoint, mut record: TcpRecord, why: Unreached) {
+    match why {
+        Unreached::Refused { why, details } => {
+            tracing::debug!(client = %conn.client, %why, "connection refused");
+            if matches!(why.reason, Reason::NotBound | Reason::RouteUnusable) {
+                record.flags.set(Flag::NoRouteFound);
+            }
+            record.reason = Some(why.reason);
+            record.details = details.into();
+        }
+        Unreached::Failed(error) => {
+            let (flag, reason) = told(error.failure);
+            record.flags.set(flag);
+            record.reason = Some(reason);
+            record.details = error.to_string().into();
+        }
+    }
     conn.shared.telemetry.tcp_failed(&conn.facts, &record);
     client.reset(true);
 }
@@ -87,7 +129,14 @@ where
         idle: of_policy.or_else(|| Some(settings.tcp_idle_timeout).filter(|t| !t.is_zero())),
         half_closed: Some(settings.half_closed_timeout).filter(|t| !t.is_zero()),
     };
-    let expired = ended(conn);
+    let cut = OnceLock::new();
+    let expired = async {
+        tokio::select! {
+            // Set once: this future ends here.
+            details = authorize::revoked(conn, None) => drop(cut.set(details)),
+            () = conn.drain.expired() => {}
+        }
+    };
     let end = match upstream {
         Stream::Hbone(server, _counted) => relay(client, server, handles, expired, timeouts).await,
         Stream::Tcp(server, _counted) => relay(client, server, handles, expired, timeouts).await,
@@ -98,38 +147,16 @@ where
         How::Closed => "",
         How::Reset(End::First) => "downstream_remote_disconnect",
         How::Reset(End::Second) => "upstream_remote_disconnect",
-        How::Cancelled if conn.drain.is_draining() => "drained",
-        How::Cancelled => "policy_change",
+        How::Cancelled => "drained",
         How::Idle => "idle_timeout",
     }
     .into();
+    if let Some(details) = cut.into_inner() {
+        record.reason = Some(Reason::Revoked);
+        record.details = details.into();
+    }
     if matches!(end.how, How::Idle) {
         record.flags.set(Flag::StreamIdleTimeout);
-    }
-}
-
-/// The policies of what was addressed, as far as they can be judged without a request.
-fn judge(conn: &Conn, snap: &Snapshot) -> Result<(), UpstreamError> {
-    authorize::judge(snap, conn, None).map_err(|(why, _)| UpstreamError::new(Failure::Denied, why.brief()))
-}
-
-/// Resolves when a published version no longer allows the connection, or the process has drained (I6).
-async fn ended(conn: &Conn) {
-    let mut versions = conn.shared.mesh.watch();
-    // What was published between the verdict and now counts too.
-    versions.mark_changed();
-    let forbidden = async {
-        while versions.changed().await.is_ok() {
-            versions.mark_unchanged();
-            if judge(conn, &conn.shared.mesh.load()).is_err() {
-                return;
-            }
-        }
-        std::future::pending::<()>().await;
-    };
-    tokio::select! {
-        () = forbidden => {}
-        () = conn.drain.expired() => {}
     }
 }
 
@@ -149,12 +176,16 @@ async fn spoke(upstream: &mut Stream) {
 }
 
 /// The endpoint of a connection, connected.
-async fn reach(conn: &Conn, sni: Option<&str>, record: &mut TcpRecord) -> Result<Stream, UpstreamError> {
+async fn reach(conn: &Conn, record: &mut TcpRecord) -> Result<Stream, Unreached> {
     let draw: u64 = rand::random();
     let (cluster, host) = {
         let snap = conn.shared.mesh.load();
-        judge(conn, &snap)?;
-        let cluster = cluster(conn, &snap, sni, draw, record)?;
+        let judgement = authorize::judge(&snap, conn, None);
+        record.noted = authorize::note(conn, &judgement);
+        if let L7Verdict::Deny(denial) = judgement.verdict {
+            return Err(Unreached::Refused { why: denial.refusal(), details: denial.details() });
+        }
+        let cluster = cluster(conn, &snap, draw, record)?;
         let pick = PickContext { draw: redraw(draw, DRAW_ENDPOINT), hash: None, tried: &[], dst: Some(conn.local) };
         let host = cluster.pick(&pick)?;
         (cluster, host)
@@ -165,16 +196,11 @@ async fn reach(conn: &Conn, sni: Option<&str>, record: &mut TcpRecord) -> Result
     if let Err(error) = &connected {
         cluster.report(&host, upstream::Observed::Failed(error.failure));
     }
-    connected
+    Ok(connected?)
 }
 
-fn cluster(
-    conn: &Conn,
-    snap: &Snapshot,
-    sni: Option<&str>,
-    draw: u64,
-    record: &mut TcpRecord,
-) -> Result<Arc<Cluster>, UpstreamError> {
+fn cluster(conn: &Conn, snap: &Snapshot, draw: u64, record: &mut TcpRecord) -> Result<Arc<Cluster>, Unreached> {
+    let sni = conn.sni.as_deref();
     let upstreams = &conn.shared.upstreams;
     let facts = TcpFacts { port: conn.port(), destination: Some(conn.local.ip()), sni };
     let (table, plain) = match &conn.scope {
@@ -187,44 +213,32 @@ fn cluster(
             (hosts::tcp_table(&conn.shared.gateway, snap, *port, listener.as_deref(), sni), None)
         }
     };
-    let no_route = || UpstreamError::new(Failure::NoCluster, "no route for this connection");
+    let refused = |why: Refusal| Unreached::Refused { details: why.brief(), why };
+    let no_route = || refused(Refusal::new(Reason::NotBound, "no route for this connection"));
     if let Some(table) = &table {
         if let Some(why) = &table.broken {
-            return Err(UpstreamError::new(Failure::NoCluster, format!("route_unusable: {why}")));
+            return Err(refused(Refusal::new(Reason::RouteUnusable, why.to_string())));
         }
         if let Some(route) = select_tcp(table, &facts) {
             record.route = Some(Arc::clone(&route.name));
             let backend = choose(&route.backends, route.total_weight, redraw(draw, DRAW_BACKEND)).ok_or_else(no_route)?;
             return match &backend.to {
-                BackendRef::Service(key) => upstreams.cluster(snap, key),
-                BackendRef::Invalid { why, .. } => Err(UpstreamError::new(Failure::NoCluster, why.to_string())),
+                BackendRef::Service(key) => Ok(upstreams.cluster(snap, key)?),
+                BackendRef::Invalid { why, .. } => Err(UpstreamError::new(Failure::NoCluster, why.to_string()).into()),
             };
         }
     }
-    upstreams.cluster(snap, &plain.ok_or_else(no_route)?)
+    Ok(upstreams.cluster(snap, &plain.ok_or_else(no_route)?)?)
 }
 
-fn note(record: &mut TcpRecord, error: &UpstreamError) {
-    record.flags = flags_of(error.failure);
-    record.details = error.to_string().into();
-    record.reason = Some(match error.failure {
-        Failure::Denied => mesh_model::Reason::NotAllowed,
-        Failure::NoCluster => mesh_model::Reason::NotBound,
-        Failure::NoHealthy => mesh_model::Reason::NoHealthyEndpoint,
-        Failure::Overflow => mesh_model::Reason::Overloaded,
-        Failure::ConnectTimeout | Failure::Timeout => mesh_model::Reason::ConnectTimeout,
-        _ => mesh_model::Reason::ConnectFailed,
-    });
-}
-
-fn flags_of(failure: Failure) -> Flags {
-    let mut flags = Flags::default();
-    flags.set(match failure {
-        Failure::NoCluster => Flag::NoRouteFound,
-        Failure::NoHealthy => Flag::NoHealthyUpstream,
-        Failure::Overflow => Flag::UpstreamOverflow,
-        Failure::ClientGone => Flag::DownstreamConnectionTermination,
-        _ => Flag::UpstreamConnectionFailure,
-    });
-    flags
+/// Envoy's flag and our reason.
+fn told(failure: Failure) -> (Flag, Reason) {
+    match failure {
+        Failure::NoCluster => (Flag::NoRouteFound, Reason::NotBound),
+        Failure::NoHealthy => (Flag::NoHealthyUpstream, Reason::NoHealthyEndpoint),
+        Failure::Overflow => (Flag::UpstreamOverflow, Reason::Overloaded),
+        Failure::ClientGone => (Flag::DownstreamConnectionTermination, Reason::ConnectFailed),
+        Failure::ConnectTimeout | Failure::Timeout => (Flag::UpstreamConnectionFailure, Reason::ConnectTimeout),
+        _ => (Flag::UpstreamConnectionFailure, Reason::ConnectFailed),
+    }
 }

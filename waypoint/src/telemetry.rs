@@ -14,7 +14,7 @@ pub(crate) mod scrape;
 
 pub use flags::{Flag, Flags};
 pub use grpc::{Messages, Received};
-pub use record::{Record, TcpRecord};
+pub use record::{Noted, Record, TcpRecord};
 
 use crate::facts::{Facts, Scope};
 use crate::upstream::{Cluster, Host};
@@ -23,6 +23,7 @@ use arc_swap::ArcSwapOption;
 use cache::{AnswerKey, Cache, Key};
 use mesh_hbone::relay::Counters;
 use mesh_model::metric_labels::Ends;
+use mesh_model::policy::PolicyKey;
 use mesh_model::workload::Workload;
 use mesh_model::{Refusal, SpiffeId};
 use mesh_runtime::logging::AccessLog;
@@ -143,10 +144,17 @@ impl Telemetry {
         }
     }
 
-    /// A tunnel or a CONNECT in it was refused.
+    /// A tunnel or a CONNECT in it was refused, or something that lived in one was cut.
     pub fn tunnel_refused(&self, client: SocketAddr, identity: Option<&SpiffeId>, why: &Refusal) {
         self.inner.metrics.refused.inc(why.reason);
         tracing::warn!(%client, identity = identity.map_or("", SpiffeId::as_str), %why, "refused");
+    }
+
+    /// A policy that enforces nothing would have: `result` is `allowed`, `denied` or `audited`; no policy is the lack of an
+    /// ALLOW that matches, or of anything that denies.
+    pub fn shadow(&self, policy: Option<&PolicyKey>, result: &'static str) {
+        let policy = policy.map(ToString::to_string).unwrap_or_default();
+        self.inner.metrics.shadow.get(&[&policy, result]).inc();
     }
 
     /// A connection carried as bytes reached its endpoint.

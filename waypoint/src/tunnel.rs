@@ -5,7 +5,7 @@ use crate::conn::{Conn, Shared};
 use crate::detect::Spoken;
 use crate::facts::{Facts, Scope};
 use crate::http::{self, Version};
-use crate::opening::{Opening, first_bytes};
+use crate::opening::first_bytes;
 use crate::tcp;
 use mesh_hbone::{HboneStream, Incoming};
 use mesh_identity::Peer;
@@ -40,7 +40,7 @@ pub async fn serve_stream(shared: Arc<Shared>, proof: Arc<Peer>, client: SocketA
         }
     };
     let work = async move {
-        serve(Arc::new(conn), stream, protocol).await;
+        serve(conn, stream, protocol).await;
         drop(live);
     };
     if here == Some(worker.index()) {
@@ -97,37 +97,39 @@ fn plan(
 }
 
 /// Serves the stream by what is declared, and where nothing is, by what is spoken.
-async fn serve(conn: Arc<Conn>, mut stream: HboneStream, protocol: AppProtocol) {
+async fn serve(mut conn: Conn, mut stream: HboneStream, protocol: AppProtocol) {
     match protocol {
-        AppProtocol::Tcp => return tcp::serve(conn, stream, Opening::default()).await,
+        AppProtocol::Tcp => return tcp::serve(conn, stream, false).await,
         AppProtocol::Http2 | AppProtocol::Grpc | AppProtocol::Http11 => {
             // Declared HTTP: the version is the client's to choose, however long it takes.
-            match first_bytes(&mut stream, None).await {
-                Spoken::Http2 => http::serve(conn, stream.into_io(), Version::Http2).await,
+            let version = match first_bytes(&mut stream, None).await {
+                Spoken::Http2 => Version::Http2,
                 // hyper answers what is not HTTP with 400, as Envoy does.
-                _ => http::serve(conn, stream.into_io(), Version::Http1).await,
-            }
-            return;
+                _ => Version::Http1,
+            };
+            return http::serve(Arc::new(conn), stream.into_io(), version).await;
         }
         AppProtocol::Tls => {
             // A hello is due at once; a client that does not send one has nothing to be routed by.
             let deadline = Instant::now() + TLS_HELLO;
-            let sni = match first_bytes(&mut stream, Some(deadline)).await {
-                Spoken::Tls(sni) => sni,
-                _ => None,
-            };
-            return tcp::serve(conn, stream, Opening { sni, ..Opening::default() }).await;
+            if let Spoken::Tls(sni) = first_bytes(&mut stream, Some(deadline)).await {
+                conn.facts.sni = sni;
+            }
+            return tcp::serve(conn, stream, false).await;
         }
         AppProtocol::Unknown => {}
     }
     let deadline = Instant::now() + conn.shared.settings.sniff_timeout;
     match first_bytes(&mut stream, Some(deadline)).await {
-        Spoken::Http1 => http::serve(conn, stream.into_io(), Version::Http1).await,
-        Spoken::Http2 => http::serve(conn, stream.into_io(), Version::Http2).await,
-        Spoken::Tls(sni) => tcp::serve(conn, stream, Opening { sni, ..Opening::default() }).await,
-        Spoken::Other => tcp::serve(conn, stream, Opening::default()).await,
+        Spoken::Http1 => http::serve(Arc::new(conn), stream.into_io(), Version::Http1).await,
+        Spoken::Http2 => http::serve(Arc::new(conn), stream.into_io(), Version::Http2).await,
+        Spoken::Tls(sni) => {
+            conn.facts.sni = sni;
+            tcp::serve(conn, stream, false).await;
+        }
+        Spoken::Other => tcp::serve(conn, stream, false).await,
         // Nobody has spoken yet. The server may be the one who does: connect, and see who is first.
-        Spoken::Unclear => tcp::serve(conn, stream, Opening { undecided: true, ..Opening::default() }).await,
+        Spoken::Unclear => tcp::serve(conn, stream, true).await,
     }
 }
 

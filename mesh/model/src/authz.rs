@@ -193,7 +193,7 @@ fn enforced(p: &Policy, of: Action) -> bool {
     matches!(&p.body, PolicyBody::Rules { action, dry_run: false, .. } if *action == of)
 }
 
-/// What rules are matched against.
+/// What rules are matched against, as far as a connection shows it.
 pub(crate) struct Facts<'a> {
     view: &'a Viewpoint,
     peer: Option<Peer<'a>>,
@@ -233,6 +233,10 @@ impl<'a> Facts<'a> {
             port: conn.dst.port(),
         }
     }
+    /// Port asked for.
+    pub(crate) fn port(&self) -> u16 {
+        self.port
+    }
     fn matched_by(&self, r: &RuleRef) -> bool {
         r.rule().is_some_and(|rule| self.rule(rule))
     }
@@ -249,11 +253,14 @@ impl<'a> Facts<'a> {
     fn clause(&self, c: &Clause) -> bool {
         c.matches.is_empty() || c.matches.iter().any(|m| self.matches(m))
     }
-    pub(crate) fn matches(&self, m: &Match) -> bool {
+    fn matches(&self, m: &Match) -> bool {
+        !m.is_empty() && self.fields(m)
+    }
+    /// Whether every field that is there holds.
+    pub(crate) fn fields(&self, m: &Match) -> bool {
         let peer = self.peer.as_ref();
         let namespace = peer.map(|p| p.namespace);
-        !m.is_empty()
-            && kind(&m.destination_ports, |p| *p == self.port)
+        kind(&m.destination_ports, |p| *p == self.port)
             && kind(&m.principals, |t| peer.is_some_and(|p| self.principal(p, t)))
             && kind(&m.service_accounts, |(ns, sa)| peer.is_some_and(|p| p.namespace == &**ns && p.account == &**sa))
             && kind(&m.namespaces, |t| t.matches(namespace))
@@ -287,7 +294,7 @@ fn bare(principal: &str) -> &str {
     principal.strip_prefix("spiffe://").unwrap_or(principal)
 }
 /// One kind of a match: no positive values or any of them, and none of the negative ones.
-fn kind<T>(values: &Values<T>, is: impl Fn(&T) -> bool) -> bool {
+pub(crate) fn kind<T>(values: &Values<T>, is: impl Fn(&T) -> bool) -> bool {
     (values.any().is_empty() || values.any().iter().any(&is)) && !values.none().iter().any(&is)
 }
 

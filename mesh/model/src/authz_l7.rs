@@ -1,191 +1,382 @@
-//! The verdict on one request, or on one TCP connection, by the policies of layer 7 ([`crate::l7::policy`]). Pure; matching
-//! allocates nothing.
+//! The verdict on one request, or on one connection carried as bytes, by the policies of layer 7 ([`crate::l7::policy`]).
 //!
-//! On a TCP connection HTTP attributes cannot be judged: an ALLOW rule that has one allows nothing, a DENY rule denies as if it
-//! matched. Without a verified token no request principal and no claim is there. Upstream: `snapshot`. Downstream: the
-//! waypoint's phases.
+//! Owns the evaluation (Istio's order): CUSTOM, DENY, ALLOW; no ALLOW policy in scope lets everything through, ALLOW policies of
+//! which none matches refuse. Matching allocates nothing, unless a header asked for was sent several times. Upstream:
+//! `snapshot`. Downstream: the waypoint's `authorize` phase, `tcp`.
 use crate::addr::without_port;
-use crate::authz::Facts as PeerFacts;
+use crate::authz::{Facts, kind};
 use crate::conn::InboundConn;
+use crate::gateway::ServiceKey;
 use crate::id::SpiffeId;
-use crate::l7::policy::{L7Action, L7Body, L7Condition, L7Operation, L7Rule, L7Source, L7Target};
-use crate::policy::{Match, PolicyKey, TextMatch, Values};
+use crate::l7::gateway::GatewayKey;
+use crate::l7::policy::{Condition, HeaderKey, L7Action, L7Body, L7Policies, L7Policy, L7Rule, L7Source, Operation, TargetRef};
+use crate::l7::route::Claims;
+use crate::policy::{TextMatch, Values};
 use crate::reason::{Reason, Refusal};
 use crate::snapshot::Snapshot;
-use http::HeaderMap;
-use http::header::HeaderName;
+use http::header::{HeaderMap, HeaderName};
 use std::net::{IpAddr, SocketAddr};
 
-/// What a request or connection is judged by.
+/// What a request or connection is for: decides which policies bind it.
+#[derive(Clone, Copy, Debug)]
+pub struct PolicyScope<'a> {
+    /// The service that was addressed through the waypoint.
+    pub service: Option<&'a ServiceKey>,
+    /// The namespace of what was addressed: the service's or the workload's.
+    pub namespace: Option<&'a str>,
+    /// The Gateway this process serves.
+    pub gateway: Option<&'a GatewayKey>,
+    /// It came through a tunnel: this process acts as a waypoint.
+    pub waypoint: bool,
+}
+/// The policies in scope, found once for a request.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct InScope<'s> {
+    sets: [Option<&'s L7Policies>; 6],
+}
+impl<'s> InScope<'s> {
+    /// The policies that bind `scope` by one version of the mesh.
+    pub fn of(snap: &'s Snapshot, scope: &PolicyScope<'_>) -> Self {
+        if !snap.has_l7_policies() {
+            return Self::default();
+        }
+        let find = |target: Option<TargetRef<'_>>| target.and_then(|t| snap.find_l7_policies(t)).map(|p| &**p);
+        Self {
+            sets: [
+                find(scope.service.map(TargetRef::Service)),
+                find(scope.gateway.map(TargetRef::Gateway)),
+                find(scope.waypoint.then_some(TargetRef::Waypoints)),
+                find(scope.namespace.map(TargetRef::Namespace)),
+                // The namespace of a gateway that serves another one: a policy of unknown targets may have meant it.
+                find(scope.gateway.map(|g| &*g.namespace).filter(|ns| scope.namespace != Some(*ns)).map(TargetRef::Namespace)),
+                find(Some(TargetRef::Mesh)),
+            ],
+        }
+    }
+    /// Whether nothing is said.
+    pub fn is_empty(&self) -> bool {
+        self.sets().next().is_none()
+    }
+    fn sets(&self) -> impl Iterator<Item = &'s L7Policies> + use<'s> {
+        self.sets.into_iter().flatten()
+    }
+    fn unusable(&self) -> Option<&'s L7Policy> {
+        self.sets().find_map(L7Policies::unusable)
+    }
+    fn policies(&self) -> impl Iterator<Item = &'s L7Policy> + use<'s> {
+        self.sets().flat_map(|s| s.all.iter()).map(|p| &**p)
+    }
+
+    /// The enforced CUSTOM policies that match: whoever they name must agree before [`Self::judge`] is asked. None where a
+    /// policy cannot be used: then the answer needs nobody.
+    pub fn custom<'f>(&self, snap: &'f Snapshot, facts: &'f L7Facts<'f>) -> impl Iterator<Item = Matched<'s>> + use<'s, 'f> {
+        let judge = Judge::of(snap, facts);
+        let asked = if self.unusable().is_none() { *self } else { Self::default() };
+        asked.policies().filter_map(move |policy| {
+            let L7Body::Rules { action: L7Action::Custom { .. }, dry_run: false, rules } = &policy.body else { return None };
+            judge.first(rules, false).map(|rule| Matched { policy, rule: Some(rule) })
+        })
+    }
+
+    /// What policies say, but for CUSTOM ones.
+    ///
+    /// Order: a policy that cannot be used refuses; then a matching DENY policy; then, when there is an ALLOW policy, one
+    /// must match. Of several the first by key of the first target is named.
+    pub fn judge(&self, snap: &Snapshot, facts: &L7Facts<'_>) -> Judgement<'s> {
+        let mut judgement = Judgement { verdict: L7Verdict::Allow(None), shadow: None, audited: None };
+        if self.is_empty() {
+            return judgement;
+        }
+        let judge = Judge::of(snap, facts);
+        if self.sets().any(|s| s.dry_runs) {
+            judgement.shadow = Some(self.verdict(&judge, true).0);
+        }
+        if let Some(policy) = self.unusable() {
+            let matched = Some(Matched { policy, rule: None });
+            judgement.verdict = L7Verdict::Deny(Denial { reason: Reason::PolicyUnusable, matched });
+            return judgement;
+        }
+        (judgement.verdict, judgement.audited) = self.verdict(&judge, false);
+        judgement
+    }
+    /// The verdict of the policies that are, or are not, dry runs, and the AUDIT policy that matched.
+    fn verdict(&self, judge: &Judge<'_>, dry_run: bool) -> (L7Verdict<'s>, Option<&'s L7Policy>) {
+        let (mut deny, mut allow, mut audit, mut allows) = (None, None, None, false);
+        for policy in self.policies() {
+            let L7Body::Rules { action, dry_run: dry, rules } = &policy.body else { continue };
+            let first = match action {
+                _ if *dry != dry_run => continue,
+                L7Action::Custom { .. } => continue,
+                L7Action::Audit => &mut audit,
+                L7Action::Deny => &mut deny,
+                L7Action::Allow => {
+                    allows = true;
+                    &mut allow
+                }
+            };
+            if first.is_none() {
+                let rule = judge.first(rules, *action == L7Action::Allow);
+                *first = rule.map(|rule| Matched { policy, rule: Some(rule) });
+            }
+        }
+        let verdict = match (deny, allow) {
+            (Some(deny), _) => L7Verdict::Deny(Denial { reason: Reason::PolicyDenied, matched: Some(deny) }),
+            (None, None) if allows => L7Verdict::Deny(Denial { reason: Reason::NotAllowed, matched: None }),
+            (None, allow) => L7Verdict::Allow(allow.map(|m| m.policy)),
+        };
+        (verdict, audit.map(|m| m.policy))
+    }
+}
+
+/// The verdict and what else policies say.
+#[derive(Clone, Copy, Debug)]
+pub struct Judgement<'s> {
+    /// The enforced answer.
+    pub verdict: L7Verdict<'s>,
+    /// What the answer of the dry-run policies alone would be, where there are any: to be told, never enforced.
+    pub shadow: Option<L7Verdict<'s>>,
+    /// The AUDIT policy that matched: to be told.
+    pub audited: Option<&'s L7Policy>,
+}
+/// The answer.
+#[derive(Clone, Copy, Debug)]
+pub enum L7Verdict<'s> {
+    /// Let through; by this policy, or by none when no ALLOW policy is in scope.
+    Allow(Option<&'s L7Policy>),
+    /// Refused.
+    Deny(Denial<'s>),
+}
+/// A policy that decided something.
+#[derive(Clone, Copy, Debug)]
+pub struct Matched<'s> {
+    /// The policy.
+    pub policy: &'s L7Policy,
+    /// The rule of it that matched, counted from 0; `None` when it refuses as a whole.
+    pub rule: Option<usize>,
+}
+/// A refusal: why, and by which policy, if one matched.
+#[derive(Clone, Copy, Debug)]
+pub struct Denial<'s> {
+    /// `PolicyDenied`, `NotAllowed`, `PolicyUnusable` or `NoAuthorizer`.
+    pub reason: Reason,
+    /// The policy, when one matched.
+    pub matched: Option<Matched<'s>>,
+}
+impl Denial<'_> {
+    /// Envoy's response code details with the policy names istiod gives:
+    /// `rbac_access_denied_matched_policy[ns[foo]-policy[httpbin]-rule[0]]`, or `[none]`.
+    pub fn details(&self) -> String {
+        match self.matched {
+            Some(Matched { policy: L7Policy { key, .. }, rule: Some(rule) }) => {
+                format!("rbac_access_denied_matched_policy[ns[{}]-policy[{}]-rule[{rule}]]", key.namespace, key.name)
+            }
+            Some(Matched { policy: L7Policy { key, .. }, rule: None }) => {
+                format!("rbac_access_denied_matched_policy[ns[{}]-policy[{}]]", key.namespace, key.name)
+            }
+            None => "rbac_access_denied_matched_policy[none]".into(),
+        }
+    }
+    /// The refusal with its particulars, for logs.
+    pub fn refusal(&self) -> Refusal {
+        let detail = match self.matched {
+            None => String::new(),
+            Some(Matched { policy, rule }) => match (&policy.body, rule) {
+                (L7Body::Unusable { why }, _) => format!("{}: {why}", policy.key),
+                (_, Some(rule)) => format!("{} rule {rule}", policy.key),
+                (_, None) => policy.key.to_string(),
+            },
+        };
+        Refusal::new(self.reason, detail)
+    }
+}
+
+/// What rules are matched against.
 #[derive(Clone, Copy)]
 pub struct L7Facts<'a> {
-    /// Proven identity of the client.
-    pub identity: Option<&'a SpiffeId>,
-    /// Its address.
+    /// The proven identity of the client; `None` outside the mesh.
+    pub peer: Option<&'a SpiffeId>,
+    /// The client itself (through a tunnel: the pod, kept by its agent).
     pub client: SocketAddr,
-    /// Address it asked for, with the service's port.
+    /// The client behind the trusted proxies ([`remote_address`]); without any, the client itself.
+    pub remote: IpAddr,
+    /// What the client asked for: the service's address and port.
     pub destination: SocketAddr,
-    /// SNI.
+    /// SNI, where TLS was spoken.
     pub sni: Option<&'a str>,
-    /// The request; `None` for a TCP connection.
+    /// The request; `None` for a connection carried as bytes.
     pub http: Option<HttpFacts<'a>>,
 }
-/// The request's part.
+/// What rules may ask of a request.
 #[derive(Clone, Copy)]
 pub struct HttpFacts<'a> {
     /// Method.
     pub method: &'a str,
-    /// Authority as the client wrote it.
+    /// `:authority` or `Host`, as the client wrote it.
     pub authority: &'a str,
     /// Normalised path, without query.
     pub path: &'a str,
-    /// Headers.
+    /// Headers, as the client sent them.
     pub headers: &'a HeaderMap,
+    /// The verified token; `None` without one.
+    pub token: Option<&'a dyn Token>,
+}
+/// A verified token.
+pub trait Token: Claims {
+    /// `iss`.
+    fn issuer(&self) -> &str;
+    /// `sub`.
+    fn subject(&self) -> &str;
 }
 
-/// The answer.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum L7Verdict {
-    /// Let through.
-    Allow,
-    /// Refused: why, and by which rule of which policy.
-    Deny {
-        /// Reason and particulars.
-        why: Refusal,
-        /// Policy and rule, when one matched.
-        by: Option<(PolicyKey, usize)>,
-    },
-}
-
-/// Judges by the policies of every target. Order: an unusable policy, then CUSTOM, then DENY, then, when any ALLOW is bound, one
-/// must match. Dry-run policies and AUDIT decide nothing.
-pub fn authorize<'t>(snap: &Snapshot, targets: impl Iterator<Item = &'t L7Target> + Clone, facts: &L7Facts<'_>) -> L7Verdict {
-    let bound = || targets.clone().flat_map(|t| snap.l7_policies_of(t));
-    let conn = InboundConn { client: facts.client.into(), dst: facts.destination, identity: facts.identity };
-    let peer = PeerFacts::of(snap.view(), &conn);
-    let (mut allows, mut allowed) = (false, false);
-    let mut denied: Option<(u8, &PolicyKey, usize, L7Action)> = None;
-    for policy in bound() {
-        let (action, rules) = match &policy.body {
-            L7Body::Unusable { why } => {
-                let why = Refusal::new(Reason::PolicyUnusable, format!("{}: {why}", policy.key));
-                return L7Verdict::Deny { why, by: None };
-            }
-            L7Body::Rules { dry_run: true, .. } => continue,
-            L7Body::Rules { action, rules, .. } => (*action, rules),
-        };
-        let rank = match action {
-            L7Action::Audit => continue,
-            L7Action::Allow => {
-                allows = true;
-                allowed = allowed || rules.iter().any(|r| judge(r, &peer, facts, action));
-                continue;
-            }
-            L7Action::Custom => 0,
-            L7Action::Deny => 1,
-        };
-        if let Some(rule) = rules.iter().position(|r| judge(r, &peer, facts, action)) {
-            let found = (rank, &policy.key, rule, action);
-            if denied.as_ref().is_none_or(|d| (found.0, found.1) < (d.0, d.1)) {
-                denied = Some(found);
+/// The client's address behind `trusted` proxies (Istio's `numTrustedProxies`): of the addresses each proxy appended to
+/// `x-forwarded-for` and the one that connected to us, the `trusted`-th from the right. None trusted, or an entry that is
+/// missing or no address: `peer`, who connected to us.
+pub fn remote_address(headers: &HeaderMap, peer: IpAddr, trusted: usize) -> IpAddr {
+    let peer = peer.to_canonical();
+    if trusted == 0 {
+        return peer;
+    }
+    let mut left = trusted;
+    for value in headers.get_all("x-forwarded-for").iter().rev() {
+        let Ok(value) = value.to_str() else { return peer };
+        for entry in value.rsplit(',') {
+            left -= 1;
+            if left == 0 {
+                return address(entry.trim()).unwrap_or(peer);
             }
         }
     }
-    if let Some((_, key, rule, action)) = denied {
-        let detail = match action {
-            L7Action::Custom => format!("{key}: action CUSTOM asks an external authorizer, which is not supported yet"),
-            _ => key.to_string(),
-        };
-        return L7Verdict::Deny { why: Refusal::new(Reason::PolicyDenied, detail), by: Some((key.clone(), rule)) };
-    }
-    if allows && !allowed {
-        return L7Verdict::Deny { why: Refusal::new(Reason::NotAllowed, ""), by: None };
-    }
-    L7Verdict::Allow
+    peer
+}
+fn address(entry: &str) -> Option<IpAddr> {
+    let bare = entry.parse::<IpAddr>().ok().or_else(|| entry.parse::<SocketAddr>().ok().map(|a| a.ip()));
+    bare.or_else(|| entry.strip_prefix('[')?.strip_suffix(']')?.parse().ok()).map(|ip| ip.to_canonical())
 }
 
-/// What an attribute that cannot be judged on this kind of connection counts as.
-#[derive(Clone, Copy)]
-struct Judge<'a> {
-    peer: &'a PeerFacts<'a>,
-    facts: &'a L7Facts<'a>,
-    /// DENY and CUSTOM: it counts as matching. ALLOW: as not matching.
-    unknown: bool,
+struct Judge<'f> {
+    conn: Facts<'f>,
+    facts: &'f L7Facts<'f>,
+}
+impl<'f> Judge<'f> {
+    fn of(snap: &'f Snapshot, facts: &'f L7Facts<'f>) -> Self {
+        let conn = InboundConn { client: facts.client.into(), dst: facts.destination, identity: facts.peer };
+        Self { conn: Facts::of(snap.view(), &conn), facts }
+    }
+    /// The first rule that matches; `allow`: of an ALLOW policy.
+    fn first(&self, rules: &[L7Rule], allow: bool) -> Option<usize> {
+        rules.iter().position(|r| self.rule(r, allow))
+    }
+    fn rule(&self, rule: &L7Rule, allow: bool) -> bool {
+        if self.facts.http.is_none() && rule.needs_http() && allow {
+            return false;
+        }
+        (rule.from.is_empty() || rule.from.iter().any(|s| self.source(s)))
+            && (rule.to.is_empty() || rule.to.iter().any(|o| self.operation(o)))
+            && rule.when.iter().all(|c| self.condition(c, allow))
+    }
+    fn source(&self, source: &L7Source) -> bool {
+        self.conn.fields(&source.peer)
+            && kind(&source.remote_ips, |net| net.contains(&self.facts.remote))
+            && self.principal(&source.request_principals)
+    }
+    /// Holds on a TCP connection, where there is nothing to ask.
+    fn principal(&self, values: &Values<TextMatch>) -> bool {
+        self.facts.http.is_none_or(|http| kind(values, |v| http.token.is_some_and(|t| principal_matches(v, t))))
+    }
+    fn operation(&self, o: &Operation) -> bool {
+        kind(&o.ports, |p| *p == self.conn.port())
+            && self.facts.http.is_none_or(|http| {
+                kind(&o.methods, |m| m.matches(Some(http.method)))
+                    && kind(&o.hosts, |h| host_matches(h, http.authority))
+                    && kind(&o.paths, |p| p.matches(http.path))
+            })
+    }
+    fn condition(&self, condition: &Condition, allow: bool) -> bool {
+        match condition {
+            Condition::Peer(m) => self.conn.fields(m),
+            Condition::RemoteIp(values) => kind(values, |net| net.contains(&self.facts.remote)),
+            Condition::Sni(values) => kind(values, |v| v.matches(self.facts.sni)),
+            Condition::RequestPrincipal(values) => self.principal(values),
+            Condition::Header(key, values) => self.facts.http.is_none_or(|http| header(&http, key, values, allow)),
+            Condition::Claim(path, values) => {
+                self.facts.http.is_none_or(|http| kind(values, |v| http.token.is_some_and(|t| t.matches(path, v))))
+            }
+        }
+    }
 }
 
-fn judge(rule: &L7Rule, peer: &PeerFacts<'_>, facts: &L7Facts<'_>, action: L7Action) -> bool {
-    let j = Judge { peer, facts, unknown: action != L7Action::Allow };
-    (rule.from.is_empty() || rule.from.iter().any(|s| j.source(s)))
-        && (rule.to.is_empty() || rule.to.iter().any(|o| j.operation(o)))
-        && rule.when.iter().all(|c| j.condition(c))
-}
-
-impl Judge<'_> {
-    fn peer(self, m: &Match) -> bool {
-        m.is_empty() || self.peer.matches(m)
-    }
-    fn source(self, s: &L7Source) -> bool {
-        self.peer(&s.peer)
-            && kind(&s.request_principals, |_| false, self.http_only())
-            && kind(&s.remote_ips, |net| self.remote().is_some_and(|ip| net.contains(&ip)), self.http_only())
-    }
-    fn operation(self, o: &L7Operation) -> bool {
-        let http = self.facts.http;
-        kind(&o.ports, |p| *p == self.facts.destination.port(), None)
-            && kind(&o.methods, |m| http.is_some_and(|h| m.matches(Some(h.method))), self.http_only())
-            && kind(&o.hosts, |m| http.is_some_and(|h| host_matches(m, h.authority)), self.http_only())
-            && kind(&o.paths, |p| http.is_some_and(|h| p.matches(h.path)), self.http_only())
-    }
-    fn condition(self, c: &L7Condition) -> bool {
-        match c {
-            L7Condition::Peer(m) => self.peer(m),
-            L7Condition::RemoteIp(v) => kind(v, |net| self.remote().is_some_and(|ip| net.contains(&ip)), self.http_only()),
-            L7Condition::Sni(v) => kind(v, |m| m.matches(self.facts.sni), None),
-            L7Condition::Header(name, v) => kind(v, |m| self.header(name, m), self.http_only()),
-            L7Condition::Token(_, v) => kind(v, |_| false, self.http_only()),
-        }
-    }
-    /// What an HTTP attribute counts as when there is no request.
-    fn http_only(self) -> Option<bool> {
-        self.facts.http.is_none().then_some(self.unknown)
-    }
-    /// Any value of the header; `host` is the authority, which HTTP/2 does not send as a header.
-    fn header(self, name: &HeaderName, m: &TextMatch) -> bool {
-        if *name == http::header::HOST {
-            return self.facts.http.is_some_and(|h| m.matches(Some(h.authority)));
-        }
-        self.facts.http.is_some_and(|h| h.headers.get_all(name).iter().any(|v| v.to_str().is_ok_and(|v| m.matches(Some(v)))))
-    }
-    /// Nobody between the client and us is trusted to say who the client is: its own address (numTrustedProxies 0).
-    fn remote(self) -> Option<IpAddr> {
-        self.facts.http.map(|_| self.facts.client.ip().to_canonical())
-    }
-}
-/// No positive values or any of them, and none of the negative ones; `unknown` instead, when it cannot be judged.
-fn kind<T>(values: &Values<T>, is: impl Fn(&T) -> bool, unknown: Option<bool>) -> bool {
-    if values.is_empty() {
-        return true;
-    }
-    if let Some(unknown) = unknown {
-        return unknown;
-    }
-    (values.any().is_empty() || values.any().iter().any(&is)) && !values.none().iter().any(&is)
-}
-/// Hosts are compared without regard to case, with the port the client wrote and without it.
-fn host_matches(m: &TextMatch, authority: &str) -> bool {
-    let bare = without_port(authority);
-    let one = |host: &str| match m {
-        TextMatch::Exact(x) => x.eq_ignore_ascii_case(host),
-        TextMatch::Prefix(x) => host.get(..x.len()).is_some_and(|h| h.eq_ignore_ascii_case(x)),
-        TextMatch::Suffix(x) => {
-            host.len().checked_sub(x.len()).and_then(|at| host.get(at..)).is_some_and(|h| h.eq_ignore_ascii_case(x))
-        }
-        TextMatch::Presence => !host.is_empty(),
+/// A condition on a header. Several values of one name are matched as Envoy does, joined to one text; where a match would
+/// refuse, each of them alone counts too, so that no further value takes one out of sight.
+fn header(http: &HttpFacts<'_>, key: &HeaderKey, values: &Values<TextMatch>, allow: bool) -> bool {
+    let is = |m: &TextMatch, each: bool| match key {
+        HeaderKey::Authority => host_matches(m, http.authority),
+        HeaderKey::Method => m.matches(Some(http.method)),
+        HeaderKey::Name(name) => header_matches(m, http.headers, name, each),
     };
-    // A name with the root's dot at its end is the same name.
-    let host = bare.unwrap_or(authority);
-    one(authority) || bare.is_some_and(one) || host.strip_suffix('.').is_some_and(one)
+    (values.any().is_empty() || values.any().iter().any(|m| is(m, !allow))) && !values.none().iter().any(|m| is(m, allow))
+}
+/// Whether all values together match or, with `each`, any one of them.
+fn header_matches(m: &TextMatch, headers: &HeaderMap, name: &HeaderName, each: bool) -> bool {
+    let values = || headers.get_all(name).iter().map(http::HeaderValue::as_bytes);
+    let mut all = values();
+    let (Some(first), second) = (all.next(), all.next()) else { return false };
+    if second.is_none() || *m == TextMatch::Presence {
+        return bytes_match(m, first);
+    }
+    let between: &[u8] = if *name == http::header::COOKIE { b"; " } else { b"," };
+    // Several values of one name are rare enough to be joined.
+    (each && values().any(|v| bytes_match(m, v))) || bytes_match(m, &values().collect::<Vec<_>>().join(between))
+}
+fn bytes_match(m: &TextMatch, value: &[u8]) -> bool {
+    match m {
+        TextMatch::Exact(x) => value == x.as_bytes(),
+        TextMatch::Prefix(x) => value.starts_with(x.as_bytes()),
+        TextMatch::Suffix(x) => value.ends_with(x.as_bytes()),
+        TextMatch::Presence => true,
+    }
+}
+
+/// Whether a host as a policy names it is the one of a request: in any case, without the final dot a client may add and still
+/// mean the same host, and with any port unless the policy names one. User information was refused before.
+fn host_matches(m: &TextMatch, authority: &str) -> bool {
+    let bare = without_port(authority).unwrap_or(authority);
+    text_matches_ignoring_case(m, authority)
+        || text_matches_ignoring_case(m, bare)
+        || bare.strip_suffix('.').is_some_and(|b| text_matches_ignoring_case(m, b))
+}
+fn text_matches_ignoring_case(m: &TextMatch, value: &str) -> bool {
+    let head = |x: &str| value.as_bytes().get(..x.len()).is_some_and(|v| v.eq_ignore_ascii_case(x.as_bytes()));
+    let tail = |x: &str| {
+        let at = value.len().checked_sub(x.len());
+        at.and_then(|at| value.as_bytes().get(at..)).is_some_and(|v| v.eq_ignore_ascii_case(x.as_bytes()))
+    };
+    match m {
+        TextMatch::Exact(x) => x.eq_ignore_ascii_case(value),
+        TextMatch::Prefix(x) => head(x),
+        TextMatch::Suffix(x) => tail(x),
+        TextMatch::Presence => !value.is_empty(),
+    }
+}
+
+/// Whether `<issuer>/<subject>` as a policy writes it is the one of a token. What is written is divided at its last `/`, so
+/// that no issuer can speak for another whose name begins with its own.
+fn principal_matches(m: &TextMatch, token: &dyn Token) -> bool {
+    let (issuer, subject) = (token.issuer(), token.subject());
+    if issuer.is_empty() || subject.is_empty() {
+        return false;
+    }
+    match m {
+        TextMatch::Presence => true,
+        TextMatch::Exact(x) => x.rsplit_once('/') == Some((issuer, subject)),
+        TextMatch::Prefix(x) => {
+            issuer.starts_with(&**x) || x.rsplit_once('/').is_some_and(|(iss, start)| issuer == iss && subject.starts_with(start))
+        }
+        TextMatch::Suffix(x) => match x.rsplit_once('/') {
+            Some((end, sub)) => issuer.ends_with(end) && subject == sub,
+            None => subject.ends_with(&**x),
+        },
+    }
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

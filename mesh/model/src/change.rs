@@ -1,7 +1,7 @@
 //! Changes: the only way knowledge enters the model.
 use crate::l7::destination::Destination;
 use crate::l7::gateway::{GatewayKey, GatewayRoutes};
-use crate::l7::policy::L7Policy;
+use crate::l7::policy::{L7Policies, PolicyTarget};
 use crate::l7::route::RouteTable;
 pub use crate::origin::Origin;
 use crate::policy::{Policy, PolicyKey};
@@ -24,10 +24,6 @@ pub enum Change {
     Policy(Arc<Policy>),
     /// A policy went.
     PolicyGone(PolicyKey),
-    /// A policy of layer 7 appeared or changed.
-    L7Policy(Arc<L7Policy>),
-    /// A policy of layer 7 went.
-    L7PolicyGone(PolicyKey),
     /// The routes of a service appeared or changed.
     Routes(ServiceKey, Arc<RouteTable>),
     /// A service has no routes of its own any more.
@@ -40,6 +36,10 @@ pub enum Change {
     Gateway(Arc<GatewayRoutes>),
     /// A gateway went.
     GatewayGone(GatewayKey),
+    /// The layer 7 policies of a target appeared or changed.
+    L7Policies(PolicyTarget, Arc<L7Policies>),
+    /// No layer 7 policy is bound to a target any more.
+    L7PoliciesGone(PolicyTarget),
     /// The locality of our own node became known or changed (endpoint preferences are ranked from it).
     OwnLocality(Locality),
 }

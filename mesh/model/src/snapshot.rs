@@ -10,7 +10,7 @@ use crate::id::{SpiffeId, TrustDomain};
 use crate::known::Known;
 use crate::l7::destination::Destination;
 use crate::l7::gateway::{GatewayKey, GatewayRoutes};
-use crate::l7::policy::{L7Policy, L7Target};
+use crate::l7::policy::{L7Policies, PolicyTarget, TargetRef};
 use crate::l7::route::RouteTable;
 use crate::lb::{Endpoint, EndpointSet};
 use crate::policy::{Policy, PolicyKey};
@@ -52,16 +52,14 @@ pub struct Snapshot {
     /// Identities in use, by what they are made of.
     identities: Shards<Account, SharedIdentity>,
     policies: PolicyIndex,
-    /// Policies of layer 7.
-    l7_policies: Shards<PolicyKey, Arc<L7Policy>>,
-    /// The same by target, sorted by key.
-    by_target: Shards<L7Target, Candidates<L7Policy>>,
     /// Routes of services that have any.
     routes: Shards<ServiceKey, Arc<RouteTable>>,
     /// How services are reached, where something is said about it.
     destinations: Shards<ServiceKey, Arc<Destination>>,
     /// Gateways that face the outside.
     gateways: Shards<GatewayKey, Arc<GatewayRoutes>>,
+    /// Layer 7 policies by what they are bound to.
+    l7_policies: Shards<PolicyTarget, Arc<L7Policies>>,
 }
 /// Trust domain, namespace, service account.
 type Account = (TrustDomain, Arc<str>, Arc<str>);
@@ -206,11 +204,10 @@ impl Snapshot {
             cidr_lengths: Arc::default(),
             identities: Shards::default(),
             policies: PolicyIndex::default(),
-            l7_policies: Shards::default(),
-            by_target: Shards::default(),
             routes: Shards::default(),
             destinations: Shards::default(),
             gateways: Shards::default(),
+            l7_policies: Shards::default(),
         }
     }
     /// Its version.
@@ -235,8 +232,6 @@ impl Snapshot {
                 Change::ServiceGone(key) => next.take_service(key),
                 Change::Policy(p) => next.policies.put(p),
                 Change::PolicyGone(key) => next.policies.take(key),
-                Change::L7Policy(p) => next.put_l7_policy(p),
-                Change::L7PolicyGone(key) => next.take_l7_policy(key),
                 Change::Routes(key, table) => {
                     let table = if table.is_indexed() { Arc::clone(table) } else { Arc::new(RouteTable::clone(table).indexed()) };
                     next.routes.insert(key.clone(), table);
@@ -257,6 +252,12 @@ impl Snapshot {
                 Change::GatewayGone(key) => {
                     next.gateways.remove(key);
                 }
+                Change::L7Policies(target, policies) => {
+                    next.l7_policies.insert(target.clone(), Arc::clone(policies));
+                }
+                Change::L7PoliciesGone(target) => {
+                    next.l7_policies.remove(target);
+                }
                 Change::OwnLocality(l) => {
                     if next.view.locality != *l {
                         Arc::make_mut(&mut next.view).locality = l.clone();
@@ -268,19 +269,6 @@ impl Snapshot {
         next
     }
 
-    fn put_l7_policy(&mut self, p: &Arc<L7Policy>) {
-        self.take_l7_policy(&p.key);
-        for target in distinct(p.targets.iter().cloned()) {
-            self.by_target.edit(&target, |c| c.put(p, |p| p.key.clone()));
-        }
-        self.l7_policies.insert(p.key.clone(), Arc::clone(p));
-    }
-    fn take_l7_policy(&mut self, key: &PolicyKey) {
-        let Some(old) = self.l7_policies.remove(key) else { return };
-        for target in distinct(old.targets.iter().cloned()) {
-            self.by_target.edit(&target, |c| c.take(|p| p.key == *key));
-        }
-    }
     fn put_workload(&mut self, w: &Arc<Workload>) {
         if let Some(old) = self.workloads.get(&*w.uid) {
             if old.workload() == w {
@@ -505,10 +493,6 @@ impl Snapshot {
             None => Box::new(std::iter::empty()),
         }
     }
-    /// The layer 7 policies bound to a target, sorted by key.
-    pub fn l7_policies_of(&self, target: &L7Target) -> impl Iterator<Item = &Arc<L7Policy>> {
-        self.by_target.get(target).map_or(&[][..], Candidates::all).iter()
-    }
     /// The routes of a service, if it has any of its own.
     pub fn find_routes(&self, service: &ServiceKey) -> Option<&Arc<RouteTable>> {
         self.routes.get(service)
@@ -532,6 +516,18 @@ impl Snapshot {
     /// All gateways, in no order.
     pub fn gateways(&self) -> impl Iterator<Item = &Arc<GatewayRoutes>> {
         self.gateways.values()
+    }
+    /// The layer 7 policies bound to a target.
+    pub fn find_l7_policies(&self, target: TargetRef<'_>) -> Option<&Arc<L7Policies>> {
+        self.l7_policies.get(&target)
+    }
+    /// Whether any layer 7 policy is bound to anything.
+    pub fn has_l7_policies(&self) -> bool {
+        !self.l7_policies.is_empty()
+    }
+    /// All layer 7 policies by target, in no order (admin, never the data path).
+    pub fn l7_policies(&self) -> impl Iterator<Item = (&PolicyTarget, &Arc<L7Policies>)> {
+        self.l7_policies.iter()
     }
     /// The endpoint set of a service, also of one that has not arrived yet (its endpoints are staged).
     pub fn endpoint_set(&self, service: &ServiceKey) -> Option<&EndpointSet> {
@@ -568,11 +564,10 @@ impl Snapshot {
         }
         lines.extend(self.identities.iter().map(|(_, i)| format!("identity {:?} of {}", i.expect, i.users)));
         lines.push(format!("lengths {:?}", self.cidr_lengths));
-        lines.extend(self.l7_policies.values().map(|p| format!("l7 policy {p:?}")));
-        lines.extend(self.by_target.iter().map(|(t, c)| format!("target {t:?} {:?}", c.all())));
         lines.extend(self.routes.iter().map(|(key, table)| format!("routes {key} {table:?}")));
         lines.extend(self.destinations.values().map(|d| format!("destination {d:?}")));
         lines.extend(self.gateways.values().map(|g| format!("gateway {g:?}")));
+        lines.extend(self.l7_policies.iter().map(|(target, p)| format!("layer 7 policies of {target} {p:?}")));
         self.policies.dump(&mut lines);
         lines.sort_unstable();
         lines.join("\n")

@@ -21,14 +21,15 @@ mod object;
 mod peer;
 mod pem;
 pub(crate) mod read;
+mod request_policy;
 mod selector;
+mod targets;
 mod virtual_service;
 mod waypoint;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use mesh_model::l7::policy::L7Policy;
 use mesh_model::policy::{Policy, PolicyKey};
 use mesh_model::service::{Service, ServiceKey};
 use mesh_model::snapshot::Viewpoint;
@@ -157,7 +158,6 @@ pub struct Translator {
     /// Namespaces in which a host was handed out.
     hosts_out: HashMap<Arc<str>, BTreeSet<Arc<str>>>,
     policies_out: HashMap<PolicyKey, Arc<Policy>>,
-    l7_policies_out: HashMap<PolicyKey, Arc<L7Policy>>,
     peers_out: BTreeMap<PolicyKey, Arc<Policy>>,
     own_locality: Locality,
     strict_key: PolicyKey,
@@ -190,7 +190,6 @@ impl Translator {
             services_out: HashMap::default(),
             hosts_out: HashMap::default(),
             policies_out: HashMap::default(),
-            l7_policies_out: HashMap::default(),
             peers_out: BTreeMap::new(),
             default_account: "default".into(),
             latest: "latest".into(),
@@ -583,7 +582,6 @@ impl Translator {
             });
             replace(&mut self.policies_out, &key, new.cloned(), changes, Change::Policy, Change::PolicyGone);
         }
-        self.flush_l7_policies(dirty, changes);
         if dirty.peers || dirty.all {
             let want = self.peer_policies();
             for (key, p) in &want {
@@ -595,27 +593,6 @@ impl Translator {
                 changes.push(Change::PolicyGone(key.clone()));
             }
             self.peers_out = want;
-        }
-    }
-
-    /// Policies with targets, for waypoints.
-    fn flush_l7_policies(&mut self, dirty: &Dirty, changes: &mut Vec<Change>) {
-        if self.layer7.is_none() {
-            return;
-        }
-        let keys: BTreeSet<PolicyKey> = if dirty.all {
-            let here = self
-                .spaces
-                .iter()
-                .flat_map(|(ns, s)| s.policies.keys().map(|n| PolicyKey { namespace: Arc::clone(ns), name: Arc::clone(n) }));
-            here.chain(self.l7_policies_out.keys().cloned()).collect()
-        } else {
-            dirty.policies.iter().cloned().collect()
-        };
-        for key in keys {
-            let slot = self.spaces.get(&key.namespace).and_then(|s| s.policies.get(&key.name));
-            let new = slot.and_then(|s| s.obj.l7.clone());
-            replace(&mut self.l7_policies_out, &key, new, changes, Change::L7Policy, Change::L7PolicyGone);
         }
     }
 

@@ -1,6 +1,6 @@
 //! What is not HTTP, or stops being it.
 use std::io::{Read, Write};
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
 use anyhow::ensure;
@@ -8,12 +8,13 @@ use mesh_tests::program::{Client, Server};
 
 use crate::mesh::{BYTES, Mesh, WEB_IP};
 
-fn vip(port: u16) -> SocketAddr {
+pub(crate) fn vip(port: u16) -> SocketAddr {
     let [a, b, c, d] = WEB_IP;
     SocketAddr::new([a, b, c, d].into(), port)
 }
 
-pub(crate) fn an_upgrade_is_carried(mesh: &mut Mesh) -> anyhow::Result<()> {
+/// A WebSocket to a server that echoes.
+pub(crate) fn upgraded(mesh: &Mesh) -> anyhow::Result<TcpStream> {
     let mut stream = mesh.pod("client").netns.connect(vip(80), Duration::from_secs(5))?;
     stream.set_read_timeout(Some(Duration::from_secs(5)))?;
     stream.write_all(b"GET /chat HTTP/1.1\r\nhost: web\r\nconnection: Upgrade\r\nupgrade: websocket\r\n\r\n")?;
@@ -25,6 +26,11 @@ pub(crate) fn an_upgrade_is_carried(mesh: &mut Mesh) -> anyhow::Result<()> {
     }
     let head = String::from_utf8_lossy(&head).to_lowercase();
     ensure!(head.starts_with("http/1.1 101") && head.contains("upgrade: websocket"), "{head}");
+    Ok(stream)
+}
+
+pub(crate) fn an_upgrade_is_carried(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let mut stream = upgraded(mesh)?;
     for text in ["one", "two", "three"] {
         stream.write_all(text.as_bytes())?;
         let mut back = vec![0; text.len()];

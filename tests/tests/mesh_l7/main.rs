@@ -9,6 +9,7 @@ mod bytes;
 mod change;
 mod mesh;
 mod outside;
+mod policy;
 mod routes;
 mod upstream;
 
@@ -28,6 +29,12 @@ const TESTS: &[Test<Mesh>] = &[
     test("an_upgrade_is_carried", bytes::an_upgrade_is_carried),
     test("a_server_that_speaks_first_is_heard", bytes::a_server_that_speaks_first_is_heard),
     test("large_transfers_arrive_whole", bytes::large_transfers_arrive_whole),
+    test("a_policy_that_cannot_be_read_closes", policy::a_policy_that_cannot_be_read_closes),
+    test("a_further_header_value_hides_nothing", policy::a_further_header_value_hides_nothing),
+    test("what_lives_on_is_judged_again", policy::what_lives_on_is_judged_again),
+    test("a_name_in_tls_through_a_tunnel_is_judged", policy::a_name_in_tls_through_a_tunnel_is_judged),
+    test("dry_runs_and_audits_are_told_only", policy::dry_runs_and_audits_are_told_only),
+    test("what_can_never_apply_is_told", policy::what_can_never_apply_is_told),
     test("the_gateway_lets_its_hosts_in", outside::the_gateway_lets_its_hosts_in),
     test("the_gateway_ends_tls", outside::the_gateway_ends_tls),
     test("an_endpoint_is_removed_and_comes_back", change::an_endpoint_is_removed_and_comes_back),

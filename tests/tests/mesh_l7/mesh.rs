@@ -17,6 +17,8 @@ use tempfile::TempDir;
 pub(crate) const PORT: u16 = 8080;
 /// Port of the byte servers, declared as nothing.
 pub(crate) const BYTES: u16 = 9090;
+/// Another one.
+pub(crate) const MORE: u16 = 9092;
 pub(crate) const WEB: &str = "10.96.0.20";
 pub(crate) const WEB_IP: [u8; 4] = [10, 96, 0, 20];
 pub(crate) const OTHER: &str = "10.96.0.21";
@@ -72,6 +74,7 @@ spec:
   ports:
   - { name: http, port: 80, targetPort: 8080, protocol: TCP }
   - { name: bytes, port: 90, targetPort: 9090, protocol: TCP }
+  - { name: more, port: 92, targetPort: 9092, protocol: TCP }
 ---
 apiVersion: v1
 kind: Service

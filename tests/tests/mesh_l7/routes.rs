@@ -138,7 +138,7 @@ pub(crate) fn a_broken_route_closes_its_host_only(mesh: &mut Mesh) -> anyhow::Re
         "apiVersion: networking.istio.io/v1\nkind: VirtualService\nmetadata: { name: broken, namespace: t }\nspec:\n  hosts: [ other ]\n  http:\n  - rout: []\n",
     )?;
     let got = mesh.call(&[&format!("http://{OTHER}/")])?;
-    ensure!(got.status == 500 && got.header("x-culvert-reason") == Some("route_unusable"), "{got:?}");
+    ensure!(got.status == 503 && got.header("x-culvert-reason") == Some("route_unusable"), "{got:?}");
     let got = mesh.call(&[&format!("http://{WEB}/")])?;
     ensure!(got.status == 200, "others are unaffected: {got:?}");
     wait::until("the problem in the dump", Duration::from_secs(5), || {

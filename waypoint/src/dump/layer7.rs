@@ -3,6 +3,7 @@ use mesh_model::gateway::ServiceKey;
 use mesh_model::l7::destination::{Balance, Destination, HashKey, TrafficPolicy};
 use mesh_model::l7::gateway::{GatewayRoutes, ListenerProtocol, ListenerTls};
 use mesh_model::l7::headers::{BothEdits, HeaderEdits};
+use mesh_model::l7::policy::{L7Action, L7Body, L7Policies, L7Policy, PolicyTarget};
 use mesh_model::l7::route::{
     Abort, BackendRef, Dialect, Fault, Forward, HttpAction, PathMatch, PathRewrite, RetryOn, RetryPolicy, Rewrite, TcpRoute,
 };
@@ -16,6 +17,32 @@ use std::time::Duration;
 pub(super) fn routes(key: &ServiceKey, table: &RouteTable) -> Value {
     let mut out = self::table(table);
     out["service"] = json!(key.to_string());
+    out
+}
+
+/// The policies of a target.
+pub(super) fn policies(target: &PolicyTarget, all: &L7Policies) -> Value {
+    let policy = |p: &Arc<L7Policy>| {
+        let mut out = json!({ "name": p.key.to_string(), "origin": p.origin.as_ref().map(ToString::to_string) });
+        match &p.body {
+            L7Body::Unusable { why } => out["unusable"] = json!(why),
+            L7Body::Rules { action, dry_run, rules } => {
+                let (action, provider) = match action {
+                    L7Action::Allow => ("ALLOW", None),
+                    L7Action::Deny => ("DENY", None),
+                    L7Action::Audit => ("AUDIT", None),
+                    L7Action::Custom { provider } => ("CUSTOM", Some(provider)),
+                };
+                out["action"] = json!(action);
+                out["provider"] = json!(provider);
+                out["dryRun"] = json!(dry_run.then_some(true));
+                out["rules"] = json!(rules.len());
+            }
+        }
+        out
+    };
+    let mut out = json!({ "target": target.to_string(), "policies": all.iter().map(policy).collect::<Vec<_>>() });
+    prune(&mut out);
     out
 }
 

@@ -66,6 +66,7 @@ pub(crate) fn begin(conn: &Arc<Conn>, request: Request<Incoming>) -> Exchange<'_
         backend: None,
         cors_headers: None,
         sticky: None,
+        upgrade: None,
         grpc,
         record,
     }

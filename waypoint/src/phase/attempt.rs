@@ -3,7 +3,7 @@ use crate::body::Body;
 use crate::facts::Scope;
 use crate::phase::Exchange;
 use crate::phase::admit::upgrade_of;
-use crate::phase::{expose, grpc_status, http_of_grpc, respond};
+use crate::phase::{authorize, expose, grpc_status, http_of_grpc, respond};
 use crate::telemetry::Flag;
 use crate::upstream::{self, Cluster, Failure, Host, Observed, PickContext, RequestGuard, SendOptions, UpstreamError};
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
@@ -304,12 +304,9 @@ fn outcome_of(result: &Result<Response<Incoming>, UpstreamError>) -> Outcome {
             Failure::ResetBeforeRequest => retry::FailureKind::ResetBeforeRequest,
             Failure::Protocol => retry::FailureKind::Protocol,
             Failure::Timeout => retry::FailureKind::Timeout,
-            Failure::Overflow
-            | Failure::NoCluster
-            | Failure::NoHealthy
-            | Failure::Denied
-            | Failure::ClientGone
-            | Failure::ClientProtocol => retry::FailureKind::Overflow,
+            Failure::Overflow | Failure::NoCluster | Failure::NoHealthy | Failure::ClientGone | Failure::ClientProtocol => {
+                retry::FailureKind::Overflow
+            }
         }),
     }
 }
@@ -325,7 +322,9 @@ fn arrived(ex: &mut Exchange<'_>, response: Response<Incoming>, client: Option<O
     if answer.status() == StatusCode::SWITCHING_PROTOCOLS {
         let upstream = answer.extensions_mut().remove::<OnUpgrade>();
         if let (Some(client), Some(upstream)) = (client, upstream) {
-            tokio::spawn(crate::upgrade::carry(client, upstream));
+            let (conn, request) = (Arc::clone(ex.conn), ex.upgrade.take());
+            let cut = async move { drop(authorize::revoked(&conn, request.as_deref()).await) };
+            tokio::spawn(crate::upgrade::carry(client, upstream, cut));
         }
         *answer.body_mut() = Body::Empty;
     }
@@ -359,7 +358,6 @@ fn failed(ex: &mut Exchange<'_>, error: &UpstreamError, retried: bool, dialect: 
             ex.record.flags.set(Flag::UpstreamRequestTimeout);
             return respond::local(ex, StatusCode::GATEWAY_TIMEOUT, "upstream request timeout", "response_timeout");
         }
-        Failure::Denied => return respond::local(ex, StatusCode::FORBIDDEN, "", "rbac_access_denied"),
         Failure::ClientGone => {
             ex.record.flags.set(Flag::DownstreamConnectionTermination);
             return respond::local(ex, unavailable, "", "downstream_remote_disconnect");

@@ -1,45 +1,147 @@
-//! Who may do what: the layer 7 policies bound to what was addressed (spec/waypoint §3.4, §10).
+//! Who may do what: the layer 7 policies of what was addressed (spec/waypoint §3.4, §10).
+//!
+//! Owns the facts a policy is asked with, and the answer 403. A request is judged once, by the version of its start; what
+//! lives on as bytes (a TCP connection, an upgraded request) is judged again with every published version ([`revoked`]).
 use crate::conn::Conn;
+use crate::facts::Scope;
+use crate::phase::admit::upgrade_of;
 use crate::phase::{Exchange, Flow, respond};
-use http::StatusCode;
-use mesh_model::authz_l7::{HttpFacts, L7Facts, L7Verdict, authorize};
-use mesh_model::{Refusal, Snapshot};
-use std::borrow::Cow;
-use std::sync::Arc;
+use crate::telemetry::Noted;
+use http::{HeaderMap, Method, StatusCode};
+use mesh_model::authz_l7::{Denial, HttpFacts, InScope, Judgement, L7Facts, L7Verdict, PolicyScope, remote_address};
+use mesh_model::gateway::ServiceKey;
+use mesh_model::waypoint::Target;
+use mesh_model::{Reason, Refusal, Snapshot};
+use std::net::SocketAddr;
 
 /// Envoy's answer.
 const TEXT: &str = "RBAC: access denied";
 
-/// Lets the request on, or answers 403.
+/// Lets the request on, or answers 403 (gRPC: `PERMISSION_DENIED`).
 pub(crate) fn check(ex: &mut Exchange<'_>) -> Flow {
-    let snap = Arc::clone(&ex.snap);
-    let http =
-        HttpFacts { method: ex.parts.method.as_str(), authority: &ex.authority, path: &ex.path, headers: &ex.parts.headers };
-    let Err((why, details)) = judge(&snap, ex.conn, Some(http)) else { return Flow::Continue };
-    ex.record.reason = Some(why.reason);
-    tracing::debug!(client = %ex.conn.client, %why, "request refused");
-    Flow::Answer(respond::local(ex, StatusCode::FORBIDDEN, TEXT, details))
+    let asked = Asked { method: &ex.parts.method, authority: &ex.authority, path: &ex.path, headers: &ex.parts.headers };
+    let judgement = judge(&ex.snap, ex.conn, Some(asked));
+    ex.record.noted = note(ex.conn, &judgement);
+    if let L7Verdict::Deny(denial) = judgement.verdict {
+        let details = denial.details();
+        ex.record.reason = Some(denial.reason);
+        tracing::debug!(client = %ex.conn.client, why = %denial.refusal(), "request refused");
+        return Flow::Answer(respond::local(ex, StatusCode::FORBIDDEN, TEXT, details));
+    }
+    if upgrade_of(&ex.parts.headers).is_some() {
+        ex.upgrade = Some(Box::new(Kept {
+            method: ex.parts.method.clone(),
+            authority: ex.authority.clone(),
+            path: ex.path.clone(),
+            headers: ex.parts.headers.clone(),
+        }));
+    }
+    Flow::Continue
 }
 
-/// Judges a request, or (without `http`) a TCP connection.
-pub(crate) fn judge(snap: &Snapshot, conn: &Conn, http: Option<HttpFacts<'_>>) -> Result<(), (Refusal, Cow<'static, str>)> {
-    let facts = L7Facts {
-        identity: conn.identity.as_ref(),
-        client: conn.client,
-        destination: conn.local,
-        sni: conn.sni.as_deref(),
-        http,
+/// What is asked of a request.
+#[derive(Clone, Copy)]
+pub(crate) struct Asked<'a> {
+    method: &'a Method,
+    authority: &'a str,
+    path: &'a str,
+    headers: &'a HeaderMap,
+}
+/// The same of a request that lives on as an upgraded connection, to be judged again.
+#[derive(Debug)]
+pub(crate) struct Kept {
+    method: Method,
+    authority: String,
+    path: String,
+    headers: HeaderMap,
+}
+impl Kept {
+    fn asked(&self) -> Asked<'_> {
+        Asked { method: &self.method, authority: &self.authority, path: &self.path, headers: &self.headers }
+    }
+}
+
+/// Judges a request or, without `request`, a connection carried as bytes, by one version of the mesh.
+pub(crate) fn judge<'s>(snap: &'s Snapshot, conn: &Conn, request: Option<Asked<'_>>) -> Judgement<'s> {
+    let shared = &conn.shared;
+    let (service, namespace) = addressed(&conn.scope);
+    let waypoint = matches!(conn.scope, Scope::Mesh(_));
+    let in_scope = InScope::of(snap, &PolicyScope { service, namespace, gateway: Some(&shared.gateway), waypoint });
+    let client = conn.client.ip();
+    // `admit` has appended the client itself, who is none of the proxies.
+    let trusted = match shared.settings.trusted_proxies {
+        0 => 0,
+        n => n + usize::from(shared.settings.forward_client_address),
     };
-    match authorize(snap, conn.targets.iter(), &facts) {
-        L7Verdict::Allow => Ok(()),
-        L7Verdict::Deny { why, by } => {
-            let details = match by {
-                Some((key, rule)) => {
-                    format!("rbac_access_denied_matched_policy[ns[{}]-policy[{}]-rule[{rule}]]", key.namespace, key.name).into()
-                }
-                None => "rbac_access_denied_matched_policy[none]".into(),
-            };
-            Err((why, details))
+    let facts = L7Facts {
+        peer: conn.identity.as_ref(),
+        client: conn.client,
+        remote: request.map_or(client, |r| remote_address(r.headers, client, trusted)),
+        destination: destination(conn),
+        sni: conn.sni.as_deref(),
+        http: request.map(|r| HttpFacts {
+            method: r.method.as_str(),
+            authority: r.authority,
+            path: r.path,
+            headers: r.headers,
+            token: None,
+        }),
+    };
+    let mut judgement = in_scope.judge(snap, &facts);
+    if let Some(matched) = in_scope.custom(snap, &facts).next() {
+        judgement.verdict = L7Verdict::Deny(Denial { reason: Reason::NoAuthorizer, matched: Some(matched) });
+    }
+    judgement
+}
+
+/// Tells what policies that enforce nothing said.
+pub(crate) fn note(conn: &Conn, judgement: &Judgement<'_>) -> Noted {
+    let mut noted = Noted::default();
+    let telemetry = &conn.shared.telemetry;
+    match &judgement.shadow {
+        None => {}
+        Some(L7Verdict::Allow(by)) => telemetry.shadow(by.map(|p| &p.key), "allowed"),
+        Some(L7Verdict::Deny(denial)) => {
+            telemetry.shadow(denial.matched.map(|m| &m.policy.key), "denied");
+            noted.dry_run = Some(denial.details().into());
         }
     }
+    if let Some(policy) = judgement.audited {
+        telemetry.shadow(Some(&policy.key), "audited");
+        noted.audit = Some(policy.key.to_string().into());
+    }
+    noted
+}
+
+/// The service that was addressed, and the namespace of what was.
+fn addressed(scope: &Scope) -> (Option<&ServiceKey>, Option<&str>) {
+    match scope {
+        Scope::Mesh(Target::Service { service, .. }) => (Some(&service.key), Some(&service.key.namespace)),
+        Scope::Mesh(Target::Workload { known, .. }) => (None, Some(&known.workload().namespace)),
+        Scope::Gateway { .. } => (None, None),
+    }
+}
+/// What the client asked for; of a service asked for by name its address.
+fn destination(conn: &Conn) -> SocketAddr {
+    let by_name = || conn.service()?.vips.first().map(|vip| vip.ip);
+    let ip = Some(conn.local.ip()).filter(|ip| !ip.is_unspecified()).or_else(by_name);
+    SocketAddr::new(ip.unwrap_or(conn.local.ip()), conn.port())
+}
+
+/// Resolves when a published version no longer allows what lives on as bytes (I6); tells so, and gives Envoy's words for it.
+/// Cancel safe.
+pub(crate) async fn revoked(conn: &Conn, request: Option<&Kept>) -> String {
+    let mut versions = conn.shared.mesh.watch();
+    // What was published between the verdict and now counts too.
+    versions.mark_changed();
+    while versions.changed().await.is_ok() {
+        versions.mark_unchanged();
+        let snap = conn.shared.mesh.load();
+        if let L7Verdict::Deny(denial) = judge(&snap, conn, request.map(Kept::asked)).verdict {
+            let why = Refusal::new(Reason::Revoked, denial.refusal().brief());
+            conn.shared.telemetry.tunnel_refused(conn.client, conn.identity.as_ref(), &why);
+            return denial.details();
+        }
+    }
+    std::future::pending().await
 }

@@ -5,37 +5,64 @@ use crate::phase::respond;
 use crate::phase::{Exchange, Flow};
 use crate::telemetry::Flag;
 use http::StatusCode;
-use mesh_model::Snapshot;
 use mesh_model::l7::route::{Dialect, HttpAction};
 use mesh_model::l7::select::{Selected, select};
 use mesh_model::l7::weights::choose as choose_backend;
 use mesh_model::l7::{HttpRoute, RouteTable};
 use mesh_model::lb::redraw;
 use mesh_model::waypoint::Target;
+use mesh_model::{Reason, Snapshot};
+use std::borrow::Cow;
 use std::sync::Arc;
 
 const DRAW_BACKEND: u64 = 11;
 
-/// Chooses rule and backend, or answers 404 or 500.
-pub(crate) fn choose(ex: &mut Exchange<'_>) -> Flow {
+/// Why there is no backend for a request.
+pub(crate) enum Unrouted {
+    /// No rule matches.
+    NotFound,
+    /// The rules of the host cannot be used.
+    Broken(Arc<str>),
+    /// The rule that matches leads nowhere.
+    NoBackend(Dialect),
+}
+
+/// Chooses rule and backend.
+pub(crate) fn choose(ex: &mut Exchange<'_>) -> Result<(), Unrouted> {
     let snap = Arc::clone(&ex.snap);
     let table = match routes(ex, &snap) {
         Routes::Table(table) => table,
         Routes::Plain => return plain(ex),
-        Routes::NoHost => return not_found(ex),
+        Routes::NoHost => return Err(Unrouted::NotFound),
     };
     let facts = ex.facts();
     let (route, rule) = match select(table, &facts) {
         Selected::Rule(rule, at) => (Arc::clone(&rule.route), Some((Arc::clone(table), at))),
         Selected::Default => return plain(ex),
-        Selected::NotFound => return not_found(ex),
-        Selected::Broken(why) => {
-            ex.record.reason = Some(mesh_model::Reason::RouteUnusable);
-            let text = format!("route_unusable: {why}");
-            return Flow::Answer(respond::local(ex, StatusCode::INTERNAL_SERVER_ERROR, "", text));
-        }
+        Selected::NotFound => return Err(Unrouted::NotFound),
+        Selected::Broken(why) => return Err(Unrouted::Broken(Arc::clone(why))),
     };
     use_route(ex, route, rule)
+}
+
+/// Answers 404, 500 or 503 where there is no backend.
+pub(crate) fn check(ex: &mut Exchange<'_>, routed: Result<(), Unrouted>) -> Flow {
+    let (status, details) = match routed {
+        Ok(()) => return Flow::Continue,
+        Err(Unrouted::NotFound) => {
+            ex.record.flags.set(Flag::NoRouteFound);
+            (StatusCode::NOT_FOUND, "route_not_found".into())
+        }
+        Err(Unrouted::Broken(why)) => {
+            ex.record.reason = Some(Reason::RouteUnusable);
+            ex.record.flags.set(Flag::NoRouteFound);
+            // As to a cluster that is not there.
+            (StatusCode::SERVICE_UNAVAILABLE, Cow::Owned(format!("route_unusable: {why}")))
+        }
+        Err(Unrouted::NoBackend(Dialect::GatewayApi)) => (StatusCode::INTERNAL_SERVER_ERROR, "no_backend".into()),
+        Err(Unrouted::NoBackend(Dialect::Istio)) => (StatusCode::SERVICE_UNAVAILABLE, "no_backend".into()),
+    };
+    Flow::Answer(respond::local(ex, status, "", details))
 }
 
 /// The table for what was addressed.
@@ -50,36 +77,26 @@ fn routes<'s>(ex: &Exchange<'_>, snap: &'s Snapshot) -> Routes<'s> {
 }
 
 /// No routes were written: what was addressed is meant.
-fn plain(ex: &mut Exchange<'_>) -> Flow {
+fn plain(ex: &mut Exchange<'_>) -> Result<(), Unrouted> {
     match &ex.conn.plain {
         Some(route) => {
             let route = Arc::clone(route);
             use_route(ex, route, None)
         }
-        None => not_found(ex),
+        None => Err(Unrouted::NotFound),
     }
 }
 
-fn use_route(ex: &mut Exchange<'_>, route: Arc<HttpRoute>, rule: Option<(Arc<RouteTable>, usize)>) -> Flow {
+fn use_route(ex: &mut Exchange<'_>, route: Arc<HttpRoute>, rule: Option<(Arc<RouteTable>, usize)>) -> Result<(), Unrouted> {
+    ex.record.route = Some(Arc::clone(&route));
     if let HttpAction::Forward(forward) = &route.action {
         let chosen = choose_backend(&forward.backends, forward.total_weight, redraw(ex.draw, DRAW_BACKEND));
         ex.backend = chosen.and_then(|b| forward.backends.iter().position(|x| std::ptr::eq(x, b)));
         if ex.backend.is_none() {
-            ex.record.route = Some(Arc::clone(&route));
-            let status = match route.dialect {
-                Dialect::GatewayApi => StatusCode::INTERNAL_SERVER_ERROR,
-                Dialect::Istio => StatusCode::SERVICE_UNAVAILABLE,
-            };
-            return Flow::Answer(respond::local(ex, status, "", "no_backend"));
+            return Err(Unrouted::NoBackend(route.dialect));
         }
     }
-    ex.record.route = Some(Arc::clone(&route));
     ex.rule = rule;
     ex.route = Some(route);
-    Flow::Continue
-}
-
-fn not_found(ex: &mut Exchange<'_>) -> Flow {
-    ex.record.flags.set(Flag::NoRouteFound);
-    Flow::Answer(respond::local(ex, StatusCode::NOT_FOUND, "", "route_not_found"))
+    Ok(())
 }

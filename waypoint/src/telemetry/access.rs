@@ -89,7 +89,7 @@ impl Format {
             "",
         )
     }
-    /// Istio's default keys, and our `reason` when there is one.
+    /// Istio's default keys, and ours where there is something to tell.
     pub fn istio_json() -> Self {
         Self::json(
             [
@@ -118,7 +118,7 @@ impl Format {
                 ("requested_server_name", Field::RequestedServerName),
                 ("upstream_transport_failure_reason", Field::UpstreamTransportFailureReason),
             ],
-            [("reason", Field::Reason)],
+            [("reason", Field::Reason), ("dry_run", Field::DryRun), ("audit", Field::Audit)],
         )
     }
     /// Istio's default for lines of the process's own shape.

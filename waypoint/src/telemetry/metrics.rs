@@ -42,6 +42,7 @@ pub(super) struct Metrics {
     pub sent: Family<Counter>,
     pub received: Family<Counter>,
     pub refused: ByReason,
+    pub shadow: Family<Counter>,
 }
 impl Metrics {
     pub fn new(registry: &Registry) -> Result<Self, MetricError> {
@@ -58,6 +59,11 @@ impl Metrics {
             closed: count("istio_tcp_connections_closed_total", "Connections closed", &TCP_LABELS)?,
             sent: count("istio_tcp_sent_bytes_total", "Bytes sent to the client, as responses", &TCP_LABELS)?,
             received: count("istio_tcp_received_bytes_total", "Bytes received from the client, as requests", &TCP_LABELS)?,
+            shadow: count(
+                "culvert_policy_shadow_total",
+                "Requests and connections by what policies that enforce nothing (dry runs, AUDIT) said of them",
+                &["policy", "result"],
+            )?,
             refused: ByReason::new(
                 registry,
                 "culvert_refused_total",

@@ -7,6 +7,15 @@ use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
+/// What policies said that are only to be told.
+#[derive(Debug, Default)]
+pub struct Noted {
+    /// How the dry-run policies alone would have refused it, in the words of `details`.
+    pub dry_run: Option<Box<str>>,
+    /// The AUDIT policy that matched.
+    pub audit: Option<Box<str>>,
+}
+
 /// One request.
 #[derive(Debug)]
 pub struct Record {
@@ -48,6 +57,8 @@ pub struct Record {
     pub transport_failure: Cow<'static, str>,
     /// Our own word for a refusal, if it was one.
     pub reason: Option<mesh_model::Reason>,
+    /// What policies said that enforce nothing.
+    pub noted: Noted,
     /// Attempts made at an upstream.
     pub attempts: u32,
     /// From the attempt that answered to its response head (`x-envoy-upstream-service-time`).
@@ -82,6 +93,7 @@ impl Record {
             details: "".into(),
             transport_failure: "".into(),
             reason: None,
+            noted: Noted::default(),
             attempts: 0,
             upstream_time: None,
             received: Arc::new(Received::new(grpc)),
@@ -117,6 +129,8 @@ pub struct TcpRecord {
     pub details: Cow<'static, str>,
     /// Our own word for a refusal, if it was one.
     pub reason: Option<mesh_model::Reason>,
+    /// What policies said that enforce nothing.
+    pub noted: Noted,
 }
 impl TcpRecord {
     /// Begun now, nothing known yet.
@@ -130,6 +144,7 @@ impl TcpRecord {
             flags: Flags::default(),
             details: "".into(),
             reason: None,
+            noted: Noted::default(),
         }
     }
 }

@@ -165,12 +165,9 @@ impl Cluster {
                 | Failure::ResetBeforeRequest
                 | Failure::Protocol => Seen::Broken,
                 // Not the endpoint's doing.
-                Failure::NoCluster
-                | Failure::NoHealthy
-                | Failure::Overflow
-                | Failure::Denied
-                | Failure::ClientGone
-                | Failure::ClientProtocol => return,
+                Failure::NoCluster | Failure::NoHealthy | Failure::Overflow | Failure::ClientGone | Failure::ClientProtocol => {
+                    return;
+                }
             },
         };
         if !matches!(seen, Seen::Status(..500)) {

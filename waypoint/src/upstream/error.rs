@@ -27,8 +27,6 @@ pub enum Failure {
     Protocol,
     /// The attempt took too long. 504; `UT`.
     Timeout,
-    /// Policy does not allow it (TCP connections; requests are answered before an attempt).
-    Denied,
     /// The client went while we waited. 503, which nobody reads; `DC`.
     ClientGone,
     /// What the client sends as a body is none. 400; `DPE`, `http1.codec_error`.

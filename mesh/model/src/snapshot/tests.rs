@@ -1,9 +1,12 @@
 use super::*;
 use crate::authz::authorize;
 use crate::authz::tests::any_policy;
+use crate::authz_l7::tests::{any_l7_policy, any_target};
+use crate::authz_l7::{InScope, PolicyScope};
 use crate::fixture::*;
 use crate::l7::destination::{Balance, Subset, TrafficPolicy};
 use crate::l7::gateway::{Listener, ListenerProtocol};
+use crate::l7::policy::L7Policies;
 use crate::l7::route::{HttpMatch, HttpRoute, HttpRule, PathMatch};
 use crate::l7::select::select;
 use crate::labels::Labels;
@@ -257,6 +260,9 @@ fn any_change() -> impl Strategy<Value = Change> {
         1 => any_service().prop_map(|s| Change::ServiceGone(s.key)),
         4 => any_policy().prop_map(Change::from),
         2 => any_policy().prop_map(|p| Change::PolicyGone(p.key)),
+        2 => (any_target(), prop::collection::vec(any_l7_policy(), 0..3))
+            .prop_map(|(target, policies)| Change::L7Policies(target, Arc::new(L7Policies::new(policies)))),
+        1 => any_target().prop_map(Change::L7PoliciesGone),
         1 => prop::sample::select(vec!["r1", "r2"])
             .prop_map(|r| Change::OwnLocality(Locality { region: r.into(), ..Locality::default() })),
     ]
@@ -278,8 +284,8 @@ fn final_set(changes: &[Change]) -> Vec<Change> {
             Change::DestinationGone(key) => (format!("d{key}"), false),
             Change::Gateway(g) => (format!("g{}", g.key), true),
             Change::GatewayGone(key) => (format!("g{key}"), false),
-            Change::L7Policy(p) => (format!("l7 {}", p.key), true),
-            Change::L7PolicyGone(k) => (format!("l7 {k}"), false),
+            Change::L7Policies(target, _) => (format!("l7{target}"), true),
+            Change::L7PoliciesGone(target) => (format!("l7{target}"), false),
             Change::OwnLocality(_) => ("locality".into(), true),
         };
         last.insert(key, keep.then(|| c.clone()));
@@ -334,6 +340,12 @@ fn answers(snap: &Snapshot) -> Vec<String> {
                 let conn = crate::conn::OutboundConn { source: w, client: client.into(), dst: dst.into(), draw };
                 out.push(format!("{:?}", plan_outbound(snap, &conn)));
             }
+        }
+        for service in [key("ns1", "b"), key("ns2", "c")] {
+            let scope =
+                PolicyScope { service: Some(&service), namespace: Some(&service.namespace), gateway: None, waypoint: true };
+            let facts = crate::authz_l7::tests::tcp_facts(&peer);
+            out.push(format!("{:?}", InScope::of(snap, &scope).judge(snap, &facts)));
         }
         for peer in [None, Some(&peer)] {
             // Which of several matching ALLOW policies is named may depend on nothing but the set.

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::time::Duration;
 
+use mesh_model::l7::policy::L7Body;
 use mesh_model::policy::{PolicyBody, Scope};
 use tempfile::TempDir;
 
@@ -58,14 +59,17 @@ impl Dir {
                         format!("-{k}")
                     }
                 }
-                Change::L7Policy(p) => format!("+l7 {}", p.key),
-                Change::L7PolicyGone(k) => format!("-l7 {k}"),
                 Change::Routes(k, t) => format!("{}routes {k}", if t.broken.is_some() { "!" } else { "+" }),
                 Change::RoutesGone(k) => format!("-routes {k}"),
                 Change::Destination(d) => format!("{}destination {}", if d.broken.is_some() { "!" } else { "+" }, d.key),
                 Change::DestinationGone(k) => format!("-destination {k}"),
                 Change::Gateway(g) => format!("+gateway {}", g.key),
                 Change::GatewayGone(k) => format!("-gateway {k}"),
+                Change::L7Policies(t, all) => {
+                    let closed = all.iter().any(|p| matches!(p.body, L7Body::Unusable { .. }));
+                    format!("{}policies of {t}", if closed { "!" } else { "+" })
+                }
+                Change::L7PoliciesGone(t) => format!("-policies of {t}"),
                 Change::OwnLocality(_) => "locality".into(),
             })
             .collect();
@@ -320,6 +324,18 @@ fn policies_that_contradict_each_other_deny_until_one_is_left() {
     let one = |action: &str| ap("x", &format!("{{selector: {{matchLabels: {{a: b}}}}, action: {action}, rules: [{{}}]}}"));
     d.put("a.yaml", &one("ALLOW")).put("b.yaml", &one("DENY"));
     assert_eq!(d.reload(), ["!Selector a"]);
+
+    // Of waypoints: closed wherever a copy was bound; the agent has nothing to close.
+    let to = |target: &str| ap("x", &format!("{{targetRefs: [{{kind: Service, name: {target}}}], action: DENY, rules: [{{}}]}}"));
+    for (mut w, layer7) in [(Dir::layer7(), true), (Dir::new(), false)] {
+        w.put("a.yaml", &to("s")).put("b.yaml", &to("t"));
+        let closed = ["!policies of service a/s.a.svc.cluster.local", "!policies of service a/t.a.svc.cluster.local"];
+        assert_eq!(w.reload(), if layer7 { &closed[..] } else { &[] });
+        assert_eq!(w.codes().contains("conflict"), layer7);
+        fs::remove_file(w.dir.path().join("b.yaml")).unwrap();
+        let left = ["+policies of service a/s.a.svc.cluster.local", "-policies of service a/t.a.svc.cluster.local"];
+        assert_eq!(w.reload(), if layer7 { &left[..] } else { &[] });
+    }
 
     let pa = |mode: &str| {
         format!(

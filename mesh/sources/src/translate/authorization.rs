@@ -2,9 +2,8 @@
 //!
 //! Anything malformed or not known makes the policy unusable, and an unusable policy denies where it was meant to
 //! apply. Well-formed rules about HTTP cannot be judged here: such a rule allows nothing, and denies as if its HTTP
-//! part matched. Upstream: [`super::object`]. Downstream: `mesh_model::authz`.
-
-mod l7;
+//! part matched. Policies with `targetRefs` are not for the agent; [`super::request_policy`] reads the rest of them.
+//! Upstream: [`super::object`]. Downstream: `mesh_model::authz`.
 
 use std::sync::Arc;
 
@@ -14,6 +13,8 @@ use mesh_model::policy::{Action, Clause, Match, Policy, PolicyBody, PolicyKey, R
 use super::intern::{Interner, Labels};
 use super::object::{AuthorizationPolicy, ObjectId, Reader};
 use super::read::{self, Bad, Read};
+use super::request_policy;
+use super::targets::{TargetKind, TargetedPolicy, WrittenTarget};
 use crate::diagnostics::Severity;
 use crate::yaml::{Node, Value};
 
@@ -38,7 +39,7 @@ pub(super) const OBJECT_META: &[&str] = &[
 /// Fields of the object itself.
 const OBJECT: &[&str] = &["apiVersion", "kind", "metadata", "spec", "status"];
 /// Fields of a rule.
-const RULE: &[&str] = &["from", "to", "when"];
+pub(super) const RULE: &[&str] = &["from", "to", "when"];
 const UNUSABLE: &str = "until it is corrected, everything in its scope is denied";
 
 pub(super) fn read<'p>(r: &mut Reader<'_>, node: &'p Node<'p>, id: &ObjectId, origin: &Arc<Origin>) -> AuthorizationPolicy {
@@ -53,17 +54,19 @@ pub(super) fn read<'p>(r: &mut Reader<'_>, node: &'p Node<'p>, id: &ObjectId, or
             false
         }
     };
-    let not_for_agent = AuthorizationPolicy { policy: None, selector: Labels::default(), l7: None };
+    let not_for_agent = AuthorizationPolicy { policy: None, selector: Labels::default(), layer7: None };
+    let key = PolicyKey { namespace: Arc::clone(&id.namespace), name: Arc::clone(&id.name) };
     // Whether it is for a waypoint, and whom it binds, come first: they decide what a mistake further down closes.
     let (selector, scope_error) = match read::map(node, "spec") {
         Ok(Some(spec)) => match selector(spec, r.pool) {
             Ok(labels) if has(spec, "selector") => (labels, None),
-            Ok(labels) => match has_targets(node, spec, &id.namespace) {
-                Ok(true) => {
-                    let l7 = if r.layer7 { l7::read(r, node, spec, id, origin, dry_run) } else { None };
-                    return AuthorizationPolicy { l7, ..not_for_agent };
+            Ok(labels) => match targets(spec, &id.namespace) {
+                Ok(Some(_)) if !r.layer7 => return not_for_agent,
+                Ok(Some(targets)) => {
+                    let layer7 = request_policy::read(r, node, spec, &key, dry_run, origin, targets);
+                    return AuthorizationPolicy { layer7, ..not_for_agent };
                 }
-                Ok(false) => (labels, None),
+                Ok(None) => (labels, None),
                 Err(bad) => (labels, Some(bad)),
             },
             Err(bad) => (Labels::default(), Some(bad)),
@@ -76,6 +79,9 @@ pub(super) fn read<'p>(r: &mut Reader<'_>, node: &'p Node<'p>, id: &ObjectId, or
         (true, true) => Scope::Global,
         (true, false) => Scope::Namespace,
     };
+    // What may name targets that cannot be told must close whatever they may have been.
+    let names_targets = |spec| has(spec, "targetRef") || targets_written(spec).is_some() || read::only(spec, SPEC).is_err();
+    let targets_unknown = scope_error.is_some() || node.get("spec").is_some_and(names_targets);
     let body = match scope_error {
         Some(bad) => Err(bad),
         None => body(r, node, dry_run, &id.namespace),
@@ -84,26 +90,30 @@ pub(super) fn read<'p>(r: &mut Reader<'_>, node: &'p Node<'p>, id: &ObjectId, or
         Ok(Some(body)) => body,
         Ok(None) => return not_for_agent,
         Err(mut bad) => {
-            let why = bad.why(node);
-            bad.message =
-                format!("{}; {}", bad.message, if dry_run { "the policy is a dry run and is ignored" } else { UNUSABLE });
-            r.report(node, &bad, Severity::Error);
+            let why = refused(r, node, &mut bad, dry_run);
             if dry_run {
                 return not_for_agent;
             }
-            PolicyBody::Unusable { why: why.into() }
+            PolicyBody::Unusable { why }
         }
     };
-    let key = PolicyKey { namespace: Arc::clone(&id.namespace), name: Arc::clone(&id.name) };
     let policy = Policy { key, scope, body, origin: Some(Arc::clone(origin)) };
-    AuthorizationPolicy { policy: Some(Arc::new(policy)), selector, l7: None }
+    let layer7 = if r.layer7 && targets_unknown { TargetedPolicy::closing(&policy, root) } else { None };
+    AuthorizationPolicy { policy: Some(Arc::new(policy)), selector, layer7 }
+}
+/// Tells that a policy is refused, and gives the text it refuses with in turn.
+pub(super) fn refused<'p>(r: &mut Reader<'_>, node: &'p Node<'p>, bad: &mut Bad<'p>, dry_run: bool) -> Arc<str> {
+    let why = bad.why(node);
+    bad.message = format!("{}; {}", bad.message, if dry_run { "the policy is a dry run and is ignored" } else { UNUSABLE });
+    r.report(node, bad, Severity::Error);
+    why.into()
 }
 
 /// Whether `key` is written at all, even as null.
 fn has(node: &Node<'_>, key: &str) -> bool {
     matches!(&node.value, Value::Map(entries) if entries.iter().any(|e| e.key == key))
 }
-fn raw<'p>(node: &'p Node<'p>, key: &str) -> Option<&'p Node<'p>> {
+pub(super) fn raw<'p>(node: &'p Node<'p>, key: &str) -> Option<&'p Node<'p>> {
     match &node.value {
         Value::Map(entries) => entries.iter().find(|e| e.key == key).map(|e| &e.node),
         _ => None,
@@ -140,49 +150,32 @@ pub(super) fn selector<'p>(spec: &'p Node<'p>, pool: &mut Interner) -> Read<'p, 
 /// Fields of `spec`.
 const SPEC: &[&str] = &["selector", "targetRef", "targetRefs", "rules", "action", "provider"];
 
-/// Whether the policy names targets, so that waypoints enforce it and the agent leaves it alone. Everything up to the
-/// rules must then be well formed: a policy that is not for the agent and that no waypoint understands binds nobody.
-fn has_targets<'p>(node: &'p Node<'p>, spec: &'p Node<'p>, namespace: &str) -> Read<'p, bool> {
-    let (one, many) = (raw(spec, "targetRef"), raw(spec, "targetRefs"));
-    let many = many.filter(|n| !matches!(&n.value, Value::Seq(s) if s.is_empty()));
-    if one.is_none() && many.is_none() {
-        return Ok(false);
-    }
-    read::only(node, OBJECT)?;
-    if let Some(meta) = node.get("metadata") {
-        read::only(meta, OBJECT_META)?;
-    }
-    read::only(spec, SPEC)?;
+/// `targetRefs`, unless it is an empty list, which is as good as not written.
+fn targets_written<'p>(spec: &'p Node<'p>) -> Option<&'p Node<'p>> {
+    raw(spec, "targetRefs").filter(|n| !matches!(&n.value, Value::Seq(s) if s.is_empty()))
+}
+/// The targets the policy names, if it does: waypoints enforce it then and the agent leaves it alone.
+fn targets<'p>(spec: &'p Node<'p>, namespace: &str) -> Read<'p, Option<Vec<WrittenTarget>>> {
+    let (one, many) = (raw(spec, "targetRef"), targets_written(spec));
     if let (Some(n), Some(_)) = (one, many) {
         return Err(Bad::value(n, "`targetRef` and `targetRefs` cannot both be written", "keep `targetRefs`"));
     }
-    if let Some(n) = [one, many].into_iter().flatten().find(|n| n.value == Value::Null) {
+    let Some(written) = one.or(many) else { return Ok(None) };
+    if written.value == Value::Null {
         return Err(Bad::value(
-            n,
+            written,
             "the target is written but empty",
             "name a target, or remove the field to bind the whole namespace",
         ));
     }
-    if let Some(n) = one {
-        target(n, namespace)?;
-    } else {
-        for n in read::list(spec, "targetRefs")? {
-            target(n, namespace)?;
-        }
+    if one.is_some() {
+        return Ok(Some(vec![target(written, namespace, "spec.targetRef".into())?]));
     }
-    if let Some(n) = raw(spec, "action") {
-        match read::scalar(n)? {
-            "ALLOW" | "DENY" | "AUDIT" | "CUSTOM" => {}
-            t => return Err(Bad::value(n, format!("`{t}` is not an action"), "write ALLOW, DENY, AUDIT or CUSTOM")),
-        }
-    }
-    for rule in read::list(spec, "rules")? {
-        read::only(rule, RULE)?;
-    }
-    Ok(true)
+    let each = read::list(spec, "targetRefs")?.iter().enumerate();
+    each.map(|(i, n)| target(n, namespace, format!("spec.targetRefs[{i}]").into())).collect::<Read<'p, _>>().map(Some)
 }
 /// One target. Kinds of later versions pass; of the known ones the group must be right, or nothing would be bound.
-fn target<'p>(n: &'p Node<'p>, namespace: &str) -> Read<'p, ()> {
+fn target<'p>(n: &'p Node<'p>, namespace: &str, field: Box<str>) -> Read<'p, WrittenTarget> {
     read::only(n, &["group", "kind", "name", "namespace"])?;
     let needed = |key: &'static str, message: &'static str| match n.get(key) {
         None => Err(Bad::missing(n, key, message)),
@@ -192,7 +185,7 @@ fn target<'p>(n: &'p Node<'p>, namespace: &str) -> Read<'p, ()> {
         },
     };
     let kind = needed("kind", "a target has a kind")?;
-    needed("name", "a target has a name")?;
+    let name = needed("name", "a target has a name")?;
     let group = read::text(n, "group")?;
     let want = match kind {
         "Service" if matches!(group, None | Some("" | "core")) => None,
@@ -213,20 +206,24 @@ fn target<'p>(n: &'p Node<'p>, namespace: &str) -> Read<'p, ()> {
         Some(at) if !matches!(read::scalar(at)?, ns if ns.is_empty() || ns == namespace) => {
             Err(Bad::value(at, "a target is in the policy's own namespace", "remove the field, or move the policy"))
         }
-        _ => Ok(()),
+        _ => Ok(WrittenTarget { kind: TargetKind::of(kind), name: name.into(), field, line: n.line }),
     }
 }
 
-fn body<'p>(r: &mut Reader<'_>, node: &'p Node<'p>, dry_run: bool, namespace: &str) -> Read<'p, Option<PolicyBody>> {
+/// Refuses fields that nobody knows, down to those of `spec`: what they were meant to say would be left out.
+pub(super) fn known_fields<'p>(node: &'p Node<'p>) -> Read<'p, ()> {
     read::only(node, OBJECT)?;
     if let Some(meta) = node.get("metadata") {
         read::only(meta, OBJECT_META)?;
     }
+    raw(node, "spec").map_or(Ok(()), |spec| read::only(spec, SPEC))
+}
+fn body<'p>(r: &mut Reader<'_>, node: &'p Node<'p>, dry_run: bool, namespace: &str) -> Read<'p, Option<PolicyBody>> {
+    known_fields(node)?;
     let Some(spec) = read::map(node, "spec")? else {
         // No spec is the spec without rules: ALLOW nothing.
         return Ok(Some(PolicyBody::Rules { action: Action::Allow, dry_run, rules: Vec::new() }));
     };
-    read::only(spec, SPEC)?;
     for key in ["targetRef", "targetRefs"] {
         if let Some(n) = spec.get(key)
             && !matches!(&n.value, Value::Seq(s) if s.is_empty())
@@ -371,13 +368,13 @@ fn rule<'p>(r: &mut Reader<'_>, rule: &'p Node<'p>, namespace: &str, http: &mut 
     Ok(Rule { clauses })
 }
 
-enum Known {
+pub(super) enum Known {
     Yes,
     Http,
     No,
 }
-const OPERATION: &[&str] = &["hosts", "notHosts", "ports", "notPorts", "methods", "notMethods", "paths", "notPaths"];
-const SOURCE: &[&str] = &[
+pub(super) const OPERATION: &[&str] = &["hosts", "notHosts", "ports", "notPorts", "methods", "notMethods", "paths", "notPaths"];
+pub(super) const SOURCE: &[&str] = &[
     "principals",
     "notPrincipals",
     "requestPrincipals",
@@ -404,7 +401,7 @@ fn operation<'p>(key: &str, n: &'p Node<'p>, m: &mut Match) -> Read<'p, Known> {
     Ok(Known::Yes)
 }
 
-fn source<'p>(r: &mut Reader<'_>, key: &str, n: &'p Node<'p>, m: &mut Match, namespace: &str) -> Read<'p, Known> {
+pub(super) fn source<'p>(r: &mut Reader<'_>, key: &str, n: &'p Node<'p>, m: &mut Match, namespace: &str) -> Read<'p, Known> {
     match key {
         "principals" => m.principals.set_any(principals(r, n)?),
         "notPrincipals" => m.principals.set_none(principals(r, n)?),
@@ -424,6 +421,52 @@ fn source<'p>(r: &mut Reader<'_>, key: &str, n: &'p Node<'p>, m: &mut Match, nam
     Ok(Known::Yes)
 }
 
+/// One `when` as written.
+pub(super) struct When<'p> {
+    pub(super) key_node: &'p Node<'p>,
+    pub(super) key: &'p str,
+    any: Option<&'p Node<'p>>,
+    none: Option<&'p Node<'p>>,
+}
+impl<'p> When<'p> {
+    pub(super) fn read(c: &'p Node<'p>) -> Read<'p, Self> {
+        read::only(c, &["key", "values", "notValues"])?;
+        let Some(key_node) = c.get("key") else { return Err(Bad::missing(c, "key", "a condition has a key")) };
+        let key = read::scalar(key_node)?;
+        let (any, none) = (raw(c, "values"), raw(c, "notValues"));
+        if any.is_none() && none.is_none() {
+            return Err(Bad::missing(c, "values", "a condition has `values` or `notValues`"));
+        }
+        Ok(Self { key_node, key, any, none })
+    }
+    /// Its values, each list read by `f`.
+    pub(super) fn values<T>(&self, mut f: impl FnMut(&'p Node<'p>) -> Read<'p, Vec<T>>) -> Read<'p, Values<T>> {
+        let any = self.any.map(&mut f).transpose()?.unwrap_or_default();
+        Ok(Values::new(any, self.none.map(&mut f).transpose()?.unwrap_or_default()))
+    }
+    /// The condition, when a connection alone decides it.
+    pub(super) fn peer(&self, r: &mut Reader<'_>, namespace: &str) -> Read<'p, Option<Match>> {
+        let mut m = Match::default();
+        match self.key {
+            "source.ip" => m.source_ips = self.values(nets)?,
+            "source.namespace" => m.namespaces = self.values(|n| text_matches(r, n))?,
+            "source.principal" => m.principals = self.values(|n| principals(r, n))?,
+            "source.serviceAccount" => m.service_accounts = self.values(|n| accounts(r, n, namespace))?,
+            "source.trustDomain" => m.trust_domains = self.values(|n| text_matches(r, n))?,
+            "destination.ip" => m.destination_ips = self.values(nets)?,
+            "destination.port" => m.destination_ports = self.values(ports)?,
+            _ => return Ok(None),
+        }
+        Ok(Some(m))
+    }
+    pub(super) fn unknown(&self) -> Bad<'p> {
+        Bad::value(
+            self.key_node,
+            format!("unknown condition `{}`", self.key),
+            "known: source.ip, source.namespace, source.principal, source.serviceAccount, source.trustDomain, destination.ip, destination.port, request.*, remote.ip, connection.sni",
+        )
+    }
+}
 /// One `when`; `None` when only a waypoint can judge it.
 fn condition<'p>(
     r: &mut Reader<'_>,
@@ -431,52 +474,22 @@ fn condition<'p>(
     namespace: &str,
     http: &mut Option<&'p Node<'p>>,
 ) -> Read<'p, Option<Match>> {
-    read::only(c, &["key", "values", "notValues"])?;
-    let Some(key_node) = c.get("key") else { return Err(Bad::missing(c, "key", "a condition has a key")) };
-    let key = read::scalar(key_node)?;
-    let (any, none) = (raw(c, "values"), raw(c, "notValues"));
-    if any.is_none() && none.is_none() {
-        return Err(Bad::missing(c, "values", "a condition has `values` or `notValues`"));
+    let when = When::read(c)?;
+    if let Some(m) = when.peer(r, namespace)? {
+        return Ok(Some(m));
     }
-    fn both<'p, T>(
-        any: Option<&'p Node<'p>>,
-        none: Option<&'p Node<'p>>,
-        mut f: impl FnMut(&'p Node<'p>) -> Read<'p, Vec<T>>,
-    ) -> Read<'p, Values<T>> {
-        let any = any.map(&mut f).transpose()?.unwrap_or_default();
-        Ok(Values::new(any, none.map(&mut f).transpose()?.unwrap_or_default()))
+    match when.key {
+        "remote.ip" | "connection.sni" => {}
+        k if k.starts_with("request.") || k.starts_with("experimental.") => {}
+        _ => return Err(when.unknown()),
     }
-    let mut m = Match::default();
-    match key {
-        "source.ip" => m.source_ips = both(any, none, nets)?,
-        "source.namespace" => m.namespaces = both(any, none, |n| text_matches(r, n))?,
-        "source.principal" => m.principals = both(any, none, |n| principals(r, n))?,
-        "source.serviceAccount" => m.service_accounts = both(any, none, |n| accounts(r, n, namespace))?,
-        "destination.ip" => m.destination_ips = both(any, none, nets)?,
-        "destination.port" => m.destination_ports = both(any, none, ports)?,
-        "remote.ip" | "connection.sni" => {
-            both(any, none, texts)?;
-            http.get_or_insert(key_node);
-            return Ok(None);
-        }
-        k if k.starts_with("request.") || k.starts_with("experimental.") => {
-            both(any, none, texts)?;
-            http.get_or_insert(key_node);
-            return Ok(None);
-        }
-        k => {
-            return Err(Bad::value(
-                key_node,
-                format!("unknown condition `{k}`"),
-                "known: source.ip, source.namespace, source.principal, source.serviceAccount, destination.ip, destination.port, request.*, remote.ip, connection.sni",
-            ));
-        }
-    }
-    Ok(Some(m))
+    when.values(texts)?;
+    http.get_or_insert(when.key_node);
+    Ok(None)
 }
 
 /// The elements of a value list that is written. An empty one is refused: it would constrain nothing.
-fn texts<'p>(n: &'p Node<'p>) -> Read<'p, Vec<(&'p Node<'p>, &'p str)>> {
+pub(super) fn texts<'p>(n: &'p Node<'p>) -> Read<'p, Vec<(&'p Node<'p>, &'p str)>> {
     let Value::Seq(items) = &n.value else {
         return Err(Bad::value(n, format!("expected a list, found {}", n.describe()), "write a list of values"));
     };
@@ -495,10 +508,10 @@ fn texts<'p>(n: &'p Node<'p>) -> Read<'p, Vec<(&'p Node<'p>, &'p str)>> {
         })
         .collect()
 }
-fn text_matches<'p>(r: &mut Reader<'_>, n: &'p Node<'p>) -> Read<'p, Vec<TextMatch>> {
+pub(super) fn text_matches<'p>(r: &mut Reader<'_>, n: &'p Node<'p>) -> Read<'p, Vec<TextMatch>> {
     texts(n)?.into_iter().map(|(at, t)| text_match(r, at, t)).collect()
 }
-fn text_match<'p>(r: &mut Reader<'_>, at: &'p Node<'p>, t: &str) -> Read<'p, TextMatch> {
+pub(super) fn text_match<'p>(r: &mut Reader<'_>, at: &'p Node<'p>, t: &str) -> Read<'p, TextMatch> {
     let shared = |r: &mut Reader<'_>, m| match m {
         TextMatch::Exact(s) => TextMatch::Exact(r.pool.text(&s)),
         m => m,
@@ -538,9 +551,9 @@ fn accounts<'p>(r: &mut Reader<'_>, n: &'p Node<'p>, namespace: &str) -> Read<'p
         })
         .collect()
 }
-fn nets<'p>(n: &'p Node<'p>) -> Read<'p, Vec<ipnet::IpNet>> {
+pub(super) fn nets<'p>(n: &'p Node<'p>) -> Read<'p, Vec<ipnet::IpNet>> {
     texts(n)?.into_iter().map(|(at, _)| read::net(at)).collect()
 }
-fn ports<'p>(n: &'p Node<'p>) -> Read<'p, Vec<u16>> {
+pub(super) fn ports<'p>(n: &'p Node<'p>) -> Read<'p, Vec<u16>> {
     texts(n)?.into_iter().map(|(at, _)| read::port(at)).collect()
 }

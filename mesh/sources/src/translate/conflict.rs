@@ -10,6 +10,7 @@ use mesh_model::policy::{Policy, PolicyBody, PolicyKey, Scope};
 
 use super::intern::Labels;
 use super::object::{AuthorizationPolicy, Body, Mode, Object, PeerAuthentication};
+use super::targets::TargetedPolicy;
 
 /// Whether this is a policy, whose copies must agree.
 pub(crate) fn must_agree(o: &Object) -> bool {
@@ -26,6 +27,7 @@ fn enforces(body: &Body) -> bool {
     match body {
         Body::AuthorizationPolicy(a) => {
             a.policy.as_ref().is_some_and(|p| !matches!(p.body, PolicyBody::Rules { dry_run: true, .. }))
+                || a.layer7.as_ref().is_some_and(|t| t.enforced())
         }
         _ => true,
     }
@@ -35,7 +37,8 @@ fn same(a: &Body, b: &Body) -> bool {
         // But for where they were written.
         (Body::AuthorizationPolicy(a), Body::AuthorizationPolicy(b)) => {
             let content = |p: &AuthorizationPolicy| p.policy.as_ref().map(|p| (p.scope, p.body.clone()));
-            a.selector == b.selector && content(a) == content(b)
+            let targeted = [a, b].map(|p| p.layer7.as_ref().map(|t| t.content()));
+            a.selector == b.selector && content(a) == content(b) && targeted[0] == targeted[1]
         }
         _ => a == b,
     }
@@ -59,6 +62,8 @@ pub(crate) fn closed(versions: &[&Object], why: &str, root_namespace: &str) -> O
             forced: true,
         }),
         Body::AuthorizationPolicy(_) => {
+            let policies: Vec<&AuthorizationPolicy> =
+                versions.iter().filter_map(|o| if let Body::AuthorizationPolicy(a) = &o.body { Some(a) } else { None }).collect();
             let scope = match (selector.is_empty(), *first.id.namespace == *root_namespace) {
                 (false, _) => Scope::Selector,
                 (true, true) => Scope::Global,
@@ -70,7 +75,11 @@ pub(crate) fn closed(versions: &[&Object], why: &str, root_namespace: &str) -> O
                 body: PolicyBody::Unusable { why: why.into() },
                 origin: Some(Arc::clone(&first.origin)),
             };
-            Body::AuthorizationPolicy(AuthorizationPolicy { policy: Some(Arc::new(policy)), selector, l7: None })
+            let layer7 = TargetedPolicy::closing_all(&policy, policies.iter().filter_map(|a| a.layer7.as_deref()));
+            // When every copy is for waypoints there is nothing for the agent to close.
+            let policy = policies.iter().any(|a| a.policy.is_some()).then(|| Arc::new(policy));
+            let selector = if policy.is_some() { selector } else { Labels::default() };
+            Body::AuthorizationPolicy(AuthorizationPolicy { policy, selector, layer7 })
         }
         _ => return None,
     };

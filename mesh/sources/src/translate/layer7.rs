@@ -19,6 +19,7 @@ use super::destination_rule::{self, DestinationRule};
 use super::gateway_api::{self, GatewayApi};
 use super::object::{Body, Kind, ObjectId};
 use super::pem::PemEntries;
+use super::targets::PolicyTargets;
 use super::virtual_service::{self, VirtualService};
 use super::{Dirty, HashMap, Name, Slot, Translator};
 use crate::diagnostics::{Problem, Severity};
@@ -93,6 +94,7 @@ pub(super) struct Layer7 {
     routes_out: HashMap<ServiceKey, Arc<RouteTable>>,
     destinations_out: HashMap<ServiceKey, Arc<Destination>>,
     gateways_out: HashMap<GatewayKey, Arc<GatewayRoutes>>,
+    policies: PolicyTargets,
 }
 
 impl Layer7 {
@@ -171,12 +173,13 @@ impl Layer7 {
         self.touched.output(Output::Routes(key.clone()));
         self.touched.output(Output::Destination(key.clone()));
         self.touched.need(Need::Host(Arc::clone(&key.hostname)));
+        self.policies.touch_service(key);
     }
 
     /// Makes again what was touched; hands out the difference, and the problems of each output.
     pub(super) fn flush(&mut self, t: &Translator, dirty: &Dirty, changes: &mut Vec<Change>) -> Vec<(ObjectId, Vec<Problem>)> {
         let outputs = self.outputs(t, dirty);
-        let mut all_problems = Vec::with_capacity(outputs.len());
+        let mut all_problems = self.policies.flush(t, dirty, changes);
         for output in outputs {
             let mut join = Join::new(t, &self.objects);
             match &output {

@@ -8,7 +8,6 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use mesh_model::Origin;
-use mesh_model::l7::policy::L7Policy;
 use mesh_model::policy::Policy;
 use mesh_model::service::{AppProtocol, IpFamilies};
 use mesh_model::workload::Locality;
@@ -18,6 +17,7 @@ use super::gateway_api::{self, EdgeListener, GatewayApiObject};
 use super::intern::{Interner, Labels};
 use super::pem::{self, PemEntries};
 use super::read::{self, Bad, Read};
+use super::targets::TargetedPolicy;
 use super::virtual_service::{self, VirtualService};
 use super::{authorization, istio, kube, peer};
 use crate::diagnostics::{Problem, Severity};
@@ -443,8 +443,8 @@ pub struct AuthorizationPolicy {
     pub policy: Option<Arc<Policy>>,
     /// Labels it selects, when its scope is `Selector`.
     pub selector: Labels,
-    /// The policy as waypoints enforce it, when it names targets.
-    pub l7: Option<Arc<L7Policy>>,
+    /// The policy as a waypoint or gateway enforces it; `None` when it is not for one, or nobody asks.
+    pub layer7: Option<Arc<TargetedPolicy>>,
 }
 /// mTLS mode.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]

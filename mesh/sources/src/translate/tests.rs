@@ -14,13 +14,13 @@ use crate::diagnostics::Severity;
 /// What a mesh is after some changes.
 #[derive(Debug, Default, PartialEq)]
 pub(super) struct State {
-    pub(super) l7: BTreeMap<String, Arc<mesh_model::l7::policy::L7Policy>>,
     pub(super) workloads: BTreeMap<String, Arc<Workload>>,
     pub(super) services: BTreeMap<String, Arc<Service>>,
     pub(super) policies: BTreeMap<String, Arc<Policy>>,
     pub(super) routes: BTreeMap<String, Arc<RouteTable>>,
     pub(super) destinations: BTreeMap<String, Arc<Destination>>,
     pub(super) gateways: BTreeMap<String, Arc<GatewayRoutes>>,
+    pub(super) l7: BTreeMap<String, Arc<mesh_model::l7::policy::L7Policies>>,
     own: Option<Locality>,
 }
 impl State {
@@ -33,14 +33,14 @@ impl State {
                 Change::ServiceGone(k) => drop(self.services.remove(&k.to_string())),
                 Change::Policy(p) => drop(self.policies.insert(p.key.to_string(), p)),
                 Change::PolicyGone(k) => drop(self.policies.remove(&k.to_string())),
-                Change::L7Policy(p) => drop(self.l7.insert(p.key.to_string(), p)),
-                Change::L7PolicyGone(k) => drop(self.l7.remove(&k.to_string())),
                 Change::Routes(k, t) => drop(self.routes.insert(k.to_string(), t)),
                 Change::RoutesGone(k) => drop(self.routes.remove(&k.to_string())),
                 Change::Destination(d) => drop(self.destinations.insert(d.key.to_string(), d)),
                 Change::DestinationGone(k) => drop(self.destinations.remove(&k.to_string())),
                 Change::Gateway(g) => drop(self.gateways.insert(g.key.to_string(), g)),
                 Change::GatewayGone(k) => drop(self.gateways.remove(&k.to_string())),
+                Change::L7Policies(t, p) => drop(self.l7.insert(t.to_string(), p)),
+                Change::L7PoliciesGone(t) => drop(self.l7.remove(&t.to_string())),
                 Change::OwnLocality(l) => self.own = Some(l),
             }
         }
@@ -543,7 +543,7 @@ fn malformed_policies_deny_where_they_were_meant_to() {
         ("{selector: {matchLabels: {a: b}}, targetRefs: [{kind: x}]}", 5, "spec.targetRefs", "combined", Scope::Selector),
         ("[]", 5, "spec", "expected a mapping", Scope::Namespace),
         ("{rule: [{}]}", 5, "spec.rule", "did you mean `rules`", Scope::Namespace),
-        ("{action: DENY, targetRefs: oops, rulez: [1]}", 5, "spec.rulez", "did you mean `rules`", Scope::Namespace),
+        ("{action: DENY, targetRefs: oops, rulez: [1]}", 5, "spec.targetRefs", "expected a list", Scope::Namespace),
         ("{action: DENY, targetRefs: oops}", 5, "spec.targetRefs", "expected a list", Scope::Namespace),
         ("{targetRefs: }", 5, "spec.targetRefs", "written but empty", Scope::Namespace),
         ("{targetRefs: [x]}", 5, "spec.targetRefs[0]", "expected a mapping", Scope::Namespace),
@@ -585,8 +585,6 @@ fn malformed_policies_deny_where_they_were_meant_to() {
             "cannot both",
             Scope::Namespace,
         ),
-        ("{targetRef: {kind: Service, name: w}, rules: {}}", 5, "spec.rules", "expected a list", Scope::Namespace),
-        ("{targetRef: {kind: Service, name: w}, action: DENNY}", 5, "spec.action", "not an action", Scope::Namespace),
     ];
     for (spec, line, field, message, scope) in cases {
         let (m, problems) = mesh(&ap("a", "x", spec));
@@ -599,8 +597,10 @@ fn malformed_policies_deny_where_they_were_meant_to() {
         let (m, _) = mesh(&ap("istio-system", "x", spec));
         assert_eq!(m.p("istio-system/x").scope, if *scope == Scope::Selector { Scope::Selector } else { Scope::Global });
     }
-    // Well-formed targets: a waypoint's matter.
+    // Readable targets: a waypoint's matter, whatever else is wrong.
     for spec in [
+        "{targetRef: {kind: Service, name: w}, rules: {}}",
+        "{targetRef: {kind: Service, name: w}, action: DENNY}",
         "{action: DENY, targetRefs: [{kind: Service, name: s}, {kind: Service, group: core, name: t}], rules: [{}]}",
         "{targetRef: {kind: GatewayClass, group: gateway.networking.k8s.io, name: istio-waypoint}}",
         "{targetRefs: [{kind: ServiceEntry, group: networking.istio.io, name: s, namespace: a}], action: AUDIT}",
@@ -810,6 +810,13 @@ fn universe() -> Vec<Vec<String>> {
             ap(n, "ap", "{action: DENY}"),
             ap(n, "ap", "{targetRefs: [{name: x}]}"),
             ap(n, "ap", "{targetRefs: [{kind: Service, name: x}]}"),
+            ap(n, "ap", "{targetRefs: [{kind: Service, name: s}], rules: [{to: [{operation: {methods: [GET]}}]}]}"),
+            ap(n, "ap", "{targetRefs: [{kind: Service, name: s}, {kind: Gateway, group: gateway.networking.k8s.io, name: wp}], rules: [{x: 1}]}"),
+        ]);
+        all.push(vec![
+            ap(n, "ap2", "{action: DENY, targetRefs: [{kind: ServiceEntry, group: networking.istio.io, name: e1}], rules: [{}]}"),
+            ap(n, "ap2", "{targetRefs: [{kind: Service, name: s}]}"),
+            ap(n, "ap2", "{targetRefs: [{kind: GatewayClass, group: gateway.networking.k8s.io, name: istio-waypoint}]}"),
         ]);
         for p in ["pa1", "pa2"] {
             all.push(vec![
@@ -876,10 +883,11 @@ fn universe() -> Vec<Vec<String>> {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() })]
     #[test]
-    fn incremental_equals_rebuild(steps in prop::collection::vec((0usize..1000, 0usize..7, any::<bool>()), 1..60)) {
+    fn incremental_equals_rebuild(steps in prop::collection::vec((0usize..1000, 0usize..9, any::<bool>()), 1..60)) {
+        let settings = layer7();
         let universe = universe();
         let mut held: BTreeMap<usize, usize> = BTreeMap::new();
-        let mut t = Translator::new(view(), &layer7());
+        let mut t = Translator::new(view(), &settings);
         let mut state = State { own: Some(Locality::default()), ..State::default() };
         for (which, how, flush) in steps {
             let which = which % universe.len();
@@ -903,7 +911,7 @@ proptest! {
         }
         state.apply(t.flush());
         prop_assert_eq!(t.flush().len(), 0, "a second flush has nothing to say");
-        let mut fresh = Translator::new(view(), &layer7());
+        let mut fresh = Translator::new(view(), &settings);
         // In another order, too.
         for (which, how) in held.iter().rev() {
             let o = objects(&mut fresh, &universe[*which][*how]).0.remove(0);
@@ -917,6 +925,7 @@ proptest! {
         prop_assert_eq!(&state.routes, &want.routes);
         prop_assert_eq!(&state.destinations, &want.destinations);
         prop_assert_eq!(&state.gateways, &want.gateways);
+        prop_assert_eq!(&state.l7, &want.l7);
         prop_assert_eq!(&state.own, &want.own);
         let problems = |t: &Translator| { let mut v: Vec<_> = t.problems().cloned().collect(); v.sort(); v.dedup(); v };
         prop_assert_eq!(problems(&t), problems(&fresh));
@@ -1110,55 +1119,4 @@ fn only_the_routes_that_are_touched_change() {
 
 use mesh_model::addr::Network;
 
-#[test]
-fn policies_with_targets_are_the_waypoints() {
-    use mesh_model::l7::policy::{L7Body, L7Target};
-    let read = |text: &str, layer7: bool| {
-        let mut t = Translator::new(view(), &Settings { layer7, ..Settings::default() });
-        let (objects, problems) = objects(&mut t, text);
-        for o in objects {
-            t.upsert(o);
-        }
-        let mut state = State::default();
-        state.apply(t.flush());
-        (state, problems)
-    };
-    let target = "targetRefs: [{kind: Service, group: '', name: web}]";
-    let good = ap(
-        "shop",
-        "p",
-        &format!(
-            "{{{target}, rules: [{{from: [{{source: {{principals: ['*']}}}}], to: [{{operation: {{methods: [GET], paths: ['/api/*', '/a/{{*}}']}}}}], when: [{{key: 'request.headers[x-a]', values: [b]}}]}}]}}"
-        ),
-    );
-    let (state, problems) = read(&good, true);
-    assert!(problems.is_empty() && state.policies.is_empty(), "{problems:?}");
-    let policy = &state.l7["shop/p"];
-    assert_eq!(policy.targets, [L7Target::Service { namespace: "shop".into(), name: "web".into() }]);
-    assert!(matches!(&policy.body, L7Body::Rules { rules, .. } if rules.len() == 1 && rules[0].when.len() == 1));
-    assert!(read(&good, false).0.l7.is_empty(), "not for the agent");
-
-    // Every mistake closes what the policy is bound to, and says where it is.
-    for (rule, says) in [
-        ("{to: [{operation: {path: ['/x']}}]}", "paths"),
-        ("{to: [{operation: {paths: ['/a/{x}']}}]}", "template"),
-        ("{to: [{operation: {paths: []}}]}", "empty"),
-        ("{to: [{operation: {paths: ['/a*b']}}]}", "one end"),
-        ("{from: []}", "empty"),
-        ("{when: [{key: 'request.nonsense', values: [x]}]}", "unknown condition"),
-        ("{when: [{key: 'request.headers[a b]', values: [x]}]}", "header name"),
-    ] {
-        let (state, problems) = read(&ap("shop", "p", &format!("{{{target}, rules: [{rule}]}}")), true);
-        let policy = state.l7.get("shop/p").unwrap_or_else(|| panic!("{rule} is no policy"));
-        assert!(matches!(&policy.body, L7Body::Unusable { .. }), "{rule}: {:?}", policy.body);
-        assert!(
-            problems.iter().any(|p| (p.message.contains(says) || p.fix.contains(says)) && p.origin.line > 0),
-            "{rule}: {problems:?}"
-        );
-    }
-    let (state, problems) = read(
-        &ap("shop", "p", "{targetRefs: [{kind: GatewayClass, group: gateway.networking.k8s.io, name: istio-waypoint}]}"),
-        true,
-    );
-    assert!(state.l7.is_empty() && problems.iter().any(|p| p.message.contains("root namespace")), "{problems:?}");
-}
+mod targeted_policies;

@@ -60,6 +60,10 @@ pub enum Field {
     RouteName,
     /// Our own word for a refusal.
     Reason,
+    /// How dry-run policies would have refused it.
+    DryRun,
+    /// The AUDIT policy that matched.
+    Audit,
 }
 
 /// What a line tells.
@@ -92,9 +96,9 @@ impl Field {
     pub(super) fn value<'a>(self, line: &Line<'a>) -> Value<'a> {
         let Line { facts, told, took } = *line;
         // What both kinds have.
-        let (start, flags, cluster, host, reason) = match told {
-            Told::Request(r) => (r.start_time, r.flags, &r.cluster, &r.host, r.reason),
-            Told::Connection { record: r, .. } => (r.start_time, r.flags, &r.cluster, &r.host, r.reason),
+        let (start, flags, cluster, host, reason, noted) = match told {
+            Told::Request(r) => (r.start_time, r.flags, &r.cluster, &r.host, r.reason, &r.noted),
+            Told::Connection { record: r, .. } => (r.start_time, r.flags, &r.cluster, &r.host, r.reason, &r.noted),
         };
         match self {
             Self::StartTime => Value::Time(start.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default()),
@@ -120,6 +124,8 @@ impl Field {
             Self::DownstreamLocalAddress => Value::Address("", facts.local),
             Self::DownstreamRemoteAddress => Value::Address("", facts.client),
             Self::RequestedServerName => facts.sni.as_deref().map_or(Value::Absent, text),
+            Self::DryRun => noted.dry_run.as_deref().map_or(Value::Absent, text),
+            Self::Audit => noted.audit.as_deref().map_or(Value::Absent, text),
             Self::Reason => reason.map_or(Value::Absent, |r| Value::Text(r.as_str())),
             _ => match told {
                 Told::Request(record) => self.of_request(record),

@@ -1,0 +1,334 @@
+//! Which layer 7 policies bind which service, gateway, or all waypoints.
+//!
+//! Owns the resolution of `targetRefs` (a Service by its name, a ServiceEntry by its hosts, a Gateway, GatewayClass
+//! `istio-waypoint` from the root namespace), one list of policies per target, and the complaint about a policy that can
+//! never apply: its target is not there, or is a service that no waypoint stands in front of. A policy of which not even the
+//! targets could be read binds its whole namespace, and refuses there. Upstream: [`super::authorization`],
+//! [`super::request_policy`]. Downstream: `mesh_model::authz_l7` through `Change::L7Policies`.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use mesh_model::l7::gateway::GatewayKey;
+use mesh_model::l7::policy::{L7Body, L7Policies, L7Policy, PolicyTarget};
+use mesh_model::policy::{Policy, PolicyBody, PolicyKey, Scope};
+use mesh_model::service::ServiceKey;
+use mesh_model::{Change, Origin};
+
+use super::layer7::{forget, replace};
+use super::object::{Kind, ObjectId};
+use super::{Dirty, HashMap, Name, Translator};
+use crate::diagnostics::{Problem, Severity};
+
+/// The GatewayClass of waypoints, the only one a policy may name (upstream has it hardcoded too).
+const WAYPOINT_CLASS: &str = "istio-waypoint";
+
+/// A layer 7 policy and what it is bound to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TargetedPolicy {
+    /// The policy.
+    pub policy: Arc<L7Policy>,
+    /// What it is bound to.
+    pub targets: Targets,
+}
+/// What a policy is bound to, as written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Targets {
+    /// These.
+    Named(Vec<WrittenTarget>),
+    /// It cannot be told: everything in its namespace, or everywhere when that is the root namespace.
+    Unknown {
+        /// Everywhere.
+        everywhere: bool,
+    },
+}
+/// One element of `targetRefs`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WrittenTarget {
+    /// Kind.
+    pub kind: TargetKind,
+    /// Name.
+    pub name: Arc<str>,
+    /// Path of the element.
+    pub field: Box<str>,
+    /// Its line.
+    pub line: u32,
+}
+/// Kinds of targets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TargetKind {
+    /// core Service.
+    Service,
+    /// networking.istio.io ServiceEntry.
+    ServiceEntry,
+    /// Gateway API Gateway.
+    Gateway,
+    /// Gateway API GatewayClass.
+    GatewayClass,
+    /// One that is not known here.
+    Other(Arc<str>),
+}
+impl TargetKind {
+    pub(super) fn of(kind: &str) -> Self {
+        match kind {
+            "Service" => Self::Service,
+            "ServiceEntry" => Self::ServiceEntry,
+            "Gateway" => Self::Gateway,
+            "GatewayClass" => Self::GatewayClass,
+            other => Self::Other(other.into()),
+        }
+    }
+}
+impl TargetedPolicy {
+    /// Refuses in place of a policy whose targets cannot be told; `None` when the policy can be used.
+    pub(super) fn closing(policy: &Policy, everywhere: bool) -> Option<Arc<Self>> {
+        let PolicyBody::Unusable { why } = &policy.body else { return None };
+        let body = L7Body::Unusable { why: Arc::clone(why) };
+        let policy = L7Policy { key: policy.key.clone(), body, origin: policy.origin.clone() };
+        Some(Arc::new(Self { policy: Arc::new(policy), targets: Targets::Unknown { everywhere } }))
+    }
+    /// Refuses in place of several versions of one policy, wherever any of them was bound; `None` when none was.
+    pub(super) fn closing_all<'a>(policy: &Policy, versions: impl Iterator<Item = &'a Self>) -> Option<Arc<Self>> {
+        let PolicyBody::Unusable { why } = &policy.body else { return None };
+        let (mut named, mut unknown, mut any) = (Vec::new(), None, false);
+        for version in versions {
+            any = true;
+            match &version.targets {
+                Targets::Named(targets) => named.extend(targets.iter().cloned()),
+                Targets::Unknown { everywhere } => unknown = Some(*everywhere),
+            }
+        }
+        let body = L7Body::Unusable { why: Arc::clone(why) };
+        let policy = L7Policy { key: policy.key.clone(), body, origin: policy.origin.clone() };
+        let targets = unknown.map_or(Targets::Named(named), |everywhere| Targets::Unknown { everywhere });
+        any.then(|| Arc::new(Self { policy: Arc::new(policy), targets }))
+    }
+    /// Whether it does more than tell.
+    pub(super) fn enforced(&self) -> bool {
+        !matches!(self.policy.body, L7Body::Rules { dry_run: true, .. })
+    }
+    /// Everything but where it was written.
+    pub(super) fn content(&self) -> (&L7Body, Vec<(&TargetKind, &str)>, bool) {
+        match &self.targets {
+            Targets::Named(all) => (&self.policy.body, all.iter().map(|t| (&t.kind, &*t.name)).collect(), false),
+            Targets::Unknown { .. } => (&self.policy.body, Vec::new(), true),
+        }
+    }
+}
+
+/// What one policy was bound to last.
+#[derive(Debug, Default)]
+struct Bound {
+    targets: BTreeSet<PolicyTarget>,
+    /// ServiceEntries it names.
+    entries: BTreeSet<Name>,
+}
+/// All bindings.
+#[derive(Debug, Default)]
+pub(super) struct PolicyTargets {
+    bound: BTreeMap<PolicyKey, Bound>,
+    by_target: HashMap<PolicyTarget, BTreeMap<PolicyKey, Arc<L7Policy>>>,
+    by_entry: HashMap<Name, BTreeSet<PolicyKey>>,
+    out: HashMap<PolicyTarget, Arc<L7Policies>>,
+    /// Services that were looked at since the last flush: they may have come, gone, or got a waypoint.
+    services: BTreeSet<ServiceKey>,
+}
+impl PolicyTargets {
+    /// A service was looked at.
+    pub(super) fn touch_service(&mut self, key: &ServiceKey) {
+        self.services.insert(key.clone());
+    }
+
+    /// Binds again what was touched; hands out the difference, and the problems of each policy.
+    pub(super) fn flush(&mut self, t: &Translator, dirty: &Dirty, changes: &mut Vec<Change>) -> Vec<(ObjectId, Vec<Problem>)> {
+        let mut touched = BTreeSet::new();
+        let mut problems = Vec::new();
+        for key in self.policies(t, dirty) {
+            let mut found = Vec::new();
+            self.bind(t, &key, &mut touched, &mut found);
+            let id = ObjectId {
+                kind: Kind::AuthorizationPolicy,
+                namespace: Arc::clone(&key.namespace),
+                name: format!("targets:{}", key.name).into(),
+            };
+            problems.push((id, found));
+        }
+        for target in touched {
+            let all = self.by_target.get(&target).map(|all| Arc::new(L7Policies::new(all.values().cloned().collect())));
+            let changed = |new| Change::L7Policies(target.clone(), new);
+            replace(&mut self.out, &target, all, changes, changed, Change::L7PoliciesGone);
+        }
+        problems
+    }
+
+    /// The policies to be bound, or checked, again.
+    fn policies(&mut self, t: &Translator, dirty: &Dirty) -> BTreeSet<PolicyKey> {
+        let services = std::mem::take(&mut self.services);
+        let mut keys = dirty.policies.clone();
+        if dirty.all {
+            keys.extend(self.bound.keys().cloned());
+            for (ns, space) in &t.spaces {
+                let names = space.policies.keys().chain(space.unreadable.keys());
+                keys.extend(names.map(|n| PolicyKey { namespace: Arc::clone(ns), name: Arc::clone(n) }));
+            }
+            return keys;
+        }
+        if self.bound.is_empty() {
+            return keys;
+        }
+        let gateways = dirty.gateways.iter().map(gateway_target);
+        for target in services.into_iter().map(PolicyTarget::Service).chain(gateways) {
+            keys.extend(self.by_target.get(&target).into_iter().flat_map(|all| all.keys().cloned()));
+        }
+        for entry in &dirty.service_entries {
+            keys.extend(self.by_entry.get(entry).into_iter().flatten().cloned());
+        }
+        keys
+    }
+
+    fn bind(&mut self, t: &Translator, key: &PolicyKey, touched: &mut BTreeSet<PolicyTarget>, problems: &mut Vec<Problem>) {
+        let now = current(t, key);
+        let mut bound = Bound::default();
+        match now.as_deref().map(|p| (&p.targets, &p.policy)) {
+            None => {}
+            Some((Targets::Unknown { everywhere: true }, _)) => {
+                bound.targets.insert(PolicyTarget::Mesh);
+            }
+            Some((Targets::Unknown { everywhere: false }, _)) => {
+                bound.targets.insert(PolicyTarget::Namespace(Arc::clone(&key.namespace)));
+            }
+            Some((Targets::Named(targets), policy)) => {
+                for target in targets {
+                    let mut complain = |message: String, fix: &'static str| {
+                        problems.extend(policy.origin.as_deref().map(|origin| never_applies(origin, target, &message, fix)));
+                    };
+                    resolve(t, key, target, &mut bound, &mut complain);
+                }
+            }
+        }
+        let old = self.bound.remove(key).unwrap_or_default();
+        for target in old.targets.difference(&bound.targets) {
+            if let Some(all) = self.by_target.get_mut(target) {
+                all.remove(key);
+                if all.is_empty() {
+                    self.by_target.remove(target);
+                }
+            }
+            touched.insert(target.clone());
+        }
+        for entry in old.entries.difference(&bound.entries) {
+            forget(&mut self.by_entry, entry, key);
+        }
+        for entry in bound.entries.difference(&old.entries) {
+            self.by_entry.entry(entry.clone()).or_default().insert(key.clone());
+        }
+        if let Some(policy) = now.map(|p| Arc::clone(&p.policy)) {
+            for target in &bound.targets {
+                let all = self.by_target.entry(target.clone()).or_default();
+                if all.get(key) != Some(&policy) {
+                    all.insert(key.clone(), Arc::clone(&policy));
+                    touched.insert(target.clone());
+                }
+            }
+            self.bound.insert(key.clone(), bound);
+        }
+    }
+}
+
+/// The policy of a name, if waypoints or gateways are to enforce one. What stands for a document that could not be read
+/// may have been a policy with targets.
+fn current(t: &Translator, key: &PolicyKey) -> Option<Arc<TargetedPolicy>> {
+    let space = t.spaces.get(&key.namespace)?;
+    if let Some(unreadable) = space.unreadable.get(&key.name) {
+        return TargetedPolicy::closing(unreadable, unreadable.scope == Scope::Global);
+    }
+    space.policies.get(&key.name)?.obj.layer7.clone()
+}
+
+/// Adds what one target means to `bound`; `complain` is called with message and fix when it never takes effect.
+fn resolve(
+    t: &Translator,
+    key: &PolicyKey,
+    target: &WrittenTarget,
+    bound: &mut Bound,
+    complain: &mut impl FnMut(String, &'static str),
+) {
+    let (ns, name) = (&key.namespace, &target.name);
+    match &target.kind {
+        TargetKind::Service => {
+            let hostname = format!("{name}.{ns}.svc.{}", t.view.cluster_domain).into();
+            let service = ServiceKey { namespace: Arc::clone(ns), hostname };
+            match t.services_out.get(&service) {
+                None => complain(format!("the service {ns}/{name} does not exist"), "correct the name, or create the service"),
+                Some(s) if s.waypoints.is_empty() => {
+                    complain(format!("no waypoint stands in front of the service {ns}/{name}"), USE_A_WAYPOINT);
+                }
+                Some(_) => {}
+            }
+            bound.targets.insert(PolicyTarget::Service(service));
+        }
+        TargetKind::ServiceEntry => {
+            let entry: Name = (Arc::clone(ns), Arc::clone(name));
+            match t.spaces.get(ns).and_then(|s| s.service_entries.get(name)) {
+                None => {
+                    let message = format!("the ServiceEntry {ns}/{name} does not exist");
+                    complain(message, "correct the name, or create the ServiceEntry");
+                }
+                Some(slot) => {
+                    for host in &slot.obj.hosts {
+                        let service = ServiceKey { namespace: Arc::clone(ns), hostname: Arc::clone(host) };
+                        if t.services_out.get(&service).is_none_or(|s| s.waypoints.is_empty()) {
+                            complain(
+                                format!("no waypoint stands in front of {host} of the ServiceEntry {ns}/{name}"),
+                                USE_A_WAYPOINT,
+                            );
+                        }
+                        bound.targets.insert(PolicyTarget::Service(service));
+                    }
+                }
+            }
+            bound.entries.insert(entry);
+        }
+        TargetKind::Gateway => {
+            let gateway: Name = (Arc::clone(ns), Arc::clone(name));
+            if !t.gateways.contains_key(&gateway) {
+                complain(format!("the Gateway {ns}/{name} does not exist"), "correct the name, or create the Gateway");
+            }
+            bound.targets.insert(gateway_target(&gateway));
+        }
+        TargetKind::GatewayClass if **name != *WAYPOINT_CLASS => {
+            complain(format!("policies are not bound to GatewayClass {name}"), "name GatewayClass istio-waypoint, or a Gateway");
+        }
+        TargetKind::GatewayClass if **ns != *t.view.root_namespace => {
+            let message = format!("only a policy of the root namespace {} binds all waypoints", t.view.root_namespace);
+            complain(message, "move the policy to the root namespace, or name a Gateway");
+        }
+        TargetKind::GatewayClass => {
+            bound.targets.insert(PolicyTarget::Waypoints);
+        }
+        TargetKind::Other(kind) => {
+            complain(
+                format!("targets of kind {kind} are not known here"),
+                "name a Service, ServiceEntry, Gateway or GatewayClass",
+            );
+        }
+    }
+}
+const USE_A_WAYPOINT: &str =
+    "label the service or its namespace with istio.io/use-waypoint, or bind the policy to its pods with a selector";
+
+fn gateway_target((namespace, name): &Name) -> PolicyTarget {
+    PolicyTarget::Gateway(GatewayKey { namespace: Arc::clone(namespace), name: Arc::clone(name) })
+}
+fn never_applies(origin: &Origin, target: &WrittenTarget, message: &str, fix: &str) -> Problem {
+    let mut origin = origin.clone();
+    origin.line = target.line;
+    Problem {
+        severity: Severity::Error,
+        origin,
+        field: target.field.clone(),
+        message: format!("{message}: through this target the policy can never apply").into(),
+        fix: fix.into(),
+        code: Some("no-effect"),
+    }
+}
