@@ -165,6 +165,11 @@ impl Agent {
         &self.spec.node
     }
 
+    /// Where it runs.
+    pub fn place(&self) -> &Arc<Place> {
+        &self.place
+    }
+
     /// How it was started.
     pub fn spec(&self) -> &AgentSpec {
         &self.spec

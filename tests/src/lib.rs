@@ -18,6 +18,7 @@ pub mod http;
 pub mod http1;
 pub mod load;
 pub mod mesh_dir;
+pub mod meshctl;
 pub mod netns;
 pub mod program;
 pub mod raw;

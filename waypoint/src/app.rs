@@ -17,6 +17,7 @@ use mesh_identity::crypto::TlsSettings;
 use mesh_identity::live::LivePeers;
 use mesh_identity::local_ca::{LocalCa, LocalCaSettings};
 use mesh_identity::{IdentitySource, SvidCache, TlsContext};
+use mesh_model::explain;
 use mesh_model::l7::gateway::GatewayKey;
 use mesh_model::labels::Labels;
 use mesh_model::snapshot::Viewpoint;
@@ -301,6 +302,15 @@ fn admin(
     let server = pages.into_iter().fold(registry.route(HttpServer::new("admin")), |server, (path, page)| {
         let (shared, diagnostics) = (Arc::clone(shared), diagnostics.clone());
         server.route_blocking(Method::GET, path, move |request| page(&shared, &diagnostics, &request))
+    });
+    let of = Arc::clone(shared);
+    let server = server.route_question("/why", move |question| {
+        let settings = explain::Settings {
+            normalization: of.settings.path_normalization.into(),
+            trusted_proxies: of.settings.trusted_proxies,
+            ..explain::Settings::default()
+        };
+        explain::why(&of.mesh.load_full(), &question, &settings)
     });
     process::admin_routes(server, dump::version(), logging, Arc::clone(quit))
 }

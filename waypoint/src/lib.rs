@@ -12,7 +12,6 @@ pub mod detect;
 mod dump;
 pub mod exchange;
 pub mod facts;
-mod hosts;
 pub mod http;
 pub mod listen;
 mod opening;

@@ -3,6 +3,7 @@
 //! Order: default < environment < flag. Names follow Istio's proxies where they have the setting, else they start with
 //! `CULVERT_`.
 use clap::Args;
+use mesh_model::l7::path::PathNormalization;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -153,6 +154,16 @@ pub enum PathMode {
     MergeSlashes,
     /// And `%2f`, `%5c` become `/` first.
     DecodeAndMergeSlashes,
+}
+impl From<PathMode> for PathNormalization {
+    fn from(mode: PathMode) -> Self {
+        match mode {
+            PathMode::None => Self::None,
+            PathMode::Base => Self::Base,
+            PathMode::MergeSlashes => Self::MergeSlashes,
+            PathMode::DecodeAndMergeSlashes => Self::DecodeAndMergeSlashes,
+        }
+    }
 }
 
 fn duration(s: &str) -> Result<Duration, String> {

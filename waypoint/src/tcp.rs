@@ -5,7 +5,6 @@
 use crate::conn::Conn;
 use crate::detect::Spoken;
 use crate::facts::Scope;
-use crate::hosts;
 use crate::http::{self, Version};
 use crate::opening::first_bytes;
 use crate::phase::authorize;
@@ -15,6 +14,7 @@ use mesh_hbone::HboneStream;
 use mesh_hbone::relay::endpoint::{Bytewise, Endpoint};
 use mesh_hbone::relay::{Timeouts, relay};
 use mesh_model::authz_l7::L7Verdict;
+use mesh_model::hosts;
 use mesh_model::l7::TcpFacts;
 use mesh_model::l7::route::{BackendRef, ClusterKey};
 use mesh_model::l7::select::select_tcp;

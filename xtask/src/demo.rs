@@ -5,7 +5,7 @@ use crate::setup;
 use crate::shell::{self, Root};
 use anyhow::{Result, bail};
 
-/// Builds both programs and the guided tour and runs it as root.
+/// Builds the programs and the guided tour and runs it as root.
 pub fn run(args: &[String]) -> Result<()> {
     setup::ensure(setup::NETWORK)?;
     // The development profile: built in a third of the time, and the same target folder as the tests.
@@ -17,11 +17,15 @@ pub fn run(args: &[String]) -> Result<()> {
         "-p",
         "waypoint",
         "-p",
+        "meshctl",
+        "-p",
         "mesh-tests",
         "--bin",
         "ztunnel",
         "--bin",
         "waypoint",
+        "--bin",
+        "meshctl",
         "--bin",
         "demo",
     ]))?;
@@ -37,7 +41,8 @@ pub fn run(args: &[String]) -> Result<()> {
     }
     let programs = Metadata::load()?.target.join("debug");
     let mut demo = shell::as_root(root, &programs.join("demo"));
-    for (variable, program) in [("CULVERT_ZTUNNEL", "ztunnel"), ("CULVERT_WAYPOINT", "waypoint")] {
+    for (variable, program) in [("CULVERT_ZTUNNEL", "ztunnel"), ("CULVERT_WAYPOINT", "waypoint"), ("CULVERT_MESHCTL", "meshctl")]
+    {
         if std::env::var_os(variable).is_none() {
             demo.env(variable, programs.join(program));
         }

@@ -157,6 +157,7 @@ fn run_binary(binary: &Binary, options: &Options, root: Root, agent: &Path) -> T
     println!("--- ring {}: {} {}", binary.ring, binary.package, binary.target);
     // The programs that were built with these tests, not whichever are newest; unless the caller wants to test another.
     let waypoint = std::env::var_os("CULVERT_WAYPOINT").unwrap_or_else(|| agent.with_file_name("waypoint").into());
+    let meshctl = std::env::var_os("CULVERT_MESHCTL").unwrap_or_else(|| agent.with_file_name("meshctl").into());
     let agent = std::env::var_os("CULVERT_ZTUNNEL").unwrap_or_else(|| agent.into());
     let root = if binary.ring == 3 { root } else { Root::Already };
     let mut command = shell::as_root(root, &binary.executable);
@@ -167,6 +168,7 @@ fn run_binary(binary: &Binary, options: &Options, root: Root, agent: &Path) -> T
         .env("CARGO_MANIFEST_DIR", &binary.folder)
         .env("CULVERT_ZTUNNEL", agent)
         .env("CULVERT_WAYPOINT", waypoint)
+        .env("CULVERT_MESHCTL", meshctl)
         .env("CARGO", std::env::var_os("CARGO").unwrap_or_else(|| OsString::from("cargo")));
     count(&mut command, print)
 }

@@ -16,6 +16,7 @@ use mesh_identity::clock::SystemClock;
 use mesh_identity::crypto::TlsSettings;
 use mesh_identity::local_ca::{LocalCa, LocalCaSettings};
 use mesh_identity::{IdentitySource, SvidCache, TlsContext};
+use mesh_model::explain;
 use mesh_model::snapshot::Viewpoint;
 use mesh_model::workload::Locality;
 use mesh_model::{Network, TrustDomain};
@@ -308,7 +309,10 @@ fn admin(shared: &Arc<Shared>, pods: &PodTable, diagnostics: &Diagnostics, loggi
         let (shared, pods, diagnostics) = (Arc::clone(shared), pods.clone(), diagnostics.clone());
         move |_| json(&dump::config_dump(&shared, &pods, &diagnostics))
     };
-    let server = HttpServer::new("admin").route_blocking(Method::GET, "/config_dump", dump);
+    let mesh = shared.mesh.clone();
+    // What waypoints do is not translated here.
+    let why = move |q| explain::why(&mesh.load_full(), &q, &explain::Settings { layer7: false, ..explain::Settings::default() });
+    let server = HttpServer::new("admin").route_blocking(Method::GET, "/config_dump", dump).route_question("/why", why);
     process::admin_routes(server, dump::version(), logging, Arc::clone(quit))
 }
 

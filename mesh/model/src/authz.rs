@@ -250,7 +250,7 @@ impl<'a> Facts<'a> {
     fn rule(&self, r: &Rule) -> bool {
         r.clauses.iter().all(|c| self.clause(c))
     }
-    fn clause(&self, c: &Clause) -> bool {
+    pub(crate) fn clause(&self, c: &Clause) -> bool {
         c.matches.is_empty() || c.matches.iter().any(|m| self.matches(m))
     }
     fn matches(&self, m: &Match) -> bool {

@@ -63,7 +63,7 @@ impl<'s> InScope<'s> {
     fn unusable(&self) -> Option<&'s L7Policy> {
         self.sets().find_map(L7Policies::unusable)
     }
-    fn policies(&self) -> impl Iterator<Item = &'s L7Policy> + use<'s> {
+    pub(crate) fn policies(&self) -> impl Iterator<Item = &'s L7Policy> + use<'s> {
         self.sets().flat_map(|s| s.all.iter()).map(|p| &**p)
     }
 
@@ -253,20 +253,20 @@ fn address(entry: &str) -> Option<IpAddr> {
     bare.or_else(|| entry.strip_prefix('[')?.strip_suffix(']')?.parse().ok()).map(|ip| ip.to_canonical())
 }
 
-struct Judge<'f> {
+pub(crate) struct Judge<'f> {
     conn: Facts<'f>,
     facts: &'f L7Facts<'f>,
 }
 impl<'f> Judge<'f> {
-    fn of(snap: &'f Snapshot, facts: &'f L7Facts<'f>) -> Self {
+    pub(crate) fn of(snap: &'f Snapshot, facts: &'f L7Facts<'f>) -> Self {
         let conn = InboundConn { client: facts.client.into(), dst: facts.destination, identity: facts.peer };
         Self { conn: Facts::of(snap.view(), &conn), facts }
     }
     /// The first rule that matches; `allow`: of an ALLOW policy.
-    fn first(&self, rules: &[L7Rule], allow: bool) -> Option<usize> {
+    pub(crate) fn first(&self, rules: &[L7Rule], allow: bool) -> Option<usize> {
         rules.iter().position(|r| self.rule(r, allow))
     }
-    fn rule(&self, rule: &L7Rule, allow: bool) -> bool {
+    pub(crate) fn rule(&self, rule: &L7Rule, allow: bool) -> bool {
         if self.facts.http.is_none() && rule.needs_http() && allow {
             return false;
         }

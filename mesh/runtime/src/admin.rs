@@ -116,6 +116,25 @@ impl HttpServer {
         })
     }
 
+    /// Adds a POST route that answers a question in JSON with JSON, on a blocking thread: 400 when the question cannot be
+    /// read, 422 with the text when it has no answer.
+    #[must_use]
+    pub fn route_question<Q, A, E, H>(self, path: &str, answer: H) -> Self
+    where
+        Q: serde::de::DeserializeOwned,
+        A: serde::Serialize,
+        E: std::fmt::Display,
+        H: Fn(Q) -> Result<A, E> + Send + Sync + 'static,
+    {
+        self.route_blocking(Method::POST, path, move |request| match serde_json::from_slice(&request.body) {
+            Err(error) => text(StatusCode::BAD_REQUEST, format!("not the JSON that is expected: {error}\n")),
+            Ok(question) => match answer(question) {
+                Ok(answer) => json(&answer),
+                Err(error) => text(StatusCode::UNPROCESSABLE_ENTITY, format!("{error}\n")),
+            },
+        })
+    }
+
     /// The paths that have a route, sorted: for an index page.
     pub fn paths(&self) -> impl Iterator<Item = &str> {
         self.routes.keys().map(String::as_str)

@@ -15,6 +15,7 @@ use anyhow::{Context as _, ensure};
 use mesh_tests::agent::{self, Agent, AgentSpec};
 use mesh_tests::capture::Capture;
 use mesh_tests::mesh_dir::MeshDir;
+use mesh_tests::meshctl::why_of_process;
 use mesh_tests::program::Program;
 use mesh_tests::topology::{Place, Plan, Topology};
 use mesh_tests::{netns, skip, wait};
@@ -463,6 +464,15 @@ fn refusal(tour: &mut Tour, from: &Place, url: &str, agent: &Agent, reason: &str
     record
 }
 
+/// What `meshctl why` says about a refused call, asked of a running process.
+fn explained(tour: &mut Tour, process: &Agent, args: &[&str], reason: &str) -> anyhow::Result<()> {
+    let why = why_of_process(process, args)?;
+    tour.show("meshctl", &format!("why {} --admin {}", args.join(" "), process.node()));
+    tour.show("says", &format!("{reason}: {}", text(&why.report, "detail")));
+    tour.check(!why.allowed && why.reason() == Some(reason), "meshctl why foretells it by the same rules, and names the policy");
+    Ok(())
+}
+
 fn denied(tour: &mut Tour, mesh: &Mesh) -> anyhow::Result<()> {
     let reports = mesh.topology.pod("zamaz-reports");
     let url = format!("http://{}:8080/", mesh.topology.pod("zamaz-api-stable").v4);
@@ -471,7 +481,8 @@ fn denied(tour: &mut Tour, mesh: &Mesh) -> anyhow::Result<()> {
         record["src.identity"] == spiffe("zamaz-reports-sa"),
         &format!("it is refused for who it is ({}), not for its address", text(&record, "src.identity")),
     );
-    Ok(())
+    let asked = ["--from", "zamaz/zamaz-reports-sa", "--to", "zamaz/zamaz-api-stable:8080"];
+    explained(tour, mesh.b()?, &asked, "not_allowed")
 }
 
 fn outside(tour: &mut Tour, mesh: &Mesh) -> anyhow::Result<()> {
@@ -732,7 +743,9 @@ fn by_method_and_path(tour: &mut Tour, mesh: &Mesh) -> anyhow::Result<()> {
             &format!("{who}: {method} {path} → {status}{said}"),
         );
     }
-    Ok(())
+    let asked =
+        ["--from", "zamaz/zamaz-frontend-sa", "--to", "zamaz-api-service:80", "--method", "PATCH", "--path", "/api/orders"];
+    explained(tour, mesh.waypoint()?, &asked, "not_allowed")
 }
 
 fn canary(tour: &mut Tour, mesh: &Mesh) -> anyhow::Result<()> {

@@ -7,6 +7,7 @@ use mesh_tests::suite::{self, Test, test};
 
 mod bytes;
 mod change;
+mod explained;
 mod mesh;
 mod outside;
 mod policy;
@@ -35,6 +36,7 @@ const TESTS: &[Test<Mesh>] = &[
     test("a_name_in_tls_through_a_tunnel_is_judged", policy::a_name_in_tls_through_a_tunnel_is_judged),
     test("dry_runs_and_audits_are_told_only", policy::dry_runs_and_audits_are_told_only),
     test("what_can_never_apply_is_told", policy::what_can_never_apply_is_told),
+    test("meshctl_why_says_what_the_waypoint_does", explained::meshctl_why_says_what_the_waypoint_does),
     test("the_gateway_lets_its_hosts_in", outside::the_gateway_lets_its_hosts_in),
     test("the_gateway_ends_tls", outside::the_gateway_ends_tls),
     test("an_endpoint_is_removed_and_comes_back", change::an_endpoint_is_removed_and_comes_back),

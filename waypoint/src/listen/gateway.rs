@@ -4,12 +4,12 @@
 use crate::conn::{Conn, Shared};
 use crate::detect::{self, Spoken};
 use crate::facts::{Facts, Scope};
-use crate::hosts::best;
 use crate::http::{self, Version};
 use crate::listen::accept_all;
 use crate::listen::certificates::Certificates;
 use crate::tcp;
 use mesh_hbone::relay::endpoint::Bytewise;
+use mesh_model::hosts::best;
 use mesh_model::l7::gateway::ListenerTls;
 use mesh_model::l7::gateway::{Listener, ListenerProtocol};
 use mesh_model::{Reason, Refusal};

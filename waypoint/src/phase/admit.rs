@@ -4,14 +4,13 @@ use crate::body::Body;
 use crate::conn::Conn;
 use crate::phase::respond;
 use crate::phase::{Exchange, Flow};
-use crate::settings::PathMode;
 use crate::telemetry::{Flag, Record};
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::request::Parts;
 use http::{Method, Request, StatusCode, Version};
 use http_body::Body as _;
 use hyper::body::Incoming;
-use mesh_model::l7::path::{PathNormalization, normalize};
+use mesh_model::l7::path::normalize;
 use std::fmt::Write as _;
 use std::sync::Arc;
 
@@ -96,13 +95,7 @@ pub(crate) fn check(ex: &mut Exchange<'_>) -> Flow {
         }
         return Flow::Answer(respond::closing(ex, status, text, details));
     }
-    let mode = match ex.conn.shared.settings.path_normalization {
-        PathMode::None => PathNormalization::None,
-        PathMode::Base => PathNormalization::Base,
-        PathMode::MergeSlashes => PathNormalization::MergeSlashes,
-        PathMode::DecodeAndMergeSlashes => PathNormalization::DecodeAndMergeSlashes,
-    };
-    match normalize(mode, ex.parts.uri.path()) {
+    match normalize(ex.conn.shared.settings.path_normalization.into(), ex.parts.uri.path()) {
         Ok(path) => ex.path = path.into_owned(),
         Err(_) => return Flow::Answer(respond::closing(ex, StatusCode::BAD_REQUEST, "", "path_normalization_failed")),
     }

@@ -1,10 +1,10 @@
 //! Which route: the table of the host, the first rule that matches, a backend by weight.
 use crate::facts::Scope;
-use crate::hosts::{self, Routes};
 use crate::phase::respond;
 use crate::phase::{Exchange, Flow};
 use crate::telemetry::Flag;
 use http::StatusCode;
+use mesh_model::hosts::{self, Routes};
 use mesh_model::l7::route::{Dialect, HttpAction};
 use mesh_model::l7::select::{Selected, select};
 use mesh_model::l7::weights::choose as choose_backend;

@@ -195,6 +195,18 @@ enum Segment {
     Text(Box<str>),
     One,
 }
+/// As policies write it.
+impl fmt::Display for Template {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for segment in &self.head {
+            match segment {
+                Segment::Text(text) => write!(f, "/{text}")?,
+                Segment::One => f.write_str("/{*}")?,
+            }
+        }
+        self.tail.as_ref().map_or(Ok(()), |tail| write!(f, "/{{**}}{tail}"))
+    }
+}
 /// Why a path is none that can be matched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TemplateError {

@@ -13,6 +13,7 @@ fn server() -> HttpServer {
             tokio::time::sleep(Duration::from_secs(1)).await;
             text(StatusCode::OK, "late\n")
         })
+        .route_question("/half", |n: u32| if n.is_multiple_of(2) { Ok(n / 2) } else { Err("odd") })
 }
 
 /// A connection to the server through memory.
@@ -46,6 +47,16 @@ async fn routes_answer() {
     let expected = [("a", "2"), ("b", ""), ("c", "x y z%zz%f"), ("é", "\u{fffd}")];
     assert_eq!(body, expected.map(|(key, value)| (key.to_owned(), value.to_owned())).into());
     assert!(get("/slow").await.ends_with("late\n"));
+}
+
+#[tokio::test]
+async fn questions_are_answered_in_json() {
+    for (body, status, answer) in [("8", "200", "4"), ("7", "422", "odd"), ("\"x\"", "400", "not the JSON that is expected")] {
+        let asked = format!("POST /half HTTP/1.0\r\ncontent-length: {}\r\n\r\n{body}", body.len());
+        let said = say(asked.as_bytes()).await;
+        assert!(said.starts_with(&format!("HTTP/1.0 {status} ")), "{said}");
+        assert!(said.split("\r\n\r\n").nth(1).unwrap().starts_with(answer), "{said}");
+    }
 }
 
 #[tokio::test(start_paused = true)]

@@ -1,10 +1,10 @@
 //! Which routes a host has on a gateway: the most specific listener hostname first, then the most specific route hostname
 //! (Gateway API).
-use mesh_model::Snapshot;
-use mesh_model::addr::without_port;
-use mesh_model::l7::RouteTable;
-use mesh_model::l7::gateway::{GatewayKey, Listener, ListenerProtocol};
-use mesh_model::l7::select::host_matches;
+use crate::addr::without_port;
+use crate::l7::gateway::{GatewayKey, Listener, ListenerProtocol};
+use crate::l7::route::RouteTable;
+use crate::l7::select::host_matches;
+use crate::snapshot::Snapshot;
 use std::sync::Arc;
 
 /// The routes a request falls under.
@@ -18,7 +18,7 @@ pub enum Routes<'s> {
 }
 
 /// How well `pattern` (exact, `*.suffix`, `*`) fits `host`: longer is better, exact best; `None` when not at all.
-pub(crate) fn fits(pattern: &str, host: &str) -> Option<usize> {
+pub fn fits(pattern: &str, host: &str) -> Option<usize> {
     if pattern == "*" {
         return Some(0);
     }
@@ -26,7 +26,7 @@ pub(crate) fn fits(pattern: &str, host: &str) -> Option<usize> {
 }
 
 /// The host of an authority, without its port.
-pub(crate) fn host_of(authority: &str) -> &str {
+pub fn host_of(authority: &str) -> &str {
     if let Some(rest) = authority.strip_prefix('[') {
         return rest.split(']').next().unwrap_or(rest);
     }
@@ -34,7 +34,7 @@ pub(crate) fn host_of(authority: &str) -> &str {
 }
 
 /// Of a gateway's listeners on `port` that `accept` takes the one that fits `host` best.
-pub(crate) fn best<'s>(
+pub fn best<'s>(
     gateway: &GatewayKey,
     snap: &'s Snapshot,
     port: u16,
@@ -56,7 +56,7 @@ fn hosts<'s>(listener: &'s Listener, host: &str) -> Option<&'s Arc<RouteTable>> 
 
 /// The HTTP routes of a request to a gateway. `listener`: what TLS chose; a request for a host of another listener gets no
 /// routes (it would go around that listener's certificate).
-pub(crate) fn table<'s>(
+pub fn table<'s>(
     gateway: &GatewayKey,
     snap: &'s Snapshot,
     port: u16,
@@ -72,7 +72,7 @@ pub(crate) fn table<'s>(
 }
 
 /// The TCP or TLS routes of a connection to a gateway.
-pub(crate) fn tcp_table(
+pub fn tcp_table(
     gateway: &GatewayKey,
     snap: &Snapshot,
     port: u16,
