@@ -18,6 +18,10 @@ pub struct Scenario {
     pub routes: Vec<Value>,
     /// Merged into every Envoy cluster of this service.
     pub cluster: Value,
+    /// Envoy's HTTP filters before the usual ones, and what is merged into its connection manager.
+    pub filters: Vec<Value>,
+    /// See `filters`.
+    pub manager: Value,
     /// Cases.
     pub cases: Vec<Case>,
 }
@@ -31,6 +35,8 @@ pub fn scenario(name: &'static str) -> Scenario {
         objects: String::new(),
         routes: Vec::new(),
         cluster: json!({}),
+        filters: Vec::new(),
+        manager: json!({}),
         cases: Vec::new(),
     }
 }
@@ -100,6 +106,19 @@ impl Scenario {
     /// What every cluster of it has beside the defaults.
     pub fn cluster(mut self, patch: Value) -> Self {
         istiod::merge(&mut self.cluster, patch);
+        self
+    }
+
+    /// A filter of Envoy before the usual ones.
+    pub fn filter(mut self, name: &str, kind: &str, mut config: Value) -> Self {
+        config["@type"] = format!("type.googleapis.com/envoy.extensions.filters.http.{kind}").into();
+        self.filters.push(json!({"name": name, "typed_config": config}));
+        self
+    }
+
+    /// What Envoy's connection manager has beside the defaults.
+    pub fn manager(mut self, patch: Value) -> Self {
+        istiod::merge(&mut self.manager, patch);
         self
     }
 

@@ -7,6 +7,7 @@ mod gateway_api;
 mod headers;
 mod matching;
 mod mirrors;
+mod policies;
 mod protocol;
 mod redirects;
 mod retries;
@@ -35,6 +36,7 @@ pub fn all() -> Vec<Scenario> {
         upstream::all(),
         protocol::all(),
         gateway_api::all(),
+        policies::all(),
     ]
     .concat()
 }

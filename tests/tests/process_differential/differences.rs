@@ -134,6 +134,11 @@ pub const DIFFERENCES: &[Difference] = &[
         what: Statuses("400", "426"),
         cases: &["protocol::HTTP 2.0 in text"],
     },
+    Difference {
+        reason: "a head that does not arrive in time ends the connection without an answer",
+        what: Statuses("none", "408"),
+        cases: &["protocol-time::a head that takes too long"],
+    },
     // The connection after the answer.
     Difference {
         reason: "the rest of a request that is answered early is read and the connection kept; Envoy closes it",
@@ -143,6 +148,7 @@ pub const DIFFERENCES: &[Difference] = &[
             "respond::POST with a body",
             "fault::abort of POST",
             "up-empty::no endpoint, POST",
+            "policy-all-denied::all is denied, POST",
             "protocol::WebSocket that is refused",
         ],
     },

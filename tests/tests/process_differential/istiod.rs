@@ -6,7 +6,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use crate::case::host;
+use crate::case::{Scenario, host};
 
 const PORT: u16 = 80;
 
@@ -193,11 +193,19 @@ pub fn cluster(name: &str, endpoints: &[SocketAddr], http2: bool, patch: &Value)
 }
 
 /// The chain of a service as a listener of its own.
-pub fn listener(service: &str, at: SocketAddr, routes: &[Value], log: &Path) -> Value {
-    let routes = if routes.is_empty() { vec![all().to("").into_json(service)] } else { routes.to_vec() };
+pub fn listener(scenario: &Scenario, at: SocketAddr, log: &Path) -> Value {
+    let Scenario { name: service, routes, filters, manager, .. } = scenario;
+    let routes = if routes.is_empty() { vec![all().to("").into_json(service)] } else { routes.clone() };
     let plain = |name: &str, kind: &str| json!({"name": name, "typed_config": {"@type": format!("type.googleapis.com/envoy.extensions.filters.http.{kind}")}});
     let name = cluster_name(service, "");
-    json!({
+    let mut filters = filters.clone();
+    filters.extend([
+        plain("envoy.filters.http.grpc_stats", "grpc_stats.v3.FilterConfig"),
+        plain("envoy.filters.http.fault", "fault.v3.HTTPFault"),
+        plain("envoy.filters.http.cors", "cors.v3.Cors"),
+        plain("envoy.filters.http.router", "router.v3.Router"),
+    ]);
+    let mut listener = json!({
         "name": name,
         "address": {"socket_address": {"address": at.ip().to_string(), "port_value": at.port()}},
         "filter_chains": [{"filters": [{
@@ -225,12 +233,7 @@ pub fn listener(service: &str, at: SocketAddr, routes: &[Value], log: &Path) -> 
                         }},
                     },
                 }],
-                "http_filters": [
-                    plain("envoy.filters.http.grpc_stats", "grpc_stats.v3.FilterConfig"),
-                    plain("envoy.filters.http.fault", "fault.v3.HTTPFault"),
-                    plain("envoy.filters.http.cors", "cors.v3.Cors"),
-                    plain("envoy.filters.http.router", "router.v3.Router"),
-                ],
+                "http_filters": filters,
                 "route_config": {
                     "name": name,
                     "validate_clusters": false,
@@ -244,7 +247,9 @@ pub fn listener(service: &str, at: SocketAddr, routes: &[Value], log: &Path) -> 
                 },
             },
         }]}],
-    })
+    });
+    merge(&mut listener["filter_chains"][0]["filters"][0]["typed_config"], manager.clone());
+    listener
 }
 
 /// Everything together.

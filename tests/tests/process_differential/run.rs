@@ -211,7 +211,7 @@ impl Field {
                     endpoints.iter().filter(|(v, _)| version.is_empty() || *v == version).map(|(_, at)| *at).collect();
                 clusters.push(istiod::cluster(&istiod::cluster_name(scenario.name, version), &members, http2, &scenario.cluster));
             }
-            listeners.push(istiod::listener(scenario.name, (vip(s), envoy_port).into(), &scenario.routes, &envoy_log));
+            listeners.push(istiod::listener(scenario, (vip(s), envoy_port).into(), &envoy_log));
         }
         let config = istiod::bootstrap(listeners, clusters, local(envoy_admin));
         let envoy = Envoy::start(Command::new(envoy_binary), &config, local(envoy_admin), files.path())?;
@@ -331,6 +331,9 @@ fn start_waypoint(
         .args(["--hbone-addr", &at(hbone), "--admin-addr", &at(admin), "--stats-addr", &at(stats)])
         .args(["--readiness-addr", &at(readiness), "--listen-ip", "127.0.0.1", "--worker-threads", "1"])
         .env("LOG_FORMAT", "json")
+        // Short, for the cases of `protocol` that wait for them.
+        .env("CULVERT_HTTP_IDLE_TIMEOUT", "3s")
+        .env("CULVERT_REQUEST_HEADERS_TIMEOUT", "1s")
         .env("RUST_LOG", std::env::var("RUST_LOG").unwrap_or_else(|_| "info".into()))
         .stdin(Stdio::null())
         .stdout(out.try_clone()?)

@@ -75,6 +75,13 @@ pub fn all() -> Vec<Scenario> {
             .case(case("HTTP/2 own method", request("PURGE", "/").h2()))
             .case(case("HTTP/2 without an endpoint's length", get("/").script("noframe body=hello").h2()))
             .case(case("client goes away", get("/").script("delay=700 200").give_up(150)).silent()),
+        // The limits the waypoint is started with here. Envoy goes on serving a connection for `drain_timeout` after it was idle.
+        scenario("protocol-time")
+            .manager(json!({"common_http_protocol_options": {"idle_timeout": "3s"}, "drain_timeout": "0.1s", "request_headers_timeout": "1s"}))
+            .case(case("quiet for longer than a head may take", get("/1")).then(get("/2").pause(1500)).one_connection())
+            .case(case("busy for longer than it may be idle", get("/").script("delay=3400 200")))
+            .case(case("idle for too long", get("/1")).then(get("/2").pause(3800)).one_connection().silent())
+            .case(case("a head that takes too long", raw("GET / HTTP/1.1\r\nhost: $HOST\r\nx-request-id: $ID\r\n")).silent()),
         scenario("pinned-version")
             .virtual_service("- route: [{ destination: { host: $HOST, port: { number: 80 } } }]\n")
             .route(catch_all().to("").action(json!({})))
