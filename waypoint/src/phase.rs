@@ -15,6 +15,7 @@ pub(crate) mod route;
 use crate::body::Body;
 use crate::conn::Conn;
 use crate::telemetry::Record;
+use crate::upgrade::Switched;
 use http::request::Parts;
 use http::{HeaderMap, HeaderValue, Response};
 use mesh_model::Snapshot;
@@ -64,6 +65,8 @@ pub struct Exchange<'c> {
     pub(crate) sticky: Option<HeaderValue>,
     /// What policies are asked again of a request that becomes something else.
     pub(crate) upgrade: Option<Box<authorize::Kept>>,
+    /// Both sides of it, once the endpoint agreed.
+    pub(crate) switched: Option<Switched>,
     /// gRPC: refusals are answered as trailers-only responses.
     pub grpc: bool,
     /// What will be told about it.

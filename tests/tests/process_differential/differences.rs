@@ -171,7 +171,7 @@ pub const DIFFERENCES: &[Difference] = &[
     },
     // The log.
     Difference {
-        reason: "the line of an upgraded connection is written when the protocol is switched, not at its end",
+        reason: "an upgraded connection that both sides ended in order is no disconnect",
         what: Aspects(&["details", "flags"]),
         cases: &["protocol::WebSocket"],
     },

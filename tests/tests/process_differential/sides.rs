@@ -188,6 +188,9 @@ async fn http1(reader: &mut Reader<Connection>, host: &str, request: &Req, id: &
         let mut back = vec![0; message.len()];
         stream.read_exact(&mut back).await?;
         echoed = Some(String::from_utf8_lossy(&back).into_owned());
+        // Ended in order: said, and waited for the other's end.
+        stream.shutdown().await?;
+        let _ended = stream.read(&mut [0]).await;
     }
     Ok((answer, echoed))
 }

@@ -65,6 +65,7 @@ pub(crate) fn begin(conn: &Arc<Conn>, request: Request<Incoming>) -> Exchange<'_
         backend: None,
         cors_headers: None,
         sticky: None,
+        switched: None,
         upgrade: None,
         grpc,
         record,

@@ -3,8 +3,9 @@ use crate::body::Body;
 use crate::facts::Scope;
 use crate::phase::Exchange;
 use crate::phase::admit::upgrade_of;
-use crate::phase::{authorize, expose, grpc_status, http_of_grpc, respond};
+use crate::phase::{expose, grpc_status, http_of_grpc, respond};
 use crate::telemetry::Flag;
+use crate::upgrade::Switched;
 use crate::upstream::{self, Cluster, Failure, Host, Observed, PickContext, RequestGuard, SendOptions, UpstreamError};
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::uri::{Authority, PathAndQuery, Scheme};
@@ -48,7 +49,13 @@ pub(crate) async fn run(ex: &mut Exchange<'_>) -> Response<Body> {
         Err(error) => return failed(ex, &error, false, route.dialect),
     };
     let (answer, deadline) = attempts(ex, forward, route.dialect, &cluster, hash, &guard).await;
-    expose::hold(answer, guard, deadline)
+    match &mut ex.switched {
+        Some(switched) => {
+            switched.guard = Some(guard);
+            answer
+        }
+        None => expose::hold(answer, guard, deadline),
+    }
 }
 
 /// The cluster of the chosen backend, or the answer when there is none.
@@ -321,10 +328,8 @@ fn arrived(ex: &mut Exchange<'_>, response: Response<Incoming>, client: Option<O
     let mut answer = Response::from_parts(parts, Body::Incoming(body));
     if answer.status() == StatusCode::SWITCHING_PROTOCOLS {
         let upstream = answer.extensions_mut().remove::<OnUpgrade>();
-        if let (Some(client), Some(upstream)) = (client, upstream) {
-            let (conn, request) = (Arc::clone(ex.conn), ex.upgrade.take());
-            let cut = async move { drop(authorize::revoked(&conn, request.as_deref()).await) };
-            tokio::spawn(crate::upgrade::carry(client, upstream, cut));
+        if let (Some(client), Some(endpoint)) = (client, upstream) {
+            ex.switched = Some(Switched { client, endpoint, guard: None });
         }
         *answer.body_mut() = Body::Empty;
     }

@@ -1,16 +1,20 @@
 //! Last phase: follows the response's body to its end and tells what happened, once.
 use crate::body::{Body, BodyError};
 use crate::conn::Conn;
+use crate::phase::authorize::{self, Kept};
 use crate::phase::{Exchange, grpc_status};
 use crate::telemetry::{Flag, Record};
+use crate::upgrade::{self, Switched};
 use crate::upstream::RequestGuard;
 use bytes::Bytes;
 use http::header::{self, HeaderValue};
 use http::{Method, Response};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use http_body_util::BodyExt as _;
+use mesh_hbone::relay::{End, How};
+use mesh_model::Reason;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
 use tokio::time::{Instant, Sleep};
 
@@ -54,14 +58,47 @@ impl HttpBody for Held {
 /// Tells about the exchange when the last byte of the answer has been taken, or when it is given up.
 pub(crate) fn tell(ex: Exchange<'_>, answer: Response<Body>) -> Response<Body> {
     let bodiless = ex.parts.method == Method::HEAD;
-    let Exchange { conn, record, .. } = ex;
+    let Exchange { conn, record, switched, upgrade, .. } = ex;
     let mut told = Told { conn: Arc::clone(conn), record: Some(record) };
+    if let Some(switched) = switched {
+        tokio::spawn(carried(told, switched, upgrade));
+        return answer;
+    }
     // Nothing of a body goes to who asked for the head only, so nobody would follow it to its end.
     if bodiless || answer.body().is_end_stream() {
         told.tell(None);
         return if bodiless { headless(answer) } else { answer };
     }
     answer.map(|inner| Body::Boxed(Followed { inner, told }.boxed_unsync()))
+}
+
+/// Carries what is no longer HTTP until it ends, is no longer allowed, or the drain is over; then tells.
+async fn carried(mut told: Told, switched: Switched, kept: Option<Box<Kept>>) {
+    let conn = Arc::clone(&told.conn);
+    let revoked = OnceLock::new();
+    let cut = async {
+        tokio::select! {
+            // Set once: this future ends here.
+            details = authorize::revoked(&conn, kept.as_deref()) => drop(revoked.set(details)),
+            () = conn.drain.expired() => {}
+        }
+    };
+    let half_closed = Some(conn.shared.settings.half_closed_timeout).filter(|t| !t.is_zero());
+    let end = upgrade::carry(switched, half_closed, cut).await;
+    if let Some(record) = &mut told.record {
+        record.received.add_bytes(end.sent);
+        record.sent += end.received;
+        if let Some(details) = revoked.into_inner() {
+            record.reason = Some(Reason::Revoked);
+            record.details = details.into();
+        }
+    }
+    told.tell(match end.how {
+        How::Closed | How::Cancelled => None,
+        How::Reset(End::First) => Some((Flag::DownstreamConnectionTermination, "downstream_remote_disconnect")),
+        How::Reset(End::Second) => Some((Flag::UpstreamConnectionTermination, "upstream_remote_disconnect")),
+        How::Idle => Some((Flag::StreamIdleTimeout, "idle_timeout")),
+    });
 }
 
 /// The answer to HEAD: the length a body would have, and none.

@@ -63,6 +63,10 @@ impl Received {
             messages.lock().feed(data);
         }
     }
+    /// Bytes that are no part of a body (an upgraded connection's).
+    pub fn add_bytes(&self, bytes: u64) {
+        self.bytes.fetch_add(bytes, Relaxed);
+    }
     /// Bytes so far.
     pub fn bytes(&self) -> u64 {
         self.bytes.load(Relaxed)
