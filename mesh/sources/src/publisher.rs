@@ -13,7 +13,7 @@ use mesh_model::{Change, Snapshot, Version};
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
-/// How long changes are collected into one version.
+/// Least time between two versions: what changes meanwhile becomes one. A change after a quiet time is published at once.
 const COALESCE: Duration = Duration::from_millis(10);
 /// Changes after which a version is published without waiting for more.
 const ENOUGH: usize = 50_000;
@@ -135,8 +135,8 @@ pub fn channel(view: Viewpoint, sources: usize) -> (Mesh, Publisher, Vec<ChangeS
 impl Publisher {
     /// Publishes until every sink is dropped.
     pub async fn run(mut self) {
+        let mut deadline = Instant::now();
         while let Some(first) = self.rx.recv().await {
-            let deadline = Instant::now() + COALESCE;
             let (mut changes, mut newly_synced) = (first.changes, usize::from(first.synced));
             while changes.len() < ENOUGH {
                 match tokio::time::timeout_at(deadline, self.rx.recv()).await {
@@ -148,6 +148,7 @@ impl Publisher {
                 }
             }
             self.publish(changes, newly_synced).await;
+            deadline = Instant::now() + COALESCE;
         }
     }
 

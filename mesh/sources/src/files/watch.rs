@@ -1,5 +1,6 @@
 //! The folder's thread: waits for changes, lets them settle, reads, hands over.
 
+use std::collections::HashSet;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -7,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use mesh_model::snapshot::Viewpoint;
+use notify::event::{AccessKind, AccessMode, EventKind, ModifyKind};
 use notify::{RecommendedWatcher, RecursiveMode, Watcher};
 
 use super::Folder;
@@ -15,8 +17,10 @@ use crate::publisher::ChangeSink;
 use crate::translate::Settings;
 use crate::{Source, SourceError};
 
-/// Quiet time after which a burst of changes counts as finished.
-const SETTLE: Duration = Duration::from_millis(100);
+/// Quiet time after which a burst of changes counts as finished, when every file in it was closed, renamed or removed.
+const SETTLE: Duration = Duration::from_millis(3);
+/// The same while a file was written to and not closed yet: half a file must not be read as the whole.
+const WRITING: Duration = Duration::from_millis(100);
 /// Longest time a burst is waited for.
 const BURST: Duration = Duration::from_secs(1);
 /// Without any sign of change the folder is looked at this often: watches can be lost (queue overflow, network
@@ -90,7 +94,7 @@ pub(crate) fn follow(root: &Path, closed: impl Fn() -> bool, mut reload: impl Fn
     let told = Arc::clone(&names);
     let mut watcher = match notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
         if event.as_ref().map_or(true, |e| concerns(e, &told.load())) {
-            let _ = tx.send(());
+            let _ = tx.send(event.map_or(Sign::Done(Vec::new()), Sign::of));
         }
     }) {
         Ok(w) => Some(w),
@@ -110,9 +114,12 @@ pub(crate) fn follow(root: &Path, closed: impl Fn() -> bool, mut reload: impl Fn
         if !watching {
             watching = watch(watcher.as_mut(), root);
         }
+        let started = Instant::now();
         let Some(readable) = reload() else { return };
         watching &= readable;
-        if !wait(&rx, if readable { PATROL } else { RETRY }, &closed) {
+        // Under changes without end a folder is read half of the time at most.
+        let rested = Instant::now() + started.elapsed();
+        if !wait(&rx, if readable { PATROL } else { RETRY }, rested, &closed) {
             return;
         }
     }
@@ -131,10 +138,27 @@ fn names_of(root: &Path) -> Vec<PathBuf> {
     out
 }
 
+/// What an event says of the files it names.
+#[derive(Debug, PartialEq, Eq)]
+enum Sign {
+    /// Somebody may be writing them.
+    Writing(Vec<PathBuf>),
+    /// They are as they are meant to be, for now.
+    Done(Vec<PathBuf>),
+}
+impl Sign {
+    fn of(event: notify::Event) -> Self {
+        match event.kind {
+            EventKind::Create(_) | EventKind::Modify(ModifyKind::Data(_)) => Self::Writing(event.paths),
+            _ => Self::Done(event.paths),
+        }
+    }
+}
+
 /// Whether an event may be a change of what `names` name. The parent is watched too and may be a busy place.
 fn concerns(event: &notify::Event, names: &[PathBuf]) -> bool {
-    // Reading a file is not a change; counting it would make every reload cause the next.
-    if event.kind.is_access() {
+    // Reading a file is not a change; counting it would make every reload cause the next. What was written is closed.
+    if event.kind.is_access() && event.kind != EventKind::Access(AccessKind::Close(AccessMode::Write)) {
         return false;
     }
     // An event without paths says that events were lost.
@@ -156,17 +180,17 @@ fn watch(watcher: Option<&mut RecommendedWatcher>, root: &Path) -> bool {
     }
 }
 
-/// Waits for a burst of events to end, or for `most`. False when it is time to stop.
-fn wait(rx: &Receiver<()>, most: Duration, closed: &impl Fn() -> bool) -> bool {
+/// Waits for a burst of events to end and for `rested`, or for `most`. False when it is time to stop.
+fn wait(rx: &Receiver<Sign>, most: Duration, rested: Instant, closed: &impl Fn() -> bool) -> bool {
     let until = Instant::now() + most;
-    loop {
+    let first = loop {
         // Short steps, so that the thread ends soon after the process wants it to.
         let left = until.saturating_duration_since(Instant::now()).min(Duration::from_millis(500));
         if closed() {
             return false;
         }
         match rx.recv_timeout(left) {
-            Ok(()) => break,
+            Ok(sign) => break sign,
             Err(RecvTimeoutError::Timeout) if Instant::now() < until => {}
             Err(RecvTimeoutError::Timeout) => return true,
             Err(RecvTimeoutError::Disconnected) => std::thread::sleep(left),
@@ -174,11 +198,19 @@ fn wait(rx: &Receiver<()>, most: Duration, closed: &impl Fn() -> bool) -> bool {
         if Instant::now() >= until {
             return true;
         }
-    }
+    };
     let latest = Instant::now() + BURST;
+    let mut written: HashSet<PathBuf> = HashSet::new();
+    let mut sign = first;
     while Instant::now() < latest {
-        match rx.recv_timeout(SETTLE) {
-            Ok(()) => {}
+        match sign {
+            Sign::Writing(paths) => written.extend(paths),
+            Sign::Done(paths) => written.retain(|path| !paths.contains(path)),
+        }
+        let quiet = if written.is_empty() { SETTLE } else { WRITING };
+        let quiet = quiet.max(rested.saturating_duration_since(Instant::now()).min(BURST));
+        match rx.recv_timeout(quiet) {
+            Ok(next) => sign = next,
             Err(_) => return true,
         }
     }

@@ -37,3 +37,18 @@ async fn an_empty_source_is_in_sync_too() {
     mesh.synced().await;
     assert_eq!(Mesh::fixed(Snapshot::empty(Viewpoint::default())).load().version(), 0);
 }
+
+#[tokio::test(start_paused = true)]
+async fn only_changes_close_together_wait() {
+    let (mesh, publisher, mut sinks) = channel(Viewpoint::default(), 1);
+    tokio::spawn(publisher.run());
+    let mut versions = mesh.watch();
+    let start = Instant::now();
+    sinks[0].send(vec![change(1)]).await.unwrap();
+    versions.changed().await.unwrap();
+    assert_eq!(start.elapsed(), Duration::ZERO, "after a quiet time");
+    sinks[0].send(vec![change(2)]).await.unwrap();
+    versions.changed().await.unwrap();
+    // The clock of a runtime counts whole milliseconds.
+    assert!(start.elapsed() >= COALESCE && start.elapsed() <= COALESCE * 2, "{:?}", start.elapsed());
+}

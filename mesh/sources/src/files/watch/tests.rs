@@ -26,6 +26,8 @@ fn events_beside_the_root_do_not_count() {
         (event(changed, &["/tmp/conf.swp"]), false),
         (event(changed, &["/tmp"]), false),
         (event(EventKind::Access(AccessKind::Any), &["/tmp/conf/a.yaml"]), false),
+        (event(EventKind::Access(AccessKind::Close(AccessMode::Read)), &["/tmp/conf/a.yaml"]), false),
+        (event(EventKind::Access(AccessKind::Close(AccessMode::Write)), &["/tmp/conf/a.yaml"]), true),
     ] {
         assert_eq!(concerns(&e, &names), want, "{e:?}");
     }
@@ -84,5 +86,39 @@ fn a_busy_parent_causes_no_reading_and_a_swapped_link_does() {
         rx.recv_timeout(soon).expect("a reading for the swap");
         fs::write(at.join("two/a.yaml"), "3").unwrap();
         rx.recv_timeout(soon).expect("a reading for a change below the new target");
+    });
+}
+
+#[test]
+fn a_file_that_is_still_written_is_waited_for_and_a_whole_one_is_not() {
+    let (tx, rx) = mpsc::channel();
+    let at = |name: &str| vec![PathBuf::from(name)];
+    let took = |signs: Vec<Sign>| {
+        for sign in signs {
+            tx.send(sign).unwrap();
+        }
+        let start = Instant::now();
+        assert!(wait(&rx, PATROL, start, &|| false));
+        start.elapsed()
+    };
+    assert!(took(vec![Sign::Writing(at("a")), Sign::Done(at("b"))]) >= WRITING, "`a` is not closed");
+    assert!(took(vec![Sign::Writing(at("a")), Sign::Writing(at("b")), Sign::Done(at("a"))]) >= WRITING, "`b` is not closed");
+    // A loaded machine may be late once, not five times.
+    let whole = (0..5).map(|_| took(vec![Sign::Writing(at("a")), Sign::Done(at("a"))])).min();
+    assert!(whole < Some(WRITING), "{whole:?}");
+}
+
+#[test]
+fn a_file_written_in_two_goes_is_read_when_it_is_closed() {
+    use std::io::Write as _;
+    let dir = tempfile::tempdir().unwrap();
+    following(dir.path(), |rx| {
+        let mut file = fs::File::create(dir.path().join("a.yaml")).unwrap();
+        file.write_all(b"one").unwrap();
+        std::thread::sleep(SETTLE * 4);
+        file.write_all(b"two").unwrap();
+        assert!(rx.try_recv().is_err(), "read while it was written");
+        drop(file);
+        rx.recv_timeout(PATROL / 2).expect("a reading once it was closed");
     });
 }
