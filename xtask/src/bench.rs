@@ -1,22 +1,24 @@
-//! `cargo xtask bench`: the two kinds of measurement, built as what ships.
+//! `cargo xtask bench`: the kinds of measurement, built as what ships.
 
 use crate::metadata::Metadata;
 use crate::setup;
 use crate::shell::{self, Root};
 use anyhow::{Result, bail};
 
-/// `bench l4 …` or `bench micro …`.
+/// `bench l4 …`, `bench l7 …` or `bench micro …`.
 pub fn run(args: &[String]) -> Result<()> {
     match args.split_first() {
-        Some((kind, rest)) if kind == "l4" => run_l4(rest),
+        Some((kind, rest)) if kind == "l4" => against(&["ztunnel"], "bench_l4", rest),
+        Some((kind, rest)) if kind == "l7" => against(&["ztunnel", "waypoint"], "bench_l7", rest),
         Some((kind, rest)) if kind == "micro" => {
             shell::run(shell::cargo().args(["bench", "--workspace", "--locked", "--bench", "*", "--"]).args(rest))
         }
-        _ => bail!("`bench l4` (agents, CPU per unit) or `bench micro` (criterion)"),
+        _ => bail!("`bench l4` (agents, CPU per unit), `bench l7` (the waypoint against Envoy) or `bench micro` (criterion)"),
     }
 }
 
-fn run_l4(args: &[String]) -> Result<()> {
+/// Builds these programs of ours as they ship and runs a bench of theirs.
+fn against(programs: &[&str], bench: &str, args: &[String]) -> Result<()> {
     if args.iter().any(|arg| arg == "--help" || arg == "-h") {
         return shell::run(shell::cargo().args([
             "run",
@@ -25,20 +27,24 @@ fn run_l4(args: &[String]) -> Result<()> {
             "-p",
             "mesh-tests",
             "--bin",
-            "bench_l4",
+            bench,
             "--",
             "--help",
         ]));
     }
     setup::ensure(setup::NETWORK)?;
     // `dist` has the settings istio/ztunnel is released with; another profile would measure the compiler.
-    let programs = ["-p", "ztunnel", "-p", "mesh-tests", "--bin", "ztunnel", "--bin", "bench_l4", "--bin", "loadgen"];
-    shell::run(shell::cargo().args(["build", "--locked", "--profile", "dist"]).args(programs))?;
+    let mut build = shell::cargo();
+    build.args(["build", "--locked", "--profile", "dist", "-p", "mesh-tests", "--bin", bench, "--bin", "loadgen"]);
+    for program in programs {
+        build.args(["-p", program, "--bin", program]);
+    }
+    shell::run(&mut build)?;
     let root = shell::find_root();
     if root == Root::No {
         bail!("the bench makes network namespaces: run it as root, or let `sudo` work without a password");
     }
     let target = Metadata::load()?.target;
-    let mut command = shell::as_root(root, &target.join("dist/bench_l4"));
+    let mut command = shell::as_root(root, &target.join("dist").join(bench));
     shell::run(command.arg("--out").arg(target.join("bench")).args(args).current_dir(shell::root()))
 }

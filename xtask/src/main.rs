@@ -36,6 +36,7 @@ cargo xtask COMMAND
   bench l4        two agents against the direct path: CPU per unit, rates, latencies, memory, targets
                     --peer PATH    another agent with the same contract, in the same run
                     --quick        a look, not a measurement; `bench l4 --help` for the rest
+  bench l7        the waypoint and Envoy before the same server: CPU per request, rates, latencies, memory, scale
   bench micro     the criterion benches
   help            this page";
 

@@ -11,6 +11,7 @@ use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 
 use super::outcome::{Latencies, Outcome};
+use super::talk::{Dialog, Talk};
 use super::wire::{CHUNK, Checker, Mode, RECEIPT, Receipt, pattern};
 
 /// No single step of a client may take longer.
@@ -130,49 +131,42 @@ async fn download(stream: &mut TcpStream, bytes: u64) -> io::Result<Receipt> {
 /// One connection on which messages go back and forth.
 struct Pinger {
     stream: TcpStream,
-    message: Vec<u8>,
-    answer: Vec<u8>,
-    sequence: u64,
+    dialog: Dialog,
 }
 
 impl Pinger {
-    /// Connects and makes one round trip, which also carries the header.
-    async fn open(to: SocketAddr, size: usize, number: u64) -> io::Result<Self> {
-        let stream = open(to).await?;
-        let size = size.max(16);
-        let message = pattern(number, size).to_vec();
-        let mut pinger = Self { stream, answer: vec![0; message.len()], message, sequence: number << 32 };
-        let mut first = Mode::Echo.header().to_vec();
-        first.extend(pinger.next());
+    /// Connects and makes one round trip, which also carries what the protocol opens with.
+    async fn open(to: SocketAddr, talk: &Talk, number: u64) -> io::Result<Self> {
+        let mut pinger = Self { stream: open(to).await?, dialog: talk.dialog(number) };
+        let mut first = talk.opening();
+        first.extend(pinger.dialog.ask());
         within(STEP, "first message", pinger.stream.write_all(&first)).await?;
         if !within(STEP, "first answer", pinger.receive()).await? {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "the first answer is not the first message"));
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "the first answer is not that to the first message"));
         }
         Ok(pinger)
     }
 
-    fn next(&mut self) -> &[u8] {
-        self.sequence += 1;
-        self.message[..8].copy_from_slice(&self.sequence.to_be_bytes());
-        &self.message
-    }
-
-    /// True if the answer is the message.
+    /// True if the answer is the one to the message.
     async fn receive(&mut self) -> io::Result<bool> {
-        self.stream.read_exact(&mut self.answer).await?;
-        Ok(self.answer == self.message)
+        loop {
+            let read = self.stream.read(self.dialog.room()).await?;
+            if let Some(right) = self.dialog.got(read)? {
+                return Ok(right);
+            }
+        }
     }
 
     async fn ping(&mut self) -> io::Result<bool> {
-        self.next();
-        self.stream.write_all(&self.message).await?;
+        self.stream.write_all(self.dialog.ask()).await?;
         self.receive().await
     }
 }
 
-/// `conns` connections make round trips of `size` bytes, one after the other, for `length`.
-pub async fn ping(to: SocketAddr, conns: u64, length: Duration, size: usize) -> (Outcome, f64) {
-    let (pingers, failed) = open_many(to, conns, size, 1).await;
+/// `conns` connections make round trips, one after the other, for `length` or until each has made its part of `most`.
+pub async fn ping(to: SocketAddr, conns: u64, length: Duration, most: u64, talk: &Talk) -> (Outcome, f64) {
+    let (pingers, failed) = open_many(to, conns, talk, 1).await;
+    let (most, size) = (most.div_ceil(conns.max(1)), talk.size());
     let start = Instant::now();
     let end = start + length;
     let mut tasks = JoinSet::new();
@@ -182,7 +176,7 @@ pub async fn ping(to: SocketAddr, conns: u64, length: Duration, size: usize) -> 
             // One timer for the whole run: one per message would be a good part of the client's work.
             let run = tokio::time::timeout_at((end + STEP).into(), async {
                 let mut before = Instant::now();
-                while before < end {
+                while before < end && outcome.count < most {
                     let right = pinger.ping().await?;
                     let after = Instant::now();
                     outcome.latencies.add(after - before);
@@ -209,17 +203,18 @@ pub async fn ping(to: SocketAddr, conns: u64, length: Duration, size: usize) -> 
 }
 
 /// `count` times: connect, one round trip, close; `concurrency` at a time.
-pub async fn churn(to: SocketAddr, concurrency: u64, count: u64, size: usize) -> (Outcome, f64) {
+pub async fn churn(to: SocketAddr, concurrency: u64, count: u64, talk: &Talk) -> (Outcome, f64) {
     let start = Instant::now();
     let mut tasks = JoinSet::new();
     let concurrency = concurrency.clamp(1, count.max(1));
     for lane in 0..concurrency {
         let share = count / concurrency + u64::from(lane < count % concurrency);
+        let (talk, size) = (talk.clone(), talk.size());
         tasks.spawn(async move {
             let mut outcome = Outcome { latencies: Latencies::with_capacity(share as usize), ..Outcome::default() };
             for number in 0..share {
                 let before = Instant::now();
-                match Pinger::open(to, size, lane * count + number).await {
+                match Pinger::open(to, &talk, lane * count + number).await {
                     Ok(pinger) => {
                         drop(pinger);
                         outcome.latencies.add(before.elapsed());
@@ -237,14 +232,15 @@ pub async fn churn(to: SocketAddr, concurrency: u64, count: u64, size: usize) ->
 }
 
 /// Opens `conns` connections, `at_once` at a time, each with one round trip.
-async fn open_many(to: SocketAddr, conns: u64, size: usize, at_once: u64) -> (Vec<Pinger>, Outcome) {
+async fn open_many(to: SocketAddr, conns: u64, talk: &Talk, at_once: u64) -> (Vec<Pinger>, Outcome) {
     let mut pingers = Vec::new();
     let mut failed = Outcome::default();
     let mut tasks: JoinSet<io::Result<Pinger>> = JoinSet::new();
     let mut next = 0;
     while next < conns || !tasks.is_empty() {
         while next < conns && (tasks.len() as u64) < at_once {
-            tasks.spawn(Pinger::open(to, size, next));
+            let (talk, number) = (talk.clone(), next);
+            tasks.spawn(async move { Pinger::open(to, &talk, number).await });
             next += 1;
         }
         match tasks.join_next().await {
@@ -261,9 +257,9 @@ async fn open_many(to: SocketAddr, conns: u64, size: usize, at_once: u64) -> (Ve
 pub struct Idle(Vec<Pinger>);
 
 /// Opens `conns` connections and leaves them idle.
-pub async fn idle(to: SocketAddr, conns: u64, size: usize) -> (Idle, Outcome, f64) {
+pub async fn idle(to: SocketAddr, conns: u64, talk: &Talk) -> (Idle, Outcome, f64) {
     let start = Instant::now();
-    let (pingers, mut outcome) = open_many(to, conns, size, 32).await;
+    let (pingers, mut outcome) = open_many(to, conns, talk, 32).await;
     outcome.count = pingers.len() as u64;
     (Idle(pingers), outcome, start.elapsed().as_secs_f64())
 }
@@ -285,7 +281,7 @@ impl Idle {
 
 /// `conns` connections make `per_second` round trips in all at fixed times, however long answers take; a latency counts from
 /// the time a message was due. Threads, because they wake within microseconds where a timer wheel counts milliseconds.
-pub fn rate(to: SocketAddr, conns: u32, per_second: f64, length: Duration, size: usize) -> (Outcome, f64) {
+pub fn rate(to: SocketAddr, conns: u32, per_second: f64, length: Duration, talk: &Talk) -> (Outcome, f64) {
     let conns = conns.max(1);
     let interval = Duration::from_secs_f64(f64::from(conns) / per_second);
     // Time for everyone to connect before the first message is due.
@@ -294,7 +290,7 @@ pub fn rate(to: SocketAddr, conns: u32, per_second: f64, length: Duration, size:
         let threads: Vec<_> = (0..conns)
             .map(|number| {
                 let first = start + interval * number / conns;
-                scope.spawn(move || rate_one(to, first, interval, start + length, size, u64::from(number)))
+                scope.spawn(move || rate_one(to, first, interval, start + length, talk, u64::from(number)))
             })
             .collect();
         threads.into_iter().filter_map(|thread| thread.join().ok()).collect()
@@ -307,26 +303,30 @@ pub fn rate(to: SocketAddr, conns: u32, per_second: f64, length: Duration, size:
     (sum, seconds)
 }
 
-fn rate_one(to: SocketAddr, first: Instant, interval: Duration, end: Instant, size: usize, number: u64) -> Outcome {
+fn rate_one(to: SocketAddr, first: Instant, interval: Duration, end: Instant, talk: &Talk, number: u64) -> Outcome {
     use std::io::{Read as _, Write as _};
     let mut outcome = Outcome { latencies: Latencies::with_capacity(1 << 14), ..Outcome::default() };
-    let message = pattern(number, size.max(16));
-    let mut answer = vec![0; message.len()];
+    let mut dialog = talk.dialog(number);
     let mut run = || -> io::Result<()> {
         let mut stream = std::net::TcpStream::connect_timeout(&to, STEP)?;
         stream.set_nodelay(true)?;
         stream.set_read_timeout(Some(STEP))?;
         stream.set_write_timeout(Some(STEP))?;
-        stream.write_all(&Mode::Echo.header())?;
+        stream.write_all(&talk.opening())?;
         let mut due = first;
         while due < end {
             std::thread::sleep(due.saturating_duration_since(Instant::now()));
-            stream.write_all(message)?;
-            stream.read_exact(&mut answer)?;
+            stream.write_all(dialog.ask())?;
+            let right = loop {
+                let read = stream.read(dialog.room())?;
+                if let Some(right) = dialog.got(read)? {
+                    break right;
+                }
+            };
             outcome.latencies.add(due.elapsed());
             outcome.count += 1;
-            outcome.bytes += message.len() as u64;
-            outcome.mismatches += u64::from(answer != message);
+            outcome.bytes += talk.size() as u64;
+            outcome.mismatches += u64::from(!right);
             due += interval;
         }
         Ok(())
@@ -337,10 +337,39 @@ fn rate_one(to: SocketAddr, first: Instant, interval: Duration, end: Instant, si
     outcome
 }
 
+/// Connections that asked for more than anybody buffers and read nothing of it.
+pub struct Stalled(#[expect(dead_code, reason = "held only to stay open")] Vec<TcpStream>);
+
+/// `conns` connections ask for `path`, see that the answer begins, and read no further.
+pub async fn stall(to: SocketAddr, conns: u64, host: &str, path: &str) -> (Stalled, Outcome, f64) {
+    let start = Instant::now();
+    let mut outcome = Outcome::default();
+    let mut all = Vec::new();
+    for _ in 0..conns {
+        let begun = async {
+            let mut stream = open(to).await?;
+            stream.write_all(format!("GET {path} HTTP/1.1\r\nhost: {host}\r\n\r\n").as_bytes()).await?;
+            let mut status = [0; 12];
+            stream.read_exact(&mut status).await?;
+            if status == *b"HTTP/1.1 200" { Ok(stream) } else { Err(io::Error::other("the answer is not 200")) }
+        };
+        match within(STEP, "the beginning of an answer", begun).await {
+            Ok(stream) => {
+                outcome.count += 1;
+                all.push(stream);
+            }
+            Err(error) => outcome.fail(&error),
+        }
+    }
+    (Stalled(all), outcome, start.elapsed().as_secs_f64())
+}
+
 #[cfg(test)]
 mod tests {
-    use super::super::server::tests::start;
+    use super::super::server::tests::{start, start_http};
     use super::*;
+
+    const ECHO: Talk = Talk::Echo { size: 64 };
 
     fn clean(outcome: &Outcome) -> bool {
         outcome.errors == 0 && outcome.mismatches == 0 && outcome.count > 0
@@ -359,11 +388,11 @@ mod tests {
     #[tokio::test]
     async fn round_trips_connections_and_idling() {
         let to = start();
-        let (outcome, _seconds) = ping(to, 4, Duration::from_millis(50), 64).await;
+        let (outcome, _seconds) = ping(to, 4, Duration::from_millis(50), u64::MAX, &ECHO).await;
         assert!(clean(&outcome) && outcome.latencies.len() as u64 == outcome.count, "{outcome:?}");
-        let (outcome, _seconds) = churn(to, 4, 10, 64).await;
+        let (outcome, _seconds) = churn(to, 4, 10, &ECHO).await;
         assert!(clean(&outcome) && outcome.count == 10, "{outcome:?}");
-        let (mut idle, outcome, _seconds) = idle(to, 20, 64).await;
+        let (mut idle, outcome, _seconds) = idle(to, 20, &ECHO).await;
         assert!(clean(&outcome) && outcome.count == 20, "{outcome:?}");
         assert_eq!(idle.alive().await.count, 20);
     }
@@ -371,10 +400,23 @@ mod tests {
     #[tokio::test(flavor = "multi_thread")]
     async fn a_fixed_rate_is_kept() {
         let to = start();
-        let run = tokio::task::spawn_blocking(move || rate(to, 4, 400.0, Duration::from_millis(500), 64));
+        let run = tokio::task::spawn_blocking(move || rate(to, 4, 400.0, Duration::from_millis(500), &ECHO));
         let (outcome, _seconds) = run.await.unwrap();
         assert!(clean(&outcome), "{outcome:?}");
         assert_eq!(outcome.count, 200);
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn http_is_spoken_and_checked() {
+        let to = start_http();
+        let talk = Talk::Http { host: "h".into(), path: "/a".into() };
+        let (outcome, _seconds) = ping(to, 4, Duration::from_secs(5), 40, &talk).await;
+        assert!(clean(&outcome) && outcome.count == 40, "{outcome:?}");
+        let other = talk.clone();
+        let run = tokio::task::spawn_blocking(move || rate(to, 2, 200.0, Duration::from_millis(100), &other));
+        assert!(clean(&run.await.unwrap().0));
+        let (_held, outcome, _seconds) = stall(to, 2, "h", "/bytes/50000000").await;
+        assert!(clean(&outcome) && outcome.count == 2, "{outcome:?}");
     }
 
     #[tokio::test]
@@ -382,7 +424,7 @@ mod tests {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let closed = listener.local_addr().unwrap();
         drop(listener);
-        let (outcome, _seconds) = churn(closed, 2, 5, 64).await;
+        let (outcome, _seconds) = churn(closed, 2, 5, &ECHO).await;
         assert_eq!((outcome.errors, outcome.count), (5, 0));
         assert!(outcome.first_error.is_some_and(|error| error.starts_with("connect")));
     }

@@ -4,18 +4,15 @@
 //! Owns: the wiring, the mesh folder (two pods, a service, one ALLOW policy), starting agents by their contract, and the
 //! proof that traffic really takes the tunnel. A field is used for one peer and one round, so that no peer pays for the
 //! TIME_WAIT sockets of another. Refuses: nodes and bridges in between; every hop would be charged to the agents alike.
-use std::fs::File;
-use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
 
-use anyhow::{Context, bail, ensure};
+use anyhow::Context;
 use serde_json::Value;
 use tempfile::TempDir;
 
+use super::parts::{self, Held, Proxy, Running, Settings, join, load_command, pinned, pod_yaml, start_listening};
 use super::process;
 use crate::mesh_dir::MeshDir;
 use crate::netns::{self, Netns};
@@ -61,50 +58,19 @@ impl Peer {
     }
 }
 
-/// How agents run; the same for every peer.
-#[derive(Clone, Debug)]
-pub struct Settings {
-    /// `ZTUNNEL_WORKER_THREADS`.
-    pub workers: u32,
-    /// CPU of the agents and CPU of the load; none on a machine with one.
-    pub cpus: Option<(u32, u32)>,
-    /// Folder for the logs of agents.
-    pub logs: PathBuf,
-    /// The load generator.
-    pub loadgen: PathBuf,
-}
-
 static BUILT: AtomicUsize = AtomicUsize::new(0);
 
 /// Two pods and, but for the direct path, two agents. Dropping it ends everything in it.
 #[derive(Debug)]
 pub struct Field {
     settings: Settings,
-    agents: Vec<Agent>,
+    agents: Vec<Proxy>,
     relay: Option<(Running, Netns)>,
     _server: Running,
     client: Netns,
     _server_netns: Netns,
     _mesh: MeshDir,
     _authority: TempDir,
-}
-
-/// A child that does not outlive its value.
-#[derive(Debug)]
-struct Running(Child);
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        let _gone_already = self.0.kill();
-        let _reaped = self.0.wait();
-    }
-}
-
-#[derive(Debug)]
-struct Agent {
-    child: Running,
-    netns: Netns,
-    log: PathBuf,
 }
 
 impl Field {
@@ -135,7 +101,7 @@ impl Field {
         if let Carrier::Agents(binary) = &peer.carrier {
             for node in ["node-client", "node-server"] {
                 let netns = Netns::create(&format!("{prefix}{node}"))?;
-                agents.push(start_agent(binary, node, netns, mesh.path(), authority.path(), peer, settings)?);
+                agents.push(Proxy::agent(binary, node, netns, (mesh.path(), authority.path()), &peer.name, settings)?);
             }
         }
         for agent in &mut agents {
@@ -176,7 +142,7 @@ impl Field {
                     line.starts_with("istio_tcp_connections_opened_total") && line.contains("mutual_tls") && !line.ends_with(" 0")
                 })
             };
-            wait::until_true(&format!("{} to have carried connections over mTLS", agent.log.display()), || {
+            wait::until_true(&format!("{} to have carried connections over mTLS", agent.log().display()), || {
                 http::get(&agent.netns, (Ipv4Addr::LOCALHOST, 15020).into(), "/metrics").is_ok_and(|page| tunnelled(page.body))
             })?;
         }
@@ -189,176 +155,35 @@ impl Field {
     }
 
     fn load(&self, args: &[&str], to: SocketAddr) -> anyhow::Result<Value> {
-        let mut command = load_command(&self.settings);
-        command.args(args).arg("--to").arg(to.to_string());
-        let out = self.client.output(command.stderr(Stdio::inherit()))?;
-        let line = String::from_utf8_lossy(&out.stdout).trim().to_owned();
-        ensure!(!line.is_empty(), "loadgen {} ended with {} and said nothing", args.join(" "), out.status);
-        serde_json::from_str(&line).with_context(|| format!("loadgen said {line:?}"))
+        parts::load(&self.client, &self.settings, args, to)
     }
 
     /// Opens idle connections, which last as long as the value.
     pub fn hold(&self, conns: u64) -> anyhow::Result<Held> {
-        let mut command = load_command(&self.settings);
-        command.args(["idle", "--conns", &conns.to_string(), "--to", &self.target().to_string()]);
-        let mut child = self.client.spawn(command.stdin(Stdio::piped()).stdout(Stdio::piped()))?;
-        let (stdin, stdout) = (child.stdin.take(), child.stdout.take().context("a pipe")?);
-        let child = Running(child);
-        let mut line = String::new();
-        BufReader::new(stdout).read_line(&mut line)?;
-        let opened: Value = serde_json::from_str(&line).with_context(|| format!("loadgen said {line:?}"))?;
-        ensure!(opened["count"] == conns && opened["errors"] == 0, "not all of {conns} connections opened: {opened}");
-        Ok(Held { child, stdin, opened })
+        Held::open(&self.client, &self.settings, &["idle"], self.target(), conns)
     }
 
     /// CPU seconds each carrier has used so far: the client's agent, the server's; or the relay.
     pub fn cpu(&self) -> anyhow::Result<Vec<f64>> {
-        let relay = self.relay.as_ref().map(|(child, _netns)| child);
-        let children = self.agents.iter().map(|agent| &agent.child).chain(relay);
-        children.map(|child| process::cpu_seconds(child.0.id())).collect()
+        let relay = self.relay.as_ref().map(|(child, _netns)| process::cpu_seconds(child.0.id()));
+        self.agents.iter().map(Proxy::cpu).chain(relay).collect()
     }
 
     /// Resident KiB of each agent.
     pub fn rss_kib(&self) -> anyhow::Result<Vec<u64>> {
-        self.agents.iter().map(|agent| process::rss_kib(agent.child.0.id())).collect()
+        self.agents.iter().map(Proxy::rss_kib).collect()
     }
 
     /// An error, with the end of its log, if an agent is not running any more.
     pub fn check_agents(&mut self) -> anyhow::Result<()> {
-        for agent in &mut self.agents {
-            if let Ok(Some(status)) = agent.child.0.try_wait() {
-                bail!("an agent ended with {status}; its log:\n{}", tail(&agent.log));
-            }
-        }
-        Ok(())
+        self.agents.iter_mut().try_for_each(Proxy::check)
     }
-}
-
-/// Idle connections.
-#[derive(Debug)]
-pub struct Held {
-    child: Running,
-    stdin: Option<ChildStdin>,
-    /// What opening them took.
-    pub opened: Value,
-}
-
-impl Held {
-    /// Ends them; an error if one of them was not alive any more.
-    pub fn end(mut self) -> anyhow::Result<()> {
-        drop(self.stdin.take());
-        let status =
-            wait::until("the end of idle connections", Duration::from_mins(1), || self.child.0.try_wait().ok().flatten())?;
-        ensure!(status.success(), "some idle connections were dead at the end");
-        Ok(())
-    }
-}
-
-impl Agent {
-    fn wait_ready(&mut self) -> anyhow::Result<()> {
-        let mut last = String::from("no answer");
-        let ready = wait::until("an agent's readiness", Duration::from_secs(30), || {
-            if let Ok(Some(status)) = self.child.0.try_wait() {
-                return Some(Err(anyhow::anyhow!("it ended with {status}")));
-            }
-            match http::get(&self.netns, (Ipv4Addr::LOCALHOST, 15021).into(), "/healthz/ready") {
-                Ok(answer) if answer.status == 200 => Some(Ok(())),
-                Ok(answer) => {
-                    last = answer.body;
-                    None
-                }
-                Err(error) => {
-                    last = format!("{error:#}");
-                    None
-                }
-            }
-        });
-        let log = self.log.clone();
-        ready.and_then(|inner| inner).with_context(|| format!("{last}; log {}:\n{}", log.display(), tail(&log)))
-    }
-}
-
-fn tail(log: &Path) -> String {
-    let text = std::fs::read_to_string(log).unwrap_or_default();
-    let lines: Vec<&str> = text.lines().collect();
-    lines[lines.len().saturating_sub(20)..].join("\n")
-}
-
-/// `command` on one CPU, if there are two.
-fn pinned(cpu: Option<u32>, program: &Path) -> Command {
-    match cpu {
-        Some(cpu) => {
-            let mut command = Command::new("taskset");
-            command.args(["-c", &cpu.to_string()]).arg(program);
-            command
-        }
-        None => Command::new(program),
-    }
-}
-
-fn load_command(settings: &Settings) -> Command {
-    pinned(settings.cpus.map(|(_agents, load)| load), &settings.loadgen)
-}
-
-/// Joins two namespaces by a veth pair.
-fn join(one: (&Netns, Ipv4Addr, &str), other: (&Netns, Ipv4Addr, &str)) -> anyhow::Result<()> {
-    let pair = format!("link add {} type veth peer name {} netns {}", one.2, other.2, other.0.name());
-    netns::ip_batch(one.0, &[pair])?;
-    for (ns, address, device) in [one, other] {
-        netns::ip_batch(ns, &[format!("addr add {address}/24 dev {device}"), format!("link set {device} up")])?;
-    }
-    Ok(())
-}
-
-/// Starts a mode of the load generator that serves, and waits until it does.
-fn start_listening(ns: &Netns, command: &mut Command) -> anyhow::Result<Running> {
-    let mut child = Running(ns.spawn(command.stdin(Stdio::null()).stdout(Stdio::piped())).context("start the load generator")?);
-    let stdout = child.0.stdout.take().context("a pipe")?;
-    let mut line = String::new();
-    BufReader::new(stdout).read_line(&mut line)?;
-    ensure!(line.starts_with("ready"), "the load generator said {line:?}");
-    Ok(child)
-}
-
-fn start_agent(
-    binary: &Path,
-    node: &str,
-    netns: Netns,
-    mesh: &Path,
-    authority: &Path,
-    peer: &Peer,
-    settings: &Settings,
-) -> anyhow::Result<Agent> {
-    std::fs::create_dir_all(&settings.logs)?;
-    let log = settings.logs.join(format!("{}-{node}.log", peer.name));
-    let mut file = File::options().create(true).append(true).open(&log)?;
-    writeln!(file, "--- {}", netns.name())?;
-    let mut command = pinned(settings.cpus.map(|(agents, _load)| agents), binary);
-    command
-        .arg("proxy")
-        .args(["--node", node, "--mesh-dir"])
-        .arg(mesh)
-        .arg("--ca-dir")
-        .arg(authority)
-        .env("ZTUNNEL_WORKER_THREADS", settings.workers.to_string())
-        .env("RUST_LOG", "info")
-        .env("LOG_FORMAT", "plain")
-        .stdin(Stdio::null())
-        .stdout(file.try_clone()?)
-        .stderr(file);
-    let child = netns.spawn(&mut command).with_context(|| format!("start {}", binary.display()))?;
-    Ok(Agent { child: Running(child), netns, log })
 }
 
 fn mesh_yaml(client: &Netns, server: &Netns) -> String {
     let pod = |name: &str, node: &str, ip: Ipv4Addr, ns: &Netns| {
-        format!(
-            "---\napiVersion: v1\nkind: Pod\nmetadata:\n  name: {name}\n  namespace: bench\n  uid: {name}-uid\n  labels:\n    app: {name}\n  \
-             annotations:\n    culvert.dev/netns: {}\nspec:\n  nodeName: {node}\n  serviceAccountName: {name}\n  containers:\n  - name: main\n    \
-             image: none\n    ports:\n    - containerPort: {PORT}\nstatus:\n  phase: Running\n  podIP: {ip}\n  podIPs:\n  - ip: {ip}\n  \
-             conditions:\n  - type: Ready\n    status: \"True\"\n",
-            ns.path().display()
-        )
+        let annotation = format!("culvert.dev/netns: {}", ns.path().display());
+        pod_yaml(name, ip, &format!("app: {name}"), &annotation, node)
     };
     format!(
         "apiVersion: v1\nkind: Namespace\nmetadata:\n  name: bench\n  labels:\n    istio.io/dataplane-mode: ambient\n\

@@ -67,6 +67,15 @@ fn total_of(pressure: &str) -> Option<u64> {
     pressure.lines().find(|line| line.starts_with("some"))?.split_once("total=")?.1.trim().parse().ok()
 }
 
+/// How many processors of which kind this machine has.
+pub fn processor() -> String {
+    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let name =
+        text.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':')).map(|(_, name)| name.trim().to_owned());
+    let count = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    format!("{count} × {}", name.unwrap_or_else(|| "unknown".into()))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -84,6 +84,7 @@ fn copy_small(from: &OwnedReadHalf, to: &OwnedWriteHalf) -> io::Result<Copied> {
 #[cfg(test)]
 mod tests {
     use super::super::client::{self, Direction};
+    use super::super::talk::Talk;
     use super::*;
     use std::net::Ipv4Addr;
     use std::time::Duration;
@@ -102,9 +103,9 @@ mod tests {
             let (outcome, _seconds) = client::stream(relay, 2, 5_000_000, direction).await;
             assert_eq!((outcome.errors, outcome.mismatches, outcome.bytes), (0, 0, 5_000_000), "{direction:?}");
         }
-        let (outcome, _seconds) = client::ping(relay, 2, Duration::from_millis(30), 64).await;
+        let (outcome, _seconds) = client::ping(relay, 2, Duration::from_millis(30), u64::MAX, &Talk::Echo { size: 64 }).await;
         assert!(outcome.errors == 0 && outcome.mismatches == 0 && outcome.count > 0);
-        let (outcome, _seconds) = client::churn(relay, 2, 20, 64).await;
+        let (outcome, _seconds) = client::churn(relay, 2, 20, &Talk::Echo { size: 64 }).await;
         assert_eq!((outcome.errors, outcome.count), (0, 20));
     }
 }

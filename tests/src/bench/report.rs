@@ -16,7 +16,7 @@ pub struct Sample {
     pub case: &'static str,
     /// From 0.
     pub round: usize,
-    /// CPU seconds per unit, of the client's agent and the server's; empty for the direct path.
+    /// CPU seconds per unit, of the client's agent and the server's (empty for the direct path); or of a waypoint, then its agents.
     pub cpu: Vec<f64>,
     /// Gbit/s or per second.
     pub rate: f64,
@@ -24,6 +24,14 @@ pub struct Sample {
     pub pressure: Option<f64>,
     /// The load generator's line.
     pub line: Value,
+}
+
+impl Sample {
+    /// To be kept.
+    pub(super) fn json(&self) -> Value {
+        json!({"peer": self.peer, "case": self.case, "round": self.round, "cpu_per_unit": self.cpu,
+            "rate": self.rate, "psi_percent": self.pressure, "load": self.line})
+    }
 }
 
 /// Memory of a pair of agents.
@@ -73,7 +81,7 @@ impl Spread {
     }
 
     /// `1.41 [1.40..1.43]`
-    fn show(this: Option<Self>, digits: usize) -> String {
+    pub(super) fn show(this: Option<Self>, digits: usize) -> String {
         this.map_or_else(
             || "-".into(),
             |spread| format!("{:.digits$} [{:.digits$}..{:.digits$}]", spread.median, spread.min, spread.max),
@@ -190,14 +198,7 @@ impl Report {
 
     /// Everything, to be kept.
     pub fn json(&self, about: Value, peers: &[String]) -> Value {
-        let samples: Vec<Value> = self
-            .samples
-            .iter()
-            .map(|sample| {
-                json!({"peer": sample.peer, "case": sample.case, "round": sample.round, "cpu_per_unit": sample.cpu,
-                    "rate": sample.rate, "psi_percent": sample.pressure, "load": sample.line})
-            })
-            .collect();
+        let samples: Vec<Value> = self.samples.iter().map(Sample::json).collect();
         let memory: Vec<Value> =
             self.memory.iter().map(|memory| json!({"peer": memory.peer, "idle_connections_and_rss_kib": memory.steps})).collect();
         let targets: Vec<Value> = peers
@@ -213,7 +214,8 @@ impl Report {
     }
 }
 
-fn write_rows<const N: usize>(out: &mut String, rows: &[[String; N]]) {
+/// Writes columns of equal width.
+pub(super) fn write_rows<const N: usize>(out: &mut String, rows: &[[String; N]]) {
     let widths: [usize; N] = std::array::from_fn(|column| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0));
     for row in rows {
         let line: Vec<String> = row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}")).collect();

@@ -12,8 +12,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, ensure};
 use mesh_tests::bench::case::{self, Case};
-use mesh_tests::bench::field::{Carrier, Field, Peer, Settings};
+use mesh_tests::bench::field::{Carrier, Field, Peer};
 use mesh_tests::bench::flags::Flags;
+use mesh_tests::bench::parts::Settings;
 use mesh_tests::bench::process::{self, Pressure};
 use mesh_tests::bench::report::{Memory, Report, Sample};
 use mesh_tests::{netns, skip};
@@ -212,7 +213,7 @@ impl Run {
             "workers": self.settings.workers,
             "pinned": self.settings.cpus,
             "kernel": std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim(),
-            "processor": processor(),
+            "processor": process::processor(),
             "peers": self.peers.iter().map(|peer| json!({"name": peer.name, "agent": peer.agent()})).collect::<Vec<_>>(),
         });
         std::fs::create_dir_all(&self.out)?;
@@ -225,12 +226,4 @@ impl Run {
         ensure!(report.problems.is_empty(), "{} problems", report.problems.len());
         Ok(())
     }
-}
-
-fn processor() -> String {
-    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let name =
-        text.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':')).map(|(_, name)| name.trim().to_owned());
-    let count = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    format!("{count} × {}", name.unwrap_or_else(|| "unknown".into()))
 }
