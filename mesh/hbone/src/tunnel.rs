@@ -274,6 +274,8 @@ pub(crate) struct Upkeep {
 #[derive(Debug)]
 struct Growth {
     window: u32,
+    /// The largest window since the tunnel last had no stream: what a stream that is open may hold unread.
+    widest: u32,
     base: u32,
     max: u32,
     connection: u32,
@@ -300,19 +302,7 @@ impl Upkeep {
             seen_bytes: 0,
             asked: None,
             slot_taken: false,
-            growth: Growth {
-                window: settings.stream_window,
-                base: settings.stream_window,
-                max: settings.max_stream_window,
-                connection: settings.connection_window,
-                streams: 0,
-                reserved: None,
-                probe_started: None,
-                probed_bytes: 0,
-                best_rate: 0.0,
-                best_window: 0,
-                resting: false,
-            },
+            growth: Growth::new(settings),
         }
     }
 
@@ -401,6 +391,23 @@ impl Upkeep {
 }
 
 impl Growth {
+    fn new(settings: &Settings) -> Self {
+        Self {
+            window: settings.stream_window,
+            widest: settings.stream_window,
+            base: settings.stream_window,
+            max: settings.max_stream_window,
+            connection: settings.connection_window,
+            streams: 0,
+            reserved: None,
+            probe_started: None,
+            probed_bytes: 0,
+            best_rate: 0.0,
+            best_window: 0,
+            resting: false,
+        }
+    }
+
     /// Doubles the window when it is what limits a keeping-up reader and the last doubling helped.
     fn consider(&mut self, consumed: u64, rate: f64, streams: usize, knobs: &mut impl Knobs, settings: &Settings) {
         if consumed < u64::from(self.window / 3 * 2) {
@@ -420,6 +427,7 @@ impl Growth {
         }
         if knobs.set_stream_window(window) {
             self.window = window;
+            self.widest = self.widest.max(window);
             self.follow_streams(streams, knobs, settings);
         }
     }
@@ -449,7 +457,10 @@ impl Growth {
         if self.window > self.base && !self.reserve(self.window, streams, settings) {
             self.shrink(knobs);
         }
-        let target = settings.connection_target(streams, self.window);
+        if streams == 0 {
+            self.widest = self.window;
+        }
+        let target = settings.connection_target(streams, self.widest);
         // Never lowered: the peer may already hold the credit.
         if target > self.connection {
             self.connection = target;
@@ -464,5 +475,46 @@ impl Growth {
             self.best_rate = 0.0;
             self.best_window = 0;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Default)]
+    struct Told {
+        stream: u32,
+        connection: u32,
+    }
+    impl Knobs for Told {
+        fn set_stream_window(&mut self, window: u32) -> bool {
+            self.stream = window;
+            true
+        }
+        fn set_connection_window(&mut self, window: u32) {
+            self.connection = window;
+        }
+    }
+
+    #[test]
+    fn streams_that_stalled_with_a_grown_window_leave_room_for_the_others() {
+        let settings = Settings::default();
+        let (mut growth, mut told) = (Growth::new(&settings), Told::default());
+        growth.follow_streams(1, &mut told, &settings);
+        for doubling in 1..=4 {
+            growth.consider(u64::MAX, f64::from(doubling) * 1e9, 1, &mut told, &settings);
+        }
+        assert_eq!(told.stream, settings.max_stream_window);
+        growth.shrink(&mut told);
+        assert_eq!(told.stream, settings.stream_window);
+        // Each of them may hold as much as the window was when it stalled.
+        growth.follow_streams(20, &mut told, &settings);
+        assert!(told.connection >= 20 * settings.max_stream_window + settings.stream_window, "{}", told.connection);
+        // Nobody of them is left.
+        let before = told.connection;
+        growth.follow_streams(0, &mut told, &settings);
+        growth.follow_streams(30, &mut told, &settings);
+        assert_eq!(told.connection, before, "30 small windows fit in what there is");
     }
 }
