@@ -29,7 +29,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf, Take};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout};
 use tokio_rustls::client::TlsStream;
@@ -109,9 +109,9 @@ impl Stream {
     /// The stream as [`AsyncRead`] and [`AsyncWrite`].
     pub fn into_io(self) -> Io {
         match self {
-            Self::Hbone(stream, guard) => Io { raw: Raw::Bare(Bare::Hbone(stream.into_io())), _guard: guard },
-            Self::Tcp(stream, guard) => Io { raw: Raw::Bare(Bare::Tcp(stream)), _guard: guard },
-            Self::Tls(stream, guard) => Io { raw: Raw::Tls(stream), _guard: guard },
+            Self::Hbone(stream, guard) => Io::new(Raw::Bare(Bare::Hbone(stream.into_io())), guard),
+            Self::Tcp(stream, guard) => Io::new(Raw::Bare(Bare::Tcp(stream)), guard),
+            Self::Tls(stream, guard) => Io::new(Raw::Tls(stream), guard),
         }
     }
 }
@@ -135,9 +135,18 @@ enum Raw {
 /// A connection's bytes; counts as a connection until it is dropped.
 #[derive(Debug)]
 pub struct Io {
-    raw: Raw,
+    /// With a limit that is set anew for each read.
+    raw: Take<Raw>,
     _guard: ConnectionGuard,
 }
+impl Io {
+    fn new(raw: Raw, guard: ConnectionGuard) -> Self {
+        Self { raw: raw.take(0), _guard: guard }
+    }
+}
+/// Most bytes of one read. hyper doubles its buffers as long as reads fill them, and a response whose client does not read
+/// keeps several of them: with this they stay at 16 KiB.
+const READ: u64 = (16 << 10) - 1;
 
 /// A connection for HTTP, with the tunnel it is in.
 pub(super) async fn dial(
@@ -324,35 +333,38 @@ impl AsyncWrite for Bare {
         true
     }
 }
-impl AsyncRead for Io {
+impl AsyncRead for Raw {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        match &mut self.get_mut().raw {
-            Raw::Bare(io) => Pin::new(io).poll_read(cx, buf),
-            Raw::Tls(io) => Pin::new(io).poll_read(cx, buf),
-        }
+        either!(self, Raw { Bare, Tls }, io => Pin::new(io).poll_read(cx, buf))
+    }
+}
+impl AsyncRead for Io {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        self.raw.set_limit(READ);
+        Pin::new(&mut self.raw).poll_read(cx, buf)
     }
 }
 impl AsyncWrite for Io {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        match &mut self.get_mut().raw {
+        match self.get_mut().raw.get_mut() {
             Raw::Bare(io) => Pin::new(io).poll_write(cx, buf),
             Raw::Tls(io) => Pin::new(io).poll_write(cx, buf),
         }
     }
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match &mut self.get_mut().raw {
+        match self.get_mut().raw.get_mut() {
             Raw::Bare(io) => Pin::new(io).poll_flush(cx),
             Raw::Tls(io) => Pin::new(io).poll_flush(cx),
         }
     }
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match &mut self.get_mut().raw {
+        match self.get_mut().raw.get_mut() {
             Raw::Bare(io) => Pin::new(io).poll_shutdown(cx),
             Raw::Tls(io) => Pin::new(io).poll_shutdown(cx),
         }
     }
     fn poll_write_vectored(self: Pin<&mut Self>, cx: &mut Context<'_>, bufs: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
-        match &mut self.get_mut().raw {
+        match self.get_mut().raw.get_mut() {
             Raw::Bare(io) => Pin::new(io).poll_write_vectored(cx, bufs),
             Raw::Tls(io) => Pin::new(io).poll_write_vectored(cx, bufs),
         }
