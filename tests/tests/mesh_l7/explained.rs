@@ -68,7 +68,7 @@ pub(crate) fn meshctl_why_says_what_the_waypoint_does(mesh: &mut Mesh) -> anyhow
         (WEB, "web", "/secret/a/b", &[], &[], 200, Some("main"), None),
         (WEB, "web", "/y/../secret/a", &["--path-as-is"], &[], 403, Some("main"), Some("policy_denied")),
         (WEB, "web", "/x", &["-H", "x-evil: 1"], &["--header", "x-evil=1"], 403, Some("main"), Some("policy_denied")),
-        (WEB, "web", "/nobody", &[], &[], 503, Some("nobody"), Some("no_healthy_endpoint")),
+        (WEB, "web", "/nobody", &[], &[], 503, Some("nobody"), None),
         (OTHER, "other", "/only", &[], &[], 200, Some(""), None),
         (OTHER, "other", "/not", &[], &[], 404, None, None),
     ];

@@ -255,7 +255,7 @@ impl Story<'_> {
             Ok(HttpAction::Redirect(r)) => Outcome::new(Decision::Allowed, format!("{}, a redirect of the route", r.status)),
             Ok(HttpAction::Respond(r)) => Outcome::new(Decision::Allowed, format!("{}, an answer of the route", r.status)),
             Ok(HttpAction::Forward(f)) => {
-                let decision = self.onward(me, target, &f.backends, f.total_weight);
+                let decision = self.onward(me, target, &f.backends, f.total_weight, false);
                 let answer = match decision {
                     Decision::Allowed | Decision::Elsewhere => "what the application answers",
                     Decision::Partly => "what the application answers, or 503",
@@ -288,7 +288,7 @@ impl Story<'_> {
         let Some((chosen, table)) = chosen else { return Outcome::new(Decision::Denied, "the connection is reset") };
         step.route = Some(route::bytes(self.snap, &chosen, table));
         self.steps.push(step);
-        let decision = self.onward(me, target, &chosen.backends, chosen.total_weight);
+        let decision = self.onward(me, target, &chosen.backends, chosen.total_weight, true);
         Outcome::new(
             decision,
             if decision == Decision::Allowed { "what the application answers" } else { "the connection is reset" },
@@ -335,7 +335,7 @@ impl Story<'_> {
     }
 
     /// From the waypoint to the endpoints of every backend that has a share.
-    fn onward(&mut self, me: &Arc<Workload>, target: &For, backends: &[Backend], total: u64) -> Decision {
+    fn onward(&mut self, me: &Arc<Workload>, target: &For, backends: &[Backend], total: u64, bytes: bool) -> Decision {
         let ip = me.ips.first().map_or(IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED), IpAddr::to_canonical);
         let client = SocketAddr::new(ip, self.source.address.port());
         let identity = me.identity().ok();
@@ -346,28 +346,42 @@ impl Story<'_> {
                 BackendRef::Invalid { status, why } => {
                     Step { passes: false, ..Step::passes(&at, format!("{why}: answered {status}")) }
                 }
-                BackendRef::Service(key) => {
-                    let reached = self.cluster(target, key);
-                    if !reached.is_empty() {
+                BackendRef::Service(key) => match self.cluster(target, key) {
+                    Ok(reached) if !reached.is_empty() => {
                         outcomes.extend(self.arrive(&reached, client, identity.as_ref()));
                         continue;
                     }
-                    Step::refuses(&at, &Refusal::new(Reason::NoHealthyEndpoint, subset_of(key)))
-                }
+                    Ok(_) => Step::refuses(&at, &Refusal::new(Reason::NoHealthyEndpoint, subset_of(key))),
+                    // Of a request the proxy says this in details and flags only.
+                    Err(why) => {
+                        let reason = bytes.then(|| Reason::NotBound.as_str().to_owned());
+                        Step { passes: false, reason, ..Step::passes(&at, why) }
+                    }
+                },
             };
             outcomes.push(false);
             self.steps.push(refusal);
         }
         decision(outcomes.into_iter())
     }
-    /// The endpoints of a cluster with their ports.
-    fn cluster(&self, target: &For, key: &ClusterKey) -> Vec<(Arc<Known>, u16)> {
+    /// The endpoints of a cluster with their ports; why there is no such cluster.
+    fn cluster(&self, target: &For, key: &ClusterKey) -> Result<Vec<(Arc<Known>, u16)>, String> {
         if let For::Mesh(Target::Workload { known, port }) = target {
-            return vec![(Arc::clone(known), *port)];
+            return Ok(vec![(Arc::clone(known), *port)]);
         }
-        let Some(service) = self.snap.find_service(&key.service) else { return Vec::new() };
+        let known = self.snap.find_service(&key.service).filter(|s| s.port(key.port).is_some());
+        let service = known.ok_or_else(|| format!("{} is no port of a service", subset_of(key)))?;
+        let destination = self.snap.find_destination(&key.service);
+        if let Some(why) = destination.and_then(|d| d.broken.as_ref()) {
+            return Err(format!("destination_unusable: {why}"));
+        }
+        if let Some(subset) = &key.subset
+            && !destination.is_some_and(|d| d.subsets.contains_key(subset))
+        {
+            return Err(format!("{}: no DestinationRule declares the subset", subset_of(key)));
+        }
         let all = route::endpoints(self.snap, key);
-        all.filter_map(|e| Some((Arc::clone(e.known()), e.target_port(service, key.port)?))).collect()
+        Ok(all.filter_map(|e| Some((Arc::clone(e.known()), e.target_port(service, key.port)?))).collect())
     }
 }
 
