@@ -16,6 +16,7 @@ pub mod envoy;
 pub mod hbone;
 pub mod http;
 pub mod http1;
+pub mod issuer;
 pub mod load;
 pub mod mesh_dir;
 pub mod meshctl;

@@ -8,7 +8,8 @@ use crate::listen;
 use crate::listen::gateway::Listeners;
 use crate::settings::Settings;
 use crate::telemetry::{Telemetry, scrape};
-use crate::upstream::{Deps, Upstreams};
+use crate::token::source::Sources;
+use crate::upstream::{Deps, Fetcher, Upstreams};
 use ::http::{Method, StatusCode};
 use anyhow::{Context, Result};
 use mesh_identity::cache::CacheSettings;
@@ -18,7 +19,9 @@ use mesh_identity::live::LivePeers;
 use mesh_identity::local_ca::{LocalCa, LocalCaSettings};
 use mesh_identity::{IdentitySource, SvidCache, TlsContext};
 use mesh_model::explain;
+use mesh_model::inbound::is_instance;
 use mesh_model::l7::gateway::GatewayKey;
+use mesh_model::l7::policy::PolicyTarget;
 use mesh_model::labels::Labels;
 use mesh_model::snapshot::Viewpoint;
 use mesh_model::workload::Locality;
@@ -146,6 +149,7 @@ async fn control(shared: Arc<Shared>, hbone: BoundListener, drain: DrainWatch, p
     let mut versions = shared.mesh.watch();
     let tell_own = || shared.telemetry.set_own(shared.me(&shared.mesh.load()).ok());
     tell_own();
+    follow_issuers(&shared);
     let mut listeners = Listeners::default();
     listeners.reconcile(&shared, &drain);
     // Certificate files are renewed in place, and a port that was taken may have become free.
@@ -160,6 +164,7 @@ async fn control(shared: Arc<Shared>, hbone: BoundListener, drain: DrainWatch, p
                 versions.mark_unchanged();
                 tell_own();
                 shared.upstreams.collect(&shared.mesh.load_full());
+                follow_issuers(&shared);
                 listeners.reconcile(&shared, &drain);
             }
             _ = tick.tick() => listeners.reconcile(&shared, &drain),
@@ -176,6 +181,23 @@ async fn control(shared: Arc<Shared>, hbone: BoundListener, drain: DrainWatch, p
             _ = drain.draining() => return listeners.drain(shared.settings.termination_deadline),
         }
     }
+}
+
+/// Keeps the keys this process may need, so that the first token does not wait for them, and forgets the others.
+fn follow_issuers(shared: &Shared) {
+    let snap = shared.mesh.load_full();
+    let me = shared.me(&snap).ok();
+    let is_ours = |target: &PolicyTarget| match target {
+        PolicyTarget::Gateway(key) => *key == shared.gateway,
+        PolicyTarget::Service(key) => me
+            .zip(snap.find_service(key))
+            .is_some_and(|(me, service)| service.waypoints.iter().any(|w| is_instance(&snap, me, &w.waypoint))),
+        PolicyTarget::GatewaysOf(ns) | PolicyTarget::Namespace(ns) => *ns == shared.gateway.namespace,
+        PolicyTarget::Waypoints | PolicyTarget::Gateways | PolicyTarget::Mesh => true,
+    };
+    let needed = snap.request_auths().filter(|(target, _)| is_ours(target)).flat_map(|(_, auths)| auths.rules());
+    let mentioned = snap.request_auths().flat_map(|(_, auths)| auths.rules()).map(|rule| &rule.keys).collect();
+    shared.tokens.collect(needed.map(|rule| &rule.keys), &mentioned);
 }
 
 fn assemble(
@@ -224,7 +246,9 @@ fn assemble(
         labels: Labels::default(),
         baggage: None,
     });
+    let fetcher = Fetcher::new(mesh.clone(), Arc::clone(&upstreams), threads.pick(None).clone(), &settings.namespace);
     Ok(Arc::new(Shared {
+        tokens: Sources::new(Arc::new(fetcher), settings.jwks_refresh, control),
         gate: Gate::new(settings.max_handshakes),
         mesh,
         threads,

@@ -1,11 +1,14 @@
 //! What all connections share, and what is known of one.
-use crate::facts::Facts;
+use crate::facts::{Facts, Scope};
 use crate::settings::Settings;
 use crate::telemetry::Telemetry;
+use crate::token::source::Sources;
 use crate::upstream::Upstreams;
 use mesh_identity::SvidHandle;
 use mesh_identity::live::LivePeers;
+use mesh_model::authz_l7::PolicyScope;
 use mesh_model::l7::gateway::GatewayKey;
+use mesh_model::waypoint::Target;
 use mesh_model::workload::Workload;
 use mesh_model::{Reason, Refusal, Snapshot, SpiffeId};
 use mesh_runtime::drain::DrainWatch;
@@ -42,6 +45,8 @@ pub struct Shared {
     pub hbone: Arc<mesh_hbone::Settings>,
     /// Clusters, pools, health.
     pub upstreams: Arc<Upstreams>,
+    /// Keys of issuers.
+    pub tokens: Sources,
     /// Metrics and access log.
     pub telemetry: Telemetry,
     /// Live tunnels, for revocation.
@@ -77,6 +82,18 @@ impl Conn {
     /// A connection of which this is known.
     pub fn new(shared: Arc<Shared>, facts: Facts, drain: DrainWatch) -> Self {
         Self { shared, facts, drain, activity: Activity::default() }
+    }
+}
+impl Conn {
+    /// What decides which policies bind it.
+    pub(crate) fn policy_scope(&self) -> PolicyScope<'_> {
+        let (service, namespace) = match &self.scope {
+            Scope::Mesh(Target::Service { service, .. }) => (Some(&service.key), Some(&*service.key.namespace)),
+            Scope::Mesh(Target::Workload { known, .. }) => (None, Some(&*known.workload().namespace)),
+            Scope::Gateway { .. } => (None, None),
+        };
+        let waypoint = matches!(self.scope, Scope::Mesh(_));
+        PolicyScope { service, namespace, gateway: Some(&self.shared.gateway), waypoint }
     }
 }
 impl Deref for Conn {

@@ -45,6 +45,7 @@ pub(crate) fn config(shared: &Shared, diagnostics: &Diagnostics) -> Value {
         "gateways": snap.gateways().map(|g| layer7::gateway(g)).collect::<Vec<_>>(),
         "policies": snap.l7_policies().map(|(target, all)| layer7::policies(target, all)).collect::<Vec<_>>(),
         "certificates": shared.svid.dump(),
+        "jwks": jwks(shared),
         "config": settings(shared),
         "problems": problems(diagnostics),
     })
@@ -55,6 +56,12 @@ fn own(me: Result<&&Arc<Workload>, &Refusal>) -> Value {
         Ok(me) => json!({ "uid": me.uid, "name": me.name, "namespace": me.namespace }),
         Err(why) => json!({ "error": why.to_string() }),
     }
+}
+
+/// Keys of token issuers, and what went wrong with the last fetch.
+fn jwks(shared: &Shared) -> Vec<Value> {
+    let all = shared.tokens.view().into_iter();
+    all.map(|(source, keys, error)| json!({ "source": source, "keys": keys, "error": error })).collect()
 }
 
 /// The services this waypoint serves.

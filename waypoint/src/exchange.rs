@@ -5,7 +5,9 @@
 //! Downstream: the phases, `upstream`, `telemetry`.
 use crate::body::Body;
 use crate::conn::Conn;
-use crate::phase::{Exchange, Flow, admit, attempt, authorize, cors, expose, fault, forward, mirror, respond, rewrite, route};
+use crate::phase::{
+    Exchange, Flow, admit, attempt, authenticate, authorize, cors, expose, fault, forward, mirror, respond, rewrite, route,
+};
 use ::http::{Request, Response};
 use hyper::body::Incoming;
 use std::sync::Arc;
@@ -31,6 +33,7 @@ async fn phases(ex: &mut Exchange<'_>) -> Response<Body> {
         };
     }
     phase!(admit::check(ex)); //       host, path, hop-by-hop headers, request id, forwarded-for
+    phase!(authenticate::check(ex).await); // token, claims into headers
     let routed = route::choose(ex); // routes of the host → rule → backend by weight
     phase!(authorize::check(ex)); //   policies of what was addressed
     phase!(route::check(ex, routed)); // no route: told to those alone who may ask

@@ -19,6 +19,7 @@ mod phase;
 pub mod settings;
 pub mod tcp;
 pub mod telemetry;
+pub mod token;
 pub mod tunnel;
 mod upgrade;
 pub mod upstream;

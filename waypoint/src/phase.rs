@@ -1,6 +1,7 @@
 //! The phases of one exchange, one file each, and what they share; `exchange::run` has their order.
 pub(crate) mod admit;
 pub(crate) mod attempt;
+pub(crate) mod authenticate;
 pub(crate) mod authorize;
 pub(crate) mod cors;
 pub(crate) mod expose;
@@ -15,11 +16,12 @@ pub(crate) mod route;
 use crate::body::Body;
 use crate::conn::Conn;
 use crate::telemetry::Record;
+use crate::token::Verified;
 use crate::upgrade::Switched;
 use http::request::Parts;
 use http::{HeaderMap, HeaderValue, Response};
 use mesh_model::Snapshot;
-use mesh_model::l7::route::{Forward, HttpAction};
+use mesh_model::l7::route::{Claims, Forward, HttpAction};
 use mesh_model::l7::{Backend, HttpMatch, HttpRoute, RequestFacts, RouteTable};
 use replay::Replay;
 use std::str::FromStr;
@@ -59,6 +61,8 @@ pub struct Exchange<'c> {
     pub rule: Option<(Arc<RouteTable>, usize)>,
     /// Index of the backend within the route, once `route` drew it.
     pub backend: Option<usize>,
+    /// The verified token.
+    pub(crate) token: Option<Verified>,
     /// Headers CORS adds to the response.
     pub cors_headers: Option<HeaderMap>,
     /// The cookie by which the client will be known again, for what the endpoint answers.
@@ -83,7 +87,7 @@ impl Exchange<'_> {
             query: self.parts.uri.query(),
             headers: &self.parts.headers,
             port: self.conn.port(),
-            claims: None,
+            claims: self.token.as_ref().map(|t| t as &dyn Claims),
         }
     }
     /// The backend `route` chose.

@@ -135,6 +135,9 @@ pub struct Settings {
     /// Path normalisation before routing and policy: `none`, `base`, `merge-slashes` or `decode-and-merge-slashes`.
     #[arg(long, env = "CULVERT_PATH_NORMALIZATION", default_value = "base")]
     pub path_normalization: PathMode,
+    /// Time between two fetches of the same JWKS; a token with an unknown key id is reason for one in between.
+    #[arg(long = "jwks-refresh-interval", env = "PILOT_JWT_PUB_KEY_REFRESH_INTERVAL", default_value = "20m", value_parser = duration)]
+    pub jwks_refresh: Duration,
     /// Write the access log.
     #[arg(long, env = "CULVERT_ACCESS_LOG", default_value_t = true, action = clap::ArgAction::Set)]
     pub access_log: bool,

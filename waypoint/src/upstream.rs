@@ -11,6 +11,7 @@
 mod build;
 mod cluster;
 pub mod error;
+mod fetch;
 mod host;
 mod pool;
 mod proxy_protocol;
@@ -22,6 +23,7 @@ mod view;
 
 pub use cluster::{Cluster, Observed, PickContext};
 pub use error::{Failure, UpstreamError};
+pub use fetch::Fetcher;
 pub use host::Host;
 pub use send::{SendOptions, connect, send};
 pub use state::{ConnectionGuard, RequestGuard, RetryGuard};

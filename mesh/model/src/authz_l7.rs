@@ -10,6 +10,7 @@ use crate::gateway::ServiceKey;
 use crate::id::SpiffeId;
 use crate::l7::gateway::GatewayKey;
 use crate::l7::policy::{Condition, HeaderKey, L7Action, L7Body, L7Policies, L7Policy, L7Rule, L7Source, Operation, TargetRef};
+use crate::l7::request_auth::RequestAuths;
 use crate::l7::route::Claims;
 use crate::policy::{TextMatch, Values};
 use crate::reason::{Reason, Refusal};
@@ -29,6 +30,29 @@ pub struct PolicyScope<'a> {
     /// It came through a tunnel: this process acts as a waypoint.
     pub waypoint: bool,
 }
+impl<'a> PolicyScope<'a> {
+    /// What policies that bind it may be bound to, the nearest first.
+    pub fn targets(&self) -> [Option<TargetRef<'a>>; 6] {
+        [
+            self.service.map(TargetRef::Service),
+            self.gateway.map(TargetRef::Gateway),
+            self.waypoint.then_some(TargetRef::Waypoints),
+            self.namespace.map(TargetRef::Namespace),
+            // The namespace of a gateway that serves another one: a policy of unknown targets may have meant it.
+            self.gateway.map(|g| &*g.namespace).filter(|ns| self.namespace != Some(*ns)).map(TargetRef::Namespace),
+            Some(TargetRef::Mesh),
+        ]
+    }
+    /// The RequestAuthentications that bind it, the nearest first; their rules count together.
+    pub fn request_auths<'s>(&self, snap: &'s Snapshot) -> impl Iterator<Item = &'s RequestAuths> + Clone + use<'s> {
+        let any = snap.has_request_auths();
+        let find = |target: TargetRef<'_>| if any { snap.find_request_auths(target).map(|a| &**a) } else { None };
+        // What names no target is for gateways, never for waypoints (Istio's rule).
+        let outside = self.gateway.filter(|_| !self.waypoint);
+        let of_gateways = outside.map(|g| [find(TargetRef::GatewaysOf(&g.namespace)), find(TargetRef::Gateways)]);
+        self.targets().map(|t| t.and_then(find)).into_iter().chain(of_gateways.into_iter().flatten()).flatten()
+    }
+}
 /// The policies in scope, found once for a request.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct InScope<'s> {
@@ -40,18 +64,8 @@ impl<'s> InScope<'s> {
         if !snap.has_l7_policies() {
             return Self::default();
         }
-        let find = |target: Option<TargetRef<'_>>| target.and_then(|t| snap.find_l7_policies(t)).map(|p| &**p);
-        Self {
-            sets: [
-                find(scope.service.map(TargetRef::Service)),
-                find(scope.gateway.map(TargetRef::Gateway)),
-                find(scope.waypoint.then_some(TargetRef::Waypoints)),
-                find(scope.namespace.map(TargetRef::Namespace)),
-                // The namespace of a gateway that serves another one: a policy of unknown targets may have meant it.
-                find(scope.gateway.map(|g| &*g.namespace).filter(|ns| scope.namespace != Some(*ns)).map(TargetRef::Namespace)),
-                find(Some(TargetRef::Mesh)),
-            ],
-        }
+        let find = |target: TargetRef<'_>| snap.find_l7_policies(target).map(|p| &**p);
+        Self { sets: scope.targets().map(|target| target.and_then(find)) }
     }
     /// Whether nothing is said.
     pub fn is_empty(&self) -> bool {

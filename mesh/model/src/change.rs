@@ -2,6 +2,7 @@
 use crate::l7::destination::Destination;
 use crate::l7::gateway::{GatewayKey, GatewayRoutes};
 use crate::l7::policy::{L7Policies, PolicyTarget};
+use crate::l7::request_auth::RequestAuths;
 use crate::l7::route::RouteTable;
 pub use crate::origin::Origin;
 use crate::policy::{Policy, PolicyKey};
@@ -40,6 +41,10 @@ pub enum Change {
     L7Policies(PolicyTarget, Arc<L7Policies>),
     /// No layer 7 policy is bound to a target any more.
     L7PoliciesGone(PolicyTarget),
+    /// The RequestAuthentications of a target appeared or changed.
+    RequestAuths(PolicyTarget, Arc<RequestAuths>),
+    /// No RequestAuthentication is bound to a target any more.
+    RequestAuthsGone(PolicyTarget),
     /// The locality of our own node became known or changed (endpoint preferences are ranked from it).
     OwnLocality(Locality),
 }

@@ -16,6 +16,7 @@ pub mod index;
 pub mod outlier;
 pub mod path;
 pub mod policy;
+pub mod request_auth;
 pub mod retry;
 pub mod rewrite;
 pub mod route;

@@ -51,6 +51,8 @@ reasons! {
     PolicyUnusable { "policy_unusable", Control, flag "DENY", status 401, retry false, "fix the rejected policy; `problems` in /config_dump shows file, line and field" }
     /// A CUSTOM policy matched and there is no external authorizer to ask.
     NoAuthorizer { "no_authorizer", Control, flag "UAEX", status 401, retry false, "a CUSTOM policy matches and its provider cannot be asked; remove the policy, or write it as ALLOW or DENY" }
+    /// The request's token was refused.
+    TokenRefused { "token_refused", Client, flag "-", status 401, retry false, "the token is not one a RequestAuthentication accepts; the answer's body says what is wrong with it" }
     /// Cut because policy, workload or certificate no longer allows it.
     Revoked { "revoked", Client, flag "DENY", status 401, retry false, "a configuration change no longer allows this connection" }
     /// The peer's certificate is of a trust domain we do not accept.

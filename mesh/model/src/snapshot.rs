@@ -11,6 +11,7 @@ use crate::known::Known;
 use crate::l7::destination::Destination;
 use crate::l7::gateway::{GatewayKey, GatewayRoutes};
 use crate::l7::policy::{L7Policies, PolicyTarget, TargetRef};
+use crate::l7::request_auth::RequestAuths;
 use crate::l7::route::RouteTable;
 use crate::lb::{Endpoint, EndpointSet};
 use crate::policy::{Policy, PolicyKey};
@@ -60,6 +61,8 @@ pub struct Snapshot {
     gateways: Shards<GatewayKey, Arc<GatewayRoutes>>,
     /// Layer 7 policies by what they are bound to.
     l7_policies: Shards<PolicyTarget, Arc<L7Policies>>,
+    /// RequestAuthentications by what they are bound to.
+    request_auths: Shards<PolicyTarget, Arc<RequestAuths>>,
 }
 /// Trust domain, namespace, service account.
 type Account = (TrustDomain, Arc<str>, Arc<str>);
@@ -208,6 +211,7 @@ impl Snapshot {
             destinations: Shards::default(),
             gateways: Shards::default(),
             l7_policies: Shards::default(),
+            request_auths: Shards::default(),
         }
     }
     /// Its version.
@@ -257,6 +261,12 @@ impl Snapshot {
                 }
                 Change::L7PoliciesGone(target) => {
                     next.l7_policies.remove(target);
+                }
+                Change::RequestAuths(target, auths) => {
+                    next.request_auths.insert(target.clone(), Arc::clone(auths));
+                }
+                Change::RequestAuthsGone(target) => {
+                    next.request_auths.remove(target);
                 }
                 Change::OwnLocality(l) => {
                     if next.view.locality != *l {
@@ -529,6 +539,18 @@ impl Snapshot {
     pub fn l7_policies(&self) -> impl Iterator<Item = (&PolicyTarget, &Arc<L7Policies>)> {
         self.l7_policies.iter()
     }
+    /// The RequestAuthentications bound to a target.
+    pub fn find_request_auths(&self, target: TargetRef<'_>) -> Option<&Arc<RequestAuths>> {
+        self.request_auths.get(&target)
+    }
+    /// All RequestAuthentications by target, in no order (after a publish and admin, never the data path).
+    pub fn request_auths(&self) -> impl Iterator<Item = (&PolicyTarget, &Arc<RequestAuths>)> {
+        self.request_auths.iter()
+    }
+    /// Whether any RequestAuthentication is bound to anything.
+    pub fn has_request_auths(&self) -> bool {
+        !self.request_auths.is_empty()
+    }
     /// The endpoint set of a service, also of one that has not arrived yet (its endpoints are staged).
     pub fn endpoint_set(&self, service: &ServiceKey) -> Option<&EndpointSet> {
         self.services.get(service).map(|b| &b.endpoints)
@@ -567,6 +589,7 @@ impl Snapshot {
         lines.extend(self.routes.iter().map(|(key, table)| format!("routes {key} {table:?}")));
         lines.extend(self.destinations.values().map(|d| format!("destination {d:?}")));
         lines.extend(self.gateways.values().map(|g| format!("gateway {g:?}")));
+        lines.extend(self.request_auths.iter().map(|(target, a)| format!("request authentication of {target} {a:?}")));
         lines.extend(self.l7_policies.iter().map(|(target, p)| format!("layer 7 policies of {target} {p:?}")));
         self.policies.dump(&mut lines);
         lines.sort_unstable();

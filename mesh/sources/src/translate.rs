@@ -21,6 +21,7 @@ mod object;
 mod peer;
 mod pem;
 pub(crate) mod read;
+mod request_auth;
 mod request_policy;
 mod selector;
 mod targets;
@@ -373,7 +374,8 @@ impl Translator {
                 | Kind::BackendTlsPolicy
                 | Kind::ReferenceGrant
                 | Kind::Secret
-                | Kind::ConfigMap,
+                | Kind::ConfigMap
+                | Kind::RequestAuthentication,
                 new,
             ) => {
                 if let Some(layer7) = &mut self.layer7 {

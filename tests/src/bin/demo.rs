@@ -14,12 +14,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, ensure};
 use mesh_tests::agent::{self, Agent, AgentSpec};
 use mesh_tests::capture::Capture;
+use mesh_tests::issuer::{KeyServer, Manner, SigningKey, now};
 use mesh_tests::mesh_dir::MeshDir;
 use mesh_tests::meshctl::why_of_process;
 use mesh_tests::program::Program;
 use mesh_tests::topology::{Place, Plan, Topology};
 use mesh_tests::{netns, skip, wait};
-use serde_json::Value;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 const HELP: &str = "\
@@ -112,7 +113,7 @@ struct Tour {
 }
 
 /// Chapters of the tour, for "n of m".
-const STEPS: usize = 14;
+const STEPS: usize = 15;
 
 impl Tour {
     fn step(&mut self, title: &str) {
@@ -139,6 +140,7 @@ impl Tour {
 /// What runs. Fields are dropped in this order: programs and agents before the network they live in.
 struct Mesh {
     programs: Vec<Program>,
+    issuers: [Issuer; 2],
     agents: Vec<Agent>,
     topology: Topology,
     dir: MeshDir,
@@ -171,6 +173,8 @@ fn run(tour: &mut Tour, keep: bool) -> anyhow::Result<()> {
     through_waypoint(tour, &mesh)?;
     tour.step("Layer 7: who may do what, by method and path");
     by_method_and_path(tour, &mesh)?;
+    tour.step("Layer 7: roles, by tokens of two issuers whose keys rotate");
+    roles(tour, &mesh)?;
     tour.step("Layer 7: a canary, by header and by weight; and a retry");
     canary(tour, &mesh)?;
     tour.step("Layer 7: a breaker opens and heals");
@@ -251,7 +255,12 @@ fn start(tour: &mut Tour, redis: Option<&Redis>) -> anyhow::Result<Mesh> {
             .replace("baseEjectionTime: 30s", "baseEjectionTime: 2s")
     })?;
     let files = netns::scratch("demo")?;
-    let mut mesh = Mesh { programs: Vec::new(), agents: Vec::new(), topology, dir, files };
+    let auth = topology.pod("zamaz-auth");
+    let issuers = [
+        Issuer::start("https://auth.zamaz.cluster.local", auth, 8090)?,
+        Issuer::start("https://dev-auth.zamaz.cluster.local", auth, 8091)?,
+    ];
+    let mut mesh = Mesh { programs: Vec::new(), issuers, agents: Vec::new(), topology, dir, files };
 
     for name in SERVERS {
         let place = mesh.topology.pod(name).clone();
@@ -332,7 +341,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.rfile.read(int(self.headers.get("content-length") or 0))
         bad = os.path.exists(fail) or (self.path.startswith("/api/flaky/") and self.path not in seen)
         seen.add(self.path)
-        body = b"out of order\n" if bad else ("hello from %s, client %s\n" % (name, self.headers.get("x-forwarded-for", "-"))).encode()
+        user = self.headers.get("x-user-id")
+        hello = "hello from %s, client %s" % (name, self.headers.get("x-forwarded-for", "-")) + (", user " + user if user else "")
+        body = b"out of order\n" if bad else (hello + "\n").encode()
         self.send_response(503 if bad else 200)
         self.send_header("content-length", str(len(body)))
         self.end_headers()
@@ -748,6 +759,100 @@ fn by_method_and_path(tour: &mut Tour, mesh: &Mesh) -> anyhow::Result<()> {
     explained(tour, mesh.waypoint()?, &asked, "not_allowed")
 }
 
+/// Somebody whose tokens the API believes. Its key is made when the demo starts.
+struct Issuer {
+    name: &'static str,
+    key: SigningKey,
+    server: KeyServer,
+}
+impl Issuer {
+    fn start(name: &'static str, place: &Arc<Place>, port: u16) -> anyhow::Result<Self> {
+        let key = SigningKey::make("2026-11")?;
+        let server = KeyServer::start(place, port, None)?;
+        server.publish(&[&key]);
+        Ok(Self { name, key, server })
+    }
+    fn token(&self, key: &SigningKey, user: &str, role: &str, expires: u64) -> anyhow::Result<String> {
+        let claims = json!({ "iss": self.name, "sub": user, "aud": "zamaz-api", "roles": [role], "exp": expires });
+        key.token(&claims)
+    }
+}
+
+fn roles(tour: &mut Tour, mesh: &Mesh) -> anyhow::Result<()> {
+    let [auth, dev] = &mesh.issuers;
+    let frontend = mesh.topology.pod("zamaz-frontend");
+    let soon = now() + 3600;
+    let ann = auth.token(&auth.key, "ann", "admin", soon)?;
+    let admin = "/api/admin/users";
+    let denied = "RBAC: access denied";
+    for (who, token, path, expect, says) in [
+        ("nobody", None, admin, "403", denied),
+        ("ben, user", Some(auth.token(&auth.key, "ben", "user", soon)?), admin, "403", denied),
+        ("ben, user", Some(auth.token(&auth.key, "ben", "user", soon)?), "/api/orders", "200", "user ben"),
+        ("ann, admin", Some(ann.clone()), admin, "200", "user ann"),
+        ("dan, admin of the development issuer", Some(dev.token(&dev.key, "dan", "admin", soon)?), admin, "403", denied),
+        ("dan, the same", Some(dev.token(&dev.key, "dan", "admin", soon)?), "/api/orders", "200", "user dan"),
+        ("ann, expired", Some(auth.token(&auth.key, "ann", "admin", now() - 120)?), admin, "401", "Jwt is expired"),
+        (
+            "eve, signed by the wrong issuer",
+            Some(auth.token(&dev.key, "eve", "admin", soon)?),
+            admin,
+            "401",
+            "Jwt verification fails",
+        ),
+        ("ann's token, one letter of it changed", Some(changed(&ann)), admin, "401", "Jwt verification fails"),
+        (
+            "a word that is no token",
+            Some("nonsense".to_owned()),
+            admin,
+            "401",
+            "Jwt is not in the form of Header.Payload.Signature",
+        ),
+    ] {
+        // Whoever calls says that she is root; nobody believes it.
+        let bearer = format!("authorization: Bearer {}", token.as_deref().unwrap_or_default());
+        let mut more = vec!["-H", "x-user-id: root"];
+        if token.is_some() {
+            more.extend(["-H", &bearer]);
+        }
+        let (status, body) = call(frontend, path, &more)?;
+        tour.check(
+            status == expect && body.contains(says) && !body.contains("root"),
+            &format!("{who}: GET {path} → {status}: {body}"),
+        );
+    }
+    let next = SigningKey::make("2026-12")?;
+    auth.server.publish(&[&next]);
+    tour.show("issuer", "publishes another key, the old one is gone");
+    let by_next = format!("authorization: Bearer {}", auth.token(&next, "ann", "admin", soon)?);
+    let begun = Instant::now();
+    let known = wait::until("the new key", Duration::from_secs(12), || {
+        call(frontend, admin, &["-H", &by_next]).ok().filter(|(status, _)| status == "200")
+    });
+    tour.check(
+        known.is_ok(),
+        &format!(
+            "a token by the new key is believed after {:.1} s: its unknown key id made the waypoint ask",
+            begun.elapsed().as_secs_f64()
+        ),
+    );
+    let (status, body) = call(frontend, admin, &["-H", &format!("authorization: Bearer {ann}")])?;
+    tour.check(status == "401", &format!("a token by the old key → {status}: {body}"));
+    mesh.issuers.iter().for_each(|issuer| issuer.server.behave(Manner::Status(500)));
+    let (status, _) = call(frontend, admin, &["-H", &by_next])?;
+    tour.check(status == "200", "while the issuer answers 500, the keys it gave last stay in use");
+    Ok(())
+}
+/// The same token with another signature.
+fn changed(token: &str) -> String {
+    let mut parts: Vec<String> = token.split('.').map(str::to_owned).collect();
+    if let Some(signature) = parts.last_mut() {
+        let other = if signature.starts_with('A') { "B" } else { "A" };
+        signature.replace_range(..1, other);
+    }
+    parts.join(".")
+}
+
 fn canary(tour: &mut Tour, mesh: &Mesh) -> anyhow::Result<()> {
     const CALLS: usize = 1000;
     let frontend = mesh.topology.pod("zamaz-frontend");
@@ -826,7 +931,7 @@ fn ingress(tour: &mut Tour, mesh: &Mesh) -> anyhow::Result<()> {
 }
 
 fn leave_running(tour: &Tour, mesh: Mesh) -> anyhow::Result<()> {
-    let Mesh { programs, agents, topology, dir, files } = mesh;
+    let Mesh { programs, issuers: _, agents, topology, dir, files } = mesh;
     let (dir, files) = (dir.keep(), files.keep());
     netns::keep_this_run(&[dir.clone(), files.clone()])?;
     let at = |name: &str| format!("ip netns exec {}{name}", topology.prefix());

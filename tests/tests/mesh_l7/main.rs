@@ -12,6 +12,7 @@ mod mesh;
 mod outside;
 mod policy;
 mod routes;
+mod tokens;
 mod upstream;
 
 use mesh::{Mesh, set_up};
@@ -37,6 +38,13 @@ const TESTS: &[Test<Mesh>] = &[
     test("dry_runs_and_audits_are_told_only", policy::dry_runs_and_audits_are_told_only),
     test("what_can_never_apply_is_told", policy::what_can_never_apply_is_told),
     test("meshctl_why_says_what_the_waypoint_does", explained::meshctl_why_says_what_the_waypoint_does),
+    test("tokens_that_are_not_true_are_refused", tokens::tokens_that_are_not_true_are_refused),
+    test("a_token_leaves_and_its_claims_come", tokens::a_token_leaves_and_its_claims_come),
+    test("policies_and_routes_ask_for_claims", tokens::policies_and_routes_ask_for_claims),
+    test("keys_are_fetched_rotate_and_outlive_their_server", tokens::keys_are_fetched_rotate_and_outlive_their_server),
+    test("keys_are_withdrawn_by_the_refresh", tokens::keys_are_withdrawn_by_the_refresh),
+    test("a_bad_key_server_refuses_in_time", tokens::a_bad_key_server_refuses_in_time),
+    test("an_unreadable_authentication_closes_its_service", tokens::an_unreadable_authentication_closes_its_service),
     test("the_gateway_lets_its_hosts_in", outside::the_gateway_lets_its_hosts_in),
     test("the_gateway_ends_tls", outside::the_gateway_ends_tls),
     test("an_endpoint_is_removed_and_comes_back", change::an_endpoint_is_removed_and_comes_back),

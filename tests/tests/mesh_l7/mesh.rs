@@ -1,11 +1,13 @@
 //! The mesh all tests of this suite share: two nodes, a client, two versions of a web server, a waypoint, a gateway.
 use std::collections::BTreeMap;
+use std::fs;
 use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use mesh_tests::agent::{Agent, AgentSpec, find_program};
+use mesh_tests::issuer::Authority;
 use mesh_tests::mesh_dir::MeshDir;
 use mesh_tests::netns;
 use mesh_tests::suite::CannotRun;
@@ -24,6 +26,8 @@ pub(crate) const WEB_IP: [u8; 4] = [10, 96, 0, 20];
 pub(crate) const OTHER: &str = "10.96.0.21";
 /// One endpoint on each node.
 pub(crate) const SPAN: &str = "10.96.0.22";
+/// Where an issuer of the mesh publishes its keys.
+pub(crate) const KEYS: &str = "issuer.t.svc.cluster.local";
 
 /// The mesh all tests share. Fields are dropped in this order: proxies before the topology they live in.
 pub(crate) struct Mesh {
@@ -33,6 +37,8 @@ pub(crate) struct Mesh {
     pub(crate) dir: MeshDir,
     pub(crate) ca: TempDir,
     pub(crate) logs: TempDir,
+    /// Whom the waypoint trusts outside the mesh.
+    pub(crate) authority: Authority,
 }
 
 const OBJECTS: &str = r"
@@ -102,6 +108,15 @@ spec:
   clusterIP: 10.96.0.23
   ports:
   - { name: http, port: 80, targetPort: 7070, protocol: TCP }
+---
+apiVersion: v1
+kind: Service
+metadata: { name: issuer, namespace: t }
+spec:
+  selector: { app: web2 }
+  clusterIP: 10.96.0.40
+  ports:
+  - { name: http, port: 80, targetPort: 8088, protocol: TCP }
 ---
 apiVersion: gateway.networking.k8s.io/v1
 kind: Gateway
@@ -176,8 +191,9 @@ pub(crate) fn set_up() -> anyhow::Result<Mesh> {
     for name in ["web1", "web2", "web3"] {
         web.insert(name, Web::start(topology.pod(name), PORT)?);
     }
-    let mut mesh =
-        Mesh { proxies: BTreeMap::new(), web, topology, dir, ca: netns::scratch("ca")?, logs: netns::scratch("logs")? };
+    let (ca, logs, authority) = (netns::scratch("ca")?, netns::scratch("logs")?, Authority::make()?);
+    fs::write(ca.path().join("outside.pem"), authority.pem())?;
+    let mut mesh = Mesh { proxies: BTreeMap::new(), web, topology, dir, ca, logs, authority };
     for name in ["node-a", "node-b", "wp", "gw"] {
         let proxy = mesh.start(name)?;
         mesh.proxies.insert(name, proxy);
@@ -240,6 +256,8 @@ impl Mesh {
             AgentSpec::waypoint(("t", name), role, role, self.dir.path(), self.ca.path(), self.logs.path())
         };
         let place = if name.starts_with("node") { self.topology.node(name) } else { self.topology.pod(name) };
+        let roots = self.ca.path().join("outside.pem").display().to_string();
+        let spec = spec.env("SSL_CERT_FILE", &roots).env("PILOT_JWT_PUB_KEY_REFRESH_INTERVAL", "8s");
         spec.env("TRUST_DOMAIN", "test.local")
             .env("CULVERT_TRUST_DOMAIN_ALIASES", "cluster.local")
             .env("CONNECTION_TERMINATION_DEADLINE", "2s")

@@ -63,6 +63,7 @@ pub(crate) fn begin(conn: &Arc<Conn>, request: Request<Incoming>) -> Exchange<'_
         route: None,
         rule: None,
         backend: None,
+        token: None,
         cors_headers: None,
         sticky: None,
         switched: None,

@@ -3,14 +3,12 @@
 //! Owns the facts a policy is asked with, and the answer 403. A request is judged once, by the version of its start; what
 //! lives on as bytes (a TCP connection, an upgraded request) is judged again with every published version ([`revoked`]).
 use crate::conn::Conn;
-use crate::facts::Scope;
 use crate::phase::admit::upgrade_of;
 use crate::phase::{Exchange, Flow, respond};
 use crate::telemetry::Noted;
+use crate::token::Verified;
 use http::{HeaderMap, Method, StatusCode};
-use mesh_model::authz_l7::{Denial, HttpFacts, InScope, Judgement, L7Facts, L7Verdict, PolicyScope, remote_address};
-use mesh_model::gateway::ServiceKey;
-use mesh_model::waypoint::Target;
+use mesh_model::authz_l7::{Denial, HttpFacts, InScope, Judgement, L7Facts, L7Verdict, Token, remote_address};
 use mesh_model::{Reason, Refusal, Snapshot};
 use std::net::SocketAddr;
 
@@ -19,7 +17,13 @@ const TEXT: &str = "RBAC: access denied";
 
 /// Lets the request on, or answers 403 (gRPC: `PERMISSION_DENIED`).
 pub(crate) fn check(ex: &mut Exchange<'_>) -> Flow {
-    let asked = Asked { method: &ex.parts.method, authority: &ex.authority, path: &ex.path, headers: &ex.parts.headers };
+    let asked = Asked {
+        method: &ex.parts.method,
+        authority: &ex.authority,
+        path: &ex.path,
+        headers: &ex.parts.headers,
+        token: ex.token.as_ref(),
+    };
     let judgement = judge(&ex.snap, ex.conn, Some(asked));
     ex.record.noted = note(ex.conn, &judgement);
     if let L7Verdict::Deny(denial) = judgement.verdict {
@@ -34,6 +38,7 @@ pub(crate) fn check(ex: &mut Exchange<'_>) -> Flow {
             authority: ex.authority.clone(),
             path: ex.path.clone(),
             headers: ex.parts.headers.clone(),
+            token: ex.token.clone(),
         }));
     }
     Flow::Continue
@@ -46,6 +51,7 @@ pub(crate) struct Asked<'a> {
     authority: &'a str,
     path: &'a str,
     headers: &'a HeaderMap,
+    token: Option<&'a Verified>,
 }
 /// The same of a request that lives on as an upgraded connection, to be judged again.
 #[derive(Debug)]
@@ -54,19 +60,24 @@ pub(crate) struct Kept {
     authority: String,
     path: String,
     headers: HeaderMap,
+    token: Option<Verified>,
 }
 impl Kept {
     fn asked(&self) -> Asked<'_> {
-        Asked { method: &self.method, authority: &self.authority, path: &self.path, headers: &self.headers }
+        Asked {
+            method: &self.method,
+            authority: &self.authority,
+            path: &self.path,
+            headers: &self.headers,
+            token: self.token.as_ref(),
+        }
     }
 }
 
 /// Judges a request or, without `request`, a connection carried as bytes, by one version of the mesh.
 pub(crate) fn judge<'s>(snap: &'s Snapshot, conn: &Conn, request: Option<Asked<'_>>) -> Judgement<'s> {
     let shared = &conn.shared;
-    let (service, namespace) = addressed(&conn.scope);
-    let waypoint = matches!(conn.scope, Scope::Mesh(_));
-    let in_scope = InScope::of(snap, &PolicyScope { service, namespace, gateway: Some(&shared.gateway), waypoint });
+    let in_scope = InScope::of(snap, &conn.policy_scope());
     let client = conn.client.ip();
     // `admit` has appended the client itself, who is none of the proxies.
     let trusted = match shared.settings.trusted_proxies {
@@ -84,7 +95,7 @@ pub(crate) fn judge<'s>(snap: &'s Snapshot, conn: &Conn, request: Option<Asked<'
             authority: r.authority,
             path: r.path,
             headers: r.headers,
-            token: None,
+            token: r.token.map(|t| t as &dyn Token),
         }),
     };
     let mut judgement = in_scope.judge(snap, &facts);
@@ -113,14 +124,6 @@ pub(crate) fn note(conn: &Conn, judgement: &Judgement<'_>) -> Noted {
     noted
 }
 
-/// The service that was addressed, and the namespace of what was.
-fn addressed(scope: &Scope) -> (Option<&ServiceKey>, Option<&str>) {
-    match scope {
-        Scope::Mesh(Target::Service { service, .. }) => (Some(&service.key), Some(&service.key.namespace)),
-        Scope::Mesh(Target::Workload { known, .. }) => (None, Some(&known.workload().namespace)),
-        Scope::Gateway { .. } => (None, None),
-    }
-}
 /// What the client asked for; of a service asked for by name its address.
 fn destination(conn: &Conn) -> SocketAddr {
     let by_name = || conn.service()?.vips.first().map(|vip| vip.ip);

@@ -124,7 +124,7 @@ pub async fn connect(cluster: &Arc<Cluster>, host: &Arc<Host>, client: Option<So
     Ok(transport::open(cluster, host, &key, Purpose::Stream(client), permit).await?.0)
 }
 
-fn alone(cluster: &Arc<Cluster>, host: &Arc<Host>) -> Result<super::ConnectionGuard, UpstreamError> {
+pub(super) fn alone(cluster: &Arc<Cluster>, host: &Arc<Host>) -> Result<super::ConnectionGuard, UpstreamError> {
     let permit = cluster.state.permit(&host.state, cluster.policy.pool.max_connections, false).ok_or_else(|| {
         note(&cluster.state.counters.connection_overflows);
         overflow()

@@ -25,6 +25,10 @@ pub enum PolicyTarget {
     Gateway(GatewayKey),
     /// GatewayClass `istio-waypoint`: every waypoint. From the root namespace only.
     Waypoints,
+    /// Every gateway of a namespace that is no waypoint. Only of what names no target and is meant for gateways too.
+    GatewaysOf(Arc<str>),
+    /// Every gateway that is no waypoint; the same of the root namespace.
+    Gateways,
     /// Every service and gateway of a namespace. Only of policies whose own targets could not be read.
     Namespace(Arc<str>),
     /// Everything. Only of policies of the root namespace, or of no readable one, whose targets could not be read.
@@ -36,6 +40,8 @@ impl fmt::Display for PolicyTarget {
             Self::Service(key) => write!(f, "service {key}"),
             Self::Gateway(key) => write!(f, "gateway {key}"),
             Self::Waypoints => f.write_str("all waypoints"),
+            Self::GatewaysOf(ns) => write!(f, "the gateways of namespace {ns}"),
+            Self::Gateways => f.write_str("all gateways"),
             Self::Namespace(ns) => write!(f, "namespace {ns}"),
             Self::Mesh => f.write_str("everything"),
         }
@@ -50,6 +56,10 @@ pub enum TargetRef<'a> {
     Gateway(&'a GatewayKey),
     /// Every waypoint.
     Waypoints,
+    /// The gateways of a namespace.
+    GatewaysOf(&'a str),
+    /// Every gateway.
+    Gateways,
     /// A namespace.
     Namespace(&'a str),
     /// Everything.
@@ -60,8 +70,10 @@ impl Equivalent<PolicyTarget> for TargetRef<'_> {
         match (self, key) {
             (Self::Service(a), PolicyTarget::Service(b)) => *a == b,
             (Self::Gateway(a), PolicyTarget::Gateway(b)) => *a == b,
-            (Self::Namespace(a), PolicyTarget::Namespace(b)) => **a == **b,
-            (Self::Waypoints, PolicyTarget::Waypoints) | (Self::Mesh, PolicyTarget::Mesh) => true,
+            (Self::Namespace(a), PolicyTarget::Namespace(b)) | (Self::GatewaysOf(a), PolicyTarget::GatewaysOf(b)) => **a == **b,
+            (Self::Waypoints, PolicyTarget::Waypoints)
+            | (Self::Gateways, PolicyTarget::Gateways)
+            | (Self::Mesh, PolicyTarget::Mesh) => true,
             _ => false,
         }
     }

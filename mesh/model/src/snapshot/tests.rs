@@ -7,6 +7,7 @@ use crate::fixture::*;
 use crate::l7::destination::{Balance, Subset, TrafficPolicy};
 use crate::l7::gateway::{Listener, ListenerProtocol};
 use crate::l7::policy::L7Policies;
+use crate::l7::request_auth::{AuthBody, RequestAuth, RequestAuths};
 use crate::l7::route::{HttpMatch, HttpRoute, HttpRule, PathMatch};
 use crate::l7::select::select;
 use crate::labels::Labels;
@@ -245,6 +246,9 @@ fn any_gateway() -> impl Strategy<Value = GatewayRoutes> {
         origin: None,
     })
 }
+fn request_auths(key: PolicyKey) -> RequestAuths {
+    RequestAuths::new(vec![Arc::new(RequestAuth { key, body: AuthBody::Unusable { why: "x".into() }, origin: None })])
+}
 fn any_change() -> impl Strategy<Value = Change> {
     let service = || (0..SERVICES.len()).prop_map(|n| key(SERVICES[n].0, SERVICES[n].1));
     prop_oneof![
@@ -263,6 +267,8 @@ fn any_change() -> impl Strategy<Value = Change> {
         2 => (any_target(), prop::collection::vec(any_l7_policy(), 0..3))
             .prop_map(|(target, policies)| Change::L7Policies(target, Arc::new(L7Policies::new(policies)))),
         1 => any_target().prop_map(Change::L7PoliciesGone),
+        1 => (any_target(), any_policy()).prop_map(|(target, p)| Change::RequestAuths(target, Arc::new(request_auths(p.key)))),
+        1 => any_target().prop_map(Change::RequestAuthsGone),
         1 => prop::sample::select(vec!["r1", "r2"])
             .prop_map(|r| Change::OwnLocality(Locality { region: r.into(), ..Locality::default() })),
     ]
@@ -286,6 +292,8 @@ fn final_set(changes: &[Change]) -> Vec<Change> {
             Change::GatewayGone(key) => (format!("g{key}"), false),
             Change::L7Policies(target, _) => (format!("l7{target}"), true),
             Change::L7PoliciesGone(target) => (format!("l7{target}"), false),
+            Change::RequestAuths(target, _) => (format!("ra{target}"), true),
+            Change::RequestAuthsGone(target) => (format!("ra{target}"), false),
             Change::OwnLocality(_) => ("locality".into(), true),
         };
         last.insert(key, keep.then(|| c.clone()));

@@ -70,6 +70,8 @@ impl Dir {
                     format!("{}policies of {t}", if closed { "!" } else { "+" })
                 }
                 Change::L7PoliciesGone(t) => format!("-policies of {t}"),
+                Change::RequestAuths(t, _) => format!("+request authentication of {t}"),
+                Change::RequestAuthsGone(t) => format!("-request authentication of {t}"),
                 Change::OwnLocality(_) => "locality".into(),
             })
             .collect();

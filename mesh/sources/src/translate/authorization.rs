@@ -37,7 +37,7 @@ pub(super) const OBJECT_META: &[&str] = &[
     "uid",
 ];
 /// Fields of the object itself.
-const OBJECT: &[&str] = &["apiVersion", "kind", "metadata", "spec", "status"];
+pub(super) const OBJECT: &[&str] = &["apiVersion", "kind", "metadata", "spec", "status"];
 /// Fields of a rule.
 pub(super) const RULE: &[&str] = &["from", "to", "when"];
 const UNUSABLE: &str = "until it is corrected, everything in its scope is denied";
@@ -110,7 +110,7 @@ pub(super) fn refused<'p>(r: &mut Reader<'_>, node: &'p Node<'p>, bad: &mut Bad<
 }
 
 /// Whether `key` is written at all, even as null.
-fn has(node: &Node<'_>, key: &str) -> bool {
+pub(super) fn has(node: &Node<'_>, key: &str) -> bool {
     matches!(&node.value, Value::Map(entries) if entries.iter().any(|e| e.key == key))
 }
 pub(super) fn raw<'p>(node: &'p Node<'p>, key: &str) -> Option<&'p Node<'p>> {
@@ -155,7 +155,7 @@ fn targets_written<'p>(spec: &'p Node<'p>) -> Option<&'p Node<'p>> {
     raw(spec, "targetRefs").filter(|n| !matches!(&n.value, Value::Seq(s) if s.is_empty()))
 }
 /// The targets the policy names, if it does: waypoints enforce it then and the agent leaves it alone.
-fn targets<'p>(spec: &'p Node<'p>, namespace: &str) -> Read<'p, Option<Vec<WrittenTarget>>> {
+pub(super) fn targets<'p>(spec: &'p Node<'p>, namespace: &str) -> Read<'p, Option<Vec<WrittenTarget>>> {
     let (one, many) = (raw(spec, "targetRef"), targets_written(spec));
     if let (Some(n), Some(_)) = (one, many) {
         return Err(Bad::value(n, "`targetRef` and `targetRefs` cannot both be written", "keep `targetRefs`"));

@@ -10,11 +10,11 @@ use mesh_model::policy::{Policy, PolicyBody, PolicyKey, Scope};
 
 use super::intern::Labels;
 use super::object::{AuthorizationPolicy, Body, Mode, Object, PeerAuthentication};
-use super::targets::TargetedPolicy;
+use super::targets::{TargetedAuth, TargetedPolicy};
 
 /// Whether this is a policy, whose copies must agree.
 pub(crate) fn must_agree(o: &Object) -> bool {
-    matches!(o.body, Body::AuthorizationPolicy(_) | Body::PeerAuthentication(_))
+    matches!(o.body, Body::AuthorizationPolicy(_) | Body::PeerAuthentication(_) | Body::RequestAuthentication(_))
 }
 
 /// Whether the policies, all of one name, differ in what the agent would do. Copies that enforce nothing (dry runs,
@@ -37,8 +37,11 @@ fn same(a: &Body, b: &Body) -> bool {
         // But for where they were written.
         (Body::AuthorizationPolicy(a), Body::AuthorizationPolicy(b)) => {
             let content = |p: &AuthorizationPolicy| p.policy.as_ref().map(|p| (p.scope, p.body.clone()));
-            let targeted = [a, b].map(|p| p.layer7.as_ref().map(|t| t.content()));
+            let targeted = [a, b].map(|p| p.layer7.as_ref().map(|t| (&t.policy.body, t.bound_to())));
             a.selector == b.selector && content(a) == content(b) && targeted[0] == targeted[1]
+        }
+        (Body::RequestAuthentication(a), Body::RequestAuthentication(b)) => {
+            a.policy.body == b.policy.body && a.bound_to() == b.bound_to()
         }
         _ => a == b,
     }
@@ -52,6 +55,7 @@ pub(crate) fn closed(versions: &[&Object], why: &str, root_namespace: &str) -> O
         Body::PeerAuthentication(p) => p.selector.clone(),
         _ => Labels::default(),
     };
+    let key = PolicyKey { namespace: Arc::clone(&first.id.namespace), name: Arc::clone(&first.id.name) };
     let selector = Some(selector_of(first)).filter(|s| others.iter().all(|o| selector_of(o) == *s)).unwrap_or_default();
     let body = match &first.body {
         Body::PeerAuthentication(p) => Body::PeerAuthentication(PeerAuthentication {
@@ -69,17 +73,19 @@ pub(crate) fn closed(versions: &[&Object], why: &str, root_namespace: &str) -> O
                 (true, true) => Scope::Global,
                 (true, false) => Scope::Namespace,
             };
-            let policy = Policy {
-                key: PolicyKey { namespace: Arc::clone(&first.id.namespace), name: Arc::clone(&first.id.name) },
-                scope,
-                body: PolicyBody::Unusable { why: why.into() },
-                origin: Some(Arc::clone(&first.origin)),
-            };
-            let layer7 = TargetedPolicy::closing_all(&policy, policies.iter().filter_map(|a| a.layer7.as_deref()));
+            let why: Arc<str> = why.into();
+            let targeted = policies.iter().filter_map(|a| a.layer7.as_deref());
+            let layer7 = TargetedPolicy::closing_all(&key, &why, &first.origin, targeted);
+            let policy = Policy { key, scope, body: PolicyBody::Unusable { why }, origin: Some(Arc::clone(&first.origin)) };
             // When every copy is for waypoints there is nothing for the agent to close.
             let policy = policies.iter().any(|a| a.policy.is_some()).then(|| Arc::new(policy));
             let selector = if policy.is_some() { selector } else { Labels::default() };
             Body::AuthorizationPolicy(AuthorizationPolicy { policy, selector, layer7 })
+        }
+        Body::RequestAuthentication(_) => {
+            let all =
+                versions.iter().filter_map(|o| if let Body::RequestAuthentication(a) = &o.body { Some(&**a) } else { None });
+            Body::RequestAuthentication(TargetedAuth::closing_all(&key, &why.into(), &first.origin, all)?)
         }
         _ => return None,
     };

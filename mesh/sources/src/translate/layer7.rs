@@ -11,7 +11,10 @@ use std::sync::Arc;
 
 use mesh_model::l7::destination::Destination;
 use mesh_model::l7::gateway::{GatewayKey, GatewayRoutes};
+use mesh_model::l7::policy::L7Policy;
+use mesh_model::l7::request_auth::RequestAuth;
 use mesh_model::l7::route::{HttpMatch, HttpRoute, HttpRule, RouteTable};
+use mesh_model::policy::PolicyKey;
 use mesh_model::service::{Service, ServiceKey};
 use mesh_model::{Change, Origin};
 
@@ -19,7 +22,7 @@ use super::destination_rule::{self, DestinationRule};
 use super::gateway_api::{self, GatewayApi};
 use super::object::{Body, Kind, ObjectId};
 use super::pem::PemEntries;
-use super::targets::PolicyTargets;
+use super::targets::{self, Bindings, TargetedAuth};
 use super::virtual_service::{self, VirtualService};
 use super::{Dirty, HashMap, Name, Slot, Translator};
 use crate::diagnostics::{Problem, Severity};
@@ -58,6 +61,7 @@ pub(super) struct Touched {
     /// Hosts of VirtualServices and DestinationRules, wildcards included.
     routes_of: BTreeSet<Arc<str>>,
     destinations_of: BTreeSet<Arc<str>>,
+    request_auths: BTreeSet<PolicyKey>,
 }
 impl Touched {
     /// One output.
@@ -82,6 +86,7 @@ pub(super) struct Objects {
     pub(super) secrets: BTreeMap<Name, Slot<PemEntries>>,
     pub(super) config_maps: BTreeMap<Name, Slot<PemEntries>>,
     pub(super) gateway_api: GatewayApi,
+    request_auths: BTreeMap<PolicyKey, Arc<TargetedAuth>>,
 }
 
 /// See the module.
@@ -94,7 +99,8 @@ pub(super) struct Layer7 {
     routes_out: HashMap<ServiceKey, Arc<RouteTable>>,
     destinations_out: HashMap<ServiceKey, Arc<Destination>>,
     gateways_out: HashMap<GatewayKey, Arc<GatewayRoutes>>,
-    policies: PolicyTargets,
+    policies: Bindings<L7Policy>,
+    request_auths: Bindings<RequestAuth>,
 }
 
 impl Layer7 {
@@ -147,6 +153,14 @@ impl Layer7 {
                 touched.output(Output::Check(id.clone()));
                 put(&mut objects.destination_rules, name, new);
             }
+            Kind::RequestAuthentication => {
+                let key = PolicyKey { namespace: name.0, name: name.1 };
+                match new {
+                    Some((Body::RequestAuthentication(auth), _)) => objects.request_auths.insert(key.clone(), auth),
+                    _ => objects.request_auths.remove(&key),
+                };
+                touched.request_auths.insert(key);
+            }
             Kind::Secret | Kind::ConfigMap => {
                 let map = if id.kind == Kind::Secret { &mut objects.secrets } else { &mut objects.config_maps };
                 let new = match new {
@@ -174,12 +188,21 @@ impl Layer7 {
         self.touched.output(Output::Destination(key.clone()));
         self.touched.need(Need::Host(Arc::clone(&key.hostname)));
         self.policies.touch_service(key);
+        self.request_auths.touch_service(key);
     }
 
     /// Makes again what was touched; hands out the difference, and the problems of each output.
     pub(super) fn flush(&mut self, t: &Translator, dirty: &Dirty, changes: &mut Vec<Change>) -> Vec<(ObjectId, Vec<Problem>)> {
+        let auths = if dirty.all {
+            self.objects.request_auths.keys().cloned().collect()
+        } else {
+            std::mem::take(&mut self.touched.request_auths)
+        };
         let outputs = self.outputs(t, dirty);
-        let mut all_problems = self.policies.flush(t, dirty, changes);
+        let policies = if dirty.all { targets::all_policies(t) } else { dirty.policies.clone() };
+        let mut all_problems = self.policies.flush(t, dirty, policies, |key| targets::policy(t, key), changes);
+        let auth = |key: &PolicyKey| self.objects.request_auths.get(key).cloned();
+        all_problems.extend(self.request_auths.flush(t, dirty, auths, auth, changes));
         for output in outputs {
             let mut join = Join::new(t, &self.objects);
             match &output {

@@ -17,9 +17,9 @@ use super::gateway_api::{self, EdgeListener, GatewayApiObject};
 use super::intern::{Interner, Labels};
 use super::pem::{self, PemEntries};
 use super::read::{self, Bad, Read};
-use super::targets::TargetedPolicy;
+use super::targets::{TargetedAuth, TargetedPolicy};
 use super::virtual_service::{self, VirtualService};
-use super::{authorization, istio, kube, peer};
+use super::{authorization, istio, kube, peer, request_auth};
 use crate::diagnostics::{Problem, Severity};
 use crate::yaml::{Node, Value};
 
@@ -68,6 +68,8 @@ pub enum Kind {
     Secret,
     /// core/v1 ConfigMap.
     ConfigMap,
+    /// security.istio.io RequestAuthentication.
+    RequestAuthentication,
     /// A security document that could not be read at all.
     Unreadable,
 }
@@ -96,6 +98,7 @@ impl Kind {
             Self::ReferenceGrant => "ReferenceGrant",
             Self::Secret => "Secret",
             Self::ConfigMap => "ConfigMap",
+            Self::RequestAuthentication => "RequestAuthentication",
             Self::Unreadable => "Unreadable",
         }
     }
@@ -104,7 +107,7 @@ impl Kind {
     }
     /// Whether losing the object may let something through that it would have refused.
     pub fn is_security(self) -> bool {
-        matches!(self, Self::AuthorizationPolicy | Self::PeerAuthentication | Self::Unreadable)
+        matches!(self, Self::AuthorizationPolicy | Self::PeerAuthentication | Self::RequestAuthentication | Self::Unreadable)
     }
 }
 
@@ -170,6 +173,7 @@ pub enum Body {
     GatewayApi(Box<GatewayApiObject>),
     /// PEM entries of a Secret or ConfigMap.
     Pem(PemEntries),
+    RequestAuthentication(Arc<TargetedAuth>),
     /// A policy that denies in place of a document that could not be read.
     Unreadable(Arc<Policy>),
 }
@@ -507,6 +511,7 @@ fn layer7_kind(kind: &str) -> Option<(Kind, &'static str)> {
         "ReferenceGrant" => (Kind::ReferenceGrant, GATEWAY_API),
         "Secret" => (Kind::Secret, ""),
         "ConfigMap" => (Kind::ConfigMap, ""),
+        "RequestAuthentication" => (Kind::RequestAuthentication, "security.istio.io"),
         _ => return None,
     })
 }
@@ -646,6 +651,7 @@ impl<'a> Reader<'a> {
             },
             Kind::Secret => pem::secret(node).map(Body::Pem),
             Kind::ConfigMap => pem::config_map(node).map(Body::Pem),
+            Kind::RequestAuthentication => Ok(Body::RequestAuthentication(request_auth::read(self, node, &id, &origin))),
             Kind::Unreadable => return None,
         };
         match body {
@@ -774,6 +780,7 @@ fn looks_like_security(kind: &str, group: &str) -> bool {
     group.eq_ignore_ascii_case("security.istio.io")
         || kind.eq_ignore_ascii_case("AuthorizationPolicy")
         || kind.eq_ignore_ascii_case("PeerAuthentication")
+        || kind.eq_ignore_ascii_case("RequestAuthentication")
 }
 
 /// Namespace and name, checked as the API server would: both end up in identities and keys.

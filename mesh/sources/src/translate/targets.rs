@@ -1,16 +1,17 @@
-//! Which layer 7 policies bind which service, gateway, or all waypoints.
+//! Which layer 7 policies bind which service, gateway, or all waypoints: AuthorizationPolicies and RequestAuthentications alike.
 //!
 //! Owns the resolution of `targetRefs` (a Service by its name, a ServiceEntry by its hosts, a Gateway, GatewayClass
 //! `istio-waypoint` from the root namespace), one list of policies per target, and the complaint about a policy that can
 //! never apply: its target is not there, or is a service that no waypoint stands in front of. A policy of which not even the
 //! targets could be read binds its whole namespace, and refuses there. Upstream: [`super::authorization`],
-//! [`super::request_policy`]. Downstream: `mesh_model::authz_l7` through `Change::L7Policies`.
+//! [`super::request_policy`], [`super::request_auth`]. Downstream: `mesh_model` through the changes of [`Targetable`].
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use mesh_model::l7::gateway::GatewayKey;
 use mesh_model::l7::policy::{L7Body, L7Policies, L7Policy, PolicyTarget};
+use mesh_model::l7::request_auth::{AuthBody, RequestAuth, RequestAuths};
 use mesh_model::policy::{Policy, PolicyBody, PolicyKey, Scope};
 use mesh_model::service::ServiceKey;
 use mesh_model::{Change, Origin};
@@ -23,19 +24,84 @@ use crate::diagnostics::{Problem, Severity};
 /// The GatewayClass of waypoints, the only one a policy may name (upstream has it hardcoded too).
 const WAYPOINT_CLASS: &str = "istio-waypoint";
 
+/// What targets bind.
+pub trait Targetable: Sized + PartialEq {
+    /// Its kind of object.
+    const KIND: Kind;
+    /// All of one target.
+    type All: PartialEq;
+    /// Where it came from.
+    fn origin(&self) -> Option<&Origin>;
+    /// What refuses in its place.
+    fn unusable(key: PolicyKey, why: Arc<str>, origin: Option<Arc<Origin>>) -> Self;
+    /// All of one target from each.
+    fn group(all: Vec<Arc<Self>>) -> Self::All;
+    /// What was bound to a target has changed.
+    fn changed(target: PolicyTarget, all: Arc<Self::All>) -> Change;
+    /// Nothing is bound to a target any more.
+    fn gone(target: PolicyTarget) -> Change;
+}
+impl Targetable for L7Policy {
+    const KIND: Kind = Kind::AuthorizationPolicy;
+    type All = L7Policies;
+    fn origin(&self) -> Option<&Origin> {
+        self.origin.as_deref()
+    }
+    fn unusable(key: PolicyKey, why: Arc<str>, origin: Option<Arc<Origin>>) -> Self {
+        Self { key, body: L7Body::Unusable { why }, origin }
+    }
+    fn group(all: Vec<Arc<Self>>) -> L7Policies {
+        L7Policies::new(all)
+    }
+    fn changed(target: PolicyTarget, all: Arc<L7Policies>) -> Change {
+        Change::L7Policies(target, all)
+    }
+    fn gone(target: PolicyTarget) -> Change {
+        Change::L7PoliciesGone(target)
+    }
+}
+impl Targetable for RequestAuth {
+    const KIND: Kind = Kind::RequestAuthentication;
+    type All = RequestAuths;
+    fn origin(&self) -> Option<&Origin> {
+        self.origin.as_deref()
+    }
+    fn unusable(key: PolicyKey, why: Arc<str>, origin: Option<Arc<Origin>>) -> Self {
+        Self { key, body: AuthBody::Unusable { why }, origin }
+    }
+    fn group(all: Vec<Arc<Self>>) -> RequestAuths {
+        RequestAuths::new(all)
+    }
+    fn changed(target: PolicyTarget, all: Arc<RequestAuths>) -> Change {
+        Change::RequestAuths(target, all)
+    }
+    fn gone(target: PolicyTarget) -> Change {
+        Change::RequestAuthsGone(target)
+    }
+}
+
 /// A layer 7 policy and what it is bound to.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct TargetedPolicy {
+pub struct Targeted<P> {
     /// The policy.
-    pub policy: Arc<L7Policy>,
+    pub policy: Arc<P>,
     /// What it is bound to.
     pub targets: Targets,
 }
+/// An AuthorizationPolicy and what it is bound to.
+pub type TargetedPolicy = Targeted<L7Policy>;
+/// A RequestAuthentication and what it is bound to.
+pub type TargetedAuth = Targeted<RequestAuth>;
 /// What a policy is bound to, as written.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Targets {
     /// These.
     Named(Vec<WrittenTarget>),
+    /// It names none and is for gateways: those of its namespace, or all when that is the root namespace.
+    Gateways {
+        /// All of them.
+        everywhere: bool,
+    },
     /// It cannot be told: everything in its namespace, or everywhere when that is the root namespace.
     Unknown {
         /// Everywhere.
@@ -79,40 +145,49 @@ impl TargetKind {
         }
     }
 }
-impl TargetedPolicy {
-    /// Refuses in place of a policy whose targets cannot be told; `None` when the policy can be used.
-    pub(super) fn closing(policy: &Policy, everywhere: bool) -> Option<Arc<Self>> {
-        let PolicyBody::Unusable { why } = &policy.body else { return None };
-        let body = L7Body::Unusable { why: Arc::clone(why) };
-        let policy = L7Policy { key: policy.key.clone(), body, origin: policy.origin.clone() };
-        Some(Arc::new(Self { policy: Arc::new(policy), targets: Targets::Unknown { everywhere } }))
-    }
+impl<P: Targetable> Targeted<P> {
     /// Refuses in place of several versions of one policy, wherever any of them was bound; `None` when none was.
-    pub(super) fn closing_all<'a>(policy: &Policy, versions: impl Iterator<Item = &'a Self>) -> Option<Arc<Self>> {
-        let PolicyBody::Unusable { why } = &policy.body else { return None };
+    pub(super) fn closing_all<'a>(
+        key: &PolicyKey,
+        why: &Arc<str>,
+        origin: &Arc<Origin>,
+        versions: impl Iterator<Item = &'a Self>,
+    ) -> Option<Arc<Self>>
+    where
+        P: 'a,
+    {
         let (mut named, mut unknown, mut any) = (Vec::new(), None, false);
         for version in versions {
             any = true;
             match &version.targets {
                 Targets::Named(targets) => named.extend(targets.iter().cloned()),
-                Targets::Unknown { everywhere } => unknown = Some(*everywhere),
+                // What names no target in one version may have others in the next.
+                Targets::Unknown { everywhere } | Targets::Gateways { everywhere } => unknown = Some(*everywhere),
             }
         }
-        let body = L7Body::Unusable { why: Arc::clone(why) };
-        let policy = L7Policy { key: policy.key.clone(), body, origin: policy.origin.clone() };
         let targets = unknown.map_or(Targets::Named(named), |everywhere| Targets::Unknown { everywhere });
+        let policy = P::unusable(key.clone(), Arc::clone(why), Some(Arc::clone(origin)));
         any.then(|| Arc::new(Self { policy: Arc::new(policy), targets }))
+    }
+    /// What it is bound to, but for where it was written.
+    pub(super) fn bound_to(&self) -> (Vec<(&TargetKind, &str)>, Option<bool>, Option<bool>) {
+        match &self.targets {
+            Targets::Named(all) => (all.iter().map(|t| (&t.kind, &*t.name)).collect(), None, None),
+            Targets::Gateways { everywhere } => (Vec::new(), Some(*everywhere), None),
+            Targets::Unknown { everywhere } => (Vec::new(), None, Some(*everywhere)),
+        }
+    }
+}
+impl TargetedPolicy {
+    /// Refuses in place of a policy whose targets cannot be told; `None` when the policy can be used.
+    pub(super) fn closing(policy: &Policy, everywhere: bool) -> Option<Arc<Self>> {
+        let PolicyBody::Unusable { why } = &policy.body else { return None };
+        let policy = L7Policy::unusable(policy.key.clone(), Arc::clone(why), policy.origin.clone());
+        Some(Arc::new(Self { policy: Arc::new(policy), targets: Targets::Unknown { everywhere } }))
     }
     /// Whether it does more than tell.
     pub(super) fn enforced(&self) -> bool {
         !matches!(self.policy.body, L7Body::Rules { dry_run: true, .. })
-    }
-    /// Everything but where it was written.
-    pub(super) fn content(&self) -> (&L7Body, Vec<(&TargetKind, &str)>, bool) {
-        match &self.targets {
-            Targets::Named(all) => (&self.policy.body, all.iter().map(|t| (&t.kind, &*t.name)).collect(), false),
-            Targets::Unknown { .. } => (&self.policy.body, Vec::new(), true),
-        }
     }
 }
 
@@ -123,54 +198,64 @@ struct Bound {
     /// ServiceEntries it names.
     entries: BTreeSet<Name>,
 }
-/// All bindings.
-#[derive(Debug, Default)]
-pub(super) struct PolicyTargets {
+/// All bindings of one kind of policy.
+#[derive(Debug)]
+pub(super) struct Bindings<P: Targetable> {
     bound: BTreeMap<PolicyKey, Bound>,
-    by_target: HashMap<PolicyTarget, BTreeMap<PolicyKey, Arc<L7Policy>>>,
+    by_target: HashMap<PolicyTarget, BTreeMap<PolicyKey, Arc<P>>>,
     by_entry: HashMap<Name, BTreeSet<PolicyKey>>,
-    out: HashMap<PolicyTarget, Arc<L7Policies>>,
+    out: HashMap<PolicyTarget, Arc<P::All>>,
     /// Services that were looked at since the last flush: they may have come, gone, or got a waypoint.
     services: BTreeSet<ServiceKey>,
 }
-impl PolicyTargets {
+impl<P: Targetable> Default for Bindings<P> {
+    fn default() -> Self {
+        Self {
+            bound: BTreeMap::new(),
+            by_target: HashMap::default(),
+            by_entry: HashMap::default(),
+            out: HashMap::default(),
+            services: BTreeSet::new(),
+        }
+    }
+}
+impl<P: Targetable> Bindings<P> {
     /// A service was looked at.
     pub(super) fn touch_service(&mut self, key: &ServiceKey) {
         self.services.insert(key.clone());
     }
 
-    /// Binds again what was touched; hands out the difference, and the problems of each policy.
-    pub(super) fn flush(&mut self, t: &Translator, dirty: &Dirty, changes: &mut Vec<Change>) -> Vec<(ObjectId, Vec<Problem>)> {
+    /// Binds again the policies `changed` (or, with everything dirty, there are) and those whose targets changed; hands out the
+    /// difference, and the problems of each policy. `find` knows the policy of a name, as it is now.
+    pub(super) fn flush(
+        &mut self,
+        t: &Translator,
+        dirty: &Dirty,
+        changed: BTreeSet<PolicyKey>,
+        find: impl Fn(&PolicyKey) -> Option<Arc<Targeted<P>>>,
+        changes: &mut Vec<Change>,
+    ) -> Vec<(ObjectId, Vec<Problem>)> {
         let mut touched = BTreeSet::new();
         let mut problems = Vec::new();
-        for key in self.policies(t, dirty) {
+        for key in self.policies(dirty, changed) {
             let mut found = Vec::new();
-            self.bind(t, &key, &mut touched, &mut found);
-            let id = ObjectId {
-                kind: Kind::AuthorizationPolicy,
-                namespace: Arc::clone(&key.namespace),
-                name: format!("targets:{}", key.name).into(),
-            };
+            self.bind(t, &key, find(&key), &mut touched, &mut found);
+            let id =
+                ObjectId { kind: P::KIND, namespace: Arc::clone(&key.namespace), name: format!("targets:{}", key.name).into() };
             problems.push((id, found));
         }
         for target in touched {
-            let all = self.by_target.get(&target).map(|all| Arc::new(L7Policies::new(all.values().cloned().collect())));
-            let changed = |new| Change::L7Policies(target.clone(), new);
-            replace(&mut self.out, &target, all, changes, changed, Change::L7PoliciesGone);
+            let all = self.by_target.get(&target).map(|all| Arc::new(P::group(all.values().cloned().collect())));
+            replace(&mut self.out, &target, all, changes, |new| P::changed(target.clone(), new), P::gone);
         }
         problems
     }
 
     /// The policies to be bound, or checked, again.
-    fn policies(&mut self, t: &Translator, dirty: &Dirty) -> BTreeSet<PolicyKey> {
+    fn policies(&mut self, dirty: &Dirty, mut keys: BTreeSet<PolicyKey>) -> BTreeSet<PolicyKey> {
         let services = std::mem::take(&mut self.services);
-        let mut keys = dirty.policies.clone();
         if dirty.all {
             keys.extend(self.bound.keys().cloned());
-            for (ns, space) in &t.spaces {
-                let names = space.policies.keys().chain(space.unreadable.keys());
-                keys.extend(names.map(|n| PolicyKey { namespace: Arc::clone(ns), name: Arc::clone(n) }));
-            }
             return keys;
         }
         if self.bound.is_empty() {
@@ -186,8 +271,14 @@ impl PolicyTargets {
         keys
     }
 
-    fn bind(&mut self, t: &Translator, key: &PolicyKey, touched: &mut BTreeSet<PolicyTarget>, problems: &mut Vec<Problem>) {
-        let now = current(t, key);
+    fn bind(
+        &mut self,
+        t: &Translator,
+        key: &PolicyKey,
+        now: Option<Arc<Targeted<P>>>,
+        touched: &mut BTreeSet<PolicyTarget>,
+        problems: &mut Vec<Problem>,
+    ) {
         let mut bound = Bound::default();
         match now.as_deref().map(|p| (&p.targets, &p.policy)) {
             None => {}
@@ -197,10 +288,16 @@ impl PolicyTargets {
             Some((Targets::Unknown { everywhere: false }, _)) => {
                 bound.targets.insert(PolicyTarget::Namespace(Arc::clone(&key.namespace)));
             }
+            Some((Targets::Gateways { everywhere: true }, _)) => {
+                bound.targets.insert(PolicyTarget::Gateways);
+            }
+            Some((Targets::Gateways { everywhere: false }, _)) => {
+                bound.targets.insert(PolicyTarget::GatewaysOf(Arc::clone(&key.namespace)));
+            }
             Some((Targets::Named(targets), policy)) => {
                 for target in targets {
                     let mut complain = |message: String, fix: &'static str| {
-                        problems.extend(policy.origin.as_deref().map(|origin| never_applies(origin, target, &message, fix)));
+                        problems.extend(policy.origin().map(|origin| never_applies(origin, target, &message, fix)));
                     };
                     resolve(t, key, target, &mut bound, &mut complain);
                 }
@@ -235,9 +332,17 @@ impl PolicyTargets {
     }
 }
 
-/// The policy of a name, if waypoints or gateways are to enforce one. What stands for a document that could not be read
-/// may have been a policy with targets.
-fn current(t: &Translator, key: &PolicyKey) -> Option<Arc<TargetedPolicy>> {
+/// The AuthorizationPolicies there are.
+pub(super) fn all_policies(t: &Translator) -> BTreeSet<PolicyKey> {
+    let of_space = |(ns, space): (&Arc<str>, &super::Space)| {
+        let names = space.policies.keys().chain(space.unreadable.keys());
+        names.map(|n| PolicyKey { namespace: Arc::clone(ns), name: Arc::clone(n) }).collect::<Vec<_>>()
+    };
+    t.spaces.iter().flat_map(of_space).collect()
+}
+/// The AuthorizationPolicy of a name, if waypoints or gateways are to enforce one. What stands for a document that could not
+/// be read may have been a policy with targets.
+pub(super) fn policy(t: &Translator, key: &PolicyKey) -> Option<Arc<TargetedPolicy>> {
     let space = t.spaces.get(&key.namespace)?;
     if let Some(unreadable) = space.unreadable.get(&key.name) {
         return TargetedPolicy::closing(unreadable, unreadable.scope == Scope::Global);

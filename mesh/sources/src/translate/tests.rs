@@ -21,6 +21,7 @@ pub(super) struct State {
     pub(super) destinations: BTreeMap<String, Arc<Destination>>,
     pub(super) gateways: BTreeMap<String, Arc<GatewayRoutes>>,
     pub(super) l7: BTreeMap<String, Arc<mesh_model::l7::policy::L7Policies>>,
+    pub(super) auths: BTreeMap<String, Arc<mesh_model::l7::request_auth::RequestAuths>>,
     own: Option<Locality>,
 }
 impl State {
@@ -41,6 +42,8 @@ impl State {
                 Change::GatewayGone(k) => drop(self.gateways.remove(&k.to_string())),
                 Change::L7Policies(t, p) => drop(self.l7.insert(t.to_string(), p)),
                 Change::L7PoliciesGone(t) => drop(self.l7.remove(&t.to_string())),
+                Change::RequestAuths(t, a) => drop(self.auths.insert(t.to_string(), a)),
+                Change::RequestAuthsGone(t) => drop(self.auths.remove(&t.to_string())),
                 Change::OwnLocality(l) => self.own = Some(l),
             }
         }
@@ -1119,4 +1122,5 @@ fn only_the_routes_that_are_touched_change() {
 
 use mesh_model::addr::Network;
 
+mod request_auth;
 mod targeted_policies;

@@ -1,0 +1,156 @@
+//! One document by GET: through the mesh where its host is a service of it, else from the outside.
+//!
+//! Refuses what is larger or slower than allowed, redirects, anything but 200, and over `https` whoever the system's roots do
+//! not vouch for. For what the process itself wants to know (an issuer's keys), never for a client's request. Upstream:
+//! `token::source`.
+use super::pool::ShelfKey;
+use super::send::alone;
+use super::tls::TlsCache;
+use super::transport::{self, Purpose, Stream};
+use super::{PickContext, Upstreams};
+use bytes::Bytes;
+use http::{Request, StatusCode, Uri, header};
+use http_body_util::{BodyExt as _, Empty, Limited};
+use hyper_util::rt::TokioIo;
+use mesh_model::Snapshot;
+use mesh_model::l7::destination::{Roots, UpstreamTls};
+use mesh_model::l7::route::ClusterKey;
+use mesh_runtime::resolve::{self, Resolver};
+use mesh_runtime::sockets::{ConnectOptions, connect};
+use mesh_runtime::threads::Worker;
+use mesh_sources::Mesh;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncWrite};
+
+/// Fetches documents.
+#[derive(Debug)]
+pub struct Fetcher {
+    mesh: Mesh,
+    upstreams: Arc<Upstreams>,
+    /// Tunnels of the mesh live on data threads, so fetches run on one.
+    worker: Worker,
+    /// Whose view of the mesh decides what a host name means.
+    namespace: Arc<str>,
+    resolver: Resolver,
+    tls: TlsCache,
+    /// The system's roots, the host of the URI.
+    public: Arc<UpstreamTls>,
+}
+
+/// Where a document is.
+struct Place {
+    uri: Uri,
+    host: Arc<str>,
+    port: u16,
+    secure: bool,
+}
+
+impl Fetcher {
+    /// Fetches on `worker`, as a client of `namespace`.
+    pub fn new(mesh: Mesh, upstreams: Arc<Upstreams>, worker: Worker, namespace: &str) -> Self {
+        let public =
+            UpstreamTls { sni: None, sans: Vec::new(), roots: Roots::System, client: None, skip_verify: false, alpn: Vec::new() };
+        Self {
+            mesh,
+            upstreams,
+            worker,
+            namespace: namespace.into(),
+            resolver: Resolver::default(),
+            tls: TlsCache::default(),
+            public: Arc::new(public),
+        }
+    }
+    /// The document at `uri` (`http` or `https`), of at most `largest` bytes, within `limit`.
+    ///
+    /// # Errors
+    /// In words, for logs.
+    pub async fn get(self: &Arc<Self>, uri: &str, limit: Duration, largest: usize) -> Result<Bytes, String> {
+        let place = Place::of(uri)?;
+        let this = Arc::clone(self);
+        let fetching = self.worker.spawn(async move { tokio::time::timeout(limit, this.fetch(&place, largest)).await });
+        match fetching.await {
+            Ok(Ok(outcome)) => outcome.map_err(|e| format!("{uri}: {e}")),
+            Ok(Err(_)) => Err(format!("{uri}: no answer in {limit:?}")),
+            Err(stopped) => Err(format!("{uri}: {stopped}")),
+        }
+    }
+
+    async fn fetch(&self, place: &Place, largest: usize) -> Result<Bytes, String> {
+        let snap = self.mesh.load_full();
+        if let Some(stream) = self.through_the_mesh(&snap, place).await? {
+            return ask(stream.into_io(), place, largest).await;
+        }
+        let ips = self.resolver.lookup(&place.host).await?;
+        let ip = resolve::choose(&ips, IpAddr::V4(Ipv4Addr::UNSPECIFIED), rand::random()).ok_or("no addresses")?;
+        let tcp = connect(SocketAddr::new(ip, place.port), &ConnectOptions::default()).await.map_err(|e| e.to_string())?;
+        if !place.secure {
+            return ask(tcp, place, largest).await;
+        }
+        let (config, name) =
+            self.tls.client(&self.public, Some(false), Some(&place.host)).await.map_err(|e| e.detail.into_owned())?;
+        let tls = tokio_rustls::TlsConnector::from(config).connect(name, tcp).await.map_err(|e| format!("TLS: {e}"))?;
+        ask(tls, place, largest).await
+    }
+
+    /// A stream to an endpoint of the service that the host names; `None` when it names none.
+    async fn through_the_mesh(&self, snap: &Snapshot, place: &Place) -> Result<Option<Stream>, String> {
+        let Some(service) = snap.find_service_by_host(&place.host, &self.namespace) else { return Ok(None) };
+        let key = ClusterKey { service: service.key.clone(), port: place.port, subset: None };
+        let failed = |e: super::UpstreamError| format!("service {}: {e}", service.key);
+        let cluster = self.upstreams.cluster(snap, &key).map_err(failed)?;
+        let pick = PickContext { draw: rand::random(), hash: None, tried: &[], dst: None };
+        let host = cluster.pick(&pick).map_err(failed)?;
+        let policy = cluster.policy();
+        let shelf = ShelfKey {
+            http2: false,
+            client: None,
+            sni: Some(&place.host),
+            tls: policy.tls.as_ref().or(place.secure.then_some(&self.public)),
+            proxy: policy.proxy_protocol,
+        };
+        let permit = alone(&cluster, &host).map_err(failed)?;
+        let (stream, _) = transport::open(&cluster, &host, &shelf, Purpose::Stream(None), permit).await.map_err(failed)?;
+        Ok(Some(stream))
+    }
+}
+impl Place {
+    fn of(text: &str) -> Result<Self, String> {
+        let bad = |why: &str| format!("{text:?} is no URL that can be fetched: {why}");
+        let uri: Uri = text.parse().map_err(|_| bad("malformed"))?;
+        let secure = match uri.scheme_str() {
+            Some("http") => false,
+            Some("https") => true,
+            _ => return Err(bad("http or https is needed")),
+        };
+        if uri.authority().is_some_and(|a| a.as_str().contains('@')) {
+            return Err(bad("credentials in it"));
+        }
+        let host = uri.host().ok_or_else(|| bad("no host"))?.trim_start_matches('[').trim_end_matches(']').into();
+        let port = uri.port_u16().unwrap_or(if secure { 443 } else { 80 });
+        Ok(Self { uri, host, port, secure })
+    }
+}
+
+async fn ask<T>(io: T, place: &Place, largest: usize) -> Result<Bytes, String>
+where
+    T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(io)).await.map_err(|e| e.to_string())?;
+    let driving = tokio::spawn(connection);
+    let path = place.uri.path_and_query().map_or("/", |p| p.as_str());
+    let request = Request::get(path)
+        .header(header::HOST, place.uri.authority().map_or(&*place.host, |a| a.as_str()))
+        .header(header::ACCEPT, "application/json")
+        .header(header::CONNECTION, "close")
+        .body(Empty::<Bytes>::new())
+        .map_err(|e| e.to_string())?;
+    let answer = sender.send_request(request).await.map_err(|e| e.to_string())?;
+    if answer.status() != StatusCode::OK {
+        return Err(format!("answered {}", answer.status()));
+    }
+    let body = Limited::new(answer.into_body(), largest).collect().await;
+    driving.abort();
+    body.map(http_body_util::Collected::to_bytes).map_err(|e| format!("{e} (at most {largest} bytes are read)"))
+}
