@@ -4,7 +4,7 @@
 #![allow(missing_docs, clippy::unwrap_used, reason = "a program for developers")]
 
 use criterion::{Criterion, criterion_group, criterion_main};
-use http::HeaderValue;
+use http::{HeaderName, HeaderValue};
 use mesh_identity::cache::CacheSettings;
 use mesh_identity::clock::SystemClock;
 use mesh_identity::crypto::TlsSettings;
@@ -14,6 +14,7 @@ use mesh_model::l7::route::ClusterKey;
 use mesh_model::labels::Labels;
 use mesh_model::service::{AppProtocol, Service, ServicePort};
 use mesh_model::snapshot::Viewpoint;
+use mesh_model::telemetry::format::Format;
 use mesh_model::waypoint::Target;
 use mesh_model::workload::{Locality, Protocol, Workload};
 use mesh_model::{Change, Snapshot, SpiffeId};
@@ -23,7 +24,7 @@ use std::hint::black_box;
 use std::sync::Arc;
 use std::time::Duration;
 use waypoint::facts::{Facts, Scope};
-use waypoint::telemetry::access::{Format, Line, Told};
+use waypoint::telemetry::access::{Line, Told, write};
 use waypoint::telemetry::{Record, Telemetry};
 use waypoint::upstream::{Deps, Upstreams};
 
@@ -80,9 +81,14 @@ fn telling(c: &mut Criterion) {
     let record = Record {
         path: "/api/v1/orders/4711?verbose=true".into(),
         authority: "api.shop.svc.cluster.local".into(),
-        user_agent: Some(HeaderValue::from_static("Mozilla/5.0 (X11; Linux x86_64) AppleWebKit/537.36")),
-        request_id: Some(HeaderValue::from_static("9b1deb4d-3b7d-4bad-9bdd-2b0d7b3dcb6d")),
-        forwarded_for: Some(HeaderValue::from_static("10.0.0.5")),
+        headers: [
+            ("user-agent", "Mozilla/5.0 (X11; Linux x86_64) AppleWebKit/537.36"),
+            ("x-request-id", "9b1deb4d-3b7d-4bad-9bdd-2b0d7b3dcb6d"),
+            ("x-forwarded-for", "10.0.0.5"),
+        ]
+        .map(|(name, value)| (HeaderName::from_static(name), HeaderValue::from_static(value)))
+        .into_iter()
+        .collect(),
         host: cluster.hosts().first().cloned(),
         cluster: Some(cluster),
         status: 200,
@@ -100,7 +106,7 @@ fn telling(c: &mut Criterion) {
             b.iter(|| {
                 out.clear();
                 let told = Told::Request(black_box(&record));
-                format.write(&Line { facts: &facts, told, took: Duration::from_millis(5) }, &mut out);
+                write(&format, &Line { facts: &facts, told, took: Duration::from_millis(5), own: &own }, &mut out);
             });
         });
     }

@@ -8,6 +8,7 @@ use mesh_identity::SvidHandle;
 use mesh_identity::live::LivePeers;
 use mesh_model::authz_l7::PolicyScope;
 use mesh_model::l7::gateway::GatewayKey;
+use mesh_model::telemetry::{Place, Telemetry as Told};
 use mesh_model::waypoint::Target;
 use mesh_model::workload::Workload;
 use mesh_model::{Reason, Refusal, Snapshot, SpiffeId};
@@ -82,6 +83,13 @@ impl Conn {
     /// A connection of which this is known.
     pub fn new(shared: Arc<Shared>, facts: Facts, drain: DrainWatch) -> Self {
         Self { shared, facts, drain, activity: Activity::default() }
+    }
+    /// What is to be told of its traffic, by this version of the mesh.
+    pub fn told(&self, snap: &Snapshot) -> Option<Arc<Told>> {
+        let waypoint = matches!(self.facts.scope, Scope::Mesh(_));
+        let service = self.facts.service().map(|s| &**s);
+        let sides = snap.telemetry().find(&Place { service, gateway: &self.shared.gateway, waypoint })?;
+        Some(Arc::clone(if waypoint { &sides.server } else { &sides.client }))
     }
 }
 impl Conn {

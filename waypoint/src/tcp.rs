@@ -180,6 +180,7 @@ async fn reach(conn: &Conn, record: &mut TcpRecord) -> Result<Stream, Unreached>
     let draw: u64 = rand::random();
     let (cluster, host) = {
         let snap = conn.shared.mesh.load();
+        record.told = conn.told(&snap);
         let judgement = authorize::judge(&snap, conn, None);
         record.noted = authorize::note(conn, &judgement);
         if let L7Verdict::Deny(denial) = judgement.verdict {

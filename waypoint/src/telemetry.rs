@@ -14,27 +14,27 @@ pub(crate) mod scrape;
 
 pub use flags::{Flag, Flags};
 pub use grpc::{Messages, Received};
+pub(crate) use record::ORIGINAL_PATH;
 pub use record::{Noted, Record, TcpRecord};
 
 use crate::facts::{Facts, Scope};
 use crate::upstream::{Cluster, Host};
-use access::{Format, Line, Told};
+use access::{Access, Line, Told};
 use arc_swap::ArcSwapOption;
 use cache::{AnswerKey, Cache, Key};
 use mesh_hbone::relay::Counters;
 use mesh_model::metric_labels::Ends;
 use mesh_model::policy::PolicyKey;
+use mesh_model::telemetry::MetricRules;
 use mesh_model::workload::Workload;
 use mesh_model::{Refusal, SpiffeId};
 use mesh_runtime::logging::AccessLog;
-use mesh_runtime::metrics::{Counter, MetricError, Registry};
-use metrics::Metrics;
+use mesh_runtime::metrics::{MetricError, Registry};
+use metrics::{ConnectionHandles, Metrics, add, observe};
 use std::cell::RefCell;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
-use tracing::Level;
 
 thread_local! {
     static CACHE: RefCell<Cache> = RefCell::default();
@@ -50,21 +50,27 @@ struct Inner {
     /// Tells the handles of these metrics from those of others in the threads' tables.
     id: u64,
     metrics: Metrics,
-    access: Option<(AccessLog, Format)>,
+    access: Option<Access>,
     /// The workload this process is.
     own: ArcSwapOption<Workload>,
     own_identity: SpiffeId,
+    /// For where nobody changes the metrics.
+    unchanged: MetricRules,
 }
 impl Telemetry {
     /// Registers all metrics. `access`: where lines about requests and connections go, if anywhere. `own_identity`: ours.
     pub fn new(registry: &Registry, access: Option<AccessLog>, own_identity: SpiffeId) -> Result<Self, MetricError> {
         static NEXT: AtomicU64 = AtomicU64::new(1);
-        let access = access.map(|log| {
-            let format = Format::istio(log.format());
-            (log, format)
-        });
+        let access = access.map(Access::new);
         let id = NEXT.fetch_add(1, Ordering::Relaxed);
-        let inner = Inner { id, metrics: Metrics::new(registry)?, access, own: ArcSwapOption::empty(), own_identity };
+        let inner = Inner {
+            id,
+            metrics: Metrics::new(registry)?,
+            access,
+            own: ArcSwapOption::empty(),
+            own_identity,
+            unchanged: MetricRules::default(),
+        };
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -86,18 +92,18 @@ impl Telemetry {
 
     /// A request was answered to its last byte, or given up.
     pub fn request_done(&self, facts: &Facts, record: &Record) {
-        let took = record.started.elapsed();
-        self.count(facts, record, took);
+        let line = Line { facts, told: Told::Request(record), took: record.started.elapsed(), own: self.own_identity() };
+        self.count(record, &line);
         if let Some(reason) = record.reason {
             self.inner.metrics.refused.inc(reason);
         }
-        self.tell(&Line { facts, told: Told::Request(record), took });
+        self.tell(&line);
     }
 
-    fn count(&self, facts: &Facts, record: &Record, took: Duration) {
+    fn count(&self, record: &Record, line: &Line<'_>) {
         let inner = &*self.inner;
         let own = inner.own.load();
-        let ends = self.ends(facts, own.as_ref(), record.host.as_ref(), record.cluster.as_ref());
+        let ends = self.ends(line.facts, own.as_ref(), record.host.as_ref(), record.cluster.as_ref());
         let answer = AnswerKey {
             status: record.status,
             flags: record.flags,
@@ -105,16 +111,20 @@ impl Telemetry {
             grpc_status: record.grpc_status,
             hbone: record.host.as_ref().is_some_and(|h| h.is_hbone()),
         };
+        let told = record.told.as_ref().filter(|t| !t.metrics.is_empty());
+        let rules = told.map_or(&inner.unchanged, |t| &t.metrics);
+        let tags = tags(rules, line);
         CACHE.with_borrow_mut(|cache| {
-            let handles = cache.get(inner.id, &Key { ends, answer }, || inner.metrics.request(ends, record));
-            handles.requests.inc();
-            handles.duration.observe(took.as_secs_f64() * 1000.0);
+            let key = Key { ends, answer, told, tags: &tags };
+            let handles = cache.get(inner.id, &key, || inner.metrics.request(ends, record, rules, &tags));
+            add(handles.requests.as_ref(), 1);
+            observe(handles.duration.as_ref(), line.took.as_secs_f64() * 1000.0);
             // Exact below 2^53.
-            handles.request_bytes.observe(record.received.bytes() as f64);
-            handles.response_bytes.observe(record.sent as f64);
-            if let Some((requests, responses)) = &handles.messages {
-                requests.add(record.received.messages());
-                responses.add(record.sent_messages.count());
+            observe(handles.request_bytes.as_ref(), record.received.bytes() as f64);
+            observe(handles.response_bytes.as_ref(), record.sent as f64);
+            if record.grpc {
+                add(handles.request_messages.as_ref(), record.received.messages());
+                add(handles.response_messages.as_ref(), record.sent_messages.count());
             }
         });
     }
@@ -162,17 +172,11 @@ impl Telemetry {
         let inner = &*self.inner;
         let own = inner.own.load();
         let ends = self.ends(facts, own.as_ref(), record.host.as_ref(), record.cluster.as_ref());
-        let flags = record.flags.to_string();
-        let values = labels::tcp(ends, &flags);
-        let metrics = &inner.metrics;
-        metrics.opened.get(&values).inc();
-        TcpHandles {
-            closed: metrics.closed.get(&values),
-            received_total: metrics.received.get(&values),
-            sent_total: metrics.sent.get(&values),
-            received: AtomicU64::new(0),
-            sent: AtomicU64::new(0),
-        }
+        let rules = record.told.as_ref().map_or(&inner.unchanged, |t| &t.metrics);
+        let tags = tags(rules, &self.connection(facts, record, (0, 0)));
+        let handles = inner.metrics.connection(ends, record.flags, rules, &tags);
+        add(handles.opened.as_ref(), 1);
+        TcpHandles { handles, received: AtomicU64::new(0), sent: AtomicU64::new(0) }
     }
     /// A connection carried as bytes found no endpoint: opened and closed at once, with the flag that says why (Envoy).
     pub fn tcp_failed(&self, facts: &Facts, record: &TcpRecord) {
@@ -184,26 +188,30 @@ impl Telemetry {
     }
     /// A connection carried as bytes ended.
     pub fn tcp_done(&self, facts: &Facts, record: &TcpRecord, handles: &TcpHandles) {
-        let (received, sent) = handles.bytes();
+        self.tell(&self.connection(facts, record, handles.bytes()));
+    }
+
+    fn connection<'a>(&'a self, facts: &'a Facts, record: &'a TcpRecord, (received, sent): (u64, u64)) -> Line<'a> {
         let told = Told::Connection { record, received, sent };
-        self.tell(&Line { facts, told, took: record.started.elapsed() });
+        Line { facts, told, took: record.started.elapsed(), own: self.own_identity() }
     }
 
     fn tell(&self, line: &Line<'_>) {
-        if let Some((log, format)) = &self.inner.access
-            && log.enabled(Level::INFO)
-        {
-            format.send(line, log);
+        if let Some(access) = &self.inner.access {
+            access.tell(line);
         }
     }
+}
+
+/// Values of the tags the mesh adds. One without a value is empty, and left out.
+fn tags(rules: &MetricRules, line: &Line<'_>) -> Vec<Box<str>> {
+    rules.tags.iter().map(|tag| tag.text(line).unwrap_or_default().into()).collect()
 }
 
 /// Counters of one connection carried as bytes. Dropping them counts its end.
 #[derive(Debug)]
 pub struct TcpHandles {
-    closed: Arc<Counter>,
-    received_total: Arc<Counter>,
-    sent_total: Arc<Counter>,
+    handles: ConnectionHandles,
     received: AtomicU64,
     sent: AtomicU64,
 }
@@ -216,18 +224,18 @@ impl TcpHandles {
 impl Counters for TcpHandles {
     /// The client is the relay's first end: what it sent, we received.
     fn sent(&self, bytes: u64) {
-        self.received_total.add(bytes);
+        add(self.handles.received.as_ref(), bytes);
         self.received.fetch_add(bytes, Ordering::Relaxed);
     }
     fn received(&self, bytes: u64) {
-        self.sent_total.add(bytes);
+        add(self.handles.sent.as_ref(), bytes);
         self.sent.fetch_add(bytes, Ordering::Relaxed);
     }
 }
 impl Drop for TcpHandles {
     fn drop(&mut self) {
         // Also when the connection's task is dropped at the end of the process; nothing is logged here.
-        self.closed.inc();
+        add(self.handles.closed.as_ref(), 1);
     }
 }
 

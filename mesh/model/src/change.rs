@@ -7,6 +7,7 @@ use crate::l7::route::RouteTable;
 pub use crate::origin::Origin;
 use crate::policy::{Policy, PolicyKey};
 use crate::service::{Service, ServiceKey};
+use crate::telemetry::TelemetryRules;
 use crate::workload::{Locality, Workload, WorkloadUid};
 use std::sync::Arc;
 
@@ -45,6 +46,8 @@ pub enum Change {
     RequestAuths(PolicyTarget, Arc<RequestAuths>),
     /// No RequestAuthentication is bound to a target any more.
     RequestAuthsGone(PolicyTarget),
+    /// What is told about traffic changed.
+    Telemetry(Arc<TelemetryRules>),
     /// The locality of our own node became known or changed (endpoint preferences are ranked from it).
     OwnLocality(Locality),
 }

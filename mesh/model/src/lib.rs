@@ -28,6 +28,7 @@ pub mod reason;
 pub mod service;
 pub mod shard;
 pub mod snapshot;
+pub mod telemetry;
 pub mod view;
 pub mod waypoint;
 pub mod workload;

@@ -18,6 +18,7 @@ use crate::policy::{Policy, PolicyKey};
 use crate::policy_index::PolicyIndex;
 use crate::service::{Service, ServiceKey, Visibility};
 use crate::shard::{Keep, Shards};
+use crate::telemetry::TelemetryRules;
 pub use crate::view::Viewpoint;
 use crate::workload::{NetworkMode, PortMap, Protocol, Workload, WorkloadUid};
 use hashbrown::Equivalent;
@@ -63,6 +64,7 @@ pub struct Snapshot {
     l7_policies: Shards<PolicyTarget, Arc<L7Policies>>,
     /// RequestAuthentications by what they are bound to.
     request_auths: Shards<PolicyTarget, Arc<RequestAuths>>,
+    telemetry: Arc<TelemetryRules>,
 }
 /// Trust domain, namespace, service account.
 type Account = (TrustDomain, Arc<str>, Arc<str>);
@@ -212,6 +214,7 @@ impl Snapshot {
             gateways: Shards::default(),
             l7_policies: Shards::default(),
             request_auths: Shards::default(),
+            telemetry: Arc::default(),
         }
     }
     /// Its version.
@@ -253,6 +256,7 @@ impl Snapshot {
                     let g = if g.is_indexed() { Arc::clone(g) } else { Arc::new(GatewayRoutes::clone(g).indexed()) };
                     next.gateways.insert(g.key.clone(), g);
                 }
+                Change::Telemetry(rules) => next.telemetry = Arc::clone(rules),
                 Change::GatewayGone(key) => {
                     next.gateways.remove(key);
                 }
@@ -515,6 +519,10 @@ impl Snapshot {
     pub fn find_gateway(&self, key: &GatewayKey) -> Option<&Arc<GatewayRoutes>> {
         self.gateways.get(key)
     }
+    /// What is told about traffic.
+    pub fn telemetry(&self) -> &TelemetryRules {
+        &self.telemetry
+    }
     /// All routes, in no order (admin, never the data path).
     pub fn routes(&self) -> impl Iterator<Item = (&ServiceKey, &Arc<RouteTable>)> {
         self.routes.iter()
@@ -591,6 +599,10 @@ impl Snapshot {
         lines.extend(self.gateways.values().map(|g| format!("gateway {g:?}")));
         lines.extend(self.request_auths.iter().map(|(target, a)| format!("request authentication of {target} {a:?}")));
         lines.extend(self.l7_policies.iter().map(|(target, p)| format!("layer 7 policies of {target} {p:?}")));
+        // The maps of the rules have no order; their entries do once they are lines.
+        lines.push(format!("telemetry {:?}", self.telemetry.mesh));
+        lines.extend(self.telemetry.namespaces.iter().map(|(ns, sides)| format!("telemetry of {ns} {sides:?}")));
+        lines.extend(self.telemetry.targets.iter().map(|(target, sides)| format!("telemetry of {target:?} {sides:?}")));
         self.policies.dump(&mut lines);
         lines.sort_unstable();
         lines.join("\n")

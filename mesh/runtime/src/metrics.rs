@@ -29,6 +29,8 @@ pub use process::resident_bytes;
 use crate::admin::{HttpServer, Request, Response, respond, text};
 use exposition::{Computed, Expose};
 
+/// What a full family could not take.
+const LOST: &str = "culvert_metrics_series_lost_total";
 /// Content type of the text format.
 const TEXT_FORMAT: &str = "text/plain; version=0.0.4; charset=utf-8";
 
@@ -149,9 +151,16 @@ impl Registry {
             tracing::warn!(%error, "a metric cannot be encoded");
         }
         let exposed = self.inner.families.lock().exposed.clone();
+        let mut lost = 0;
         for family in exposed {
             family.expose(&mut out);
+            lost += family.lost();
         }
+        if lost == 0 {
+            return out;
+        }
+        let mut scrape = Scrape::new(&mut out);
+        scrape.family(LOST, "Counts in series that were not made because their family is full", "counter").put(&[], lost);
         out
     }
 

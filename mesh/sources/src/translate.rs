@@ -25,6 +25,7 @@ mod request_auth;
 mod request_policy;
 mod selector;
 mod targets;
+mod telemetry;
 mod virtual_service;
 mod waypoint;
 
@@ -180,7 +181,6 @@ impl Translator {
         Self {
             strict_key: PolicyKey::new(&view.root_namespace, STATIC_STRICT),
             own_locality: view.locality.clone(),
-            view,
             excluded,
             pool: Interner::default(),
             spaces: BTreeMap::new(),
@@ -199,7 +199,8 @@ impl Translator {
             // The first flush looks at everything once instead of marking each object.
             dirty: Dirty { all: true, ..Dirty::default() },
             problems: BTreeMap::new(),
-            layer7: settings.layer7.then(Box::default),
+            layer7: settings.layer7.then(|| Box::new(Layer7::new(Arc::clone(&view.root_namespace)))),
+            view,
         }
     }
 
@@ -375,7 +376,8 @@ impl Translator {
                 | Kind::ReferenceGrant
                 | Kind::Secret
                 | Kind::ConfigMap
-                | Kind::RequestAuthentication,
+                | Kind::RequestAuthentication
+                | Kind::Telemetry,
                 new,
             ) => {
                 if let Some(layer7) = &mut self.layer7 {

@@ -54,6 +54,7 @@ const TESTS: &[Test<Mesh>] = &[
     test("the_agent_of_the_endpoints_is_restarted", change::the_agent_of_the_endpoints_is_restarted),
     test("the_agent_of_the_client_is_restarted", change::the_agent_of_the_client_is_restarted),
     test("metrics_and_log_name_both_ends", outside::metrics_and_log_name_both_ends),
+    test("the_mesh_says_what_is_told", outside::the_mesh_says_what_is_told),
 ];
 
 fn main() -> ExitCode {

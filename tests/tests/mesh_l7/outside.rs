@@ -1,5 +1,5 @@
 //! The gateway, and what is told about requests.
-use anyhow::ensure;
+use anyhow::{Context as _, ensure};
 use mesh_tests::agent::Metrics;
 use mesh_tests::wait;
 
@@ -72,4 +72,95 @@ pub(crate) fn metrics_and_log_name_both_ends(mesh: &mut Mesh) -> anyhow::Result<
     let streams = get(15000, "/streams")?;
     ensure!(streams.contains("spiffe://test.local/ns/t/sa/client"), "the client's tunnel: {streams}");
     Ok(())
+}
+
+const TELLING: &str = r#"
+apiVersion: v1
+kind: ConfigMap
+metadata: { name: istio, namespace: istio-system }
+data:
+  mesh: |
+    accessLogFile: /dev/stdout
+    accessLogEncoding: JSON
+    accessLogFormat: |
+      { "timestamp": "%START_TIME%", "path": "%REQ(X-ENVOY-ORIGINAL-PATH?:PATH)%", "status": "%RESPONSE_CODE%",
+        "user": { "id": "%REQ(X-USER-ID)%" }, "server": "%RESP(SERVER)%", "marker": "mesh" }
+    extensionProviders:
+    - name: short
+      envoyFileAccessLog: { path: /dev/stdout, logFormat: { text: "short %RESPONSE_CODE% %REQ(:PATH)% %REQ(X-USER-ID):2%" } }
+---
+apiVersion: telemetry.istio.io/v1
+kind: Telemetry
+metadata: { name: all, namespace: istio-system }
+spec:
+  accessLogging:
+  - providers: [ { name: envoy }, { name: short } ]
+    filter: { expression: "request.headers['x-user-id'] == 'ann' || response.code >= 400" }
+---
+apiVersion: telemetry.istio.io/v1
+kind: Telemetry
+metadata: { name: web, namespace: t }
+spec:
+  targetRefs: [ { kind: Service, group: "", name: web } ]
+  metrics:
+  - overrides:
+    - match: { metric: REQUEST_COUNT }
+      tagOverrides:
+        endpoint_type: { value: 'request.url_path.startsWith("/api/auth/") ? "auth" : "user"' }
+        tenant: { value: "request.headers['x-tenant']" }
+        source_cluster: { operation: REMOVE }
+---
+apiVersion: telemetry.istio.io/v1
+kind: Telemetry
+metadata: { name: jq, namespace: other }
+spec:
+  metrics:
+  - overrides:
+    - tagOverrides:
+        endpoint_type: { value: '.request.url_path | if startswith("/api/auth/") then "auth" else "user" end' }
+"#;
+
+pub(crate) fn the_mesh_says_what_is_told(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let proxy = mesh.proxy("wp");
+    let told = mesh.objects("telemetry", TELLING)?;
+    let problems = proxy.config_dump()?["problems"].to_string();
+    ensure!(
+        problems.contains("that is jq, and this field takes CEL") && problems.contains("tagOverrides.endpoint_type.value"),
+        "{problems}"
+    );
+    let mark = proxy.mark();
+    let url = |path: &str| format!("http://{WEB}{path}");
+    ensure!(mesh.call(&[&url("/told/nobody")])?.status == 200);
+    ensure!(mesh.call(&["-H", "x-user-id: ann", "-H", "x-tenant: blue", &url("/api/auth/told")])?.status == 200);
+    let lines = || -> Vec<String> {
+        let log = proxy.log_since(mark);
+        log.lines().filter(|l| l.contains("told") && (l.starts_with('{') || l.starts_with("short"))).map(str::to_owned).collect()
+    };
+    wait::until_true("two lines about one request", || lines().len() >= 2)?;
+    let lines = lines();
+    ensure!(lines.len() == 2 && lines.iter().any(|l| l == "short 200 /api/auth/told an"), "{lines:?}");
+    let json = lines.iter().find(|l| l.starts_with('{')).context("one of two is JSON")?;
+    let json: serde_json::Value = serde_json::from_str(json)?;
+    ensure!(
+        json["path"] == "/api/auth/told" && json["status"] == 200 && json["user"]["id"] == "ann" && json["marker"] == "mesh",
+        "{json}"
+    );
+    ensure!(json["server"].is_string(), "a header of the response: {json}");
+    let page = || {
+        Ok::<_, anyhow::Error>(mesh_tests::http::get(&mesh.pod("wp").netns, (mesh.pod("wp").v4, 15020).into(), "/metrics")?.body)
+    };
+    wait::until_true("tags in the metrics", || {
+        page().is_ok_and(|p| {
+            let of = |tag: &str| p.lines().find(|l| l.starts_with("istio_requests_total{") && l.contains(tag)).map(str::to_owned);
+            of("endpoint_type=\"auth\",tenant=\"blue\"").is_some_and(|l| !l.contains("source_cluster"))
+                // A tag without a value is left out; the request counts.
+                && of("endpoint_type=\"user\"").is_some_and(|l| !l.contains("tenant"))
+        })
+    })?;
+    drop(told);
+    let mark = proxy.mark();
+    ensure!(mesh.call(&[&url("/as-before")])?.status == 200);
+    wait::until_true("the process's own line again", || {
+        proxy.log_since(mark).lines().any(|l| l.contains("/as-before") && l.contains("via_upstream"))
+    })
 }

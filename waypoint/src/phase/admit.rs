@@ -41,17 +41,17 @@ pub(crate) fn begin(conn: &Arc<Conn>, request: Request<Incoming>) -> Exchange<'_
     let (parts, body) = request.into_parts();
     let authority = authority(&parts.uri, &parts.headers);
     let grpc = parts.headers.get(header::CONTENT_TYPE).is_some_and(|v| is_grpc(v.as_bytes()));
+    let snap = conn.shared.mesh.load_full();
     let record = Record {
         method: parts.method.clone(),
         path: parts.uri.path_and_query().map_or("/", |p| p.as_str()).into(),
         protocol: parts.version,
         authority: authority.as_str().into(),
-        user_agent: parts.headers.get(header::USER_AGENT).cloned(),
-        request_id: parts.headers.get(REQUEST_ID).cloned(),
+        told: conn.told(&snap),
         ..Record::new(grpc)
     };
     Exchange {
-        snap: conn.shared.mesh.load_full(),
+        snap,
         conn,
         parts,
         body: if body.is_end_stream() { Body::Empty } else { Body::Incoming(body) },
@@ -124,9 +124,7 @@ pub(crate) fn check(ex: &mut Exchange<'_>) -> Flow {
     if !headers.contains_key(FORWARDED_PROTO) {
         headers.insert(FORWARDED_PROTO, HeaderValue::from_static(ex.conn.scheme()));
     }
-    let id = headers.entry(REQUEST_ID).or_insert_with(request_id);
-    ex.record.request_id = Some(id.clone());
-    ex.record.forwarded_for = headers.get(FORWARDED_FOR).cloned();
+    headers.entry(REQUEST_ID).or_insert_with(request_id);
     Flow::Continue
 }
 

@@ -58,7 +58,8 @@ impl HttpBody for Held {
 /// Tells about the exchange when the last byte of the answer has been taken, or when it is given up.
 pub(crate) fn tell(ex: Exchange<'_>, answer: Response<Body>) -> Response<Body> {
     let bodiless = ex.parts.method == Method::HEAD;
-    let Exchange { conn, record, switched, upgrade, .. } = ex;
+    let Exchange { conn, parts, path, mut record, switched, upgrade, .. } = ex;
+    record.heads(parts.headers, &path, parts.uri.query(), Some(answer.headers()));
     let mut told = Told { conn: Arc::clone(conn), record: Some(record) };
     if let Some(switched) = switched {
         tokio::spawn(carried(told, switched, upgrade));
@@ -135,6 +136,7 @@ impl Drop for Unanswered<'_> {
         let Some(mut ex) = self.0.take() else { return };
         ex.record.flags.set(Flag::DownstreamConnectionTermination);
         ex.record.details = "downstream_remote_disconnect".into();
+        ex.record.heads(std::mem::take(&mut ex.parts.headers), &ex.path, ex.parts.uri.query(), None);
         ex.conn.shared.telemetry.request_done(&ex.conn.facts, &ex.record);
         ex.conn.activity.ends();
     }
@@ -193,9 +195,11 @@ impl HttpBody for Followed {
                     if let Some(data) = frame.data_ref() {
                         record.sent(data);
                     }
-                    if let Some(trailers) = frame.trailers_ref().filter(|_| record.grpc) {
-                        let status = grpc_status(trailers);
-                        record.grpc_status = status.or(record.grpc_status);
+                    if let Some(trailers) = frame.trailers_ref() {
+                        if record.grpc {
+                            record.grpc_status = grpc_status(trailers).or(record.grpc_status);
+                        }
+                        record.trailers(trailers);
                     }
                 }
                 // The server may stop asking once it knows that nothing follows.

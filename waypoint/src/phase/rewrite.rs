@@ -1,13 +1,12 @@
 //! Path and authority as the upstream sees them.
 use crate::phase::Exchange;
+use crate::telemetry::ORIGINAL_PATH;
 use http::header::{HeaderName, HeaderValue};
 use mesh_model::l7::HttpMatch;
 use mesh_model::l7::rewrite::path as rewrite_path;
 use mesh_model::l7::route::{HttpAction, Rewrite};
 use std::sync::Arc;
 
-/// `x-envoy-original-path`.
-pub(crate) const ORIGINAL_PATH: HeaderName = HeaderName::from_static("x-envoy-original-path");
 /// `x-envoy-original-host`.
 const ORIGINAL_HOST: HeaderName = HeaderName::from_static("x-envoy-original-host");
 

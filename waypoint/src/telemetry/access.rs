@@ -1,14 +1,17 @@
-//! The access log: one line per request and per connection, in the words of Envoy's operators.
+//! The access log: lines about requests and connections, in the formats and for what the mesh says.
 //!
-//! A [`Format`] is compiled once: literal text and fields in turn. Writing a line walks the list and puts each field where it
-//! belongs in one buffer that the thread keeps; nothing is allocated. The two formats here are Istio's defaults
-//! (spec/waypoint §4.2); others are other lists. Upstream: `telemetry`. Downstream: the log's writer thread.
+//! Formats and filters are compiled at publish (`mesh_model::telemetry`). Writing a line walks the format and puts each field
+//! where it belongs in one buffer that the thread keeps. Upstream: `telemetry`. Downstream: the log's writer thread.
 
+mod attributes;
 mod field;
+mod line;
 mod write;
 
-pub use field::{Field, Line, Told};
+pub use line::{Line, Told};
 
+use mesh_model::telemetry::AccessLog as Wanted;
+use mesh_model::telemetry::format::{Format, Json, Object, Part, Template};
 use mesh_runtime::logging::{self, AccessLog};
 use std::cell::Cell;
 use write::Shape;
@@ -20,137 +23,103 @@ thread_local! {
     static SPARE: Cell<String> = const { Cell::new(String::new()) };
 }
 
-/// A compiled format.
+/// Where lines go, and how they look where nobody says.
 #[derive(Debug)]
-pub struct Format {
-    shape: Shape,
-    pieces: Box<[Piece]>,
-    end: Box<str>,
+pub(super) struct Access {
+    log: AccessLog,
+    default: Format,
 }
-/// Text and the field after it.
-#[derive(Debug)]
-struct Piece {
-    before: Box<str>,
-    field: Field,
-    /// Left out, with the text before it, when the field has no value.
-    optional: bool,
-}
-
-impl Format {
-    /// Fields between literal texts: `before` each, and `end` after the last. A field without a value is `-`.
-    pub fn text<'a>(pieces: impl IntoIterator<Item = (&'a str, Field)>, end: &str) -> Self {
-        let piece = |(before, field): (&str, Field)| Piece { before: before.into(), field, optional: false };
-        Self { shape: Shape::Text, pieces: pieces.into_iter().map(piece).collect(), end: format!("{end}\n").into() }
-    }
-    /// A JSON object with these keys, in this order. A field without a value is `null`; one of `optional` is left out.
-    pub fn json<'a>(
-        fields: impl IntoIterator<Item = (&'a str, Field)>,
-        optional: impl IntoIterator<Item = (&'a str, Field)>,
-    ) -> Self {
-        let must = fields.into_iter().map(|(key, field)| (key, field, false));
-        let may = optional.into_iter().map(|(key, field)| (key, field, true));
-        let piece = |(at, (key, field, optional)): (usize, (&str, Field, bool))| {
-            let mut before = String::from(if at == 0 { "{" } else { "," });
-            logging::push_json(&mut before, key);
-            before.push(':');
-            Piece { before: before.into(), field, optional }
+impl Access {
+    pub fn new(log: AccessLog) -> Self {
+        let default = match log.format() {
+            logging::Format::Plain => Format::istio_text(),
+            logging::Format::Json => Format::istio_json(),
         };
-        Self { shape: Shape::Json, pieces: must.chain(may).enumerate().map(piece).collect(), end: "}\n".into() }
+        Self { log, default }
     }
-    /// Istio's default line.
-    pub fn istio_text() -> Self {
-        Self::text(
-            [
-                ("[", Field::StartTime),
-                ("] \"", Field::Method),
-                (" ", Field::Path),
-                (" ", Field::Protocol),
-                ("\" ", Field::ResponseCode),
-                (" ", Field::ResponseFlags),
-                (" ", Field::ResponseCodeDetails),
-                (" ", Field::ConnectionTerminationDetails),
-                (" \"", Field::UpstreamTransportFailureReason),
-                ("\" ", Field::BytesReceived),
-                (" ", Field::BytesSent),
-                (" ", Field::Duration),
-                (" ", Field::UpstreamServiceTime),
-                (" \"", Field::ForwardedFor),
-                ("\" \"", Field::UserAgent),
-                ("\" \"", Field::RequestId),
-                ("\" \"", Field::Authority),
-                ("\" \"", Field::UpstreamHost),
-                ("\" ", Field::UpstreamCluster),
-                (" ", Field::UpstreamLocalAddress),
-                (" ", Field::DownstreamLocalAddress),
-                (" ", Field::DownstreamRemoteAddress),
-                (" ", Field::RequestedServerName),
-                (" ", Field::RouteName),
-            ],
-            "",
-        )
-    }
-    /// Istio's default keys, and ours where there is something to tell.
-    pub fn istio_json() -> Self {
-        Self::json(
-            [
-                ("start_time", Field::StartTime),
-                ("route_name", Field::RouteName),
-                ("method", Field::Method),
-                ("path", Field::Path),
-                ("protocol", Field::Protocol),
-                ("response_code", Field::ResponseCode),
-                ("response_flags", Field::ResponseFlags),
-                ("response_code_details", Field::ResponseCodeDetails),
-                ("connection_termination_details", Field::ConnectionTerminationDetails),
-                ("bytes_received", Field::BytesReceived),
-                ("bytes_sent", Field::BytesSent),
-                ("duration", Field::Duration),
-                ("upstream_service_time", Field::UpstreamServiceTime),
-                ("x_forwarded_for", Field::ForwardedFor),
-                ("user_agent", Field::UserAgent),
-                ("request_id", Field::RequestId),
-                ("authority", Field::Authority),
-                ("upstream_host", Field::UpstreamHost),
-                ("upstream_cluster", Field::UpstreamCluster),
-                ("upstream_local_address", Field::UpstreamLocalAddress),
-                ("downstream_local_address", Field::DownstreamLocalAddress),
-                ("downstream_remote_address", Field::DownstreamRemoteAddress),
-                ("requested_server_name", Field::RequestedServerName),
-                ("upstream_transport_failure_reason", Field::UpstreamTransportFailureReason),
-            ],
-            [("reason", Field::Reason), ("dry_run", Field::DryRun), ("audit", Field::Audit)],
-        )
-    }
-    /// Istio's default for lines of the process's own shape.
-    pub fn istio(shape: logging::Format) -> Self {
-        match shape {
-            logging::Format::Plain => Self::istio_text(),
-            logging::Format::Json => Self::istio_json(),
+    /// Tells what is wanted of a request or connection. Never waits.
+    pub fn tell(&self, line: &Line<'_>) {
+        if !self.log.enabled(tracing::Level::INFO) {
+            return;
         }
-    }
-
-    /// Appends the line, newline included.
-    pub fn write(&self, line: &Line<'_>, out: &mut String) {
-        for piece in &self.pieces {
-            let value = piece.field.value(line);
-            if piece.optional && matches!(value, write::Value::Absent) {
-                continue;
+        match line.wanted() {
+            None => self.send(&self.default, line),
+            Some(logs) => {
+                for Wanted { format, filter } in logs {
+                    if filter.as_ref().is_none_or(|f| f.holds(line)) {
+                        self.send(format.as_ref().unwrap_or(&self.default), line);
+                    }
+                }
             }
-            out.push_str(&piece.before);
-            value.write(self.shape, out);
         }
-        out.push_str(&self.end);
     }
-    /// Hands the line to the log. Never waits.
-    pub fn send(&self, line: &Line<'_>, log: &AccessLog) {
+    fn send(&self, format: &Format, line: &Line<'_>) {
         let mut out = SPARE.take();
         out.clear();
-        self.write(line, &mut out);
-        log.send_bytes(out.as_bytes());
+        write(format, line, &mut out);
+        self.log.send_bytes(out.as_bytes());
         if out.capacity() <= SPARE_MOST {
             SPARE.set(out);
         }
     }
+}
+
+/// Appends a line, newline included.
+pub fn write(format: &Format, line: &Line<'_>, out: &mut String) {
+    match format {
+        Format::Text(parts) => template(parts, line, Shape::Text, out),
+        Format::Json(entries) => object(entries, line, out),
+    }
+    out.push('\n');
+}
+
+/// Appends the value of a template as text.
+fn template(Template(parts): &Template, line: &Line<'_>, shape: Shape, out: &mut String) {
+    for part in parts {
+        match part {
+            Part::Text(text) => write::escape(shape, out, text),
+            Part::Field(field) => field::value(&field.of, line).write_bare(shape, field.most, out),
+        }
+    }
+}
+
+fn object(Object { entries }: &Object, line: &Line<'_>, out: &mut String) {
+    out.push('{');
+    let mut first = true;
+    for (key, value) in entries {
+        let start = |out: &mut String, first: &mut bool| {
+            if !std::mem::take(first) {
+                out.push(',');
+            }
+            logging::push_json(out, key);
+            out.push(':');
+        };
+        match value {
+            Json::Field { field, optional } => {
+                let value = field::value(&field.of, line);
+                if *optional && value.is_absent() {
+                    continue;
+                }
+                start(out, &mut first);
+                value.write_json(field.most, out);
+            }
+            Json::Text(parts) => {
+                start(out, &mut first);
+                out.push('"');
+                template(parts, line, Shape::Json, out);
+                out.push('"');
+            }
+            Json::Verbatim(text) => {
+                start(out, &mut first);
+                out.push_str(text);
+            }
+            Json::Object(inner) => {
+                start(out, &mut first);
+                object(inner, line, out);
+            }
+        }
+    }
+    out.push('}');
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@ use hashbrown::HashTable;
 use mesh_model::SpiffeId;
 use mesh_model::metric_labels::Ends;
 use mesh_model::service::Service;
+use mesh_model::telemetry::Telemetry;
 use mesh_model::workload::Workload;
 use std::hash::{BuildHasher as _, Hash, Hasher as _};
 use std::sync::Arc;
@@ -22,6 +23,10 @@ pub(super) const MOST: usize = 4096;
 pub(super) struct Key<'a> {
     pub ends: Ends<'a>,
     pub answer: AnswerKey,
+    /// By what the mesh changes the metrics, where it does: what is told.
+    pub told: Option<&'a Arc<Telemetry>>,
+    /// Values of its tags.
+    pub tags: &'a [Box<str>],
 }
 /// How it was answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -42,6 +47,8 @@ struct Entry {
     destination: Option<Arc<Workload>>,
     service: Option<Arc<Service>>,
     answer: AnswerKey,
+    told: Option<Arc<Telemetry>>,
+    tags: Box<[Box<str>]>,
     hash: u64,
     handles: RequestHandles,
     /// Round of tidying in which it was last used.
@@ -56,7 +63,7 @@ impl Key<'_> {
     fn hash(&self) -> u64 {
         let Ends { source, source_id, destination, service, .. } = self.ends;
         let mut hasher = FixedState::default().build_hasher();
-        (at(source), at(destination), at(service), self.answer).hash(&mut hasher);
+        (at(source), at(destination), at(service), self.answer, at(self.told), self.tags).hash(&mut hasher);
         // Those of one workload have one identity, but for rare exceptions, which equality tells apart.
         if source.is_none() {
             source_id.map(SpiffeId::as_str).hash(&mut hasher);
@@ -72,6 +79,8 @@ impl Entry {
             && at(self.service.as_ref()) == at(ends.service)
             && self.answer == key.answer
             && self.reporter == ends.reporter
+            && at(self.told.as_ref()) == at(key.told)
+            && *self.tags == *key.tags
             && self.source_id.as_ref() == ends.source_id
     }
 }
@@ -106,6 +115,8 @@ impl Cache {
                 destination: key.ends.destination.cloned(),
                 service: key.ends.service.cloned(),
                 answer: key.answer,
+                told: key.told.cloned(),
+                tags: key.tags.into(),
                 hash,
                 handles: find(),
                 used: round,

@@ -1,9 +1,10 @@
 //! The metric families of a waypoint, under Istio's names, and their handles.
-use super::Record;
 use super::labels::{self, HTTP_LABELS, MESSAGE_LABELS, TCP_LABELS};
+use super::{Flags, Record};
 use mesh_model::Reason;
 use mesh_model::metric_labels::Ends;
-use mesh_runtime::metrics::{Counter, Family, Histogram, MetricError, Registry};
+use mesh_model::telemetry::{Metric, MetricRules};
+use mesh_runtime::metrics::{Counter, Family, Histogram, MetricError, Registry, Series};
 use std::sync::{Arc, OnceLock};
 
 /// Bucket bounds of Istio's distributions, whatever their unit (Envoy's defaults): milliseconds of duration, bytes of sizes.
@@ -71,23 +72,60 @@ impl Metrics {
             )?,
         })
     }
-    /// What a request counts in.
-    pub fn request(&self, ends: Ends<'_>, record: &Record) -> RequestHandles {
+    /// What a request counts in. `tags`: values of the rules' tags.
+    pub fn request(&self, ends: Ends<'_>, record: &Record, rules: &MetricRules, tags: &[Box<str>]) -> RequestHandles {
         let (status, flags) = (record.status.to_string(), record.flags.to_string());
         let grpc_status = record.grpc_status.filter(|_| record.grpc).map(|s| s.to_string()).unwrap_or_default();
         let protocol = if record.grpc { "grpc" } else { "http" };
         let values = labels::http(ends, protocol, &status, &grpc_status, &flags);
-        let messages = record.grpc.then(|| {
-            let values = ends.values();
-            (self.request_messages.get(&values), self.response_messages.get(&values))
-        });
+        let wanted = Wanted { rules, tags };
+        let messages = |metric, family| record.grpc.then(|| wanted.get(metric, family, &MESSAGE_LABELS, ends.values())).flatten();
         RequestHandles {
-            requests: self.requests.get(&values),
-            duration: self.duration.get(&values),
-            request_bytes: self.request_bytes.get(&values),
-            response_bytes: self.response_bytes.get(&values),
-            messages,
+            requests: wanted.get(Metric::RequestCount, &self.requests, &HTTP_LABELS, values),
+            duration: wanted.get(Metric::RequestDuration, &self.duration, &HTTP_LABELS, values),
+            request_bytes: wanted.get(Metric::RequestSize, &self.request_bytes, &HTTP_LABELS, values),
+            response_bytes: wanted.get(Metric::ResponseSize, &self.response_bytes, &HTTP_LABELS, values),
+            request_messages: messages(Metric::GrpcRequestMessages, &self.request_messages),
+            response_messages: messages(Metric::GrpcResponseMessages, &self.response_messages),
         }
+    }
+    /// What a connection counts in.
+    pub fn connection(&self, ends: Ends<'_>, flags: Flags, rules: &MetricRules, tags: &[Box<str>]) -> ConnectionHandles {
+        let flags = flags.to_string();
+        let values = labels::tcp(ends, &flags);
+        let get = |metric, family| Wanted { rules, tags }.get(metric, family, &TCP_LABELS, values);
+        ConnectionHandles {
+            opened: get(Metric::TcpOpenedConnections, &self.opened),
+            closed: get(Metric::TcpClosedConnections, &self.closed),
+            received: get(Metric::TcpReceivedBytes, &self.received),
+            sent: get(Metric::TcpSentBytes, &self.sent),
+        }
+    }
+}
+
+/// Series as the mesh wants them.
+#[derive(Clone, Copy)]
+struct Wanted<'a> {
+    rules: &'a MetricRules,
+    tags: &'a [Box<str>],
+}
+impl Wanted<'_> {
+    fn get<S: Series, const N: usize>(
+        self,
+        metric: Metric,
+        family: &Family<S>,
+        names: &[&str; N],
+        values: [&str; N],
+    ) -> Option<Arc<S>> {
+        let rules = self.rules.of(metric);
+        if rules.disabled {
+            return None;
+        }
+        if rules.tags.is_empty() {
+            return Some(family.get(&values));
+        }
+        let (values, beside) = labels::adjust(names, values, rules, self.tags);
+        Some(family.get_tagged(&values, &beside))
     }
 }
 
@@ -112,13 +150,33 @@ impl ByReason {
     }
 }
 
-/// What one request counts in.
+/// What one request counts in; `None` where it does not.
 #[derive(Debug)]
 pub(super) struct RequestHandles {
-    pub requests: Arc<Counter>,
-    pub duration: Arc<Histogram>,
-    pub request_bytes: Arc<Histogram>,
-    pub response_bytes: Arc<Histogram>,
-    /// Of gRPC: requests, responses.
-    pub messages: Option<(Arc<Counter>, Arc<Counter>)>,
+    pub requests: Option<Arc<Counter>>,
+    pub duration: Option<Arc<Histogram>>,
+    pub request_bytes: Option<Arc<Histogram>>,
+    pub response_bytes: Option<Arc<Histogram>>,
+    pub request_messages: Option<Arc<Counter>>,
+    pub response_messages: Option<Arc<Counter>>,
+}
+/// What one connection carried as bytes counts in; `None` where it does not.
+#[derive(Debug)]
+pub(super) struct ConnectionHandles {
+    pub opened: Option<Arc<Counter>>,
+    pub closed: Option<Arc<Counter>>,
+    pub received: Option<Arc<Counter>>,
+    pub sent: Option<Arc<Counter>>,
+}
+/// Counts where something counts.
+pub(super) fn add(counter: Option<&Arc<Counter>>, n: u64) {
+    if let Some(counter) = counter {
+        counter.add(n);
+    }
+}
+/// Observes where something observes.
+pub(super) fn observe(histogram: Option<&Arc<Histogram>>, value: f64) {
+    if let Some(histogram) = histogram {
+        histogram.observe(value);
+    }
 }

@@ -1,11 +1,15 @@
 //! The facts of one request or connection, filled in by the phases as they learn them.
 use super::{Flags, Messages, Received};
 use crate::upstream::{Cluster, Host};
-use http::{HeaderValue, Method, Version};
+use http::{HeaderMap, HeaderName, Method, Version};
 use mesh_model::l7::HttpRoute;
+use mesh_model::telemetry::Telemetry;
 use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
+
+/// `x-envoy-original-path`: the path before a rewrite.
+pub(crate) const ORIGINAL_PATH: HeaderName = HeaderName::from_static("x-envoy-original-path");
 
 /// What policies said that are only to be told.
 #[derive(Debug, Default)]
@@ -31,12 +35,16 @@ pub struct Record {
     pub protocol: Version,
     /// Authority as the client wrote it.
     pub authority: Box<str>,
-    /// `user-agent`.
-    pub user_agent: Option<HeaderValue>,
-    /// `x-request-id`, ours if the client had none.
-    pub request_id: Option<HeaderValue>,
-    /// `x-forwarded-for` as it goes upstream.
-    pub forwarded_for: Option<HeaderValue>,
+    /// Path and query as they went upstream, where a rewrite changed them.
+    pub rewritten: Option<Box<str>>,
+    /// Headers as they went upstream, once it is answered.
+    pub headers: HeaderMap,
+    /// Headers of the answer, where something is told of them.
+    pub response_headers: Option<HeaderMap>,
+    /// Trailers of the answer, where something is told of them.
+    pub trailers: Option<HeaderMap>,
+    /// What is to be told, by the mesh that decided the request; `None` when nobody says.
+    pub told: Option<Arc<Telemetry>>,
     /// It is gRPC.
     pub grpc: bool,
     /// The route.
@@ -80,9 +88,11 @@ impl Record {
             path: "".into(),
             protocol: Version::HTTP_11,
             authority: "".into(),
-            user_agent: None,
-            request_id: None,
-            forwarded_for: None,
+            rewritten: None,
+            headers: HeaderMap::new(),
+            response_headers: None,
+            trailers: None,
+            told: None,
             grpc,
             route: None,
             cluster: None,
@@ -99,6 +109,22 @@ impl Record {
             received: Arc::new(Received::new(grpc)),
             sent: 0,
             sent_messages: Messages::default(),
+        }
+    }
+    /// Takes over what is told of the two heads; there may be no answer.
+    pub fn heads(&mut self, request: HeaderMap, path: &str, query: Option<&str>, response: Option<&HeaderMap>) {
+        if request.contains_key(ORIGINAL_PATH) {
+            self.rewritten = Some(query.map_or_else(|| path.into(), |query| format!("{path}?{query}").into()));
+        }
+        self.headers = request;
+        if self.told.as_ref().is_some_and(|t| t.reads_response_headers()) {
+            self.response_headers = response.cloned();
+        }
+    }
+    /// Takes over what is told of the trailers.
+    pub fn trailers(&mut self, trailers: &HeaderMap) {
+        if self.told.as_ref().is_some_and(|t| t.reads_trailers()) {
+            self.trailers = Some(trailers.clone());
         }
     }
     /// A piece of the response's body went to the client.
@@ -131,6 +157,8 @@ pub struct TcpRecord {
     pub reason: Option<mesh_model::Reason>,
     /// What policies said that enforce nothing.
     pub noted: Noted,
+    /// What is to be told; `None` when nobody says.
+    pub told: Option<Arc<Telemetry>>,
 }
 impl TcpRecord {
     /// Begun now, nothing known yet.
@@ -145,6 +173,7 @@ impl TcpRecord {
             details: "".into(),
             reason: None,
             noted: Noted::default(),
+            told: None,
         }
     }
 }

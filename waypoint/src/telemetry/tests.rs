@@ -4,7 +4,7 @@
 use super::cache::MOST;
 use super::*;
 use crate::upstream::{Cluster, ClusterView, Counts, Deps, Host, HostView, Limits, Upstreams};
-use http::{HeaderValue, Method, Version};
+use http::{HeaderName, HeaderValue, Method, Version};
 use mesh_identity::cache::CacheSettings;
 use mesh_identity::clock::SystemClock;
 use mesh_identity::crypto::TlsSettings;
@@ -15,6 +15,8 @@ use mesh_model::l7::route::ClusterKey;
 use mesh_model::labels::Labels;
 use mesh_model::service::{AppProtocol, Service, ServiceKey, ServicePort, WeightedWaypoint};
 use mesh_model::snapshot::Viewpoint;
+use mesh_model::telemetry::expression::Expression;
+use mesh_model::telemetry::{FamilyRules, Metric};
 use mesh_model::waypoint::Target;
 use mesh_model::workload::{Locality, Protocol};
 use mesh_model::{Change, Reason, Snapshot};
@@ -133,9 +135,10 @@ impl World {
             path: "/a?b=\"c\"".into(),
             protocol: Version::HTTP_2,
             authority: "api.shop:80".into(),
-            user_agent: Some(HeaderValue::from_static("curl/8.1")),
-            request_id: Some(HeaderValue::from_static("0a1b")),
-            forwarded_for: Some(HeaderValue::from_static("10.0.0.5")),
+            headers: [("user-agent", "curl/8.1"), ("x-request-id", "0a1b"), ("x-forwarded-for", "10.0.0.5")]
+                .map(|(name, value)| (HeaderName::from_static(name), HeaderValue::from_static(value)))
+                .into_iter()
+                .collect(),
             cluster: Some(cluster),
             host: Some(host),
             status: 200,
@@ -386,6 +389,46 @@ async fn grpc_has_its_status_and_messages() {
     let (labels, messages) = all.one("istio_request_messages_total");
     assert_eq!((messages, labels.contains_key("response_code")), (4.0, false));
     assert_eq!(all.one("istio_response_messages_total").1, 2.0);
+}
+
+#[tokio::test]
+async fn the_mesh_changes_labels_and_leaves_out_what_has_no_value() {
+    let world = World::new();
+    let tag = |source: &str| Expression::parse(source).expect(source);
+    let rule = |tags: &[(&str, Option<usize>)]| FamilyRules {
+        disabled: false,
+        tags: tags.iter().map(|(name, at)| ((*name).into(), *at)).collect(),
+    };
+    let mut metrics = MetricRules {
+        tags: vec![tag("request.url_path.startsWith('/a') ? 'auth' : 'user'"), tag("request.headers['x-tenant']")].into(),
+        ..MetricRules::default()
+    };
+    metrics.families[Metric::RequestCount as usize] =
+        rule(&[("endpoint_type", Some(0)), ("source_app", None), ("destination_app", Some(1)), ("tenant", Some(1))]);
+    metrics.families[Metric::RequestSize as usize].disabled = true;
+    metrics.families[Metric::TcpOpenedConnections as usize] = rule(&[("peer", Some(1)), ("source_version", None)]);
+    let told = Some(Arc::new(mesh_model::telemetry::Telemetry { metrics, ..Default::default() }));
+    let mut record = Record { told: told.clone(), ..world.answered("api") };
+    world.telemetry.request_done(&world.facts(), &record);
+    record.headers.insert("x-tenant", HeaderValue::from_static("blue\"\\"));
+    world.telemetry.request_done(&world.facts(), &record);
+    world.telemetry.request_done(&world.facts(), &record);
+    drop(world.telemetry.tcp_opened(&world.facts(), &TcpRecord { told, ..TcpRecord::begin() }));
+    let all = world.families();
+    let counts: BTreeMap<Option<&str>, (f64, &Series)> = all
+        .samples
+        .iter()
+        .filter(|(n, ..)| n == "istio_requests_total")
+        .map(|(_, l, v)| (l.get("tenant").map(String::as_str), (*v, l)))
+        .collect();
+    assert_eq!(counts[&None].0, 1.0);
+    let (two, labels) = counts[&Some("blue\"\\")];
+    assert_eq!((two, &*labels["endpoint_type"], &*labels["destination_app"]), (2.0, "auth", "blue\"\\"));
+    assert!(!labels.contains_key("source_app") && !counts[&None].1.contains_key("destination_app"));
+    assert!(!all.kinds.contains_key("istio_request_bytes"), "disabled");
+    assert_eq!(all.sum("istio_request_duration_milliseconds_count"), 3.0);
+    let (labels, _) = all.one("istio_tcp_connections_opened_total");
+    assert!(!labels.contains_key("peer") && !labels.contains_key("source_version") && labels.contains_key("source_app"));
 }
 
 #[tokio::test]

@@ -294,6 +294,7 @@ fn final_set(changes: &[Change]) -> Vec<Change> {
             Change::L7PoliciesGone(target) => (format!("l7{target}"), false),
             Change::RequestAuths(target, _) => (format!("ra{target}"), true),
             Change::RequestAuthsGone(target) => (format!("ra{target}"), false),
+            Change::Telemetry(_) => ("telemetry".into(), true),
             Change::OwnLocality(_) => ("locality".into(), true),
         };
         last.insert(key, keep.then(|| c.clone()));

@@ -7,6 +7,10 @@ use std::time::Duration;
 pub(super) trait Expose: Send + Sync {
     fn expose(&self, out: &mut String);
     fn sweep(&self, older_than: Duration) -> usize;
+    /// Times a series was asked for and not made.
+    fn lost(&self) -> u64 {
+        0
+    }
 }
 
 /// Metrics that are computed when somebody asks: gauges of tables that exist anyway. Given to the function behind
@@ -15,7 +19,10 @@ pub(super) trait Expose: Send + Sync {
 pub struct Scrape<'o> {
     out: &'o mut String,
 }
-impl Scrape<'_> {
+impl<'o> Scrape<'o> {
+    pub(super) fn new(out: &'o mut String) -> Self {
+        Self { out }
+    }
     /// Begins a family: `name` as exposed, `kind` is `counter` or `gauge`. Its samples follow, before the next family.
     pub fn family<'s>(&'s mut self, name: &'s str, help: &str, kind: &str) -> Samples<'s> {
         head(self.out, name, help, kind);
@@ -51,7 +58,7 @@ impl Samples<'_> {
 pub(super) struct Computed<F>(pub(super) F);
 impl<F: Fn(&mut Scrape<'_>) + Send + Sync> Expose for Computed<F> {
     fn expose(&self, out: &mut String) {
-        (self.0)(&mut Scrape { out });
+        (self.0)(&mut Scrape::new(out));
     }
     fn sweep(&self, _: Duration) -> usize {
         0

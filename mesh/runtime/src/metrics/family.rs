@@ -211,6 +211,8 @@ struct Inner<S: Series> {
     shape: S::Shape,
     hasher: DefaultHashBuilder,
     table: RwLock<HashTable<Entry<S>>>,
+    /// Times a series was asked for and not made: the table was full.
+    lost: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -245,7 +247,7 @@ impl<S: Series> Family<S> {
     fn with_shape(name: &'static str, help: &'static str, label_names: &'static [&'static str], shape: S::Shape) -> Self {
         let hasher = DefaultHashBuilder::default();
         let table = RwLock::new(HashTable::new());
-        Self { inner: Arc::new(Inner { name, help, label_names, shape, hasher, table }) }
+        Self { inner: Arc::new(Inner { name, help, label_names, shape, hasher, table, lost: AtomicU64::new(0) }) }
     }
 
     /// Exposed name.
@@ -263,12 +265,18 @@ impl<S: Series> Family<S> {
     ///
     /// Costs a hash of all values and a read lock: once per connection, not per event.
     pub fn get(&self, values: &[&str]) -> Arc<S> {
-        self.resolve(values, false)
+        self.resolve(values, &[], false)
+    }
+
+    /// Like [`Self::get`], with labels of the series' own beside those of the family: name and value each. The names must be
+    /// names of labels, and none of the family's.
+    pub fn get_tagged(&self, values: &[&str], tags: &[(&str, &str)]) -> Arc<S> {
+        self.resolve(values, tags, false)
     }
 
     /// Like [`Self::get`], for a series that never expires.
     pub fn pin(&self, values: &[&str]) -> Arc<S> {
-        self.resolve(values, true)
+        self.resolve(values, &[], true)
     }
 
     /// Number of series.
@@ -304,15 +312,20 @@ impl<S: Series> Family<S> {
         Arc::clone(&self.inner) as Arc<dyn Expose>
     }
 
-    fn resolve(&self, values: &[&str], pinned: bool) -> Arc<S> {
+    fn resolve(&self, values: &[&str], tags: &[(&str, &str)], pinned: bool) -> Arc<S> {
         let inner = &*self.inner;
         let count = inner.label_names.len();
-        let values = || values.iter().map(|value| cut(value)).chain(std::iter::repeat("")).take(count);
+        let tags = || tags.iter().flat_map(|(name, value)| [*name, *value]);
+        let values = || values.iter().copied().chain(std::iter::repeat("")).take(count).chain(tags()).map(cut);
         let hash = hash_values(&inner.hasher, values());
         if !pinned && let Some(entry) = inner.table.read().find(hash, |entry| entry.values.iter().eq(values())) {
             return Arc::clone(&entry.series);
         }
         let mut table = inner.table.write();
+        if !pinned && table.len() >= MOST_SERIES && table.find(hash, |entry| entry.values.iter().eq(values())).is_none() {
+            inner.lost.fetch_add(1, Ordering::Relaxed);
+            return Arc::new(S::new(&inner.shape));
+        }
         let rehash = |entry: &Entry<S>| hash_values(&inner.hasher, entry.values.iter());
         let used = if pinned { Used::Pinned } else { Used::At(Instant::now()) };
         let mut slot = table.entry(hash, |entry| entry.values.iter().eq(values()), rehash).or_insert_with(|| Entry {
@@ -360,14 +373,20 @@ impl<S: Series> Expose for Inner<S> {
         let mut labels = String::new();
         for entry in table.iter() {
             labels.clear();
-            for (name, value) in self.label_names.iter().zip(entry.values.iter()) {
-                if value.is_empty() {
-                    continue;
+            let mut put = |name: &str, value: &str| {
+                if !value.is_empty() {
+                    if !labels.is_empty() {
+                        labels.push(',');
+                    }
+                    label(&mut labels, name, value);
                 }
-                if !labels.is_empty() {
-                    labels.push(',');
-                }
-                label(&mut labels, name, value);
+            };
+            let mut values = entry.values.iter();
+            for (name, value) in self.label_names.iter().zip(values.by_ref()) {
+                put(name, value);
+            }
+            while let (Some(name), Some(value)) = (values.next(), values.next()) {
+                put(name, value);
             }
             entry.series.write(self.name, &labels, out);
         }
@@ -375,6 +394,10 @@ impl<S: Series> Expose for Inner<S> {
 
     fn sweep(&self, older_than: Duration) -> usize {
         self.sweep_at(Instant::now(), older_than)
+    }
+
+    fn lost(&self) -> u64 {
+        self.lost.load(Ordering::Relaxed)
     }
 }
 
@@ -385,6 +408,8 @@ struct Values {
     ends: Box<[u32]>,
 }
 
+/// Most series of a family: labels may be made of what clients send. What comes beyond counts unseen until others expire.
+const MOST_SERIES: usize = 100_000;
 /// Longest label value kept, in bytes; what a peer sends must not grow the table without bound.
 const LONGEST_VALUE: usize = 1024;
 

@@ -187,6 +187,30 @@ fn handles_count_from_many_threads() {
 }
 
 #[test]
+fn series_have_labels_of_their_own() {
+    let registry = Registry::new();
+    let family = registry.family(Family::<Counter>::new("a_total", "A", &["x", "y"])).expect("new");
+    family.get_tagged(&["1", ""], &[("z", "a\"b"), ("w", "")]).inc();
+    family.get_tagged(&["1", ""], &[("z", "a\"b"), ("w", "")]).inc();
+    family.get(&["1", ""]).inc();
+    let text = registry.encode();
+    assert!(text.contains("a_total{x=\"1\",z=\"a\\\"b\"} 2\n") && text.contains("a_total{x=\"1\"} 1\n"), "{text}");
+}
+
+#[test]
+fn a_full_family_counts_unseen_and_says_so() {
+    let registry = Registry::new();
+    let family = registry.family(Family::<Counter>::new("a_total", "A", &["x"])).expect("new");
+    for n in 0..100_005 {
+        family.get(&[&n.to_string()]).inc();
+    }
+    assert_eq!(family.len(), 100_000);
+    family.get(&["7"]).inc();
+    assert_eq!(family.get(&["7"]).get(), 2, "those that are there go on");
+    assert!(registry.encode().contains("culvert_metrics_series_lost_total 5\n"));
+}
+
+#[test]
 fn what_is_computed_at_a_scrape_is_written_in_families() {
     let registry = Registry::new();
     let write = |scrape: &mut Scrape<'_>| {

@@ -72,6 +72,7 @@ impl Dir {
                 Change::L7PoliciesGone(t) => format!("-policies of {t}"),
                 Change::RequestAuths(t, _) => format!("+request authentication of {t}"),
                 Change::RequestAuthsGone(t) => format!("-request authentication of {t}"),
+                Change::Telemetry(_) => "telemetry".into(),
                 Change::OwnLocality(_) => "locality".into(),
             })
             .collect();

@@ -175,7 +175,7 @@ pub(super) fn targets<'p>(spec: &'p Node<'p>, namespace: &str) -> Read<'p, Optio
     each.map(|(i, n)| target(n, namespace, format!("spec.targetRefs[{i}]").into())).collect::<Read<'p, _>>().map(Some)
 }
 /// One target. Kinds of later versions pass; of the known ones the group must be right, or nothing would be bound.
-fn target<'p>(n: &'p Node<'p>, namespace: &str, field: Box<str>) -> Read<'p, WrittenTarget> {
+pub(super) fn target<'p>(n: &'p Node<'p>, namespace: &str, field: Box<str>) -> Read<'p, WrittenTarget> {
     read::only(n, &["group", "kind", "name", "namespace"])?;
     let needed = |key: &'static str, message: &'static str| match n.get(key) {
         None => Err(Bad::missing(n, key, message)),

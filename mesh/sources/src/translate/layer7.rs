@@ -16,6 +16,7 @@ use mesh_model::l7::request_auth::RequestAuth;
 use mesh_model::l7::route::{HttpMatch, HttpRoute, HttpRule, RouteTable};
 use mesh_model::policy::PolicyKey;
 use mesh_model::service::{Service, ServiceKey};
+use mesh_model::telemetry::TelemetryRules;
 use mesh_model::{Change, Origin};
 
 use super::destination_rule::{self, DestinationRule};
@@ -23,6 +24,7 @@ use super::gateway_api::{self, GatewayApi};
 use super::object::{Body, Kind, ObjectId};
 use super::pem::PemEntries;
 use super::targets::{self, Bindings, TargetedAuth};
+use super::telemetry::{self, MeshConfig, Telemetry};
 use super::virtual_service::{self, VirtualService};
 use super::{Dirty, HashMap, Name, Slot, Translator};
 use crate::diagnostics::{Problem, Severity};
@@ -58,6 +60,8 @@ pub(super) enum Need {
 pub(super) struct Touched {
     outputs: BTreeSet<Output>,
     needs: BTreeSet<Need>,
+    /// A Telemetry object, or MeshConfig.
+    telemetry: bool,
     /// Hosts of VirtualServices and DestinationRules, wildcards included.
     routes_of: BTreeSet<Arc<str>>,
     destinations_of: BTreeSet<Arc<str>>,
@@ -87,10 +91,12 @@ pub(super) struct Objects {
     pub(super) config_maps: BTreeMap<Name, Slot<PemEntries>>,
     pub(super) gateway_api: GatewayApi,
     request_auths: BTreeMap<PolicyKey, Arc<TargetedAuth>>,
+    telemetry: BTreeMap<Name, Slot<Telemetry>>,
+    mesh_config: Option<Slot<MeshConfig>>,
 }
 
 /// See the module.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Layer7 {
     objects: Objects,
     touched: Touched,
@@ -101,9 +107,29 @@ pub(super) struct Layer7 {
     gateways_out: HashMap<GatewayKey, Arc<GatewayRoutes>>,
     policies: Bindings<L7Policy>,
     request_auths: Bindings<RequestAuth>,
+    telemetry_out: TelemetryRules,
+    /// Istio's root namespace.
+    root: Arc<str>,
 }
 
 impl Layer7 {
+    /// Nothing yet.
+    pub(super) fn new(root: Arc<str>) -> Self {
+        Self {
+            objects: Objects::default(),
+            touched: Touched::default(),
+            needs: HashMap::default(),
+            needed_by: HashMap::default(),
+            routes_out: HashMap::default(),
+            destinations_out: HashMap::default(),
+            gateways_out: HashMap::default(),
+            policies: Bindings::default(),
+            request_auths: Bindings::default(),
+            telemetry_out: TelemetryRules::default(),
+            root,
+        }
+    }
+
     /// Takes an object in or forgets it.
     pub(super) fn set(&mut self, id: &ObjectId, new: Option<(Body, Arc<Origin>)>) {
         let (objects, touched) = (&mut self.objects, &mut self.touched);
@@ -161,6 +187,26 @@ impl Layer7 {
                 };
                 touched.request_auths.insert(key);
             }
+            Kind::Telemetry => {
+                let new = match new {
+                    Some((Body::Telemetry(obj), origin)) => Some(Slot { obj: *obj, origin }),
+                    _ => None,
+                };
+                if !same_or_stand_in(objects.telemetry.get(&name), new.as_ref(), |_| false) {
+                    touched.telemetry = true;
+                    put(&mut objects.telemetry, name, new);
+                }
+            }
+            Kind::ConfigMap if *name.0 == *self.root && &*name.1 == telemetry::MESH_CONFIG => {
+                let new = match new {
+                    Some((Body::MeshConfig(obj), origin)) => Some(Slot { obj: *obj, origin }),
+                    _ => None,
+                };
+                if !same_or_stand_in(objects.mesh_config.as_ref(), new.as_ref(), |_| false) {
+                    touched.telemetry = true;
+                    objects.mesh_config = new;
+                }
+            }
             Kind::Secret | Kind::ConfigMap => {
                 let map = if id.kind == Kind::Secret { &mut objects.secrets } else { &mut objects.config_maps };
                 let new = match new {
@@ -193,6 +239,7 @@ impl Layer7 {
 
     /// Makes again what was touched; hands out the difference, and the problems of each output.
     pub(super) fn flush(&mut self, t: &Translator, dirty: &Dirty, changes: &mut Vec<Change>) -> Vec<(ObjectId, Vec<Problem>)> {
+        let of_telemetry = self.telemetry(changes);
         let auths = if dirty.all {
             self.objects.request_auths.keys().cloned().collect()
         } else {
@@ -203,6 +250,7 @@ impl Layer7 {
         let mut all_problems = self.policies.flush(t, dirty, policies, |key| targets::policy(t, key), changes);
         let auth = |key: &PolicyKey| self.objects.request_auths.get(key).cloned();
         all_problems.extend(self.request_auths.flush(t, dirty, auths, auth, changes));
+        all_problems.extend(of_telemetry);
         for output in outputs {
             let mut join = Join::new(t, &self.objects);
             match &output {
@@ -228,6 +276,20 @@ impl Layer7 {
             self.remember(output, needs);
         }
         all_problems
+    }
+
+    /// What is told about traffic, if something of it was touched. The objects are few: all are merged again.
+    fn telemetry(&mut self, changes: &mut Vec<Change>) -> Option<(ObjectId, Vec<Problem>)> {
+        if !std::mem::take(&mut self.touched.telemetry) {
+            return None;
+        }
+        let objects = &self.objects;
+        let (rules, problems) = telemetry::rules(&objects.telemetry, objects.mesh_config.as_ref(), &self.root);
+        if self.telemetry_out != rules {
+            self.telemetry_out = rules;
+            changes.push(Change::Telemetry(Arc::new(self.telemetry_out.clone())));
+        }
+        Some((ObjectId { kind: Kind::Telemetry, namespace: Arc::clone(&self.root), name: "merged:all".into() }, problems))
     }
 
     /// A join of nothing in particular.

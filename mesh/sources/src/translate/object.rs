@@ -18,6 +18,7 @@ use super::intern::{Interner, Labels};
 use super::pem::{self, PemEntries};
 use super::read::{self, Bad, Read};
 use super::targets::{TargetedAuth, TargetedPolicy};
+use super::telemetry::{self, MeshConfig, Telemetry};
 use super::virtual_service::{self, VirtualService};
 use super::{authorization, istio, kube, peer, request_auth};
 use crate::diagnostics::{Problem, Severity};
@@ -70,6 +71,8 @@ pub enum Kind {
     ConfigMap,
     /// security.istio.io RequestAuthentication.
     RequestAuthentication,
+    /// telemetry.istio.io Telemetry.
+    Telemetry,
     /// A security document that could not be read at all.
     Unreadable,
 }
@@ -99,6 +102,7 @@ impl Kind {
             Self::Secret => "Secret",
             Self::ConfigMap => "ConfigMap",
             Self::RequestAuthentication => "RequestAuthentication",
+            Self::Telemetry => "Telemetry",
             Self::Unreadable => "Unreadable",
         }
     }
@@ -174,6 +178,9 @@ pub enum Body {
     /// PEM entries of a Secret or ConfigMap.
     Pem(PemEntries),
     RequestAuthentication(Arc<TargetedAuth>),
+    Telemetry(Box<Telemetry>),
+    /// What the ConfigMap of MeshConfig says.
+    MeshConfig(Box<MeshConfig>),
     /// A policy that denies in place of a document that could not be read.
     Unreadable(Arc<Policy>),
 }
@@ -509,6 +516,7 @@ fn layer7_kind(kind: &str) -> Option<(Kind, &'static str)> {
         "TLSRoute" => (Kind::TlsRoute, GATEWAY_API),
         "BackendTLSPolicy" => (Kind::BackendTlsPolicy, GATEWAY_API),
         "ReferenceGrant" => (Kind::ReferenceGrant, GATEWAY_API),
+        "Telemetry" => (Kind::Telemetry, "telemetry.istio.io"),
         "Secret" => (Kind::Secret, ""),
         "ConfigMap" => (Kind::ConfigMap, ""),
         "RequestAuthentication" => (Kind::RequestAuthentication, "security.istio.io"),
@@ -650,8 +658,12 @@ impl<'a> Reader<'a> {
                 Err(bad) => Err(bad),
             },
             Kind::Secret => pem::secret(node).map(Body::Pem),
+            Kind::ConfigMap if *id.namespace == *self.root_namespace && &*id.name == telemetry::MESH_CONFIG => {
+                telemetry::read_mesh_config(self, node).map(|m| Body::MeshConfig(Box::new(m)))
+            }
             Kind::ConfigMap => pem::config_map(node).map(Body::Pem),
             Kind::RequestAuthentication => Ok(Body::RequestAuthentication(request_auth::read(self, node, &id, &origin))),
+            Kind::Telemetry => telemetry::read(self, node, &id).map(|t| Body::Telemetry(Box::new(t))),
             Kind::Unreadable => return None,
         };
         match body {
@@ -773,7 +785,7 @@ impl<'a> Reader<'a> {
 
 /// Versions of the API groups read here; what comes after them may mean other things by the same fields.
 fn version_known(v: &str) -> bool {
-    matches!(v, "v1" | "v1beta1" | "v1alpha3" | "v1alpha2")
+    matches!(v, "v1" | "v1beta1" | "v1alpha3" | "v1alpha2" | "v1alpha1")
 }
 
 fn looks_like_security(kind: &str, group: &str) -> bool {

@@ -23,6 +23,7 @@ pub(super) struct State {
     pub(super) l7: BTreeMap<String, Arc<mesh_model::l7::policy::L7Policies>>,
     pub(super) auths: BTreeMap<String, Arc<mesh_model::l7::request_auth::RequestAuths>>,
     own: Option<Locality>,
+    telemetry: Arc<mesh_model::telemetry::TelemetryRules>,
 }
 impl State {
     pub(super) fn apply(&mut self, changes: Vec<Change>) {
@@ -44,6 +45,7 @@ impl State {
                 Change::L7PoliciesGone(t) => drop(self.l7.remove(&t.to_string())),
                 Change::RequestAuths(t, a) => drop(self.auths.insert(t.to_string(), a)),
                 Change::RequestAuthsGone(t) => drop(self.auths.remove(&t.to_string())),
+                Change::Telemetry(rules) => self.telemetry = rules,
                 Change::OwnLocality(l) => self.own = Some(l),
             }
         }

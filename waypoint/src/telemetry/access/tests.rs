@@ -2,14 +2,17 @@ use super::*;
 use crate::facts::Facts;
 use crate::telemetry::tests::World;
 use crate::telemetry::{Flag, Record, TcpRecord};
-use mesh_model::Reason;
+use mesh_model::telemetry::expression::Expression;
+use mesh_model::telemetry::{AccessLog as Wanted, Telemetry};
+use mesh_model::{Reason, SpiffeId};
 use std::time::{Duration, SystemTime};
 
 const TOOK: Duration = Duration::from_micros(7_900);
 
 fn write(format: &Format, facts: &Facts, told: Told<'_>) -> String {
+    let own: SpiffeId = "spiffe://cluster.local/ns/shop/sa/waypoint".parse().expect("an id");
     let mut out = String::new();
-    format.write(&Line { facts, told, took: TOOK }, &mut out);
+    super::write(format, &Line { facts, told, took: TOOK, own: &own }, &mut out);
     out
 }
 
@@ -80,7 +83,7 @@ async fn a_refusal_says_why() {
 #[tokio::test]
 async fn clusters_are_named_as_istiod_names_them() {
     let world = World::new();
-    let format = Format::text([("", Field::UpstreamCluster), (" ", Field::UpstreamHost)], "");
+    let format = Format::text("%UPSTREAM_CLUSTER% %UPSTREAM_HOST%", &|_| None).expect("a format");
     let hbone = "envoy://connect_originate/";
     let inside = world.facts();
     let cases = [
@@ -126,7 +129,9 @@ async fn what_a_client_sends_stays_in_its_line() {
     let record = Record {
         path: "/\n{\"forged\":1}".into(),
         authority: "a\r\nb".into(),
-        user_agent: Some(http::HeaderValue::from_bytes(b"\xff\"\\").expect("a header's value")),
+        headers: [(http::header::USER_AGENT, http::HeaderValue::from_bytes(b"\xff\"\\").expect("a header's value"))]
+            .into_iter()
+            .collect(),
         ..world.answered("api")
     };
     for format in [Format::istio_text(), Format::istio_json()] {
@@ -140,7 +145,81 @@ async fn what_a_client_sends_stays_in_its_line() {
 }
 
 #[tokio::test]
-async fn lines_reach_the_log_unless_it_is_off() {
+async fn formats_of_the_reference_mesh() {
+    let world = World::new();
+    let mut record = Record { rewritten: Some("/new?b=1".into()), ..world.answered("api") };
+    for (name, value) in [("x-user-id", "ann"), ("x-multi", "a"), ("x-multi", "b"), ("x-envoy-original-path", "/old?b=1")] {
+        record.headers.append(name, value.parse().expect("a value"));
+    }
+    record.response_headers = Some([(http::header::SERVER, http::HeaderValue::from_static("nginx"))].into_iter().collect());
+    let text = |format: &str| {
+        let format = Format::text(format, &|_| None).expect(format);
+        write(&format, &world.facts(), Told::Request(&record)).trim_end().to_owned()
+    };
+    for (format, line) in [
+        ("%REQ(X-ENVOY-ORIGINAL-PATH?:PATH)% %REQ(:PATH)% %REQ_WITHOUT_QUERY(:PATH)%", "/old?b=1 /new?b=1 /new"),
+        ("%REQ(X-USER-ID)% %REQ(X-USER-ID):1% %REQ(X-NONE?X-USER-ID)% %REQ(x-none)%", "ann a ann -"),
+        ("%REQ(X-MULTI)% %REQ(:SCHEME)% %RESP(SERVER)% %RESP(x)% %RESP(:STATUS)%", "a,b http nginx - 200"),
+        (
+            "%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT% %DOWNSTREAM_REMOTE_PORT% %UPSTREAM_REMOTE_ADDRESS%",
+            "10.0.0.5 40000 10.0.1.7:8080",
+        ),
+        (
+            "%DOWNSTREAM_PEER_URI_SAN% %UPSTREAM_PEER_URI_SAN%",
+            "spiffe://cluster.local/ns/shop/sa/front spiffe://cluster.local/ns/shop/sa/api",
+        ),
+        ("%START_TIME(%s.%3f)% %UPSTREAM_REQUEST_ATTEMPT_COUNT% %GRPC_STATUS%", "1709210096.007 1 -"),
+        ("%CEL(request.headers['x-user-id'] + '@' + upstream_peer.app)% %CEL(request.headers['none'])%", "ann@api -"),
+        ("%CEL(request.duration > duration('5ms') ? 'slow' : 'fast')% 100%%", "slow 100%"),
+    ] {
+        assert_eq!(text(format), line, "{format}");
+    }
+}
+
+#[tokio::test]
+async fn attributes_without_a_value_are_known() {
+    use mesh_model::telemetry::expression::{Attributes as _, NAMES};
+    let world = World::new();
+    let (record, tcp, facts) = (world.answered("api"), TcpRecord::begin(), world.facts());
+    let own: SpiffeId = "spiffe://cluster.local/ns/shop/sa/waypoint".parse().expect("an id");
+    let absent = |told| {
+        let line = Line { facts: &facts, told, took: TOOK, own: &own };
+        NAMES.into_iter().filter(|name| line.find(name).is_none()).collect::<Vec<_>>()
+    };
+    let of_connections = ["connection.requested_server_name", "connection.termination_details"];
+    let of_answers = ["request.referer", "response.grpc_status", "response.headers", "upstream.transport_failure_reason"];
+    assert_eq!(absent(Told::Request(&record)), [&of_connections[..], &of_answers].concat());
+    let kept = absent(Told::Connection { record: &tcp, received: 1, sent: 2 });
+    assert!(kept.contains(&"request.path") && kept.contains(&"response.code") && kept.contains(&"upstream_peer.app"), "{kept:?}");
+    assert!(
+        !kept.contains(&"request.size") && !kept.contains(&"connection.mtls") && !kept.contains(&"source.address"),
+        "{kept:?}"
+    );
+}
+
+#[tokio::test]
+async fn filters_choose_and_several_logs_are_several_lines() {
+    let world = World::new();
+    let log = |filter: &str, format: &str| Wanted {
+        format: Some(Format::text(format, &|_| None).expect(format)),
+        filter: Some(Expression::parse(filter).expect(filter)),
+    };
+    let access = vec![log("response.code >= 400", "bad"), log("connection.mtls", "all"), log("request.method == 'POST'", "post")];
+    let told = std::sync::Arc::new(Telemetry { access: Some(access.into()), ..Telemetry::default() });
+    let (text, _) = logged("info", |telemetry| {
+        telemetry.request_done(&world.facts(), &Record { told: Some(std::sync::Arc::clone(&told)), ..world.answered("api") });
+        let mut refused = world.answered("api");
+        refused.status = 403;
+        refused.method = http::Method::GET;
+        refused.told = Some(std::sync::Arc::clone(&told));
+        telemetry.request_done(&world.facts(), &refused);
+        telemetry.tcp_failed(&world.facts(), &TcpRecord { told: Some(std::sync::Arc::clone(&told)), ..TcpRecord::begin() });
+    });
+    assert_eq!(text, "all\npost\nbad\nall\nall\n");
+}
+
+/// What `tell` makes a log write.
+fn logged(levels: &str, tell: impl FnOnce(&crate::telemetry::Telemetry)) -> (String, u64) {
     use mesh_runtime::logging::{Options, build};
     use mesh_runtime::metrics::Registry;
     #[derive(Clone, Default)]
@@ -154,18 +233,25 @@ async fn lines_reach_the_log_unless_it_is_off() {
             Ok(())
         }
     }
+    let out = Out::default();
+    let options = Options::from_env(Some(levels), Some("json"), "waypoint").expect("options");
+    let (logging, _subscriber) = build(options, Box::new(out.clone())).expect("a log");
+    let identity: SpiffeId = "spiffe://cluster.local/ns/shop/sa/waypoint".parse().expect("an id");
+    let telemetry = crate::telemetry::Telemetry::new(&Registry::new(), Some(logging.access.clone()), identity).expect("metrics");
+    tell(&telemetry);
+    assert!(logging.writer.flush(Duration::from_secs(5)));
+    let text = String::from_utf8(out.0.lock().clone()).expect("text");
+    (text, logging.writer.dropped())
+}
+
+#[tokio::test]
+async fn lines_reach_the_log_unless_it_is_off() {
     let world = World::new();
     for (levels, lines) in [("info", 2), ("info,access=off", 0)] {
-        let out = Out::default();
-        let options = Options::from_env(Some(levels), Some("json"), "waypoint").expect("options");
-        let (logging, _subscriber) = build(options, Box::new(out.clone())).expect("a log");
-        let identity = world.telemetry.own_identity().clone();
-        let telemetry =
-            crate::telemetry::Telemetry::new(&Registry::new(), Some(logging.access.clone()), identity).expect("metrics");
-        telemetry.request_done(&world.facts(), &world.answered("api"));
-        telemetry.tcp_failed(&world.facts(), &TcpRecord::begin());
-        assert!(logging.writer.flush(Duration::from_secs(5)));
-        let text = String::from_utf8(out.0.lock().clone()).expect("text");
+        let (text, _) = logged(levels, |telemetry| {
+            telemetry.request_done(&world.facts(), &world.answered("api"));
+            telemetry.tcp_failed(&world.facts(), &TcpRecord::begin());
+        });
         assert_eq!(text.lines().filter(|l| l.starts_with("{\"start_time\":")).count(), lines, "{text}");
         assert_eq!(text.lines().count(), lines);
     }

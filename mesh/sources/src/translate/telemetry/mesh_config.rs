@@ -1,0 +1,167 @@
+//! The part of MeshConfig that speaks of telemetry: ConfigMap `istio` of the root namespace, entry `mesh`.
+//!
+//! All else in it is for the control plane. A section that is wrong is left out and reported; the others count.
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use mesh_model::telemetry::format::{Format, Json, Object, Template};
+
+use super::Named;
+use crate::diagnostics::Severity;
+use crate::translate::object::Reader;
+use crate::translate::read::{self, Bad, Read};
+use crate::yaml::{self, Document, Node, Value};
+
+/// Name of the ConfigMap.
+pub(in crate::translate) const NAME: &str = "istio";
+/// Name of the provider `accessLogFile` and its kin describe.
+pub(super) const ENVOY: &str = "envoy";
+/// The only file lines go to: ours are written by one thread, to one place.
+const STDOUT: &str = "/dev/stdout";
+
+/// What MeshConfig says of telemetry.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct MeshConfig {
+    /// `accessLogFile` names standard output.
+    pub(super) access: bool,
+    pub(super) providers: BTreeMap<Arc<str>, Provider>,
+    /// `defaultProviders.accessLogging`.
+    pub(super) default_access: Vec<Named>,
+}
+/// One of `extensionProviders`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Provider {
+    /// Lines on standard output, of this format; `None`: Istio's, in the shape of the process's lines.
+    Lines(Option<Format>),
+    /// Of a kind that is not here, or refused.
+    Unusable,
+}
+
+/// What the process's environment says.
+pub(super) fn environment(name: &str) -> Option<String> {
+    std::env::var(name).ok()
+}
+
+/// Reads the ConfigMap.
+pub(in crate::translate) fn read<'p>(r: &mut Reader<'_>, node: &'p Node<'p>) -> Read<'p, MeshConfig> {
+    let mut out = MeshConfig::default();
+    let Some(text) = node.get("data").and_then(|d| d.get("mesh")) else { return Ok(out) };
+    let document = Document { text: read::scalar(text)?, line: text.line };
+    let mesh =
+        yaml::parse_whole(document).map_err(|e| Bad::value(text, format!("not YAML: {e}"), "correct the text below `mesh`"))?;
+    let mut section = |read: Read<'_, ()>| {
+        if let Err(bad) = read {
+            r.report(&mesh, &bad, Severity::Error);
+        }
+    };
+    let mut collect = MeshConfig::default();
+    section(access(&mesh, &mut collect));
+    section(defaults(&mesh, &mut collect));
+    for p in read::list(&mesh, "extensionProviders").unwrap_or_default() {
+        section(provider(p, &mut collect));
+    }
+    out = collect;
+    Ok(out)
+}
+
+fn access<'p>(mesh: &'p Node<'p>, out: &mut MeshConfig) -> Read<'p, ()> {
+    out.access = match read::text_or_empty(mesh, "accessLogFile")? {
+        "" => false,
+        STDOUT => true,
+        _ => return Err(other_file(mesh.get("accessLogFile").unwrap_or(mesh))),
+    };
+    let json = match read::text(mesh, "accessLogEncoding")? {
+        None | Some("") => None,
+        Some("TEXT") => Some(false),
+        Some("JSON") => Some(true),
+        Some(_) => {
+            let at = mesh.get("accessLogEncoding").unwrap_or(mesh);
+            return Err(Bad::value(at, "not an encoding", "write TEXT or JSON"));
+        }
+    };
+    // Held by what is read next, so that lines are written in Istio's own format where the written one is wrong.
+    out.providers
+        .insert(ENVOY.into(), Provider::Lines(json.map(|json| if json { Format::istio_json() } else { Format::istio_text() })));
+    let Some(at) = mesh.get("accessLogFormat").filter(|n| n.text() != Some("")) else { return Ok(()) };
+    let text = read::scalar(at)?;
+    let format = if json == Some(true) {
+        let document = Document { text, line: at.line };
+        let labels = yaml::parse_whole(document).map_err(|e| Bad::value(at, format!("not JSON: {e}"), "write a JSON object"))?;
+        object(&labels, false).map(Format::Json).map_err(|bad| Bad::value(at, bad.message, bad.fix))?
+    } else {
+        text_format(at)?
+    };
+    out.providers.insert(ENVOY.into(), Provider::Lines(Some(format)));
+    Ok(())
+}
+
+fn defaults<'p>(mesh: &'p Node<'p>, out: &mut MeshConfig) -> Read<'p, ()> {
+    let Some(defaults) = read::map(mesh, "defaultProviders")? else { return Ok(()) };
+    for n in read::list(defaults, "accessLogging")? {
+        out.default_access.push(Named { name: read::scalar(n)?.into(), line: n.line });
+    }
+    Ok(())
+}
+
+fn provider<'p>(p: &'p Node<'p>, out: &mut MeshConfig) -> Read<'p, ()> {
+    let name: Arc<str> = read::text(p, "name")?.ok_or_else(|| Bad::missing(p, "name", "a provider has a name"))?.into();
+    // Until it is read: whoever names it is told.
+    out.providers.insert(Arc::clone(&name), Provider::Unusable);
+    let read = if let Some(file) = read::map(p, "envoyFileAccessLog")? {
+        Provider::Lines(file_format(file)?)
+    } else {
+        Provider::Unusable
+    };
+    out.providers.insert(name, read);
+    Ok(())
+}
+
+fn file_format<'p>(file: &'p Node<'p>) -> Read<'p, Option<Format>> {
+    if let Some(path) = file.get("path").filter(|p| p.text() != Some(STDOUT)) {
+        return Err(other_file(path));
+    }
+    let omit_empty = read::flag(file, "omitEmptyValues")?;
+    let Some(format) = read::map(file, "logFormat")? else { return Ok(None) };
+    read::only(format, &["text", "labels"])?;
+    match (format.get("text"), format.get("labels")) {
+        (Some(text), None) => text_format(text).map(Some),
+        (None, Some(labels)) => object(labels, omit_empty).map(Format::Json).map(Some),
+        (None, None) => Ok(None),
+        (Some(_), Some(_)) => Err(Bad::value(format, "either `text` or `labels`", "remove one")),
+    }
+}
+fn other_file<'p>(at: &'p Node<'p>) -> Bad<'p> {
+    Bad::value(at, "lines go to standard output only", "write /dev/stdout")
+}
+fn text_format<'p>(at: &'p Node<'p>) -> Read<'p, Format> {
+    Format::text(read::scalar(at)?, &environment).map_err(|e| Bad::value(at, e.0, "correct the format (Envoy's operators)"))
+}
+
+/// A JSON format: an object of strings with operators, of numbers, and of objects.
+fn object<'p>(labels: &'p Node<'p>, omit_empty: bool) -> Read<'p, Object> {
+    let mut entries = Vec::new();
+    for e in read::entries(labels)? {
+        let value = match &e.node.value {
+            Value::Map(_) => Json::Object(object(&e.node, omit_empty)?),
+            Value::Scalar { text, quoted: false } if is_bare(text) => Json::Verbatim((&**text).into()),
+            Value::Scalar { text, .. } => Json::parse(text, omit_empty, &environment)
+                .map_err(|error| Bad::value(&e.node, format!("{}: {error}", e.key), "correct the format (Envoy's operators)"))?,
+            Value::Null => Json::Text(Template(Box::default())),
+            Value::Seq(_) => return Err(Bad::value(&e.node, format!("{}: a list has no place in a line", e.key), "write text")),
+        };
+        entries.push(((&*e.key).into(), value));
+    }
+    Ok(Object { entries: entries.into() })
+}
+/// Whether JSON has it without quotes.
+fn is_bare(text: &str) -> bool {
+    matches!(text, "true" | "false")
+        || text.strip_prefix('-').unwrap_or(text).starts_with(|c: char| c.is_ascii_digit())
+            && text.parse::<f64>().is_ok_and(f64::is_finite)
+            && !text
+                .strip_prefix('-')
+                .unwrap_or(text)
+                .strip_prefix('0')
+                .is_some_and(|t| t.starts_with(|c: char| c.is_ascii_digit()))
+            && !text.ends_with('.')
+}
