@@ -12,6 +12,7 @@ use crate::hosts::{self, Routes};
 use crate::known::Known;
 use crate::l7::gateway::{GatewayKey, ListenerProtocol};
 use crate::l7::path::normalize;
+use crate::l7::request_auth::RequestAuths;
 use crate::l7::route::{Backend, BackendRef, ClusterKey, Dialect, HttpAction, HttpRoute, RequestFacts, TcpFacts, TcpRoute};
 use crate::l7::select::{Selected, select, select_tcp};
 use crate::reason::{Reason, Refusal};
@@ -19,7 +20,7 @@ use crate::service::Service;
 use crate::snapshot::Snapshot;
 use crate::waypoint::{Target, plan_tunnel};
 use crate::workload::Workload;
-use http::header::{HeaderMap, HeaderName, HeaderValue};
+use http::header::{AUTHORIZATION, HeaderMap, HeaderName, HeaderValue};
 use http::{Method, Uri};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -296,7 +297,7 @@ impl Story<'_> {
     }
 
     /// What the policies of layer 7 say.
-    fn policies(&self, at: &str, me: &Workload, target: &For, http: Option<HttpFacts<'_>>) -> Step {
+    fn policies(&mut self, at: &str, me: &Workload, target: &For, http: Option<HttpFacts<'_>>) -> Step {
         let gateway = me.labels.get(GATEWAY_NAME).map(|name| GatewayKey::new(&me.namespace, name));
         let namespace = match target {
             For::Mesh(Target::Service { service, .. }) => Some(&*service.key.namespace),
@@ -329,6 +330,19 @@ impl Story<'_> {
         if let Some(matched) = in_scope.custom(self.snap, &facts).next() {
             let denial = Denial { reason: Reason::NoAuthorizer, matched: Some(matched) };
             step = Step::refuses(at, &denial.refusal());
+        }
+        // Tokens are looked at before policies, and by rules that can be read.
+        let mut auths = scope.request_auths(self.snap);
+        if http.is_some()
+            && let Some((key, why)) = auths.clone().find_map(RequestAuths::unusable)
+        {
+            step = Step::refuses(at, &Refusal::new(Reason::PolicyUnusable, format!("{key}: {why}")));
+        }
+        if self.settings.token.is_none() && http.is_some_and(|h| h.headers.contains_key(AUTHORIZATION)) && auths.next().is_some()
+        {
+            let note = "a RequestAuthentication is in force, and the token is not verified here: a true one adds a request \
+                principal and claims, a false one is answered 401";
+            self.notes.push(note.into());
         }
         step.policies = request::policies(self.snap, &in_scope, &facts);
         step
