@@ -225,9 +225,10 @@ fn assemble(
             handshake_timeout: settings.handshake_timeout,
             connect_timeout: settings.handshake_timeout,
             unused_release: settings.pool_unused_release,
-            // A client that does not read is to cost 256 KiB at most: both of these and the buffers of HTTP. Who reads fast gets
-            // wider windows.
-            stream_window: 64 << 10,
+            // A client that does not read is to cost 256 KiB at most: a window, this buffer, and those of HTTP. So windows do not
+            // grow here: what a stream held when its client stopped reading would stay.
+            stream_window: 48 << 10,
+            max_stream_window: 48 << 10,
             send_buffer: 32 << 10,
             budget: Some(budget),
             ..mesh_hbone::Settings::default()
