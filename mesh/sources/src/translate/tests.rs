@@ -445,7 +445,10 @@ fn http_attributes_make_allow_narrower_and_deny_wider() {
         + &ap("a", "denyall", "{action: DENY, rules: [{to: [{operation: {paths: [/x]}}]}]}");
     let (m, problems) = mesh(&text);
     assert_eq!(problems.iter().filter(|p| p.code == Some("http-in-l4")).count(), 3);
-    assert_eq!(m.rules("a/allow").1.len(), 1, "the rule with HTTP attributes allows nothing");
+    let allow = m.rules("a/allow").1;
+    let nothing = mesh_model::policy::Match::default();
+    assert_eq!(allow.len(), 2, "every rule keeps its number");
+    assert_eq!(allow[0].clauses[0].matches, [nothing], "the rule with HTTP attributes allows nothing");
     let deny = m.rules("a/deny").1;
     assert_eq!((deny.len(), deny[0].clauses.len()), (2, 1));
     assert_eq!(deny[0].clauses[0].matches[0].destination_ports.any(), [80]);
