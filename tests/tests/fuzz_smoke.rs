@@ -141,6 +141,7 @@ fn objects() {
         include_str!("../fuzz/seeds/mesh.yaml"),
         include_str!("../fuzz/seeds/layer7.yaml"),
         include_str!("../fuzz/seeds/gateway_api.yaml"),
+        include_str!("../fuzz/seeds/traffic.yaml"),
     ]);
     // One seed per object, so that a change often hits the part that matters; those of layer 7 with their services, without
     // which nothing is made of them.

@@ -4,6 +4,7 @@
 //! connections run on the data threads.
 use crate::conn::Shared;
 use crate::dump;
+use crate::limits::Limits;
 use crate::listen;
 use crate::listen::gateway::Listeners;
 use crate::settings::Settings;
@@ -261,6 +262,7 @@ fn assemble(
         hbone,
         upstreams,
         telemetry,
+        limits: Limits::default(),
         tunnels: LivePeers::default(),
         settings,
     }))
@@ -370,6 +372,7 @@ async fn upkeep(registry: Registry, shared: Arc<Shared>) {
                 worker.spawn(async move { telemetry.tidy_thread() });
             }
             registry.sweep(SERIES_UNUSED);
+            shared.limits.sweep();
         }
     }
 }

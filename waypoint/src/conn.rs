@@ -1,5 +1,6 @@
 //! What all connections share, and what is known of one.
 use crate::facts::{Facts, Scope};
+use crate::limits::Limits;
 use crate::settings::Settings;
 use crate::telemetry::Telemetry;
 use crate::token::source::Sources;
@@ -48,6 +49,8 @@ pub struct Shared {
     pub upstreams: Arc<Upstreams>,
     /// Keys of issuers.
     pub tokens: Sources,
+    /// Buckets of rate limits.
+    pub limits: Limits,
     /// Metrics and access log.
     pub telemetry: Telemetry,
     /// Live tunnels, for revocation.

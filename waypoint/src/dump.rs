@@ -43,6 +43,7 @@ pub(crate) fn config(shared: &Shared, diagnostics: &Diagnostics) -> Value {
         "routes": snap.routes().map(|(key, table)| layer7::routes(key, table)).collect::<Vec<_>>(),
         "destinations": snap.destinations().map(|d| layer7::destination(d)).collect::<Vec<_>>(),
         "gateways": snap.gateways().map(|g| layer7::gateway(g)).collect::<Vec<_>>(),
+        "traffic": snap.treatments().map(|(target, t)| layer7::treatment(target, t)).collect::<Vec<_>>(),
         "policies": snap.l7_policies().map(|(target, all)| layer7::policies(target, all)).collect::<Vec<_>>(),
         "certificates": shared.svid.dump(),
         "jwks": jwks(shared),

@@ -6,10 +6,12 @@
 use crate::body::Body;
 use crate::conn::Conn;
 use crate::phase::{
-    Exchange, Flow, admit, attempt, authenticate, authorize, cors, expose, fault, forward, mirror, respond, rewrite, route,
+    Exchange, Flow, admit, attempt, authenticate, authorize, buffer, compress, cors, expose, fault, forward, limit, mirror,
+    respond, rewrite, route, treat,
 };
 use ::http::{Request, Response};
 use hyper::body::Incoming;
+use mesh_model::l7::limit::Point;
 use std::sync::Arc;
 
 /// The phases of one request, in the order of Envoy's waypoint chain (spec/waypoint §2.1).
@@ -17,7 +19,10 @@ pub async fn run(conn: &Arc<Conn>, request: Request<Incoming>) -> Response<Body>
     let mut unanswered = expose::Unanswered::new(admit::begin(conn, request));
     let Some(ex) = unanswered.get() else { return Response::default() };
     let answer = phases(ex).await;
-    let answer = respond::finish(ex, answer);
+    let mut answer = respond::finish(ex, answer);
+    limit::tell(ex, answer.headers_mut()); // x-ratelimit-*
+    treat::dress(ex, &mut answer); //         headers of TrafficPolicies, cache-control
+    let answer = compress::apply(ex, answer);
     match unanswered.take() {
         Some(ex) => expose::tell(ex, answer),
         None => answer,
@@ -33,13 +38,18 @@ async fn phases(ex: &mut Exchange<'_>) -> Response<Body> {
         };
     }
     phase!(admit::check(ex)); //       host, path, hop-by-hop headers, request id, forwarded-for
+    phase!(treat::find(ex)); //        what TrafficPolicies say
+    phase!(limit::check(ex, Point::BeforeAuthentication)); // rate limits that count everybody
+    compress::prepare(ex); //          what the client accepts
     phase!(authenticate::check(ex).await); // token, claims into headers
     let routed = route::choose(ex); // routes of the host → rule → backend by weight
     phase!(authorize::check(ex)); //   policies of what was addressed
     phase!(route::check(ex, routed)); // no route: told to those alone who may ask
     phase!(fault::inject(ex).await); // delay, abort
     phase!(cors::apply(ex)); //        preflight answered, headers for the response remembered
+    phase!(limit::check(ex, Point::AfterAuthorization)); // rate limits that count who may call
     phase!(respond::direct(ex)); //    redirect, direct response
+    phase!(buffer::fill(ex).await); // the body, up to its largest size
     forward::prepare(ex); //           header edits, attempt and timeout headers
     rewrite::apply(ex); //             path, authority
     mirror::copy(ex); //               shadows, fire and forget

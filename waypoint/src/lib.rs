@@ -13,6 +13,7 @@ mod dump;
 pub mod exchange;
 pub mod facts;
 pub mod http;
+pub mod limits;
 pub mod listen;
 mod opening;
 mod phase;

@@ -3,15 +3,19 @@ pub(crate) mod admit;
 pub(crate) mod attempt;
 pub(crate) mod authenticate;
 pub(crate) mod authorize;
+pub(crate) mod buffer;
+pub(crate) mod compress;
 pub(crate) mod cors;
 pub(crate) mod expose;
 pub(crate) mod fault;
 pub(crate) mod forward;
+pub(crate) mod limit;
 pub(crate) mod mirror;
 pub(crate) mod replay;
 pub(crate) mod respond;
 pub(crate) mod rewrite;
 pub(crate) mod route;
+pub(crate) mod treat;
 
 use crate::body::Body;
 use crate::conn::Conn;
@@ -21,7 +25,10 @@ use crate::upgrade::Switched;
 use http::request::Parts;
 use http::{HeaderMap, HeaderValue, Response};
 use mesh_model::Snapshot;
+use mesh_model::l7::compression::Coding;
+use mesh_model::l7::limit::{Limit, Taken};
 use mesh_model::l7::route::{Claims, Forward, HttpAction};
+use mesh_model::l7::treatment::Treatments;
 use mesh_model::l7::{Backend, HttpMatch, HttpRoute, RequestFacts, RouteTable};
 use replay::Replay;
 use std::str::FromStr;
@@ -67,6 +74,12 @@ pub struct Exchange<'c> {
     pub cors_headers: Option<HeaderMap>,
     /// The cookie by which the client will be known again, for what the endpoint answers.
     pub(crate) sticky: Option<HeaderValue>,
+    /// What TrafficPolicies say of it.
+    pub treatments: Treatments,
+    /// Of the limits that counted it the one nearest to its end, and what it had left.
+    pub limited: Option<(Arc<Limit>, Taken)>,
+    /// How the answer is compressed, if it can be.
+    pub coding: Option<Coding>,
     /// What policies are asked again of a request that becomes something else.
     pub(crate) upgrade: Option<Box<authorize::Kept>>,
     /// Both sides of it, once the endpoint agreed.

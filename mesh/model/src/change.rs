@@ -4,6 +4,7 @@ use crate::l7::gateway::{GatewayKey, GatewayRoutes};
 use crate::l7::policy::{L7Policies, PolicyTarget};
 use crate::l7::request_auth::RequestAuths;
 use crate::l7::route::RouteTable;
+use crate::l7::treatment::Treatment;
 pub use crate::origin::Origin;
 use crate::policy::{Policy, PolicyKey};
 use crate::service::{Service, ServiceKey};
@@ -48,6 +49,10 @@ pub enum Change {
     RequestAuthsGone(PolicyTarget),
     /// What is told about traffic changed.
     Telemetry(Arc<TelemetryRules>),
+    /// What is done with every request of a target appeared or changed.
+    Treatment(PolicyTarget, Arc<Treatment>),
+    /// Nothing is said about a target any more.
+    TreatmentGone(PolicyTarget),
     /// The locality of our own node became known or changed (endpoint preferences are ranked from it).
     OwnLocality(Locality),
 }

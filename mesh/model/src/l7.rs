@@ -6,6 +6,7 @@
 //! no header name is parsed while a request waits. Upstream: `mesh-sources`. Downstream: the waypoint's phases.
 
 pub mod balance;
+pub mod compression;
 pub mod cors;
 pub mod destination;
 pub mod fault;
@@ -13,6 +14,7 @@ pub mod gateway;
 pub mod hash;
 pub mod headers;
 pub mod index;
+pub mod limit;
 pub mod outlier;
 pub mod path;
 pub mod policy;
@@ -22,9 +24,11 @@ pub mod rewrite;
 pub mod route;
 pub mod select;
 pub mod text;
+pub mod treatment;
 pub mod weights;
 
 pub use destination::{Destination, TrafficPolicy};
 pub use gateway::GatewayRoutes;
 pub use route::{Backend, HttpMatch, HttpRoute, HttpRule, RequestFacts, RouteTable, TcpFacts};
 pub use text::{Pattern, StringMatch};
+pub use treatment::Treatment;

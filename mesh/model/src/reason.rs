@@ -93,6 +93,10 @@ reasons! {
     NotBound { "not_bound", Client, flag "NR", status 404, retry false, "the service or workload does not name this waypoint (istio.io/use-waypoint), or the client's view is stale" }
     /// The routes of a host could not be understood.
     RouteUnusable { "route_unusable", Control, flag "NR", status 503, retry false, "fix the rejected VirtualService or HTTPRoute; `problems` in /config_dump shows file, line and field" }
+    /// A rate limit of a TrafficPolicy was used up.
+    RateLimited { "rate_limited", Client, flag "RL", status 429, retry false, "the caller asks more often than the limit named in the details allows; x-ratelimit-reset says when to ask again" }
+    /// The body is larger than a TrafficPolicy allows.
+    BodyTooLarge { "body_too_large", Client, flag "-", status 413, retry false, "the request's body is larger than `buffer.maxRequestBytes` of a TrafficPolicy of its service or gateway" }
     /// A limit of this process was reached.
     Overloaded { "overloaded", Us, flag "CONNECT", status 503, retry true, "handshake, stream, memory or file-descriptor limit reached" }
     /// The process is draining.

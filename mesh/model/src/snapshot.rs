@@ -13,6 +13,7 @@ use crate::l7::gateway::{GatewayKey, GatewayRoutes};
 use crate::l7::policy::{L7Policies, PolicyTarget, TargetRef};
 use crate::l7::request_auth::RequestAuths;
 use crate::l7::route::RouteTable;
+use crate::l7::treatment::Treatment;
 use crate::lb::{Endpoint, EndpointSet};
 use crate::policy::{Policy, PolicyKey};
 use crate::policy_index::PolicyIndex;
@@ -65,6 +66,8 @@ pub struct Snapshot {
     /// RequestAuthentications by what they are bound to.
     request_auths: Shards<PolicyTarget, Arc<RequestAuths>>,
     telemetry: Arc<TelemetryRules>,
+    /// What is done with every request of a target.
+    treatments: Shards<PolicyTarget, Arc<Treatment>>,
 }
 /// Trust domain, namespace, service account.
 type Account = (TrustDomain, Arc<str>, Arc<str>);
@@ -215,6 +218,7 @@ impl Snapshot {
             l7_policies: Shards::default(),
             request_auths: Shards::default(),
             telemetry: Arc::default(),
+            treatments: Shards::default(),
         }
     }
     /// Its version.
@@ -271,6 +275,12 @@ impl Snapshot {
                 }
                 Change::RequestAuthsGone(target) => {
                     next.request_auths.remove(target);
+                }
+                Change::Treatment(target, treatment) => {
+                    next.treatments.insert(target.clone(), Arc::clone(treatment));
+                }
+                Change::TreatmentGone(target) => {
+                    next.treatments.remove(target);
                 }
                 Change::OwnLocality(l) => {
                     if next.view.locality != *l {
@@ -559,6 +569,18 @@ impl Snapshot {
     pub fn has_request_auths(&self) -> bool {
         !self.request_auths.is_empty()
     }
+    /// What is done with every request of a target.
+    pub fn find_treatment(&self, target: TargetRef<'_>) -> Option<&Arc<Treatment>> {
+        self.treatments.get(&target)
+    }
+    /// All of it by target, in no order (admin, never the data path).
+    pub fn treatments(&self) -> impl Iterator<Item = (&PolicyTarget, &Arc<Treatment>)> {
+        self.treatments.iter()
+    }
+    /// Whether anything is said about any target.
+    pub fn has_treatments(&self) -> bool {
+        !self.treatments.is_empty()
+    }
     /// The endpoint set of a service, also of one that has not arrived yet (its endpoints are staged).
     pub fn endpoint_set(&self, service: &ServiceKey) -> Option<&EndpointSet> {
         self.services.get(service).map(|b| &b.endpoints)
@@ -603,6 +625,7 @@ impl Snapshot {
         lines.push(format!("telemetry {:?}", self.telemetry.mesh));
         lines.extend(self.telemetry.namespaces.iter().map(|(ns, sides)| format!("telemetry of {ns} {sides:?}")));
         lines.extend(self.telemetry.targets.iter().map(|(target, sides)| format!("telemetry of {target:?} {sides:?}")));
+        lines.extend(self.treatments.iter().map(|(target, t)| format!("treatment of {target} {t:?}")));
         self.policies.dump(&mut lines);
         lines.sort_unstable();
         lines.join("\n")

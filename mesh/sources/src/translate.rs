@@ -11,6 +11,7 @@ mod authorization;
 mod build;
 pub(crate) mod conflict;
 mod destination_rule;
+mod envoy_filter;
 mod gateway_api;
 mod http_text;
 mod intern;
@@ -26,6 +27,8 @@ mod request_policy;
 mod selector;
 mod targets;
 mod telemetry;
+mod traffic;
+mod traffic_policy;
 mod virtual_service;
 mod waypoint;
 
@@ -374,6 +377,8 @@ impl Translator {
                 | Kind::TlsRoute
                 | Kind::BackendTlsPolicy
                 | Kind::ReferenceGrant
+                | Kind::TrafficPolicy
+                | Kind::EnvoyFilter
                 | Kind::Secret
                 | Kind::ConfigMap
                 | Kind::RequestAuthentication

@@ -113,7 +113,7 @@ struct Tour {
 }
 
 /// Chapters of the tour, for "n of m".
-const STEPS: usize = 15;
+const STEPS: usize = 16;
 
 impl Tour {
     fn step(&mut self, title: &str) {
@@ -181,6 +181,8 @@ fn run(tour: &mut Tour, keep: bool) -> anyhow::Result<()> {
     breaker(tour, &mesh)?;
     tour.step("From outside, through the ingress gateway");
     ingress(tour, &mesh)?;
+    tour.step("At the door: limits, headers, CORS, compression");
+    at_the_door(tour, &mesh)?;
     tour.step("The open tunnels");
     tunnels(tour, &mesh)?;
     tour.step("The metrics");
@@ -344,7 +346,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         user = self.headers.get("x-user-id")
         hello = "hello from %s, client %s" % (name, self.headers.get("x-forwarded-for", "-")) + (", user " + user if user else "")
         body = b"out of order\n" if bad else (hello + "\n").encode()
+        if self.path.startswith("/static/"):
+            body *= 200
         self.send_response(503 if bad else 200)
+        self.send_header("content-type", "application/javascript" if self.path.startswith("/static/") else "text/plain")
         self.send_header("content-length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -927,6 +932,96 @@ fn ingress(tour: &mut Tour, mesh: &Mesh) -> anyhow::Result<()> {
     );
     let output = curl(data, &format!("http://{gateway}/"), &["-H", "host: other.example", "-w", "%{http_code}"])?;
     tour.check(out(&output) == "404", "a host nobody wrote a route for is answered 404");
+    Ok(())
+}
+
+/// The head of an answer, as lines.
+fn head(from: &Place, url: &str, more: &[&str]) -> anyhow::Result<Vec<String>> {
+    let output = curl(from, url, &[&["-o", "/dev/null", "-D", "-", "-H", "host: shop.zamaz.example"], more].concat())?;
+    ensure!(output.status.success(), "curl failed: {}", complaint(&output));
+    Ok(out(&output).lines().map(|line| line.trim().to_owned()).filter(|line| !line.is_empty()).collect())
+}
+fn header<'a>(head: &'a [String], name: &str) -> Option<&'a str> {
+    head.iter().filter_map(|line| line.split_once(": ")).find(|(n, _)| n.eq_ignore_ascii_case(name)).map(|(_, value)| value)
+}
+
+/// The TrafficPolicy of the gateway. Everything is asked over IPv4 but the flood, which has the client's IPv6 address and
+/// so a bucket of its own.
+fn at_the_door(tour: &mut Tour, mesh: &Mesh) -> anyhow::Result<()> {
+    let data = mesh.topology.host("data");
+    let gateway = mesh.topology.pod("zamaz-ingress");
+    let url = |path: &str| format!("http://{}{path}", gateway.v4);
+    let answer = head(data, &url("/"), &[])?;
+    let wanted = [
+        ("x-content-type-options", "nosniff"),
+        ("x-frame-options", "DENY"),
+        ("strict-transport-security", "max-age=31536000"),
+        ("x-xss-protection", "1; mode=block"),
+    ];
+    for (name, _) in wanted {
+        tour.show("answer", &format!("{name}: {}", header(&answer, name).unwrap_or("-")));
+    }
+    tour.check(
+        wanted.iter().all(|(name, value)| header(&answer, name) == Some(value)),
+        "every answer has the four security headers",
+    );
+
+    let origin = "origin: https://zamaz.example";
+    let preflight = ["-X", "OPTIONS", "-H", "access-control-request-method: PUT"];
+    let answer = head(data, &url("/"), &[&preflight[..], &["-H", origin]].concat())?;
+    let allowed = header(&answer, "access-control-allow-origin").unwrap_or_default();
+    tour.show("preflight", &format!("{}: origin {allowed}, credentials", answer.first().map_or("", String::as_str)));
+    tour.check(
+        allowed == "https://zamaz.example" && header(&answer, "access-control-allow-credentials") == Some("true"),
+        "a page of the shop may call with credentials: the preflight is answered at the gateway",
+    );
+    let answer = head(data, &url("/"), &["-H", "origin: https://elsewhere.example"])?;
+    tour.check(header(&answer, "access-control-allow-origin").is_none(), "a page of somebody else may not");
+
+    let size = |accept: &str| -> anyhow::Result<(usize, String)> {
+        let more =
+            ["-H", accept, "-H", "host: shop.zamaz.example", "-o", "/dev/null", "-w", "%{size_download}", "-D", "/dev/stderr"];
+        let output = curl(data, &url("/static/app.js"), &more)?;
+        Ok((out(&output).parse().unwrap_or(0), complaint(&output).to_ascii_lowercase()))
+    };
+    let (plain, answer) = size("accept-encoding: identity")?;
+    let cached = answer.contains("cache-control: public, max-age=31536000, immutable");
+    for coding in ["gzip", "br", "zstd"] {
+        let (packed, answer) = size(&format!("accept-encoding: {coding}"))?;
+        tour.check(
+            packed > 0 && packed * 10 < plain && answer.contains(&format!("content-encoding: {coding}")),
+            &format!("a static file of {plain} bytes is {packed} bytes as {coding}"),
+        );
+    }
+    tour.check(cached, "and may be kept for a year");
+    flood(tour, data, gateway)
+}
+
+fn flood(tour: &mut Tour, data: &Place, gateway: &Place) -> anyhow::Result<()> {
+    const CALLS: usize = 140;
+    let begun = Instant::now();
+    let resolve = format!("shop.zamaz.example:80:[{}]", gateway.v6);
+    let more = ["--max-time", "60", "-w", "\\n%{http_code} %header{x-ratelimit-remaining}\\n", "--resolve", &resolve];
+    let output = curl(data, &format!("http://shop.zamaz.example/?n=[1-{CALLS}]"), &more)?;
+    let seconds = begun.elapsed().as_secs_f64();
+    let said = out(&output);
+    let status = |line: &&str| line.starts_with("200 ") || line.starts_with("429 ");
+    let answers: Vec<&str> = said.lines().filter(status).collect();
+    ensure!(answers.len() == CALLS, "curl: {}", complaint(&output));
+    for n in [1, 2, 100, 101] {
+        let (status, left) = answers[n - 1].split_once(' ').unwrap_or_default();
+        tour.show(&format!("request {n}"), &format!("{status}, x-ratelimit-remaining: {left}"));
+    }
+    let through = answers.iter().filter(|a| a.starts_with("200")).count();
+    // The bucket fills while it is emptied: 100 a minute.
+    let most = 100 + (seconds * 100.0 / 60.0) as usize;
+    let first = answers.iter().position(|a| a.starts_with("429")).map_or(0, |at| at + 1);
+    tour.check(
+        first > 100 && (100..=most).contains(&through) && through < CALLS,
+        &format!("of {CALLS} requests in {seconds:.1} s {through} are answered, and number {first} is the first to be refused"),
+    );
+    let refusals = said.matches("local_rate_limited\n429 ").count();
+    tour.check(refusals == CALLS - through, "with status 429 and the words `local_rate_limited`, as Envoy says it");
     Ok(())
 }
 

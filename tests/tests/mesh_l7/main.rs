@@ -13,6 +13,7 @@ mod outside;
 mod policy;
 mod routes;
 mod tokens;
+mod traffic;
 mod upstream;
 
 use mesh::{Mesh, set_up};
@@ -53,6 +54,13 @@ const TESTS: &[Test<Mesh>] = &[
     test("a_waypoint_is_restarted", change::a_waypoint_is_restarted),
     test("the_agent_of_the_endpoints_is_restarted", change::the_agent_of_the_endpoints_is_restarted),
     test("the_agent_of_the_client_is_restarted", change::the_agent_of_the_client_is_restarted),
+    test("the_sixth_of_five_is_refused", traffic::the_sixth_of_five_is_refused),
+    test("buckets_are_apart_by_their_key", traffic::buckets_are_apart_by_their_key),
+    test("the_gateway_counts_by_client_address", traffic::the_gateway_counts_by_client_address),
+    test("answers_are_compressed_as_asked", traffic::answers_are_compressed_as_asked),
+    test("large_bodies_are_refused", traffic::large_bodies_are_refused),
+    test("known_envoy_filters_work_and_others_are_told", traffic::known_envoy_filters_work_and_others_are_told),
+    test("a_broken_policy_closes_its_targets_only", traffic::a_broken_policy_closes_its_targets_only),
     test("metrics_and_log_name_both_ends", outside::metrics_and_log_name_both_ends),
     test("the_mesh_says_what_is_told", outside::the_mesh_says_what_is_told),
 ];

@@ -3,11 +3,12 @@ use mesh_model::gateway::ServiceKey;
 use mesh_model::l7::destination::{Balance, Destination, HashKey, TrafficPolicy};
 use mesh_model::l7::gateway::{GatewayRoutes, ListenerProtocol, ListenerTls};
 use mesh_model::l7::headers::{BothEdits, HeaderEdits};
+use mesh_model::l7::limit::Limit;
 use mesh_model::l7::policy::{L7Action, L7Body, L7Policies, L7Policy, PolicyTarget};
 use mesh_model::l7::route::{
     Abort, BackendRef, Dialect, Fault, Forward, HttpAction, PathMatch, PathRewrite, RetryOn, RetryPolicy, Rewrite, TcpRoute,
 };
-use mesh_model::l7::{Backend, HttpMatch, HttpRule, RouteTable, StringMatch};
+use mesh_model::l7::{Backend, HttpMatch, HttpRule, RouteTable, StringMatch, Treatment};
 use mesh_model::origin::Origin;
 use serde_json::{Map, Value, json};
 use std::sync::Arc;
@@ -42,6 +43,31 @@ pub(super) fn policies(target: &PolicyTarget, all: &L7Policies) -> Value {
         out
     };
     let mut out = json!({ "target": target.to_string(), "policies": all.iter().map(policy).collect::<Vec<_>>() });
+    prune(&mut out);
+    out
+}
+
+/// What TrafficPolicies say about a target.
+pub(super) fn treatment(target: &PolicyTarget, t: &Treatment) -> Value {
+    let limit = |l: &Arc<Limit>| {
+        json!({
+            "policy": l.counts.policy,
+            "name": l.counts.name,
+            "tokens": l.counts.rate.most(),
+            "key": l.counts.key.iter().map(|k| format!("{k:?}")).collect::<Vec<_>>(),
+            "point": format!("{:?}", l.point),
+        })
+    };
+    let mut out = json!({
+        "target": target.to_string(),
+        "unusable": t.broken,
+        "rateLimits": t.limits.iter().map(limit).collect::<Vec<_>>(),
+        "maxRequestBytes": t.max_request_bytes,
+        "cors": t.cors.is_some().then_some(true),
+        "responseHeaders": t.response.iter().map(edits).collect::<Vec<_>>(),
+        "cacheControl": t.cache.iter().map(|c| c.value.to_str().unwrap_or_default()).collect::<Vec<_>>(),
+        "compression": t.compression.as_ref().map(|c| c.codings.iter().map(|c| c.as_str()).collect::<Vec<_>>()),
+    });
     prune(&mut out);
     out
 }

@@ -11,6 +11,7 @@ use http::{Method, Request, StatusCode, Version};
 use http_body::Body as _;
 use hyper::body::Incoming;
 use mesh_model::l7::path::normalize;
+use mesh_model::l7::treatment::Treatments;
 use std::fmt::Write as _;
 use std::sync::Arc;
 
@@ -67,6 +68,9 @@ pub(crate) fn begin(conn: &Arc<Conn>, request: Request<Incoming>) -> Exchange<'_
         cors_headers: None,
         sticky: None,
         switched: None,
+        treatments: Treatments::default(),
+        limited: None,
+        coding: None,
         upgrade: None,
         grpc,
         record,

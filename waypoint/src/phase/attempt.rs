@@ -345,7 +345,7 @@ fn internal(ex: &mut Exchange<'_>, details: &'static str) -> Response<Body> {
 }
 
 /// The answer to a failed last attempt (spec/waypoint §10).
-fn failed(ex: &mut Exchange<'_>, error: &UpstreamError, retried: bool, dialect: Dialect) -> Response<Body> {
+pub(super) fn failed(ex: &mut Exchange<'_>, error: &UpstreamError, retried: bool, dialect: Dialect) -> Response<Body> {
     let unavailable = StatusCode::SERVICE_UNAVAILABLE;
     ex.record.transport_failure.clone_from(&error.detail);
     let (flag, status, reset) = match error.failure {

@@ -10,7 +10,7 @@ use crate::token::Verified;
 use http::{HeaderMap, Method, StatusCode};
 use mesh_model::authz_l7::{Denial, HttpFacts, InScope, Judgement, L7Facts, L7Verdict, Token, remote_address};
 use mesh_model::{Reason, Refusal, Snapshot};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 /// Envoy's answer.
 const TEXT: &str = "RBAC: access denied";
@@ -76,18 +76,12 @@ impl Kept {
 
 /// Judges a request or, without `request`, a connection carried as bytes, by one version of the mesh.
 pub(crate) fn judge<'s>(snap: &'s Snapshot, conn: &Conn, request: Option<Asked<'_>>) -> Judgement<'s> {
-    let shared = &conn.shared;
     let in_scope = InScope::of(snap, &conn.policy_scope());
     let client = conn.client.ip();
-    // `admit` has appended the client itself, who is none of the proxies.
-    let trusted = match shared.settings.trusted_proxies {
-        0 => 0,
-        n => n + usize::from(shared.settings.forward_client_address),
-    };
     let facts = L7Facts {
         peer: conn.identity.as_ref(),
         client: conn.client,
-        remote: request.map_or(client, |r| remote_address(r.headers, client, trusted)),
+        remote: request.map_or(client, |r| remote(conn, r.headers)),
         destination: destination(conn),
         sni: conn.sni.as_deref(),
         http: request.map(|r| HttpFacts {
@@ -103,6 +97,17 @@ pub(crate) fn judge<'s>(snap: &'s Snapshot, conn: &Conn, request: Option<Asked<'
         judgement.verdict = L7Verdict::Deny(Denial { reason: Reason::NoAuthorizer, matched: Some(matched) });
     }
     judgement
+}
+
+/// The client's address, behind the proxies that are trusted to say it.
+pub(crate) fn remote(conn: &Conn, headers: &HeaderMap) -> IpAddr {
+    let settings = &conn.shared.settings;
+    // `admit` has appended the client itself, who is none of the proxies.
+    let trusted = match settings.trusted_proxies {
+        0 => 0,
+        n => n + usize::from(settings.forward_client_address),
+    };
+    remote_address(headers, conn.client.ip(), trusted)
 }
 
 /// Tells what policies that enforce nothing said.

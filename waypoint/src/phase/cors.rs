@@ -6,7 +6,9 @@ use mesh_model::l7::cors::{CorsDecision, decide};
 
 /// Answers a preflight, or remembers what the response needs.
 pub(crate) fn apply(ex: &mut Exchange<'_>) -> Flow {
-    let Some(cors) = ex.route.as_ref().and_then(|r| r.cors.as_ref()) else { return Flow::Continue };
+    let Some(cors) = ex.route.as_ref().and_then(|r| r.cors.as_ref()).or_else(|| ex.treatments.cors()) else {
+        return Flow::Continue;
+    };
     match decide(cors, &ex.parts.method, &ex.parts.headers) {
         CorsDecision::NotCors | CorsDecision::Forward | CorsDecision::SimpleUnmatched => Flow::Continue,
         CorsDecision::Simple(headers) => {

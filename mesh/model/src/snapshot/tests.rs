@@ -10,6 +10,7 @@ use crate::l7::policy::L7Policies;
 use crate::l7::request_auth::{AuthBody, RequestAuth, RequestAuths};
 use crate::l7::route::{HttpMatch, HttpRoute, HttpRule, PathMatch};
 use crate::l7::select::select;
+use crate::l7::treatment::Treatment;
 use crate::labels::Labels;
 use crate::plan::plan_outbound;
 use crate::service::{HealthPolicy, IpFamilies, LbMode, LbScope};
@@ -269,6 +270,10 @@ fn any_change() -> impl Strategy<Value = Change> {
         1 => any_target().prop_map(Change::L7PoliciesGone),
         1 => (any_target(), any_policy()).prop_map(|(target, p)| Change::RequestAuths(target, Arc::new(request_auths(p.key)))),
         1 => any_target().prop_map(Change::RequestAuthsGone),
+        2 => (any_target(), 0..3_u64).prop_map(|(target, n)| {
+            Change::Treatment(target, Arc::new(Treatment { max_request_bytes: Some(n), ..Treatment::default() }))
+        }),
+        1 => any_target().prop_map(Change::TreatmentGone),
         1 => prop::sample::select(vec!["r1", "r2"])
             .prop_map(|r| Change::OwnLocality(Locality { region: r.into(), ..Locality::default() })),
     ]
@@ -295,6 +300,8 @@ fn final_set(changes: &[Change]) -> Vec<Change> {
             Change::RequestAuths(target, _) => (format!("ra{target}"), true),
             Change::RequestAuthsGone(target) => (format!("ra{target}"), false),
             Change::Telemetry(_) => ("telemetry".into(), true),
+            Change::Treatment(target, _) => (format!("t{target}"), true),
+            Change::TreatmentGone(target) => (format!("t{target}"), false),
             Change::OwnLocality(_) => ("locality".into(), true),
         };
         last.insert(key, keep.then(|| c.clone()));

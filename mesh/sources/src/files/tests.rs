@@ -73,6 +73,8 @@ impl Dir {
                 Change::RequestAuths(t, _) => format!("+request authentication of {t}"),
                 Change::RequestAuthsGone(t) => format!("-request authentication of {t}"),
                 Change::Telemetry(_) => "telemetry".into(),
+                Change::Treatment(target, _) => format!("treatment of {target}"),
+                Change::TreatmentGone(target) => format!("-treatment of {target}"),
                 Change::OwnLocality(_) => "locality".into(),
             })
             .collect();

@@ -77,7 +77,8 @@ pub(super) fn header_edits<'p>(r: &mut Reader<'_>, root: &Node<'_>, n: &'p Node<
     }
     Ok(out)
 }
-fn edits<'p>(r: &mut Reader<'_>, root: &Node<'_>, n: &'p Node<'p>, request: bool) -> Read<'p, HeaderEdits> {
+/// Edits of one direction; `root` is the object.
+pub(super) fn edits<'p>(r: &mut Reader<'_>, root: &Node<'_>, n: &'p Node<'p>, request: bool) -> Read<'p, HeaderEdits> {
     read::only(n, &["set", "add", "remove"])?;
     let mut out = HeaderEdits::default();
     for (key, list) in [("set", &mut out.set), ("add", &mut out.add)] {
@@ -132,7 +133,7 @@ pub(super) fn name<'p>(at: &'p Node<'p>, key: &str) -> Read<'p, HeaderName> {
 }
 /// A header value without variables: `%%` is a percent sign, and what Envoy would fill in is refused rather than sent as it
 /// is written.
-fn value<'p>(n: &'p Node<'p>) -> Read<'p, String> {
+pub(super) fn value<'p>(n: &'p Node<'p>) -> Read<'p, String> {
     let text = read::scalar(n)?;
     let mut out = String::with_capacity(text.len());
     let mut rest = text;

@@ -25,6 +25,7 @@ use super::object::{Body, Kind, ObjectId};
 use super::pem::PemEntries;
 use super::targets::{self, Bindings, TargetedAuth};
 use super::telemetry::{self, MeshConfig, Telemetry};
+use super::traffic::Traffic;
 use super::virtual_service::{self, VirtualService};
 use super::{Dirty, HashMap, Name, Slot, Translator};
 use crate::diagnostics::{Problem, Severity};
@@ -110,6 +111,7 @@ pub(super) struct Layer7 {
     telemetry_out: TelemetryRules,
     /// Istio's root namespace.
     root: Arc<str>,
+    traffic: Traffic,
 }
 
 impl Layer7 {
@@ -124,6 +126,7 @@ impl Layer7 {
             destinations_out: HashMap::default(),
             gateways_out: HashMap::default(),
             policies: Bindings::default(),
+            traffic: Traffic::default(),
             request_auths: Bindings::default(),
             telemetry_out: TelemetryRules::default(),
             root,
@@ -207,6 +210,13 @@ impl Layer7 {
                     objects.mesh_config = new;
                 }
             }
+            Kind::TrafficPolicy | Kind::EnvoyFilter => {
+                let new = match new {
+                    Some((Body::Traffic(t), origin)) => Some(Slot { obj: *t, origin }),
+                    _ => None,
+                };
+                self.traffic.set(id, new);
+            }
             Kind::Secret | Kind::ConfigMap => {
                 let map = if id.kind == Kind::Secret { &mut objects.secrets } else { &mut objects.config_maps };
                 let new = match new {
@@ -235,6 +245,7 @@ impl Layer7 {
         self.touched.need(Need::Host(Arc::clone(&key.hostname)));
         self.policies.touch_service(key);
         self.request_auths.touch_service(key);
+        self.traffic.touch_service();
     }
 
     /// Makes again what was touched; hands out the difference, and the problems of each output.
@@ -251,6 +262,7 @@ impl Layer7 {
         let auth = |key: &PolicyKey| self.objects.request_auths.get(key).cloned();
         all_problems.extend(self.request_auths.flush(t, dirty, auths, auth, changes));
         all_problems.extend(of_telemetry);
+        all_problems.extend(self.traffic.flush(t, dirty, changes));
         for output in outputs {
             let mut join = Join::new(t, &self.objects);
             match &output {

@@ -19,8 +19,9 @@ use super::pem::{self, PemEntries};
 use super::read::{self, Bad, Read};
 use super::targets::{TargetedAuth, TargetedPolicy};
 use super::telemetry::{self, MeshConfig, Telemetry};
+use super::traffic_policy::{self, TrafficPolicy};
 use super::virtual_service::{self, VirtualService};
-use super::{authorization, istio, kube, peer, request_auth};
+use super::{authorization, envoy_filter, istio, kube, peer, request_auth};
 use crate::diagnostics::{Problem, Severity};
 use crate::yaml::{Node, Value};
 
@@ -65,6 +66,10 @@ pub enum Kind {
     BackendTlsPolicy,
     /// Gateway API ReferenceGrant.
     ReferenceGrant,
+    /// culvert.dev TrafficPolicy.
+    TrafficPolicy,
+    /// networking.istio.io EnvoyFilter, as far as a TrafficPolicy could say the same.
+    EnvoyFilter,
     /// core/v1 Secret.
     Secret,
     /// core/v1 ConfigMap.
@@ -99,6 +104,8 @@ impl Kind {
             Self::TlsRoute => "TLSRoute",
             Self::BackendTlsPolicy => "BackendTLSPolicy",
             Self::ReferenceGrant => "ReferenceGrant",
+            Self::TrafficPolicy => "TrafficPolicy",
+            Self::EnvoyFilter => "EnvoyFilter",
             Self::Secret => "Secret",
             Self::ConfigMap => "ConfigMap",
             Self::RequestAuthentication => "RequestAuthentication",
@@ -152,6 +159,7 @@ impl Object {
             Body::VirtualService(v) => v.broken.is_some(),
             Body::DestinationRule(d) => d.broken.is_some(),
             Body::GatewayApi(g) => g.is_stand_in(),
+            Body::Traffic(t) => t.treatment.broken.is_some(),
             _ => false,
         }
     }
@@ -175,6 +183,8 @@ pub enum Body {
     DestinationRule(Box<DestinationRule>),
     /// Routes, BackendTLSPolicies and ReferenceGrants.
     GatewayApi(Box<GatewayApiObject>),
+    /// A TrafficPolicy or EnvoyFilter.
+    Traffic(Box<TrafficPolicy>),
     /// PEM entries of a Secret or ConfigMap.
     Pem(PemEntries),
     RequestAuthentication(Arc<TargetedAuth>),
@@ -503,6 +513,9 @@ pub struct Reader<'a> {
     pub(super) layer7: bool,
 }
 
+/// Group of the objects of our own.
+const OURS: &str = "culvert.dev";
+
 /// Kinds that say what waypoints and gateways do with requests. Read only where there is one to listen.
 fn layer7_kind(kind: &str) -> Option<(Kind, &'static str)> {
     const ISTIO: &str = "networking.istio.io";
@@ -517,6 +530,8 @@ fn layer7_kind(kind: &str) -> Option<(Kind, &'static str)> {
         "BackendTLSPolicy" => (Kind::BackendTlsPolicy, GATEWAY_API),
         "ReferenceGrant" => (Kind::ReferenceGrant, GATEWAY_API),
         "Telemetry" => (Kind::Telemetry, "telemetry.istio.io"),
+        "TrafficPolicy" => (Kind::TrafficPolicy, OURS),
+        "EnvoyFilter" => (Kind::EnvoyFilter, ISTIO),
         "Secret" => (Kind::Secret, ""),
         "ConfigMap" => (Kind::ConfigMap, ""),
         "RequestAuthentication" => (Kind::RequestAuthentication, "security.istio.io"),
@@ -530,6 +545,7 @@ const NOT_FOR_AGENT: &[&str] = &[
     "DestinationRule",
     "Sidecar",
     "EnvoyFilter",
+    "TrafficPolicy",
     "WasmPlugin",
     "Telemetry",
     "RequestAuthentication",
@@ -657,6 +673,8 @@ impl<'a> Reader<'a> {
                 Ok(None) => return None,
                 Err(bad) => Err(bad),
             },
+            Kind::TrafficPolicy => Ok(Body::Traffic(Box::new(traffic_policy::read(self, node, &id)))),
+            Kind::EnvoyFilter => envoy_filter::read(self, node, &id).map(|t| Body::Traffic(Box::new(t))),
             Kind::Secret => pem::secret(node).map(Body::Pem),
             Kind::ConfigMap if *id.namespace == *self.root_namespace && &*id.name == telemetry::MESH_CONFIG => {
                 telemetry::read_mesh_config(self, node).map(|m| Body::MeshConfig(Box::new(m)))
@@ -747,12 +765,14 @@ impl<'a> Reader<'a> {
         };
         let version_ok = node.get("apiVersion").and_then(Node::text).is_some_and(|api| {
             let (g, v) = api.split_once('/').unwrap_or(("", api));
-            g == want && version_known(v)
+            g == want && if want == OURS { v == "v1alpha1" } else { version_known(v) }
         });
         if !version_ok {
             let at = node.get("apiVersion").unwrap_or(node);
             let message = if want.is_empty() {
                 format!("the apiVersion of a {kind} is `v1`")
+            } else if want == OURS {
+                format!("the apiVersion of a {kind} is `{want}/v1alpha1`")
             } else {
                 format!("the apiVersion of a {kind} is `{want}/v1`")
             };

@@ -253,7 +253,8 @@ fn request_principals<'p>(r: &mut Reader<'_>, n: &'p Node<'p>) -> Read<'p, Vec<T
         })
         .collect()
 }
-fn paths<'p>(n: &'p Node<'p>) -> Read<'p, Vec<PathPattern>> {
+/// Paths as policies have them: whole, with `*` at one end, or templates.
+pub(super) fn paths<'p>(n: &'p Node<'p>) -> Read<'p, Vec<PathPattern>> {
     texts(n)?
         .into_iter()
         .map(|(at, t)| {

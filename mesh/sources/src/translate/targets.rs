@@ -193,8 +193,8 @@ impl TargetedPolicy {
 
 /// What one policy was bound to last.
 #[derive(Debug, Default)]
-struct Bound {
-    targets: BTreeSet<PolicyTarget>,
+pub(super) struct Bound {
+    pub(super) targets: BTreeSet<PolicyTarget>,
     /// ServiceEntries it names.
     entries: BTreeSet<Name>,
 }
@@ -351,7 +351,7 @@ pub(super) fn policy(t: &Translator, key: &PolicyKey) -> Option<Arc<TargetedPoli
 }
 
 /// Adds what one target means to `bound`; `complain` is called with message and fix when it never takes effect.
-fn resolve(
+pub(super) fn resolve(
     t: &Translator,
     key: &PolicyKey,
     target: &WrittenTarget,
@@ -425,7 +425,7 @@ const USE_A_WAYPOINT: &str =
 fn gateway_target((namespace, name): &Name) -> PolicyTarget {
     PolicyTarget::Gateway(GatewayKey { namespace: Arc::clone(namespace), name: Arc::clone(name) })
 }
-fn never_applies(origin: &Origin, target: &WrittenTarget, message: &str, fix: &str) -> Problem {
+pub(super) fn never_applies(origin: &Origin, target: &WrittenTarget, message: &str, fix: &str) -> Problem {
     let mut origin = origin.clone();
     origin.line = target.line;
     Problem {

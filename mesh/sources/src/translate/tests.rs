@@ -22,6 +22,7 @@ pub(super) struct State {
     pub(super) gateways: BTreeMap<String, Arc<GatewayRoutes>>,
     pub(super) l7: BTreeMap<String, Arc<mesh_model::l7::policy::L7Policies>>,
     pub(super) auths: BTreeMap<String, Arc<mesh_model::l7::request_auth::RequestAuths>>,
+    pub(super) treatments: BTreeMap<String, Arc<mesh_model::l7::Treatment>>,
     own: Option<Locality>,
     telemetry: Arc<mesh_model::telemetry::TelemetryRules>,
 }
@@ -46,6 +47,8 @@ impl State {
                 Change::RequestAuths(t, a) => drop(self.auths.insert(t.to_string(), a)),
                 Change::RequestAuthsGone(t) => drop(self.auths.remove(&t.to_string())),
                 Change::Telemetry(rules) => self.telemetry = rules,
+                Change::Treatment(to, t) => drop(self.treatments.insert(to.to_string(), t)),
+                Change::TreatmentGone(to) => drop(self.treatments.remove(&to.to_string())),
                 Change::OwnLocality(l) => self.own = Some(l),
             }
         }
@@ -821,6 +824,19 @@ fn universe() -> Vec<Vec<String>> {
             ap(n, "ap", "{targetRefs: [{kind: Service, name: s}], rules: [{to: [{operation: {methods: [GET]}}]}]}"),
             ap(n, "ap", "{targetRefs: [{kind: Service, name: s}, {kind: Gateway, group: gateway.networking.k8s.io, name: wp}], rules: [{x: 1}]}"),
         ]);
+        let tp = |name: &str, spec: &str| {
+            format!(
+                "---\napiVersion: culvert.dev/v1alpha1\nkind: TrafficPolicy\nmetadata: {{name: {name}, namespace: {n}}}\nspec: {spec}\n"
+            )
+        };
+        for name in ["tp", "tp2"] {
+            all.push(vec![
+                tp(name, "{targetRefs: [{kind: Service, name: s}], buffer: {maxRequestBytes: 1}}"),
+                tp(name, "{targetRefs: [{kind: Service, name: s}, {kind: ServiceEntry, group: networking.istio.io, name: e1}], compression: {}}"),
+                tp(name, "{targetRefs: [{kind: Gateway, group: gateway.networking.k8s.io, name: wp}], x: 1}"),
+                tp(name, "{x: 1}"),
+            ]);
+        }
         all.push(vec![
             ap(n, "ap2", "{action: DENY, targetRefs: [{kind: ServiceEntry, group: networking.istio.io, name: e1}], rules: [{}]}"),
             ap(n, "ap2", "{targetRefs: [{kind: Service, name: s}]}"),
@@ -1129,3 +1145,4 @@ use mesh_model::addr::Network;
 
 mod request_auth;
 mod targeted_policies;
+mod traffic_policies;

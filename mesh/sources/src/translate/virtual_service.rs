@@ -858,7 +858,8 @@ fn retry_on<'p>(n: &'p Node<'p>) -> Read<'p, (RetryOn, Vec<u16>)> {
     Ok((on, statuses))
 }
 
-fn cors<'p>(n: &'p Node<'p>) -> Read<'p, Cors> {
+/// A `corsPolicy`.
+pub(super) fn cors<'p>(n: &'p Node<'p>) -> Read<'p, Cors> {
     read::only(
         n,
         &[
