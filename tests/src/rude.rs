@@ -4,7 +4,7 @@
 //! Owns: a listener and its threads. Refuses: to outlive its value, to wait longer than ten seconds for anything.
 use std::fmt;
 use std::io::Read;
-use std::net::{Ipv6Addr, TcpListener, TcpStream};
+use std::net::{TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -40,7 +40,7 @@ impl Rude {
         port: u16,
         answer: impl Fn(&str, &mut TcpStream) -> std::io::Result<()> + Send + Sync + 'static,
     ) -> anyhow::Result<Self> {
-        let listener = place.netns.listen((Ipv6Addr::UNSPECIFIED, port).into())?;
+        let listener = place.listen(port)?;
         let state = Arc::new(State { seen: Mutex::default(), stop: AtomicBool::new(false), answer: Box::new(answer) });
         let shared = Arc::clone(&state);
         thread::spawn(move || accept(&listener, &shared));

@@ -6,7 +6,7 @@
 //! Upstream: suites, demo, benches. Downstream: [`crate::netns`].
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -232,6 +232,11 @@ impl Place {
     /// IPv4 socket address.
     pub fn at(&self, port: u16) -> SocketAddr {
         (self.v4, port).into()
+    }
+    /// Listens on both families, once a server that just went has let go of the port.
+    pub fn listen(&self, port: u16) -> anyhow::Result<TcpListener> {
+        let on = SocketAddr::from((Ipv6Addr::UNSPECIFIED, port));
+        crate::wait::until(&format!("port {port} of {}", self.name), crate::wait::PATIENCE, || self.netns.listen(on).ok())
     }
     /// IPv6 socket address.
     pub fn at6(&self, port: u16) -> SocketAddr {

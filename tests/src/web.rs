@@ -5,7 +5,7 @@
 //! [`Web::behave`] makes every answer one status. An `upgrade: websocket` is switched to and echoed, without its frames.
 use std::collections::{HashMap, VecDeque};
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::net::{Ipv6Addr, TcpListener, TcpStream};
+use std::net::{TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -50,7 +50,7 @@ pub struct Web {
 impl Web {
     /// Listens in a pod, on both families.
     pub fn start(place: &Arc<Place>, port: u16) -> anyhow::Result<Self> {
-        let listener = place.netns.listen((Ipv6Addr::UNSPECIFIED, port).into())?;
+        let listener = place.listen(port)?;
         let state = Arc::new(State {
             name: place.name.clone(),
             status: AtomicU16::new(0),

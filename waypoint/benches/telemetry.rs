@@ -11,12 +11,11 @@ use mesh_identity::crypto::TlsSettings;
 use mesh_identity::local_ca::{LocalCa, LocalCaSettings};
 use mesh_identity::{SvidCache, TlsContext};
 use mesh_model::l7::route::ClusterKey;
-use mesh_model::labels::Labels;
 use mesh_model::service::{AppProtocol, Service, ServicePort};
 use mesh_model::snapshot::Viewpoint;
 use mesh_model::telemetry::format::Format;
 use mesh_model::waypoint::Target;
-use mesh_model::workload::{Locality, Protocol, Workload};
+use mesh_model::workload::{Protocol, Workload};
 use mesh_model::{Change, Snapshot, SpiffeId};
 use mesh_runtime::logging::{Options, build};
 use mesh_runtime::metrics::Registry;
@@ -24,6 +23,7 @@ use std::hint::black_box;
 use std::sync::Arc;
 use std::time::Duration;
 use waypoint::facts::{Facts, Scope};
+use waypoint::me::Me;
 use waypoint::telemetry::access::{Line, Told, write};
 use waypoint::telemetry::{Record, Telemetry};
 use waypoint::upstream::{Deps, Upstreams};
@@ -56,9 +56,7 @@ fn telling(c: &mut Criterion) {
         connect_timeout: Duration::from_secs(5),
         handshake_timeout: Duration::from_secs(5),
         threads: 1,
-        local: Locality::default(),
-        labels: Labels::default(),
-        baggage: None,
+        me: Me::default(),
     });
     let mut service = Service::new("api", "shop", "api.shop.svc.cluster.local");
     service.ports = vec![ServicePort { port: 80, target: 8080, protocol: AppProtocol::Http11 }];

@@ -7,6 +7,7 @@ use crate::dump;
 use crate::limits::Limits;
 use crate::listen;
 use crate::listen::gateway::Listeners;
+use crate::me::Me;
 use crate::settings::Settings;
 use crate::telemetry::{Telemetry, scrape};
 use crate::token::source::Sources;
@@ -23,7 +24,6 @@ use mesh_model::explain;
 use mesh_model::inbound::is_instance;
 use mesh_model::l7::gateway::GatewayKey;
 use mesh_model::l7::policy::PolicyTarget;
-use mesh_model::labels::Labels;
 use mesh_model::snapshot::Viewpoint;
 use mesh_model::workload::Locality;
 use mesh_model::{Network, SpiffeId, TrustDomain};
@@ -139,6 +139,8 @@ async fn control(shared: Arc<Shared>, hbone: BoundListener, drain: DrainWatch, p
         // Tried again by the cache; tunnels wait for it.
         tracing::error!(%error, "no certificate yet");
     }
+    let mut versions = shared.mesh.watch();
+    shared.upstreams.collect(&shared.mesh.load_full());
     let serve = |shared, tcp, peer, drain| listen::serve_hbone(shared, tcp, peer, drain);
     if let Err(error) = listen::accept_all(&shared, &hbone, &drain, serve) {
         tracing::error!(%error, "cannot accept tunnels");
@@ -147,7 +149,6 @@ async fn control(shared: Arc<Shared>, hbone: BoundListener, drain: DrainWatch, p
     for task in &pending {
         task.ready();
     }
-    let mut versions = shared.mesh.watch();
     let tell_own = || shared.telemetry.set_own(shared.me(&shared.mesh.load()).ok());
     tell_own();
     follow_issuers(&shared);
@@ -237,6 +238,10 @@ fn assemble(
         .clamped(),
     );
     let threads = DataThreads::start(workers).context("starting data threads")?;
+    let me = Me {
+        uid: (!settings.pod.is_empty()).then(|| format!("{}//Pod/{}/{}", view.cluster, settings.namespace, settings.pod).into()),
+        ip: settings.instance_ip,
+    };
     let upstreams = Upstreams::new(Deps {
         svid: svid.clone(),
         identity: identity.clone(),
@@ -244,9 +249,7 @@ fn assemble(
         connect_timeout: settings.connect_timeout,
         handshake_timeout: settings.handshake_timeout,
         threads: threads.workers().len(),
-        local: Locality::default(),
-        labels: Labels::default(),
-        baggage: None,
+        me: me.clone(),
     });
     let fetcher = Fetcher::new(mesh.clone(), Arc::clone(&upstreams), threads.pick(None).clone(), &settings.namespace);
     Ok(Arc::new(Shared {
@@ -256,7 +259,7 @@ fn assemble(
         threads,
         svid,
         identity,
-        pod: (!settings.pod.is_empty()).then(|| format!("{}//Pod/{}/{}", view.cluster, settings.namespace, settings.pod).into()),
+        me,
         gateway: GatewayKey::new(&settings.namespace, &settings.gateway),
         tls,
         hbone,

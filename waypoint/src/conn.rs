@@ -1,6 +1,7 @@
 //! What all connections share, and what is known of one.
 use crate::facts::{Facts, Scope};
 use crate::limits::Limits;
+use crate::me::Me;
 use crate::settings::Settings;
 use crate::telemetry::Telemetry;
 use crate::token::source::Sources;
@@ -35,8 +36,8 @@ pub struct Shared {
     pub svid: SvidHandle,
     /// Our identity.
     pub identity: SpiffeId,
-    /// This process's pod, as workloads are known; `None` when it does not know its own name.
-    pub pod: Option<Box<str>>,
+    /// Which workload of the mesh this process is.
+    pub me: Me,
     /// The Gateway this process serves.
     pub gateway: GatewayKey,
     /// Trust bundles, to see that a peer's root was withdrawn.
@@ -59,12 +60,7 @@ pub struct Shared {
 impl Shared {
     /// The workload this process is, as `snap` knows it.
     pub fn me<'s>(&self, snap: &'s Snapshot) -> Result<&'s Arc<Workload>, Refusal> {
-        let by_name = self.pod.as_ref().map(|uid| snap.find_workload(uid));
-        let by_address = || {
-            let ip = self.settings.instance_ip?;
-            snap.find_workload_by_ip(&snap.view().network, ip.to_canonical())
-        };
-        by_name.flatten().or_else(by_address).ok_or_else(|| {
+        self.me.find(snap).ok_or_else(|| {
             let name = format!("{}/{}", self.settings.namespace, self.settings.pod);
             Refusal::new(Reason::UnknownWorkload, format!("this waypoint ({name}) is no workload of the mesh yet"))
         })

@@ -15,6 +15,7 @@ pub mod facts;
 pub mod http;
 pub mod limits;
 pub mod listen;
+pub mod me;
 mod opening;
 mod phase;
 pub mod settings;

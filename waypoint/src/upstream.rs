@@ -30,14 +30,13 @@ pub use state::{ConnectionGuard, RequestGuard, RetryGuard};
 pub use transport::Stream;
 pub use view::{ClusterView, Counts, HostView, Limits};
 
+use crate::me::Me;
 use arc_swap::{ArcSwap, ArcSwapOption};
-use http::HeaderValue;
 use mesh_identity::SvidHandle;
 use mesh_model::known::Known;
 use mesh_model::l7::TrafficPolicy;
 use mesh_model::l7::route::ClusterKey;
-use mesh_model::labels::Labels;
-use mesh_model::workload::{Locality, WorkloadUid};
+use mesh_model::workload::WorkloadUid;
 use mesh_model::{Snapshot, SpiffeId};
 use parking_lot::Mutex;
 use std::collections::HashMap;
@@ -61,20 +60,15 @@ pub struct Deps {
     pub handshake_timeout: Duration,
     /// Number of data threads.
     pub threads: usize,
-    /// Where we are, when the mesh does not say.
-    pub local: Locality,
-    /// Our labels, for `failoverPriority`.
-    pub labels: Labels,
-    /// `baggage` that describes us, sent with every CONNECT.
-    pub baggage: Option<HeaderValue>,
+    /// Which workload of the mesh we are: where we are, with which labels.
+    pub me: Me,
 }
 
 /// Every destination of the process.
 #[derive(Debug)]
 pub struct Upstreams {
     reach: Arc<transport::Reach>,
-    local: Locality,
-    labels: Labels,
+    me: Me,
     /// The policy of destinations nothing is said about.
     plain: Arc<TrafficPolicy>,
     clusters: Registry<ClusterKey>,
@@ -184,12 +178,10 @@ impl Entry {
 impl Upstreams {
     /// No destination yet.
     pub fn new(deps: Deps) -> Arc<Self> {
-        let Deps { local, labels, .. } = &deps;
-        let (local, labels) = (local.clone(), labels.clone());
+        let me = deps.me.clone();
         Arc::new(Self {
             reach: Arc::new(transport::Reach::new(deps)),
-            local,
-            labels,
+            me,
             plain: Arc::default(),
             clusters: Registry::default(),
             workloads: Registry::default(),
@@ -222,11 +214,9 @@ impl Upstreams {
         }
         let make = || state::State::new(key.to_string().into(), Arc::clone(&self.reach));
         let entry = entry.unwrap_or_else(|| self.clusters.get_or_insert(key, make, usize::MAX));
-        let place = self.place(snap);
-        let fits = |c: &Cluster| c.was_built_from(backing, destination, place);
-        Ok(entry.follow(snap, fits, |state| {
-            build::service(state, key, backing, service, destination, &self.plain, snap.view(), place, &self.labels)
-        }))
+        let own = build::Own::of(self.me.find(snap), snap.view());
+        let fits = |c: &Cluster| c.was_built_from(backing, destination, &own);
+        Ok(entry.follow(snap, fits, |state| build::service(state, key, backing, service, destination, &self.plain, &own)))
     }
 
     /// A workload addressed by itself (waypoint-for workload).
@@ -245,6 +235,7 @@ impl Upstreams {
     /// Brings every cluster to this version and forgets those gone from the mesh. Called after a publish, from the control
     /// thread, so that no request pays for building a table.
     pub fn collect(&self, snap: &Snapshot) {
+        self.reach.describe(self.me.find(snap));
         let known = |key: &ClusterKey| {
             let service = snap.find_service(&key.service).is_some_and(|s| s.port(key.port).is_some());
             let subset = key.subset.as_deref();
@@ -275,11 +266,6 @@ impl Upstreams {
     /// Tunnels of every data thread, for the admin endpoint.
     pub fn tunnels(&self) -> Vec<mesh_hbone::pool::PoolStats> {
         self.reach.tunnels()
-    }
-
-    fn place<'a>(&'a self, snap: &'a Snapshot) -> &'a Locality {
-        let seen = &snap.view().locality;
-        if seen.region.is_empty() { &self.local } else { seen }
     }
 }
 

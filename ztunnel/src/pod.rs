@@ -127,7 +127,7 @@ impl Pod {
         {
             return Some(cached.1.clone());
         }
-        let value = describe(workload).encode()?;
+        let value = headers::Baggage::of(workload).encode()?;
         self.baggage.store(Some(Arc::new((Arc::clone(workload), value.clone()))));
         Some(value)
     }
@@ -135,26 +135,6 @@ impl Pod {
     /// The pool of the data thread this runs on.
     pub fn pool(&self) -> Option<&Pool<PodDialer>> {
         self.pools.get(mesh_runtime::threads::current().unwrap_or_default())
-    }
-}
-
-/// The baggage that describes a workload (node-agent §1.5).
-fn describe(w: &Workload) -> headers::Baggage<'_> {
-    let text = |s: &str| std::borrow::Cow::Owned(s.to_owned());
-    headers::Baggage {
-        cluster: text(&w.cluster),
-        namespace: text(&w.namespace),
-        kind: match &*w.workload_type {
-            "cronjob" => headers::WorkloadKind::CronJob,
-            "job" => headers::WorkloadKind::Job,
-            "pod" => headers::WorkloadKind::Pod,
-            _ => headers::WorkloadKind::Deployment,
-        },
-        workload: text(&w.workload_name),
-        service: text(&w.canonical_name),
-        version: text(&w.canonical_revision),
-        region: text(&w.locality.region),
-        zone: text(&w.locality.zone),
     }
 }
 

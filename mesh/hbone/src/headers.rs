@@ -9,6 +9,7 @@ use std::fmt::Write as _;
 use std::net::SocketAddr;
 
 use http::header::{HeaderName, HeaderValue};
+use mesh_model::workload::Workload;
 
 /// `baggage` (W3C Baggage).
 pub const BAGGAGE: HeaderName = HeaderName::from_static("baggage");
@@ -69,6 +70,25 @@ impl WorkloadKind {
 }
 
 impl Baggage<'_> {
+    /// What describes a workload (spec/node-agent §1.5).
+    pub fn of(w: &Workload) -> Baggage<'_> {
+        Baggage {
+            cluster: Cow::Borrowed(&w.cluster),
+            namespace: Cow::Borrowed(&w.namespace),
+            kind: match &*w.workload_type {
+                "cronjob" => WorkloadKind::CronJob,
+                "job" => WorkloadKind::Job,
+                "pod" => WorkloadKind::Pod,
+                _ => WorkloadKind::Deployment,
+            },
+            workload: Cow::Borrowed(&w.workload_name),
+            service: Cow::Borrowed(&w.canonical_name),
+            version: Cow::Borrowed(&w.canonical_revision),
+            region: Cow::Borrowed(&w.locality.region),
+            zone: Cow::Borrowed(&w.locality.zone),
+        }
+    }
+
     /// The header value, or `None` when everything is empty. Entries that would pass [`MAX_BAGGAGE`] are left out.
     pub fn encode(&self) -> Option<HeaderValue> {
         let mut out = String::new();

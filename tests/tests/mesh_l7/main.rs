@@ -7,9 +7,13 @@ use mesh_tests::suite::{self, Test, test};
 
 mod bytes;
 mod change;
+mod destinations;
 mod explained;
+mod frames;
+mod hostile;
 mod mesh;
 mod outside;
+mod phases;
 mod policy;
 mod routes;
 mod tokens;
@@ -52,7 +56,7 @@ const TESTS: &[Test<Mesh>] = &[
     test("an_endpoint_dies_unannounced", change::an_endpoint_dies_unannounced),
     test("a_route_is_replaced_and_removed", change::a_route_is_replaced_and_removed),
     test("a_waypoint_is_restarted", change::a_waypoint_is_restarted),
-    test("the_agent_of_the_endpoints_is_restarted", change::the_agent_of_the_endpoints_is_restarted),
+    test("agents_are_upgraded", change::agents_are_upgraded),
     test("the_agent_of_the_client_is_restarted", change::the_agent_of_the_client_is_restarted),
     test("the_sixth_of_five_is_refused", traffic::the_sixth_of_five_is_refused),
     test("buckets_are_apart_by_their_key", traffic::buckets_are_apart_by_their_key),
@@ -61,6 +65,33 @@ const TESTS: &[Test<Mesh>] = &[
     test("large_bodies_are_refused", traffic::large_bodies_are_refused),
     test("known_envoy_filters_work_and_others_are_told", traffic::known_envoy_filters_work_and_others_are_told),
     test("a_broken_policy_closes_its_targets_only", traffic::a_broken_policy_closes_its_targets_only),
+    test("rules_match_by_everything_they_name", phases::rules_match_by_everything_they_name),
+    test("faults_are_injected", phases::faults_are_injected),
+    test("cors_is_answered_and_added", phases::cors_is_answered_and_added),
+    test("headers_are_edited_at_route_and_destination", phases::headers_are_edited_at_route_and_destination),
+    test("mirrors_get_a_copy_of_their_own", phases::mirrors_get_a_copy_of_their_own),
+    test("delegates_are_part_of_their_root", phases::delegates_are_part_of_their_root),
+    test("an_http_route_does_as_it_says", phases::an_http_route_does_as_it_says),
+    test("grpc_is_routed_and_its_trailers_arrive", phases::grpc_is_routed_and_its_trailers_arrive),
+    test("what_nobody_wrote_a_route_for_is_carried", phases::what_nobody_wrote_a_route_for_is_carried),
+    test("consistent_hashing_keeps_clients_where_they_are", destinations::consistent_hashing_keeps_clients_where_they_are),
+    test("turns_and_draws_reach_everybody", destinations::turns_and_draws_reach_everybody),
+    test("locality_failover_and_shares", destinations::locality_failover_and_shares),
+    test("limits_overflow_as_envoy_says", destinations::limits_overflow_as_envoy_says),
+    test("a_retry_budget_is_kept", destinations::a_retry_budget_is_kept),
+    test("a_newcomer_warms_up", destinations::a_newcomer_warms_up),
+    test("tls_is_originated", destinations::tls_is_originated),
+    test("the_proxy_protocol_names_the_client", destinations::the_proxy_protocol_names_the_client),
+    test("http2_is_spoken_to_endpoints_where_asked", destinations::http2_is_spoken_to_endpoints_where_asked),
+    test("a_service_entry_leads_out", destinations::a_service_entry_leads_out),
+    test("an_ejection_ends_and_is_counted", destinations::an_ejection_ends_and_is_counted),
+    test("requests_cannot_be_smuggled", hostile::requests_cannot_be_smuggled),
+    test("odd_targets_are_refused_or_made_plain", hostile::odd_targets_are_refused_or_made_plain),
+    test("too_much_of_anything_is_refused", hostile::too_much_of_anything_is_refused),
+    test("malformed_http2_heads_are_stream_errors", hostile::malformed_http2_heads_are_stream_errors),
+    test("http2_floods_cost_nobody_else", hostile::http2_floods_cost_nobody_else),
+    test("an_endpoint_that_lies_harms_its_own_request_only", hostile::an_endpoint_that_lies_harms_its_own_request_only),
+    test("half_closed_and_abandoned_requests_leave_nothing", hostile::half_closed_and_abandoned_requests_leave_nothing),
     test("metrics_and_log_name_both_ends", outside::metrics_and_log_name_both_ends),
     test("the_mesh_says_what_is_told", outside::the_mesh_says_what_is_told),
 ];

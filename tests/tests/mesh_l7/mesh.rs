@@ -28,6 +28,13 @@ pub(crate) const OTHER: &str = "10.96.0.21";
 pub(crate) const SPAN: &str = "10.96.0.22";
 /// Where an issuer of the mesh publishes its keys.
 pub(crate) const KEYS: &str = "issuer.t.svc.cluster.local";
+/// Servers that tests start on ports of `web1`: one without manners, one of gRPC, one of TLS.
+pub(crate) const RUDE: &str = "10.96.0.23";
+pub(crate) const RUDE_PORT: u16 = 7070;
+pub(crate) const GRPC: &str = "10.96.0.24";
+pub(crate) const GRPC_PORT: u16 = 7071;
+pub(crate) const SECURE: &str = "10.96.0.25";
+pub(crate) const SECURE_PORT: u16 = 7072;
 
 /// The mesh all tests share. Fields are dropped in this order: proxies before the topology they live in.
 pub(crate) struct Mesh {
@@ -45,6 +52,10 @@ const OBJECTS: &str = r"
 apiVersion: v1
 kind: Namespace
 metadata: { name: t, labels: { istio.io/dataplane-mode: ambient } }
+---
+apiVersion: v1
+kind: Namespace
+metadata: { name: u, labels: { istio.io/dataplane-mode: ambient } }
 ---
 apiVersion: security.istio.io/v1
 kind: PeerAuthentication
@@ -118,6 +129,34 @@ spec:
   ports:
   - { name: http, port: 80, targetPort: 8088, protocol: TCP }
 ---
+apiVersion: v1
+kind: Service
+metadata: { name: grpc, namespace: t, labels: { istio.io/use-waypoint: wp } }
+spec:
+  selector: { app: web1 }
+  clusterIP: 10.96.0.24
+  ports:
+  - { name: grpc, port: 80, targetPort: 7071, protocol: TCP }
+---
+apiVersion: v1
+kind: Service
+metadata: { name: secure, namespace: t, labels: { istio.io/use-waypoint: wp } }
+spec:
+  selector: { app: web1 }
+  clusterIP: 10.96.0.25
+  ports:
+  - { name: http, port: 80, targetPort: 7072, protocol: TCP }
+  - { name: tls, port: 443, targetPort: 7072, protocol: TCP, appProtocol: tls }
+---
+apiVersion: v1
+kind: Service
+metadata: { name: far, namespace: u }
+spec:
+  selector: { app: far }
+  clusterIP: 10.96.0.26
+  ports:
+  - { name: http, port: 80, targetPort: 8080, protocol: TCP }
+---
 apiVersion: gateway.networking.k8s.io/v1
 kind: Gateway
 metadata: { name: gw, namespace: t }
@@ -130,6 +169,8 @@ spec:
     protocol: HTTPS
     hostname: web.example
     tls: { mode: Terminate, certificateRefs: [ { name: web-tls } ] }
+  - { name: pass, port: 8443, protocol: TLS, hostname: "*.pass.example", tls: { mode: Passthrough } }
+  - { name: bytes, port: 9000, protocol: TCP }
 status:
   addresses:
   - { type: Hostname, value: gw.t.svc.cluster.local }
@@ -163,10 +204,17 @@ pub(crate) fn set_up() -> anyhow::Result<Mesh> {
         .node("node-a", "zone-1")
         .node("node-b", "zone-2")
         .pod("node-a", "t", "client", "client", &[])
-        .pod("node-b", "t", "web1", "web", &["tier=web", "version=v1", "span=both"])
+        .pod("node-b", "t", "web1", "web", &["tier=web", "version=v1", "span=both", "side=right"])
         .pod("node-b", "t", "web2", "web", &["tier=web", "version=v2"])
-        .pod("node-a", "t", "web3", "web", &["span=both", "version=v3"])
-        .pod("node-b", "t", "wp", "wp", &["gateway.networking.k8s.io/gateway-name=wp", "networking.istio.io/tunnel=http", plain])
+        .pod("node-a", "t", "web3", "web", &["span=both", "version=v3", "side=left"])
+        .pod("node-a", "u", "far", "far", &[])
+        .pod(
+            "node-b",
+            "t",
+            "wp",
+            "wp",
+            &["side=left", "gateway.networking.k8s.io/gateway-name=wp", "networking.istio.io/tunnel=http", plain],
+        )
         .pod(
             "node-a",
             "t",
@@ -188,7 +236,7 @@ pub(crate) fn set_up() -> anyhow::Result<Mesh> {
         dir.put(&format!("pod-{}.yaml", pod.name), &yaml)?;
     }
     let mut web = BTreeMap::new();
-    for name in ["web1", "web2", "web3"] {
+    for name in ["web1", "web2", "web3", "far"] {
         web.insert(name, Web::start(topology.pod(name), PORT)?);
     }
     let (ca, logs, authority) = (netns::scratch("ca")?, netns::scratch("logs")?, Authority::make()?);

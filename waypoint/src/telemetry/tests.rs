@@ -3,6 +3,7 @@
 #![expect(clippy::float_cmp, reason = "counts and sums of whole numbers are exact")]
 use super::cache::MOST;
 use super::*;
+use crate::me::Me;
 use crate::upstream::{Cluster, ClusterView, Counts, Deps, Host, HostView, Limits, Upstreams};
 use http::{HeaderName, HeaderValue, Method, Version};
 use mesh_identity::cache::CacheSettings;
@@ -12,13 +13,12 @@ use mesh_identity::local_ca::{LocalCa, LocalCaSettings};
 use mesh_identity::{SvidCache, TlsContext};
 use mesh_model::gateway::{GatewayDestination, GatewayRef};
 use mesh_model::l7::route::ClusterKey;
-use mesh_model::labels::Labels;
 use mesh_model::service::{AppProtocol, Service, ServiceKey, ServicePort, WeightedWaypoint};
 use mesh_model::snapshot::Viewpoint;
 use mesh_model::telemetry::expression::Expression;
 use mesh_model::telemetry::{FamilyRules, Metric};
 use mesh_model::waypoint::Target;
-use mesh_model::workload::{Locality, Protocol};
+use mesh_model::workload::Protocol;
 use mesh_model::{Change, Reason, Snapshot};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::{Duration, SystemTime};
@@ -76,9 +76,7 @@ impl World {
             connect_timeout: Duration::from_secs(5),
             handshake_timeout: Duration::from_secs(5),
             threads: 1,
-            local: Locality::default(),
-            labels: Labels::default(),
-            baggage: None,
+            me: Me::default(),
         });
         let mut plain = pod("db-0", "db", "10.0.9.9");
         plain.protocol = Protocol::Tcp;

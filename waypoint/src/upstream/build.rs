@@ -3,6 +3,7 @@ use super::cluster::{Cluster, Placement, Source};
 use super::host::{Host, Target};
 use super::state::State;
 use arc_swap::ArcSwap;
+use mesh_model::Network;
 use mesh_model::known::Known;
 use mesh_model::l7::TrafficPolicy;
 use mesh_model::l7::balance::locality;
@@ -12,13 +13,43 @@ use mesh_model::labels::Labels;
 use mesh_model::lb::{Endpoint, family_allowed};
 use mesh_model::service::{AppProtocol, LbMode, Service};
 use mesh_model::snapshot::{Backing, Viewpoint};
-use mesh_model::workload::{Locality, Protocol};
+use mesh_model::workload::{Locality, Protocol, Workload};
 use parking_lot::Mutex;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 
+/// What of ourselves counts when endpoints are ranked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Own {
+    locality: Locality,
+    labels: Labels,
+    network: Network,
+    cluster: Arc<str>,
+    node: Arc<str>,
+}
+impl Own {
+    /// By our own workload, where the mesh knows it; else by what the process was told.
+    pub fn of(me: Option<&Arc<Workload>>, view: &Viewpoint) -> Self {
+        let said = |own: fn(&Workload) -> &Arc<str>, told: &Arc<str>| {
+            let own = me.map(|w| own(w)).filter(|text| !text.is_empty());
+            Arc::clone(own.unwrap_or(told))
+        };
+        let place = me.map(|w| &w.locality).filter(|l| !l.region.is_empty());
+        Self {
+            locality: place.unwrap_or(&view.locality).clone(),
+            labels: me.map(|w| w.labels.clone()).unwrap_or_default(),
+            network: view.network.clone(),
+            cluster: said(|w| &w.cluster, &view.cluster),
+            node: said(|w| &w.node, &view.node),
+        }
+    }
+    fn place(&self) -> locality::Place<'_> {
+        let Self { locality, labels, network, cluster, node } = self;
+        locality::Place { locality, labels, network: network.as_str(), cluster, node }
+    }
+}
+
 /// The cluster of a service port.
-#[expect(clippy::too_many_arguments, reason = "the inputs of one derivation, all of different types")]
 pub(super) fn service(
     state: &Arc<State>,
     key: &ClusterKey,
@@ -26,9 +57,7 @@ pub(super) fn service(
     service: &Arc<Service>,
     destination: Option<&Arc<Destination>>,
     plain: &Arc<TrafficPolicy>,
-    view: &Viewpoint,
-    place: &Locality,
-    labels: &Labels,
+    own: &Own,
 ) -> Cluster {
     let subset = key.subset.as_deref();
     // A subset nobody declared would have no endpoints; `Upstreams::cluster` does not come here with one.
@@ -38,17 +67,14 @@ pub(super) fn service(
     };
     let wanted = subset.and_then(|name| destination?.subsets.get(name)).map(|s| &s.labels);
     let members = backing.endpoints().open_on(key.port).filter(|(_, e)| {
-        policy.is_some()
-            && e.workload().network == view.network
-            && wanted.is_none_or(|labels| labels.select(&e.workload().labels))
+        policy.is_some() && e.workload().network == own.network && wanted.is_none_or(|labels| labels.select(&e.workload().labels))
     });
     let policy = policy.unwrap_or(plain);
-    let rules = Rules::new(policy, service, place);
-    let own =
-        locality::Place { locality: place, labels, network: view.network.as_str(), cluster: &view.cluster, node: &view.node };
+    let rules = Rules::new(policy, service, &own.locality);
+    let here = own.place();
     let (mut hosts, mut places) = (Vec::new(), Vec::new());
     for (rank, endpoint) in members {
-        let Some((priority, share)) = rules.place(&own, u32::from(rank), endpoint) else { continue };
+        let Some((priority, share)) = rules.place(&here, u32::from(rank), endpoint) else { continue };
         let Some(target) = target(service, key.port, endpoint) else { continue };
         let key = key_of(&target);
         let state = state.host(endpoint.known().uid(), &target);
@@ -56,7 +82,7 @@ pub(super) fn service(
         hosts.push(Arc::new(Host { known: Arc::clone(endpoint.known()), target, weight, state }));
         places.push(Placement { priority, share, key });
     }
-    let source = Source::Service { backing: Arc::clone(backing), destination: destination.cloned(), place: place.clone() };
+    let source = Source::Service { backing: Arc::clone(backing), destination: destination.cloned(), own: own.clone() };
     Cluster {
         policy: Arc::clone(policy),
         service: Some(Arc::clone(service)),

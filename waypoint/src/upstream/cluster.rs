@@ -1,4 +1,5 @@
 //! A destination as one version of the mesh has it: its policy, its endpoints, and the tables a pick looks things up in.
+use super::build::Own;
 use super::error::{Failure, UpstreamError};
 use super::host::{Host, HostState, Target};
 use super::state::{RequestGuard, RetryGuard, State, note};
@@ -10,7 +11,7 @@ use mesh_model::l7::destination::{Balance, Destination};
 use mesh_model::l7::outlier::Seen;
 use mesh_model::service::{AppProtocol, Service};
 use mesh_model::snapshot::Backing;
-use mesh_model::workload::{Locality, Workload};
+use mesh_model::workload::Workload;
 use parking_lot::Mutex;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -44,7 +45,7 @@ pub(super) struct Placement {
 /// What a cluster was built from, to see whether it still stands.
 #[derive(Debug)]
 pub(super) enum Source {
-    Service { backing: Arc<Backing>, destination: Option<Arc<Destination>>, place: Locality },
+    Service { backing: Arc<Backing>, destination: Option<Arc<Destination>>, own: Own },
     Workload(Arc<Known>),
 }
 
@@ -179,15 +180,15 @@ impl Cluster {
         }
     }
 
-    pub(super) fn was_built_from(&self, backing: &Arc<Backing>, destination: Option<&Arc<Destination>>, here: &Locality) -> bool {
+    pub(super) fn was_built_from(&self, backing: &Arc<Backing>, destination: Option<&Arc<Destination>>, now: &Own) -> bool {
         match &self.source {
-            Source::Service { backing: b, destination: d, place } => {
+            Source::Service { backing: b, destination: d, own } => {
                 let same = match (d, destination) {
                     (Some(a), Some(b)) => Arc::ptr_eq(a, b),
                     (None, None) => true,
                     _ => false,
                 };
-                Arc::ptr_eq(b, backing) && same && place == here
+                Arc::ptr_eq(b, backing) && same && own == now
             }
             Source::Workload(_) => false,
         }

@@ -67,9 +67,7 @@ impl World {
             connect_timeout: Duration::from_secs(5),
             handshake_timeout: Duration::from_secs(5),
             threads,
-            local: Locality::default(),
-            labels: Labels::default(),
-            baggage: None,
+            me: Me { uid: Some(uid("waypoint")), ip: None },
         });
         let mut service = Service::new("web", "shop", "web.shop.svc.cluster.local");
         service.ports = vec![ServicePort { port: PORT, target: 0, protocol: AppProtocol::Http11 }];

@@ -11,14 +11,16 @@ use super::pool::ShelfKey;
 use super::proxy_protocol;
 use super::state::ConnectionGuard;
 use super::tls::TlsCache;
+use arc_swap::ArcSwapOption;
 use bytes::Bytes;
 use http::header::{HeaderName, HeaderValue};
-use mesh_hbone::headers::{self, TraceParent};
+use mesh_hbone::headers::{self, Baggage, TraceParent};
 use mesh_hbone::{ConnectRequest, Dialer, HboneError, HboneIo, HboneStream, Pool, PoolKey, Tunnel};
 use mesh_identity::SvidHandle;
 use mesh_identity::tls::ClientStream;
 use mesh_model::l7::destination::TcpKeepalive;
 use mesh_model::plan::HBONE_PORT;
+use mesh_model::workload::Workload;
 use mesh_model::{HboneAuthority, Reason, Refusal, SpiffeId};
 use mesh_runtime::resolve::{self, Resolver};
 use mesh_runtime::sockets::{ConnectOptions, Keepalive, StreamOptions};
@@ -44,17 +46,28 @@ pub(super) struct Reach {
     pools: Box<[Pool<AgentDialer>]>,
     resolver: Resolver,
     tls: TlsCache,
-    baggage: Option<HeaderValue>,
+    /// `baggage` that describes us, sent with every CONNECT.
+    baggage: ArcSwapOption<HeaderValue>,
 }
 impl Reach {
     pub fn new(deps: Deps) -> Self {
         let dialer =
             AgentDialer { svid: deps.svid, connect_timeout: deps.connect_timeout, handshake_timeout: deps.handshake_timeout };
         let pools = (0..deps.threads.max(1)).map(|_| Pool::new(dialer.clone(), Arc::clone(&deps.hbone))).collect();
-        Self { identity: deps.identity, pools, resolver: Resolver::default(), tls: TlsCache::default(), baggage: deps.baggage }
+        Self {
+            identity: deps.identity,
+            pools,
+            resolver: Resolver::default(),
+            tls: TlsCache::default(),
+            baggage: ArcSwapOption::empty(),
+        }
     }
     pub fn threads(&self) -> usize {
         self.pools.len()
+    }
+    /// We are this workload, as the newest version of the mesh has it.
+    pub fn describe(&self, me: Option<&Arc<Workload>>) {
+        self.baggage.store(me.and_then(|me| Baggage::of(me).encode()).map(Arc::new));
     }
     pub fn tunnels(&self) -> Vec<mesh_hbone::pool::PoolStats> {
         self.pools.iter().map(Pool::stats).collect()
@@ -246,7 +259,7 @@ async fn tunnel(
     let dial = SocketAddr::new(to.ip(), HBONE_PORT);
     let key = PoolKey::new(reach.identity.clone(), Arc::clone(&host.target.expect), any, dial);
     let mut request = ConnectRequest::to(HboneAuthority::Addr(to));
-    request.baggage.clone_from(&reach.baggage);
+    request.baggage = reach.baggage.load().as_deref().cloned();
     request.forwarded = client.and_then(|client| headers::forwarded(client, cluster.service.as_ref().map(|s| &*s.key.hostname)));
     request.traceparent = TraceParent::random().encode();
     request.extra.push((ISTIO_SOURCE, HeaderValue::from_static("waypoint")));

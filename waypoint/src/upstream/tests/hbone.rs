@@ -74,6 +74,10 @@ async fn requests_go_through_the_endpoints_agent() {
     let agent = agent(&world, WEB, None).await;
     let server = Server::open_on(agent.ip).await;
     world.put(meshed("a", server.addr));
+    let mut me = pod("waypoint", server.addr);
+    (me.workload_name, me.cluster) = ("waypoint".into(), "c".into());
+    world.put(me);
+    world.upstreams.collect(&world.snap);
     let cluster = world.cluster();
     assert_eq!(pick(&cluster).identity().map(ToString::to_string).as_deref(), Some(WEB));
     for http2 in [false, true] {
@@ -89,6 +93,11 @@ async fn requests_go_through_the_endpoints_agent() {
     for (authority, headers) in &connects {
         assert_eq!(authority, &server.addr.to_string());
         assert_eq!(headers["x-istio-source"], "waypoint");
+        let baggage = headers["baggage"].to_str().unwrap();
+        assert!(
+            baggage.starts_with("k8s.cluster.name=c,k8s.namespace.name=shop,k8s.") && baggage.contains("=waypoint"),
+            "{baggage}"
+        );
         assert!(!headers.contains_key("forwarded"), "a pooled connection is nobody's in particular");
         assert!(headers.contains_key("traceparent"));
     }

@@ -1,8 +1,9 @@
 //! Which endpoints a cluster has and chooses, and how traffic changes that. Time stands still where it matters.
 use super::*;
 use mesh_model::l7::destination::{Balance, HashAlgorithm, HashKey, LocalityPolicy, OutlierPolicy, Subset, Warmup};
+use mesh_model::labels::Labels;
 use mesh_model::service::{LbMode, LbScope};
-use mesh_model::workload::Health;
+use mesh_model::workload::{Health, Locality};
 use std::collections::BTreeSet;
 
 fn at(n: u8) -> SocketAddr {
