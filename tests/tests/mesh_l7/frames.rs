@@ -20,52 +20,36 @@ pub(crate) fn preface() -> Vec<u8> {
 }
 
 pub(crate) fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
-    let length = u32::try_from(payload.len()).expect("a frame is small").to_be_bytes();
+    let length = (payload.len() as u32).to_be_bytes();
     [&length[1..], &[kind, flags], &stream.to_be_bytes(), payload].concat()
 }
 
 /// A header block without compression: every field literal, never indexed.
 pub(crate) fn block(fields: &[(&str, &str)]) -> Vec<u8> {
     let mut out = Vec::new();
-    let mut text = |text: &str| {
-        // Lengths up to 126 fit the prefix; more is continued in groups of seven bits.
-        let mut length = text.len();
-        if length < 127 {
-            out.push(u8::try_from(length).expect("below 127"));
-        } else {
-            out.push(127);
-            length -= 127;
-            while length >= 128 {
-                out.push(u8::try_from(length % 128).expect("below 128") | 128);
-                length /= 128;
-            }
-            out.push(u8::try_from(length).expect("below 128"));
+    for (name, value) in fields {
+        out.push(0x10);
+        for text in [name, value] {
+            string(&mut out, text);
         }
-        out.extend_from_slice(text.as_bytes());
-    };
-    let mut whole = Vec::new();
-    for (name, value) in fields {
-        text(name);
-        text(value);
     }
-    // `out` holds name and value by turns; each pair begins with the byte of its representation.
-    let mut at = 0;
-    for (name, value) in fields {
-        let size = |text: &str| text.len() + if text.len() < 127 { 1 } else { 1 + groups(text.len() - 127) };
-        let pair = size(name) + size(value);
-        whole.push(0x10);
-        whole.extend_from_slice(&out[at..at + pair]);
-        at += pair;
-    }
-    whole
+    out
 }
-fn groups(mut rest: usize) -> usize {
-    let mut count = 1;
-    while rest >= 128 {
-        rest /= 128;
-        count += 1;
+/// Lengths up to 126 fit the prefix; more is continued in groups of seven bits.
+fn string(out: &mut Vec<u8>, text: &str) {
+    let mut length = text.len();
+    if length < 127 {
+        out.push(length as u8);
+    } else {
+        out.push(127);
+        length -= 127;
+        while length >= 128 {
+            out.push((length % 128) as u8 | 128);
+            length /= 128;
+        }
+        out.push(length as u8);
     }
-    count
+    out.extend_from_slice(text.as_bytes());
 }
 
 /// What came of a stream.

@@ -14,11 +14,11 @@ use mesh_tests::topology::Place;
 use mesh_tests::wait;
 
 use crate::frames::{self, Came};
-use crate::mesh::{Mesh, OTHER, RUDE, RUDE_PORT, WEB};
+use crate::mesh::{Mesh, OTHER, RUDE, RUDE_PORT, WEB_IP};
 
 /// Ways in: through two agents into the tunnel, and from outside to the gateway's plain listener.
 fn doors(mesh: &Mesh) -> [(&'static str, Arc<Place>, SocketAddr); 2] {
-    let vip = SocketAddr::new(WEB.parse().expect("an address"), 80);
+    let vip = SocketAddr::from((WEB_IP, 80));
     [
         ("waypoint", Arc::clone(mesh.pod("client")), vip),
         ("gateway", Arc::clone(mesh.topology.host("outside")), mesh.pod("gw").at(80)),
@@ -180,8 +180,8 @@ fn oversized() -> Vec<(&'static str, String, Must)> {
 fn judge(mesh: &Mesh, from: &Place, to: SocketAddr, path: &str, bytes: &str, must: Must) -> anyhow::Result<()> {
     let text = bytes.replace('$', path).replace('#', SMUGGLED);
     let mut raw = Raw::say(from, to, text.as_bytes())?;
-    // Who is refused is not kept waiting; of the others it must be seen that nothing more comes.
-    let rest = raw.rest(Duration::from_millis(if matches!(must, Refuse(_)) { 3000 } else { 150 }))?;
+    // Who is refused is cut off; of the others it must be seen that nothing more comes.
+    let rest = raw.rest(Duration::from_millis(if matches!(must, Refuse(_)) { 1000 } else { 100 }))?;
     let text = String::from_utf8_lossy(&rest.bytes).into_owned();
     let statuses: Vec<u16> = text
         .split("HTTP/1.1 ")
@@ -293,7 +293,9 @@ pub(crate) fn malformed_http2_heads_are_stream_errors(mesh: &mut Mesh) -> anyhow
                 let head = frames::frame(frames::HEADERS, frames::END_STREAM | frames::END_HEADERS, 1, &frames::block(fields));
                 let _refused_midway = raw.send(&head);
                 let came = frames::outcome(&mut raw, 1)?;
-                if !matches!(came, Came::Reset(1) | Came::GoAway(1) | Came::Status(400 | 404 | 405)) {
+                // Of two hosts the authority is the one.
+                let fine = *name == "a host that is not the authority" && came == Came::Status(200);
+                if !fine && !matches!(came, Came::Reset(1) | Came::GoAway(1) | Came::Status(400 | 404 | 405)) {
                     let _infallible = writeln!(wrong, "{door}: {name}: {came:?}");
                 }
             }
@@ -458,7 +460,8 @@ pub(crate) fn an_endpoint_that_lies_harms_its_own_request_only(mesh: &mut Mesh) 
             let mut raw = get(name)?;
             let rest = raw.rest(Duration::from_secs(4))?;
             let text = String::from_utf8_lossy(&rest.bytes);
-            let cut = text.starts_with("HTTP/1.1 200") && !text.ends_with("0\r\n\r\n") && rest.ended;
+            let begun = text.is_empty() || text.starts_with("HTTP/1.1 200");
+            let cut = begun && !text.ends_with("0\r\n\r\n") && rest.ended;
             ensure!(cut, "{name}: {text:?}, ended: {}", rest.ended);
         }
         let answer = get("length-and-chunks")?.answer()?;

@@ -106,6 +106,13 @@ pub(crate) fn check(ex: &mut Exchange<'_>) -> Flow {
         Err(_) => return Flow::Answer(respond::closing(ex, StatusCode::BAD_REQUEST, "", "path_normalization_failed")),
     }
     ex.scheme = scheme(ex);
+    if ex.parts.uri.authority().is_some()
+        && let Some(host) = ex.parts.headers.get_mut(header::HOST)
+        && let Ok(authority) = HeaderValue::try_from(&ex.authority)
+    {
+        // The target's own authority is the host, for rules that look at the field too (RFC 9112 §3.2.2, RFC 9113 §8.3.1).
+        *host = authority;
+    }
     let upgrade = upgrade_of(&ex.parts.headers);
     strip_hop_by_hop(&mut ex.parts.headers, upgrade.as_ref());
     let headers = &mut ex.parts.headers;
@@ -170,6 +177,12 @@ fn fit(parts: &Parts, authority: &str) -> Result<(), Unfit> {
     // No `@`: nobody's host has a user; whoever compares hosts would be fooled by one.
     if !authority.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.~!$&'()*+,;=:[]%".contains(&b)) {
         return Err(Unfit::broken("http.invalid_authority"));
+    }
+    let mut codings = headers.get_all(header::TRANSFER_ENCODING).iter();
+    if codings.next().is_some_and(|c| !c.as_bytes().eq_ignore_ascii_case(b"chunked")) || codings.next().is_some() {
+        // One coding is known here, applied once: any other would be lost with the field (RFC 9112 §6.1).
+        let unknown = Unfit::broken("http1.invalid_transfer_encoding");
+        return Err(Unfit { status: StatusCode::NOT_IMPLEMENTED, text: "Not Implemented", ..unknown });
     }
     // Who names these wants the endpoint not to see them: a way around those who rely on them.
     let protected = ["host", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto"];
@@ -246,7 +259,10 @@ pub(crate) fn strip_hop_by_hop(headers: &mut HeaderMap, upgrade: Option<&HeaderV
     }
     headers.remove("keep-alive");
     headers.remove("proxy-connection");
-    headers.remove(header::TRANSFER_ENCODING);
+    if headers.remove(header::TRANSFER_ENCODING).is_some() {
+        // What was chunked has no other length, whatever else was said (RFC 9112 §6.3).
+        headers.remove(header::CONTENT_LENGTH);
+    }
     if !headers.get(header::TE).is_some_and(|v| v.to_str().is_ok_and(has_token("trailers"))) {
         headers.remove(header::TE);
     }

@@ -70,7 +70,7 @@ pub(crate) fn tell(ex: Exchange<'_>, answer: Response<Body>) -> Response<Body> {
         told.tell(None);
         return if bodiless { headless(answer) } else { answer };
     }
-    answer.map(|inner| Body::Boxed(Followed { inner, told }.boxed_unsync()))
+    answer.map(|inner| Body::Boxed(Followed { inner, told, broken: None }.boxed_unsync()))
 }
 
 /// Carries what is no longer HTTP until it ends, is no longer allowed, or the drain is over; then tells.
@@ -168,12 +168,17 @@ impl Drop for Told {
 struct Followed {
     inner: Body,
     told: Told,
+    /// How it broke off, not yet passed on.
+    broken: Option<BodyError>,
 }
 impl HttpBody for Followed {
     type Data = Bytes;
     type Error = BodyError;
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        if let Some(error) = self.broken.take() {
+            return Poll::Ready(Some(Err(error)));
+        }
         let polled = Pin::new(&mut self.inner).poll_frame(cx);
         match &polled {
             Poll::Pending => {}
@@ -189,6 +194,12 @@ impl HttpBody for Followed {
                         (Flag::UpstreamConnectionTermination, "upstream_reset_after_response_started{connection_termination}")
                     }
                 }));
+                // What came before the break leaves first: the server writes when it finds nothing more to take.
+                if let Poll::Ready(Some(Err(error))) = polled {
+                    self.broken = Some(error);
+                    cx.waker().wake_by_ref();
+                }
+                return Poll::Pending;
             }
             Poll::Ready(Some(Ok(frame))) => {
                 if let Some(record) = &mut self.told.record {
@@ -211,7 +222,7 @@ impl HttpBody for Followed {
         polled
     }
     fn is_end_stream(&self) -> bool {
-        self.inner.is_end_stream()
+        self.broken.is_none() && self.inner.is_end_stream()
     }
     fn size_hint(&self) -> SizeHint {
         self.inner.size_hint()

@@ -8,7 +8,7 @@ use super::transport::{self, Purpose, Stream};
 use crate::body::{Body, BodyError};
 use http::header::{self, HeaderName, HeaderValue};
 use http::uri::{Authority, PathAndQuery, Scheme};
-use http::{Request, Response, Uri, Version};
+use http::{Request, Response, StatusCode, Uri, Version};
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use mesh_model::hosts::host_of;
@@ -81,6 +81,10 @@ pub async fn send(
             }
         };
         match sent {
+            // Nobody asked for another protocol: what follows is no answer to anything.
+            Ok(response) if response.status() == StatusCode::SWITCHING_PROTOCOLS => {
+                return Err(UpstreamError::new(Failure::Protocol, "unexpected 101"));
+            }
             Ok(response) => return Ok(response),
             Err(mut error) => match error.take_message() {
                 Some(unsent) if used => request = unsent,
