@@ -72,15 +72,17 @@ impl Raw {
         self.reader.get_ref().shutdown(Shutdown::Write)
     }
 
-    /// Everything until the end, or until nothing came for `quiet`.
+    /// Everything until the end, or until something came and then nothing for `quiet`.
     pub fn rest(&mut self, quiet: Duration) -> io::Result<Rest> {
-        self.reader.get_ref().set_read_timeout(Some(quiet))?;
         let mut bytes = Vec::new();
         let mut piece = vec![0; 16 << 10];
         let ended = loop {
             match self.reader.read(&mut piece) {
                 Ok(0) => break true,
-                Ok(n) => bytes.extend_from_slice(&piece[..n]),
+                Ok(n) => {
+                    bytes.extend_from_slice(&piece[..n]);
+                    self.reader.get_ref().set_read_timeout(Some(quiet))?;
+                }
                 Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => break false,
                 Err(_reset) => break true,
             }

@@ -169,7 +169,7 @@ spec:
     protocol: HTTPS
     hostname: web.example
     tls: { mode: Terminate, certificateRefs: [ { name: web-tls } ] }
-  - { name: pass, port: 8443, protocol: TLS, hostname: "*.pass.example", tls: { mode: Passthrough } }
+  - { name: pass, port: 8443, protocol: TLS, hostname: '*.pass.example', tls: { mode: Passthrough } }
   - { name: bytes, port: 9000, protocol: TCP }
 status:
   addresses:

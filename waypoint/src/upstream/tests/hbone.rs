@@ -74,7 +74,7 @@ async fn requests_go_through_the_endpoints_agent() {
     let agent = agent(&world, WEB, None).await;
     let server = Server::open_on(agent.ip).await;
     world.put(meshed("a", server.addr));
-    let mut me = pod("waypoint", server.addr);
+    let mut me = Workload::new(&uid("waypoint"), "waypoint", "shop");
     (me.workload_name, me.cluster) = ("waypoint".into(), "c".into());
     world.put(me);
     world.upstreams.collect(&world.snap);
