@@ -364,8 +364,9 @@ pub(super) fn failed(ex: &mut Exchange<'_>, error: &UpstreamError, retried: bool
             return respond::local(ex, StatusCode::GATEWAY_TIMEOUT, "upstream request timeout", "response_timeout");
         }
         Failure::ClientGone => {
-            ex.record.flags.set(Flag::DownstreamConnectionTermination);
-            return respond::local(ex, unavailable, "", "downstream_remote_disconnect");
+            let (flag, details) = expose::client_gone(ex.parts.version);
+            ex.record.flags.set(flag);
+            return respond::local(ex, unavailable, "", details);
         }
         Failure::ClientProtocol => {
             ex.record.flags.set(Flag::DownstreamProtocolError);

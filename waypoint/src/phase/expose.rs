@@ -8,7 +8,7 @@ use crate::upgrade::{self, Switched};
 use crate::upstream::RequestGuard;
 use bytes::Bytes;
 use http::header::{self, HeaderValue};
-use http::{Method, Response};
+use http::{Method, Response, Version};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use http_body_util::BodyExt as _;
 use mesh_hbone::relay::{End, How};
@@ -134,11 +134,21 @@ impl<'c> Unanswered<'c> {
 impl Drop for Unanswered<'_> {
     fn drop(&mut self) {
         let Some(mut ex) = self.0.take() else { return };
-        ex.record.flags.set(Flag::DownstreamConnectionTermination);
-        ex.record.details = "downstream_remote_disconnect".into();
+        let (flag, details) = client_gone(ex.parts.version);
+        ex.record.flags.set(flag);
+        ex.record.details = details.into();
         ex.record.heads(std::mem::take(&mut ex.parts.headers), &ex.path, ex.parts.uri.query(), None);
         ex.conn.shared.telemetry.request_done(&ex.conn.facts, &ex.record);
         ex.conn.activity.ends();
+    }
+}
+
+/// Flag and details of a client that went: in HTTP/2 it resets the one stream.
+pub(crate) fn client_gone(version: Version) -> (Flag, &'static str) {
+    if version == Version::HTTP_2 {
+        (Flag::DownstreamRemoteReset, "http2.remote_reset")
+    } else {
+        (Flag::DownstreamConnectionTermination, "downstream_remote_disconnect")
     }
 }
 
@@ -231,6 +241,7 @@ impl HttpBody for Followed {
 impl Drop for Followed {
     fn drop(&mut self) {
         // hyper has no other way to say that the client went before the answer was whole; told already in every other case.
-        self.told.tell(Some((Flag::DownstreamConnectionTermination, "downstream_remote_disconnect")));
+        let version = self.told.record.as_ref().map(|record| record.protocol);
+        self.told.tell(version.map(client_gone));
     }
 }

@@ -39,10 +39,12 @@ pub enum Flag {
     DownstreamProtocolError,
     /// `DC`: the client went.
     DownstreamConnectionTermination,
+    /// `DR`: the client reset the stream.
+    DownstreamRemoteReset,
 }
 /// In the order in which Envoy comes to set them, which is the order it writes them in.
-const NAMES: [&str; 17] =
-    ["DI", "FI", "NR", "NC", "RL", "UAEX", "URX", "UO", "UH", "UF", "UC", "UR", "UPE", "UT", "SI", "DPE", "DC"];
+const NAMES: [&str; 18] =
+    ["DI", "FI", "NR", "NC", "RL", "UAEX", "URX", "UO", "UH", "UF", "UC", "UR", "UPE", "UT", "SI", "DPE", "DC", "DR"];
 
 /// A set of flags.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
