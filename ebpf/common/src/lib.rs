@@ -17,8 +17,6 @@ pub mod map {
     pub const COUNTERS: &str = "COUNTERS";
     /// `LRU_HASH` of [`super::SteerKey`] to [`super::Steer`]; written and read by the programs only.
     pub const STEER: &str = "STEER";
-    /// All of them.
-    pub const ALL: [&str; 4] = [SOCKS, CONFIG, COUNTERS, STEER];
 }
 
 /// Names of the programs in the object.

@@ -98,7 +98,7 @@ impl Instance {
             None => lock(&LOADER).load(OBJECT),
             Some(pins) => {
                 let mut loader = lock(&PINNING_LOADER);
-                for name in map::ALL {
+                for name in [map::SOCKS, map::CONFIG, map::COUNTERS, map::STEER] {
                     loader.map_pin_path(name, pins.map(name));
                 }
                 loader.load(OBJECT)
