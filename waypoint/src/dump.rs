@@ -48,7 +48,7 @@ pub(crate) fn config(shared: &Shared, diagnostics: &Diagnostics) -> Value {
         "certificates": shared.svid.dump(),
         "jwks": jwks(shared),
         "config": settings(shared),
-        "problems": problems(diagnostics),
+        "problems": diagnostics.to_json(),
     })
 }
 
@@ -124,25 +124,6 @@ fn settings(shared: &Shared) -> Value {
         "pathNormalization": format!("{:?}", s.path_normalization),
         "accessLog": s.access_log,
     })
-}
-
-fn problems(diagnostics: &Diagnostics) -> Vec<Value> {
-    diagnostics
-        .list()
-        .iter()
-        .map(|p| {
-            json!({
-                "severity": p.severity.as_str(),
-                "code": p.code,
-                "file": p.origin.place,
-                "line": p.origin.line,
-                "object": p.origin.object,
-                "field": p.field,
-                "message": p.message,
-                "fix": p.fix,
-            })
-        })
-        .collect()
 }
 
 /// `/streams`: who is connected, and what is under way where.

@@ -25,7 +25,7 @@ pub fn config_dump(shared: &Shared, pods: &PodTable, diagnostics: &Diagnostics) 
         "version": version(),
         "config": config(shared),
         "meshVersion": snap.version(),
-        "problems": problems(diagnostics),
+        "problems": diagnostics.to_json(),
     })
 }
 
@@ -64,25 +64,6 @@ fn config(shared: &Shared) -> Value {
         "windowBudget": s.window_budget,
         "windowBudgetUsed": shared.budget.used(),
     })
-}
-
-fn problems(diagnostics: &Diagnostics) -> Vec<Value> {
-    diagnostics
-        .list()
-        .iter()
-        .map(|p| {
-            json!({
-                "severity": p.severity.as_str(),
-                "code": p.code,
-                "file": p.origin.place,
-                "line": p.origin.line,
-                "object": p.origin.object,
-                "field": p.field,
-                "message": p.message,
-                "fix": p.fix,
-            })
-        })
-        .collect()
 }
 
 fn pod_states(pods: &PodTable) -> Value {

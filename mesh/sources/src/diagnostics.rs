@@ -78,6 +78,22 @@ impl Diagnostics {
     pub fn list(&self) -> Arc<Vec<Problem>> {
         self.current.load_full()
     }
+    /// The same list as `/config_dump` shows it.
+    pub fn to_json(&self) -> Vec<serde_json::Value> {
+        let json = |p: &Problem| {
+            serde_json::json!({
+                "severity": p.severity.as_str(),
+                "code": p.code,
+                "file": p.origin.place,
+                "line": p.origin.line,
+                "object": p.origin.object,
+                "field": p.field,
+                "message": p.message,
+                "fix": p.fix,
+            })
+        };
+        self.list().iter().map(json).collect()
+    }
     /// How many problems there are of each severity: errors, warnings, notes.
     pub fn counts(&self) -> [usize; 3] {
         let list = self.current.load();
