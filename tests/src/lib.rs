@@ -11,6 +11,7 @@
 pub mod agent;
 pub mod bench;
 pub mod capture;
+pub mod cni;
 pub mod dev_ca;
 pub mod envoy;
 pub mod grpc;

@@ -46,6 +46,7 @@ fn library_exists(lib: &Path, prefix: &str) -> bool {
 /// What ring 3 and the demo run beside the agent.
 pub const NETWORK: &[Need] = &[
     Need { probe: Probe::Program("ip"), package: "iproute2", why: "network namespaces and veth pairs" },
+    Need { probe: Probe::Program("nft"), package: "nftables", why: "redirection by the rules of others" },
     Need { probe: Probe::Program("curl"), package: "curl", why: "an HTTP client that is not ours" },
     Need { probe: Probe::Program("tcpdump"), package: "tcpdump", why: "what is on the wire" },
     Need { probe: Probe::Program("python3"), package: "python3", why: "applications that are not ours" },

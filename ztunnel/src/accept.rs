@@ -30,6 +30,7 @@ where
         let pod = Arc::clone(&pod);
         async move {
             if let Some(accepted) = register(raw, peer) {
+                pod.known().await;
                 serve(pod, accepted).await;
             }
             drop(live);

@@ -2,12 +2,14 @@
 //!
 //! Owns the wiring, nothing else. The control thread is the caller's: sources, certificates, admin and the pod supervisor
 //! run on it; connections run on the data threads.
+use crate::dialer::MARK;
 use crate::dump;
 use crate::handover::{self, Ask, Predecessor};
 use crate::metrics::Metrics;
 use crate::pod::Shared;
 use crate::pods::{PodSupervisor, PodTable};
 use crate::settings::{OnAgentDeath, RedirectMode, Settings};
+use crate::zds;
 use anyhow::{Context, Result, bail};
 use ebpf_loader::PinRoot;
 use http::Method;
@@ -31,7 +33,7 @@ use mesh_runtime::process;
 use mesh_runtime::readiness::Readiness;
 use mesh_runtime::resolve::Resolver;
 use mesh_runtime::signals;
-use mesh_runtime::sockets::raise_nofile;
+use mesh_runtime::sockets::{probe_rights, raise_nofile};
 use mesh_runtime::threads::{DataThreads, cores, worker_count};
 use mesh_sources::{Diagnostics, Mesh, Origin};
 use std::convert::Infallible;
@@ -67,10 +69,10 @@ pub async fn serve(settings: Settings, logging: &Logging) -> Result<()> {
     let open_files = raise_nofile().context("raising the limit of open files")?;
     let pins = preflight(&settings)?;
     let handover = handover::path(&settings.run_dir, &settings.node);
-    let (predecessor, inherited) = match pins {
-        Some(_) => Predecessor::find(&handover)?.map_or_else(Default::default, |(agent, pods)| (Some(agent), pods)),
-        None => (None, handover::Inherited::new()),
-    };
+    // Two agents can serve a pod at once only if its redirection is neither's own.
+    let kept = pins.is_some() || settings.zds.is_some();
+    let found = if kept { Predecessor::find(&handover)? } else { None };
+    let (predecessor, inherited) = found.map_or_else(Default::default, |(agent, pods)| (Some(agent), pods));
     let stop = signals::shutdown().context("installing signal handlers")?;
     let readiness = Readiness::new();
     let registry = Registry::new();
@@ -121,17 +123,23 @@ pub async fn serve(settings: Settings, logging: &Logging) -> Result<()> {
     );
 
     // Nothing is captured before the first snapshot is in (node-agent §1.1).
-    let kept = pins.is_some();
     let (asks, successor) = mpsc::channel(1);
     let supervisor = PodSupervisor::new(Arc::clone(&shared), readiness.clone(), pods, pins, inherited);
     let control = tokio::spawn({
-        let mesh = mesh.clone();
+        let (mesh, readiness, zds) = (mesh.clone(), readiness.clone(), settings.zds.clone());
         async move {
             let never = drained.clone();
             tokio::select! {
-                () = mesh.synced() => supervisor.run(drained, first_snapshot, successor).await,
-                _ = never.draining() => {}
+                () = mesh.synced() => {}
+                _ = never.draining() => return,
             }
+            let supervisor = match zds.map(|socket| zds::follow(&socket, &readiness)).transpose() {
+                Ok(Some(orders)) => supervisor.by_cni(orders),
+                Ok(None) => supervisor,
+                // Never ready, and the pods stay as they are.
+                Err(error) => return tracing::error!(%error, "the CNI agent cannot be followed"),
+            };
+            supervisor.run(drained, first_snapshot, successor).await;
         }
     });
     let upkeep = tokio::spawn(upkeep(registry, Arc::clone(&shared), diagnostics));
@@ -231,6 +239,10 @@ pub fn assemble(
 
 /// What can be known to fail, said before anything starts. Answers where redirections are kept.
 fn preflight(settings: &Settings) -> Result<Option<PinRoot>> {
+    if settings.zds.is_some() {
+        probe_rights(MARK).context("pods of the CNI agent cannot be served")?;
+        return Ok(None);
+    }
     if settings.redirect != RedirectMode::Ebpf {
         return Ok(None);
     }

@@ -108,7 +108,7 @@ fn pod_states(pods: &PodTable) -> Value {
                     "connections": { "inbound": inbound, "outbound": outbound },
                     "tunnels": { "outbound": tunnels, "inbound": accepted },
                     "info": {
-                        "name": name_of(&uid),
+                        "name": pod.name,
                         "namespace": pod.identity.namespace(),
                         "serviceAccount": pod.identity.service_account(),
                         "identity": pod.identity.to_string(),
@@ -119,11 +119,6 @@ fn pod_states(pods: &PodTable) -> Value {
         out.insert(uid.to_string(), entry);
     }
     Value::Object(out)
-}
-
-/// The last segment of a uid, which is the pod's name.
-fn name_of(uid: &str) -> &str {
-    uid.rsplit('/').next().unwrap_or(uid)
 }
 
 fn workload(w: &Workload) -> Value {

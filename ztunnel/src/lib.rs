@@ -11,6 +11,7 @@ mod deliver;
 mod dial;
 mod dialer;
 mod dump;
+pub mod enrolment;
 pub mod handover;
 mod inbound;
 pub mod metrics;
@@ -23,5 +24,6 @@ mod record;
 mod report;
 pub mod settings;
 mod sockets;
+pub mod zds;
 
 pub use settings::Settings;

@@ -4,6 +4,7 @@
 //! directions hold it for as long as a connection lives.
 use crate::conns::Conns;
 use crate::dialer::PodDialer;
+use crate::enrolment::Enrolled;
 use crate::metrics::Metrics;
 use crate::settings::Settings;
 use arc_swap::ArcSwapOption;
@@ -22,6 +23,10 @@ use mesh_runtime::sockets::NetnsFd;
 use mesh_runtime::threads::DataThreads;
 use mesh_sources::Mesh;
 use std::sync::Arc;
+use std::time::Duration;
+
+/// How long the first connections of a pod wait for the mesh to know it (node-agent §1.2).
+const KNOWN_WITHIN: Duration = Duration::from_secs(5);
 
 /// Ports of the agent's own listeners in a pod (node-agent §1.1).
 pub mod ports {
@@ -67,6 +72,8 @@ pub struct Pod {
     pub namespace: Arc<str>,
     /// Its name.
     pub name: Arc<str>,
+    /// Whether it may be served before the mesh knows it.
+    early: bool,
     /// Its network namespace; `None` serves the agent's own (tests).
     pub netns: Option<Arc<NetnsFd>>,
     /// Its identity.
@@ -90,7 +97,7 @@ impl Pod {
     /// A pod with no connections yet.
     pub fn new(
         shared: &Arc<Shared>,
-        workload: &Workload,
+        enrolled: &Enrolled,
         identity: SpiffeId,
         netns: Option<Arc<NetnsFd>>,
         drain: DrainWatch,
@@ -99,9 +106,10 @@ impl Pod {
         let dialer = PodDialer::new(&shared.settings, netns.clone(), svid.clone());
         let pools = shared.threads.workers().iter().map(|_| Pool::new(dialer.clone(), Arc::clone(&shared.hbone))).collect();
         Arc::new(Self {
-            uid: Arc::clone(&workload.uid),
-            namespace: Arc::clone(&workload.namespace),
-            name: Arc::clone(&workload.name),
+            uid: Arc::clone(&enrolled.uid),
+            namespace: Arc::clone(&enrolled.namespace),
+            name: Arc::clone(&enrolled.name),
+            early: enrolled.is_early(),
             netns,
             identity,
             svid,
@@ -117,7 +125,21 @@ impl Pod {
     /// This pod in `snap`, or the refusal that says it left.
     pub fn workload<'a>(&self, snap: &'a Snapshot) -> Result<&'a Arc<Workload>, Refusal> {
         snap.find_workload(&self.uid)
+            // A pod that was made again under its name with another account is not the one of before.
+            .filter(|w| *w.service_account == *self.identity.service_account())
             .ok_or_else(|| Refusal::new(Reason::UnknownWorkload, format!("pod {} is not in the mesh", self.uid)))
+    }
+
+    /// Waits until the mesh knows a pod that was served before: a pod's first connection is often quicker than istiod. What is
+    /// not known in time is refused by the look-up that follows.
+    pub async fn known(&self) {
+        if !self.early || self.shared.mesh.load().find_workload(&self.uid).is_some() {
+            return;
+        }
+        let mut versions = self.shared.mesh.watch();
+        let known =
+            async { while self.shared.mesh.load().find_workload(&self.uid).is_none() && versions.changed().await.is_ok() {} };
+        let _ = tokio::time::timeout(KNOWN_WITHIN, known).await;
     }
 
     /// `baggage` of this pod, encoded once per version of its workload.

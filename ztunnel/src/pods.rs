@@ -1,25 +1,28 @@
 //! The pods of this node: who is served, started and ended from the published snapshot.
 //!
-//! Owns the table of running pods and reconciles it with each version, from scratch: what should run is a function of the
-//! snapshot. It refuses to take a pod half: without listeners *and* redirection the pod is not served, is retried, and
-//! holds readiness back. Upstream: `Mesh` versions. Downstream: `pod`, `accept`, `ebpf-loader`.
+//! Owns the table of running pods and reconciles it with who is enrolled, from scratch: what should run is a function of the
+//! snapshot, or what the CNI agent said last. It refuses to take a pod half: without listeners *and* redirection the pod is
+//! not served, is retried, and holds readiness back. Upstream: `Mesh` versions, `zds`. Downstream: `pod`, `accept`,
+//! `ebpf-loader`.
 use crate::accept;
 use crate::conns::Conns;
+use crate::enrolment::{Enrolled, Place};
 use crate::handover::{Ask, Inherited};
 use crate::pod::{Pod, Shared};
 use crate::settings::RedirectMode;
 use crate::sockets::Sockets;
+use crate::zds::{Named, Order};
 use crate::{inbound, outbound, passthrough};
 use ebpf_loader::{Config, Listeners, PacketCounters, PinRoot, PodSpec, Redirect};
 use mesh_identity::TrustBundles;
-use mesh_model::workload::{NetworkMode, Protocol, Workload, WorkloadUid};
+use mesh_model::workload::WorkloadUid;
 use mesh_model::{Reason, Refusal, SpiffeId};
 use mesh_runtime::drain::{self, Drain, DrainMode, DrainWatch};
 use mesh_runtime::metrics::{MetricError, Registry};
 use mesh_runtime::readiness::{Readiness, ReadyTask};
 use mesh_runtime::sockets::{Doorbell, NetnsFd, NetnsId};
 use parking_lot::Mutex;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -110,6 +113,23 @@ impl Running {
     }
 }
 
+/// The pods that the CNI agent enrols.
+struct Cni {
+    /// What it wants; `None` once it speaks to another agent.
+    orders: Option<mpsc::Receiver<Order>>,
+    enrolled: HashMap<Arc<str>, Enrolled>,
+}
+
+/// The next order; never, if nobody gives any.
+async fn next_order(cni: Option<&mut Cni>) -> Order {
+    if let Some(orders) = cni.and_then(|cni| cni.orders.as_mut())
+        && let Some(order) = orders.recv().await
+    {
+        return order;
+    }
+    std::future::pending().await
+}
+
 /// Runs the pods of this node.
 pub struct PodSupervisor {
     shared: Arc<Shared>,
@@ -122,6 +142,7 @@ pub struct PodSupervisor {
     unswept: bool,
     inherited: Inherited,
     handed_over: bool,
+    cni: Option<Cni>,
     /// Pods whose interfaces changed.
     changed: (mpsc::Sender<WorkloadUid>, mpsc::Receiver<WorkloadUid>),
 }
@@ -139,8 +160,16 @@ impl PodSupervisor {
             pins,
             inherited,
             handed_over: false,
+            cni: None,
             changed: mpsc::channel(16),
         }
+    }
+
+    /// Serves the pods these orders name, where they are redirected already, instead of those the mesh names.
+    #[must_use]
+    pub fn by_cni(mut self, orders: mpsc::Receiver<Order>) -> Self {
+        self.cni = Some(Cni { orders: Some(orders), enrolled: HashMap::new() });
+        self
     }
 
     /// Follows the mesh until `drain` starts, then drains every pod. `synced` is marked after the first reconciliation.
@@ -177,6 +206,7 @@ impl PodSupervisor {
                         running.drain.start(DrainMode::Graceful { deadline: UNTIL_TOLD });
                     }
                 }
+                order = next_order(self.cni.as_mut()) => self.obey(order).await,
                 Some(uid) = self.changed.1.recv() => self.recapture(&uid).await,
                 Ok(()) = bundles.changed() => self.rejudge_tunnels(&bundles.borrow_and_update().clone()),
             }
@@ -222,6 +252,9 @@ impl PodSupervisor {
     /// Leaves the pods to the next agent; what this one carries, it carries on and goes on judging.
     fn hand_over(&mut self) {
         self.handed_over = true;
+        if let Some(cni) = &mut self.cni {
+            cni.orders = None;
+        }
         for running in self.running.values_mut() {
             running.stop_accepting();
         }
@@ -229,39 +262,90 @@ impl PodSupervisor {
         tracing::info!(pods = self.running.len(), open, "another agent took over; open connections stay until they end");
     }
 
-    /// Makes the running pods those the snapshot says.
+    /// Carries out what the CNI agent wants.
+    async fn obey(&mut self, order: Order) {
+        let (outcome, done) = match order {
+            Order::Add { uid, pod, netns, done } => (self.enrol(uid, pod, netns).await, done),
+            Order::Remove { uid, done } => {
+                if let Some(cni) = &mut self.cni {
+                    cni.enrolled.remove(&uid);
+                }
+                self.dismiss(|key| *key == uid, "the CNI agent removed the pod");
+                (Ok(()), done)
+            }
+            Order::Only { named, done } => {
+                if let Some(cni) = &mut self.cni {
+                    cni.enrolled.retain(|uid, _| named.contains(uid));
+                }
+                self.inherited.clear();
+                self.dismiss(|key| !named.contains(key), "the CNI agent does not name the pod any more");
+                (Ok(()), done)
+            }
+        };
+        self.count();
+        // A CNI agent that did not wait for the answer asks again when it is back.
+        let _ = done.send(outcome);
+    }
+
+    async fn enrol(&mut self, uid: Arc<str>, pod: Named, netns: NetnsFd) -> Result<(), String> {
+        let enrolled = Enrolled::by_cni(&self.shared.mesh.load_full(), Arc::clone(&uid), pod, netns);
+        let Some(cni) = &mut self.cni else { return Err("pods are enrolled by the mesh here".into()) };
+        cni.enrolled.insert(uid, enrolled.clone());
+        self.ensure(&enrolled).await
+    }
+
+    /// Who should be served now.
+    fn desired(&self) -> Vec<Enrolled> {
+        let mut desired: Vec<_> = match &self.cni {
+            Some(cni) => cni.enrolled.values().cloned().collect(),
+            None => Enrolled::by_mesh(&self.shared.mesh.load()).collect(),
+        };
+        // In one order on every start, so that it does not depend on chance who is served when two claim one namespace.
+        desired.sort_by(|a, b| a.key.cmp(&b.key));
+        desired
+    }
+
+    /// Makes the running pods those that are enrolled.
     async fn reconcile(&mut self) {
-        let snap = self.shared.mesh.load_full();
-        self.shared.metrics.config_version.set(snap.version() as i64);
-        let desired: HashMap<WorkloadUid, Arc<Workload>> =
-            snap.local_workloads().filter(|w| is_served(w)).map(|w| (Arc::clone(&w.uid), Arc::clone(w))).collect();
-        let gone: Vec<_> = self.running.keys().filter(|uid| !desired.contains_key(*uid)).cloned().collect();
-        for uid in gone {
-            // Of a pod of the next agent only the connections are ours.
-            let after = if self.handed_over { After::Kept } else { After::Direct };
-            self.stop(&uid, "the pod left the mesh", after);
-        }
+        self.shared.metrics.config_version.set(self.shared.mesh.load().version() as i64);
+        let desired = self.desired();
+        let keys: HashSet<&Arc<str>> = desired.iter().map(|e| &e.key).collect();
+        self.dismiss(|key| !keys.contains(key), "the pod left the mesh");
         if self.handed_over {
             return;
         }
-        self.inherited.retain(|uid, _| desired.contains_key(uid));
+        if self.cni.is_none() {
+            self.inherited.retain(|key, _| keys.contains(key));
+        }
+        for enrolled in &desired {
+            // It is told in the log, the table and readiness.
+            let _ = self.ensure(enrolled).await;
+        }
+        self.count();
+        self.sweep();
+    }
+
+    /// Ends the pods whose keys these are, and gives up those that could not be served.
+    fn dismiss(&mut self, whose: impl Fn(&Arc<str>) -> bool, why: &'static str) {
+        let gone: Vec<_> = self.running.keys().filter(|key| whose(key)).cloned().collect();
+        for key in gone {
+            // Of a pod of the next agent only the connections are ours.
+            let after = if self.handed_over { After::Kept } else { After::Direct };
+            self.stop(&key, why, after);
+        }
         // A pending pod that is no longer wanted does not hold readiness back.
-        let given_up: Vec<_> = self.pending.keys().filter(|uid| !desired.contains_key(*uid)).cloned().collect();
-        for uid in given_up {
-            self.table.remove(&uid);
-            if let Some(task) = self.pending.remove(&uid) {
+        let given_up: Vec<_> = self.pending.keys().filter(|key| whose(key)).cloned().collect();
+        for key in given_up {
+            self.table.remove(&key);
+            if let Some(task) = self.pending.remove(&key) {
                 task.ready();
             }
         }
-        // In one order on every start, so that it does not depend on chance who is served when two claim one namespace.
-        let mut desired: Vec<_> = desired.into_values().collect();
-        desired.sort_by(|a, b| a.uid.cmp(&b.uid));
-        for workload in &desired {
-            self.ensure(workload).await;
-        }
+    }
+
+    fn count(&self) {
         self.shared.metrics.active_pods.set(self.running.len() as i64);
         self.shared.metrics.pending_pods.set(self.pending.len() as i64);
-        self.sweep();
     }
 
     /// Removes the redirections an earlier agent left for pods that are no longer in the mesh. Not before every pod is
@@ -279,97 +363,107 @@ impl PodSupervisor {
         self.unswept = false;
     }
 
-    /// Serves one pod, unless it already is and has not changed its namespace or identity.
-    async fn ensure(&mut self, workload: &Arc<Workload>) {
-        let uid = &workload.uid;
-        let place = self.open_netns(workload);
-        if let (Some(running), Ok(netns)) = (self.running.get(uid), &place) {
+    /// Serves one pod, unless it already is and has not changed its namespace or identity. The error is what is told in the log too.
+    async fn ensure(&mut self, enrolled: &Enrolled) -> Result<(), String> {
+        let key = &enrolled.key;
+        let place = self.open_netns(enrolled);
+        if let (Some(running), Ok(netns)) = (self.running.get(key), &place) {
             let same_place = running.place == netns.as_ref().map(|n| n.id());
-            let same_identity = workload.identity().is_ok_and(|id| id == running.pod.identity);
+            let same_identity = enrolled.identity.as_ref().is_ok_and(|id| *id == running.pod.identity);
             if same_place && same_identity {
-                return;
+                return Ok(());
             }
             // What comes after it in the same namespace must not find its sockets, nor lose its rules to the old one's end.
             let after = if same_place { After::Kept } else { After::Direct };
             // Should it not be served again and then leave, nobody else would open it.
             self.unswept = self.pins.is_some();
-            if let Some(down) = self.stop(uid, "the pod was replaced", after) {
+            if let Some(down) = self.stop(key, "the pod was replaced", after) {
                 let _ = down.await;
             }
-        } else if place.is_err() && self.running.contains_key(uid) {
-            self.stop(uid, "the pod's network namespace is gone", After::Direct);
+        } else if place.is_err() && self.running.contains_key(key) {
+            self.stop(key, "the pod's network namespace is gone", After::Direct);
         }
         let started = match place {
-            Ok(netns) => self.start(workload, netns).await,
+            Ok(netns) => self.start(enrolled, netns).await,
             Err(error) => Err(error),
         };
         match started {
             Ok(running) => {
-                if let Some(task) = self.pending.remove(uid) {
+                if let Some(task) = self.pending.remove(key) {
                     task.ready();
                 }
-                tracing::info!(pod = %label(workload), id = %running.pod.identity, "pod is served");
+                tracing::info!(pod = %enrolled.label(), id = %running.pod.identity, "pod is served");
                 self.shared.metrics.pods_started.inc();
                 let packets = running.redirect.as_ref().map(Redirect::counters);
-                self.table.set(uid, PodState::Up { pod: Arc::clone(&running.pod), packets });
+                self.table.set(key, PodState::Up { pod: Arc::clone(&running.pod), packets });
                 Self::await_certificate(&running);
-                self.running.insert(Arc::clone(uid), running);
+                self.running.insert(Arc::clone(key), running);
+                Ok(())
             }
             Err(error) => {
-                if !self.pending.contains_key(uid) {
-                    tracing::error!(pod = %label(workload), %error, "pod cannot be served, trying again");
-                    let task = self.readiness.pending(&format!("pod {}", label(workload)));
-                    self.pending.insert(Arc::clone(uid), task);
+                if !self.pending.contains_key(key) {
+                    tracing::error!(pod = %enrolled.label(), %error, "pod cannot be served, trying again");
+                    let task = self.readiness.pending(&format!("pod {}", enrolled.label()));
+                    self.pending.insert(Arc::clone(key), task);
                 }
-                self.table.set(uid, PodState::Pending { error });
+                self.table.set(key, PodState::Pending { error: error.clone() });
+                Err(error)
             }
         }
     }
 
-    fn open_netns(&self, workload: &Workload) -> Result<Option<Arc<NetnsFd>>, String> {
-        match (&workload.netns, self.shared.settings.redirect) {
-            (Some(path), _) => {
+    fn open_netns(&self, enrolled: &Enrolled) -> Result<Option<Arc<NetnsFd>>, String> {
+        match (&enrolled.place, self.shared.settings.redirect) {
+            (Place::Path(path), _) => {
                 let netns = NetnsFd::open(&**path).map_err(|e| format!("{path}: {e}"))?;
-                self.check_place(workload, &netns).map_err(|e| format!("{path}: {e}"))?;
+                self.check_place(&enrolled.key, &netns).map_err(|e| format!("{path}: {e}"))?;
                 Ok(Some(Arc::new(netns)))
             }
-            (None, RedirectMode::None) => Ok(None),
-            (None, RedirectMode::Ebpf) => Err("the pod names no network namespace (annotation culvert.dev/netns)".into()),
+            (Place::Netns(netns), _) => {
+                self.check_place(&enrolled.key, netns)?;
+                Ok(Some(Arc::clone(netns)))
+            }
+            (Place::Unknown, RedirectMode::None) => Ok(None),
+            (Place::Unknown, RedirectMode::Ebpf) => {
+                Err("the pod names no network namespace (annotation culvert.dev/netns)".into())
+            }
         }
     }
 
     /// A namespace belongs to one pod: two pods in one would carry each other's identity.
-    fn check_place(&self, workload: &Workload, netns: &NetnsFd) -> Result<(), String> {
+    fn check_place(&self, key: &str, netns: &NetnsFd) -> Result<(), String> {
         if NetnsFd::current().is_ok_and(|own| own.id() == netns.id()) {
             return Err("this is the agent's own network namespace".into());
         }
-        let taken = self.running.values().find(|r| r.place == Some(netns.id()) && r.pod.uid != workload.uid);
+        let taken = self.running.iter().find(|(other, r)| r.place == Some(netns.id()) && &***other != key);
         match taken {
-            Some(other) => Err(format!("pod {} is served in this network namespace", other.pod.uid)),
+            Some((other, _)) => Err(format!("pod {other} is served in this network namespace")),
             None => Ok(()),
         }
     }
 
     /// Listeners, redirection, accept loops: all or nothing.
-    async fn start(&mut self, workload: &Arc<Workload>, netns: Option<Arc<NetnsFd>>) -> Result<Running, String> {
-        let identity = workload.identity().map_err(|e| format!("identity: {e}"))?;
+    async fn start(&mut self, enrolled: &Enrolled, netns: Option<Arc<NetnsFd>>) -> Result<Running, String> {
+        let identity = enrolled.identity.clone().map_err(|e| format!("identity: {e}"))?;
         let (drain, watch) = drain::channel();
         let (accepting, accept) = drain::channel();
-        let pod = Pod::new(&self.shared, workload, identity, netns.clone(), watch);
+        let pod = Pod::new(&self.shared, enrolled, identity, netns.clone(), watch);
         self.shared.svids.prefetch(&pod.identity);
-        let sockets = match self.inherited.remove(&workload.uid) {
+        let sockets = match self.inherited.remove(&enrolled.key) {
             Some(inherited) => inherited,
-            None => Sockets::bind(workload, netns.as_deref()).map_err(|e| format!("listeners: {e}"))?,
+            None => Sockets::bind(enrolled, netns.as_deref(), &self.shared.settings).map_err(|e| format!("listeners: {e}"))?,
         };
         let redirect = match (self.shared.settings.redirect, &netns) {
-            (RedirectMode::Ebpf, Some(netns)) => Some(attach(Arc::clone(netns), &sockets, self.pins.clone()).await?),
+            (RedirectMode::Ebpf, Some(netns)) if self.cni.is_none() => {
+                Some(attach(Arc::clone(netns), &sockets, self.pins.clone()).await?)
+            }
             _ => None,
         };
         let workers = self.shared.threads.workers();
         // Pods spread over the threads by a number that does not depend on the order they came in.
-        let home = workload.uid.bytes().fold(0usize, |h, b| h.wrapping_mul(31).wrapping_add(usize::from(b))) % workers.len();
+        let home = enrolled.key.bytes().fold(0usize, |h, b| h.wrapping_mul(31).wrapping_add(usize::from(b))) % workers.len();
         let worker = workers.get(home).ok_or("no data thread")?;
-        let name = label(workload);
+        let name = enrolled.label();
         let copies = sockets.try_clone().map_err(|e| format!("listeners: {e}"))?;
         let Sockets { outbound, plain, hbone } = sockets;
         let loops = [
@@ -388,7 +482,7 @@ impl PodSupervisor {
         let ready = Arc::new(self.readiness.pending(&format!("certificate of {name}")));
         let links = match (&self.pins, &netns) {
             (Some(_), Some(netns)) => {
-                Some(tokio::spawn(watch_links(Arc::clone(netns), Arc::clone(&workload.uid), self.changed.0.clone())))
+                Some(tokio::spawn(watch_links(Arc::clone(netns), Arc::clone(&enrolled.key), self.changed.0.clone())))
             }
             _ => None,
         };
@@ -490,15 +584,6 @@ impl PodSupervisor {
             let _ = down.await;
         }
     }
-}
-
-/// Whether the agent carries this pod's traffic.
-fn is_served(w: &Workload) -> bool {
-    w.protocol == Protocol::Hbone && w.network_mode == NetworkMode::Standard && !w.native_tunnel
-}
-
-fn label(w: &Workload) -> String {
-    format!("{}/{}", w.namespace, w.name)
 }
 
 async fn report_end(what: &'static str, pod: String, run: impl Future<Output = io::Result<()>>) {

@@ -91,6 +91,14 @@ pub struct Settings {
     /// Answer CONNECT with the destination's baggage.
     #[arg(long, env = "ENABLE_RESPONSE_BAGGAGE", default_value_t = true, action = clap::ArgAction::Set)]
     pub response_baggage: bool,
+    /// Socket of Istio's CNI agent, which then says which pods are served, and whose rules redirect them. Without it the mesh
+    /// says so (`istio.io/dataplane-mode`, `culvert.dev/netns`), and `--redirect` tells how.
+    #[arg(long, env = "INPOD_UDS", value_name = "SOCKET", num_args = 0..=1, default_missing_value = "/var/run/ztunnel/ztunnel.sock")]
+    pub zds: Option<PathBuf>,
+    /// With `--zds`: bind the listeners in a pod so that another node agent may have them too, which is how istio/ztunnel is
+    /// replaced without a gap (`SO_REUSEPORT`).
+    #[arg(long, env = "INPOD_PORT_REUSE", default_value_t = true, action = clap::ArgAction::Set)]
+    pub inpod_port_reuse: bool,
     /// Redirection: `ebpf`, or `none` for tests that bring connections to the listeners themselves.
     #[arg(long, env = "CULVERT_REDIRECT", default_value = "ebpf")]
     pub redirect: RedirectMode,

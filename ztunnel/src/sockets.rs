@@ -1,7 +1,8 @@
 //! The agent's own listeners in one pod.
 use crate::dialer::stream_options;
+use crate::enrolment::Enrolled;
 use crate::pod::ports;
-use mesh_model::workload::Workload;
+use crate::settings::Settings;
 use mesh_runtime::sockets::{BoundListener, ListenerOptions, NetnsFd};
 use std::io;
 use std::net::{Ipv6Addr, SocketAddr};
@@ -32,11 +33,11 @@ impl Sockets {
     }
 
     /// In the pod's namespace, or on its first address where it shares the agent's.
-    pub(crate) fn bind(workload: &Workload, netns: Option<&NetnsFd>) -> io::Result<Self> {
+    pub(crate) fn bind(enrolled: &Enrolled, netns: Option<&NetnsFd>, settings: &Settings) -> io::Result<Self> {
         // In its own namespace the pod has all addresses to itself; on a shared loopback each pod binds its own.
         let ip = match netns {
             Some(_) => Ipv6Addr::UNSPECIFIED.into(),
-            None => workload.ips.first().copied().ok_or_else(|| io::Error::other("the pod has no address"))?,
+            None => enrolled.address.ok_or_else(|| io::Error::other("the pod has no address"))?,
         };
         let bind = || {
             let listener = |port, transparent| {
@@ -45,6 +46,7 @@ impl Sockets {
                 if netns.is_some() {
                     options.mark = Some(crate::dialer::MARK);
                     options.transparent = transparent;
+                    options.reuse_port = settings.zds.is_some() && settings.inpod_port_reuse;
                 }
                 options.bind()
             };

@@ -146,7 +146,11 @@ metadata: { name: good-two, namespace: t }
 spec: { selector: { tier: web }, clusterIP: 10.96.0.33, ports: [{ name: tcp, port: 80, targetPort: 8080 }] }
 ",
     )?;
-    mesh.a().wait_config("the rejected object", |dump| problems(dump).iter().any(|problem| problem.contains("50-mixed.yaml")))?;
+    // What is wrong is told a moment before the rest is in force.
+    mesh.a().wait_config("the rejected object and the others", |dump| {
+        problems(dump).iter().any(|problem| problem.contains("50-mixed.yaml"))
+            && entries(dump, "services").any(|service| service["name"] == "good-two")
+    })?;
     let dump = mesh.a().config_dump()?;
     let listed = problems(&dump);
     ensure!(listed.len() == 1 && listed[0].contains("bad") && listed[0].contains("port"), "{listed:?}");

@@ -18,7 +18,19 @@ const EDGES: &[(&str, &[&str])] = &[
     ("mesh-hbone", &["mesh-model", "mesh-runtime"]),
     ("ebpf-loader", &["ebpf-common"]),
     // L2
-    ("ztunnel", &["mesh-model", "mesh-runtime", "mesh-sources", "mesh-identity", "mesh-hbone", "ebpf-common", "ebpf-loader"]),
+    (
+        "ztunnel",
+        &[
+            "mesh-model",
+            "mesh-runtime",
+            "mesh-proto",
+            "mesh-sources",
+            "mesh-identity",
+            "mesh-hbone",
+            "ebpf-common",
+            "ebpf-loader",
+        ],
+    ),
     ("waypoint", &["mesh-model", "mesh-runtime", "mesh-sources", "mesh-identity", "mesh-hbone"]),
     // L3
     ("meshctl", &["mesh-model", "mesh-runtime", "mesh-sources"]),
