@@ -6,8 +6,8 @@
 use crate::body::Body;
 use crate::conn::Conn;
 use crate::phase::{
-    Exchange, Flow, admit, attempt, authenticate, authorize, buffer, compress, cors, expose, fault, forward, limit, mirror,
-    respond, rewrite, route, treat,
+    Exchange, Flow, admit, attempt, authenticate, authorize, buffer, compress, cors, custom, expose, fault, forward, limit,
+    mirror, respond, rewrite, route, treat,
 };
 use ::http::{Request, Response};
 use hyper::body::Incoming;
@@ -41,6 +41,7 @@ async fn phases(ex: &mut Exchange<'_>) -> Response<Body> {
     phase!(treat::find(ex)); //        what TrafficPolicies say
     phase!(limit::check(ex, Point::BeforeAuthentication)); // rate limits that count everybody
     compress::prepare(ex); //          what the client accepts
+    phase!(custom::check(ex).await); // external authorizers, who see the token
     phase!(authenticate::check(ex).await); // token, claims into headers
     let routed = route::choose(ex); // routes of the host → rule → backend by weight
     phase!(authorize::check(ex)); //   policies of what was addressed

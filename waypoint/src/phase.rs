@@ -6,6 +6,7 @@ pub(crate) mod authorize;
 pub(crate) mod buffer;
 pub(crate) mod compress;
 pub(crate) mod cors;
+pub(crate) mod custom;
 pub(crate) mod expose;
 pub(crate) mod fault;
 pub(crate) mod forward;
@@ -72,6 +73,8 @@ pub struct Exchange<'c> {
     pub(crate) token: Option<Verified>,
     /// Headers CORS adds to the response.
     pub cors_headers: Option<HeaderMap>,
+    /// Headers external authorizers add to the response.
+    pub(crate) granted: Option<HeaderMap>,
     /// The cookie by which the client will be known again, for what the endpoint answers.
     pub(crate) sticky: Option<HeaderValue>,
     /// What TrafficPolicies say of it.

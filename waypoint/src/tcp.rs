@@ -181,7 +181,7 @@ async fn reach(conn: &Conn, record: &mut TcpRecord) -> Result<Stream, Unreached>
     let (cluster, host) = {
         let snap = conn.shared.mesh.load();
         record.told = conn.told(&snap);
-        let judgement = authorize::judge(&snap, conn, None);
+        let judgement = authorize::judge_bytes(&snap, conn);
         record.noted = authorize::note(conn, &judgement);
         if let L7Verdict::Deny(denial) = judgement.verdict {
             return Err(Unreached::Refused { why: denial.refusal(), details: denial.details() });

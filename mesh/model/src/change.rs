@@ -1,4 +1,5 @@
 //! Changes: the only way knowledge enters the model.
+use crate::l7::authorizer::Authorizers;
 use crate::l7::destination::Destination;
 use crate::l7::gateway::{GatewayKey, GatewayRoutes};
 use crate::l7::policy::{L7Policies, PolicyTarget};
@@ -53,6 +54,8 @@ pub enum Change {
     Treatment(PolicyTarget, Arc<Treatment>),
     /// Nothing is said about a target any more.
     TreatmentGone(PolicyTarget),
+    /// All external authorizers, in place of those before.
+    Authorizers(Arc<Authorizers>),
     /// The locality of our own node became known or changed (endpoint preferences are ranked from it).
     OwnLocality(Locality),
 }

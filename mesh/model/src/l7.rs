@@ -5,6 +5,7 @@
 //! BackendTLSPolicy). Everything is compiled when it is translated: no regular expression is built, no weight is summed and
 //! no header name is parsed while a request waits. Upstream: `mesh-sources`. Downstream: the waypoint's phases.
 
+pub mod authorizer;
 pub mod balance;
 pub mod compression;
 pub mod cors;

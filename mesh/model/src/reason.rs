@@ -49,8 +49,10 @@ reasons! {
     PolicyUnknown { "policy_unknown", Control, flag "DENY", status 401, retry false, "the workload refers to a policy that has not arrived or was removed" }
     /// A policy in scope could not be understood.
     PolicyUnusable { "policy_unusable", Control, flag "DENY", status 401, retry false, "fix the rejected policy; `problems` in /config_dump shows file, line and field" }
-    /// A CUSTOM policy matched and there is no external authorizer to ask.
-    NoAuthorizer { "no_authorizer", Control, flag "UAEX", status 401, retry false, "a CUSTOM policy matches and its provider cannot be asked; remove the policy, or write it as ALLOW or DENY" }
+    /// A CUSTOM policy matched and its external authorizer cannot be asked, or does not answer.
+    NoAuthorizer { "no_authorizer", Control, flag "UAEX", status 401, retry false, "a CUSTOM policy matches and its provider gives no answer; look at MeshConfig's extensionProviders and at the service they name" }
+    /// The external authorizer of a CUSTOM policy refused.
+    AuthorizerDenied { "authorizer_denied", Client, flag "UAEX", status 401, retry false, "the external authorizer of a CUSTOM policy refused" }
     /// The request's token was refused.
     TokenRefused { "token_refused", Client, flag "-", status 401, retry false, "the token is not one a RequestAuthentication accepts; the answer's body says what is wrong with it" }
     /// Cut because policy, workload or certificate no longer allows it.

@@ -8,6 +8,7 @@ use crate::addr::{Network, NetworkAddr};
 use crate::change::Change;
 use crate::id::{SpiffeId, TrustDomain};
 use crate::known::Known;
+use crate::l7::authorizer::{Authorizer, Authorizers};
 use crate::l7::destination::Destination;
 use crate::l7::gateway::{GatewayKey, GatewayRoutes};
 use crate::l7::policy::{L7Policies, PolicyTarget, TargetRef};
@@ -68,6 +69,8 @@ pub struct Snapshot {
     telemetry: Arc<TelemetryRules>,
     /// What is done with every request of a target.
     treatments: Shards<PolicyTarget, Arc<Treatment>>,
+    /// External authorizers by name.
+    authorizers: Arc<Authorizers>,
 }
 /// Trust domain, namespace, service account.
 type Account = (TrustDomain, Arc<str>, Arc<str>);
@@ -219,6 +222,7 @@ impl Snapshot {
             request_auths: Shards::default(),
             telemetry: Arc::default(),
             treatments: Shards::default(),
+            authorizers: Arc::default(),
         }
     }
     /// Its version.
@@ -282,6 +286,7 @@ impl Snapshot {
                 Change::TreatmentGone(target) => {
                     next.treatments.remove(target);
                 }
+                Change::Authorizers(all) => next.authorizers = Arc::clone(all),
                 Change::OwnLocality(l) => {
                     if next.view.locality != *l {
                         Arc::make_mut(&mut next.view).locality = l.clone();
@@ -549,6 +554,10 @@ impl Snapshot {
     pub fn find_l7_policies(&self, target: TargetRef<'_>) -> Option<&Arc<L7Policies>> {
         self.l7_policies.get(&target)
     }
+    /// The external authorizer of a name, or why it cannot be asked; `None`: nobody knows it.
+    pub fn find_authorizer(&self, name: &str) -> Option<&Result<Arc<Authorizer>, Arc<str>>> {
+        self.authorizers.get(name)
+    }
     /// Whether any layer 7 policy is bound to anything.
     pub fn has_l7_policies(&self) -> bool {
         !self.l7_policies.is_empty()
@@ -626,6 +635,7 @@ impl Snapshot {
         lines.extend(self.telemetry.namespaces.iter().map(|(ns, sides)| format!("telemetry of {ns} {sides:?}")));
         lines.extend(self.telemetry.targets.iter().map(|(target, sides)| format!("telemetry of {target:?} {sides:?}")));
         lines.extend(self.treatments.iter().map(|(target, t)| format!("treatment of {target} {t:?}")));
+        lines.push(format!("authorizers {:?}", self.authorizers));
         self.policies.dump(&mut lines);
         lines.sort_unstable();
         lines.join("\n")

@@ -8,6 +8,7 @@
 //! Pure: no clock, no I/O. Upstream: [`crate::files`] (and a Kubernetes watch later). Downstream: [`crate::publisher`].
 
 mod authorization;
+mod authorizers;
 mod build;
 pub(crate) mod conflict;
 mod destination_rule;

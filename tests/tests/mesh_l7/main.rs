@@ -41,6 +41,7 @@ const TESTS: &[Test<Mesh>] = &[
     test("what_lives_on_is_judged_again", policy::what_lives_on_is_judged_again),
     test("a_name_in_tls_through_a_tunnel_is_judged", policy::a_name_in_tls_through_a_tunnel_is_judged),
     test("dry_runs_and_audits_are_told_only", policy::dry_runs_and_audits_are_told_only),
+    test("an_external_authorizer_is_asked", policy::an_external_authorizer_is_asked),
     test("what_can_never_apply_is_told", policy::what_can_never_apply_is_told),
     test("meshctl_why_says_what_the_waypoint_does", explained::meshctl_why_says_what_the_waypoint_does),
     test("tokens_that_are_not_true_are_refused", tokens::tokens_that_are_not_true_are_refused),

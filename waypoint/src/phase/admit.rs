@@ -66,6 +66,7 @@ pub(crate) fn begin(conn: &Arc<Conn>, request: Request<Incoming>) -> Exchange<'_
         backend: None,
         token: None,
         cors_headers: None,
+        granted: None,
         sticky: None,
         switched: None,
         treatments: Treatments::default(),

@@ -9,11 +9,14 @@ use crate::telemetry::Noted;
 use crate::token::Verified;
 use http::{HeaderMap, Method, StatusCode};
 use mesh_model::authz_l7::{Denial, HttpFacts, InScope, Judgement, L7Facts, L7Verdict, Token, remote_address};
+use mesh_model::l7::policy::{L7Action, L7Body};
+use mesh_model::policy::PolicyKey;
 use mesh_model::{Reason, Refusal, Snapshot};
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 
 /// Envoy's answer.
-const TEXT: &str = "RBAC: access denied";
+pub(crate) const TEXT: &str = "RBAC: access denied";
 
 /// Lets the request on, or answers 403 (gRPC: `PERMISSION_DENIED`).
 pub(crate) fn check(ex: &mut Exchange<'_>) -> Flow {
@@ -24,7 +27,7 @@ pub(crate) fn check(ex: &mut Exchange<'_>) -> Flow {
         headers: &ex.parts.headers,
         token: ex.token.as_ref(),
     };
-    let judgement = judge(&ex.snap, ex.conn, Some(asked));
+    let judgement = judge(&ex.snap, ex.conn, asked);
     ex.record.noted = note(ex.conn, &judgement);
     if let L7Verdict::Deny(denial) = judgement.verdict {
         let details = denial.details();
@@ -74,8 +77,49 @@ impl Kept {
     }
 }
 
-/// Judges a request or, without `request`, a connection carried as bytes, by one version of the mesh.
-pub(crate) fn judge<'s>(snap: &'s Snapshot, conn: &Conn, request: Option<Asked<'_>>) -> Judgement<'s> {
+/// A policy that has somebody else asked.
+pub(crate) struct Asking {
+    /// The policy.
+    pub(crate) policy: PolicyKey,
+    /// Whom.
+    pub(crate) provider: Arc<str>,
+    /// Envoy's words should that not be possible.
+    pub(crate) details: String,
+}
+/// The CUSTOM policies that match a request; of several that name one provider the first.
+pub(crate) fn custom(ex: &Exchange<'_>) -> Vec<Asking> {
+    let headers = &ex.parts.headers;
+    // As in Envoy: no token has been verified yet.
+    let asked = Asked { method: &ex.parts.method, authority: &ex.authority, path: &ex.path, headers, token: None };
+    let mut all: Vec<Asking> = Vec::new();
+    ask(&ex.snap, ex.conn, Some(asked), |in_scope, facts| {
+        for matched in in_scope.custom(&ex.snap, facts) {
+            if let L7Body::Rules { action: L7Action::Custom { provider }, .. } = &matched.policy.body
+                && all.iter().all(|a| a.provider != *provider)
+            {
+                let details = Denial { reason: Reason::NoAuthorizer, matched: Some(matched) }.details();
+                all.push(Asking { policy: matched.policy.key.clone(), provider: Arc::clone(provider), details });
+            }
+        }
+    });
+    all
+}
+/// Judges a request, or an upgraded one again. Whom CUSTOM policies name was asked before.
+pub(crate) fn judge<'s>(snap: &'s Snapshot, conn: &Conn, request: Asked<'_>) -> Judgement<'s> {
+    ask(snap, conn, Some(request), |in_scope, facts| in_scope.judge(snap, facts))
+}
+/// Judges a connection carried as bytes. Nobody is asked about one: a CUSTOM policy that matches refuses.
+pub(crate) fn judge_bytes<'s>(snap: &'s Snapshot, conn: &Conn) -> Judgement<'s> {
+    ask(snap, conn, None, |in_scope, facts| {
+        let mut judgement = in_scope.judge(snap, facts);
+        if let Some(matched) = in_scope.custom(snap, facts).next() {
+            judgement.verdict = L7Verdict::Deny(Denial { reason: Reason::NoAuthorizer, matched: Some(matched) });
+        }
+        judgement
+    })
+}
+/// What `f` makes of the policies in scope and the facts they are asked with.
+fn ask<'s, R>(snap: &'s Snapshot, conn: &Conn, request: Option<Asked<'_>>, f: impl FnOnce(InScope<'s>, &L7Facts<'_>) -> R) -> R {
     let in_scope = InScope::of(snap, &conn.policy_scope());
     let client = conn.client.ip();
     let facts = L7Facts {
@@ -92,11 +136,7 @@ pub(crate) fn judge<'s>(snap: &'s Snapshot, conn: &Conn, request: Option<Asked<'
             token: r.token.map(|t| t as &dyn Token),
         }),
     };
-    let mut judgement = in_scope.judge(snap, &facts);
-    if let Some(matched) = in_scope.custom(snap, &facts).next() {
-        judgement.verdict = L7Verdict::Deny(Denial { reason: Reason::NoAuthorizer, matched: Some(matched) });
-    }
-    judgement
+    f(in_scope, &facts)
 }
 
 /// The client's address, behind the proxies that are trusted to say it.
@@ -145,7 +185,11 @@ pub(crate) async fn revoked(conn: &Conn, request: Option<&Kept>) -> String {
     while versions.changed().await.is_ok() {
         versions.mark_unchanged();
         let snap = conn.shared.mesh.load();
-        if let L7Verdict::Deny(denial) = judge(&snap, conn, request.map(Kept::asked)).verdict {
+        let judgement = match request {
+            Some(request) => judge(&snap, conn, request.asked()),
+            None => judge_bytes(&snap, conn),
+        };
+        if let L7Verdict::Deny(denial) = judgement.verdict {
             let why = Refusal::new(Reason::Revoked, denial.refusal().brief());
             conn.shared.telemetry.tunnel_refused(conn.client, conn.identity.as_ref(), &why);
             return denial.details();

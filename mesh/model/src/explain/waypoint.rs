@@ -12,6 +12,7 @@ use crate::hosts::{self, Routes};
 use crate::known::Known;
 use crate::l7::gateway::{GatewayKey, ListenerProtocol};
 use crate::l7::path::normalize;
+use crate::l7::policy::{L7Action, L7Body};
 use crate::l7::request_auth::RequestAuths;
 use crate::l7::route::{Backend, BackendRef, ClusterKey, Dialect, HttpAction, HttpRoute, RequestFacts, TcpFacts, TcpRoute};
 use crate::l7::select::{Selected, select, select_tcp};
@@ -326,10 +327,17 @@ impl Story<'_> {
             L7Verdict::Allow(None) => Step::passes(at, "no ALLOW policy is bound to it"),
             L7Verdict::Deny(denial) => Step::refuses(at, &denial.refusal()),
         };
-        // Nobody can be asked: as the proxy has it, what a CUSTOM policy matches is refused, whatever else is said.
-        if let Some(matched) = in_scope.custom(self.snap, &facts).next() {
+        for matched in in_scope.custom(self.snap, &facts) {
+            let L7Body::Rules { action: L7Action::Custom { provider }, .. } = &matched.policy.body else { continue };
+            if http.is_some() && matches!(self.snap.find_authorizer(provider), Some(Ok(_))) {
+                // What it would say is not ours to know.
+                step.text = format!("{} (if `{provider}` agrees, whom {} asks)", step.text, matched.policy.key);
+                continue;
+            }
+            // Nobody can be asked: refused, whatever else is said.
             let denial = Denial { reason: Reason::NoAuthorizer, matched: Some(matched) };
             step = Step::refuses(at, &denial.refusal());
+            break;
         }
         // Tokens are looked at before policies, and by rules that can be read.
         let mut auths = scope.request_auths(self.snap);

@@ -75,6 +75,7 @@ impl Dir {
                 Change::Telemetry(_) => "telemetry".into(),
                 Change::Treatment(target, _) => format!("treatment of {target}"),
                 Change::TreatmentGone(target) => format!("-treatment of {target}"),
+                Change::Authorizers(_) => "authorizers".into(),
                 Change::OwnLocality(_) => "locality".into(),
             })
             .collect();

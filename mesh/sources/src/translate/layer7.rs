@@ -9,6 +9,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use mesh_model::l7::authorizer::Authorizers;
 use mesh_model::l7::destination::Destination;
 use mesh_model::l7::gateway::{GatewayKey, GatewayRoutes};
 use mesh_model::l7::policy::L7Policy;
@@ -112,6 +113,8 @@ pub(super) struct Layer7 {
     /// Istio's root namespace.
     root: Arc<str>,
     traffic: Traffic,
+    /// Of MeshConfig.
+    authorizers: Arc<Authorizers>,
 }
 
 impl Layer7 {
@@ -129,6 +132,7 @@ impl Layer7 {
             traffic: Traffic::default(),
             request_auths: Bindings::default(),
             telemetry_out: TelemetryRules::default(),
+            authorizers: Arc::default(),
             root,
         }
     }
@@ -258,11 +262,13 @@ impl Layer7 {
         };
         let outputs = self.outputs(t, dirty);
         let policies = if dirty.all { targets::all_policies(t) } else { dirty.policies.clone() };
+        let asking = if self.authorizers(changes) { targets::all_policies(t) } else { policies.clone() };
         let mut all_problems = self.policies.flush(t, dirty, policies, |key| targets::policy(t, key), changes);
         let auth = |key: &PolicyKey| self.objects.request_auths.get(key).cloned();
         all_problems.extend(self.request_auths.flush(t, dirty, auths, auth, changes));
         all_problems.extend(of_telemetry);
         all_problems.extend(self.traffic.flush(t, dirty, changes));
+        all_problems.extend(asking.iter().map(|key| targets::unasked(t, key, &self.authorizers)));
         for output in outputs {
             let mut join = Join::new(t, &self.objects);
             match &output {
@@ -288,6 +294,17 @@ impl Layer7 {
             self.remember(output, needs);
         }
         all_problems
+    }
+
+    /// Hands out the external authorizers, when they are others than before.
+    fn authorizers(&mut self, changes: &mut Vec<Change>) -> bool {
+        let now = self.objects.mesh_config.as_ref().map(|m| Arc::clone(&m.obj.authorizers)).unwrap_or_default();
+        let others = self.authorizers != now;
+        if others {
+            changes.push(Change::Authorizers(Arc::clone(&now)));
+            self.authorizers = now;
+        }
+        others
     }
 
     /// What is told about traffic, if something of it was touched. The objects are few: all are merged again.

@@ -53,7 +53,7 @@ fn body<'p>(r: &mut Reader<'_>, node: &'p Node<'p>, spec: &'p Node<'p>, dry_run:
             "ALLOW" => L7Action::Allow,
             "DENY" => L7Action::Deny,
             "AUDIT" => L7Action::Audit,
-            "CUSTOM" => L7Action::Custom { provider: asked(r, node, n, provider)? },
+            "CUSTOM" => L7Action::Custom { provider: asked(r, provider)? },
             t => return Err(Bad::value(n, format!("`{t}` is not an action"), "write ALLOW, DENY, AUDIT or CUSTOM")),
         },
     };
@@ -77,23 +77,10 @@ fn body<'p>(r: &mut Reader<'_>, node: &'p Node<'p>, spec: &'p Node<'p>, dry_run:
     Ok(L7Body::Rules { action, dry_run, rules })
 }
 /// Whom a CUSTOM policy asks.
-fn asked<'p>(r: &mut Reader<'_>, node: &'p Node<'p>, action: &'p Node<'p>, provider: Option<&'p Node<'p>>) -> Read<'p, Arc<str>> {
-    let name = match provider {
-        Some(p) => {
-            read::only(p, &["name"])?;
-            read::text_or_empty(p, "name")?
-        }
-        None => "",
-    };
-    let bad = Bad {
-        at: action,
-        missing: None,
-        message: format!("the external authorizer `{name}` cannot be asked yet; what this policy matches is refused"),
-        fix: "write the rules as ALLOW or DENY",
-        code: "no-authorizer",
-    };
-    r.report(node, &bad, Severity::Error);
-    Ok(r.pool.text(name))
+fn asked<'p>(r: &mut Reader<'_>, provider: Option<&'p Node<'p>>) -> Read<'p, Arc<str>> {
+    let Some(provider) = provider else { return Ok(r.pool.text("")) };
+    read::only(provider, &["name"])?;
+    Ok(r.pool.text(read::text_or_empty(provider, "name")?))
 }
 
 fn rule<'p>(r: &mut Reader<'_>, rule: &'p Node<'p>, namespace: &str) -> Read<'p, L7Rule> {

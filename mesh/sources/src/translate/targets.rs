@@ -9,8 +9,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use mesh_model::l7::authorizer::Authorizers;
 use mesh_model::l7::gateway::GatewayKey;
-use mesh_model::l7::policy::{L7Body, L7Policies, L7Policy, PolicyTarget};
+use mesh_model::l7::policy::{L7Action, L7Body, L7Policies, L7Policy, PolicyTarget};
 use mesh_model::l7::request_auth::{AuthBody, RequestAuth, RequestAuths};
 use mesh_model::policy::{Policy, PolicyBody, PolicyKey, Scope};
 use mesh_model::service::ServiceKey;
@@ -418,6 +419,29 @@ pub(super) fn resolve(
             );
         }
     }
+}
+/// Tells of a CUSTOM policy that nobody can be asked for.
+pub(super) fn unasked(t: &Translator, key: &PolicyKey, authorizers: &Authorizers) -> (ObjectId, Vec<Problem>) {
+    let name = format!("authorizer:{}", key.name).into();
+    let id = ObjectId { kind: Kind::AuthorizationPolicy, namespace: Arc::clone(&key.namespace), name };
+    let policy = policy(t, key).map(|p| Arc::clone(&p.policy));
+    let problem = policy.and_then(|policy| {
+        let L7Body::Rules { action: L7Action::Custom { provider }, .. } = &policy.body else { return None };
+        let why = match authorizers.get(provider) {
+            Some(Ok(_)) => return None,
+            Some(Err(_)) => "cannot be asked",
+            None => "is not in MeshConfig",
+        };
+        Some(Problem {
+            severity: Severity::Error,
+            origin: Origin::clone(policy.origin.as_deref()?),
+            field: "spec.provider.name".into(),
+            message: format!("the external authorizer `{provider}` {why}; what this policy matches is refused").into(),
+            fix: "name an extensionProvider with envoyExtAuthzHttp of ConfigMap istio in the root namespace".into(),
+            code: Some("no-authorizer"),
+        })
+    });
+    (id, problem.into_iter().collect())
 }
 const USE_A_WAYPOINT: &str =
     "label the service or its namespace with istio.io/use-waypoint, or bind the policy to its pods with a selector";

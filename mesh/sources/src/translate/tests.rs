@@ -25,6 +25,7 @@ pub(super) struct State {
     pub(super) treatments: BTreeMap<String, Arc<mesh_model::l7::Treatment>>,
     own: Option<Locality>,
     telemetry: Arc<mesh_model::telemetry::TelemetryRules>,
+    authorizers: Arc<mesh_model::l7::authorizer::Authorizers>,
 }
 impl State {
     pub(super) fn apply(&mut self, changes: Vec<Change>) {
@@ -49,6 +50,7 @@ impl State {
                 Change::Telemetry(rules) => self.telemetry = rules,
                 Change::Treatment(to, t) => drop(self.treatments.insert(to.to_string(), t)),
                 Change::TreatmentGone(to) => drop(self.treatments.remove(&to.to_string())),
+                Change::Authorizers(all) => self.authorizers = all,
                 Change::OwnLocality(l) => self.own = Some(l),
             }
         }

@@ -1,13 +1,15 @@
-//! The part of MeshConfig that speaks of telemetry: ConfigMap `istio` of the root namespace, entry `mesh`.
+//! The parts of MeshConfig that speak of telemetry and of external authorizers: ConfigMap `istio` of the root namespace, entry `mesh`.
 //!
 //! All else in it is for the control plane. A section that is wrong is left out and reported; the others count.
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use mesh_model::l7::authorizer::Authorizers;
 use mesh_model::telemetry::format::{Format, Json, Object, Template};
 
 use super::Named;
 use crate::diagnostics::Severity;
+use crate::translate::authorizers;
 use crate::translate::object::Reader;
 use crate::translate::read::{self, Bad, Read};
 use crate::yaml::{self, Document, Node, Value};
@@ -19,7 +21,7 @@ pub(super) const ENVOY: &str = "envoy";
 /// The only file lines go to: ours are written by one thread, to one place.
 const STDOUT: &str = "/dev/stdout";
 
-/// What MeshConfig says of telemetry.
+/// What MeshConfig says of telemetry, and of whom CUSTOM policies ask.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct MeshConfig {
     /// `accessLogFile` names standard output.
@@ -27,6 +29,8 @@ pub struct MeshConfig {
     pub(super) providers: BTreeMap<Arc<str>, Provider>,
     /// `defaultProviders.accessLogging`.
     pub(super) default_access: Vec<Named>,
+    /// `extensionProviders` that are asked whether a request may pass.
+    pub(in crate::translate) authorizers: Arc<Authorizers>,
 }
 /// One of `extensionProviders`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -60,6 +64,7 @@ pub(in crate::translate) fn read<'p>(r: &mut Reader<'_>, node: &'p Node<'p>) -> 
     for p in read::list(&mesh, "extensionProviders").unwrap_or_default() {
         section(provider(p, &mut collect));
     }
+    collect.authorizers = Arc::new(authorizers::read(r, &mesh));
     out = collect;
     Ok(out)
 }

@@ -2,8 +2,10 @@
 
 use mesh_model::SpiffeId;
 use mesh_model::authz_l7::{HttpFacts, InScope, L7Facts, L7Verdict, PolicyScope};
+use mesh_model::l7::authorizer::BodyLimit;
 use mesh_model::l7::gateway::GatewayKey;
 use mesh_model::l7::policy::{L7Action, L7Body, L7Policies, L7Policy, PolicyTarget};
+use mesh_model::policy::TextMatch;
 use mesh_model::{Change, Snapshot};
 
 use super::*;
@@ -412,7 +414,49 @@ fn custom_policies_refuse_what_they_match_and_say_so() {
     let L7Body::Rules { action, .. } = &only(&state, SERVICE).body else { panic!("unusable") };
     assert_eq!(*action, L7Action::Custom { provider: "opa".into() });
     let told = about_policies(&problems);
-    assert!(told.len() == 1 && told[0].contains("external authorizer `opa`") && told[0].contains("spec.action"), "{told:?}");
+    assert!(
+        told.len() == 1 && told[0].contains("`opa` is not in MeshConfig") && told[0].contains("spec.provider.name"),
+        "{told:?}"
+    );
+    let config = |provider: &str| {
+        format!(
+            "---\napiVersion: v1\nkind: ConfigMap\nmetadata: {{name: istio, namespace: istio-system}}\ndata:\n  mesh: |\n    extensionProviders:\n    - {provider}\n"
+        )
+    };
+    let text = base() + &ap("a", "x", &spec);
+    let with = |provider: &str| {
+        let (state, problems) = waypoint_mesh(&(text.clone() + &config(provider)));
+        (state.authorizers, problems.iter().map(|p| format!("{} {}", p.field, p.message)).collect::<Vec<_>>())
+    };
+    let (all, told) = with(
+        "{name: opa, envoyExtAuthzHttp: {service: b/opa.example, port: 8000, timeout: 2s, failOpen: true, statusOnError: '503', pathPrefix: /check/, includeRequestHeadersInCheck: [Cookie, 'x-*'], includeAdditionalHeadersInCheck: {X-From: mesh}, includeRequestBodyInCheck: {maxRequestBytes: 10, allowPartialMessage: true}, headersToUpstreamOnAllow: [x-user], headersToDownstreamOnDeny: [x-why]}}",
+    );
+    assert_eq!(told, [""; 0]);
+    let opa = all["opa"].as_ref().unwrap();
+    assert_eq!((opa.namespace.as_deref(), &*opa.host, opa.port), (Some("b"), "opa.example", 8000));
+    assert_eq!((opa.timeout.as_secs(), opa.fail_open, opa.status_on_error, &*opa.path_prefix), (2, true, 503, "/check"));
+    assert_eq!(opa.asked_with, [TextMatch::Exact("cookie".into()), TextMatch::Prefix("x-".into())]);
+    assert_eq!(opa.always, [("x-from".parse().unwrap(), "mesh".parse().unwrap())]);
+    assert_eq!(opa.body, Some(BodyLimit { most: 10, partial: true }));
+    assert_eq!(opa.to_refused.as_ref().map(Vec::len), Some(1));
+    let plain = with("{name: opa, envoyExtAuthzHttp: {service: opa.example, port: 8000}}").0;
+    let opa = plain["opa"].as_ref().unwrap();
+    assert_eq!((opa.timeout.as_secs(), opa.fail_open, opa.status_on_error), (600, false, 403));
+    assert_eq!((opa.body, opa.to_refused.as_ref()), (None, None));
+    for (provider, message) in [
+        ("{name: opa, envoyExtAuthzHttp: {service: x}}", "port"),
+        ("{name: opa, envoyExtAuthzHttp: {port: 1}}", "has a service"),
+        ("{name: opa, envoyExtAuthzHttp: {service: x, port: 1, failOpne: true}}", "unknown field `failOpne`"),
+        ("{name: opa, envoyExtAuthzHttp: {service: x, port: 1, statusOnError: '99'}}", "not an HTTP status"),
+        ("{name: opa, envoyExtAuthzHttp: {service: x, port: 1, headersToUpstreamOnAllow: ['a*b']}}", "at one end"),
+        ("{name: opa, envoyExtAuthzHttp: {service: x, port: 1, includeRequestBodyInCheck: {}}}", "has a limit"),
+        ("{name: opa, envoyExtAuthzGrpc: {service: x, port: 1}}", "by gRPC"),
+    ] {
+        let (all, told) = with(provider);
+        assert!(all["opa"].is_err(), "{provider}");
+        assert!(told.len() == 2 && told.iter().any(|t| t.contains(message)), "{provider}: {told:?}");
+        assert!(told.iter().any(|t| t.contains("`opa` cannot be asked")), "{told:?}");
+    }
     for (action, warned) in [("DENY", true), ("AUDIT", true), ("ALLOW", false)] {
         let (_, problems) = waypoint_mesh(&(base() + &ap("a", "x", &format!("{{{TO_S}, action: {action}}}"))));
         assert_eq!(about_policies(&problems).iter().any(|p| p.contains("does nothing")), warned, "{action}");
