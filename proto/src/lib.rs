@@ -1,9 +1,10 @@
 //! The messages of other people's protocols, so that one crate knows their numbers: Istio's workload and authorization
-//! discovery, its certificate API and its enrolment socket, and Envoy's delta discovery that carries the first two.
+//! discovery, its certificate API and its enrolment socket, Envoy's delta discovery that carries the first two, and Envoy's
+//! question to an external authorizer.
 //!
 //! Owns the wire and nothing else; what a message means is decided by who reads it. The modules are made from `defs/` by
 //! `cargo xtask proto` and committed, so that a build needs no generator. Upstream: istiod, the CNI agent. Downstream:
-//! `mesh-sources` and `mesh-identity`.
+//! `mesh-sources`, `mesh-identity` and the waypoint.
 #![forbid(unsafe_code)]
 
 pub use prost::{DecodeError, Message};
@@ -31,6 +32,10 @@ pub mod envoy {
     }
     /// Services.
     pub mod service {
+        /// External authorization.
+        pub mod auth {
+            pub mod v3;
+        }
         /// Discovery.
         pub mod discovery {
             pub mod v3;

@@ -1,5 +1,10 @@
 //! The messages against bytes put together by hand, so that a wrong number cannot hide behind our own encoder.
-use super::envoy::config::core::v3::{Locality as NodeLocality, Node};
+use super::envoy::config::core::v3::socket_address::PortSpecifier;
+use super::envoy::config::core::v3::{self as node, HeaderValueOption, Locality as NodeLocality, Node, SocketAddress};
+use super::envoy::service::auth::v3::attribute_context::{self, HttpRequest, Peer};
+use super::envoy::service::auth::v3::{
+    AttributeContext, CheckRequest, CheckResponse, DeniedHttpResponse, HttpStatus, OkHttpResponse, check_response,
+};
 use super::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource};
 use super::google::rpc::Status;
 use super::istio::security::{self, Authorization, Group, Match, Rules, ServiceAccountMatch, StringMatch, string_match};
@@ -9,7 +14,7 @@ use super::istio::workload::{
     self, Address, AppProtocol, ApplicationTunnel, Extension, GatewayAddress, LoadBalancing, Locality, NamespacedHostname,
     NetworkAddress, Port, PortList, Service, TunnelProtocol, WeightedWaypoint, Workload, address, gateway_address,
 };
-use super::well_known::{Any, Duration, Struct, Value, value};
+use super::well_known::{Any, Duration, Struct, Timestamp, Value, value};
 use super::{ADDRESS_TYPE, Message};
 use bytes::Bytes;
 use std::collections::BTreeMap;
@@ -324,6 +329,69 @@ fn delta_discovery() {
         control_plane: None,
     };
     same(response, &[b(1, "v"), b(2, resource_wire.concat()), b(4, ADDRESS_TYPE), b(5, "n2"), b(6, "old")]);
+}
+
+#[test]
+fn external_authorization() {
+    let port = Some(PortSpecifier::PortValue(80));
+    let address = SocketAddress { address: "1.2.3.4".into(), port_specifier: port };
+    let address = node::Address { address: Some(node::address::Address::SocketAddress(address)) };
+    let peer = Peer { address: Some(address), principal: "spiffe://td/x".into() };
+    let peer_wire = [b(1, b(1, [b(2, "1.2.3.4"), n(3, 80)].concat())), b(4, "spiffe://td/x")].concat();
+    let http = HttpRequest {
+        id: "i".into(),
+        method: "GET".into(),
+        headers: BTreeMap::from([("a".into(), "1".into())]),
+        path: "/p?q".into(),
+        host: "h".into(),
+        scheme: "http".into(),
+        size: 7,
+        protocol: "HTTP/2".into(),
+        body: "b".into(),
+        raw_body: Bytes::from_static(b"r"),
+    };
+    let http_wire = [
+        b(1, "i"),
+        b(2, "GET"),
+        b(3, [b(1, "a"), b(2, "1")].concat()),
+        b(4, "/p?q"),
+        b(5, "h"),
+        b(6, "http"),
+        n(9, 7),
+        b(10, "HTTP/2"),
+        b(11, "b"),
+        b(12, "r"),
+    ];
+    let request = attribute_context::Request { time: Some(Timestamp { seconds: 5, nanos: 0 }), http: Some(http) };
+    let request_wire = [b(1, n(1, 5)), b(2, http_wire.concat())].concat();
+    let attributes = AttributeContext { source: Some(peer.clone()), destination: Some(peer), request: Some(request) };
+    let wire = [b(1, peer_wire.clone()), b(2, peer_wire), b(4, request_wire)].concat();
+    same(CheckRequest { attributes: Some(attributes) }, &[b(1, wire)]);
+
+    let option = |append| HeaderValueOption {
+        header: Some(node::HeaderValue { key: "k".into(), value: "v".into(), raw_value: Bytes::from_static(b"r") }),
+        append,
+        append_action: 2,
+    };
+    let header_wire = b(1, [b(1, "k"), b(2, "v"), b(3, "r")].concat());
+    let option_wire = [header_wire.clone(), n(3, 2)].concat();
+    let appended_wire = [header_wire, b(2, n(1, 1)), n(3, 2)].concat();
+    let ok = OkHttpResponse {
+        headers: vec![option(None)],
+        headers_to_remove: vec!["x".into()],
+        response_headers_to_add: vec![option(Some(true))],
+        query_parameters_to_set: vec![node::QueryParameter { key: "q".into(), value: "1".into() }],
+        query_parameters_to_remove: vec!["p".into()],
+    };
+    let ok_wire =
+        [b(2, option_wire.clone()), b(3, "x"), b(6, appended_wire), b(7, [b(1, "q"), b(2, "1")].concat()), b(8, "p")].concat();
+    let status = |code| Some(Status { code, ..Status::default() });
+    let agreed = CheckResponse { status: status(0), http_response: Some(check_response::HttpResponse::OkResponse(ok)) };
+    same(agreed, &[b(1, ""), b(3, ok_wire)]);
+    let denied = DeniedHttpResponse { status: Some(HttpStatus { code: 401 }), headers: vec![option(None)], body: "no".into() };
+    let denied_wire = [b(1, n(1, 401)), b(2, option_wire), b(3, "no")].concat();
+    let refused = CheckResponse { status: status(7), http_response: Some(check_response::HttpResponse::DeniedResponse(denied)) };
+    same(refused, &[b(1, n(1, 7)), b(2, denied_wire)]);
 }
 
 #[test]

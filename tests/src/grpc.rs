@@ -1,7 +1,8 @@
 //! An HTTP/2 server for pods that answers as gRPC servers do, and says GOAWAY when told to.
 //!
 //! `/svc/STATUS` answers `grpc-status: STATUS` in trailers, after the request's own bytes; the head says who answered
-//! (`x-name`), under which authority (`x-authority`) and on which connection (`x-connection`).
+//! (`x-name`), under which authority (`x-authority`) and on which connection (`x-connection`). What it says to a message can
+//! be another thing ([`Grpc::answering`]).
 //! Owns: a thread with a runtime. Refuses: HTTP/1.
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -25,6 +26,16 @@ pub struct Grpc {
 impl Grpc {
     /// Listens in a pod.
     pub fn start(place: &Arc<Place>, port: u16) -> anyhow::Result<Self> {
+        Self::answering(place, port, |_, body| body)
+    }
+
+    /// Listens in a pod. `answer`: of a path and the bytes of a request the bytes of the answer.
+    pub fn answering(
+        place: &Arc<Place>,
+        port: u16,
+        answer: impl Fn(&str, Vec<u8>) -> Vec<u8> + Send + Sync + 'static,
+    ) -> anyhow::Result<Self> {
+        let answer: Arc<Answer> = Arc::new(answer);
         let listener = place.listen(port)?;
         listener.set_nonblocking(true)?;
         let (stop, mut stopped) = watch::channel(false);
@@ -42,9 +53,9 @@ impl Grpc {
                     };
                     let Ok((stream, _)) = accepted else { continue };
                     let number = count.fetch_add(1, Ordering::Relaxed);
-                    let (name, limit) = (name.clone(), Arc::clone(&limit));
+                    let (name, limit, answer) = (name.clone(), Arc::clone(&limit), Arc::clone(&answer));
                     tokio::spawn(async move {
-                        let _client_went = serve(stream, name, number, limit).await;
+                        let _client_went = serve(stream, name, number, limit, answer).await;
                     });
                 }
             });
@@ -69,16 +80,25 @@ impl Drop for Grpc {
     }
 }
 
-async fn serve(stream: TcpStream, name: String, number: usize, limit: Arc<AtomicUsize>) -> Result<(), h2::Error> {
+type Answer = dyn Fn(&str, Vec<u8>) -> Vec<u8> + Send + Sync;
+
+async fn serve(
+    stream: TcpStream,
+    name: String,
+    number: usize,
+    limit: Arc<AtomicUsize>,
+    answer: Arc<Answer>,
+) -> Result<(), h2::Error> {
     let mut connection = h2::server::handshake(stream).await?;
     let mut requests = 0;
     while let Some(accepted) = connection.accept().await {
         let (request, mut respond) = accepted?;
         requests += 1;
-        let name = name.clone();
+        let (name, says) = (name.clone(), Arc::clone(&answer));
         tokio::spawn(async move {
             let authority = request.uri().authority().map(ToString::to_string).unwrap_or_default();
             let status = request.uri().path().rsplit('/').next().and_then(|s| s.parse::<u16>().ok()).unwrap_or(0);
+            let path = request.uri().path().to_owned();
             let mut body = request.into_body();
             let mut all = Vec::new();
             while let Some(Ok(data)) = body.data().await {
@@ -94,7 +114,7 @@ async fn serve(stream: TcpStream, name: String, number: usize, limit: Arc<Atomic
                 }
             }
             let Ok(mut send) = respond.send_response(answer, false) else { return };
-            let _client_went = send.send_data(Bytes::from(all), false);
+            let _client_went = send.send_data(Bytes::from(says(&path, all)), false);
             let mut trailers = HeaderMap::new();
             trailers.insert("grpc-status", HeaderValue::from(status));
             let _client_went = send.send_trailers(trailers);

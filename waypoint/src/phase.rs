@@ -24,7 +24,8 @@ use crate::telemetry::Record;
 use crate::token::Verified;
 use crate::upgrade::Switched;
 use http::request::Parts;
-use http::{HeaderMap, HeaderValue, Response};
+use http::uri::PathAndQuery;
+use http::{HeaderMap, HeaderValue, Response, Uri};
 use mesh_model::Snapshot;
 use mesh_model::l7::compression::Coding;
 use mesh_model::l7::limit::{Limit, Taken};
@@ -73,8 +74,12 @@ pub struct Exchange<'c> {
     pub(crate) token: Option<Verified>,
     /// Headers CORS adds to the response.
     pub cors_headers: Option<HeaderMap>,
-    /// Headers external authorizers add to the response.
-    pub(crate) granted: Option<HeaderMap>,
+    /// External authorizers that were asked, and let it pass.
+    pub(crate) asked: Vec<Arc<str>>,
+    /// What they change of the response's headers.
+    pub(crate) granted: Vec<custom::Edit>,
+    /// What came of choosing a route before they changed the request.
+    pub(crate) routed: Option<Result<(), route::Unrouted>>,
     /// The cookie by which the client will be known again, for what the endpoint answers.
     pub(crate) sticky: Option<HeaderValue>,
     /// What TrafficPolicies say of it.
@@ -105,6 +110,17 @@ impl Exchange<'_> {
             port: self.conn.port(),
             claims: self.token.as_ref().map(|t| t as &dyn Claims),
         }
+    }
+    /// Replaces the query of the request's target, here and in what will be told about it.
+    pub(crate) fn set_query(&mut self, query: &str) -> Result<(), http::Error> {
+        let path = self.parts.uri.path();
+        let target = if query.is_empty() { path.to_owned() } else { format!("{path}?{query}") };
+        let target = PathAndQuery::try_from(target)?;
+        self.record.path = target.as_str().into();
+        let mut uri = self.parts.uri.clone().into_parts();
+        uri.path_and_query = Some(target);
+        self.parts.uri = Uri::from_parts(uri)?;
+        Ok(())
     }
     /// The backend `route` chose.
     pub fn backend(&self) -> Option<&Backend> {

@@ -7,7 +7,8 @@ use crate::detect::Spoken;
 use crate::facts::Scope;
 use crate::http::{self, Version};
 use crate::opening::first_bytes;
-use crate::phase::authorize;
+use crate::phase::authorize::{self, Living};
+use crate::phase::custom;
 use crate::telemetry::{Flag, TcpHandles, TcpRecord};
 use crate::upstream::{self, Cluster, Failure, PickContext, Stream, UpstreamError};
 use mesh_hbone::HboneStream;
@@ -36,7 +37,7 @@ pub async fn serve(mut conn: Conn, mut stream: HboneStream, undecided: bool) {
     let mut reached = reach(&conn, &mut record).await;
     if undecided {
         let spoken = match &mut reached {
-            Ok(upstream) => tokio::select! {
+            Ok(Reached { upstream, .. }) => tokio::select! {
                 spoken = first_bytes(&mut stream, None) => spoken,
                 () = spoke(upstream) => Spoken::Other,
             },
@@ -76,6 +77,12 @@ pub(crate) async fn serve_outside<E: Endpoint>(conn: &Conn, client: E) {
     }
 }
 
+/// An endpoint, connected.
+struct Reached {
+    upstream: Stream,
+    /// External authorizers that were asked before.
+    asked: Vec<Arc<str>>,
+}
 /// Why no endpoint was reached.
 enum Unreached {
     /// By policy, or for want of a route; in the words of the access log.
@@ -112,17 +119,18 @@ fn failed(conn: &Conn, mut client: impl Endpoint, mut record: TcpRecord, why: Un
 }
 
 /// An endpoint was reached: relay and tell.
-async fn carried(conn: &Conn, client: impl Endpoint, upstream: Stream, mut record: TcpRecord) {
+async fn carried(conn: &Conn, client: impl Endpoint, upstream: Reached, mut record: TcpRecord) {
     let handles = conn.shared.telemetry.tcp_opened(&conn.facts, &record);
     carry(conn, client, upstream, &handles, &mut record).await;
     conn.shared.telemetry.tcp_done(&conn.facts, &record, &handles);
 }
 
 /// Relays between the client and the endpoint.
-async fn carry<A>(conn: &Conn, client: A, upstream: Stream, handles: &TcpHandles, record: &mut TcpRecord)
+async fn carry<A>(conn: &Conn, client: A, reached: Reached, handles: &TcpHandles, record: &mut TcpRecord)
 where
     A: Endpoint,
 {
+    let Reached { upstream, asked } = reached;
     let settings = &conn.shared.settings;
     let of_policy = record.cluster.as_ref().and_then(|c| c.policy().pool.tcp_idle_timeout);
     let timeouts = Timeouts {
@@ -133,7 +141,7 @@ where
     let expired = async {
         tokio::select! {
             // Set once: this future ends here.
-            details = authorize::revoked(conn, None) => drop(cut.set(details)),
+            details = authorize::revoked(conn, Living::Bytes(&asked)) => drop(cut.set(details)),
             () = conn.drain.expired() => {}
         }
     };
@@ -176,12 +184,20 @@ async fn spoke(upstream: &mut Stream) {
 }
 
 /// The endpoint of a connection, connected.
-async fn reach(conn: &Conn, record: &mut TcpRecord) -> Result<Stream, Unreached> {
+async fn reach(conn: &Conn, record: &mut TcpRecord) -> Result<Reached, Unreached> {
     let draw: u64 = rand::random();
+    let asked;
     let (cluster, host) = {
-        let snap = conn.shared.mesh.load();
+        let snap = conn.shared.mesh.load_full();
         record.told = conn.told(&snap);
-        let judgement = authorize::judge_bytes(&snap, conn);
+        // While it is not known what the client speaks they may be asked in vain, and once more when it named a host in TLS.
+        asked = custom::check_bytes(conn, &snap, draw).await.map_err(|(why, details)| {
+            if details.starts_with("ext_authz") {
+                record.flags.set(Flag::UnauthorizedExternal);
+            }
+            Unreached::Refused { why, details }
+        })?;
+        let judgement = authorize::judge(&snap, conn, None);
         record.noted = authorize::note(conn, &judgement);
         if let L7Verdict::Deny(denial) = judgement.verdict {
             return Err(Unreached::Refused { why: denial.refusal(), details: denial.details() });
@@ -197,7 +213,7 @@ async fn reach(conn: &Conn, record: &mut TcpRecord) -> Result<Stream, Unreached>
     if let Err(error) = &connected {
         cluster.report(&host, upstream::Observed::Failed(error.failure));
     }
-    Ok(connected?)
+    Ok(Reached { upstream: connected?, asked })
 }
 
 fn cluster(conn: &Conn, snap: &Snapshot, draw: u64, record: &mut TcpRecord) -> Result<Arc<Cluster>, Unreached> {

@@ -17,6 +17,7 @@ use mesh_model::l7::StringMatch;
 use mesh_model::l7::request_auth::TokenRule;
 use mesh_model::l7::route::Claims;
 use serde_json::{Map, Value};
+use std::hash::{Hash as _, Hasher};
 use std::sync::Arc;
 
 /// base64url with or without padding, as Envoy reads it.
@@ -207,6 +208,10 @@ impl Claims for Verified {
             Some(Value::Array(list)) => list.iter().filter_map(Value::as_str).any(|t| what.matches(t)),
             _ => false,
         }
+    }
+    fn hash_claim(&self, path: &[Arc<str>], mut hasher: &mut dyn Hasher) {
+        self.jwt.issuer().hash(&mut hasher);
+        self.jwt.claim(path).hash(&mut hasher);
     }
 }
 impl Token for Verified {

@@ -13,7 +13,8 @@ use std::{env, fs};
 use protox::prost::Message as _;
 
 /// Everything else comes in by import.
-const ROOTS: [&str; 4] = ["istio/security.proto", "istio/ca.proto", "istio/zds.proto", "envoy/discovery.proto"];
+const ROOTS: [&str; 5] =
+    ["istio/security.proto", "istio/ca.proto", "istio/zds.proto", "envoy/discovery.proto", "envoy/auth.proto"];
 
 fn main() -> ExitCode {
     let check = env::args().nth(1).as_deref() == Some("--check");

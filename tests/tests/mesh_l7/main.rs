@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use mesh_tests::skip;
 use mesh_tests::suite::{self, Test, test};
 
+mod authorizer;
 mod bytes;
 mod change;
 mod destinations;
@@ -41,10 +42,14 @@ const TESTS: &[Test<Mesh>] = &[
     test("what_lives_on_is_judged_again", policy::what_lives_on_is_judged_again),
     test("a_name_in_tls_through_a_tunnel_is_judged", policy::a_name_in_tls_through_a_tunnel_is_judged),
     test("dry_runs_and_audits_are_told_only", policy::dry_runs_and_audits_are_told_only),
-    test("an_external_authorizer_is_asked", policy::an_external_authorizer_is_asked),
+    test("an_authorizer_is_asked_over_http", authorizer::over_http),
+    test("an_authorizer_is_asked_over_grpc", authorizer::over_grpc),
+    test("an_authorizer_sees_bodies_and_changes_routes", authorizer::bodies_and_routes),
+    test("an_authorizer_judges_connections_of_bytes", authorizer::connections_of_bytes),
     test("what_can_never_apply_is_told", policy::what_can_never_apply_is_told),
     test("meshctl_why_says_what_the_waypoint_does", explained::meshctl_why_says_what_the_waypoint_does),
     test("tokens_that_are_not_true_are_refused", tokens::tokens_that_are_not_true_are_refused),
+    test("limits_count_by_claims", tokens::limits_count_by_claims),
     test("a_token_leaves_and_its_claims_come", tokens::a_token_leaves_and_its_claims_come),
     test("policies_and_routes_ask_for_claims", tokens::policies_and_routes_ask_for_claims),
     test("keys_are_fetched_rotate_and_outlive_their_server", tokens::keys_are_fetched_rotate_and_outlive_their_server),

@@ -23,16 +23,16 @@ fn policy<'m>(mesh: &'m Mesh, name: &str, annotations: &str, spec: &str) -> anyh
     mesh.objects(&format!("policy-{name}"), &yaml)
 }
 /// A policy of the service `web`.
-fn of_web<'m>(mesh: &'m Mesh, name: &str, action_and_rules: &str) -> anyhow::Result<ObjectsForNow<'m>> {
+pub(crate) fn of_web<'m>(mesh: &'m Mesh, name: &str, action_and_rules: &str) -> anyhow::Result<ObjectsForNow<'m>> {
     policy(mesh, name, "", &format!("{{ targetRefs: [{{ kind: Service, name: web }}], {action_and_rules} }}"))
 }
-fn refused(got: &Got, reason: &str) -> anyhow::Result<()> {
+pub(crate) fn refused(got: &Got, reason: &str) -> anyhow::Result<()> {
     ensure!(got.status == 403 && got.body == "RBAC: access denied", "{got:?}");
     ensure!(got.header("x-culvert-reason") == Some(reason), "{got:?}");
     Ok(())
 }
 /// The waypoint's next log line about something with this text.
-fn line(mesh: &Mesh, mark: mesh_tests::agent::Mark, text: &str) -> anyhow::Result<Value> {
+pub(crate) fn line(mesh: &Mesh, mark: mesh_tests::agent::Mark, text: &str) -> anyhow::Result<Value> {
     wait::until(text, Duration::from_secs(5), || {
         let log = mesh.proxy("wp").log_since(mark);
         log.lines().filter(|l| l.contains("response_code") && l.contains(text)).find_map(|l| serde_json::from_str(l).ok())
@@ -99,7 +99,7 @@ pub(crate) fn a_further_header_value_hides_nothing(mesh: &mut Mesh) -> anyhow::R
 }
 
 /// Whether the other end closed the stream.
-fn closed(stream: &mut TcpStream) -> anyhow::Result<()> {
+pub(crate) fn closed(stream: &mut TcpStream) -> anyhow::Result<()> {
     let mut rest = [0; 64];
     match stream.read(&mut rest) {
         Ok(0) => Ok(()),
@@ -154,10 +154,10 @@ pub(crate) fn what_lives_on_is_judged_again(mesh: &mut Mesh) -> anyhow::Result<(
 }
 
 /// What the servers heard; they end with it.
-struct Heard {
-    pieces: Receiver<Vec<u8>>,
-    open: Arc<AtomicBool>,
-    listening: Vec<thread::JoinHandle<()>>,
+pub(crate) struct Heard {
+    pub(crate) pieces: Receiver<Vec<u8>>,
+    pub(crate) open: Arc<AtomicBool>,
+    pub(crate) listening: Vec<thread::JoinHandle<()>>,
 }
 impl Drop for Heard {
     fn drop(&mut self) {
@@ -168,7 +168,7 @@ impl Drop for Heard {
     }
 }
 /// Echoes on the byte port of both servers, and gives every piece that came.
-fn hear(mesh: &Mesh) -> anyhow::Result<Heard> {
+pub(crate) fn hear(mesh: &Mesh) -> anyhow::Result<Heard> {
     let (tell, pieces) = channel();
     let open = Arc::new(AtomicBool::new(true));
     let mut listening = Vec::new();
@@ -260,107 +260,6 @@ pub(crate) fn dry_runs_and_audits_are_told_only(mesh: &mut Mesh) -> anyhow::Resu
     ensure!(line["dry_run"] == "rbac_access_denied_matched_policy[ns[t]-policy[dry]-rule[0]]", "{line}");
     ensure!(line["audit"] == "t/audit", "{line}");
     ensure!(shadow("t/dry", "denied")? as u64 == 1 && shadow("t/audit", "audited")? as u64 == 1);
-    Ok(())
-}
-
-/// An authorizer: agrees with paths that begin with `/check/allow`, and keeps what it was asked.
-fn authorizer(mesh: &Mesh) -> anyhow::Result<Heard> {
-    let (tell, pieces) = channel();
-    let open = Arc::new(AtomicBool::new(true));
-    let place = mesh.pod("web1");
-    let listener = place.netns.listen((place.v4, MORE).into())?;
-    listener.set_nonblocking(true)?;
-    let still = Arc::clone(&open);
-    let listening = thread::spawn(move || {
-        while still.load(Ordering::Relaxed) {
-            let Ok((mut stream, _)) = listener.accept() else {
-                thread::sleep(Duration::from_millis(5));
-                continue;
-            };
-            let _ = stream.set_nonblocking(false);
-            let _ = stream.set_read_timeout(Some(Duration::from_secs(5)));
-            let mut seen = Vec::new();
-            let mut piece = [0; 4096];
-            while !seen.ends_with(b"\r\n\r\n") && !seen.ends_with(b"body") {
-                match stream.read(&mut piece) {
-                    Ok(n @ 1..) => seen.extend_from_slice(&piece[..n]),
-                    _ => break,
-                }
-            }
-            let agrees = seen.windows(12).any(|w| w == b"/check/allow");
-            let answer: &[u8] = if agrees {
-                b"HTTP/1.1 200 OK\r\nx-user: joe\r\nx-other: 1\r\nx-told: yes\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
-            } else {
-                b"HTTP/1.1 401 Unauthorized\r\nwww-authenticate: Basic\r\nx-other: 1\r\ncontent-length: 2\r\nconnection: close\r\n\r\nno"
-            };
-            let _ = stream.write_all(answer);
-            let _ = tell.send(seen);
-        }
-    });
-    Ok(Heard { pieces, open, listening: vec![listening] })
-}
-
-pub(crate) fn an_external_authorizer_is_asked(mesh: &mut Mesh) -> anyhow::Result<()> {
-    let limit = Duration::from_secs(5);
-    let url = |path: &str| format!("http://{WEB}{path}");
-    let rules = "provider: { name: ext }, rules: [{ to: [{ operation: { notPaths: [/open] } }] }]";
-    let _custom = of_web(mesh, "custom", &format!("action: CUSTOM, {rules}"))?;
-    refused(&mesh.call(&[&url("/allow")])?, "no_authorizer")?;
-    ensure!(mesh.call(&[&url("/open")])?.status == 200, "nobody need be asked");
-    let service = "apiVersion: v1\nkind: Service\nmetadata: { name: ext, namespace: t }\nspec:\n  selector: { version: v1 }\n  clusterIP: 10.96.0.31\n  ports:\n  - { name: http, port: 8000, targetPort: 9092, protocol: TCP }\n";
-    let config = |more: &str| {
-        let provider = format!(
-            "{{ name: ext, envoyExtAuthzHttp: {{ service: ext.t.svc.cluster.local, port: 8000, pathPrefix: /check, timeout: 2s, includeRequestHeadersInCheck: [x-shown], headersToUpstreamOnAllow: [x-user], headersToDownstreamOnAllow: [x-told], headersToDownstreamOnDeny: [x-why]{more} }} }}"
-        );
-        format!(
-            "{service}---\napiVersion: v1\nkind: ConfigMap\nmetadata: {{ name: istio, namespace: istio-system }}\ndata:\n  mesh: |\n    extensionProviders:\n    - {provider}\n"
-        )
-    };
-    {
-        let _config = mesh.objects("mesh-config", &config(""))?;
-        let heard = authorizer(mesh)?;
-        let got = mesh.call(&[
-            "-H",
-            "authorization: t",
-            "-H",
-            "x-shown: a",
-            "-H",
-            "x-hidden: b",
-            "-H",
-            "x-user: root",
-            &url("/allow?q=1"),
-        ])?;
-        ensure!(got.status == 200 && got.header("x-told") == Some("yes") && got.header("x-other").is_none(), "{got:?}");
-        let echo = got.echo()?;
-        ensure!(echo["headers"]["x-user"] == "joe" && echo["headers"]["x-other"].is_null(), "{echo}");
-        let asked = String::from_utf8(heard.pieces.recv_timeout(limit)?)?.to_lowercase();
-        ensure!(asked.starts_with("get /check/allow?q=1 http/1.1"), "{asked}");
-        ensure!(asked.contains("authorization: t") && asked.contains("x-shown: a") && !asked.contains("x-hidden"), "{asked}");
-        let mark = mesh.proxy("wp").mark();
-        let got = mesh.call(&[&url("/deny")])?;
-        ensure!(got.status == 401 && got.body == "no" && got.header("x-culvert-reason") == Some("authorizer_denied"), "{got:?}");
-        ensure!(got.header("www-authenticate") == Some("Basic") && got.header("x-other").is_none(), "{got:?}");
-        let line = line(mesh, mark, "/deny")?;
-        ensure!(line["response_flags"] == "UAEX" && line["response_code_details"] == "ext_authz_denied", "{line}");
-    }
-    {
-        let _config = mesh.objects("mesh-config", &config(", statusOnError: '503'"))?;
-        let got = mesh.call(&[&url("/allow")])?;
-        ensure!(got.status == 503 && got.header("x-culvert-reason") == Some("no_authorizer"), "nobody answers: {got:?}");
-    }
-    {
-        let _config = mesh.objects("mesh-config", &config(", failOpen: true"))?;
-        ensure!(mesh.call(&[&url("/deny")])?.status == 200, "said to pass without an answer");
-    }
-    {
-        let body = ", includeRequestBodyInCheck: { maxRequestBytes: 8 }";
-        let _config = mesh.objects("mesh-config", &config(body))?;
-        let heard = authorizer(mesh)?;
-        let got = mesh.call(&["-d", "the body", &url("/allow")])?;
-        ensure!(got.status == 200 && got.echo()?["body"] == "the body", "{got:?}");
-        ensure!(heard.pieces.recv_timeout(limit)?.ends_with(b"the body"));
-        ensure!(mesh.call(&["-d", "a larger body", &url("/allow")])?.status == 413);
-    }
     Ok(())
 }
 

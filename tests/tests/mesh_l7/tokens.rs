@@ -129,6 +129,35 @@ pub(crate) fn a_token_leaves_and_its_claims_come(mesh: &mut Mesh) -> anyhow::Res
     Ok(())
 }
 
+pub(crate) fn limits_count_by_claims(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let (a, b) = (SigningKey::make("a")?, SigningKey::make("b")?);
+    let rules = inline("first", &[&a], "") + &inline("second", &[&b], "");
+    let _auth = mesh.objects("tokens", &authentication(&rules))?;
+    let limits = "apiVersion: culvert.dev/v1alpha1\nkind: TrafficPolicy\nmetadata: { name: users, namespace: t }\nspec:\n  targetRefs: [ { kind: Service, name: web } ]\n  rateLimits:\n  - { name: user, key: [ { claim: sub } ], tokenBucket: { maxTokens: 2, fillInterval: 1h } }\n";
+    let _limits = mesh.objects("limits", limits)?;
+    let of = |issuer: &str, name: &str| json!({ "iss": issuer, "sub": name, "exp": now() + 3600 });
+    let (ann, bob, other) = (a.token(&of("first", "ann"))?, a.token(&of("first", "bob"))?, b.token(&of("second", "ann"))?);
+    for (who, token, want) in [
+        ("ann", &ann, 200),
+        ("ann", &ann, 200),
+        ("ann", &ann, 429),
+        ("bob", &bob, 200),
+        ("ann of another issuer", &other, 200),
+        // Who is not who she says uses up nothing of hers, and is not counted either.
+        ("a forger", &format!("{bob}x"), 401),
+        ("bob", &bob, 200),
+        ("bob", &bob, 429),
+    ] {
+        let got = call(mesh, token)?;
+        ensure!(got.status == want, "{who}: {got:?}");
+    }
+    let bare = format!("http://{WEB}/a");
+    for want in [200, 200, 429] {
+        ensure!(mesh.call(&[&bare])?.status == want, "who has no token shares a bucket with those like it");
+    }
+    Ok(())
+}
+
 pub(crate) fn policies_and_routes_ask_for_claims(mesh: &mut Mesh) -> anyhow::Result<()> {
     let (a, b) = (SigningKey::make("a")?, SigningKey::make("b")?);
     let target = "targetRefs: [ { kind: Service, group: '', name: web } ]";

@@ -10,7 +10,7 @@ use crate::token::{Fault, Jwt, Verified, cache};
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::request::Parts;
 use http::uri::PathAndQuery;
-use http::{Method, StatusCode, Uri};
+use http::{Method, StatusCode};
 use mesh_model::Reason;
 use mesh_model::l7::request_auth::{RequestAuths, TokenPlace, TokenRule};
 use std::sync::Arc;
@@ -201,17 +201,8 @@ fn strip(ex: &mut Exchange<'_>, place: &TokenPlace) {
                 return;
             };
             let left: Vec<&str> = query.split('&').filter(|pair| named(pair, name).is_none()).collect();
-            let path = ex.parts.uri.path();
-            let target = if left.is_empty() { path.to_owned() } else { format!("{path}?{}", left.join("&")) };
-            let mut uri = ex.parts.uri.clone().into_parts();
-            // A part of what was a target is one too.
-            let Ok(target) = PathAndQuery::try_from(target) else { return };
-            // Logs and `x-envoy-original-path` must not tell it either.
-            ex.record.path = target.as_str().into();
-            uri.path_and_query = Some(target);
-            if let Ok(uri) = Uri::from_parts(uri) {
-                ex.parts.uri = uri;
-            }
+            // A part of what was a query is one too. Logs and `x-envoy-original-path` must not tell it either.
+            let _always = ex.set_query(&left.join("&"));
         }
     }
 }

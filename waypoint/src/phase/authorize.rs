@@ -27,7 +27,7 @@ pub(crate) fn check(ex: &mut Exchange<'_>) -> Flow {
         headers: &ex.parts.headers,
         token: ex.token.as_ref(),
     };
-    let judgement = judge(&ex.snap, ex.conn, asked);
+    let judgement = judge(&ex.snap, ex.conn, Some(asked));
     ex.record.noted = note(ex.conn, &judgement);
     if let L7Verdict::Deny(denial) = judgement.verdict {
         let details = denial.details();
@@ -42,6 +42,7 @@ pub(crate) fn check(ex: &mut Exchange<'_>) -> Flow {
             path: ex.path.clone(),
             headers: ex.parts.headers.clone(),
             token: ex.token.clone(),
+            agreed: std::mem::take(&mut ex.asked),
         }));
     }
     Flow::Continue
@@ -64,6 +65,8 @@ pub(crate) struct Kept {
     path: String,
     headers: HeaderMap,
     token: Option<Verified>,
+    /// External authorizers that were asked.
+    agreed: Vec<Arc<str>>,
 }
 impl Kept {
     fn asked(&self) -> Asked<'_> {
@@ -86,14 +89,19 @@ pub(crate) struct Asking {
     /// Envoy's words should that not be possible.
     pub(crate) details: String,
 }
-/// The CUSTOM policies that match a request; of several that name one provider the first.
-pub(crate) fn custom(ex: &Exchange<'_>) -> Vec<Asking> {
+/// The CUSTOM policies that match a request.
+pub(crate) fn custom_of_request(ex: &Exchange<'_>) -> Vec<Asking> {
     let headers = &ex.parts.headers;
     // As in Envoy: no token has been verified yet.
     let asked = Asked { method: &ex.parts.method, authority: &ex.authority, path: &ex.path, headers, token: None };
+    custom(&ex.snap, ex.conn, Some(asked))
+}
+/// The CUSTOM policies that match a request or, without `request`, a connection carried as bytes; of several that name one
+/// provider the first.
+pub(crate) fn custom(snap: &Snapshot, conn: &Conn, request: Option<Asked<'_>>) -> Vec<Asking> {
     let mut all: Vec<Asking> = Vec::new();
-    ask(&ex.snap, ex.conn, Some(asked), |in_scope, facts| {
-        for matched in in_scope.custom(&ex.snap, facts) {
+    ask(snap, conn, request, |in_scope, facts| {
+        for matched in in_scope.custom(snap, facts) {
             if let L7Body::Rules { action: L7Action::Custom { provider }, .. } = &matched.policy.body
                 && all.iter().all(|a| a.provider != *provider)
             {
@@ -104,19 +112,9 @@ pub(crate) fn custom(ex: &Exchange<'_>) -> Vec<Asking> {
     });
     all
 }
-/// Judges a request, or an upgraded one again. Whom CUSTOM policies name was asked before.
-pub(crate) fn judge<'s>(snap: &'s Snapshot, conn: &Conn, request: Asked<'_>) -> Judgement<'s> {
-    ask(snap, conn, Some(request), |in_scope, facts| in_scope.judge(snap, facts))
-}
-/// Judges a connection carried as bytes. Nobody is asked about one: a CUSTOM policy that matches refuses.
-pub(crate) fn judge_bytes<'s>(snap: &'s Snapshot, conn: &Conn) -> Judgement<'s> {
-    ask(snap, conn, None, |in_scope, facts| {
-        let mut judgement = in_scope.judge(snap, facts);
-        if let Some(matched) = in_scope.custom(snap, facts).next() {
-            judgement.verdict = L7Verdict::Deny(Denial { reason: Reason::NoAuthorizer, matched: Some(matched) });
-        }
-        judgement
-    })
+/// Judges a request or, without `request`, a connection carried as bytes. Whom CUSTOM policies name was asked before.
+pub(crate) fn judge<'s>(snap: &'s Snapshot, conn: &Conn, request: Option<Asked<'_>>) -> Judgement<'s> {
+    ask(snap, conn, request, |in_scope, facts| in_scope.judge(snap, facts))
 }
 /// What `f` makes of the policies in scope and the facts they are asked with.
 fn ask<'s, R>(snap: &'s Snapshot, conn: &Conn, request: Option<Asked<'_>>, f: impl FnOnce(InScope<'s>, &L7Facts<'_>) -> R) -> R {
@@ -170,29 +168,53 @@ pub(crate) fn note(conn: &Conn, judgement: &Judgement<'_>) -> Noted {
 }
 
 /// What the client asked for; of a service asked for by name its address.
-fn destination(conn: &Conn) -> SocketAddr {
+pub(crate) fn destination(conn: &Conn) -> SocketAddr {
     let by_name = || conn.service()?.vips.first().map(|vip| vip.ip);
     let ip = Some(conn.local.ip()).filter(|ip| !ip.is_unspecified()).or_else(by_name);
     SocketAddr::new(ip.unwrap_or(conn.local.ip()), conn.port())
 }
 
+/// What lives on as bytes.
+#[derive(Clone, Copy)]
+pub(crate) enum Living<'a> {
+    /// A connection that never was HTTP, and the external authorizers that were asked about it.
+    Bytes(&'a [Arc<str>]),
+    /// An upgraded request.
+    Upgraded(&'a Kept),
+}
+impl Living<'_> {
+    /// What a published version says of it. A CUSTOM policy that asks somebody who was not asked refuses.
+    fn judge(self, snap: &Snapshot, conn: &Conn) -> Result<(), (Refusal, String)> {
+        let (request, agreed) = match self {
+            Self::Bytes(agreed) => (None, agreed),
+            Self::Upgraded(kept) => (Some(kept.asked()), &*kept.agreed),
+        };
+        if let L7Verdict::Deny(denial) = judge(snap, conn, request).verdict {
+            return Err((denial.refusal(), denial.details()));
+        }
+        let before = request.map(|r| Asked { token: None, ..r });
+        match custom(snap, conn, before).into_iter().find(|asking| !agreed.contains(&asking.provider)) {
+            None => Ok(()),
+            Some(Asking { policy, provider, details }) => {
+                Err((Refusal::new(Reason::NoAuthorizer, format!("{policy} asks {provider}, who was not asked")), details))
+            }
+        }
+    }
+}
+
 /// Resolves when a published version no longer allows what lives on as bytes (I6); tells so, and gives Envoy's words for it.
 /// Cancel safe.
-pub(crate) async fn revoked(conn: &Conn, request: Option<&Kept>) -> String {
+pub(crate) async fn revoked(conn: &Conn, living: Living<'_>) -> String {
     let mut versions = conn.shared.mesh.watch();
     // What was published between the verdict and now counts too.
     versions.mark_changed();
     while versions.changed().await.is_ok() {
         versions.mark_unchanged();
         let snap = conn.shared.mesh.load();
-        let judgement = match request {
-            Some(request) => judge(&snap, conn, request.asked()),
-            None => judge_bytes(&snap, conn),
-        };
-        if let L7Verdict::Deny(denial) = judgement.verdict {
-            let why = Refusal::new(Reason::Revoked, denial.refusal().brief());
+        if let Err((why, details)) = living.judge(&snap, conn) {
+            let why = Refusal::new(Reason::Revoked, why.brief());
             conn.shared.telemetry.tunnel_refused(conn.client, conn.identity.as_ref(), &why);
-            return denial.details();
+            return details;
         }
     }
     std::future::pending().await

@@ -32,9 +32,7 @@ pub(crate) async fn fill(ex: &mut Exchange<'_>) -> Flow {
         }
         Err(Unread::TooLarge(received)) => return too_large(ex, &received),
         Err(Unread::Broken(error)) => {
-            let failure = if error.is_malformed() { Failure::ClientProtocol } else { Failure::ClientGone };
-            let error = UpstreamError::new(failure, "");
-            return Flow::Answer(attempt::failed(ex, &error, false, Dialect::Istio));
+            return broken(ex, &error);
         }
     }
     Flow::Continue
@@ -66,7 +64,13 @@ async fn read(mut body: Body, most: u64, ahead: u64) -> Result<(Bytes, Option<He
     }
     Ok((whole.freeze(), None))
 }
-fn too_large(ex: &mut Exchange<'_>, received: &[u8]) -> Flow {
+/// The client broke off in the middle of its body.
+pub(crate) fn broken(ex: &mut Exchange<'_>, error: &BodyError) -> Flow {
+    let failure = if error.is_malformed() { Failure::ClientProtocol } else { Failure::ClientGone };
+    Flow::Answer(attempt::failed(ex, &UpstreamError::new(failure, ""), false, Dialect::Istio))
+}
+/// The body is larger than it may be.
+pub(crate) fn too_large(ex: &mut Exchange<'_>, received: &[u8]) -> Flow {
     ex.record.received.add(received);
     ex.record.reason = Some(Reason::BodyTooLarge);
     Flow::Answer(respond::closing(ex, StatusCode::PAYLOAD_TOO_LARGE, "Payload Too Large", "request_payload_too_large"))

@@ -1,18 +1,24 @@
-//! CUSTOM policies: whom they name is asked before anything else is judged (Istio's ext_authz, by HTTP).
+//! CUSTOM policies: whom they name is asked before anything else is judged (Istio's ext_authz, by HTTP and by gRPC).
 //!
-//! Owns the question and what its answer means. Nobody who knows the name, no answer, or one of the 5xx: refused, unless the
-//! authorizer is said to fail open. Upstream: `exchange`. Downstream: `authorize`, which knows what is asked; `upstream`.
+//! Owns who is asked, and what comes of it. Nobody who knows the name, no answer, or one that cannot be understood: refused,
+//! unless the authorizer is said to fail open. Upstream: `exchange`, `tcp`. Downstream: `authorize`, which knows whom policies
+//! name; `http` and `grpc`, which know the two protocols; `upstream`.
+mod grpc;
+mod http;
+
 use crate::body::{Body, BodyError};
+use crate::conn::Conn;
 use crate::phase::authorize::{self, Asking};
-use crate::phase::{Exchange, Flow, respond};
+use crate::phase::{Exchange, Flow, buffer, respond, route};
 use crate::telemetry::Flag;
 use crate::upstream::{self, Failure, Observed, PickContext, SendOptions, UpstreamError};
+use ::http::header::{self, HeaderMap, HeaderName, HeaderValue};
+use ::http::response::Parts;
+use ::http::{Request, Response, StatusCode};
 use bytes::{Bytes, BytesMut};
-use http::header::{self, HeaderMap, HeaderName, HeaderValue};
-use http::{Request, Response, StatusCode};
 use http_body::{Body as HttpBody, Frame};
 use http_body_util::{BodyExt as _, Limited};
-use mesh_model::l7::authorizer::{Authorizer, BodyLimit, names};
+use mesh_model::l7::authorizer::{Authorizer, BodyLimit, Protocol};
 use mesh_model::l7::route::ClusterKey;
 use mesh_model::lb::redraw;
 use mesh_model::service::AppProtocol;
@@ -35,119 +41,250 @@ const OF_THE_HOP: [HeaderName; 7] = [
     header::UPGRADE,
 ];
 
+/// What an authorizer said.
+#[derive(Debug, PartialEq)]
+enum Verdict {
+    Agrees(Grant),
+    /// With what the client is to be answered.
+    Refuses(Refused),
+}
+/// What an authorizer wants done with a request that it lets pass.
+#[derive(Debug, Default, PartialEq)]
+struct Grant {
+    /// To the headers of the request.
+    request: Vec<Edit>,
+    /// To the headers of what the client is answered.
+    response: Vec<Edit>,
+    /// To the query, by name: a new value, or none.
+    query: Vec<(String, Option<String>)>,
+}
+/// The answer in an authorizer's words.
+#[derive(Debug, PartialEq)]
+struct Refused {
+    status: StatusCode,
+    headers: HeaderMap,
+    body: Bytes,
+}
+/// One change to one header.
+#[derive(Debug, PartialEq)]
+pub(crate) struct Edit {
+    name: HeaderName,
+    what: Change,
+}
+#[derive(Debug, PartialEq)]
+enum Change {
+    Remove,
+    /// In place of all values there are.
+    Set(HeaderValue),
+    Append(HeaderValue),
+    SetIfAbsent(HeaderValue),
+    SetIfPresent(HeaderValue),
+}
+impl Edit {
+    /// Does it, unless the header speaks of the connection.
+    pub(crate) fn apply(self, headers: &mut HeaderMap) {
+        let name = self.name;
+        if OF_THE_HOP.contains(&name) {
+            return;
+        }
+        match self.what {
+            Change::Remove => drop(headers.remove(name)),
+            Change::Append(value) => drop(headers.append(name, value)),
+            Change::SetIfAbsent(_) if headers.contains_key(&name) => {}
+            Change::SetIfPresent(_) if !headers.contains_key(&name) => {}
+            Change::Set(value) | Change::SetIfAbsent(value) | Change::SetIfPresent(value) => {
+                headers.insert(name, value);
+            }
+        }
+    }
+}
+
 /// Asks every authorizer that a policy names for this request; the first that does not agree answers.
 pub(crate) async fn check(ex: &mut Exchange<'_>) -> Flow {
-    for asking in authorize::custom(ex) {
+    for asking in authorize::custom_of_request(ex) {
         let snap = Arc::clone(&ex.snap);
-        let flow = match snap.find_authorizer(&asking.provider) {
-            Some(Ok(authorizer)) => ask(ex, &snap, authorizer, &asking).await,
-            Some(Err(why)) => unknown(ex, &asking, why),
-            None => unknown(ex, &asking, "MeshConfig has no extensionProvider of this name"),
+        let flow = match find(&snap, &asking) {
+            Ok(authorizer) => Box::pin(ask(ex, &snap, authorizer, &asking)).await,
+            Err(why) => {
+                // Nobody can be asked: refused as by the policy itself.
+                tracing::debug!(client = %ex.conn.client, %why, "request refused");
+                ex.record.reason = Some(why.reason);
+                Flow::Answer(respond::local(ex, StatusCode::FORBIDDEN, authorize::TEXT, asking.details.clone()))
+            }
         };
         if matches!(flow, Flow::Answer(_)) {
             return flow;
         }
+        ex.asked.push(asking.provider);
     }
     Flow::Continue
 }
 
-/// Nobody can be asked: refused as by the policy itself.
-fn unknown(ex: &mut Exchange<'_>, asking: &Asking, why: &str) -> Flow {
-    let why = Refusal::new(Reason::NoAuthorizer, format!("{} asks {}: {why}", asking.policy, asking.provider));
-    tracing::debug!(client = %ex.conn.client, %why, "request refused");
-    ex.record.reason = Some(why.reason);
-    Flow::Answer(respond::local(ex, StatusCode::FORBIDDEN, authorize::TEXT, asking.details.clone()))
+/// The same of a connection that is not HTTP: whoever agreed, by name, or why it may not pass and Envoy's words for it.
+pub(crate) async fn check_bytes(conn: &Conn, snap: &Arc<Snapshot>, draw: u64) -> Result<Vec<Arc<str>>, (Refusal, String)> {
+    let mut asked = Vec::new();
+    for asking in authorize::custom(snap, conn, None) {
+        let authorizer = match find(snap, &asking) {
+            Ok(authorizer) if authorizer.judges_bytes() => authorizer,
+            Ok(_) => {
+                let why = Refusal::new(Reason::NoAuthorizer, format!("{} is asked by HTTP, of requests only", asking.provider));
+                return Err((why, asking.details));
+            }
+            Err(why) => return Err((why, asking.details)),
+        };
+        let question = grpc::question_of_bytes(conn, authorizer);
+        let answer = in_time(conn, snap, authorizer, &asking, question, redraw(draw, DRAW_AUTHORIZER)).await;
+        match answer.and_then(|answer| grpc::verdict(&answer)) {
+            Ok(Verdict::Agrees(_)) => {}
+            Ok(Verdict::Refuses(_)) => {
+                return Err((Refusal::new(Reason::AuthorizerDenied, told(&asking)), "ext_authz_denied".into()));
+            }
+            Err(why) => {
+                warn(authorizer, &asking, &why);
+                if !authorizer.fail_open {
+                    let why = Refusal::new(Reason::NoAuthorizer, format!("{}: {why}", told(&asking)));
+                    return Err((why, "ext_authz_error".into()));
+                }
+            }
+        }
+        asked.push(asking.provider);
+    }
+    Ok(asked)
+}
+
+/// The authorizer a policy names.
+fn find<'s>(snap: &'s Snapshot, asking: &Asking) -> Result<&'s Arc<Authorizer>, Refusal> {
+    let why = match snap.find_authorizer(&asking.provider) {
+        Some(Ok(authorizer)) => return Ok(authorizer),
+        Some(Err(why)) => why,
+        None => "MeshConfig has no extensionProvider of this name",
+    };
+    Err(Refusal::new(Reason::NoAuthorizer, format!("{}: {why}", told(asking))))
+}
+fn told(asking: &Asking) -> String {
+    format!("{} asks {}", asking.policy, asking.provider)
+}
+fn warn(authorizer: &Authorizer, asking: &Asking, why: &str) {
+    let open = authorizer.fail_open;
+    tracing::warn!(policy = %asking.policy, provider = %asking.provider, why, open, "no answer from an external authorizer");
 }
 
 async fn ask(ex: &mut Exchange<'_>, snap: &Arc<Snapshot>, authorizer: &Authorizer, asking: &Asking) -> Flow {
     let shown = match authorizer.body {
-        None => Bytes::new(),
-        Some(limit) => match show(&mut ex.body, limit).await {
-            Ok(Some(shown)) => shown,
-            Ok(None) => {
-                let too_large = StatusCode::PAYLOAD_TOO_LARGE;
-                return Flow::Answer(respond::local(ex, too_large, "Payload Too Large", "request_payload_too_large"));
-            }
-            Err(error) => return no_answer(ex, authorizer, asking, &error.to_string()),
+        Some(limit) if !ex.body.is_end_stream() => match show(&mut ex.body, limit).await {
+            Ok(shown) if shown.cut && !limit.partial => return buffer::too_large(ex, &shown.bytes),
+            Ok(shown) => Some(shown),
+            // Not the authorizer's fault, so that it cannot fail open.
+            Err(error) => return buffer::broken(ex, &error),
         },
+        _ => None,
     };
-    let question = match question(ex, authorizer, shown) {
-        Ok(question) => question,
-        Err(error) => return no_answer(ex, authorizer, asking, &error.to_string()),
+    let question = match &authorizer.speaks {
+        Protocol::Http(check) => http::question(ex, check, shown),
+        Protocol::Grpc => grpc::question(ex, authorizer, shown),
     };
-    let draw = redraw(ex.draw, DRAW_AUTHORIZER);
-    let sent =
-        send(Arc::clone(&ex.conn.shared.upstreams), Arc::clone(snap), authorizer, &asking.policy.namespace, question, draw);
-    let answer = match tokio::time::timeout(authorizer.timeout, sent).await {
-        Ok(Ok(answer)) => answer,
-        Ok(Err(error)) => return no_answer(ex, authorizer, asking, &error.to_string()),
-        Err(_) => return no_answer(ex, authorizer, asking, "no answer in time"),
-    };
-    match answer.status() {
-        StatusCode::OK => {
-            agreed(ex, authorizer, answer.headers());
-            Flow::Continue
-        }
-        status if status.is_server_error() => no_answer(ex, authorizer, asking, status.as_str()),
-        _ => {
+    let answer = in_time(ex.conn, snap, authorizer, asking, question, redraw(ex.draw, DRAW_AUTHORIZER)).await;
+    let verdict = answer.and_then(|answer| match &authorizer.speaks {
+        Protocol::Http(check) => http::verdict(check, answer),
+        Protocol::Grpc => grpc::verdict(&answer),
+    });
+    let agreed = match verdict {
+        Ok(Verdict::Agrees(grant)) => grant_to(ex, authorizer, grant),
+        Ok(Verdict::Refuses(refused)) => {
             ex.record.reason = Some(Reason::AuthorizerDenied);
             ex.record.flags.set(Flag::UnauthorizedExternal);
             tracing::debug!(client = %ex.conn.client, policy = %asking.policy, provider = %asking.provider, "authorizer refused");
-            Flow::Answer(refused(ex, authorizer, answer))
+            return Flow::Answer(answer_of(ex, refused));
+        }
+        Err(why) => Err(why),
+    };
+    match agreed {
+        Ok(()) => Flow::Continue,
+        Err(why) => {
+            warn(authorizer, asking, &why);
+            if authorizer.fail_open {
+                return Flow::Continue;
+            }
+            ex.record.reason = Some(Reason::NoAuthorizer);
+            ex.record.flags.set(Flag::UnauthorizedExternal);
+            let status = StatusCode::from_u16(authorizer.status_on_error).unwrap_or(StatusCode::FORBIDDEN);
+            Flow::Answer(respond::local(ex, status, "", "ext_authz_error"))
         }
     }
 }
-
-/// The authorizer does not answer, or not with an answer.
-fn no_answer(ex: &mut Exchange<'_>, authorizer: &Authorizer, asking: &Asking, why: &str) -> Flow {
-    let open = authorizer.fail_open;
-    tracing::warn!(policy = %asking.policy, provider = %asking.provider, why, open, "no answer from an external authorizer");
-    if open {
-        return Flow::Continue;
-    }
-    ex.record.reason = Some(Reason::NoAuthorizer);
-    ex.record.flags.set(Flag::UnauthorizedExternal);
-    let status = StatusCode::from_u16(authorizer.status_on_error).unwrap_or(StatusCode::FORBIDDEN);
-    Flow::Answer(respond::local(ex, status, "", "ext_authz_error"))
+/// The answer, if it comes in time.
+async fn in_time(
+    conn: &Conn,
+    snap: &Snapshot,
+    authorizer: &Authorizer,
+    asking: &Asking,
+    question: Result<Request<Body>, ::http::Error>,
+    draw: u64,
+) -> Result<Answer, String> {
+    let question = question.map_err(|e| e.to_string())?;
+    let sent = send(conn, snap, authorizer, asking, question, draw);
+    let answer = tokio::time::timeout(authorizer.timeout, sent).await.map_err(|_| "no answer in time")?;
+    answer.map_err(|e| e.to_string())
 }
 
-/// The request without what the authorizer is not to see.
-fn question(ex: &Exchange<'_>, authorizer: &Authorizer, body: Bytes) -> Result<Request<Body>, http::Error> {
-    let query = ex.parts.uri.query().map(|q| format!("?{q}")).unwrap_or_default();
-    let target = format!("{}{}{query}", authorizer.path_prefix, ex.path);
-    let mut question = Request::builder().method(ex.parts.method.clone()).uri(target).body(Body::full(body))?;
-    let headers = question.headers_mut();
-    for (name, value) in &ex.parts.headers {
-        let shown = *name == header::AUTHORIZATION || names(&authorizer.asked_with, name);
-        if shown && !OF_THE_HOP.contains(name) {
-            headers.append(name.clone(), value.clone());
+/// What an authorizer adds to the request and to what the client is answered. All of it or nothing.
+fn grant_to(ex: &mut Exchange<'_>, authorizer: &Authorizer, grant: Grant) -> Result<(), String> {
+    if !authorizer.clear_route_cache && ex.routed.is_none() && !(grant.request.is_empty() && grant.query.is_empty()) {
+        // As in Envoy: the route of a request is that of its own headers, unless it is said to be chosen again.
+        ex.routed = Some(route::choose(ex));
+    }
+    if !grant.query.is_empty() {
+        let query = http::with_parameters(ex.parts.uri.query().unwrap_or_default(), &grant.query);
+        ex.set_query(&query).map_err(|_| "the query it wants is none")?;
+    }
+    for edit in grant.request {
+        edit.apply(&mut ex.parts.headers);
+    }
+    ex.granted.extend(grant.response);
+    Ok(())
+}
+
+/// The authorizer's own answer.
+fn answer_of(ex: &mut Exchange<'_>, refused: Refused) -> Response<Body> {
+    let mut out = respond::local(ex, refused.status, "", "ext_authz_denied");
+    for name in refused.headers.keys().filter(|name| !OF_THE_HOP.contains(name)) {
+        if ex.grpc && *name == header::CONTENT_TYPE {
+            continue;
+        }
+        for value in refused.headers.get_all(name) {
+            out.headers_mut().append(name.clone(), value.clone());
         }
     }
-    for (name, value) in &authorizer.always {
-        headers.insert(name.clone(), value.clone());
+    if !ex.grpc {
+        *out.body_mut() = Body::full(refused.body);
     }
-    headers.insert(header::HOST, HeaderValue::try_from(&ex.authority)?);
-    Ok(question)
+    out
 }
 
+/// The answer to a question.
+struct Answer {
+    head: Parts,
+    body: Bytes,
+    trailers: HeaderMap,
+}
 /// Asks, as any other destination is asked: by its own policy, limits and connections. The answer is read whole.
 async fn send(
-    upstreams: Arc<upstream::Upstreams>,
-    snap: Arc<Snapshot>,
+    conn: &Conn,
+    snap: &Snapshot,
     authorizer: &Authorizer,
-    namespace: &str,
+    asking: &Asking,
     question: Request<Body>,
     draw: u64,
-) -> Result<Response<Bytes>, UpstreamError> {
-    let near = authorizer.namespace.as_deref().unwrap_or(namespace);
+) -> Result<Answer, UpstreamError> {
+    let near = authorizer.namespace.as_deref().unwrap_or(&asking.policy.namespace);
     let service = snap.find_service_by_host(&authorizer.host, near);
     let service = service.filter(|s| authorizer.namespace.as_ref().is_none_or(|ns| s.key.namespace == *ns));
     let service = service.ok_or_else(|| UpstreamError::new(Failure::NoCluster, format!("no service {}", authorizer.host)))?;
     let key = ClusterKey { service: service.key.clone(), port: authorizer.port, subset: None };
-    let cluster = upstreams.cluster(&snap, &key)?;
+    let cluster = conn.shared.upstreams.cluster(snap, &key)?;
     let guard = cluster.admit()?;
     let host = cluster.pick(&PickContext { draw, hash: None, tried: &[], dst: None })?;
-    let http2 = matches!(cluster.app_protocol(), AppProtocol::Http2 | AppProtocol::Grpc);
+    let http2 = authorizer.judges_bytes() || matches!(cluster.app_protocol(), AppProtocol::Http2 | AppProtocol::Grpc);
     let sent =
         upstream::send(&cluster, &host, question, SendOptions { http2, upgrade: false, client: None, guard: Some(&guard) }).await;
     cluster.report(
@@ -157,48 +294,22 @@ async fn send(
             Err(error) => Observed::Failed(error.failure),
         },
     );
-    let (parts, body) = sent?.into_parts();
+    let (head, body) = sent?.into_parts();
     let body = Limited::new(body, ANSWER).collect().await;
     let body = body.map_err(|error| UpstreamError::new(Failure::Protocol, error.to_string()))?;
-    Ok(Response::from_parts(parts, body.to_bytes()))
+    let trailers = body.trailers().cloned().unwrap_or_default();
+    Ok(Answer { head, body: body.to_bytes(), trailers })
 }
 
-/// What the authorizer adds to the request and to what the client is answered.
-fn agreed(ex: &mut Exchange<'_>, authorizer: &Authorizer, answer: &HeaderMap) {
-    for name in answer.keys().filter(|name| !OF_THE_HOP.contains(name)) {
-        if names(&authorizer.to_upstream, name) {
-            ex.parts.headers.remove(name);
-            for value in answer.get_all(name) {
-                ex.parts.headers.append(name.clone(), value.clone());
-            }
-        }
-        if names(&authorizer.to_client, name) {
-            for value in answer.get_all(name) {
-                ex.granted.get_or_insert_default().append(name.clone(), value.clone());
-            }
-        }
-    }
+/// What is shown of a body.
+struct Shown {
+    bytes: Bytes,
+    /// There is more.
+    cut: bool,
+    limit: BodyLimit,
 }
-
-/// The authorizer's own answer, as far as it is for the client.
-fn refused(ex: &mut Exchange<'_>, authorizer: &Authorizer, answer: Response<Bytes>) -> Response<Body> {
-    let (parts, body) = answer.into_parts();
-    let mut out = respond::local(ex, parts.status, "", "ext_authz_denied");
-    let always = |name: &HeaderName| *name == header::WWW_AUTHENTICATE || *name == header::LOCATION;
-    for (name, value) in &parts.headers {
-        let shown = authorizer.to_refused.as_ref().is_none_or(|patterns| names(patterns, name) || always(name));
-        if shown && !OF_THE_HOP.contains(name) && !(ex.grpc && *name == header::CONTENT_TYPE) {
-            out.headers_mut().append(name.clone(), value.clone());
-        }
-    }
-    if !ex.grpc {
-        *out.body_mut() = Body::full(body);
-    }
-    out
-}
-
-/// The beginning of a body, which stays to be read again; `None`: it is larger than what may be shown.
-async fn show(body: &mut Body, limit: BodyLimit) -> Result<Option<Bytes>, BodyError> {
+/// The beginning of a body, which stays to be read again.
+async fn show(body: &mut Body, limit: BodyLimit) -> Result<Shown, BodyError> {
     let mut seen = BytesMut::new();
     let mut trailers = None;
     while seen.len() <= limit.most {
@@ -211,14 +322,14 @@ async fn show(body: &mut Body, limit: BodyLimit) -> Result<Option<Bytes>, BodyEr
         }
     }
     let seen = seen.freeze();
-    let fits = seen.len() <= limit.most;
-    let shown = seen.slice(..seen.len().min(limit.most));
+    let bytes = seen.slice(..seen.len().min(limit.most));
+    let cut = seen.len() > limit.most;
     let rest = std::mem::take(body);
     let begun = Begun { first: Some(seen).filter(|s| !s.is_empty()).map(Frame::data), then: trailers, rest };
     if begun.first.is_some() || begun.then.is_some() {
         *body = Body::Boxed(begun.boxed_unsync());
     }
-    Ok((fits || limit.partial).then_some(shown))
+    Ok(Shown { bytes, cut, limit })
 }
 /// A body of which the beginning was read.
 struct Begun {
@@ -245,24 +356,4 @@ impl HttpBody for Begun {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    async fn shown(sent: &'static str, most: usize, partial: bool) -> (Option<Bytes>, Bytes) {
-        let mut body = Body::full(sent);
-        let shown = show(&mut body, BodyLimit { most, partial }).await.expect("no error");
-        (shown, body.collect().await.expect("the whole").to_bytes())
-    }
-
-    #[tokio::test]
-    async fn a_body_that_was_shown_is_sent_whole() {
-        for (most, partial, want) in
-            [(8, false, Some("abcdef")), (6, false, Some("abcdef")), (5, true, Some("abcde")), (5, false, None)]
-        {
-            let (seen, whole) = shown("abcdef", most, partial).await;
-            assert_eq!(seen.as_deref(), want.map(str::as_bytes), "{most} {partial}");
-            assert_eq!(whole, "abcdef", "{most} {partial}");
-        }
-        assert_eq!(shown("", 5, false).await, (Some(Bytes::new()), Bytes::new()));
-    }
-}
+mod tests;

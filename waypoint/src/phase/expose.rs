@@ -1,7 +1,7 @@
 //! Last phase: follows the response's body to its end and tells what happened, once.
 use crate::body::{Body, BodyError};
 use crate::conn::Conn;
-use crate::phase::authorize::{self, Kept};
+use crate::phase::authorize::{self, Kept, Living};
 use crate::phase::{Exchange, grpc_status};
 use crate::telemetry::{Flag, Record};
 use crate::upgrade::{self, Switched};
@@ -76,11 +76,12 @@ pub(crate) fn tell(ex: Exchange<'_>, answer: Response<Body>) -> Response<Body> {
 /// Carries what is no longer HTTP until it ends, is no longer allowed, or the drain is over; then tells.
 async fn carried(mut told: Told, switched: Switched, kept: Option<Box<Kept>>) {
     let conn = Arc::clone(&told.conn);
+    let living = kept.as_deref().map_or(Living::Bytes(&[]), Living::Upgraded);
     let revoked = OnceLock::new();
     let cut = async {
         tokio::select! {
             // Set once: this future ends here.
-            details = authorize::revoked(&conn, kept.as_deref()) => drop(revoked.set(details)),
+            details = authorize::revoked(&conn, living) => drop(revoked.set(details)),
             () = conn.drain.expired() => {}
         }
     };

@@ -171,8 +171,8 @@ pub(crate) fn finish(ex: &mut Exchange<'_>, mut answer: Response<Body>) -> Respo
             answer.headers_mut().insert(name.clone(), value.clone());
         }
     }
-    for (name, value) in ex.granted.iter().flatten() {
-        answer.headers_mut().append(name.clone(), value.clone());
+    for edit in std::mem::take(&mut ex.granted) {
+        edit.apply(answer.headers_mut());
     }
     if let Some(reason) = ex.record.reason {
         answer.headers_mut().insert(REASON, HeaderValue::from_static(reason.as_str()));

@@ -27,8 +27,12 @@ pub(crate) enum Unrouted {
     NoBackend(Dialect),
 }
 
-/// Chooses rule and backend.
+/// Chooses rule and backend, unless that was done before external authorizers changed the request. A token, verified since,
+/// has it done again (as in Envoy): rules may ask for its claims.
 pub(crate) fn choose(ex: &mut Exchange<'_>) -> Result<(), Unrouted> {
+    if let Some(routed) = ex.routed.take().filter(|_| ex.token.is_none()) {
+        return routed;
+    }
     let snap = Arc::clone(&ex.snap);
     let table = match routes(ex, &snap) {
         Routes::Table(table) => table,

@@ -31,7 +31,7 @@ const EDGES: &[(&str, &[&str])] = &[
             "ebpf-loader",
         ],
     ),
-    ("waypoint", &["mesh-model", "mesh-runtime", "mesh-sources", "mesh-identity", "mesh-hbone"]),
+    ("waypoint", &["mesh-model", "mesh-runtime", "mesh-proto", "mesh-sources", "mesh-identity", "mesh-hbone"]),
     // L3
     ("meshctl", &["mesh-model", "mesh-runtime", "mesh-sources"]),
     (

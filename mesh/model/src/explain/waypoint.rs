@@ -329,7 +329,7 @@ impl Story<'_> {
         };
         for matched in in_scope.custom(self.snap, &facts) {
             let L7Body::Rules { action: L7Action::Custom { provider }, .. } = &matched.policy.body else { continue };
-            if http.is_some() && matches!(self.snap.find_authorizer(provider), Some(Ok(_))) {
+            if matches!(self.snap.find_authorizer(provider), Some(Ok(a)) if http.is_some() || a.judges_bytes()) {
                 // What it would say is not ours to know.
                 step.text = format!("{} (if `{provider}` agrees, whom {} asks)", step.text, matched.policy.key);
                 continue;

@@ -83,6 +83,9 @@ pub enum KeyPart {
     Path,
     /// The authority, as the client wrote it.
     Authority,
+    /// A claim of the verified token by its path, together with the token's issuer: another issuer's user of the same name is
+    /// somebody else. Known after authentication.
+    Claim(Box<[Arc<str>]>),
 }
 
 impl Limit {
@@ -127,6 +130,12 @@ impl Limit {
                 }
                 KeyPart::Path => facts.path.hash(hasher),
                 KeyPart::Authority => facts.authority.hash(hasher),
+                KeyPart::Claim(path) => {
+                    facts.claims.is_some().hash(hasher);
+                    if let Some(claims) = facts.claims {
+                        claims.hash_claim(path, hasher);
+                    }
+                }
             }
         }
     }

@@ -10,6 +10,7 @@ use crate::l7::text::{Pattern, StringMatch};
 use crate::origin::Origin;
 use http::header::{HeaderMap, HeaderName};
 use ipnet::IpNet;
+use std::hash::Hasher;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -490,6 +491,8 @@ impl TcpRoute {
 pub trait Claims {
     /// Whether the claim at `path` matches: its text, or any element of its list.
     fn matches(&self, path: &[Arc<str>], what: &StringMatch) -> bool;
+    /// Feeds the claim at `path`, or that there is none, and whose word it is.
+    fn hash_claim(&self, path: &[Arc<str>], hasher: &mut dyn Hasher);
 }
 
 /// What a request is matched by.

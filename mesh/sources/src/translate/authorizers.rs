@@ -1,13 +1,13 @@
 //! External authorizers: `extensionProviders` of MeshConfig (ConfigMap `istio` of the root namespace, entry `mesh`).
 //!
-//! The rest of MeshConfig is read in [`super::telemetry`]. An authorizer that is malformed, or of a kind nobody asks yet, is a value that
+//! The rest of MeshConfig is read in [`super::telemetry`]. An authorizer that is malformed is a value that
 //! says so: policies that name it refuse. Upstream: [`super::telemetry`]. Downstream: `mesh_model::l7::authorizer`.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use http::header::{HeaderName, HeaderValue};
-use mesh_model::l7::authorizer::{Authorizer, Authorizers, BodyLimit};
+use mesh_model::l7::authorizer::{Authorizer, Authorizers, BodyLimit, HttpCheck, Protocol};
 use mesh_model::policy::TextMatch;
 
 use super::object::Reader;
@@ -17,17 +17,14 @@ use crate::yaml::Node;
 
 /// Istio's default.
 const TIMEOUT: Duration = Duration::from_mins(10);
+/// Fields of both kinds.
+const GRPC: &[&str] =
+    &["service", "port", "timeout", "failOpen", "statusOnError", "includeRequestBodyInCheck", "clearRouteCache"];
 const HTTP: &[&str] = &[
-    "service",
-    "port",
-    "timeout",
     "pathPrefix",
-    "failOpen",
-    "statusOnError",
     "includeHeadersInCheck",
     "includeRequestHeadersInCheck",
     "includeAdditionalHeadersInCheck",
-    "includeRequestBodyInCheck",
     "headersToUpstreamOnAllow",
     "headersToDownstreamOnDeny",
     "headersToDownstreamOnAllow",
@@ -50,15 +47,11 @@ pub(super) fn read(r: &mut Reader<'_>, mesh: &Node<'_>) -> Authorizers {
     for p in providers {
         let Some(name) = p.get("name").and_then(Node::text).filter(|n| !n.is_empty()) else { continue };
         let read = match (p.get("envoyExtAuthzHttp"), p.get("envoyExtAuthzGrpc")) {
-            (Some(http), None) => authorizer(http).map(Arc::new),
-            (None, Some(grpc)) => Err(Bad::value(
-                grpc,
-                "authorizers that are asked by gRPC cannot be asked yet; policies that name this one refuse",
-                "use envoyExtAuthzHttp",
-            )),
+            (Some(n), None) => http(n).map(Arc::new),
+            (None, Some(n)) => grpc(n).map(Arc::new),
             // Other providers are for telemetry.
             (None, None) => continue,
-            (Some(http), Some(_)) => Err(Bad::value(http, "a provider is one thing", "keep one of the two")),
+            (Some(n), Some(_)) => Err(Bad::value(n, "a provider is one thing", "keep one of the two")),
         };
         let read = match read {
             _ if out.contains_key(name) => {
@@ -72,8 +65,28 @@ pub(super) fn read(r: &mut Reader<'_>, mesh: &Node<'_>) -> Authorizers {
     out
 }
 
-fn authorizer<'p>(n: &'p Node<'p>) -> Read<'p, Authorizer> {
-    read::only(n, HTTP)?;
+fn http<'p>(n: &'p Node<'p>) -> Read<'p, Authorizer> {
+    let known: Vec<&str> = GRPC.iter().chain(HTTP).copied().collect();
+    read::only(n, &known)?;
+    let mut asked_with = patterns(n, "includeRequestHeadersInCheck")?;
+    asked_with.extend(patterns(n, "includeHeadersInCheck")?);
+    let refused = patterns(n, "headersToDownstreamOnDeny")?;
+    let check = HttpCheck {
+        path_prefix: read::text_or_empty(n, "pathPrefix")?.trim_end_matches('/').into(),
+        asked_with,
+        always: always(n)?,
+        to_upstream: patterns(n, "headersToUpstreamOnAllow")?,
+        to_client: patterns(n, "headersToDownstreamOnAllow")?,
+        to_refused: (!refused.is_empty()).then_some(refused),
+    };
+    authorizer(n, Protocol::Http(check))
+}
+fn grpc<'p>(n: &'p Node<'p>) -> Read<'p, Authorizer> {
+    read::only(n, GRPC)?;
+    authorizer(n, Protocol::Grpc)
+}
+
+fn authorizer<'p>(n: &'p Node<'p>, speaks: Protocol) -> Read<'p, Authorizer> {
     let service = read::text(n, "service")?.filter(|s| !s.is_empty());
     let service = service.ok_or_else(|| Bad::missing(n, "service", "an authorizer has a service"))?;
     let (namespace, host) = match service.split_once('/') {
@@ -91,9 +104,6 @@ fn authorizer<'p>(n: &'p Node<'p>) -> Read<'p, Authorizer> {
         }
     };
     let timeout = read::duration(n, "timeout")?.filter(|t| !t.is_zero()).unwrap_or(TIMEOUT);
-    let mut asked_with = patterns(n, "includeRequestHeadersInCheck")?;
-    asked_with.extend(patterns(n, "includeHeadersInCheck")?);
-    let refused = patterns(n, "headersToDownstreamOnDeny")?;
     Ok(Authorizer {
         namespace,
         host: host.into(),
@@ -101,13 +111,9 @@ fn authorizer<'p>(n: &'p Node<'p>) -> Read<'p, Authorizer> {
         timeout,
         fail_open: read::flag(n, "failOpen")?,
         status_on_error: status,
-        path_prefix: read::text_or_empty(n, "pathPrefix")?.trim_end_matches('/').into(),
-        asked_with,
-        always: always(n)?,
         body: body(n)?,
-        to_upstream: patterns(n, "headersToUpstreamOnAllow")?,
-        to_client: patterns(n, "headersToDownstreamOnAllow")?,
-        to_refused: (!refused.is_empty()).then_some(refused),
+        clear_route_cache: read::flag(n, "clearRouteCache")?,
+        speaks,
     })
 }
 
@@ -134,9 +140,8 @@ fn always<'p>(n: &'p Node<'p>) -> Read<'p, Vec<(HeaderName, HeaderValue)>> {
 }
 fn body<'p>(n: &'p Node<'p>) -> Read<'p, Option<BodyLimit>> {
     let Some(body) = read::map(n, "includeRequestBodyInCheck")? else { return Ok(None) };
-    // `packAsBytes` is about gRPC.
     read::only(body, &["maxRequestBytes", "allowPartialMessage", "packAsBytes"])?;
     let most = read::number(body, "maxRequestBytes")?.filter(|n| *n > 0);
     let most = most.ok_or_else(|| Bad::missing(body, "maxRequestBytes", "how much of the body is shown has a limit"))?;
-    Ok(Some(BodyLimit { most, partial: read::flag(body, "allowPartialMessage")? }))
+    Ok(Some(BodyLimit { most, partial: read::flag(body, "allowPartialMessage")?, as_bytes: read::flag(body, "packAsBytes")? }))
 }

@@ -142,6 +142,14 @@ pub fn list<'p>(node: &'p Node<'p>, key: &str) -> Read<'p, &'p [Node<'p>]> {
 pub fn scalar<'p>(node: &'p Node<'p>) -> Read<'p, &'p str> {
     node.text().ok_or_else(|| Bad::value(node, format!("expected text, found {}", node.describe()), "write a single value"))
 }
+/// The path of a claim: its name, or names with a `.` between them.
+pub fn claim_path<'p>(n: &'p Node<'p>) -> Read<'p, Vec<&'p str>> {
+    let path: Vec<&str> = scalar(n)?.split('.').collect();
+    if path.iter().any(|part| part.is_empty()) {
+        return Err(Bad::value(n, "a claim is a name, or names with a `.` between them", ""));
+    }
+    Ok(path)
+}
 /// The text below `key`; `None` when absent.
 pub fn text<'p>(node: &'p Node<'p>, key: &str) -> Read<'p, Option<&'p str>> {
     entries(node)?;

@@ -194,10 +194,7 @@ fn claims_to<'p>(r: &mut Reader<'_>, n: &'p Node<'p>) -> Read<'p, ClaimsTo> {
         read::only(o, &["header", "claim"])?;
         let Some(name) = o.get("header") else { return Err(Bad::missing(o, "header", "an output has a header")) };
         let Some(claim) = o.get("claim") else { return Err(Bad::missing(o, "claim", "an output has a claim")) };
-        let path: Box<[Arc<str>]> = text(claim)?.split('.').map(|part| r.pool.text(part)).collect();
-        if path.iter().any(|part| part.is_empty()) {
-            return Err(Bad::value(claim, "a claim is a name, or names with a `.` between them", ""));
-        }
+        let path = read::claim_path(claim)?.into_iter().map(|part| r.pool.text(part)).collect();
         outputs.push((output(name)?, path));
     }
     Ok(outputs.into())

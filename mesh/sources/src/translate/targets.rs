@@ -437,7 +437,8 @@ pub(super) fn unasked(t: &Translator, key: &PolicyKey, authorizers: &Authorizers
             origin: Origin::clone(policy.origin.as_deref()?),
             field: "spec.provider.name".into(),
             message: format!("the external authorizer `{provider}` {why}; what this policy matches is refused").into(),
-            fix: "name an extensionProvider with envoyExtAuthzHttp of ConfigMap istio in the root namespace".into(),
+            fix: "name an extensionProvider with envoyExtAuthzHttp or envoyExtAuthzGrpc of ConfigMap istio in the root namespace"
+                .into(),
             code: Some("no-authorizer"),
         })
     });

@@ -119,16 +119,23 @@ fn limit<'p>(r: &mut Reader<'_>, n: &'p Node<'p>, id: &ObjectId) -> Read<'p, Lim
     };
     read::only(bucket, &["maxTokens", "tokensPerFill", "fillInterval"])?;
     let rate = token_bucket(bucket, ["maxTokens", "tokensPerFill", "fillInterval"].map(|key| (key, bucket.get(key))))?;
+    let claim = key.iter().position(|k| matches!(k, KeyPart::Claim(_))).and_then(|at| read::list(n, "key").ok()?.get(at));
     let by_address = key.iter().any(|k| matches!(k, KeyPart::SourceIp { .. }));
     let point = match read::text(n, "phase")? {
-        Some("BeforeAuthentication") => Point::BeforeAuthentication,
+        Some("BeforeAuthentication") => {
+            if let Some(at) = claim {
+                let message = "claims are not known before authentication";
+                return Err(Bad::value(at, message, "leave `phase` out, or write AfterAuthorization"));
+            }
+            Point::BeforeAuthentication
+        }
         Some("AfterAuthorization") => Point::AfterAuthorization,
         Some(t) => {
             let at = n.get("phase").unwrap_or(n);
             return Err(Bad::value(at, format!("`{t}` is no phase"), "write BeforeAuthentication or AfterAuthorization"));
         }
         // Who has no right to call uses up a bucket of its own address only.
-        None if by_address => Point::BeforeAuthentication,
+        None if by_address && claim.is_none() => Point::BeforeAuthentication,
         None => Point::AfterAuthorization,
     };
     let tells = n.get("rateLimitHeaders").is_none() || read::flag(n, "rateLimitHeaders")?;
@@ -175,7 +182,7 @@ fn which<'p>(n: &'p Node<'p>) -> Read<'p, Which> {
 }
 
 fn key_part<'p>(n: &'p Node<'p>) -> Read<'p, KeyPart> {
-    read::only(n, &["sourceIP", "header", "path", "authority"])?;
+    read::only(n, &["sourceIP", "header", "path", "authority", "claim"])?;
     let [e] = read::entries(n)? else {
         return Err(Bad::value(n, "each element of `key` has one field", "write for example `- sourceIP: {}`"));
     };
@@ -189,6 +196,7 @@ fn key_part<'p>(n: &'p Node<'p>) -> Read<'p, KeyPart> {
             Ok(KeyPart::SourceIp { v4: bits(&e.node, "ipv4Prefix", 32, 32)?, v6: bits(&e.node, "ipv6Prefix", 64, 128)? })
         }
         "header" => Ok(KeyPart::Header(name(&e.node, read::scalar(&e.node)?)?)),
+        "claim" => Ok(KeyPart::Claim(read::claim_path(&e.node)?.into_iter().map(Into::into).collect())),
         "path" => empty(KeyPart::Path),
         _ => empty(KeyPart::Authority),
     }

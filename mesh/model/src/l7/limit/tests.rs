@@ -41,6 +41,32 @@ fn keys_tell_apart_what_they_name_and_nothing_else() {
         assert_eq!(hash(limit, &left, from) == hash(limit, &right, to), same, "{left:?} {right:?}");
     }
 }
+struct Claimed(&'static str, &'static str);
+impl crate::l7::route::Claims for Claimed {
+    fn matches(&self, _: &[Arc<str>], _: &crate::l7::StringMatch) -> bool {
+        false
+    }
+    fn hash_claim(&self, path: &[Arc<str>], mut hasher: &mut dyn Hasher) {
+        (self.0, path.first().filter(|p| &***p == "sub").map(|_| self.1)).hash(&mut hasher);
+    }
+}
+#[test]
+fn claims_tell_users_apart_and_those_without_a_token() {
+    let of = |path: &str, claims: Option<&Claimed>| {
+        let limit = limit(vec![KeyPart::Claim(Box::new([path.into()]))], Which::default());
+        let req = Req::get("/");
+        let mut hasher = DefaultHasher::new();
+        let facts = RequestFacts { claims: claims.map(|c| c as _), ..req.facts() };
+        limit.hash_key(&facts, "10.0.0.1".parse().expect("an address"), &mut hasher);
+        hasher.finish()
+    };
+    let (me, you, other) = (Claimed("a", "me"), Claimed("a", "you"), Claimed("b", "me"));
+    assert_eq!(of("sub", Some(&me)), of("sub", Some(&me)));
+    assert_ne!(of("sub", Some(&me)), of("sub", Some(&you)));
+    assert_ne!(of("sub", Some(&me)), of("sub", Some(&other)), "of another issuer");
+    assert_ne!(of("sub", Some(&me)), of("sub", None));
+    assert_eq!(of("tenant", Some(&me)), of("tenant", Some(&you)), "who lacks it shares a bucket");
+}
 #[test]
 fn a_bucket_belongs_to_what_its_limit_counts() {
     let per_ip = || limit(vec![KeyPart::SourceIp { v4: 32, v6: 64 }], Which::default());

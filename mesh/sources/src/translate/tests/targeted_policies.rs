@@ -2,7 +2,7 @@
 
 use mesh_model::SpiffeId;
 use mesh_model::authz_l7::{HttpFacts, InScope, L7Facts, L7Verdict, PolicyScope};
-use mesh_model::l7::authorizer::BodyLimit;
+use mesh_model::l7::authorizer::{BodyLimit, Protocol};
 use mesh_model::l7::gateway::GatewayKey;
 use mesh_model::l7::policy::{L7Action, L7Body, L7Policies, L7Policy, PolicyTarget};
 use mesh_model::policy::TextMatch;
@@ -434,15 +434,26 @@ fn custom_policies_refuse_what_they_match_and_say_so() {
     assert_eq!(told, [""; 0]);
     let opa = all["opa"].as_ref().unwrap();
     assert_eq!((opa.namespace.as_deref(), &*opa.host, opa.port), (Some("b"), "opa.example", 8000));
-    assert_eq!((opa.timeout.as_secs(), opa.fail_open, opa.status_on_error, &*opa.path_prefix), (2, true, 503, "/check"));
-    assert_eq!(opa.asked_with, [TextMatch::Exact("cookie".into()), TextMatch::Prefix("x-".into())]);
-    assert_eq!(opa.always, [("x-from".parse().unwrap(), "mesh".parse().unwrap())]);
-    assert_eq!(opa.body, Some(BodyLimit { most: 10, partial: true }));
-    assert_eq!(opa.to_refused.as_ref().map(Vec::len), Some(1));
+    assert_eq!((opa.timeout.as_secs(), opa.fail_open, opa.status_on_error), (2, true, 503));
+    assert_eq!(opa.body, Some(BodyLimit { most: 10, partial: true, as_bytes: false }));
+    let Protocol::Http(check) = &opa.speaks else { panic!("{opa:?}") };
+    assert_eq!(&*check.path_prefix, "/check");
+    assert_eq!(check.asked_with, [TextMatch::Exact("cookie".into()), TextMatch::Prefix("x-".into())]);
+    assert_eq!(check.always, [("x-from".parse().unwrap(), "mesh".parse().unwrap())]);
+    assert_eq!(check.to_refused.as_ref().map(Vec::len), Some(1));
     let plain = with("{name: opa, envoyExtAuthzHttp: {service: opa.example, port: 8000}}").0;
     let opa = plain["opa"].as_ref().unwrap();
     assert_eq!((opa.timeout.as_secs(), opa.fail_open, opa.status_on_error), (600, false, 403));
-    assert_eq!((opa.body, opa.to_refused.as_ref()), (None, None));
+    assert_eq!((opa.body, opa.clear_route_cache), (None, false));
+    let Protocol::Http(check) = &opa.speaks else { panic!("{opa:?}") };
+    assert_eq!(check.to_refused, None);
+    let (all, told) = with(
+        "{name: opa, envoyExtAuthzGrpc: {service: opa.example, port: 9000, timeout: 1s, clearRouteCache: true, includeRequestBodyInCheck: {maxRequestBytes: 9, packAsBytes: true}}}",
+    );
+    assert_eq!(told, [""; 0]);
+    let opa = all["opa"].as_ref().unwrap();
+    assert_eq!((&opa.speaks, opa.port, opa.clear_route_cache, opa.judges_bytes()), (&Protocol::Grpc, 9000, true, true));
+    assert_eq!(opa.body, Some(BodyLimit { most: 9, partial: false, as_bytes: true }));
     for (provider, message) in [
         ("{name: opa, envoyExtAuthzHttp: {service: x}}", "port"),
         ("{name: opa, envoyExtAuthzHttp: {port: 1}}", "has a service"),
@@ -450,7 +461,9 @@ fn custom_policies_refuse_what_they_match_and_say_so() {
         ("{name: opa, envoyExtAuthzHttp: {service: x, port: 1, statusOnError: '99'}}", "not an HTTP status"),
         ("{name: opa, envoyExtAuthzHttp: {service: x, port: 1, headersToUpstreamOnAllow: ['a*b']}}", "at one end"),
         ("{name: opa, envoyExtAuthzHttp: {service: x, port: 1, includeRequestBodyInCheck: {}}}", "has a limit"),
-        ("{name: opa, envoyExtAuthzGrpc: {service: x, port: 1}}", "by gRPC"),
+        ("{name: opa, envoyExtAuthzGrpc: {service: x, port: 1, pathPrefix: /a}}", "unknown field `pathPrefix`"),
+        ("{name: opa, envoyExtAuthzGrpc: {service: x}}", "port"),
+        ("{name: opa, envoyExtAuthzGrpc: {service: x, port: 1}, envoyExtAuthzHttp: {service: x, port: 1}}", "one thing"),
     ] {
         let (all, told) = with(provider);
         assert!(all["opa"].is_err(), "{provider}");

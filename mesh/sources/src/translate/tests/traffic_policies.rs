@@ -74,6 +74,9 @@ fn every_section_is_read() {
     key: [{header: x-tenant}, {path: {}}, {authority: {}}]
     tokenBucket: {maxTokens: 10, fillInterval: 1s}
     rateLimitHeaders: false
+  - name: user
+    key: [{claim: realm.tenant}, {sourceIP: {}}]
+    tokenBucket: {maxTokens: 5, fillInterval: 1s}
   - name: network
     key: [{sourceIP: {ipv4Prefix: 24, ipv6Prefix: 48}}]
     phase: AfterAuthorization
@@ -85,9 +88,12 @@ fn every_section_is_read() {
   buffer: {maxRequestBytes: 1048576}",
     );
     let t = made(&text, SERVICE);
-    let [per_ip, admin, network] = &t.limits[..] else { panic!("{:?}", t.limits) };
+    let [per_ip, admin, user, network] = &t.limits[..] else { panic!("{:?}", t.limits) };
     assert_eq!((per_ip.counts.rate, per_ip.point, per_ip.status.as_u16()), (per_minute(100), Point::BeforeAuthentication, 503));
     assert_eq!(per_ip.counts.key, [KeyPart::SourceIp { v4: 32, v6: 64 }]);
+    let claim = KeyPart::Claim(Box::new(["realm".into(), "tenant".into()]));
+    assert_eq!(user.counts.key, [claim, KeyPart::SourceIp { v4: 32, v6: 64 }]);
+    assert_eq!(user.point, Point::AfterAuthorization, "claims are not known before");
     assert_eq!(per_ip.tells, Some(HeaderValue::from_static("100")));
     assert_eq!(per_ip.headers, [header("x-local-rate-limit", "true")]);
     assert_eq!(*per_ip.counts.policy, *"TrafficPolicy a/p");
@@ -122,6 +128,11 @@ fn what_is_wrong_closes_its_targets_and_says_where() {
         (limit("name: x"), "12:spec.rateLimits[0].tokenBucket a limit has a bucket"),
         (limit(&format!("name: x, {bucket}, keys: []")), "12:spec.rateLimits[0].keys unknown field `keys`; did you mean `key`?"),
         (limit(&format!("name: x, {bucket}, key: [{{ip: {{}}}}]")), "12:spec.rateLimits[0].key[0].ip unknown field `ip`"),
+        (
+            limit(&format!("name: x, {bucket}, key: [{{path: {{}}}}, {{claim: sub}}], phase: BeforeAuthentication")),
+            "12:spec.rateLimits[0].key[1] claims are not known before authentication",
+        ),
+        (limit(&format!("name: x, {bucket}, key: [{{claim: a..b}}]")), "12:spec.rateLimits[0].key[0].claim a claim is a name"),
         (
             limit(&format!("name: x, {bucket}, key: [{{path: {{}}, sourceIP: {{}}}}]")),
             "12:spec.rateLimits[0].key[0] each element of `key` has one field",
