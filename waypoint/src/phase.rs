@@ -142,7 +142,7 @@ impl Exchange<'_> {
     /// What the chosen rule matched by.
     pub fn matched(&self) -> Option<&HttpMatch> {
         let (table, at) = self.rule.as_ref()?;
-        table.http.get(*at).map(|r| &r.matches)
+        table.http.get(*at).map(|r| &*r.matches)
     }
 }
 

@@ -20,7 +20,7 @@ fn path(p: PathMatch) -> HttpMatch {
 }
 fn table(rule: impl Fn(usize) -> HttpMatch) -> RouteTable {
     let route = Arc::new(HttpRoute::plain(&ServiceKey::new("ns", "a.ns.svc.cluster.local"), 80));
-    let http = (0..RULES).map(|i| HttpRule { matches: rule(i), route: Arc::clone(&route) }).collect();
+    let http = (0..RULES).map(|i| HttpRule { matches: rule(i).into(), route: Arc::clone(&route) }).collect();
     RouteTable { http, ..RouteTable::default() }.indexed()
 }
 /// A request that reaches the `i`-th rule of every table here.
@@ -76,7 +76,10 @@ fn select_10k(c: &mut Criterion) {
     let route = Arc::new(HttpRoute::plain(&ServiceKey::new("ns", "a.ns.svc.cluster.local"), 80));
     let pattern = |i| {
         let source = if i == 99 { "/api/.*".to_owned() } else { format!("/other{i}/.*") };
-        HttpRule { matches: path(PathMatch::Regex(Pattern::parse(&source).expect("a pattern"))), route: Arc::clone(&route) }
+        HttpRule {
+            matches: path(PathMatch::Regex(Pattern::parse(&source).expect("a pattern"))).into(),
+            route: Arc::clone(&route),
+        }
     };
     one("100_patterns", &RouteTable { http: (0..100).map(pattern).collect(), ..RouteTable::default() }.indexed());
 }

@@ -95,6 +95,8 @@ pub struct Folder {
     held: HashMap<ObjectId, Held>,
     hasher: foldhash::fast::FixedState,
     loaded: bool,
+    /// Every object is written once and readable, as of the last reading: the files alone say who is in force.
+    plain: bool,
     problems: Vec<Problem>,
 }
 
@@ -109,6 +111,7 @@ impl Folder {
             held: HashMap::default(),
             hasher: foldhash::fast::FixedState::default(),
             loaded: false,
+            plain: false,
             problems: Vec::new(),
         }
     }
@@ -135,22 +138,29 @@ impl Folder {
         let mut old = std::mem::take(&mut self.files);
         let mut files: Vec<(PathBuf, File)> = Vec::with_capacity(listing.len());
         let mut fresh: Fresh = HashMap::default();
-        let mut changed = false;
+        // Whether anything changed, and whether every file still names the objects it named.
+        let (mut changed, mut same) = (false, self.plain);
         for found in listing {
             let before = old.remove(&found.path);
             let file = match before {
                 Some(f) if f.stamp.is_some() && f.stamp == found.stamp => f,
                 before => {
                     changed = true;
-                    self.read(&found, before.unwrap_or_default(), files.len(), &mut fresh)
+                    let known = before.as_ref().map(File::ids);
+                    let file = self.read(&found, before.unwrap_or_default(), files.len(), &mut fresh);
+                    same &= file.problem.is_none() && file.kept.is_empty() && known.is_some_and(|known| known == file.ids());
+                    file
                 }
             };
             files.push((found.path, file));
         }
         changed |= !old.is_empty();
+        same &= old.is_empty();
         drop(old);
         let mut duplicates = Vec::new();
-        if changed || !self.loaded {
+        if changed && same {
+            self.take(&files, fresh, |_, _| true);
+        } else if changed || !self.loaded {
             duplicates = self.settle(&mut files, fresh);
         } else {
             // Nothing was read, so nothing between the files changed either.
@@ -373,6 +383,7 @@ impl Folder {
             })
             .collect();
         drop(winners);
+        self.plain = problems.is_empty() && conflicts.is_empty() && files.iter().all(|(_, file)| file.kept.is_empty());
         for id in gone {
             self.translator.remove(&id);
             self.held.remove(&id);
@@ -388,29 +399,30 @@ impl Folder {
                 fresh.insert(at, objects);
             }
         }
-        let mut order: Vec<(At, Vec<Object>)> = fresh.into_iter().collect();
-        order.sort_by_key(|(at, _)| *at);
+        // A list can name an object twice.
         let mut done: HashSet<ObjectId> = HashSet::default();
-        for (at, objects) in order {
-            let Some((place, hash)) = files.get(at.0).and_then(|(_, f)| f.docs.get(at.1).map(|d| (Arc::clone(&f.place), d.hash)))
-            else {
-                continue;
-            };
-            // Only a list can name an object twice in one document.
-            let several = objects.len() > 1;
-            for o in objects {
-                if taken.get(&o.id) != Some(&at) || (several && !done.insert(o.id.clone())) {
-                    continue;
-                }
-                self.held.insert(o.id.clone(), Held { place: Arc::clone(&place), hash });
-                self.translator.upsert(o);
-            }
-        }
+        self.take(files, fresh, |at, id| taken.get(id) == Some(&at) && done.insert(id.clone()));
         for (id, closed) in conflicts {
             self.held.insert(id, Held::conflict());
             self.translator.upsert(closed);
         }
         problems
+    }
+
+    /// Takes in those of the objects read in this pass that are to be in force.
+    fn take(&mut self, files: &[(PathBuf, File)], fresh: Fresh, mut in_force: impl FnMut(At, &ObjectId) -> bool) {
+        let mut order: Vec<(At, Vec<Object>)> = fresh.into_iter().collect();
+        order.sort_by_key(|(at, _)| *at);
+        for (at, objects) in order {
+            let Some((place, hash)) = files.get(at.0).and_then(|(_, f)| f.docs.get(at.1).map(|d| (Arc::clone(&f.place), d.hash)))
+            else {
+                continue;
+            };
+            for o in objects.into_iter().filter(|o| in_force(at, &o.id)) {
+                self.held.insert(o.id.clone(), Held { place: Arc::clone(&place), hash });
+                self.translator.upsert(o);
+            }
+        }
     }
 
     /// Of the objects that are there several times, the policies that do not say the same: what stands for them, and a

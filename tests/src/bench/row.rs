@@ -80,7 +80,7 @@ pub struct Row {
     proxies: Vec<Proxy>,
     _server: Running,
     client: Netns,
-    _server_netns: Netns,
+    server_netns: Netns,
     mesh: MeshDir,
     _authority: TempDir,
 }
@@ -101,7 +101,9 @@ impl Row {
             &[format!("route add default via {PROXY_BACK}"), format!("route add local {} dev lo", endpoint_net())],
         )?;
         // Tens of thousands of connections of one client; nobody's own ports are in the range.
-        client.sysctl(&[("ipv4/ip_local_port_range", "16000 65000")])?;
+        for end in [&client, &server] {
+            end.sysctl(&[("ipv4/ip_local_port_range", "16000 65000")])?;
+        }
 
         let mesh = MeshDir::empty()?;
         let authority = netns::scratch("ca")?;
@@ -153,7 +155,7 @@ impl Row {
             proxies,
             _server: server_process,
             client,
-            _server_netns: server,
+            server_netns: server,
             mesh,
             _authority: authority,
         };
@@ -190,6 +192,11 @@ impl Row {
     /// Opens connections that last as long as the value.
     pub fn hold(&self, args: &[&str], conns: u64) -> anyhow::Result<Held> {
         Held::open(&self.client, &self.settings, args, self.target(), conns)
+    }
+
+    /// The same from the server's pod, which is a client of its own service then.
+    pub fn hold_from_server(&self, args: &[&str], conns: u64) -> anyhow::Result<Held> {
+        Held::open(&self.server_netns, &self.settings, args, self.target(), conns)
     }
 
     /// CPU seconds so far: of the proxy in the middle, then of the agents.

@@ -48,8 +48,8 @@ impl RouteTable {
 /// One HTTP rule.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HttpRule {
-    /// When it applies; all parts must hold.
-    pub matches: HttpMatch,
+    /// When it applies; all parts must hold. Shared with the object it was read from and with other tables.
+    pub matches: Arc<HttpMatch>,
     /// What happens then.
     pub route: Arc<HttpRoute>,
 }

@@ -205,7 +205,8 @@ fn any_table() -> impl Strategy<Value = RouteTable> {
     });
     (prop::collection::vec(path, 0..14), prop::bool::weighted(0.1), prop::bool::ANY).prop_map(|(paths, broken, indexed)| {
         let route = Arc::new(HttpRoute::plain(&key("ns1", "a"), 80));
-        let rule = |path| HttpRule { matches: HttpMatch { path: Some(path), ..HttpMatch::default() }, route: Arc::clone(&route) };
+        let rule =
+            |path| HttpRule { matches: HttpMatch { path: Some(path), ..HttpMatch::default() }.into(), route: Arc::clone(&route) };
         let broken = broken.then(|| "why".into());
         let table = RouteTable { http: paths.into_iter().map(rule).collect(), broken, ..RouteTable::default() };
         if indexed { table.indexed() } else { table }

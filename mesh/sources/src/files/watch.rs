@@ -26,6 +26,8 @@ const BURST: Duration = Duration::from_secs(1);
 /// Without any sign of change the folder is looked at this often: watches can be lost (queue overflow, network
 /// file systems). Files whose stamp is as it was are not read.
 const PATROL: Duration = Duration::from_secs(10);
+/// Changes whose texts and trees are worth giving back to the system.
+const LARGE: usize = 200;
 /// How often a missing folder is tried.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -56,9 +58,12 @@ impl Source for FolderSource {
                 diagnostics.replace(folder.problems().to_vec());
                 match changes {
                     Some(changes) if !changes.is_empty() || !sink.has_told() => {
+                        let large = changes.len() > LARGE;
                         let sent = sink.send_blocking(changes).is_ok().then_some(true);
-                        // Texts and trees of a large load are several times what stays.
-                        mesh_runtime::allocator::return_free_pages();
+                        if large {
+                            // Texts and trees of a large load are several times what stays.
+                            mesh_runtime::allocator::return_free_pages();
+                        }
                         sent
                     }
                     Some(_) => Some(true),

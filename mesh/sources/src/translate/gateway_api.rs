@@ -242,7 +242,10 @@ pub(super) fn add(join: &mut Join<'_>, service: &Arc<Service>, table: &mut Route
             // Told by the check of the route.
             let Ok(port) = scope(p, kube, service) else { continue };
             for (rank, matches, route) in &settled.http {
-                let matches = HttpMatch { port, ..HttpMatch::clone(matches) };
+                let matches = match port {
+                    None => Arc::clone(matches),
+                    Some(_) => Arc::new(HttpMatch { port, ..HttpMatch::clone(matches) }),
+                };
                 rules.push((*rank, HttpRule { matches, route: Arc::clone(route) }));
             }
             if id.0 == RouteKind::Tls {
@@ -288,7 +291,7 @@ struct Settled<'a> {
     l4: Vec<Arc<TcpRoute>>,
 }
 /// An HTTP rule on its way into a table.
-type HttpEntry<'a> = (Rank, &'a HttpMatch, Arc<HttpRoute>);
+type HttpEntry<'a> = (Rank, &'a Arc<HttpMatch>, Arc<HttpRoute>);
 
 /// The rules of a route with their references looked up; complains about those that cannot be used.
 fn settle<'a>(join: &mut Join<'_>, id: &RouteId, slot: &'a Slot<Route>) -> Settled<'a> {
@@ -558,7 +561,7 @@ impl Host<'_> {
         if let Some(old) = old.filter(same) {
             return Arc::clone(old);
         }
-        let rule = |(_, matches, route): HttpEntry<'_>| HttpRule { matches: HttpMatch::clone(matches), route };
+        let rule = |(_, matches, route): HttpEntry<'_>| HttpRule { matches: Arc::clone(matches), route };
         Arc::new(RouteTable { http: self.http.into_iter().map(rule).collect(), ..rest }.indexed())
     }
 }

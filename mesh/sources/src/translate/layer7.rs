@@ -587,7 +587,7 @@ fn add_untouched_ports(service: &Service, table: &mut RouteTable) {
     for port in &service.ports {
         if table.http.iter().all(|r| r.matches.port.is_some_and(|p| p != port.port)) {
             table.http.push(HttpRule {
-                matches: HttpMatch { port: Some(port.port), ..HttpMatch::default() },
+                matches: HttpMatch { port: Some(port.port), ..HttpMatch::default() }.into(),
                 route: Arc::new(HttpRoute::plain(&service.key, port.port)),
             });
         }

@@ -46,7 +46,7 @@ fn a_rule_reads_like_what_was_written() {
         headers: vec![(HeaderName::from_static("x-user"), StringMatch::Exact("tester".into()))],
         ..HttpMatch::default()
     };
-    let rules = vec![HttpRule { matches, route: Arc::new(route) }];
+    let rules = vec![HttpRule { matches: matches.into(), route: Arc::new(route) }];
     let table = RouteTable { http: rules, ..RouteTable::default() };
     let value = routes(&key(), &table);
     assert_eq!(value["service"], "shop/api.shop.svc.cluster.local");

@@ -26,7 +26,7 @@ fn name(n: &'static str) -> HeaderName {
 }
 fn rules(all: Vec<HttpMatch>) -> Vec<HttpRule> {
     let route = Arc::new(HttpRoute::plain(&key("ns", "a"), 80));
-    all.into_iter().map(|matches| HttpRule { matches, route: Arc::clone(&route) }).collect()
+    all.into_iter().map(|matches| HttpRule { matches: matches.into(), route: Arc::clone(&route) }).collect()
 }
 fn table(all: Vec<HttpMatch>) -> RouteTable {
     RouteTable { http: rules(all), ..RouteTable::default() }.indexed()

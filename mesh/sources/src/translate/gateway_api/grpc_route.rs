@@ -20,7 +20,7 @@ pub(super) fn rule<'p>(r: &mut Reader<'_>, object: Owner<'_, 'p>, rule: &'p Node
         matches.push(one_match(r, m)?);
     }
     if matches.is_empty() {
-        matches.push((Rank::new(PathKind::Any, 0, true, 0, 0), HttpMatch::default()));
+        matches.push((Rank::new(PathKind::Any, 0, true, 0, 0), Arc::default()));
     }
     let filters = filter::read(r, object, rule, Place::Grpc, false)?;
     let backends = route::backends(r, object, rule, Some(Place::Grpc), false)?;
@@ -39,7 +39,7 @@ pub(super) fn rule<'p>(r: &mut Reader<'_>, object: Owner<'_, 'p>, rule: &'p Node
 }
 
 /// A match, ranked like the path it stands for: `/service/method` exact, `/service/` a prefix, all else a pattern.
-fn one_match<'p>(r: &mut Reader<'_>, m: &'p Node<'p>) -> Read<'p, (Rank, HttpMatch)> {
+fn one_match<'p>(r: &mut Reader<'_>, m: &'p Node<'p>) -> Read<'p, (Rank, Arc<HttpMatch>)> {
     read::only(m, &["method", "headers"])?;
     let headers = route::header_matches(r, m)?;
     let (mut kind, mut length, mut grpc) = (PathKind::Any, 0, None);
@@ -64,5 +64,5 @@ fn one_match<'p>(r: &mut Reader<'_>, m: &'p Node<'p>) -> Read<'p, (Rank, HttpMat
         });
     }
     let rank = Rank::new(kind, length, true, headers.len(), 0);
-    Ok((rank, HttpMatch { headers, grpc, ..HttpMatch::default() }))
+    Ok((rank, Arc::new(HttpMatch { headers, grpc, ..HttpMatch::default() })))
 }

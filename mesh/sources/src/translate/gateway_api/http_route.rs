@@ -47,9 +47,9 @@ pub(super) fn rule<'p>(r: &mut Reader<'_>, object: Owner<'_, 'p>, rule: &'p Node
     Ok(Written { name: route::rule_name(r, rule)?, matches, filters, backends, timeout, retry })
 }
 
-fn everything() -> (Rank, HttpMatch) {
+fn everything() -> (Rank, Arc<HttpMatch>) {
     let path = Some(PathMatch::SegmentPrefix("/".into()));
-    (Rank::new(PathKind::Prefix, 1, true, 0, 0), HttpMatch { path, ..HttpMatch::default() })
+    (Rank::new(PathKind::Prefix, 1, true, 0, 0), HttpMatch { path, ..HttpMatch::default() }.into())
 }
 /// The rule of a route that has none.
 pub(super) fn default_rule() -> Written {
@@ -59,7 +59,7 @@ pub(super) fn default_rule() -> Written {
 
 const METHODS: &[&str] = &["GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"];
 
-fn one_match<'p>(r: &mut Reader<'_>, m: &'p Node<'p>) -> Read<'p, (Rank, HttpMatch)> {
+fn one_match<'p>(r: &mut Reader<'_>, m: &'p Node<'p>) -> Read<'p, (Rank, Arc<HttpMatch>)> {
     read::only(m, &["path", "headers", "queryParams", "method"])?;
     let (kind, length, path) = match read::map(m, "path")? {
         None => (PathKind::Prefix, 1, PathMatch::SegmentPrefix("/".into())),
@@ -82,7 +82,7 @@ fn one_match<'p>(r: &mut Reader<'_>, m: &'p Node<'p>) -> Read<'p, (Rank, HttpMat
         }
     }
     let rank = Rank::new(kind, length, method.is_none(), headers.len(), query.len());
-    Ok((rank, HttpMatch { path: Some(path), method, headers, query, ..HttpMatch::default() }))
+    Ok((rank, Arc::new(HttpMatch { path: Some(path), method, headers, query, ..HttpMatch::default() })))
 }
 
 /// A path match, its kind and the length that counts for the order.

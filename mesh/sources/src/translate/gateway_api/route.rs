@@ -64,7 +64,7 @@ pub struct Route {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rule {
     /// When it applies; one at least for HTTP and gRPC, none for TCP and TLS.
-    pub matches: Vec<(Rank, HttpMatch)>,
+    pub matches: Vec<(Rank, Arc<HttpMatch>)>,
     /// What happens then.
     pub action: Action,
     /// What it names, and where that is in the action.
@@ -92,7 +92,7 @@ pub enum At {
 /// A rule as written, before it is compiled.
 pub(super) struct Written {
     pub(super) name: Option<Arc<str>>,
-    pub(super) matches: Vec<(Rank, HttpMatch)>,
+    pub(super) matches: Vec<(Rank, Arc<HttpMatch>)>,
     pub(super) filters: Filters,
     /// Those of weight 0 too.
     pub(super) backends: Vec<WrittenBackend>,

@@ -111,7 +111,7 @@ fn only_rule(rule: &str) -> HttpRule {
     rule.clone()
 }
 fn only_match(m: &str) -> HttpMatch {
-    only_rule(&format!("matches: [{{{m}}}], backendRefs: [{{name: t, port: 80}}]")).matches
+    only_rule(&format!("matches: [{{{m}}}], backendRefs: [{{name: t, port: 80}}]")).matches.as_ref().clone()
 }
 fn forward(rule: &str) -> (HttpRoute, Forward) {
     let route = HttpRoute::clone(&only_rule(rule).route);
@@ -669,7 +669,7 @@ fn routes_without_dates_are_in_the_order_of_their_names_across_kinds() {
 fn grpc_matches() {
     let grpc = |m: &str| {
         let spec = format!("{TO_S}, rules: [{{matches: [{m}], backendRefs: [{{name: t, port: 80}}]}}]");
-        good(&(services("a") + &route("GRPCRoute", "a", "r", &spec))).table(S).http[0].matches.clone()
+        good(&(services("a") + &route("GRPCRoute", "a", "r", &spec))).table(S).http[0].matches.as_ref().clone()
     };
     let g = grpc("{method: {service: a.B, method: C}, headers: [{name: X, value: y}]}");
     let exact = |t: &str| Some(StringMatch::Exact(t.into()));

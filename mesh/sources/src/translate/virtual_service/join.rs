@@ -255,7 +255,7 @@ impl<'a> Making<'_, 'a, '_> {
                     let name = format!("{}.{}", route.name, m.name).into();
                     Arc::make_mut(&mut route).name = name;
                 }
-                table.http.push(HttpRule { matches: HttpMatch { port, ..m.matches.clone() }, route });
+                table.http.push(HttpRule { matches: HttpMatch { port, ..m.matches.clone() }.into(), route });
             }
             if m.matches == HttpMatch::default() {
                 // Nothing after it is ever reached.

@@ -61,7 +61,7 @@ fn only(text: &str) -> (HttpMatch, HttpRoute) {
     let mut t = table(text);
     assert_eq!(t.http.len(), 1, "{t:?}");
     let r = t.http.remove(0);
-    (r.matches, (*r.route).clone())
+    ((*r.matches).clone(), (*r.route).clone())
 }
 #[track_caller]
 fn matches(fields: &str) -> HttpMatch {
@@ -154,7 +154,7 @@ fn matches_are_what_they_say() {
     ] {
         let text = rule(&format!("match: [{fields}]"));
         let got = table(&text).http.remove(0).matches;
-        assert_eq!(got, want, "{fields}");
+        assert_eq!(*got, want, "{fields}");
     }
     assert!(matches!(matches("{uri: {regex: '/v[0-9]'}}").path, Some(PathMatch::Regex(p)) if p.source() == "/v[0-9]"));
 }
