@@ -7,12 +7,14 @@ use anyhow::{Context as _, ensure};
 use mesh_tests::bench::row::{HOST, Row, Shape, route_yaml};
 use mesh_tests::bench::versus::{Fact, Versus};
 
-use crate::{LARGE, Run};
+use crate::{LARGE, REST, Run};
 
 /// Milliseconds a change may take.
 const MUST: f64 = 20.0;
 /// No change may take longer, or the run ends.
 const LIMIT: Duration = Duration::from_secs(10);
+/// Between two questions: asking without pause would take half of the proxy's only processor, and be what is measured.
+const PAUSE: Duration = Duration::from_micros(500);
 /// Path of the route that changes.
 const PATH: &str = "/changing";
 
@@ -24,6 +26,7 @@ pub fn measure(run: &Run, versus: &mut Versus) -> anyhow::Result<()> {
     let mut client = Client { stream: held, answer: vec![0; 4096] };
     put(&row, 0)?;
     client.until("0")?;
+    std::thread::sleep(REST);
     let mut took = Vec::new();
     for version in 1..=changes {
         let text = yaml(version);
@@ -35,10 +38,10 @@ pub fn measure(run: &Run, versus: &mut Versus) -> anyhow::Result<()> {
         std::thread::sleep(Duration::from_millis(150 + version * 7 % 100));
     }
     took.sort_by(f64::total_cmp);
-    for (q, name) in [(0.5, "median"), (1.0, "most")] {
+    for (q, name, must) in [(0.5, "median", Some(MUST)), (0.9, "ninth tenth", Some(MUST)), (1.0, "most", None)] {
         let value = took[((took.len() - 1) as f64 * q) as usize];
         let what = format!("route change live among 10 k rules, {name} of {changes}");
-        versus.facts.push(Fact { peer: peer.name, what, value, unit: "ms", must: Some(MUST) });
+        versus.facts.push(Fact { peer: peer.name, what, value, unit: "ms", must });
     }
     Ok(())
 }
@@ -66,7 +69,7 @@ struct Client {
 }
 
 impl Client {
-    /// Asks without pause until the answer has this version. Every answer must be a 200.
+    /// Asks until the answer has this version. Every answer must be a 200.
     fn until(&mut self, version: &str) -> anyhow::Result<()> {
         let wanted = format!("x-version: {version}\r\n");
         let start = Instant::now();
@@ -76,6 +79,7 @@ impl Client {
             if head.contains(&wanted) {
                 return Ok(());
             }
+            std::thread::sleep(PAUSE);
             ensure!(start.elapsed() < LIMIT, "version {version} is not there after {LIMIT:?}");
         }
     }
