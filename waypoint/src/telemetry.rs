@@ -13,6 +13,7 @@ mod record;
 pub(crate) mod scrape;
 
 pub use flags::{Flag, Flags};
+pub(crate) use grpc::grpc_of_http;
 pub use grpc::{Messages, Received};
 pub(crate) use record::ORIGINAL_PATH;
 pub use record::{Noted, Record, TcpRecord};
@@ -108,7 +109,7 @@ impl Telemetry {
             status: record.status,
             flags: record.flags,
             grpc: record.grpc,
-            grpc_status: record.grpc_status,
+            grpc_status: record.grpc_status(),
             hbone: record.host.as_ref().is_some_and(|h| h.is_hbone()),
         };
         let told = record.told.as_ref().filter(|t| !t.metrics.is_empty());

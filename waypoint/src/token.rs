@@ -50,8 +50,13 @@ faults! {
     PayloadJson = "Jwt payload is an invalid JSON",
     Issuer = "Jwt payload [iss] field is not a string",
     Subject = "Jwt payload [sub] field is not a string",
+    IssuedAt = "Jwt payload [iat] field is not an integer",
+    IssuedAtRange = "Jwt payload [iat] field is not a positive 64 bit integer",
     NotBefore = "Jwt payload [nbf] field is not an integer",
+    NotBeforeRange = "Jwt payload [nbf] field is not a positive 64 bit integer",
     Expiry = "Jwt payload [exp] field is not an integer",
+    ExpiryRange = "Jwt payload [exp] field is not a positive 64 bit integer",
+    Id = "Jwt payload [jti] field is not a string",
     Audience = "Jwt payload [aud] field is not a string or string list",
     SignatureBase64 = "Jwt signature is an invalid Base64url encoded",
     UnknownIssuer = "Jwt issuer is not configured",
@@ -106,8 +111,10 @@ impl Jwt {
         let claims = json(payload, Fault::PayloadBase64, Fault::PayloadJson)?;
         optional_text(&claims, "iss", Fault::Issuer)?;
         optional_text(&claims, "sub", Fault::Subject)?;
-        let not_before = seconds(&claims, "nbf", Fault::NotBefore)?;
-        let expires = seconds(&claims, "exp", Fault::Expiry)?;
+        seconds(&claims, "iat", [Fault::IssuedAt, Fault::IssuedAtRange])?;
+        let not_before = seconds(&claims, "nbf", [Fault::NotBefore, Fault::NotBeforeRange])?;
+        let expires = seconds(&claims, "exp", [Fault::Expiry, Fault::ExpiryRange])?;
+        optional_text(&claims, "jti", Fault::Id)?;
         match claims.get("aud") {
             None | Some(Value::String(_)) => {}
             Some(Value::Array(all)) if all.iter().all(Value::is_string) => {}
@@ -168,11 +175,12 @@ impl Jwt {
         let (first, rest) = path.split_first()?;
         rest.iter().try_fold(self.claims.get(&**first)?, |value, name| value.as_object()?.get(&**name))
     }
-    /// A claim as a header has it: text, numbers and booleans as they are, lists and objects as base64url of their JSON.
+    /// A claim as a header has it: text, numbers and booleans as they are, lists and objects as base64url of their JSON; none of
+    /// an empty text.
     pub fn claim_text(&self, path: &[Arc<str>]) -> Option<String> {
         match self.claim(path)? {
             Value::Null => None,
-            Value::String(text) => Some(text.clone()),
+            Value::String(text) => Some(text.clone()).filter(|text| !text.is_empty()),
             value @ (Value::Bool(_) | Value::Number(_)) => Some(value.to_string()),
             value => Some(BASE64.encode(value.to_string())),
         }
@@ -181,9 +189,15 @@ impl Jwt {
 fn optional_text<'m>(map: &'m Map<String, Value>, name: &str, fault: Fault) -> Result<Option<&'m str>, Fault> {
     map.get(name).map(|v| v.as_str().ok_or(fault)).transpose()
 }
-/// A NumericDate: seconds, a fraction is cut off.
-fn seconds(claims: &Map<String, Value>, name: &str, fault: Fault) -> Result<Option<u64>, Fault> {
-    let read = |v: &Value| v.as_u64().or_else(|| v.as_f64().filter(|s| *s >= 0.0).map(|s| s as u64)).ok_or(fault);
+/// A NumericDate: seconds, a fraction is cut off. Faults: it is no number, or not one of this time.
+fn seconds(claims: &Map<String, Value>, name: &str, [kind, range]: [Fault; 2]) -> Result<Option<u64>, Fault> {
+    let read = |v: &Value| match (v.as_u64(), v.as_f64()) {
+        (Some(whole), _) => Ok(whole),
+        // 2^64: no number of 64 bits is as large.
+        (None, Some(number)) if (0.0..18_446_744_073_709_551_616.0).contains(&number) => Ok(number as u64),
+        (None, Some(_)) => Err(range),
+        (None, None) => Err(kind),
+    };
     claims.get(name).map(read).transpose()
 }
 
@@ -195,17 +209,19 @@ pub(crate) struct Verified {
 }
 impl Claims for Verified {
     fn matches(&self, path: &[Arc<str>], what: &StringMatch) -> bool {
+        // Any value is not the empty one (Istio asks for `.+`).
+        let holds = |text: &str| if *what == StringMatch::Present { !text.is_empty() } else { what.matches(text) };
         match self.jwt.claim(path) {
             Some(Value::String(text)) => {
                 let is_list = |name: &Arc<str>| self.rule.space_delimited.contains(name);
                 if let [name] = path
                     && is_list(name)
                 {
-                    return text.split(' ').filter(|t| !t.is_empty()).any(|t| what.matches(t));
+                    return text.split(' ').filter(|t| !t.is_empty()).any(holds);
                 }
-                what.matches(text)
+                holds(text)
             }
-            Some(Value::Array(list)) => list.iter().filter_map(Value::as_str).any(|t| what.matches(t)),
+            Some(Value::Array(list)) => list.iter().filter_map(Value::as_str).any(holds),
             _ => false,
         }
     }

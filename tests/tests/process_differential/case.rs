@@ -18,12 +18,42 @@ pub struct Scenario {
     pub routes: Vec<Value>,
     /// Merged into every Envoy cluster of this service.
     pub cluster: Value,
-    /// Envoy's HTTP filters before the usual ones, and what is merged into its connection manager.
+    /// Envoy's HTTP filters before the usual ones, and between them and the router.
     pub filters: Vec<Value>,
     /// See `filters`.
+    pub last_filters: Vec<Value>,
+    /// What is merged into Envoy's connection manager.
     pub manager: Value,
+    /// How paths are normalised.
+    pub paths: Paths,
+    /// Lines of the access log beside the one every request has: formats (text, or an object), and which requests they tell.
+    pub lines: Vec<(Value, Option<&'static str>)>,
+    /// Labels of the metrics and their CEL expressions.
+    pub tags: Vec<(&'static str, &'static str)>,
     /// Cases.
     pub cases: Vec<Case>,
+}
+
+/// Where an EnvoyFilter puts a filter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum At {
+    /// Before all others.
+    First,
+    /// Before the router.
+    Last,
+}
+
+/// How paths are normalised (`meshConfig.pathNormalization`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Paths {
+    /// Not at all.
+    None,
+    /// Dot segments, backslashes, escapes.
+    Base,
+    /// And runs of slashes.
+    Merge,
+    /// And escaped slashes.
+    DecodeAndMerge,
 }
 
 /// A service without objects: one pod, the default route.
@@ -36,7 +66,11 @@ pub fn scenario(name: &'static str) -> Scenario {
         routes: Vec::new(),
         cluster: json!({}),
         filters: Vec::new(),
+        last_filters: Vec::new(),
         manager: json!({}),
+        paths: Paths::Base,
+        lines: Vec::new(),
+        tags: Vec::new(),
         cases: Vec::new(),
     }
 }
@@ -109,10 +143,64 @@ impl Scenario {
         self
     }
 
+    /// A TrafficPolicy for this service, of these sections.
+    pub fn traffic_policy(self, sections: &str) -> Self {
+        self.object(&format!(
+            "apiVersion: culvert.dev/v1alpha1\nkind: TrafficPolicy\nmetadata: {{ name: $NAME, namespace: d }}\nspec:\n  \
+             targetRefs: [{{ group: '', kind: Service, name: $NAME }}]\n{sections}"
+        ))
+    }
+
     /// A filter of Envoy before the usual ones.
-    pub fn filter(mut self, name: &str, kind: &str, mut config: Value) -> Self {
-        config["@type"] = format!("type.googleapis.com/envoy.extensions.filters.http.{kind}").into();
-        self.filters.push(json!({"name": name, "typed_config": config}));
+    pub fn filter(mut self, name: &str, kind: &str, config: Value) -> Self {
+        self.filters.push(istiod::filter(name, kind, config));
+        self
+    }
+
+    /// A filter of Envoy before the router.
+    pub fn last_filter(mut self, name: &str, kind: &str, config: Value) -> Self {
+        self.last_filters.push(istiod::filter(name, kind, config));
+        self
+    }
+
+    /// An EnvoyFilter that puts a filter there, and the filter at Envoy. To be called before `filter` where it comes first.
+    pub fn envoy_filter(mut self, at: At, name: &str, kind: &str, config: Value) -> Self {
+        let value = istiod::filter(name, kind, config);
+        let router = json!({"filterChain": {"filter": {
+            "name": "envoy.filters.network.http_connection_manager", "subFilter": {"name": "envoy.filters.http.router"},
+        }}});
+        let (operation, listener) = if at == At::First { ("INSERT_FIRST", json!({})) } else { ("INSERT_BEFORE", router) };
+        let patch = json!([{
+            "applyTo": "HTTP_FILTER", "match": {"context": "SIDECAR_INBOUND", "listener": listener},
+            "patch": {"operation": operation, "value": value},
+        }]);
+        if at == At::First {
+            self.filters.push(value);
+        } else {
+            self.last_filters.push(value);
+        }
+        let number = self.filters.len() + self.last_filters.len();
+        self.object(&format!(
+            "apiVersion: networking.istio.io/v1alpha3\nkind: EnvoyFilter\nmetadata: {{ name: $NAME-{number}, namespace: d }}\nspec:\n  \
+             targetRefs: [{{ group: '', kind: Service, name: $NAME }}]\n  configPatches: {patch}"
+        ))
+    }
+
+    /// A line more in the access log, of requests of which the expression (if any) is true.
+    pub fn line(mut self, format: Value, when: Option<&'static str>) -> Self {
+        self.lines.push((format, when));
+        self
+    }
+
+    /// A label more of the metrics.
+    pub fn tag(mut self, name: &'static str, expression: &'static str) -> Self {
+        self.tags.push((name, expression));
+        self
+    }
+
+    /// Paths are normalised so.
+    pub fn paths(mut self, paths: Paths) -> Self {
+        self.paths = paths;
         self
     }
 

@@ -1,18 +1,24 @@
 //! The scenarios. Each names its objects twice: as a user writes them, and as istiod tells Envoy.
+mod answers;
 mod breakers;
 mod cors;
 mod ejection;
 mod faults;
 mod gateway_api;
 mod headers;
+mod limits;
+mod lines;
 mod matching;
 mod mirrors;
+mod paths;
 mod policies;
+mod principals;
 mod protocol;
 mod redirects;
 mod retries;
 mod rewrites;
 mod timeouts;
+mod tokens;
 mod upstream;
 mod weights;
 
@@ -37,6 +43,12 @@ pub fn all() -> Vec<Scenario> {
         protocol::all(),
         gateway_api::all(),
         policies::all(),
+        tokens::all(),
+        principals::all(),
+        limits::all(),
+        answers::all(),
+        paths::all(),
+        lines::all(),
     ]
     .concat()
 }

@@ -2,6 +2,7 @@
 //!
 //! Normalises only what must differ between any two runs: dates, times, generated ids. Everything else that differs is told.
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::Read as _;
 
 use mesh_tests::http1::{Answer, End};
 
@@ -16,6 +17,12 @@ pub struct Logged {
     pub flags: String,
     /// Response code details.
     pub details: String,
+    /// Whether the line every request has is there; it comes after the others.
+    pub whole: bool,
+    /// Lines of the scenario's own formats, by number.
+    pub lines: BTreeMap<String, String>,
+    /// Labels of its metrics.
+    pub tags: BTreeMap<String, String>,
 }
 
 /// One request as it went on one side.
@@ -105,7 +112,7 @@ fn whole(number: &str, one: &Observed, with_arrivals: bool, out: &mut Aspects) {
         Ok(answer) => {
             put("status", answer.status.to_string());
             put("version", answer.version.clone());
-            put("body", String::from_utf8_lossy(&answer.body).into_owned());
+            put("body", body(answer));
             put(
                 "end",
                 match answer.end {
@@ -132,6 +139,12 @@ fn whole(number: &str, one: &Observed, with_arrivals: bool, out: &mut Aspects) {
         Some(logged) => {
             put("flags", logged.flags.clone());
             put("details", logged.details.clone());
+            for (number, line) in &logged.lines {
+                put(&format!("line {number}"), line.clone());
+            }
+            for (name, value) in &logged.tags {
+                put(&format!("tag {name}"), value.clone());
+            }
         }
     }
     if !with_arrivals {
@@ -161,6 +174,24 @@ fn whole(number: &str, one: &Observed, with_arrivals: bool, out: &mut Aspects) {
     }
 }
 
+/// The body, decoded: compressors may pack differently.
+fn body(answer: &Answer) -> String {
+    let mut plain = Vec::new();
+    let decoded = match answer.header("content-encoding") {
+        Some("gzip") => flate2::read::GzDecoder::new(&*answer.body).read_to_end(&mut plain),
+        Some("br") => brotli::Decompressor::new(&*answer.body, 4096).read_to_end(&mut plain),
+        Some("zstd") => zstd::Decoder::new(&*answer.body).and_then(|mut decoder| decoder.read_to_end(&mut plain)),
+        _ => return String::from_utf8_lossy(&answer.body).into_owned(),
+    };
+    match decoded {
+        Ok(_) => format!("{} bytes decoded: {}", plain.len(), String::from_utf8_lossy(&plain)),
+        // Cut as it is, one packs more into the beginning than another.
+        Err(_) if answer.end == End::Broken => "the beginning of something compressed".into(),
+        // Some answers only say that they are compressed.
+        Err(_) => String::from_utf8_lossy(&answer.body).into_owned(),
+    }
+}
+
 fn shadow(seen: &Seen) -> bool {
     seen.headers.iter().any(|(name, value)| name.eq_ignore_ascii_case("host") && value.contains("-shadow"))
 }
@@ -181,6 +212,11 @@ fn normal(name: &str, value: &str, id: &str) -> String {
         "x-envoy-upstream-service-time" if value.parse::<u64>().is_ok() => "a time".into(),
         "x-request-id" | "x-case" if value == id => "as sent".into(),
         "x-request-id" if is_uuid4(value) => "a UUID".into(),
+        // Counts down while the suite runs.
+        "x-ratelimit-reset" if value.parse::<u64>().is_ok_and(|seconds| seconds > 600) => {
+            let minutes = value.parse::<u64>().map_or(0, |seconds| seconds.div_ceil(60));
+            format!("{minutes} min")
+        }
         // What a proxy makes up to know a client again.
         "set-cookie" => match value.split('"').collect::<Vec<_>>()[..] {
             [name, hash, rest] if !hash.is_empty() && hash.bytes().all(|b| b.is_ascii_hexdigit()) => {

@@ -58,6 +58,11 @@ pub const EVERYWHERE: &[Everywhere] = &[
         is_it: |aspect, ours, envoy| aspect.ends_with("header x-culvert-reason") && ours.is_some() && envoy.is_none(),
     },
     Everywhere {
+        name: "a tag without a value",
+        reason: "a label whose expression has no value is left out of the metric; Istio writes `unknown`",
+        is_it: |aspect, ours, envoy| aspect.starts_with("tag ") && ours.is_none() && envoy == Some("unknown"),
+    },
+    Everywhere {
         name: "a refused head is logged",
         reason: "what Envoy's parser refuses has no line in its log; ours has one for all it could read",
         is_it: |aspect, ours, envoy| match aspect {
@@ -139,6 +144,141 @@ pub const DIFFERENCES: &[Difference] = &[
         what: Statuses("none", "408"),
         cases: &["protocol-time::a head that takes too long"],
     },
+    // Tokens.
+    Difference {
+        reason: "two different tokens in one request are refused: which of them the application would believe nobody can say",
+        what: Statuses("401", "200"),
+        cases: &["jwt-issuers::both"],
+    },
+    Difference {
+        reason: "two different tokens in one request are refused: which of them the application would believe nobody can say",
+        what: Aspects(&["body", "details", "header content-length", "header www-authenticate"]),
+        cases: &["jwt::two that differ"],
+    },
+    Difference {
+        reason: "who does not know a critical extension may not accept the token (RFC 7515 §4.1.11)",
+        what: Statuses("401", "200"),
+        cases: &["jwt::a critical extension"],
+    },
+    Difference {
+        reason: "the answer does not repeat a token of the query, which may be good elsewhere",
+        what: Aspects(&["header www-authenticate"]),
+        cases: &["jwt::in the query, expired", "jwt::an empty one in the query", "jwt-places::a parameter, refused"],
+    },
+    Difference {
+        reason: "a token is read as it stands; Envoy skips what cannot begin one, and white space within it",
+        what: Aspects(&["body", "details", "header content-length"]),
+        cases: &["jwt::a head that is no base64", "jwt::something behind it"],
+    },
+    Difference {
+        reason: "a number of a claim is written as the token has it; Envoy writes six decimals",
+        what: Aspects(&["arrival 1 header x-c-fraction"]),
+        cases: &[
+            "jwt-outputs::everything",
+            "jwt-outputs::in the query, forwarded",
+            "jwt-outputs::headers a client makes up",
+            "jwt-outputs::by HTTP/2",
+        ],
+    },
+    // Limits.
+    Difference {
+        reason: "what a request does not have is a value too: leaving a header away is no way around a limit",
+        what: Aspects(&["1 header x-ratelimit-*", "2 *"]),
+        cases: &["limit-header::without the header"],
+    },
+    Difference {
+        reason: "a path is counted without its query: adding one is no way around a limit",
+        what: Aspects(&["2 *"]),
+        cases: &["limit-paths::a path with a query"],
+    },
+    Difference {
+        reason: "the largest body is exact; Envoy's limit is a watermark, which one frame may pass",
+        what: Statuses("413", "200"),
+        cases: &["buffer::too much by HTTP/2"],
+    },
+    // Headers and compression of answers.
+    Difference {
+        reason: "`server` is a header like any other for a policy; Envoy writes its own after all filters",
+        what: Aspects(&["header server"]),
+        cases: &["dress-lua::of the endpoint", "dress-lua::over the endpoint's own", "dress-lua::of our own error"],
+    },
+    Difference {
+        reason: "codings are compared without regard to case, and `x-gzip` is gzip (RFC 9110 §8.4.1)",
+        what: Aspects(&["body", "header content-encoding", "header content-length", "header transfer-encoding"]),
+        cases: &["compress::in capitals", "compress::the old name"],
+    },
+    Difference {
+        reason: "headers that came twice go on twice; Envoy joins those it knows, which is the same (RFC 9110 §5.3)",
+        what: Aspects(&["arrival 1 header accept-encoding"]),
+        cases: &["compress::two headers"],
+    },
+    Difference {
+        reason: "`*` holds all that can be said of what an answer varies by",
+        what: Aspects(&["header vary"]),
+        cases: &["compress::varies by everything"],
+    },
+    Difference {
+        reason: "an answer without a body is none that could have been compressed",
+        what: Aspects(&["header vary"]),
+        cases: &["compress::nothing there"],
+    },
+    Difference {
+        reason: "parts of what is compressed on its way cannot be had: nobody is told that they can",
+        what: Aspects(&["header accept-ranges"]),
+        cases: &["compress::ranges"],
+    },
+    Difference {
+        reason: "a part of something stays as it is: its place in the whole is counted in bytes (RFC 9110 §14.4)",
+        what: Aspects(&["body", "header content-encoding", "header content-length", "header transfer-encoding", "header vary"]),
+        cases: &["compress::a part"],
+    },
+    Difference {
+        reason: "a weak tag says that the content is the same, in whatever coding; only a strong one keeps it from being compressed",
+        what: Aspects(&["body", "header content-encoding", "header content-length", "header transfer-encoding", "header vary"]),
+        cases: &["compress-careful::a weak tag"],
+    },
+    Difference {
+        reason: "of codings that a client likes as much the policy's first is taken, not the client's",
+        what: Aspects(&["header content-encoding"]),
+        cases: &["compress-own::both"],
+    },
+    // Lines of the log.
+    Difference {
+        reason: "an attempt is one at an endpoint; Envoy counts one that finds none",
+        what: Aspects(&["line 1"]),
+        cases: &["lines-empty::no endpoint"],
+    },
+    Difference {
+        reason: "a request that was refused before it had a cluster has none in its line; Envoy names the one it would have had",
+        what: Aspects(&["line *"]),
+        cases: &["lines::refused by a policy", "lines::aborted"],
+    },
+    Difference {
+        reason: "a header that came several times is told with all its values; Envoy tells the first",
+        what: Aspects(&["line 0"]),
+        cases: &["line-operators::headers of every kind", "line-operators::by HTTP/2", "line-operators::refused"],
+    },
+    Difference {
+        reason: "control bytes are escaped in text too: no client can forge or hide a part of a line",
+        what: Aspects(&["line 0"]),
+        cases: &["line-operators::bytes of no known text"],
+    },
+    Difference {
+        reason: "the status of gRPC is that of a call; Envoy's expressions have one for every request",
+        what: Aspects(&["line 0"]),
+        cases: &["line-special::no call", "line-special::no call, refused"],
+    },
+    Difference {
+        reason: "expressions may join texts",
+        what: Aspects(&["line 1"]),
+        cases: &[
+            "line-special::no call",
+            "line-special::no call, refused",
+            "line-special::a call",
+            "line-special::a call without a status",
+            "line-special::a call, refused",
+        ],
+    },
     // The connection after the answer.
     Difference {
         reason: "the rest of a request that is answered early is read and the connection kept; Envoy closes it",
@@ -150,7 +290,13 @@ pub const DIFFERENCES: &[Difference] = &[
             "up-empty::no endpoint, POST",
             "policy-all-denied::all is denied, POST",
             "protocol::WebSocket that is refused",
+            "jwt::POST, refused",
         ],
+    },
+    Difference {
+        reason: "the rest of a request that is answered early is read and the connection kept; Envoy closes it",
+        what: Aspects(&["2 header connection"]),
+        cases: &["limit-post::one passes, the next is refused", "limit-own-match::POST alone"],
     },
     Difference {
         reason: "the rest of a request that is answered early is read and the connection kept; Envoy closes it",

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use crate::case::{Scenario, host};
+use crate::case::{Paths, Scenario, host};
 
 const PORT: u16 = 80;
 
@@ -50,6 +50,12 @@ pub fn retry(attempts: u32, on: &str) -> Value {
     let mut policy = default_retry();
     merge(&mut policy, json!({"num_retries": attempts, "retry_on": on}));
     policy
+}
+
+/// A filter of HTTP.
+pub fn filter(name: &str, kind: &str, mut config: Value) -> Value {
+    config["@type"] = format!("type.googleapis.com/envoy.extensions.filters.http.{kind}").into();
+    json!({"name": name, "typed_config": config})
 }
 
 /// One route.
@@ -194,17 +200,19 @@ pub fn cluster(name: &str, endpoints: &[SocketAddr], http2: bool, patch: &Value)
 
 /// The chain of a service as a listener of its own.
 pub fn listener(scenario: &Scenario, at: SocketAddr, log: &Path) -> Value {
-    let Scenario { name: service, routes, filters, manager, .. } = scenario;
-    let routes = if routes.is_empty() { vec![all().to("").into_json(service)] } else { routes.clone() };
-    let plain = |name: &str, kind: &str| json!({"name": name, "typed_config": {"@type": format!("type.googleapis.com/envoy.extensions.filters.http.{kind}")}});
+    let Scenario { name: service, routes, filters, last_filters, manager, .. } = scenario;
+    let routes =
+        if routes.is_empty() { vec![all().to("").with(json!({"name": "default"})).into_json(service)] } else { routes.clone() };
+    let plain = |name: &str, kind: &str| filter(name, kind, json!({}));
     let name = cluster_name(service, "");
     let mut filters = filters.clone();
     filters.extend([
         plain("envoy.filters.http.grpc_stats", "grpc_stats.v3.FilterConfig"),
         plain("envoy.filters.http.fault", "fault.v3.HTTPFault"),
         plain("envoy.filters.http.cors", "cors.v3.Cors"),
-        plain("envoy.filters.http.router", "router.v3.Router"),
     ]);
+    filters.extend(last_filters.iter().cloned());
+    filters.push(plain("envoy.filters.http.router", "router.v3.Router"));
     let mut listener = json!({
         "name": name,
         "address": {"socket_address": {"address": at.ip().to_string(), "port_value": at.port()}},
@@ -220,19 +228,7 @@ pub fn listener(scenario: &Scenario, at: SocketAddr, log: &Path) -> Value {
                 "stream_idle_timeout": "0s",
                 "proxy_100_continue": true,
                 "upgrade_configs": [{"upgrade_type": "websocket"}],
-                "access_log": [{
-                    "name": "envoy.access_loggers.file",
-                    "typed_config": {
-                        "@type": "type.googleapis.com/envoy.extensions.access_loggers.file.v3.FileAccessLog",
-                        "path": log,
-                        "log_format": {"json_format": {
-                            "request_id": "%REQ(X-REQUEST-ID)%",
-                            "path": "%REQ(X-ENVOY-ORIGINAL-PATH?:PATH)%",
-                            "response_flags": "%RESPONSE_FLAGS%",
-                            "response_code_details": "%RESPONSE_CODE_DETAILS%",
-                        }},
-                    },
-                }],
+                "access_log": access_logs(scenario, log),
                 "http_filters": filters,
                 "route_config": {
                     "name": name,
@@ -248,8 +244,86 @@ pub fn listener(scenario: &Scenario, at: SocketAddr, log: &Path) -> Value {
             },
         }]}],
     });
-    merge(&mut listener["filter_chains"][0]["filters"][0]["typed_config"], manager.clone());
+    let hcm = &mut listener["filter_chains"][0]["filters"][0]["typed_config"];
+    merge(hcm, path_options(scenario.paths));
+    merge(hcm, manager.clone());
     listener
+}
+
+/// What a mode of `pathNormalization` is to the connection manager.
+fn path_options(paths: Paths) -> Value {
+    match paths {
+        Paths::None => json!({"normalize_path": false}),
+        Paths::Base => json!({}),
+        Paths::Merge => json!({"merge_slashes": true}),
+        Paths::DecodeAndMerge => json!({"merge_slashes": true, "path_with_escaped_slashes_action": "UNESCAPE_AND_FORWARD"}),
+    }
+}
+
+/// The line of every request, after those of the scenario: once it is there, they are.
+fn access_logs(scenario: &Scenario, path: &Path) -> Value {
+    let formatter = |name: &str, kind: &str| json!({"name": name, "typed_config": {"@type": format!("type.googleapis.com/envoy.extensions.formatter.{kind}")}});
+    // istiod adds those that a format asks for.
+    let formatters = json!([
+        formatter("envoy.formatter.req_without_query", "req_without_query.v3.ReqWithoutQuery"),
+        formatter("envoy.formatter.cel", "cel.v3.Cel"),
+    ]);
+    let logger = |mut format: Value, when: Option<&str>| {
+        format["formatters"] = formatters.clone();
+        let mut logger = json!({
+            "name": "envoy.access_loggers.file",
+            "typed_config": {
+                "@type": "type.googleapis.com/envoy.extensions.access_loggers.file.v3.FileAccessLog",
+                "path": path,
+                "log_format": format,
+            },
+        });
+        if let Some(expression) = when {
+            logger["filter"] = json!({"extension_filter": {"name": "cel", "typed_config": {
+                "@type": "type.googleapis.com/envoy.extensions.access_loggers.filters.cel.v3.ExpressionFilter",
+                "expression": expression,
+            }}});
+        }
+        logger
+    };
+    let mut all: Vec<Value> = Vec::new();
+    for (n, (format, when)) in scenario.lines.iter().enumerate() {
+        let format = match line_format(n, format) {
+            Value::String(text) => json!({"text_format_source": {"inline_string": text + "\n"}}),
+            object => json!({"json_format": object}),
+        };
+        all.push(logger(format, *when));
+    }
+    let mut usual = json!({
+        "request_id": "%REQ(X-REQUEST-ID)%",
+        "path": "%REQ(X-ENVOY-ORIGINAL-PATH?:PATH)%",
+        "response_flags": "%RESPONSE_FLAGS%",
+        "response_code_details": "%RESPONSE_CODE_DETAILS%",
+    });
+    if !scenario.tags.is_empty() {
+        usual["tags"] = json!({
+            "response_code": "%RESPONSE_CODE%", "response_flags": "%RESPONSE_FLAGS%",
+            "grpc_response_status": "%GRPC_STATUS_NUMBER%",
+        });
+        for (name, expression) in &scenario.tags {
+            usual["tags"][name] = format!("%CEL({expression})%").into();
+        }
+    }
+    all.push(logger(json!({"json_format": usual}), None));
+    all.into()
+}
+
+/// A line of the access log by which the suite finds it: text begins with `LINE`, the number of the format and the request's
+/// id, an object has both.
+pub fn line_format(number: usize, format: &Value) -> Value {
+    match format {
+        Value::String(text) => format!("LINE {number} %REQ(X-REQUEST-ID)% {text}").into(),
+        object => {
+            let mut object = object.clone();
+            merge(&mut object, json!({"line": number.to_string(), "line_of": "%REQ(X-REQUEST-ID)%"}));
+            object
+        }
+    }
 }
 
 /// Everything together.

@@ -15,6 +15,7 @@ mod differences;
 mod istiod;
 mod run;
 mod sides;
+mod token;
 
 use std::process::ExitCode;
 

@@ -1,5 +1,6 @@
 //! Sets both sides up, runs all chosen cases, reads both logs, judges.
-use std::collections::{BTreeSet, HashMap};
+use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -9,19 +10,19 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use futures_util::StreamExt as _;
-use mesh_tests::agent::find_program;
+use mesh_tests::agent::{Metrics, find_program};
 use mesh_tests::dev_ca::TestCa;
 use mesh_tests::envoy::{self, Envoy};
 use mesh_tests::hbone::{self, Tunnel};
 use mesh_tests::mesh_dir::MeshDir;
 use mesh_tests::suite::{self, CannotRun, Verdict};
 use mesh_tests::{http, wait};
-use serde_json::Value;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::net::TcpSocket;
 
 use crate::backend::Backend;
-use crate::case::Scenario;
+use crate::case::{Paths, Scenario};
 use crate::compare::{self, Logged, Observed};
 use crate::differences::{DIFFERENCES, EVERYWHERE};
 use crate::istiod;
@@ -125,17 +126,26 @@ struct Ran {
 
 /// Both sides and what is behind them.
 struct Field {
-    culvert: Side,
+    /// By how they normalise paths.
+    waypoints: BTreeMap<Paths, Waypoint>,
     envoy_side: Side,
     backend: Arc<Backend>,
-    culvert_log: PathBuf,
     envoy_log: PathBuf,
     _full: Vec<std::net::TcpStream>,
     _hang: tokio::net::TcpListener,
-    _waypoint: Running,
     _envoy: Envoy,
-    _mesh: MeshDir,
+    /// Labels of metrics that are compared.
+    tags: BTreeSet<String>,
     _files: TempDir,
+}
+
+/// A waypoint and its mesh.
+struct Waypoint {
+    side: Side,
+    log: PathBuf,
+    stats: SocketAddr,
+    _process: Running,
+    _mesh: MeshDir,
 }
 
 struct Running(Child);
@@ -160,11 +170,46 @@ fn free_ports<const N: usize>() -> anyhow::Result<[u16; N]> {
     ports.try_into().map_err(|_| anyhow::anyhow!("ports"))
 }
 
+impl Waypoint {
+    async fn start(binary: &Path, mesh: MeshDir, paths: Paths, ca: &Path, files: &Path) -> anyhow::Result<Self> {
+        let [hbone_port, admin, stats, envoy_stats, readiness] = free_ports()?;
+        let local = |port: u16| SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+        let mode = match paths {
+            Paths::None => "none",
+            Paths::Base => "base",
+            Paths::Merge => "merge-slashes",
+            Paths::DecodeAndMerge => "decode-and-merge-slashes",
+        };
+        let log = files.join(format!("waypoint-{mode}.log"));
+        let mut child = start_waypoint(binary, mesh.path(), ca, &log, mode, [hbone_port, admin, stats, envoy_stats, readiness])?;
+        let mut last = String::new();
+        wait::until("the waypoint's readiness", Duration::from_secs(20), || {
+            if let Ok(Some(status)) = child.0.try_wait() {
+                return Some(Err(anyhow::anyhow!("the waypoint ended with {status}")));
+            }
+            match http::get_here(local(readiness), "/healthz/ready") {
+                Ok(answer) if answer.status == 200 => return Some(Ok(())),
+                Ok(answer) => last = answer.body,
+                Err(error) => last = format!("{error:#}"),
+            }
+            None
+        })
+        .and_then(|ready| ready)
+        .with_context(|| format!("{last}\n{}", std::fs::read_to_string(&log).unwrap_or_default()))?;
+        if let Some(rejected) = http::get_here(local(admin), "/config_dump").ok().and_then(|dump| problems(&dump.body)) {
+            println!("the waypoint says of the objects: {rejected}");
+        }
+        let tls = hbone::client_tls(&TestCa::of_dir(ca)?.issue("spiffe://cluster.local/ns/d/sa/client")?)?;
+        let tunnel = Tunnel::connect(local(hbone_port), &tls).await?;
+        Ok(Self { side: Side::Culvert(tunnel), log, stats: local(stats), _process: child, _mesh: mesh })
+    }
+}
+
 impl Field {
     async fn set_up(scenarios: &[Scenario]) -> anyhow::Result<Self> {
         let waypoint = find_program("waypoint").map_err(|error| CannotRun(format!("{error:#}")))?;
         let envoy_binary = envoy::install()?;
-        let [port, closed, hbone_port, admin, stats, readiness, envoy_port, envoy_admin] = free_ports()?;
+        let [port, closed, envoy_port, envoy_admin] = free_ports()?;
         let local = |port: u16| SocketAddr::from((Ipv4Addr::LOCALHOST, port));
         let backend = Backend::start(port).await?;
         // Takes no connection: its queue has room for one, and that is in it.
@@ -178,8 +223,7 @@ impl Field {
 
         let files = tempfile::Builder::new().prefix("culvert-differential-").tempdir()?;
         let envoy_log = files.path().join("envoy-access.log");
-        let mesh = MeshDir::empty()?;
-        mesh.put("00-mesh.yaml", MESH)?;
+        let mut meshes: BTreeMap<Paths, MeshDir> = BTreeMap::new();
         let (mut listeners, mut clusters) = (Vec::new(), Vec::new());
         for (s, scenario) in scenarios.iter().enumerate() {
             let port_of = |version: &str| match version {
@@ -203,7 +247,16 @@ impl Field {
                     endpoints.push((version, (ip, port_of(version)).into()));
                 }
             }
-            mesh.put(&format!("{}.yaml", scenario.name), &format!("{yaml}{}", scenario.objects))?;
+            let mesh = match meshes.entry(scenario.paths) {
+                Entry::Occupied(mesh) => mesh.into_mut(),
+                Entry::Vacant(place) => {
+                    let mesh = place.insert(MeshDir::empty()?);
+                    mesh.put("00-mesh.yaml", MESH)?;
+                    mesh.put("01-telemetry.yaml", &mesh_config(scenarios))?;
+                    mesh
+                }
+            };
+            mesh.put(&format!("{}.yaml", scenario.name), &format!("{yaml}{}{}", scenario.objects, telemetry_yaml(scenario)))?;
             let http2 = scenario.port_name.starts_with("grpc") || scenario.port_name.starts_with("http2");
             let versions: BTreeSet<&str> = endpoints.iter().map(|(version, _)| *version).chain([""]).collect();
             for version in versions {
@@ -216,40 +269,23 @@ impl Field {
         let config = istiod::bootstrap(listeners, clusters, local(envoy_admin));
         let envoy = Envoy::start(Command::new(envoy_binary), &config, local(envoy_admin), files.path())?;
 
-        let culvert_log = files.path().join("waypoint.log");
+        let own = scenarios.iter().flat_map(|scenario| scenario.tags.iter().map(|(name, _)| *name));
+        let tags =
+            ["response_code", "response_flags", "grpc_response_status"].into_iter().chain(own).map(str::to_owned).collect();
         let ca = files.path().join("ca");
-        let mut child = start_waypoint(&waypoint, mesh.path(), &ca, &culvert_log, [hbone_port, admin, stats, readiness])?;
-        let mut last = String::new();
-        wait::until("the waypoint's readiness", Duration::from_secs(20), || {
-            if let Ok(Some(status)) = child.0.try_wait() {
-                return Some(Err(anyhow::anyhow!("the waypoint ended with {status}")));
-            }
-            match http::get_here(local(readiness), "/healthz/ready") {
-                Ok(answer) if answer.status == 200 => return Some(Ok(())),
-                Ok(answer) => last = answer.body,
-                Err(error) => last = format!("{error:#}"),
-            }
-            None
-        })
-        .and_then(|ready| ready)
-        .with_context(|| format!("{last}\n{}", std::fs::read_to_string(&culvert_log).unwrap_or_default()))?;
-        let rejected = http::get_here(local(admin), "/config_dump").ok().and_then(|dump| problems(&dump.body));
-        if let Some(rejected) = rejected {
-            println!("the waypoint says of the objects: {rejected}");
+        let mut waypoints = BTreeMap::new();
+        for (paths, mesh) in meshes {
+            waypoints.insert(paths, Waypoint::start(&waypoint, mesh, paths, &ca, files.path()).await?);
         }
-        let tls = hbone::client_tls(&TestCa::of_dir(&ca)?.issue("spiffe://cluster.local/ns/d/sa/client")?)?;
-        let tunnel = Tunnel::connect(local(hbone_port), &tls).await?;
         Ok(Self {
-            culvert: Side::Culvert(tunnel),
+            waypoints,
             envoy_side: Side::Envoy(envoy_port),
             backend,
-            culvert_log,
             envoy_log,
             _full: full,
             _hang: hang,
-            _waypoint: child,
             _envoy: envoy,
-            _mesh: mesh,
+            tags,
             _files: files,
         })
     }
@@ -263,21 +299,38 @@ impl Field {
             let all = side.run(case, at, &self.backend).await;
             (all, start.elapsed().as_millis() as u64)
         };
-        let ((ours, took_ours), (theirs, took_theirs)) =
-            tokio::join!(timed(self.culvert.clone()), timed(self.envoy_side.clone()));
+        let ours = self.waypoints[&scenario.paths].side.clone();
+        let ((ours, took_ours), (theirs, took_theirs)) = tokio::join!(timed(ours), timed(self.envoy_side.clone()));
         Ran { ours, theirs, took_ours, took_theirs }
+    }
+
+    /// Adds the labels of metrics that tell requests apart.
+    fn add_tags(&self, logs: &mut HashMap<String, Logged>) {
+        for waypoint in self.waypoints.values() {
+            let Ok(page) = http::get_here(waypoint.stats, "/stats/prometheus") else { continue };
+            for series in Metrics::parse(&page.body).0 {
+                let id = series.labels.get("request_id").filter(|_| series.name == "istio_requests_total");
+                if let Some(logged) = id.and_then(|id| logs.get_mut(id)) {
+                    logged.tags = series.labels.into_iter().filter(|(name, _)| self.tags.contains(name)).collect();
+                }
+            }
+        }
     }
 
     /// Waits for the log lines of all requests that had a name, and adds them.
     async fn add_logs(&self, results: &mut HashMap<usize, Ran>) {
         let end = Instant::now() + Duration::from_secs(4);
         loop {
-            let (ours, theirs) = (read_log(&self.culvert_log), read_log(&self.envoy_log));
+            let mut ours = HashMap::new();
+            self.waypoints.values().for_each(|waypoint| read_log(&waypoint.log, &mut ours));
+            self.add_tags(&mut ours);
+            let mut theirs = HashMap::new();
+            read_log(&self.envoy_log, &mut theirs);
             let mut missing = 0;
             for ran in results.values_mut() {
                 for (all, log) in [(&mut ran.ours, &ours), (&mut ran.theirs, &theirs)] {
                     for one in all {
-                        one.logged = log.get(&one.id).cloned();
+                        one.logged = log.get(&one.id).filter(|logged| logged.whole).cloned();
                         missing += usize::from(one.logged.is_none() && !one.anonymous);
                     }
                 }
@@ -290,17 +343,91 @@ impl Field {
     }
 }
 
-fn read_log(path: &Path) -> HashMap<String, Logged> {
+/// What MeshConfig says: the line every request has, and the formats scenarios want beside it.
+fn mesh_config(scenarios: &[Scenario]) -> String {
+    let providers: Vec<Value> = scenarios
+        .iter()
+        .flat_map(|scenario| {
+            scenario.lines.iter().enumerate().map(|(n, (format, _))| {
+                let format = match istiod::line_format(n, format) {
+                    Value::String(text) => json!({"text": text + "\n"}),
+                    labels => json!({"labels": labels}),
+                };
+                json!({"name": provider(scenario, n), "envoyFileAccessLog": {"path": "/dev/stdout", "logFormat": format}})
+            })
+        })
+        .collect();
+    let mesh = json!({"accessLogFile": "/dev/stdout", "accessLogEncoding": "JSON", "extensionProviders": providers}).to_string();
+    let metadata = json!({"name": "istio", "namespace": "istio-system"});
+    json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": {"mesh": mesh}}).to_string()
+}
+fn provider(scenario: &Scenario, number: usize) -> String {
+    format!("line-{}-{number}", scenario.name)
+}
+
+/// The Telemetry object of a scenario, if it wants one.
+fn telemetry_yaml(scenario: &Scenario) -> String {
+    if scenario.lines.is_empty() && scenario.tags.is_empty() {
+        return String::new();
+    }
+    let mut logs: Vec<Value> = Vec::new();
+    for (n, (_, when)) in scenario.lines.iter().enumerate() {
+        let mut entry = json!({"providers": [{"name": provider(scenario, n)}]});
+        if let Some(expression) = when {
+            entry["filter"] = json!({"expression": expression});
+        }
+        logs.push(entry);
+    }
+    logs.push(json!({"providers": [{"name": "envoy"}]}));
+    let mut tags = json!({"request_id": {"value": "request.headers['x-request-id']"}});
+    for (name, expression) in &scenario.tags {
+        tags[name] = json!({"value": expression});
+    }
+    let overrides = json!([{"match": {"metric": "REQUEST_COUNT"}, "tagOverrides": tags}]);
+    let object = json!({
+        "apiVersion": "telemetry.istio.io/v1", "kind": "Telemetry", "metadata": {"name": scenario.name, "namespace": "d"},
+        "spec": {
+            "targetRefs": [{"group": "", "kind": "Service", "name": scenario.name}],
+            "accessLogging": logs,
+            "metrics": if scenario.tags.is_empty() { json!([]) } else { json!([{"overrides": overrides}]) },
+        },
+    });
+    format!("---\n{object}\n")
+}
+
+/// What a log says, by request.
+fn read_log(path: &Path, out: &mut HashMap<String, Logged>) {
     let text = std::fs::read_to_string(path).unwrap_or_default();
     let word = |record: &Value, key: &str| record[key].as_str().unwrap_or("-").to_owned();
-    text.lines()
-        .filter_map(|line| serde_json::from_str::<Value>(line).ok())
-        .filter(|record| record.get("response_flags").is_some())
-        .filter_map(|record| {
-            let id = record["request_id"].as_str()?.to_owned();
-            Some((id, Logged { flags: word(&record, "response_flags"), details: word(&record, "response_code_details") }))
-        })
-        .collect()
+    for line in text.lines() {
+        if let Some((number, rest)) = line.strip_prefix("LINE ").and_then(|rest| rest.split_once(' ')) {
+            let (id, rest) = rest.split_once(' ').unwrap_or((rest, ""));
+            let logged = out.entry(id.to_owned()).or_default();
+            logged.lines.insert(number.to_owned(), rest.replace(id, "ID"));
+            continue;
+        }
+        let Ok(record) = serde_json::from_str::<Value>(line) else { continue };
+        if let (Some(number), Some(id)) = (record["line"].as_str(), record["line_of"].as_str()) {
+            let logged = out.entry(id.to_owned()).or_default();
+            logged.lines.insert(number.to_owned(), record.to_string().replace(id, "ID"));
+            continue;
+        }
+        let Some(id) = record["request_id"].as_str().filter(|_| record.get("response_flags").is_some()) else { continue };
+        let logged = out.entry(id.to_owned()).or_default();
+        logged.flags = word(&record, "response_flags");
+        logged.details = word(&record, "response_code_details");
+        logged.whole = true;
+        for (name, value) in record["tags"].as_object().into_iter().flatten() {
+            let value = match value {
+                Value::Null if name == "grpc_response_status" => continue,
+                // What a metric has instead.
+                Value::Null => "unknown".into(),
+                Value::String(text) => text.clone(),
+                other => other.to_string(),
+            };
+            logged.tags.insert(name.clone(), value);
+        }
+    }
 }
 
 /// What the configuration page says of objects it could not use.
@@ -315,7 +442,8 @@ fn start_waypoint(
     mesh: &Path,
     ca: &Path,
     log: &Path,
-    [hbone, admin, stats, readiness]: [u16; 4],
+    mode: &str,
+    [hbone, admin, stats, envoy_stats, readiness]: [u16; 5],
 ) -> anyhow::Result<Running> {
     if !binary.is_file() {
         bail!("no waypoint at {}", binary.display());
@@ -329,6 +457,7 @@ fn start_waypoint(
         .arg("--ca-dir")
         .arg(ca)
         .args(["--hbone-addr", &at(hbone), "--admin-addr", &at(admin), "--stats-addr", &at(stats)])
+        .args(["--envoy-stats-addr", &at(envoy_stats), "--path-normalization", mode])
         .args(["--readiness-addr", &at(readiness), "--listen-ip", "127.0.0.1", "--worker-threads", "1"])
         .env("LOG_FORMAT", "json")
         // Short, for the cases of `protocol` that wait for them.

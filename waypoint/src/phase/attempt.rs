@@ -347,7 +347,9 @@ fn internal(ex: &mut Exchange<'_>, details: &'static str) -> Response<Body> {
 /// The answer to a failed last attempt (spec/waypoint §10).
 pub(super) fn failed(ex: &mut Exchange<'_>, error: &UpstreamError, retried: bool, dialect: Dialect) -> Response<Body> {
     let unavailable = StatusCode::SERVICE_UNAVAILABLE;
-    ex.record.transport_failure.clone_from(&error.detail);
+    if matches!(error.failure, Failure::Connect | Failure::ConnectTimeout) {
+        ex.record.transport_failure.clone_from(&error.detail);
+    }
     let (flag, status, reset) = match error.failure {
         Failure::NoCluster => {
             ex.record.flags.set(Flag::NoClusterFound);

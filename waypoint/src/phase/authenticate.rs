@@ -9,7 +9,6 @@ use crate::token::source::{Slot, Sources};
 use crate::token::{Fault, Jwt, Verified, cache};
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::request::Parts;
-use http::uri::PathAndQuery;
 use http::{Method, StatusCode};
 use mesh_model::Reason;
 use mesh_model::l7::request_auth::{RequestAuths, TokenPlace, TokenRule};
@@ -144,18 +143,21 @@ fn at<'p>(place: &'p TokenPlace, parts: &'p Parts) -> impl Iterator<Item = &'p s
     let of_param = param.into_iter().flat_map(move |name| query.split('&').filter_map(|pair| named(pair, name)));
     let of_cookie = cookie.into_iter().flat_map(|name| {
         let lines = parts.headers.get_all(header::COOKIE).iter().filter_map(|value| value.to_str().ok());
-        lines.flat_map(|line| line.split(';')).filter_map(|pair| named(pair.trim(), name))
+        lines.flat_map(|line| line.split(';')).filter_map(|pair| named(pair.trim(), name)).map(unquoted)
     });
     of_header.chain(of_param).chain(of_cookie)
 }
 /// What stands behind the prefix in a header's value.
 fn behind<'v>(value: &'v HeaderValue, prefix: &str) -> Option<&'v str> {
-    let token = value.to_str().ok()?.strip_prefix(prefix)?.trim();
-    (!token.is_empty()).then_some(token)
+    Some(value.to_str().ok()?.strip_prefix(prefix)?.trim())
 }
-/// The value of `name=value`.
+/// A cookie's value may be in quotes (RFC 6265 §4.1.1).
+fn unquoted(value: &str) -> &str {
+    value.strip_prefix('"').and_then(|v| v.strip_suffix('"')).unwrap_or(value)
+}
+/// The value of `name=value`; an empty one is a token like any other, and not a true one.
 fn named<'v>(pair: &'v str, name: &str) -> Option<&'v str> {
-    pair.strip_prefix(name)?.strip_prefix('=').filter(|value| !value.is_empty())
+    pair.strip_prefix(name)?.strip_prefix('=')
 }
 
 /// The token is true: it leaves the request unless it is to stay, and what was asked for is put into headers.
@@ -191,11 +193,8 @@ fn strip(ex: &mut Exchange<'_>, place: &TokenPlace) {
             let carries = behind(value, prefix).is_some();
             (!carries).then(|| value.clone())
         }),
-        TokenPlace::Cookie(name) => edit(headers, &header::COOKIE, |value| {
-            let Ok(line) = value.to_str() else { return Some(value.clone()) };
-            let left: Vec<&str> = line.split(';').map(str::trim).filter(|pair| named(pair, name).is_none()).collect();
-            Some(left.join("; ")).filter(|line| !line.is_empty()).and_then(|line| HeaderValue::try_from(line).ok())
-        }),
+        // A cookie is the application's own, which it may go by: it stays, as in Envoy.
+        TokenPlace::Cookie(_) => {}
         TokenPlace::Param(name) => {
             let Some(query) = ex.parts.uri.query().filter(|q| q.split('&').any(|pair| named(pair, name).is_some())) else {
                 return;
@@ -218,8 +217,12 @@ fn edit(headers: &mut HeaderMap, name: &HeaderName, keep: impl Fn(&HeaderValue) 
 fn refuse(ex: &mut Exchange<'_>, fault: Fault) -> http::Response<crate::body::Body> {
     ex.record.reason = Some(Reason::TokenRefused);
     tracing::debug!(client = %ex.conn.client, why = fault.text(), "token refused");
-    let target = ex.parts.uri.path_and_query().map_or("/", PathAndQuery::as_str);
-    let target = target.get(..LONGEST_REALM).unwrap_or(target);
+    // As everybody behind us would have seen it: normalised.
+    let target = match ex.parts.uri.query() {
+        Some(query) => format!("{}?{query}", ex.path),
+        None => ex.path.clone(),
+    };
+    let target = target.get(..LONGEST_REALM).unwrap_or(&target);
     let challenge = format!("Bearer realm=\"{}://{}{target}\", error=\"invalid_token\"", ex.conn.scheme(), ex.authority);
     let details = format!("jwt_authn_access_denied{{{}}}", fault.text().replace(' ', "_"));
     let mut answer = respond::local(ex, fault.status(), fault.text(), details);

@@ -2,6 +2,7 @@
 use crate::body::Body;
 use crate::phase::admit::strip_hop_by_hop;
 use crate::phase::{Exchange, Flow};
+use crate::telemetry::grpc_of_http;
 use bytes::Bytes;
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::{Response, StatusCode, Version};
@@ -27,7 +28,7 @@ pub(crate) fn local(
     details: impl Into<Cow<'static, str>>,
 ) -> Response<Body> {
     if ex.grpc {
-        return grpc(ex, grpc_status(status), text, details);
+        return grpc(ex, grpc_of_http(status.as_u16()), text, details);
     }
     ex.record.details = details.into();
     let mut answer = Response::new(Body::full(Bytes::from_static(text.as_bytes())));
@@ -89,18 +90,6 @@ fn edit(ex: &Exchange<'_>, headers: &mut HeaderMap) {
     }
 }
 
-/// The gRPC status an HTTP status stands for (gRPC's http-grpc-status-mapping; 429 as Envoy has it).
-fn grpc_status(status: StatusCode) -> u16 {
-    match status.as_u16() {
-        400 => 13,
-        401 => 16,
-        403 => 7,
-        404 => 12,
-        429 | 502 | 503 | 504 => 14,
-        _ => 2,
-    }
-}
-
 /// Redirects and direct responses of the route.
 pub(crate) fn direct(ex: &mut Exchange<'_>) -> Flow {
     let Some(route) = ex.route.clone() else { return Flow::Continue };
@@ -143,7 +132,7 @@ fn as_grpc(ex: &mut Exchange<'_>, action: &HttpAction, plain: Response<Body>) ->
         HttpAction::Respond(respond) => std::str::from_utf8(&respond.body).unwrap_or_default(),
         _ => "",
     };
-    let mut answer = trailers_only(ex, grpc_status(plain.status()), text);
+    let mut answer = trailers_only(ex, grpc_of_http(plain.status().as_u16()), text);
     if let Some(location) = plain.headers().get(header::LOCATION) {
         answer.headers_mut().insert(header::LOCATION, location.clone());
     }

@@ -46,6 +46,9 @@ pub enum Flag {
 const NAMES: [&str; 18] =
     ["DI", "FI", "NR", "NC", "RL", "UAEX", "URX", "UO", "UH", "UF", "UC", "UR", "UPE", "UT", "SI", "DPE", "DC", "DR"];
 
+/// Each flag's bit in Envoy's vector of them, in the same order.
+const BITS: [u8; 18] = [9, 10, 8, 24, 11, 12, 15, 7, 1, 5, 6, 4, 23, 2, 16, 18, 14, 28];
+
 /// A set of flags.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Flags(u32);
@@ -53,6 +56,10 @@ impl Flags {
     /// Adds one.
     pub fn set(&mut self, flag: Flag) {
         self.0 |= 1 << flag as u8;
+    }
+    /// As Envoy's vector of bits (the attribute `response.flags`).
+    pub fn bits(self) -> u32 {
+        BITS.iter().enumerate().filter(|(i, _)| self.0 & (1 << i) != 0).map(|(_, bit)| 1 << bit).sum()
     }
 }
 impl fmt::Display for Flags {
@@ -72,5 +79,20 @@ impl fmt::Display for Flags {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bits_are_envoys() {
+        let mut flags = Flags::default();
+        assert_eq!((flags.bits(), flags.to_string()), (0, "-".to_owned()));
+        flags.set(Flag::UpstreamConnectionTermination);
+        assert_eq!(flags.bits(), 0x40, "as measured");
+        flags.set(Flag::UpstreamRetryLimitExceeded);
+        assert_eq!((flags.bits(), flags.to_string()), (0x8040, "URX,UC".to_owned()));
     }
 }

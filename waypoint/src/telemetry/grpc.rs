@@ -77,6 +77,18 @@ impl Received {
     }
 }
 
+/// The gRPC status an HTTP status stands for (gRPC's http-grpc-status-mapping; 429 as Envoy has it).
+pub(crate) fn grpc_of_http(status: u16) -> u16 {
+    match status {
+        400 => 13,
+        401 => 16,
+        403 => 7,
+        404 => 12,
+        429 | 502 | 503 | 504 => 14,
+        _ => 2,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

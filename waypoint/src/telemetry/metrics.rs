@@ -75,7 +75,7 @@ impl Metrics {
     /// What a request counts in. `tags`: values of the rules' tags.
     pub fn request(&self, ends: Ends<'_>, record: &Record, rules: &MetricRules, tags: &[Box<str>]) -> RequestHandles {
         let (status, flags) = (record.status.to_string(), record.flags.to_string());
-        let grpc_status = record.grpc_status.filter(|_| record.grpc).map(|s| s.to_string()).unwrap_or_default();
+        let grpc_status = record.grpc_status().map(|s| s.to_string()).unwrap_or_default();
         let protocol = if record.grpc { "grpc" } else { "http" };
         let values = labels::http(ends, protocol, &status, &grpc_status, &flags);
         let wanted = Wanted { rules, tags };

@@ -1,4 +1,5 @@
 //! The facts of one request or connection, filled in by the phases as they learn them.
+use super::grpc::grpc_of_http;
 use super::{Flags, Messages, Received};
 use crate::upstream::{Cluster, Host};
 use http::{HeaderMap, HeaderName, Method, Version};
@@ -55,7 +56,7 @@ pub struct Record {
     pub host: Option<Arc<Host>>,
     /// Status answered; 0 when nothing was.
     pub status: u16,
-    /// `grpc-status`, from headers or trailers.
+    /// `grpc-status`, from headers or trailers; see [`Self::grpc_status`].
     pub grpc_status: Option<u16>,
     /// Response flags.
     pub flags: Flags,
@@ -126,6 +127,11 @@ impl Record {
         if self.told.as_ref().is_some_and(|t| t.reads_trailers()) {
             self.trailers = Some(trailers.clone());
         }
+    }
+    /// The status of a gRPC call: its own, or the one its HTTP status stands for (Envoy).
+    pub fn grpc_status(&self) -> Option<u16> {
+        let answered = self.grpc && self.status != 0;
+        self.grpc_status.filter(|_| self.grpc).or_else(|| answered.then(|| grpc_of_http(self.status)))
     }
     /// A piece of the response's body went to the client.
     pub fn sent(&mut self, data: &[u8]) {

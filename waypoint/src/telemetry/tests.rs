@@ -370,7 +370,7 @@ async fn grpc_has_its_status_and_messages() {
     record.received.add(&[0, 0, 0, 0, 1, 9, 0, 0, 0, 0, 0]);
     record.sent(&[0, 0, 0, 0, 0]);
     world.telemetry.request_done(&world.facts(), &record);
-    // One that broke off before a status.
+    // One that broke off before a status has that of its HTTP status.
     record.grpc_status = None;
     world.telemetry.request_done(&world.facts(), &record);
     let all = world.families();
@@ -383,7 +383,7 @@ async fn grpc_has_its_status_and_messages() {
             l.get("grpc_response_status").map(String::as_str)
         })
         .collect();
-    assert_eq!(statuses, BTreeSet::from([None, Some("14")]));
+    assert_eq!(statuses, BTreeSet::from([Some("2"), Some("14")]));
     let (labels, messages) = all.one("istio_request_messages_total");
     assert_eq!((messages, labels.contains_key("response_code")), (4.0, false));
     assert_eq!(all.one("istio_response_messages_total").1, 2.0);

@@ -93,8 +93,9 @@ impl Compression {
     /// Whether a response could be compressed, whatever this client accepts. If so it varies by what clients accept. `length` is
     /// the body's when no header says it.
     pub fn concerns(&self, status: StatusCode, headers: &HeaderMap, length: Option<u64>) -> bool {
-        let media = headers.get(CONTENT_TYPE).map(media_type).unwrap_or_default();
-        let listed = self.types.iter().any(|t| t.as_bytes().eq_ignore_ascii_case(media));
+        let media = headers.get(CONTENT_TYPE).map(media_type);
+        // What says nothing of its type may be any of them.
+        let listed = media.is_none_or(|media| self.types.iter().any(|t| t.as_bytes().eq_ignore_ascii_case(media)));
         let part = status == StatusCode::PARTIAL_CONTENT || headers.contains_key(CONTENT_RANGE);
         let said = headers.get(CONTENT_LENGTH).map(|v| v.to_str().ok().and_then(|t| t.parse::<u64>().ok()).unwrap_or(0));
         let short = said.or(length).is_some_and(|n| n < self.min_bytes);
@@ -242,7 +243,7 @@ mod tests {
             (200, &[("content-type", "Text/HTML; charset=utf-8")], true),
             (200, &[("content-type", "image/png")], false),
             (200, &[("content-type", "text/event-stream")], false),
-            (200, &[], false),
+            (200, &[], true),
             (200, &[json, ("content-length", "100")], true),
             (200, &[json, ("content-length", "99")], false),
             (200, &[json, ("content-length", "x")], false),

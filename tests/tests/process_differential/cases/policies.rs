@@ -29,27 +29,27 @@ impl Scenario {
     }
 }
 
-fn any() -> Value {
+pub fn any() -> Value {
     json!({"any": true})
 }
-fn and(rules: &[Value]) -> Value {
+pub fn and(rules: &[Value]) -> Value {
     json!({"and_rules": {"rules": rules}})
 }
-fn or(rules: &[Value]) -> Value {
+pub fn or(rules: &[Value]) -> Value {
     json!({"or_rules": {"rules": rules}})
 }
-fn not(rule: &Value) -> Value {
+pub fn not(rule: &Value) -> Value {
     json!({"not_rule": rule})
 }
 /// `a`, `a*`, `*a`
-fn text(pattern: &str) -> Value {
+pub fn text(pattern: &str) -> Value {
     match (pattern.strip_prefix('*'), pattern.strip_suffix('*')) {
         (Some(suffix), _) => json!({"suffix": suffix}),
         (_, Some(prefix)) => json!({"prefix": prefix}),
         _ => json!({"exact": pattern}),
     }
 }
-fn path(pattern: &str) -> Value {
+pub fn path(pattern: &str) -> Value {
     if pattern.contains('{') {
         let template = pattern.replace("{*}", "*").replace("{**}", "**");
         let kind = "type.googleapis.com/envoy.extensions.path.match.uri_template.v3.UriTemplateMatchConfig";
@@ -76,9 +76,9 @@ fn role(patterns: &[&str]) -> Value {
 }
 
 /// The rules of a policy: as written, and as permissions and principals.
-type Rules = Vec<(&'static str, Value, Value)>;
+pub type Rules = Vec<(&'static str, Value, Value)>;
 
-fn with_policy(scenario: Scenario, name: &str, action: &str, rules: Rules) -> Scenario {
+pub fn with_policy(scenario: Scenario, name: &str, action: &str, rules: Rules) -> Scenario {
     let written: Vec<String> = rules.iter().map(|(yaml, ..)| (*yaml).to_owned()).collect();
     let named: Vec<(String, Value, Value)> = rules
         .into_iter()

@@ -21,7 +21,8 @@ fn tokens_are_found_where_the_rule_says_and_nowhere_else() {
         (&[("authorization", "Bearer   a.b.c ")], &["a.b.c"]),
         (&[("authorization", "Bearer a"), ("authorization", "Bearer b")], &["a", "b"]),
         (&[("authorization", "Basic a"), ("authorization", "Bearer b")], &["b"]),
-        (&[("authorization", "Bearer ")], &[]),
+        (&[("authorization", "Bearer ")], &[""]),
+        (&[("authorization", "Bearer")], &[]),
         (&[("authorization", "bearer a")], &[]),
         (&[("authorization", "a.b.c")], &[]),
         (&[("x-authorization", "Bearer a")], &[]),
@@ -31,7 +32,7 @@ fn tokens_are_found_where_the_rule_says_and_nowhere_else() {
     for (target, want) in [
         ("/?access_token=a.b.c", &["a.b.c"][..]),
         ("/?x=1&access_token=a&access_token=b&y", &["a", "b"]),
-        ("/?access_token=", &[]),
+        ("/?access_token=", &[""]),
         ("/?access_token", &[]),
         ("/?xaccess_token=a&access_tokenx=b", &[]),
         ("/access_token=a", &[]),
@@ -42,7 +43,8 @@ fn tokens_are_found_where_the_rule_says_and_nowhere_else() {
     for (headers, want) in [
         (&[("cookie", "a=b; t=x.y.z; c=d")][..], &["x.y.z"][..]),
         (&[("cookie", "t=x"), ("cookie", "tt=z;t=y")], &["x", "y"]),
-        (&[("cookie", "xt=a; t=")], &[]),
+        (&[("cookie", "xt=a; t=")], &[""]),
+        (&[("cookie", "t=\"x.y.z\"")], &["x.y.z"]),
     ] {
         assert_eq!(found(&cookie, "/", headers), want, "{headers:?}");
     }

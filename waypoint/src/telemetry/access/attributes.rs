@@ -59,17 +59,19 @@ fn request<'a>(line: &Line<'a>, part: &str) -> Option<Attribute<'a>> {
     }
     let r = line.request()?;
     let header = |name: &str| text(r.headers.get(name)?.to_str().ok()?);
+    // As it went on: Envoy asks when all is over, of what a rewrite left.
+    let path = r.rewritten.as_deref().unwrap_or(&r.path);
     match part {
         "headers" => Some(Attribute::Headers(&r.headers)),
         "host" => text(&r.authority),
         "id" => header("x-request-id"),
         "method" => text(r.method.as_str()),
-        "path" => text(&r.path),
+        "path" => text(path),
         "protocol" => text(protocol(r)),
-        "query" => text(r.path.split_once('?')?.1),
+        "query" => Some(Attribute::Text(path.split_once('?').map_or("", |(_, query)| query).into())),
         "referer" => header("referer"),
         "scheme" => text(line.facts.scheme()),
-        "url_path" => text(r.path.split('?').next()?),
+        "url_path" => text(path.split('?').next()?),
         "useragent" => header("user-agent"),
         _ => None,
     }
@@ -84,13 +86,13 @@ fn response<'a>(line: &Line<'a>, part: &str) -> Option<Attribute<'a>> {
         Told::Connection { record: r, .. } => r.flags,
     };
     if part == "flags" {
-        return Some(Attribute::Text(flags.to_string().into()));
+        return Some(number(flags.bits()));
     }
     let r = line.request()?;
     match part {
         "code" if r.status != 0 => Some(number(r.status)),
         "code_details" => text(&r.details),
-        "grpc_status" => r.grpc_status.filter(|_| r.grpc).map(number),
+        "grpc_status" => r.grpc_status().map(number),
         "headers" => r.response_headers.as_ref().map(Attribute::Headers),
         _ => None,
     }
@@ -100,7 +102,7 @@ fn connection<'a>(line: &Line<'a>, part: &str) -> Option<Attribute<'a>> {
     let facts = line.facts;
     match part {
         "mtls" => Some(Attribute::Bool(facts.identity.is_some())),
-        "requested_server_name" => text(facts.sni.as_deref()?),
+        "requested_server_name" => Some(Attribute::Text(facts.sni.as_deref().unwrap_or_default().into())),
         "termination_details" => match line.told {
             Told::Connection { record, .. } => text(&record.details),
             Told::Request(_) => None,

@@ -100,16 +100,18 @@ fn of_request<'a>(of: &'a Of, line: &Line<'a>, r: &'a Record) -> Value<'a> {
         Of::Protocol => Value::Text(protocol(r)),
         Of::ResponseCode => Value::Number(u64::from(r.status)),
         Of::ResponseCodeDetails => text(&r.details),
+        // One word, so that lines of text can be taken apart.
+        Of::UpstreamTransportFailureReason if r.transport_failure.contains(' ') => {
+            Value::Owned(r.transport_failure.replace(' ', "_").into())
+        }
         Of::UpstreamTransportFailureReason => text(&r.transport_failure),
         Of::UpstreamRequestAttemptCount => Value::Number(u64::from(r.attempts)),
         Of::RouteName => r.route.as_ref().map_or(Value::Absent, |route| text(&route.name)),
-        Of::GrpcStatus(shape) => {
-            r.grpc_status.filter(|_| r.grpc).map_or(Value::Absent, |status| match (shape, GRPC.get(usize::from(status))) {
-                (GrpcStatus::Camel, Some((camel, _))) => Value::Text(camel),
-                (GrpcStatus::Snake, Some((_, snake))) => Value::Text(snake),
-                _ => Value::Number(u64::from(status)),
-            })
-        }
+        Of::GrpcStatus(shape) => r.grpc_status().map_or(Value::Absent, |status| match (shape, GRPC.get(usize::from(status))) {
+            (GrpcStatus::Camel, Some((camel, _))) => Value::Text(camel),
+            (GrpcStatus::Snake, Some((_, snake))) => Value::Text(snake),
+            _ => Value::Number(u64::from(status)),
+        }),
         _ => Value::Absent,
     }
 }
@@ -139,7 +141,7 @@ fn either<'a>(header: &'a HeaderRef, value: impl Fn(&'a Name) -> Value<'a>) -> V
         (found, _) => found,
     }
 }
-/// A header's value; several of one name are joined with `,` as Envoy does.
+/// A header's value; several of one name are joined with `,`. (Envoy tells the first, and joins those it keeps as one.)
 fn from<'a>(headers: Option<&'a HeaderMap>, name: &http::HeaderName) -> Value<'a> {
     let mut all = headers.map(|h| h.get_all(name).iter()).into_iter().flatten();
     match (all.next(), all.next()) {
