@@ -19,6 +19,7 @@ pub mod hbone;
 pub mod http;
 pub mod http1;
 pub mod issuer;
+pub mod kube_api;
 pub mod load;
 pub mod mesh_dir;
 pub mod meshctl;

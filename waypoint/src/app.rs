@@ -39,7 +39,7 @@ use mesh_runtime::readiness::{Readiness, ReadyTask};
 use mesh_runtime::signals;
 use mesh_runtime::sockets::{BoundListener, ListenerOptions, raise_nofile};
 use mesh_runtime::threads::{DataThreads, cores, worker_count};
-use mesh_sources::{Diagnostics, Origin};
+use mesh_sources::{Diagnostics, Origin, kubernetes};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::Notify;
@@ -75,7 +75,7 @@ pub async fn serve(settings: Settings, logging: &Logging) -> Result<()> {
     let first_snapshot = readiness.pending("mesh configuration");
     let first_certificate = readiness.pending("certificate");
     let translation = mesh_sources::translate::Settings { layer7: true, ..mesh_sources::translate::Settings::default() };
-    let (mesh, diagnostics) = mesh_sources::start_with(Origin::Folder(settings.mesh_dir.clone()), view.clone(), &translation);
+    let (mesh, diagnostics) = mesh_sources::start_with(origin(&settings, &registry)?, view.clone(), &translation);
 
     let access = settings.access_log.then(|| logging.access.clone());
     let identity = SpiffeId::new(&view.trust_domain, &settings.namespace, &settings.service_account)
@@ -269,6 +269,17 @@ fn assemble(
         tunnels: LivePeers::default(),
         settings,
     }))
+}
+
+fn origin(s: &Settings, registry: &Registry) -> Result<Origin> {
+    if let Some(dir) = &s.mesh_dir {
+        return Ok(Origin::Folder(dir.clone()));
+    }
+    let watches = kubernetes::Watches::default();
+    watches.expose(registry)?;
+    let access = kubernetes::Access { kubeconfig: s.kubeconfig.clone() };
+    let reach = kubernetes::Reach::Waypoint { namespace: s.namespace.clone() };
+    Ok(Origin::Kubernetes(Box::new(kubernetes::Scope { access, reach, retry: kubernetes::Retry::default(), watches })))
 }
 
 fn viewpoint(s: &Settings) -> Result<Viewpoint> {

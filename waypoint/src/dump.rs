@@ -104,6 +104,7 @@ fn settings(shared: &Shared) -> Value {
     let s = &shared.settings;
     json!({
         "meshDir": s.mesh_dir,
+        "kubernetes": s.kubernetes,
         "namespace": s.namespace,
         "pod": s.pod,
         "gateway": s.gateway,

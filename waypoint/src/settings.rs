@@ -12,8 +12,15 @@ use std::time::Duration;
 #[derive(Args, Clone, Debug)]
 pub struct Settings {
     /// Folder of Kubernetes, Istio and Gateway API YAML that describes the mesh; watched for changes.
-    #[arg(long, env = "CULVERT_MESH_DIR", value_name = "DIR")]
-    pub mesh_dir: PathBuf,
+    #[arg(long, env = "CULVERT_MESH_DIR", value_name = "DIR", required_unless_present = "kubernetes")]
+    pub mesh_dir: Option<PathBuf>,
+    /// Read the mesh from the Kubernetes API instead, as the service account of this pod or as `--kubeconfig` says. Secrets and
+    /// ConfigMaps are read in this pod's namespace only.
+    #[arg(long, env = "CULVERT_KUBERNETES", conflicts_with = "mesh_dir")]
+    pub kubernetes: bool,
+    /// Kubeconfig file, of which the current context is used, for processes outside a pod.
+    #[arg(long, env = "KUBECONFIG", value_name = "FILE")]
+    pub kubeconfig: Option<PathBuf>,
     /// Namespace of this pod.
     #[arg(long, env = "POD_NAMESPACE", default_value = "default")]
     pub namespace: String,

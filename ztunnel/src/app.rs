@@ -35,7 +35,7 @@ use mesh_runtime::resolve::Resolver;
 use mesh_runtime::signals;
 use mesh_runtime::sockets::{probe_rights, raise_nofile};
 use mesh_runtime::threads::{DataThreads, cores, worker_count};
-use mesh_sources::{Diagnostics, Mesh, Origin};
+use mesh_sources::{Diagnostics, Mesh, Origin, kubernetes};
 use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
@@ -86,7 +86,7 @@ pub async fn serve(settings: Settings, logging: &Logging) -> Result<()> {
 
     // What the mesh is.
     let first_snapshot = readiness.pending("mesh configuration");
-    let (mesh, diagnostics) = mesh_sources::start(origin(&settings)?, view);
+    let (mesh, diagnostics) = mesh_sources::start(origin(&settings, &registry)?, view);
 
     let shared = assemble(&settings, mesh.clone(), source, metrics, logging)?;
     let workers = shared.threads.workers().len();
@@ -277,14 +277,23 @@ fn viewpoint(s: &Settings) -> Result<Viewpoint> {
     })
 }
 
-fn origin(s: &Settings) -> Result<Origin> {
+fn origin(s: &Settings, registry: &Registry) -> Result<Origin> {
+    if s.kubernetes {
+        let watches = kubernetes::Watches::default();
+        watches.expose(registry)?;
+        let access = kubernetes::Access { kubeconfig: s.kubeconfig.clone() };
+        let scope = kubernetes::Scope { access, reach: kubernetes::Reach::Agent, retry: kubernetes::Retry::default(), watches };
+        return Ok(Origin::Kubernetes(Box::new(scope)));
+    }
     match (&s.mesh_dir, &s.local_xds_path) {
         (Some(dir), None) => Ok(Origin::Folder(dir.clone())),
         (None, Some(file)) => Ok(Origin::LocalXds(file.clone())),
         (Some(_), Some(_)) => bail!("--mesh-dir and --local-xds-path exclude each other"),
         (None, None) => match std::env::var("LOCAL_XDS") {
             Ok(text) => Ok(Origin::LocalXdsText(text)),
-            Err(_) => bail!("nothing describes the mesh: set --mesh-dir (CULVERT_MESH_DIR), LOCAL_XDS_PATH or LOCAL_XDS"),
+            Err(_) => {
+                bail!("nothing describes the mesh: set --mesh-dir (CULVERT_MESH_DIR), --kubernetes, LOCAL_XDS_PATH or LOCAL_XDS")
+            }
         },
     }
 }

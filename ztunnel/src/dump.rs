@@ -50,6 +50,7 @@ fn config(shared: &Shared) -> Value {
         "trustDomainAliases": s.trust_domain_aliases,
         "rootNamespace": s.root_namespace,
         "meshDir": s.mesh_dir,
+        "kubernetes": s.kubernetes,
         "localXdsPath": s.local_xds_path,
         "adminAddr": s.admin_addr,
         "statsAddr": s.stats_addr,

@@ -16,6 +16,12 @@ pub struct Settings {
     /// File in istio/ztunnel's own local format, instead of a folder.
     #[arg(long, env = "LOCAL_XDS_PATH", value_name = "FILE")]
     pub local_xds_path: Option<PathBuf>,
+    /// Read the mesh from the Kubernetes API instead, as the service account of this pod or as `--kubeconfig` says.
+    #[arg(long, env = "CULVERT_KUBERNETES", conflicts_with_all = ["mesh_dir", "local_xds_path"])]
+    pub kubernetes: bool,
+    /// Kubeconfig file, of which the current context is used, for processes outside a pod.
+    #[arg(long, env = "KUBECONFIG", value_name = "FILE")]
+    pub kubeconfig: Option<PathBuf>,
     /// Name of the node this agent serves: it takes the enrolled pods whose `spec.nodeName` is this.
     #[arg(long = "node", env = "NODE_NAME", default_value = "")]
     pub node: String,

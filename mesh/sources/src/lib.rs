@@ -1,12 +1,13 @@
-//! Where mesh knowledge comes from: a folder of YAML today; every source ends in changes for one publisher.
+//! Where mesh knowledge comes from: a folder of YAML or the Kubernetes API; every source ends in changes for one publisher.
 //!
 //! The flow is `source → translate → ChangeSink → publisher → Mesh`. A source owns what it reads and what was last good
 //! of it; the translator owns the join of objects; the publisher is the only writer of the mesh. What a source refuses
-//! is in [`Diagnostics`]. Another source (Kubernetes, istiod, Consul) is another [`Source`] and nothing else.
+//! is in [`Diagnostics`]. Another source (istiod, Consul) is another [`Source`] and nothing else.
 #![forbid(unsafe_code)]
 
 pub mod diagnostics;
 pub mod files;
+pub mod kubernetes;
 pub mod local_xds;
 pub mod publisher;
 pub mod translate;
@@ -34,13 +35,16 @@ pub enum SourceError {
     /// No thread could be started.
     #[error("no thread: {0}")]
     Thread(#[from] std::io::Error),
+    /// Nothing to reach the API server with.
+    #[error("no access to the Kubernetes API: {0}")]
+    Access(String),
     /// Its thread died; the mesh stays as it was.
     #[error("the source's thread died (a defect); the mesh stays as it last was")]
     Died,
 }
 
 /// Which source describes the mesh.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub enum Origin {
     /// A folder of Kubernetes, Istio and Gateway API objects.
     Folder(PathBuf),
@@ -48,6 +52,8 @@ pub enum Origin {
     LocalXds(PathBuf),
     /// The same format as text (`LOCAL_XDS`).
     LocalXdsText(String),
+    /// The objects of a cluster, by its API.
+    Kubernetes(Box<kubernetes::Scope>),
 }
 
 /// Starts the source and the publisher on the current tokio runtime, which must be the control runtime. Nothing has
@@ -73,6 +79,15 @@ pub fn start_with(origin: Origin, view: Viewpoint, settings: &translate::Setting
             ),
             Origin::LocalXdsText(text) => spawn(
                 local_xds::LocalXdsSource { from: local_xds::From::Text(text.clone()), view: view.clone(), diagnostics },
+                sink,
+            ),
+            Origin::Kubernetes(scope) => spawn(
+                kubernetes::KubernetesSource {
+                    scope: (**scope).clone(),
+                    view: view.clone(),
+                    settings: settings.clone(),
+                    diagnostics,
+                },
                 sink,
             ),
         }

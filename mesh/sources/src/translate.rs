@@ -5,7 +5,7 @@
 //! and hands out the difference. The outcome depends only on the set of objects held, never on the order they came
 //! in. Departs from Istio where Istio fails open: a declared waypoint that is missing or refuses the object is an
 //! error of that object, malformed policies deny, `trustDomains` is enforced.
-//! Pure: no clock, no I/O. Upstream: [`crate::files`] (and a Kubernetes watch later). Downstream: [`crate::publisher`].
+//! Pure: no clock, no I/O. Upstream: [`crate::files`], [`crate::kubernetes`]. Downstream: [`crate::publisher`].
 
 mod authorization;
 mod authorizers;
@@ -45,6 +45,7 @@ use mesh_model::{Change, Origin};
 pub use intern::{Interner, Labels};
 pub use object::{Body, Kind, Object, ObjectId, Reader};
 pub use peer::STATIC_STRICT;
+pub(crate) use telemetry::MESH_CONFIG;
 
 use crate::diagnostics::Problem;
 use layer7::{Layer7, replace};

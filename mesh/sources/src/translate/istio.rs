@@ -228,7 +228,10 @@ pub(super) fn gateway<'p>(r: &mut Reader<'_>, node: &'p Node<'p>) -> Read<'p, Ga
     let meta = section(node, "metadata")?;
     let spec = section(node, "spec")?;
     let (mut hostname, mut ip) = (None, None);
-    for a in read::list(section(node, "status")?, "addresses")? {
+    // Where no control plane writes a status, the address that was asked for is the one: how Istio deploys gateways by hand.
+    let given = read::list(section(node, "status")?, "addresses")?;
+    let addresses = if given.is_empty() { read::list(spec, "addresses")? } else { given };
+    for a in addresses {
         let Some(value) = a.get("value") else { continue };
         match read::text(a, "type")?.unwrap_or("IPAddress") {
             "Hostname" if hostname.is_none() => hostname = Some(r.pool.text(&host_name(value, false)?)),

@@ -17,7 +17,8 @@ use mesh_model::telemetry::{Metric, Target};
 
 pub(super) use merge::rules;
 pub use mesh_config::MeshConfig;
-pub(super) use mesh_config::{NAME as MESH_CONFIG, read as read_mesh_config};
+pub(crate) use mesh_config::NAME as MESH_CONFIG;
+pub(super) use mesh_config::read as read_mesh_config;
 
 use super::authorization;
 use super::object::{ObjectId, Reader};

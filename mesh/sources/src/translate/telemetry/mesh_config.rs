@@ -15,7 +15,7 @@ use crate::translate::read::{self, Bad, Read};
 use crate::yaml::{self, Document, Node, Value};
 
 /// Name of the ConfigMap.
-pub(in crate::translate) const NAME: &str = "istio";
+pub(crate) const NAME: &str = "istio";
 /// Name of the provider `accessLogFile` and its kin describe.
 pub(super) const ENVOY: &str = "envoy";
 /// The only file lines go to: ours are written by one thread, to one place.
