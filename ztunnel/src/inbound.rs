@@ -26,6 +26,8 @@ use tokio::net::TcpStream;
 /// Serves one connection to 15008: first byte → gate → TLS → HTTP/2, then each CONNECT as a task of its own.
 pub async fn serve_conn(pod: Arc<Pod>, accepted: Accepted) {
     let (peer, local) = (accepted.peer, accepted.original_dst);
+    // From here to the tunnel's end: who was let in before a drain is not cut by a process that ends sooner.
+    let _held = pod.drain.guard();
     let (gate, limit) = (&pod.shared.gate, pod.shared.settings.handshake_timeout);
     let handshake = mesh_identity::arrival::accept(&pod.svid, gate, limit, accepted.tcp, peer.ip());
     let (tls, proof) = match Box::pin(handshake).await {
@@ -48,7 +50,7 @@ pub async fn serve_conn(pod: Arc<Pod>, accepted: Accepted) {
     let (id, cut) = pod.tunnels.admit(Arc::clone(&proof));
     // The bundles may have changed while the client took its time with the handshake.
     let trusted = proof.still_trusted(&pod.shared.svids.tls().bundles().borrow());
-    if !trusted || pod.drain.is_draining() {
+    if !trusted {
         pod.tunnels.remove(id);
         return;
     }

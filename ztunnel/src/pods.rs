@@ -5,7 +5,6 @@
 //! not served, is retried, and holds readiness back. Upstream: `Mesh` versions, `zds`. Downstream: `pod`, `accept`,
 //! `ebpf-loader`.
 use crate::accept;
-use crate::conns::Conns;
 use crate::enrolment::{Enrolled, Place};
 use crate::handover::{Ask, Inherited};
 use crate::pod::{Pod, Shared};
@@ -566,16 +565,17 @@ impl PodSupervisor {
             running.stop_accepting();
             running.drain.start(mode);
         }
-        let all: Vec<Arc<Conns>> = self.running.values().map(|r| Arc::clone(&r.pod.conns)).collect();
+        // Tunnels too: whoever opened a stream before it heard of the GOAWAY is served, or told that it was not.
+        let left = || self.running.values().map(|r| r.pod.conns.len() + r.drain.held()).sum::<usize>();
         let idle = async {
             // Connections have no one place to report their end to that is worth its cost on every other day.
             let mut tick = tokio::time::interval(Duration::from_millis(20));
-            while !all.iter().all(|c| c.is_empty()) {
+            while left() > 0 {
                 tick.tick().await;
             }
         };
         if tokio::time::timeout(deadline, idle).await.is_err() {
-            let left: usize = all.iter().map(|c| c.len()).sum();
+            let left = left();
             tracing::warn!(left, "connections closed at the termination deadline");
         }
         let why = Refusal::new(Reason::Draining, "the agent is shutting down");

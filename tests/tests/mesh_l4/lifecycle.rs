@@ -1,7 +1,10 @@
 //! Starting, draining, dying, and leaving nothing behind.
+use std::collections::BTreeMap;
 use std::io::{self, ErrorKind, Read};
 use std::net::TcpStream;
+use std::path::PathBuf;
 use std::process::Command;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -215,6 +218,116 @@ pub(crate) fn an_upgrade_loses_nothing(mesh: &mut Mesh) -> anyhow::Result<()> {
         ensure!(calls > 20, "only {calls} calls {name}");
     }
     Ok(())
+}
+
+/// Forty-five upgrades under calls that must all succeed, and every tenth time a kill. What the agent holds in the system is the
+/// same afterwards.
+pub(crate) fn fifty_restarts_leave_nothing_behind(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let (client, web1) = (Arc::clone(mesh.pod("client")), mesh.pod("web1").at(PORT));
+    restart_b(mesh)?;
+    let before = held_by_b(mesh)?;
+    for round in 1..=5 {
+        let stop = AtomicBool::new(false);
+        let (calls, upgraded) = std::thread::scope(|scope| {
+            let calling = scope.spawn(|| -> anyhow::Result<u32> {
+                let mut calls = 0;
+                while !stop.load(Ordering::Relaxed) {
+                    let (mut called, _) = Client::who(&client, web1)?;
+                    called.ping("whole")?;
+                    called.finish()?;
+                    calls += 1;
+                }
+                Ok(calls)
+            });
+            let upgraded = (1..=9).try_for_each(|n| upgrade_b(mesh).with_context(|| format!("upgrade {n} of round {round}")));
+            stop.store(true, Ordering::Relaxed);
+            (calling.join().unwrap_or_else(|_| Err(anyhow::anyhow!("the caller panicked"))), upgraded)
+        });
+        upgraded?;
+        let calls = calls.with_context(|| {
+            let errors = |log: String| {
+                log.lines().filter(|l| l.contains("error") || l.contains("warn")).map(str::to_owned).collect::<Vec<_>>()
+            };
+            let (a, b) = (mesh.agent_a.as_ref().map(|a| errors(a.log_tail(200))), errors(mesh.b().log_tail(200)));
+            format!("a call during the upgrades of round {round}; agent a: {a:#?}, agent b: {b:#?}")
+        })?;
+        ensure!(calls > 50, "only {calls} calls in round {round}");
+        mesh.b().signal(Signal::SIGKILL)?;
+        mesh.b().wait_end(Duration::from_secs(5))?;
+        restart_b(mesh)?;
+    }
+    let mut after = Held::default();
+    wait::until_true("the agent to hold what it held before", || {
+        held_by_b(mesh).is_ok_and(|now| {
+            after = now;
+            after == before
+        })
+    })
+    .with_context(|| format!("before: {before:#?}\nafter: {after:#?}"))
+}
+
+/// Starts the next agent b beside the one that serves, and ends that.
+fn upgrade_b(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let mark = mesh.b().mark();
+    let next = mesh.start("node-b")?;
+    wait::until_true("the next agent to take over", || next.log_since(mark).contains("took over from the agent"))?;
+    next.wait_ready(Duration::from_secs(5))?;
+    mesh.b().signal(Signal::SIGTERM)?;
+    mesh.b().wait_end(Duration::from_secs(10))?;
+    mesh.agent_b = Some(next);
+    Ok(())
+}
+
+/// What agent b and its node hold in the kernel and the file system.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Held {
+    /// Its files by kind: `socket`, `anon_inode:bpf-map`, … Tunnels and calls come and go, so TCP sockets are told by their listeners.
+    files: BTreeMap<String, usize>,
+    /// Below its folder of pins.
+    pins: Vec<PathBuf>,
+    /// Rules, routes and listeners of the node and its pods.
+    network: BTreeMap<String, Vec<String>>,
+}
+
+fn held_by_b(mesh: &Mesh) -> anyhow::Result<Held> {
+    let mut held = Held::default();
+    for file in std::fs::read_dir(format!("/proc/{}/fd", mesh.b().pid()))? {
+        let Ok(to) = std::fs::read_link(file?.path()) else { continue };
+        let kind = to.to_string_lossy().split(['[', ':']).next().unwrap_or_default().to_owned();
+        if kind != "socket" && !kind.starts_with('/') {
+            let kind = if kind == "anon_inode" { to.to_string_lossy().into_owned() } else { kind };
+            *held.files.entry(kind).or_default() += 1;
+        }
+    }
+    let node = mesh.topology().node("node-b");
+    let mut folders = vec![node.netns.pins()];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder)? {
+            let path = entry?.path();
+            if path.is_dir() { folders.push(path) } else { held.pins.push(path) }
+        }
+    }
+    held.pins.sort();
+    let pods = mesh.topology().plan().pods.iter().filter(|pod| pod.node == "node-b").map(|pod| mesh.pod(&pod.name));
+    for place in pods.chain([node]) {
+        for (what, command) in [
+            ("rules", ["ip", "rule", "show"].as_slice()),
+            ("rules of IPv6", &["ip", "-6", "rule", "show"]),
+            ("routes", &["ip", "route", "show", "table", "all"]),
+            ("listeners", &["ss", "-Htln"]),
+        ] {
+            let [program, args @ ..] = command else { continue };
+            let told = place.netns.output(Command::new(program).args(args))?;
+            ensure!(told.status.success(), "{command:?}: {told:?}");
+            let mut lines: Vec<String> = String::from_utf8_lossy(&told.stdout)
+                .lines()
+                .map(|line| line.split_whitespace().collect::<Vec<_>>().join(" "))
+                .collect();
+            lines.sort();
+            held.network.insert(format!("{} of {}", what, place.netns.name()), lines);
+        }
+    }
+    Ok(held)
 }
 
 /// Without an agent nothing new gets into its pods or out of them.
