@@ -2,6 +2,9 @@
 //! zamaz mesh, real programs in the pods, and a guided tour of what layers 4 and 7 give. Every line with a tick was checked a moment before; the exit status is not
 //! zero when one of them was false.
 #![forbid(unsafe_code)]
+
+mod operations;
+
 use std::fs;
 use std::io::{IsTerminal, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr};
@@ -113,7 +116,7 @@ struct Tour {
 }
 
 /// Chapters of the tour, for "n of m".
-const STEPS: usize = 16;
+const STEPS: usize = 19;
 
 impl Tour {
     fn step(&mut self, title: &str) {
@@ -153,7 +156,7 @@ fn run(tour: &mut Tour, keep: bool) -> anyhow::Result<()> {
     let redis = find_redis()?;
 
     tour.step("Two nodes, five applications, a waypoint, a gateway, and one host outside the mesh");
-    let mesh = start(tour, redis.as_ref())?;
+    let mut mesh = start(tour, redis.as_ref())?;
     tour.step("An allowed call: API → authentication service");
     allowed(tour, &mesh)?;
     tour.step("A denied call: reports → API, around the waypoint");
@@ -187,6 +190,12 @@ fn run(tour: &mut Tour, keep: bool) -> anyhow::Result<()> {
     tunnels(tour, &mesh)?;
     tour.step("The metrics");
     metrics(tour, &mesh)?;
+    tour.step("A running pod is enrolled by its label");
+    operations::enrolled_live(tour, &mut mesh)?;
+    tour.step("An agent is killed under load");
+    operations::killed(tour, &mut mesh)?;
+    tour.step("An agent is upgraded under load");
+    operations::upgraded(tour, &mut mesh)?;
 
     if keep && tour.failed == 0 {
         leave_running(tour, mesh)?;
@@ -290,10 +299,8 @@ fn start(tour: &mut Tour, redis: Option<&Redis>) -> anyhow::Result<Mesh> {
     }
     let begun = Instant::now();
     for name in ["node-a", "node-b"] {
-        let spec = AgentSpec::new(name, mesh.dir.path(), &mesh.files.path().join("ca"), mesh.files.path())
-            .env("TRUST_DOMAIN", "zamaz.cluster.local")
-            .env("CULVERT_TRUST_DOMAIN_ALIASES", "cluster.local");
-        mesh.agents.push(spec.start(mesh.topology.node(name))?);
+        let agent = mesh.agent(name)?;
+        mesh.agents.push(agent);
     }
     for (pod, account, gateway) in
         [("zamaz-waypoint", "zamaz-waypoint-sa", "zamaz-waypoint"), ("zamaz-ingress", "zamaz-ingress-sa", "zamaz-gateway")]
@@ -392,6 +399,20 @@ impl Mesh {
     }
     fn waypoint(&self) -> anyhow::Result<&Agent> {
         self.agents.get(2).context("the waypoint runs")
+    }
+
+    /// Starts an agent on a node.
+    fn agent(&self, node: &str) -> anyhow::Result<Agent> {
+        AgentSpec::new(node, self.dir.path(), &self.files.path().join("ca"), self.files.path())
+            .env("TRUST_DOMAIN", "zamaz.cluster.local")
+            .env("CULVERT_TRUST_DOMAIN_ALIASES", "cluster.local")
+            .start(self.topology.node(node))
+    }
+    /// Puts a running agent in the place of one that ended.
+    fn replace(&mut self, node: &str, agent: Agent) -> anyhow::Result<()> {
+        let place = self.agents.iter_mut().find(|a| a.node() == node).context("an agent of that node")?;
+        *place = agent;
+        Ok(())
     }
 }
 
