@@ -3,7 +3,7 @@
 //! Upstream: `mesh-sources`. Downstream: `why`, `analyze`.
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use mesh_model::snapshot::Viewpoint;
+use mesh_model::snapshot::{MissingWaypoint, Viewpoint};
 use mesh_model::{Network, Snapshot, TrustDomain};
 use mesh_sources::Problem;
 use mesh_sources::files::Folder;
@@ -32,6 +32,9 @@ pub struct View {
     /// Network.
     #[arg(long, env = "NETWORK", default_value = "")]
     pub network: String,
+    /// What agents do with traffic whose declared waypoint is missing: `refuse`, or `direct` around it.
+    #[arg(long, env = "CULVERT_ON_MISSING_WAYPOINT", default_value = "refuse")]
+    pub on_missing_waypoint: MissingWaypoint,
 }
 impl View {
     /// As a viewpoint of nobody's node.
@@ -44,6 +47,7 @@ impl View {
             root_namespace: self.root_namespace.as_str().into(),
             trust_domain: domain(&self.trust_domain)?,
             trust_domain_aliases: self.trust_domain_aliases.iter().map(domain).collect::<Result<_>>()?,
+            missing_waypoint: self.on_missing_waypoint,
             ..Viewpoint::default()
         })
     }

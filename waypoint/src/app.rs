@@ -25,7 +25,6 @@ use mesh_model::inbound::is_instance;
 use mesh_model::l7::gateway::GatewayKey;
 use mesh_model::l7::policy::PolicyTarget;
 use mesh_model::snapshot::Viewpoint;
-use mesh_model::workload::Locality;
 use mesh_model::{Network, SpiffeId, TrustDomain};
 use mesh_runtime::admin::{HttpServer, Request, Response, json, text};
 use mesh_runtime::allocator;
@@ -288,11 +287,11 @@ fn viewpoint(s: &Settings) -> Result<Viewpoint> {
         network: Network::from(s.network.as_str()),
         cluster: s.cluster_id.as_str().into(),
         node: s.node.as_str().into(),
-        locality: Locality::default(),
         cluster_domain: s.cluster_domain.as_str().into(),
         root_namespace: s.root_namespace.as_str().into(),
         trust_domain: domain(&s.trust_domain)?,
         trust_domain_aliases: s.trust_domain_aliases.iter().map(domain).collect::<Result<_>>()?,
+        ..Viewpoint::default()
     })
 }
 

@@ -19,7 +19,7 @@ use mesh_identity::crypto::TlsSettings;
 use mesh_identity::local_ca::{LocalCa, LocalCaSettings};
 use mesh_identity::{IdentitySource, SvidCache, TlsContext};
 use mesh_model::explain;
-use mesh_model::snapshot::Viewpoint;
+use mesh_model::snapshot::{MissingWaypoint, Viewpoint};
 use mesh_model::workload::Locality;
 use mesh_model::{Network, TrustDomain};
 use mesh_runtime::admin::{HttpServer, json};
@@ -264,6 +264,9 @@ fn preflight(settings: &Settings) -> Result<Option<PinRoot>> {
 }
 
 fn viewpoint(s: &Settings) -> Result<Viewpoint> {
+    if s.on_missing_waypoint == MissingWaypoint::Direct {
+        tracing::warn!("--on-missing-waypoint=direct: what declares a missing waypoint is reached without it and its policies");
+    }
     let domain = |d: &String| TrustDomain::parse(d).with_context(|| format!("trust domain {d:?}"));
     Ok(Viewpoint {
         network: Network::from(s.network.as_str()),
@@ -274,6 +277,7 @@ fn viewpoint(s: &Settings) -> Result<Viewpoint> {
         root_namespace: s.root_namespace.as_str().into(),
         trust_domain: domain(&s.trust_domain)?,
         trust_domain_aliases: s.trust_domain_aliases.iter().map(domain).collect::<Result<_>>()?,
+        missing_waypoint: s.on_missing_waypoint,
     })
 }
 

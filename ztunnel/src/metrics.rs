@@ -5,6 +5,7 @@
 use crate::conns::Direction;
 use crate::record::{LABELS, Record, labels};
 use mesh_model::Reason;
+use mesh_model::metric_labels::UNKNOWN;
 use mesh_runtime::metrics::{Counter, Family, Gauge, Histogram, MetricError, Registry};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -18,6 +19,7 @@ pub struct Metrics {
     received: Family<Counter>,
     failed: Family<Counter>,
     refused: Family<Counter>,
+    bypassed: Family<Counter>,
     handshake: Family<Histogram>,
     sockets_open: [Arc<Gauge>; 2],
     /// Certificates about to be or already issued, connections cut by policy, and other plain counts.
@@ -63,6 +65,11 @@ impl Metrics {
             received: tcp("istio_tcp_received_bytes_total", "Bytes received from the client, as requests")?,
             failed: tcp("istio_tcp_connections_failed_total", "Connections that failed or were refused (unstable)")?,
             refused,
+            bypassed: registry.family(Family::<Counter>::new(
+                "culvert_waypoint_bypassed_total",
+                "Connections that went around their declared waypoint because it is missing",
+                &["destination_service", "destination_workload_namespace", "destination_workload"],
+            ))?,
             handshake: registry.family(Family::with_buckets(
                 "culvert_connection_setup_seconds",
                 "Time from accepting a connection to having reached its destination",
@@ -84,6 +91,11 @@ impl Metrics {
     pub fn open(&self, record: &Record) -> TcpHandles {
         let values = labels(record, "-");
         self.opened.get(&values).inc();
+        if record.around.is_some() {
+            let service = record.service.as_ref().map_or(UNKNOWN, |s| &*s.key.hostname);
+            let (ns, name) = record.destination.as_ref().map_or((UNKNOWN, UNKNOWN), |w| (&*w.namespace, &*w.workload_name));
+            self.bypassed.get(&[service, ns, name]).inc();
+        }
         self.handshake.get(&[record.direction.reporter()]).observe_duration(record.started.elapsed());
         let sockets = Arc::clone(match record.direction {
             Direction::Outbound => &self.sockets_open[0],

@@ -94,6 +94,7 @@ async fn plan_and_dial(pod: &Arc<Pod>, client: SocketAddr, dst: SocketAddr, reco
         };
         record.service.clone_from(&plan.service);
         record.destination.clone_from(&plan.workload);
+        record.around.clone_from(&plan.around);
         let again = may_try_another(&plan);
         let dial = dial::resolve_name(pod, plan.dial, client.ip(), draw).await?;
         describe(record, pod, &dial);

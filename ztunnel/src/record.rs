@@ -35,6 +35,8 @@ pub struct Record {
     pub destination_id: Option<SpiffeId>,
     /// Service it was addressed by.
     pub service: Option<Arc<Service>>,
+    /// Why its declared waypoint cannot be used, when it was gone around.
+    pub around: Option<Arc<str>>,
 }
 impl Record {
     /// A record with only the addresses known.
@@ -50,6 +52,7 @@ impl Record {
             source_id: None,
             destination_id: None,
             service: None,
+            around: None,
         }
     }
     /// Whether both ends proved who they are.
@@ -132,6 +135,9 @@ pub fn fields(r: &Record, sent: u64, received: u64, end: &Ending<'_>, mut field:
         f("dst.identity", Value::Text(id.as_str()));
     }
     cluster(r.destination.as_ref(), "dst.cluster", f);
+    if let Some(why) = &r.around {
+        f("waypoint.bypassed", Value::Text(why));
+    }
     f("direction", Value::Text(r.direction.as_str()));
     f("bytes_sent", Value::Number(sent));
     f("bytes_recv", Value::Number(received));

@@ -3,6 +3,7 @@
 //! Order: default < environment < flag. Names follow Istio's node agent where it has the setting (node-agent §1.16), else
 //! they start with `CULVERT_`.
 use clap::Args;
+use mesh_model::snapshot::MissingWaypoint;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -112,6 +113,10 @@ pub struct Settings {
     /// the mesh, in plaintext and unjudged.
     #[arg(long, env = "CULVERT_ON_AGENT_DEATH", default_value = "closed")]
     pub on_agent_death: OnAgentDeath,
+    /// What becomes of traffic to what declares a waypoint that does not exist, is not ready or does not take it: `refuse`, or
+    /// `direct` around it, unjudged by it, as Istio does (told in the log, counted in `culvert_waypoint_bypassed_total`).
+    #[arg(long, env = "CULVERT_ON_MISSING_WAYPOINT", default_value = "refuse")]
+    pub on_missing_waypoint: MissingWaypoint,
     /// Directory of the socket through which the next agent of this node takes the pods over.
     #[arg(long, env = "CULVERT_RUN_DIR", default_value = "/run/culvert", value_name = "DIR")]
     pub run_dir: PathBuf,

@@ -187,7 +187,11 @@ impl Story<'_> {
                 self.through(question, &me)
             }
             (_, Some(HopRole::Endpoint)) => {
-                self.steps.push(Step::passes(at, "no waypoint stands in front of it: a tunnel straight to the endpoint"));
+                let text = match &plan.around {
+                    Some(why) => format!("{why}: this agent is set to go around it, by a tunnel straight to the endpoint"),
+                    None => "no waypoint stands in front of it: a tunnel straight to the endpoint".into(),
+                };
+                self.steps.push(Step::passes(at, text));
                 self.straight(question, self.source.identity.as_ref())
             }
             (Dial::Passthrough(_), _) => {

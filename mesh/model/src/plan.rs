@@ -7,7 +7,7 @@ use crate::known::Known;
 use crate::lb::{below, family_allowed, redraw};
 use crate::reason::{Reason, Refusal};
 use crate::service::{IpFamilies, LbMode, Service};
-use crate::snapshot::Snapshot;
+use crate::snapshot::{MissingWaypoint, Snapshot};
 use crate::workload::{GatewayDestination, GatewayRef, Protocol, Workload};
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
@@ -22,6 +22,8 @@ pub struct OutboundPlan {
     pub workload: Option<Arc<Workload>>,
     /// The service it was addressed by, for labels and logs.
     pub service: Option<Arc<Service>>,
+    /// Why the declared waypoint cannot be used, when this goes around it ([`MissingWaypoint::Direct`]).
+    pub around: Option<Arc<str>>,
 }
 /// Effects as data.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -121,15 +123,21 @@ pub fn plan_outbound(snap: &Snapshot, conn: &OutboundConn<'_>) -> Result<Outboun
 }
 
 fn passthrough(conn: &OutboundConn<'_>, service: Option<&Arc<Service>>) -> OutboundPlan {
-    OutboundPlan { dial: Dial::Passthrough(conn.dst.0.into()), workload: None, service: service.cloned() }
+    OutboundPlan { dial: Dial::Passthrough(conn.dst.0.into()), workload: None, service: service.cloned(), around: None }
+}
+
+/// A declared waypoint that cannot be used closes its destination, unless this process was told to go around it.
+fn around(snap: &Snapshot, error: Option<&Arc<str>>, destination: &dyn fmt::Display) -> Result<Option<Arc<str>>, Refusal> {
+    match (error, snap.view().missing_waypoint) {
+        (Some(why), MissingWaypoint::Refuse) => Err(Refusal::new(Reason::NoWaypoint, format!("{destination}: {why}"))),
+        (why, _) => Ok(why.cloned()),
+    }
 }
 
 /// A connection to a virtual address.
 fn plan_service(snap: &Snapshot, conn: &OutboundConn<'_>, service: &Arc<Service>) -> Result<OutboundPlan, Refusal> {
     let port = conn.dst.port();
-    if let Some(why) = &service.waypoint_error {
-        return Err(Refusal::new(Reason::NoWaypoint, format!("{}: {why}", service.key)));
-    }
+    let around = around(snap, service.waypoint_error.as_ref(), &service.key)?;
     let waypoint = draw_waypoint(service, conn.draw);
     if waypoint.is_none() && !service.waypoints.is_empty() {
         // Declared, and drawn never: a mistake in the weights must not lead around the waypoint.
@@ -143,8 +151,11 @@ fn plan_service(snap: &Snapshot, conn: &OutboundConn<'_>, service: &Arc<Service>
     if service.lb.mode == LbMode::Passthrough {
         // The application chose the endpoint itself; if we know it, it is reached as the workload it is.
         return match snap.find_known_by_ip(&snap.view().network, conn.dst.ip()) {
-            Some(known) => plan_workload(snap, conn, known, Some(service)),
-            None => Ok(passthrough(conn, Some(service))),
+            Some(known) => {
+                let plan = plan_workload(snap, conn, known, Some(service))?;
+                Ok(OutboundPlan { around: around.or(plan.around), ..plan })
+            }
+            None => Ok(OutboundPlan { around, ..passthrough(conn, Some(service)) }),
         };
     }
     if service.port(port).is_none() {
@@ -160,7 +171,7 @@ fn plan_service(snap: &Snapshot, conn: &OutboundConn<'_>, service: &Arc<Service>
     } else {
         through_gateway(snap, conn, w, service, &service.sans)?
     };
-    Ok(OutboundPlan { dial, workload: Some(Arc::clone(w)), service: Some(Arc::clone(service)) })
+    Ok(OutboundPlan { dial, workload: Some(Arc::clone(w)), service: Some(Arc::clone(service)), around })
 }
 
 /// A connection to a workload's own address; `service` labels it when the address was also a pass-through service's.
@@ -175,9 +186,7 @@ fn plan_workload(
         let detail = format!("{} is on network {:?} and was not addressed by a service", w.uid, w.network.as_str());
         return Err(Refusal::new(Reason::NoGateway, detail));
     }
-    if let Some(why) = &w.waypoint_error {
-        return Err(Refusal::new(Reason::NoWaypoint, format!("{}: {why}", w.uid)));
-    }
+    let around = around(snap, w.waypoint_error.as_ref(), &w.uid)?;
     if let Some(waypoint) = &w.waypoint
         && !is_instance(snap, conn.source, waypoint)
     {
@@ -185,7 +194,7 @@ fn plan_workload(
     }
     let dial = direct(w, known.expect(), conn, IpFamilies::Automatic, conn.dst.port())
         .ok_or_else(|| Refusal::new(Reason::NoHealthyEndpoint, format!("{} has no identity to expect", w.uid)))?;
-    Ok(OutboundPlan { dial, workload: Some(Arc::clone(w)), service: service.cloned() })
+    Ok(OutboundPlan { dial, workload: Some(Arc::clone(w)), service: service.cloned(), around })
 }
 
 /// The waypoint of this connection, by weight; `None` when the service has none that takes connections.
@@ -212,7 +221,7 @@ fn through_waypoint(
     let refuse = |what: &str| Refusal::new(Reason::NoWaypoint, format!("{what} {}", GatewayName(waypoint)));
     let at = resolve(snap, conn, waypoint, DRAW_WAYPOINT_ENDPOINT).map_err(|u| refuse(u.as_str()))?;
     let w = at.known.workload();
-    let plan = |dial| OutboundPlan { dial, workload: Some(Arc::clone(w)), service: service.cloned() };
+    let plan = |dial| OutboundPlan { dial, workload: Some(Arc::clone(w)), service: service.cloned(), around: None };
     if w.network != conn.source.network {
         let Some(service) = service else {
             return Err(Refusal::new(Reason::NoGateway, format!("waypoint {} is on another network", w.uid)));

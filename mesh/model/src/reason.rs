@@ -80,7 +80,7 @@ reasons! {
     /// The service does not have that port.
     NoSuchPort { "no_such_port", Client, flag "CONNECT", status 503, retry false, "the service does not declare this port" }
     /// A waypoint is declared and cannot be used.
-    NoWaypoint { "no_waypoint", Control, flag "CONNECT", status 503, retry false, "the declared waypoint is missing or not ready; traffic never goes around it" }
+    NoWaypoint { "no_waypoint", Control, flag "CONNECT", status 503, retry false, "the declared waypoint is missing or not ready; nothing was let around it" }
     /// The destination is on another network without a gateway.
     NoGateway { "no_gateway", Control, flag "CONNECT", status 503, retry false, "no network gateway is known for the destination's network" }
     /// The source or destination workload is not known.

@@ -21,7 +21,7 @@ use crate::policy_index::PolicyIndex;
 use crate::service::{Service, ServiceKey, Visibility};
 use crate::shard::{Keep, Shards};
 use crate::telemetry::TelemetryRules;
-pub use crate::view::Viewpoint;
+pub use crate::view::{MissingWaypoint, Viewpoint};
 use crate::workload::{NetworkMode, PortMap, Protocol, Workload, WorkloadUid};
 use hashbrown::Equivalent;
 use ipnet::IpNet;

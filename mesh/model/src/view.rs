@@ -2,6 +2,7 @@
 use crate::addr::Network;
 use crate::id::TrustDomain;
 use crate::workload::Locality;
+use std::str::FromStr;
 use std::sync::Arc;
 
 /// From where this process looks at the mesh. Fixed for the life of the process, but for `locality`, which
@@ -24,6 +25,30 @@ pub struct Viewpoint {
     pub trust_domain: TrustDomain,
     /// Other names of our trust domain, accepted from peers and in policies.
     pub trust_domain_aliases: Vec<TrustDomain>,
+    /// What becomes of traffic whose declared waypoint is missing.
+    pub missing_waypoint: MissingWaypoint,
+}
+
+/// What becomes of traffic to a service or workload that declares a waypoint which does not exist, is not ready, does not
+/// let it attach or does not serve its kind of traffic. A waypoint that is there and has no healthy instance is not
+/// missing: nothing goes around it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum MissingWaypoint {
+    /// It is refused.
+    #[default]
+    Refuse,
+    /// It goes straight to the endpoint, as in Istio: what the waypoint would have judged is not judged.
+    Direct,
+}
+impl FromStr for MissingWaypoint {
+    type Err = &'static str;
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "refuse" => Ok(Self::Refuse),
+            "direct" => Ok(Self::Direct),
+            _ => Err("neither `refuse` nor `direct`"),
+        }
+    }
 }
 impl Default for Viewpoint {
     fn default() -> Self {
@@ -36,6 +61,7 @@ impl Default for Viewpoint {
             root_namespace: "istio-system".into(),
             trust_domain: TrustDomain::default(),
             trust_domain_aliases: Vec::new(),
+            missing_waypoint: MissingWaypoint::default(),
         }
     }
 }

@@ -46,6 +46,7 @@ const TESTS: &[Test<Mesh>] = &[
     test("a_removed_workload_is_cut", policy::a_removed_workload_is_cut),
     test("a_bad_object_is_rejected_alone", policy::a_bad_object_is_rejected_alone),
     test("an_unusable_policy_denies_its_target", policy::an_unusable_policy_denies_its_target),
+    test("a_missing_waypoint_is_gone_around_by_setting_only", policy::a_missing_waypoint_is_gone_around_by_setting_only),
     test("meshctl_why_says_what_the_mesh_does", explained::meshctl_why_says_what_the_mesh_does),
     test("garbage_on_the_agents_ports_does_no_harm", hostile::garbage_on_the_agents_ports_does_no_harm),
     test("a_certificate_of_another_trust_domain_is_refused", hostile::a_certificate_of_another_trust_domain_is_refused),

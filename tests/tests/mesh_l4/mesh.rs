@@ -11,6 +11,7 @@ use mesh_tests::netns;
 use mesh_tests::program::{Client, Server};
 use mesh_tests::suite::CannotRun;
 use mesh_tests::topology::{Place, Plan, Topology};
+use mesh_tests::wait;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -150,6 +151,16 @@ impl Mesh {
     }
     pub(crate) fn start(&self, node: &str) -> anyhow::Result<Agent> {
         self.spec(node).start(self.topology().node(node))
+    }
+    /// Another agent of node a takes its pods over; the one before ends.
+    pub(crate) fn upgrade_a(&mut self, next: AgentSpec) -> anyhow::Result<()> {
+        let mark = self.a().mark();
+        let next = next.start(self.topology().node("node-a"))?;
+        wait::until_true("the next agent to take over", || next.log_since(mark).contains("took over from the agent"))?;
+        next.wait_ready(Duration::from_secs(20))?;
+        self.a().terminate(Duration::from_secs(10))?;
+        self.agent_a = Some(next);
+        Ok(())
     }
     /// A call that must work; returns who answered.
     pub(crate) fn call(&self, from: &str, to: SocketAddr) -> anyhow::Result<String> {

@@ -202,3 +202,46 @@ spec:
     drop(guard);
     wait::until_true("the target to be served again", || mesh.call("client", victim).is_ok())
 }
+
+const LOST: &str = r"
+apiVersion: v1
+kind: Service
+metadata: { name: lost, namespace: t, labels: { istio.io/use-waypoint: nowhere } }
+spec:
+  selector: { tier: web }
+  clusterIP: 10.96.0.77
+  ports: [ { name: tcp, port: 80, targetPort: 8080, protocol: TCP } ]
+";
+
+/// A waypoint that is declared and not there closes what declares it. Around it leads only a setting of the agent, and that is
+/// told and counted; the policies of the endpoint hold as ever.
+pub(crate) fn a_missing_waypoint_is_gone_around_by_setting_only(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let lost = SocketAddr::from(([10, 96, 0, 77], 80));
+    let bypassed = |mesh: &Mesh| -> anyhow::Result<i64> {
+        let labels = [("destination_service", "lost.t.svc.cluster.local"), ("destination_workload_namespace", "t")];
+        Ok(mesh.a().metrics()?.sum("culvert_waypoint_bypassed_total", &labels) as i64)
+    };
+    mesh.dir.put("service-lost.yaml", LOST)?;
+    mesh.a().wait_config("service lost", |dump| dump["services"].to_string().contains("10.96.0.77"))?;
+    let mark = mesh.a().mark();
+    refused(mesh.pod("client"), lost)?;
+    mesh.a().wait_access("the refusal", mark, |record| {
+        record["reason"] == "no_waypoint" && text(record, "error").contains("the waypoint t/nowhere does not exist")
+    })?;
+    ensure!(bypassed(mesh)? == 0, "nothing went around it");
+
+    mesh.upgrade_a(mesh.spec("node-a").env("CULVERT_ON_MISSING_WAYPOINT", "direct"))?;
+    ensure!(mesh.a().whole_log().contains("--on-missing-waypoint=direct"), "the agent warns of its setting");
+    let mark = mesh.a().mark();
+    let who = mesh.call("client", lost)?;
+    ensure!(["web1", "web2"].contains(&who.as_str()), "{who}");
+    let record = mesh.a().wait_access("the call", mark, |record| record["dst.service"] == "lost.t.svc.cluster.local")?;
+    ensure!(text(&record, "waypoint.bypassed") == "the waypoint t/nowhere does not exist", "{record}");
+    ensure!(bypassed(mesh)? == 1, "{}", bypassed(mesh)?);
+    refused(mesh.pod("other"), lost)?;
+
+    mesh.upgrade_a(mesh.spec("node-a"))?;
+    refused(mesh.pod("client"), lost)?;
+    mesh.dir.remove("service-lost.yaml");
+    mesh.a().wait_config("service lost to go", |dump| !dump["services"].to_string().contains("10.96.0.77"))
+}

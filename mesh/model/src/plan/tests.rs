@@ -3,6 +3,7 @@ use crate::addr::Network;
 use crate::change::Change;
 use crate::fixture::*;
 use crate::service::{HealthPolicy, LbScope, Visibility};
+use crate::snapshot::Viewpoint;
 use crate::workload::{ApplicationTunnel, Health, NetworkMode};
 
 /// Plans from the pod `client` (10.0.0.1) and gives the dial, or the reason.
@@ -162,6 +163,40 @@ fn a_declared_waypoint_is_never_bypassed() {
         (w.waypoint, w.waypoint_error) = (gateway.map(Box::new), error);
         assert_eq!(plan(vec![w.into()], "10.0.0.2:80"), Err(Reason::NoWaypoint));
     }
+}
+
+/// By setting only, and only where the waypoint is missing: not where it is there without an instance.
+#[test]
+fn a_missing_waypoint_is_gone_around_by_setting_only() {
+    let client = pod("default", "client", "10.0.0.1");
+    let plan = |mut objects: Vec<Change>, dst: &str| {
+        objects.push(client.clone().into());
+        let view = Viewpoint { missing_waypoint: MissingWaypoint::Direct, ..view() };
+        plan_outbound(&Snapshot::empty(view).apply(&objects), &outbound(&client, dst))
+            .map(|p| (p.dial, p.around.map(|a| a.to_string())))
+            .map_err(|r| r.reason)
+    };
+    let told = Some("broken".to_owned());
+    let to_port = |port| Dial::Hbone(hop("10.0.0.2:15008", &format!("10.0.0.2:{port}"), &[sa("web-0")], HopRole::Endpoint));
+    assert_eq!(plan(with_service_waypoint(vec![], Some("broken")), "10.96.0.1:80"), Ok((to_port(8080), told.clone())));
+    let mut w = pod("default", "web-0", "10.0.0.2");
+    w.waypoint_error = Some("broken".into());
+    assert_eq!(plan(vec![w.into()], "10.0.0.2:80"), Ok((to_port(80), told.clone())));
+    // A service whose clients choose their endpoints, known and unknown ones.
+    let mut s = service("default", "chosen", "10.0.0.2", &[(80, 80)]);
+    (s.lb.mode, s.waypoint_error) = (LbMode::Passthrough, Some("broken".into()));
+    let chosen = vec![s.clone().into(), pod("default", "web-0", "10.0.0.2").into()];
+    assert_eq!(plan(chosen, "10.0.0.2:80"), Ok((to_port(80), told.clone())));
+    assert_eq!(plan(vec![s.into()], "10.0.0.2:80"), Ok((Dial::Passthrough(sock("10.0.0.2:80").into()), told)));
+    // Nothing is said where nothing is declared, and what is there holds.
+    assert_eq!(plan(web(), "10.96.0.1:80"), Ok((to_port(8080), None)));
+    let named = || vec![weighted(by_service(key("default", "wp")), 100)];
+    let mut empty = with_service_waypoint(named(), None);
+    empty.push(waypoint().swap_remove(0));
+    assert_eq!(plan(empty, "10.96.0.1:80"), Err(Reason::NoWaypoint));
+    let weightless = vec![weighted(by_service(key("default", "wp")), 0)];
+    let objects = with_service_waypoint(weightless, None).into_iter().chain(waypoint()).collect();
+    assert_eq!(plan(objects, "10.96.0.1:80"), Err(Reason::NoWaypoint));
 }
 
 #[test]

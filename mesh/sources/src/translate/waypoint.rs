@@ -1,5 +1,5 @@
 //! Which waypoint stands in front of an object (waypoint §1.6), strictly: declared and not usable is an error of the
-//! object that declared it, never a direct path around the waypoint and its policies.
+//! object that declared it; a direct path around the waypoint and its policies there is only where an agent is told so.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -303,7 +303,7 @@ pub(super) fn unusable(origin: &mesh_model::Origin, why: &str) -> Problem {
         severity: Severity::Error,
         origin: origin.clone(),
         field: "metadata.labels[\"istio.io/use-waypoint\"]".into(),
-        message: format!("{why}; traffic to it is refused").into(),
+        message: format!("{why}; agents refuse traffic to it unless CULVERT_ON_MISSING_WAYPOINT says otherwise").into(),
         fix: "create the waypoint or wait until it is ready, or set istio.io/use-waypoint: none".into(),
         code: Some("waypoint"),
     }
