@@ -196,3 +196,89 @@ fn objects() {
     ];
     smoke(checks::yaml, &all, &words, 6_000);
 }
+
+#[test]
+fn paths() {
+    let texts = ["/a/b;v=1/../c%2fd?q", "/%2e%2e/\\..;x/%5C%5c//", "/%4%31/%%32f/%00", "/a#b", "//", "*"];
+    let words = ["/", "\\", ".", "..", "%2e", "%2F", "%5c", "%25", "%", ";", "//", "%00", "%41", "#", "ä", " "];
+    smoke(checks::path, &seeds(&texts), &words, 20_000);
+}
+
+/// A ClientHello that asks for `api.example.com`, in one record.
+fn hello() -> Vec<u8> {
+    let name = b"api.example.com";
+    let length = |n: usize, bytes: usize| n.to_be_bytes()[8 - bytes..].to_vec();
+    let entry = [vec![0], length(name.len(), 2), name.to_vec()].concat();
+    let extension = [vec![0, 0], length(entry.len() + 2, 2), length(entry.len(), 2), entry].concat();
+    let body = [vec![3, 3], vec![7; 32], vec![0, 0, 2, 0x13, 1, 1, 0], length(extension.len(), 2), extension].concat();
+    let message = [vec![1], length(body.len(), 3), body].concat();
+    [vec![0x16, 3, 1], length(message.len(), 2), message].concat()
+}
+
+#[test]
+fn first_words() {
+    let mut all = seeds(&[
+        "GET / HTTP/1.1\r\nhost: a\r\n\r\n",
+        "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        "220 ready\r\n",
+        "*1\r\n$4\r\nPING\r\n",
+    ]);
+    all.push(hello());
+    let words = [" ", "\r\n", "\n", "HTTP/1.", "\u{16}\u{3}\u{1}", "\u{0}", "\u{1}", "PRI", "\u{ff}"];
+    smoke(checks::first_bytes, &all, &words, 20_000);
+}
+
+/// HTTP/2: preface, SETTINGS, one request, its body, all fields written literally.
+fn http2_request(fields: &[(&str, &str)], body: &[u8]) -> Vec<u8> {
+    let frame = |kind: u8, flags: u8, stream: u8, payload: &[u8]| {
+        [&payload.len().to_be_bytes()[5..], &[kind, flags, 0, 0, 0, stream], payload].concat()
+    };
+    let text = |text: &str| [&[u8::try_from(text.len()).unwrap_or_default()], text.as_bytes()].concat();
+    let block: Vec<u8> = fields.iter().flat_map(|(name, value)| [vec![0], text(name), text(value)].concat()).collect();
+    let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
+    [preface, frame(4, 0, 0, &[]), frame(1, 4, 1, &block), frame(0, 1, 1, body), frame(6, 0, 0, &[1; 8])].concat()
+}
+
+#[test]
+fn requests_through_a_tunnel() {
+    let mut all = seeds(&[
+        "GET /a/../b?x=1 HTTP/1.1\r\nhost: api.shop:80\r\nx-forwarded-for: 1.1.1.1\r\nconnection: close, x-a\r\nx-a: 1\r\n\r\n",
+        "POST /p HTTP/1.1\r\nhost: api\r\ncontent-length: 5\r\n\r\nhelloGET /second HTTP/1.1\r\nhost: api\r\n\r\n",
+        "POST /c HTTP/1.1\r\nhost: api\r\ntransfer-encoding: chunked\r\n\r\n5;x=y\r\nhello\r\n0\r\nx-trailer: 1\r\n\r\n",
+        "POST /both HTTP/1.1\r\nhost: api\r\ncontent-length: 4\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
+        "GET /ws HTTP/1.1\r\nhost: api\r\nconnection: Upgrade\r\nupgrade: websocket\r\nexpect: 100-continue\r\n\r\n",
+        "OPTIONS http://api.shop/x HTTP/1.1\r\nhost: other\r\norigin: https://a.b\r\ncookie: a=b\r\ncookie: c=d\r\n\r\n",
+    ]);
+    let usual = [(":method", "POST"), (":scheme", "http"), (":authority", "api.shop"), (":path", "/two?x")];
+    all.push(http2_request(&[&usual[..], &[("cookie", "a=b"), ("cookie", "c=d"), ("te", "trailers")]].concat(), b"hello"));
+    all.push(http2_request(&[&usual[..], &[("content-length", "5"), ("host", "other")]].concat(), b"hello"));
+    // What is checked of nothing says nothing.
+    let counts: Vec<usize> = all.iter().map(|seed| checks::listen(seed).len()).collect();
+    assert_eq!(counts, [1, 2, 1, 1, 1, 1, 1, 1], "requests in the seeds");
+    let words = [
+        "\r\n",
+        "\n",
+        "\r",
+        ": ",
+        ":",
+        " ",
+        "\t",
+        "\0",
+        "chunked",
+        "content-length: 5\r\n",
+        "transfer-encoding: chunked\r\n",
+        "host: b\r\n",
+        "HTTP/1.0",
+        "HTTP/1.1",
+        "0\r\n\r\n",
+        "5\r\n",
+        "GET /x HTTP/1.1\r\nhost: api\r\n\r\n",
+        "@",
+        "%2e",
+        "\\",
+        "#",
+        "é",
+        "connection: host\r\n",
+    ];
+    smoke(checks::http, &all, &words, 4_000);
+}

@@ -48,11 +48,15 @@ fn http1(bytes: &[u8]) -> Spoken {
         return Spoken::Other;
     }
     let rest = bytes.get(end + 1..).unwrap_or_default();
-    let Some(line_end) = rest.iter().position(|b| *b == b'\n') else {
-        let printable = rest.iter().all(|b| *b > b' ' || matches!(b, b' ' | b'\r'));
-        return if printable && bytes.len() < LIMIT { Spoken::Unclear } else { Spoken::Other };
-    };
-    let line = rest.get(..line_end).unwrap_or_default();
+    let line_end = rest.iter().position(|b| *b == b'\n');
+    let line = rest.get(..line_end.unwrap_or(rest.len())).unwrap_or_default();
+    let printable = line.iter().all(|b| *b > b' ' || matches!(b, b' ' | b'\r'));
+    if !printable || end + 1 + line.len() >= LIMIT {
+        return Spoken::Other;
+    }
+    if line_end.is_none() {
+        return Spoken::Unclear;
+    }
     let line = line.strip_suffix(b"\r").unwrap_or(line);
     let version = line.rsplit(|b| *b == b' ').next().unwrap_or_default();
     if version.starts_with(b"HTTP/1.") { Spoken::Http1 } else { Spoken::Other }
@@ -182,6 +186,7 @@ mod tests {
             (b"PING\r\n", Spoken::Other),
             (b" GET / HTTP/1.1\r\n", Spoken::Other),
             (b"THISISNOTAMETHODATALLANDLONG / HTTP/1.1\r\n", Spoken::Other),
+            (b"GET /\x01 HTTP/1.1\r\n", Spoken::Other),
             (b"\x16\x01\x00", Spoken::Other),
         ] {
             assert_eq!(judge(bytes), spoken, "{:?}", String::from_utf8_lossy(bytes));

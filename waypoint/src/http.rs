@@ -3,11 +3,15 @@
 //! Owns the protocol limits of the client side and its drain. Upstream: `tunnel`, `listen::gateway`. Downstream: `exchange`.
 use crate::body::Body;
 use crate::conn::Conn;
+use crate::detect::{Spoken, judge};
 use crate::exchange;
-use ::http::{Request, Response};
+use crate::phase::admit;
+use ::http::{HeaderMap, Method, Request, Response};
+use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use parking_lot::Mutex;
 use std::convert::Infallible;
 use std::future::poll_fn;
 use std::io;
@@ -15,7 +19,7 @@ use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, ReadBuf};
 use tokio::time::{Instant, sleep_until};
 
 /// What is spoken.
@@ -57,27 +61,34 @@ where
     match version {
         Version::Http1 => {
             let io = TokioIo::new(Watched { io, conn: Arc::clone(&conn) });
-            let mut builder = hyper::server::conn::http1::Builder::new();
-            // Its own limit for a head would count the time in which nobody asks anything.
-            builder.max_buf_size(HEAD).max_header_size(HEAD).max_headers(FIELDS).half_close(false).header_read_timeout(None);
-            let serving = pin!(builder.serve_connection(io, service).with_upgrades());
+            let serving = pin!(http1_server().serve_connection(io, service).with_upgrades());
             drive(&conn, serving, hyper::server::conn::http1::UpgradeableConnection::graceful_shutdown).await;
         }
         Version::Http2 => {
-            let mut builder = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
-            builder
-                .timer(TokioTimer::new())
-                .initial_stream_window_size(WINDOW)
-                .initial_connection_window_size(CONNECTION_WINDOW)
-                .max_concurrent_streams(STREAMS)
-                .max_header_list_size(HEAD as u32)
-                .max_send_buf_size(SEND_BUFFER)
-                .keep_alive_interval(Some(Duration::from_secs(30)))
-                .keep_alive_timeout(Duration::from_secs(20));
-            let serving = pin!(builder.serve_connection(TokioIo::new(io), service));
+            let serving = pin!(http2_server().serve_connection(TokioIo::new(io), service));
             drive(&conn, serving, hyper::server::conn::http2::Connection::graceful_shutdown).await;
         }
     }
+}
+
+fn http1_server() -> hyper::server::conn::http1::Builder {
+    let mut builder = hyper::server::conn::http1::Builder::new();
+    // Its own limit for a head would count the time in which nobody asks anything.
+    builder.max_buf_size(HEAD).max_header_size(HEAD).max_headers(FIELDS).half_close(false).header_read_timeout(None);
+    builder
+}
+fn http2_server() -> hyper::server::conn::http2::Builder<TokioExecutor> {
+    let mut builder = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
+    builder
+        .timer(TokioTimer::new())
+        .initial_stream_window_size(WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_concurrent_streams(STREAMS)
+        .max_header_list_size(HEAD as u32)
+        .max_send_buf_size(SEND_BUFFER)
+        .keep_alive_interval(Some(Duration::from_secs(30)))
+        .keep_alive_timeout(Duration::from_secs(20));
+    builder
 }
 
 /// Until the connection ends: by itself, after a graceful shutdown (drained, or idle for too long), or at the deadline of
@@ -164,6 +175,68 @@ impl<IO: AsyncWrite + Unpin> AsyncWrite for Watched<IO> {
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.io).poll_shutdown(cx)
     }
+}
+
+/// A request as the phases after `admit` see it, with its whole body.
+#[derive(Clone, Debug)]
+pub struct Heard {
+    /// Method.
+    pub method: Method,
+    /// Authority.
+    pub authority: String,
+    /// Path, normalised.
+    pub path: String,
+    /// Query.
+    pub query: Option<String>,
+    /// What is left of the headers.
+    pub headers: HeaderMap,
+    /// Body.
+    pub body: Vec<u8>,
+}
+
+/// The requests in what a client sends through a tunnel, by the servers and the first phase of the data path: for fuzz checks.
+/// Bytes that are not HTTP, and requests that are refused or broken off, are none.
+pub async fn hear(bytes: &[u8]) -> Vec<Heard> {
+    let version = match judge(bytes) {
+        Spoken::Http1 => Version::Http1,
+        Spoken::Http2 => Version::Http2,
+        Spoken::Unclear | Spoken::Tls(_) | Spoken::Other => return Vec::new(),
+    };
+    let heard = Arc::new(Mutex::new(Vec::new()));
+    let all = Arc::clone(&heard);
+    let one = async move |request: Request<Incoming>, all: Arc<Mutex<Vec<Heard>>>| {
+        let (parts, body) = request.into_parts();
+        let admitted = admit::admitted(parts);
+        if let (Some((authority, path, parts)), Ok(body)) = (admitted, body.collect().await) {
+            let query = parts.uri.query().map(str::to_owned);
+            let body = body.to_bytes().into();
+            all.lock().push(Heard { method: parts.method, authority, path, query, headers: parts.headers, body });
+        }
+        Ok::<_, Infallible>(Response::new(Body::Empty))
+    };
+    let service = service_fn(move |request| one(request, Arc::clone(&all)));
+    let (mut client, server) = tokio::io::duplex(HEAD);
+    let said = async {
+        // The server may have had enough.
+        let _ = client.write_all(bytes).await;
+        // Who hangs up gets no answer: not before all that was sent is served. On one thread it is after some turns of all.
+        for _ in 0..100 {
+            tokio::task::yield_now().await;
+        }
+        let _ = client.shutdown().await;
+        let _ = tokio::io::copy(&mut client, &mut tokio::io::sink()).await;
+    };
+    let io = TokioIo::new(server);
+    let served = async {
+        // What breaks a connection is the client's matter.
+        let _ = match version {
+            Version::Http1 => http1_server().serve_connection(io, service).await,
+            Version::Http2 => http2_server().serve_connection(io, service).await,
+        };
+    };
+    tokio::join!(served, said);
+    let mut heard = heard.lock();
+    std::mem::take(&mut *heard)
 }
 
 fn ended(conn: &Conn, done: hyper::Result<()>) {

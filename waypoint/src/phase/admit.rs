@@ -10,7 +10,7 @@ use http::request::Parts;
 use http::{Method, Request, StatusCode, Version};
 use http_body::Body as _;
 use hyper::body::Incoming;
-use mesh_model::l7::path::normalize;
+use mesh_model::l7::path::{PathNormalization, normalize};
 use mesh_model::l7::treatment::Treatments;
 use std::fmt::Write as _;
 use std::sync::Arc;
@@ -109,23 +109,8 @@ pub(crate) fn check(ex: &mut Exchange<'_>) -> Flow {
         Err(_) => return Flow::Answer(respond::closing(ex, StatusCode::BAD_REQUEST, "", "path_normalization_failed")),
     }
     ex.scheme = scheme(ex);
-    if ex.parts.uri.authority().is_some()
-        && let Some(host) = ex.parts.headers.get_mut(header::HOST)
-        && let Ok(authority) = HeaderValue::try_from(&ex.authority)
-    {
-        // The target's own authority is the host, for rules that look at the field too (RFC 9112 §3.2.2, RFC 9113 §8.3.1).
-        *host = authority;
-    }
-    let upgrade = upgrade_of(&ex.parts.headers);
-    strip_hop_by_hop(&mut ex.parts.headers, upgrade.as_ref());
+    clean(&mut ex.parts, &ex.authority);
     let headers = &mut ex.parts.headers;
-    if ex.parts.version == Version::HTTP_2 {
-        join_cookies(headers);
-    }
-    for name in INTERNAL {
-        headers.remove(name);
-    }
-    headers.remove(CLIENT_CERT);
     if ex.conn.shared.settings.forward_client_identity
         && let Some(id) = &ex.conn.identity
         && let Ok(value) = HeaderValue::try_from(format!("By={};URI={id}", ex.conn.shared.identity))
@@ -140,6 +125,37 @@ pub(crate) fn check(ex: &mut Exchange<'_>) -> Flow {
     }
     headers.entry(REQUEST_ID).or_insert_with(request_id);
     Flow::Continue
+}
+
+/// Removes what is not the client's to say, or not for the endpoint to hear.
+fn clean(parts: &mut Parts, authority: &str) {
+    if parts.uri.authority().is_some()
+        && let Some(host) = parts.headers.get_mut(header::HOST)
+        && let Ok(authority) = HeaderValue::try_from(authority)
+    {
+        // The target's own authority is the host, for rules that look at the field too (RFC 9112 §3.2.2, RFC 9113 §8.3.1).
+        *host = authority;
+    }
+    let upgrade = upgrade_of(&parts.headers);
+    let headers = &mut parts.headers;
+    strip_hop_by_hop(headers, upgrade.as_ref());
+    if parts.version == Version::HTTP_2 {
+        join_cookies(headers);
+    }
+    for name in INTERNAL {
+        headers.remove(name);
+    }
+    headers.remove(CLIENT_CERT);
+}
+
+/// The head of a request as the phases after this one see it: its authority, its normalised path, what is left of its
+/// headers. `None` where it is not carried.
+pub(crate) fn admitted(mut parts: Parts) -> Option<(String, String, Parts)> {
+    let authority = authority(&parts.uri, &parts.headers);
+    fit(&parts, &authority).ok()?;
+    let path = normalize(PathNormalization::Base, parts.uri.path()).ok()?.into_owned();
+    clean(&mut parts, &authority);
+    Some((authority, path, parts))
 }
 
 /// Why a head is not carried, and the answer, with which the connection ends.
