@@ -88,7 +88,106 @@ pub fn tcp_table(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fixture::view;
+    use crate::l7::gateway::GatewayRoutes;
 
+    /// A gateway of these listeners: name, port, protocol, host, and the hosts of its routes.
+    type Row = (&'static str, u16, ListenerProtocol, Option<&'static str>, &'static [&'static str]);
+    fn gateway(rows: &[Row]) -> Snapshot {
+        let table = |listener: &str, host: &str| {
+            // Told apart by what they are broken by.
+            Arc::new(RouteTable { broken: Some(format!("{listener} {host}").into()), ..RouteTable::default() })
+        };
+        let listeners = rows.iter().map(|(name, port, protocol, hostname, hosts)| Listener {
+            name: (*name).into(),
+            port: *port,
+            protocol: *protocol,
+            hostname: hostname.map(Into::into),
+            tls: None,
+            hosts: hosts.iter().map(|host| ((*host).into(), table(name, host))).collect(),
+            broken: name.starts_with("broken").then(|| "a reason".into()),
+        });
+        let key = GatewayKey::new("a", "gw");
+        let routes = GatewayRoutes { key, listeners: listeners.collect(), origin: None };
+        Snapshot::empty(view()).apply(&[crate::change::Change::Gateway(Arc::new(routes))])
+    }
+    fn told(table: Option<&Arc<RouteTable>>) -> Option<&str> {
+        table.and_then(|t| t.broken.as_deref())
+    }
+
+    #[test]
+    fn the_listener_first_then_the_route() {
+        use ListenerProtocol::{Http, Https};
+        let snap = gateway(&[
+            ("all", 80, Http, None, &["*", "*.b.com", "x.b.com"]),
+            ("sub", 80, Http, Some("*.b.com"), &["*.b.com"]),
+            ("one", 80, Http, Some("y.b.com"), &["y.b.com"]),
+            ("empty", 80, Http, Some("*.e.com"), &[]),
+            ("broken", 80, Http, Some("z.b.com"), &["z.b.com"]),
+            ("other-port", 81, Http, None, &["x.b.com"]),
+            ("tls", 443, Https, Some("*.b.com"), &["x.b.com"]),
+            ("tls-all", 443, Https, None, &["*"]),
+        ]);
+        let key = GatewayKey::new("a", "gw");
+        for (port, listener, secure, authority, want) in [
+            (80, None, false, "a.com", Some("all *")),
+            (80, None, false, "a.com:80", Some("all *")),
+            // The listener's host decides, even where another listener has a route that fits better.
+            (80, None, false, "x.b.com", Some("sub *.b.com")),
+            (80, None, false, "X.B.com:8080", Some("sub *.b.com")),
+            (80, None, false, "y.b.com", Some("one y.b.com")),
+            (80, None, false, "b.com", Some("all *")),
+            // A listener without a route for the host has nothing: the next best is another's business.
+            (80, None, false, "x.e.com", None),
+            // One that cannot be used is not there.
+            (80, None, false, "z.b.com", Some("sub *.b.com")),
+            (81, None, false, "x.b.com", Some("other-port x.b.com")),
+            (81, None, false, "y.b.com", None),
+            (82, None, false, "x.b.com", None),
+            (443, Some("tls"), true, "x.b.com", Some("tls x.b.com")),
+            (443, Some("tls-all"), true, "a.com", Some("tls-all *")),
+            // What TLS was ended for another listener may not ask for this one's hosts.
+            (443, Some("tls-all"), true, "x.b.com", None),
+            (443, Some("tls"), true, "a.com", None),
+            // Plain requests have nothing on an HTTPS port, nor the other way round.
+            (443, None, false, "x.b.com", None),
+            (80, None, true, "x.b.com", None),
+            (80, None, false, "", Some("all *")),
+        ] {
+            let found = match table(&key, &snap, port, listener, secure, authority) {
+                Routes::Table(table) => told(Some(table)),
+                Routes::NoHost => None,
+                Routes::Plain => Some("plain"),
+            };
+            assert_eq!(found, want, "{port} {listener:?} {secure} {authority}");
+        }
+        assert!(matches!(table(&GatewayKey::new("a", "none"), &snap, 80, None, false, "a.com"), Routes::NoHost));
+    }
+    #[test]
+    fn bytes_go_by_the_name_in_tls() {
+        use ListenerProtocol::{Http, Tcp, Tls};
+        let snap = gateway(&[
+            ("pass", 8443, Tls, Some("*.p.com"), &["a.p.com", "*.p.com"]),
+            ("rest", 8443, Tls, None, &["q.com"]),
+            ("bytes", 9000, Tcp, None, &["*"]),
+            ("http", 80, Http, None, &["*"]),
+        ]);
+        let key = GatewayKey::new("a", "gw");
+        for (port, listener, sni, want) in [
+            (8443, None, Some("a.p.com"), Some("pass a.p.com")),
+            (8443, None, Some("b.p.com"), Some("pass *.p.com")),
+            (8443, None, Some("q.com"), Some("rest q.com")),
+            (8443, None, Some("r.com"), None),
+            (8443, None, None, None),
+            (8443, Some("pass"), Some("q.com"), None),
+            (9000, None, None, Some("bytes *")),
+            (9000, None, Some("a.p.com"), Some("bytes *")),
+            (80, None, None, None),
+        ] {
+            let found = tcp_table(&key, &snap, port, listener, sni);
+            assert_eq!(told(found.as_ref()), want, "{port} {listener:?} {sni:?}");
+        }
+    }
     #[test]
     fn hosts_fit_by_specificity() {
         assert_eq!(fits("*", "a.b"), Some(0));

@@ -307,3 +307,94 @@ pub struct RetryBudget {
     /// Always allowed (3).
     pub min_concurrency: u32,
 }
+impl RetryBudget {
+    /// Retries that may be under way while so many requests are.
+    pub fn allowed(&self, requests: u32) -> u32 {
+        let share = u64::from(requests) * u64::from(self.percent_hundredths) / 10_000;
+        u32::try_from(share).unwrap_or(u32::MAX).max(self.min_concurrency)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A policy that can be told from others by its limit.
+    fn policy(limit: u32) -> Arc<TrafficPolicy> {
+        let pool = PoolLimits { max_connections: limit, ..PoolLimits::default() };
+        Arc::new(TrafficPolicy { pool, ..TrafficPolicy::default() })
+    }
+
+    #[test]
+    fn the_port_of_the_subset_then_the_subset_and_never_another_level() {
+        let subset = |own: u32, ports: &[(u16, u32)]| Subset {
+            labels: Labels::default(),
+            policy: policy(own),
+            ports: ports.iter().map(|(port, limit)| (*port, policy(*limit))).collect(),
+        };
+        let destination = Destination {
+            key: ServiceKey { namespace: "a".into(), hostname: "api.a.svc.cluster.local".into() },
+            policy: policy(1),
+            ports: BTreeMap::from([(80, policy(2))]),
+            subsets: BTreeMap::from([("v1".into(), subset(3, &[(80, 4)])), ("v2".into(), subset(5, &[]))]),
+            origins: Vec::new(),
+            broken: None,
+        };
+        for (name, port, want) in [
+            (None, 80, Some(2)),
+            (None, 81, Some(1)),
+            (Some("v1"), 80, Some(4)),
+            (Some("v1"), 81, Some(3)),
+            // Joined when translated: the port of the whole service is not looked at again.
+            (Some("v2"), 80, Some(5)),
+            (Some("v2"), 81, Some(5)),
+            (Some("v3"), 80, None),
+            (Some(""), 80, None),
+        ] {
+            assert_eq!(destination.policy(name, port).map(|p| p.pool.max_connections), want, "{name:?} {port}");
+        }
+    }
+    #[test]
+    fn nothing_said_is_istios_default() {
+        let policy = TrafficPolicy::default();
+        assert_eq!(policy.balance, Balance::LeastRequest);
+        assert!(policy.outlier.is_none() && policy.tls.is_none() && policy.warmup.is_none() && policy.retry_budget.is_none());
+        let pool = policy.pool;
+        let limits = [pool.max_connections, pool.max_pending, pool.max_requests, pool.max_retries];
+        assert_eq!(limits, [u32::MAX; 4]);
+        assert_eq!((pool.max_requests_per_connection, pool.max_concurrent_streams), (0, (1 << 31) - 1));
+        assert_eq!((pool.connect_timeout.as_secs(), pool.http_idle_timeout.map(|t| t.as_secs())), (10, Some(3600)));
+        // Not Envoy's hour: it cuts connections that live on.
+        assert_eq!(pool.tcp_idle_timeout, None);
+        let outlier = OutlierPolicy::default();
+        let counts =
+            [outlier.consecutive_5xx, outlier.consecutive_gateway, outlier.max_ejection_percent, outlier.min_health_percent];
+        assert_eq!(counts, [5, 0, 10, 0]);
+        assert_eq!([outlier.interval, outlier.base_ejection, outlier.max_ejection].map(|t| t.as_secs()), [10, 30, 300]);
+    }
+    #[test]
+    fn retry_budgets() {
+        let budget = |percent_hundredths, min_concurrency| RetryBudget { percent_hundredths, min_concurrency };
+        for (budget, requests, allowed) in [
+            (budget(2000, 3), 0, 3),
+            (budget(2000, 3), 15, 3),
+            (budget(2000, 3), 19, 3),
+            (budget(2000, 3), 20, 4),
+            (budget(2000, 3), 1000, 200),
+            (budget(0, 0), 1000, 0),
+            (budget(0, 1), 1000, 1),
+            (budget(1, 0), 9_999, 0),
+            (budget(1, 0), 10_000, 1),
+            (budget(10_000, 0), u32::MAX, u32::MAX),
+            (budget(u32::MAX, 0), u32::MAX, u32::MAX),
+        ] {
+            assert_eq!(budget.allowed(requests), allowed, "{budget:?} {requests}");
+        }
+    }
+    #[test]
+    fn a_key_is_never_shown() {
+        let pair = KeyPair { chain: "chain".into(), key: "secret".into() };
+        let shown = format!("{pair:?} {:?}", ClientCertificate::Pem(pair.clone()));
+        assert!(!shown.contains("secret") && shown.contains("chain_bytes: 5"), "{shown}");
+    }
+}

@@ -94,3 +94,64 @@ impl StringMatch {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn regex(source: &str) -> StringMatch {
+        StringMatch::Regex(Pattern::parse(source).expect("a pattern"))
+    }
+
+    #[test]
+    fn matches() {
+        let (exact, prefix, suffix) =
+            (StringMatch::Exact("a.b".into()), StringMatch::Prefix("a.b".into()), StringMatch::Suffix("a.b".into()));
+        for (rule, text, want) in [
+            (&exact, "a.b", true),
+            (&exact, "A.b", false),
+            (&exact, "a.bc", false),
+            (&exact, "", false),
+            (&prefix, "a.b", true),
+            (&prefix, "a.bc", true),
+            (&prefix, "xa.b", false),
+            (&prefix, "a.", false),
+            (&suffix, "a.b", true),
+            (&suffix, "xa.b", true),
+            (&suffix, "a.bc", false),
+            (&StringMatch::Prefix("".into()), "", true),
+            (&StringMatch::Present, "", true),
+            (&StringMatch::Present, "anything", true),
+            // The whole text, also where an alternative would match a part of it.
+            (&regex("a.b"), "axb", true),
+            (&regex("a.b"), "axbc", false),
+            (&regex("a|b"), "ab", false),
+            (&regex("a|b"), "b", true),
+            (&regex("a"), "a\n", false),
+            (&regex("(?i)get"), "GET", true),
+            (&regex(""), "", true),
+            (&regex(""), "a", false),
+            (&regex("[0-9]+"), "٣", false),
+            (&regex("\\d+"), "42", true),
+        ] {
+            assert_eq!(rule.matches(text), want, "{rule:?} {text:?}");
+        }
+    }
+    #[test]
+    fn patterns_that_are_refused() {
+        for source in ["(", "a{2,1}", "\\1", "(?=a)", "(?<!a)b", "*"] {
+            assert!(Pattern::parse(source).is_err() && Pattern::parse_search(source).is_err(), "{source}");
+        }
+        // Not what compiles to more than a small program.
+        assert!(Pattern::parse("(a{500}){500}").is_err());
+    }
+    #[test]
+    fn patterns_are_equal_as_written() {
+        let (whole, search) = (Pattern::parse("a+").expect("a pattern"), Pattern::parse_search("a+").expect("a pattern"));
+        assert_eq!(whole, Pattern::parse("a+").expect("a pattern"));
+        assert_ne!(whole, Pattern::parse("aa*").expect("a pattern"));
+        assert_ne!(whole, search, "one is anchored, the other is not");
+        assert!(search.is_match("xax") && !whole.is_match("xax"));
+        assert_eq!((whole.source(), format!("{whole:?}")), ("a+", "/a+/".to_owned()));
+    }
+}
