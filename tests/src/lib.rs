@@ -13,6 +13,7 @@ pub mod bench;
 pub mod capture;
 pub mod cni;
 pub mod dev_ca;
+pub mod dns;
 pub mod envoy;
 pub mod grpc;
 pub mod hbone;

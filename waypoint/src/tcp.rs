@@ -203,7 +203,13 @@ async fn reach(conn: &Conn, record: &mut TcpRecord) -> Result<Reached, Unreached
             return Err(Unreached::Refused { why: denial.refusal(), details: denial.details() });
         }
         let cluster = cluster(conn, &snap, draw, record)?;
-        let pick = PickContext { draw: redraw(draw, DRAW_ENDPOINT), hash: None, tried: &[], dst: Some(conn.local) };
+        let pick = PickContext {
+            draw: redraw(draw, DRAW_ENDPOINT),
+            hash: None,
+            tried: &[],
+            dst: Some(conn.local),
+            name: conn.sni.as_deref(),
+        };
         let host = cluster.pick(&pick)?;
         (cluster, host)
     };

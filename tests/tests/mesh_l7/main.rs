@@ -6,6 +6,7 @@ use mesh_tests::skip;
 use mesh_tests::suite::{self, Test, test};
 
 mod authorizer;
+mod binding;
 mod bytes;
 mod change;
 mod destinations;
@@ -13,6 +14,7 @@ mod explained;
 mod frames;
 mod hostile;
 mod mesh;
+mod named;
 mod outside;
 mod phases;
 mod policy;
@@ -37,6 +39,13 @@ const TESTS: &[Test<Mesh>] = &[
     test("an_upgrade_is_carried", bytes::an_upgrade_is_carried),
     test("a_server_that_speaks_first_is_heard", bytes::a_server_that_speaks_first_is_heard),
     test("large_transfers_arrive_whole", bytes::large_transfers_arrive_whole),
+    test("labels_say_which_waypoint", binding::labels_say_which_waypoint),
+    test("a_canary_waypoint_gets_its_share", binding::a_canary_waypoint_gets_its_share),
+    test("a_sandwiched_waypoint_is_told_who_calls", binding::a_sandwiched_waypoint_is_told_who_calls),
+    test("connections_of_bytes_follow_their_routes", named::connections_of_bytes_follow_their_routes),
+    test("tls_passes_through_by_its_name", named::tls_passes_through_by_its_name),
+    test("the_gateway_carries_tls_and_bytes", named::the_gateway_carries_tls_and_bytes),
+    test("names_outside_are_reached_by_the_name_the_client_gives", named::names_outside_are_reached_by_the_name_the_client_gives),
     test("a_policy_that_cannot_be_read_closes", policy::a_policy_that_cannot_be_read_closes),
     test("a_further_header_value_hides_nothing", policy::a_further_header_value_hides_nothing),
     test("what_lives_on_is_judged_again", policy::what_lives_on_is_judged_again),

@@ -53,10 +53,6 @@ apiVersion: v1
 kind: Namespace
 metadata: { name: t, labels: { istio.io/dataplane-mode: ambient } }
 ---
-apiVersion: v1
-kind: Namespace
-metadata: { name: u, labels: { istio.io/dataplane-mode: ambient } }
----
 apiVersion: security.istio.io/v1
 kind: PeerAuthentication
 metadata: { name: default, namespace: istio-system }
@@ -227,6 +223,10 @@ pub(crate) fn set_up() -> anyhow::Result<Mesh> {
         .build()?;
     let dir = MeshDir::empty()?;
     dir.put("00-base.yaml", OBJECTS)?;
+    dir.put(
+        "01-namespace-u.yaml",
+        "apiVersion: v1\nkind: Namespace\nmetadata: { name: u, labels: { istio.io/dataplane-mode: ambient } }\n",
+    )?;
     dir.put("01-nodes.yaml", &topology.nodes_yaml())?;
     dir.put("02-secret.yaml", &secret("web-tls", "web.example")?)?;
     for pod in &topology.plan().pods {
@@ -296,14 +296,24 @@ pub(crate) fn curl(from: &Place, args: &[&str]) -> anyhow::Result<Got> {
 }
 
 impl Mesh {
-    pub(crate) fn start(&self, name: &'static str) -> anyhow::Result<Agent> {
-        let spec = if name.starts_with("node") {
-            AgentSpec::new(name, self.dir.path(), self.ca.path(), self.logs.path())
+    pub(crate) fn start(&self, name: &str) -> anyhow::Result<Agent> {
+        self.start_with(name, &[])
+    }
+    /// An agent, by the name of its node, or a waypoint or gateway, by that of its pod; `canary` is another waypoint in the
+    /// pod `wp2`.
+    pub(crate) fn start_with(&self, name: &str, env: &[(&str, &str)]) -> anyhow::Result<Agent> {
+        let (spec, place) = if name.starts_with("node") {
+            (AgentSpec::new(name, self.dir.path(), self.ca.path(), self.logs.path()), self.topology.node(name))
         } else {
-            let role = if name.starts_with("wp") { "wp" } else { name };
-            AgentSpec::waypoint(("t", name), role, role, self.dir.path(), self.ca.path(), self.logs.path())
+            let (pod, account, gateway) = match name {
+                "wp2" => ("wp2", "wp", "wp"),
+                "canary" => ("wp2", "wp", "canary"),
+                name => (name, name, name),
+            };
+            let spec = AgentSpec::waypoint(("t", pod), account, gateway, self.dir.path(), self.ca.path(), self.logs.path());
+            (spec, self.topology.pod(pod))
         };
-        let place = if name.starts_with("node") { self.topology.node(name) } else { self.topology.pod(name) };
+        let spec = env.iter().fold(spec, |spec, (key, value)| spec.env(key, value));
         let roots = self.ca.path().join("outside.pem").display().to_string();
         let spec = spec.env("SSL_CERT_FILE", &roots).env("PILOT_JWT_PUB_KEY_REFRESH_INTERVAL", "8s");
         spec.env("TRUST_DOMAIN", "test.local")
@@ -325,7 +335,16 @@ impl Mesh {
     pub(crate) fn objects(&self, name: &str, yaml: &str) -> anyhow::Result<ObjectsForNow<'_>> {
         let before = self.versions()?;
         self.dir.put(&format!("objects-{name}.yaml"), yaml)?;
-        let guard = ObjectsForNow { mesh: self, name: name.to_owned() };
+        let guard = ObjectsForNow { mesh: self, file: format!("objects-{name}.yaml"), was: None };
+        self.wait_newer(&before)?;
+        Ok(guard)
+    }
+    /// Puts something else in the place of a file for the time of the guard, and waits in the same way.
+    pub(crate) fn instead(&self, file: &str, yaml: &str) -> anyhow::Result<ObjectsForNow<'_>> {
+        let was = fs::read_to_string(self.dir.path().join(file)).with_context(|| format!("read {file}"))?;
+        let before = self.versions()?;
+        self.dir.put(file, yaml)?;
+        let guard = ObjectsForNow { mesh: self, file: file.to_owned(), was: Some(was) };
         self.wait_newer(&before)?;
         Ok(guard)
     }
@@ -345,15 +364,19 @@ impl Mesh {
     }
 }
 
-/// Takes its objects away and waits until the proxies have forgotten them.
+/// Takes its objects away, or puts back what was there before, and waits until the proxies have forgotten them.
 pub(crate) struct ObjectsForNow<'a> {
     mesh: &'a Mesh,
-    name: String,
+    file: String,
+    was: Option<String>,
 }
 impl Drop for ObjectsForNow<'_> {
     fn drop(&mut self) {
         let Ok(before) = self.mesh.versions() else { return };
-        self.mesh.dir.remove(&format!("objects-{}.yaml", self.name));
+        match &self.was {
+            Some(was) => drop(self.mesh.dir.put(&self.file, was)),
+            None => self.mesh.dir.remove(&self.file),
+        }
         if let Err(error) = self.mesh.wait_newer(&before) {
             eprintln!("{error:#}");
         }

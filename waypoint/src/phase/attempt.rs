@@ -13,6 +13,7 @@ use http::{Method, Request, Response, StatusCode, Uri, Version};
 use http_body::Body as _;
 use hyper::body::Incoming;
 use hyper::upgrade::OnUpgrade;
+use mesh_model::hosts::host_of;
 use mesh_model::l7::HttpRoute;
 use mesh_model::l7::hash::{HashOutcome, request_hash};
 use mesh_model::l7::retry::{self, Outcome};
@@ -114,7 +115,8 @@ async fn attempts(
         let draw = redraw(ex.draw, DRAW_ATTEMPT + u64::from(attempt));
         let none: &[Arc<Host>] = &[];
         let tried_now = if policy.other_hosts && hash.is_none() { &tried[..] } else { none };
-        let pick = PickContext { draw, hash, tried: tried_now, dst: Some(ex.conn.local) };
+        let name = Some(host_of(&ex.authority));
+        let pick = PickContext { draw, hash, tried: tried_now, dst: Some(ex.conn.local), name };
         let host = match cluster.pick(&pick) {
             Ok(host) => host,
             Err(error) => return (failed(ex, &error, attempt > 1, dialect), None),

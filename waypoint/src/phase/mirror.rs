@@ -6,6 +6,7 @@ use crate::phase::attempt::{outgoing, speaks_http2};
 use crate::upstream::{self, PickContext, SendOptions};
 use http::HeaderValue;
 use http_body_util::BodyExt as _;
+use mesh_model::hosts::host_of;
 use mesh_model::l7::route::{BackendRef, HttpAction, Mirror};
 use mesh_model::lb::redraw;
 use std::sync::Arc;
@@ -30,11 +31,9 @@ pub(crate) fn copy(ex: &mut Exchange<'_>) {
 fn one(ex: &Exchange<'_>, mirror: &Mirror, draw: u64) {
     let BackendRef::Service(key) = &mirror.to else { return };
     let Ok(cluster) = ex.conn.shared.upstreams.cluster(&ex.snap, key) else { return };
-    let (Ok(host), Ok(guard)) =
-        (cluster.pick(&PickContext { draw, hash: None, tried: &[], dst: Some(ex.conn.local) }), cluster.admit())
-    else {
-        return;
-    };
+    let name = Some(host_of(&ex.authority));
+    let pick = PickContext { draw, hash: None, tried: &[], dst: Some(ex.conn.local), name };
+    let (Ok(host), Ok(guard)) = (cluster.pick(&pick), cluster.admit()) else { return };
     let Some(body) = ex.read_body() else { return };
     let http2 = speaks_http2(ex, &cluster);
     let Ok(mut request) = outgoing(ex, body, &shadow(&ex.authority), 1, http2) else { return };

@@ -4,9 +4,9 @@ use crate::phase::respond;
 use crate::phase::{Exchange, Flow};
 use crate::telemetry::Flag;
 use http::StatusCode;
-use mesh_model::hosts::{self, Routes};
+use mesh_model::hosts::{self, Routes, host_of};
 use mesh_model::l7::route::{Dialect, HttpAction};
-use mesh_model::l7::select::{Selected, select};
+use mesh_model::l7::select::{Selected, host_matches, select};
 use mesh_model::l7::weights::choose as choose_backend;
 use mesh_model::l7::{HttpRoute, RouteTable};
 use mesh_model::lb::redraw;
@@ -72,6 +72,12 @@ pub(crate) fn check(ex: &mut Exchange<'_>, routed: Result<(), Unrouted>) -> Flow
 /// The table for what was addressed.
 fn routes<'s>(ex: &Exchange<'_>, snap: &'s Snapshot) -> Routes<'s> {
     match &ex.conn.scope {
+        // A wildcard is for its own hosts: a name of the client's choice leads nowhere else.
+        Scope::Mesh(Target::Service { service, .. })
+            if service.key.hostname.starts_with("*.") && !host_matches(&service.key.hostname, host_of(&ex.authority)) =>
+        {
+            Routes::NoHost
+        }
         Scope::Mesh(Target::Service { service, .. }) => snap.find_routes(&service.key).map_or(Routes::Plain, Routes::Table),
         Scope::Mesh(Target::Workload { .. }) => Routes::Plain,
         Scope::Gateway { port, listener, secure } => {

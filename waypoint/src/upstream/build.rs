@@ -82,6 +82,7 @@ pub(super) fn service(
         hosts.push(Arc::new(Host { known: Arc::clone(endpoint.known()), target, weight, state }));
         places.push(Placement { priority, share, key });
     }
+    let wildcard = hosts.iter().find(|h| h.target.name.as_deref().is_some_and(|name| name.starts_with("*."))).cloned();
     let source = Source::Service { backing: Arc::clone(backing), destination: destination.cloned(), own: own.clone() };
     Cluster {
         policy: Arc::clone(policy),
@@ -93,6 +94,7 @@ pub(super) fn service(
         plan: ArcSwap::default(),
         planning: Mutex::default(),
         passthrough: policy.balance == Balance::Passthrough || service.lb.mode == LbMode::Passthrough,
+        wildcard,
         source,
         state: Arc::clone(state),
     }
@@ -125,6 +127,7 @@ pub(super) fn workload(state: &Arc<State>, known: &Arc<Known>, port: u16, plain:
         plan: ArcSwap::default(),
         planning: Mutex::default(),
         passthrough: false,
+        wildcard: None,
         source: Source::Workload(Arc::clone(known)),
         state: Arc::clone(state),
     }

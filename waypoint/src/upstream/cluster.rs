@@ -9,6 +9,7 @@ use mesh_model::l7::TrafficPolicy;
 use mesh_model::l7::balance::{Chance, Entry, Plan, is_held_back, warmup_factor};
 use mesh_model::l7::destination::{Balance, Destination};
 use mesh_model::l7::outlier::Seen;
+use mesh_model::l7::select::host_matches;
 use mesh_model::service::{AppProtocol, Service};
 use mesh_model::snapshot::Backing;
 use mesh_model::workload::Workload;
@@ -32,6 +33,8 @@ pub struct Cluster {
     pub(super) planning: Mutex<()>,
     /// Endpoints are what the client addressed.
     pub(super) passthrough: bool,
+    /// Endpoints are the hosts of this wildcard that clients name, as this one but for its name.
+    pub(super) wildcard: Option<Arc<Host>>,
     pub(super) source: Source,
     pub(super) state: Arc<State>,
 }
@@ -60,6 +63,17 @@ pub struct PickContext<'a> {
     pub tried: &'a [Arc<Host>],
     /// What the client addressed, for passthrough.
     pub dst: Option<SocketAddr>,
+    /// The host the client names (of the request, or in TLS), for wildcards.
+    pub name: Option<&'a str>,
+}
+
+/// What a client asked for where nobody lists the endpoints.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Asked {
+    /// An address.
+    Addr(SocketAddr),
+    /// A host, and the port it is reached on.
+    Name(Box<str>, u16),
 }
 
 /// What came of an attempt.
@@ -98,6 +112,9 @@ impl Cluster {
     /// # Errors
     /// `NoHealthy`: there is none to choose.
     pub fn pick(&self, ctx: &PickContext<'_>) -> Result<Arc<Host>, UpstreamError> {
+        if let Some(wildcard) = &self.wildcard {
+            return self.named(wildcard, ctx.name);
+        }
         if self.passthrough {
             return self.pass(ctx.dst);
         }
@@ -126,7 +143,7 @@ impl Cluster {
         if let Some(host) = known.filter(|h| h.target.addr == to) {
             return Ok(Arc::clone(host));
         }
-        Ok(self.state.passed(to, || {
+        Ok(self.state.passed(Asked::Addr(to), || {
             let (known, target) = if let Some(host) = known {
                 (Arc::clone(&host.known), Target { addr: to, ..host.target.clone() })
             } else {
@@ -136,6 +153,21 @@ impl Cluster {
                 (Arc::new(Known::new(Arc::new(stranger))), target)
             };
             Arc::new(Host { known, target, weight: 1, state: HostState::new(self.state.reach.threads()) })
+        }))
+    }
+
+    /// The host the client names, if the wildcard is for it.
+    fn named(&self, wildcard: &Arc<Host>, name: Option<&str>) -> Result<Arc<Host>, UpstreamError> {
+        let pattern = wildcard.target.name.as_deref().unwrap_or_default();
+        let Some(name) = name.filter(|name| host_matches(pattern, name)) else {
+            return Err(UpstreamError::new(Failure::NoHealthy, format!("the client names no host of {pattern}")));
+        };
+        let name = name.to_ascii_lowercase();
+        let asked = Asked::Name(name.as_str().into(), wildcard.target.addr.port());
+        Ok(self.state.passed(asked, || {
+            let target = Target { name: Some(name.into()), ..wildcard.target.clone() };
+            let state = HostState::new(self.state.reach.threads());
+            Arc::new(Host { known: Arc::clone(&wildcard.known), target, weight: 1, state })
         }))
     }
 

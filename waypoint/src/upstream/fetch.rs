@@ -100,7 +100,7 @@ impl Fetcher {
         let key = ClusterKey { service: service.key.clone(), port: place.port, subset: None };
         let failed = |e: super::UpstreamError| format!("service {}: {e}", service.key);
         let cluster = self.upstreams.cluster(snap, &key).map_err(failed)?;
-        let pick = PickContext { draw: rand::random(), hash: None, tried: &[], dst: None };
+        let pick = PickContext { draw: rand::random(), hash: None, tried: &[], dst: None, name: Some(&place.host) };
         let host = cluster.pick(&pick).map_err(failed)?;
         let policy = cluster.policy();
         let shelf = ShelfKey {

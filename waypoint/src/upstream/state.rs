@@ -1,5 +1,5 @@
 //! What traffic changes about a cluster: counts against limits, health, the queue for connections.
-use super::cluster::Cluster;
+use super::cluster::{Asked, Cluster};
 use super::error::{Failure, UpstreamError};
 use super::host::{Host, HostState, Target};
 use super::pool::Shelf;
@@ -9,7 +9,6 @@ use mesh_model::l7::outlier::{self, Cause};
 use mesh_model::workload::WorkloadUid;
 use parking_lot::Mutex;
 use std::collections::{HashMap, VecDeque};
-use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -38,7 +37,7 @@ pub(super) struct State {
     /// Endpoints by workload.
     hosts: Mutex<HashMap<WorkloadUid, (Target, Arc<HostState>)>>,
     /// Endpoints made for original destinations.
-    passed: Mutex<HashMap<SocketAddr, Arc<Host>>>,
+    passed: Mutex<HashMap<Asked, Arc<Host>>>,
     /// The newest version. Also the lock under which endpoints are ejected and tables replaced.
     live: Mutex<Weak<Cluster>>,
     started: Instant,
@@ -147,8 +146,8 @@ impl State {
         self.connections.load(Relaxed) > 0 || self.admitted.load(Relaxed) > 0
     }
 
-    /// The endpoint made for an original destination.
-    pub fn passed(&self, to: SocketAddr, make: impl FnOnce() -> Arc<Host>) -> Arc<Host> {
+    /// The endpoint made for what a client asked for.
+    pub fn passed(&self, to: Asked, make: impl FnOnce() -> Arc<Host>) -> Arc<Host> {
         /// Beyond it those nobody uses are forgotten, with their idle connections.
         const MOST: usize = 1024;
         let mut passed = self.passed.lock();
@@ -214,10 +213,7 @@ impl State {
     pub fn admit_retry(self: &Arc<Self>, most: u32, budget: Option<&RetryBudget>) -> Option<RetryGuard> {
         let limit = match budget {
             None => most,
-            Some(budget) => {
-                let share = u64::from(self.admitted.load(Relaxed)) * u64::from(budget.percent_hundredths) / 10_000;
-                u32::try_from(share).unwrap_or(u32::MAX).max(budget.min_concurrency)
-            }
+            Some(budget) => budget.allowed(self.admitted.load(Relaxed)),
         };
         if !count_up(&self.retries, limit) {
             note(&self.counters.retry_overflows);

@@ -1,0 +1,221 @@
+//! Routes of connections that are carried as bytes: by port, by the name in TLS.
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use anyhow::{Context as _, ensure};
+use mesh_tests::dns::Dns;
+use mesh_tests::program::{Client, Server};
+use mesh_tests::tls::{OwnCert, TlsWeb};
+use mesh_tests::wait;
+use mesh_tests::web::Web;
+
+use crate::mesh::{MORE, Mesh, PORT, SECURE, SECURE_PORT, curl};
+
+/// One server of bytes each.
+const ONE_AND_TWO: &str = r"
+apiVersion: v1
+kind: Service
+metadata: { name: one, namespace: t, labels: { istio.io/use-waypoint: wp } }
+spec:
+  selector: { app: web1 }
+  clusterIP: 10.96.2.10
+  ports:
+  - { name: tcp, port: 92, targetPort: 9092, protocol: TCP }
+---
+apiVersion: v1
+kind: Service
+metadata: { name: two, namespace: t, labels: { istio.io/use-waypoint: wp } }
+spec:
+  selector: { app: web2 }
+  clusterIP: 10.96.2.11
+  ports:
+  - { name: tcp, port: 92, targetPort: 9092, protocol: TCP }
+  - { name: tls, port: 443, targetPort: 7072, protocol: TCP, appProtocol: tls }
+";
+
+fn services(mesh: &Mesh) -> anyhow::Result<crate::mesh::ObjectsForNow<'_>> {
+    let guard = mesh.objects("one-and-two", ONE_AND_TWO)?;
+    mesh.proxy("node-a").wait_config("the services", |dump| dump["services"].to_string().contains("10.96.2.11"))?;
+    Ok(guard)
+}
+/// A Gateway API route with this parent and these rules.
+fn route(version: &str, kind: &str, parent: &str, spec: &str) -> String {
+    format!(
+        "apiVersion: gateway.networking.k8s.io/{version}\nkind: {kind}\nmetadata: {{ name: bytes, namespace: t }}\nspec:\n  parentRefs: [ {parent} ]\n{spec}\n"
+    )
+}
+
+pub(crate) fn connections_of_bytes_follow_their_routes(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let _servers = [Server::start(mesh.pod("web1"), MORE)?, Server::start(mesh.pod("web2"), MORE)?];
+    let _services = services(mesh)?;
+    let to = SocketAddr::new("10.96.2.10".parse()?, 92);
+    let who = || Client::who(mesh.pod("client"), to).map(|(_, who)| who.name);
+    let several = || (0..24).map(|_| who()).collect::<anyhow::Result<BTreeSet<_>>>();
+    ensure!(who()? == "web1", "no route: what was addressed");
+    let parent = "{ group: '', kind: Service, name: one }";
+    let virtual_service = |tcp: &str| {
+        format!(
+            "apiVersion: networking.istio.io/v1\nkind: VirtualService\nmetadata: {{ name: bytes, namespace: t }}\nspec:\n  hosts: [ one ]\n  tcp:\n{tcp}\n"
+        )
+    };
+    let (one, two) = ("destination: { host: one, port: { number: 92 } }", "destination: { host: two, port: { number: 92 } }");
+    {
+        let rules = format!(
+            "  - match: [ {{ port: 93 }} ]\n    route: [ {{ {one} }} ]\n  - match: [ {{ port: 92 }} ]\n    route: [ {{ {two} }} ]"
+        );
+        let _route = mesh.objects("bytes", &virtual_service(&rules))?;
+        ensure!(several()? == BTreeSet::from(["web2".to_owned()]), "VirtualService tcp: the first rule of this port");
+    }
+    {
+        let _route =
+            mesh.objects("bytes", &virtual_service(&format!("  - route: [ {{ {one}, weight: 50 }}, {{ {two}, weight: 50 }} ]")))?;
+        ensure!(several()?.len() == 2, "VirtualService tcp: by weight");
+    }
+    {
+        let backends = "  rules: [ { backendRefs: [ { name: two, port: 92 } ] } ]";
+        let _route = mesh.objects("bytes", &route("v1alpha2", "TCPRoute", parent, backends))?;
+        ensure!(several()? == BTreeSet::from(["web2".to_owned()]), "TCPRoute");
+    }
+    {
+        let backends = "  rules: [ { backendRefs: [ { name: one, port: 92, weight: 1 }, { name: two, port: 92, weight: 1 } ] } ]";
+        let _route = mesh.objects("bytes", &route("v1alpha2", "TCPRoute", parent, backends))?;
+        ensure!(several()?.len() == 2, "TCPRoute by weight");
+    }
+    let backends = "  rules: [ { backendRefs: [ { name: nobody, port: 92 } ] } ]";
+    let _route = mesh.objects("bytes", &route("v1alpha2", "TCPRoute", parent, backends))?;
+    ensure!(who().is_err(), "a backend that does not exist is not the service itself");
+    Ok(())
+}
+
+pub(crate) fn tls_passes_through_by_its_name(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let own = OwnCert::of(&["one.example"])?;
+    let start = |pod: &str| TlsWeb::start(mesh.pod(pod), SECURE_PORT, &own, None);
+    let _servers = [start("web1")?, start("web2")?];
+    let _services = services(mesh)?;
+    // Who answered, and the name it saw: the waypoint has not ended the TLS.
+    let ask = |name: &str| -> anyhow::Result<(String, String)> {
+        let resolve = format!("{name}:443:{SECURE}");
+        let got = mesh.call(&["-k", "--resolve", &resolve, &format!("https://{name}/")])?;
+        let told = got.echo()?;
+        Ok((told["name"].as_str().unwrap_or_default().to_owned(), told["sni"].as_str().unwrap_or_default().to_owned()))
+    };
+    let is = |name: &str, by: &str| -> anyhow::Result<()> {
+        let told = ask(name)?;
+        ensure!(told == (by.to_owned(), name.to_owned()), "{told:?}, wanted {by}");
+        Ok(())
+    };
+    is("one.example", "web1").context("without a route")?;
+    {
+        let parent = "{ group: '', kind: Service, name: secure, port: 443 }";
+        let spec = "  hostnames: [ two.example, '*.two.example' ]\n  rules: [ { backendRefs: [ { name: two, port: 443 } ] } ]";
+        let _route = mesh.objects("names", &route("v1alpha3", "TLSRoute", parent, spec))?;
+        is("two.example", "web2").context("TLSRoute")?;
+        is("deep.two.example", "web2").context("TLSRoute, wildcard")?;
+    }
+    let _route = mesh.objects(
+        "names",
+        "apiVersion: networking.istio.io/v1\nkind: VirtualService\nmetadata: { name: names, namespace: t }\nspec:\n  hosts: [ secure ]\n  tls:\n  - match: [ { port: 443, sniHosts: [ secure.t.svc.cluster.local ] } ]\n    route: [ { destination: { host: two, port: { number: 443 } } } ]\n",
+    )?;
+    is("secure.t.svc.cluster.local", "web2").context("VirtualService tls")?;
+    is("one.example", "web1").context("VirtualService tls: a name it does not have")
+}
+
+/// The gateway's listeners that are not HTTP: TLS passed through by its name, TLS ended, bytes.
+pub(crate) fn the_gateway_carries_tls_and_bytes(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let own = OwnCert::of(&["a.pass.example"])?;
+    let _tls = TlsWeb::start(mesh.pod("web1"), SECURE_PORT, &own, None)?;
+    let _raw = Server::start(mesh.pod("web1"), MORE)?;
+    let _services = services(mesh)?;
+    let routes = [
+        route(
+            "v1alpha3",
+            "TLSRoute",
+            "{ name: gw, sectionName: pass }",
+            "  hostnames: [ a.pass.example ]\n  rules: [ { backendRefs: [ { name: secure, port: 443 } ] } ]",
+        ),
+        route(
+            "v1alpha2",
+            "TCPRoute",
+            "{ name: gw, sectionName: bytes }",
+            "  rules: [ { backendRefs: [ { name: one, port: 92 } ] } ]",
+        ),
+    ];
+    let _routes = mesh.objects("gateway-bytes", &routes.join("---\n"))?;
+    let outside = Arc::clone(mesh.topology.host("outside"));
+    let gateway = mesh.pod("gw").v4;
+    let ask = |name: &str| {
+        let resolve = format!("{name}:8443:{gateway}");
+        curl(&outside, &["-k", "--resolve", &resolve, &format!("https://{name}:8443/x")])
+    };
+    let got = wait::until("the listener", wait::PATIENCE, || ask("a.pass.example").ok())?;
+    ensure!(got.status == 200 && got.echo()?["sni"] == "a.pass.example", "{got:?}");
+    ensure!(ask("b.pass.example").is_err(), "a name without a route");
+    let (mut client, who) = Client::who(&outside, (gateway, 9000).into())?;
+    ensure!(who.name == "web1", "{who:?}");
+    client.ping("bytes")?;
+    Ok(())
+}
+
+/// Names outside the mesh: one, and all of a wildcard, whichever the client names in its request or in TLS.
+const OUTSIDE: &str = r"
+apiVersion: networking.istio.io/v1
+kind: ServiceEntry
+metadata: { name: one-name, namespace: t, labels: { istio.io/use-waypoint: wp } }
+spec:
+  hosts: [ one.name.example ]
+  addresses: [ 10.96.2.30 ]
+  location: MESH_EXTERNAL
+  resolution: DNS
+  ports: [ { number: 80, name: http, protocol: HTTP, targetPort: 8080 } ]
+---
+apiVersion: networking.istio.io/v1
+kind: ServiceEntry
+metadata: { name: names, namespace: t, labels: { istio.io/use-waypoint: wp } }
+spec:
+  hosts: [ '*.wild.example' ]
+  addresses: [ 10.96.2.31 ]
+  location: MESH_EXTERNAL
+  resolution: DYNAMIC_DNS
+  ports:
+  - { number: 80, name: http, protocol: HTTP, targetPort: 8080 }
+  - { number: 443, name: tls, protocol: TLS, targetPort: 7072 }
+";
+
+pub(crate) fn names_outside_are_reached_by_the_name_the_client_gives(mesh: &mut Mesh) -> anyhow::Result<()> {
+    // Neither is in the mesh.
+    let (outside, other) = (Arc::clone(mesh.topology.host("outside")), Arc::clone(mesh.pod("wp2")));
+    let own = OwnCert::of(&["tls.wild.example"])?;
+    let _servers = (Web::start(&outside, PORT)?, Web::start(&other, PORT)?, TlsWeb::start(&outside, SECURE_PORT, &own, None)?);
+    let (first, second) = (outside.v4, other.v4);
+    let _dns = Dns::start(mesh.pod("wp"), move |name| match name {
+        "one.name.example" | "a.wild.example" | "tls.wild.example" => Some(first),
+        "b.wild.example" => Some(second),
+        _ => None,
+    })?;
+    let _entries = mesh.objects("outside-names", OUTSIDE)?;
+    mesh.proxy("node-a").wait_config("the services", |dump| dump["services"].to_string().contains("10.96.2.31"))?;
+    let ask = |host: &str, vip: &str| mesh.call(&["-H", &format!("host: {host}"), &format!("http://{vip}/names")]);
+    let got = ask("one.name.example", "10.96.2.30")?;
+    ensure!(got.status == 200 && got.echo()?["name"] == "outside", "one name: {got:?}");
+    for _ in 0..2 {
+        for (host, who) in [("a.wild.example", "outside"), ("B.wild.example:80", "wp2")] {
+            let got = ask(host, "10.96.2.31")?;
+            ensure!(got.status == 200 && got.echo()?["name"] == who, "{host}: {got:?}");
+        }
+    }
+    let got = ask("nobody.wild.example", "10.96.2.31")?;
+    ensure!(got.status == 503 && got.body == "no healthy upstream", "a name nobody knows: {got:?}");
+    for host in ["one.name.example", "wild.example", "a.wild.example.evil"] {
+        let got = ask(host, "10.96.2.31")?;
+        ensure!(got.status == 404, "{host} is not of the wildcard: {got:?}");
+    }
+    let secure = |name: &str| {
+        let resolve = format!("{name}:443:10.96.2.31");
+        mesh.call(&["-k", "--resolve", &resolve, &format!("https://{name}/")])
+    };
+    let got = secure("tls.wild.example")?;
+    ensure!(got.status == 200 && got.echo()?["sni"] == "tls.wild.example", "{got:?}");
+    ensure!(secure("one.name.example").is_err(), "a name that is not of the wildcard");
+    Ok(())
+}
