@@ -28,6 +28,8 @@ pub struct Scenario {
     pub paths: Paths,
     /// Lines of the access log beside the one every request has: formats (text, or an object), and which requests they tell.
     pub lines: Vec<(Value, Option<&'static str>)>,
+    /// Of MeshConfig's `extensionProviders`.
+    pub providers: Vec<Value>,
     /// Labels of the metrics and their CEL expressions.
     pub tags: Vec<(&'static str, &'static str)>,
     /// Cases.
@@ -70,6 +72,7 @@ pub fn scenario(name: &'static str) -> Scenario {
         manager: json!({}),
         paths: Paths::Base,
         lines: Vec::new(),
+        providers: Vec::new(),
         tags: Vec::new(),
         cases: Vec::new(),
     }

@@ -1,5 +1,6 @@
 //! The scenarios. Each names its objects twice: as a user writes them, and as istiod tells Envoy.
 mod answers;
+mod authorizers;
 mod breakers;
 mod cors;
 mod ejection;
@@ -49,6 +50,7 @@ pub fn all() -> Vec<Scenario> {
         answers::all(),
         paths::all(),
         lines::all(),
+        authorizers::all(),
     ]
     .concat()
 }

@@ -180,6 +180,38 @@ pub const DIFFERENCES: &[Difference] = &[
             "jwt-outputs::by HTTP/2",
         ],
     },
+    // Authorizers.
+    Difference {
+        reason: "how long an authorizer took is nothing its refusal tells the client",
+        what: Aspects(&["header x-envoy-upstream-service-time"]),
+        cases: &[
+            "ask::agreed with another status",
+            "ask::refused",
+            "ask::refused with a body and headers",
+            "ask::refused with two headers of a name",
+            "ask::redirected",
+            "ask::not found",
+            "ask::too many",
+            "ask::POST, refused",
+            "ask::HEAD, refused",
+            "ask::by HTTP/2, refused",
+            "ask::a gRPC call, refused",
+            "ask-first::refused, though allowed",
+            "ask-first::refused and denied",
+            "ask-first::a preflight",
+            "ask-open-fails::the authorizer refuses",
+        ],
+    },
+    Difference {
+        reason: "how long an authorizer took is nothing its refusal tells the client",
+        what: Aspects(&["1 header x-envoy-upstream-service-time"]),
+        cases: &["ask::two on one connection"],
+    },
+    Difference {
+        reason: "headers that came twice go on twice; Envoy joins them, which is the same (RFC 9110 §5.3)",
+        what: Aspects(&["arrival 1 header x-shown"]),
+        cases: &["ask::a header that comes twice"],
+    },
     // Limits.
     Difference {
         reason: "what a request does not have is a value too: leaving a header away is no way around a limit",
@@ -306,7 +338,7 @@ pub const DIFFERENCES: &[Difference] = &[
     Difference {
         reason: "an answer to HEAD says no transfer-encoding (RFC 9110 §9.3.2: a server may leave it out)",
         what: Aspects(&["header transfer-encoding"]),
-        cases: &["redirect::HEAD", "up-answers::HEAD, chunked"],
+        cases: &["redirect::HEAD", "up-answers::HEAD, chunked", "ask::HEAD, refused"],
     },
     // Balancing.
     Difference {

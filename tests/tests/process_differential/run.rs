@@ -345,18 +345,16 @@ impl Field {
 
 /// What MeshConfig says: the line every request has, and the formats scenarios want beside it.
 fn mesh_config(scenarios: &[Scenario]) -> String {
-    let providers: Vec<Value> = scenarios
-        .iter()
-        .flat_map(|scenario| {
-            scenario.lines.iter().enumerate().map(|(n, (format, _))| {
-                let format = match istiod::line_format(n, format) {
-                    Value::String(text) => json!({"text": text + "\n"}),
-                    labels => json!({"labels": labels}),
-                };
-                json!({"name": provider(scenario, n), "envoyFileAccessLog": {"path": "/dev/stdout", "logFormat": format}})
-            })
+    let logs = scenarios.iter().flat_map(|scenario| {
+        scenario.lines.iter().enumerate().map(|(n, (format, _))| {
+            let format = match istiod::line_format(n, format) {
+                Value::String(text) => json!({"text": text + "\n"}),
+                labels => json!({"labels": labels}),
+            };
+            json!({"name": provider(scenario, n), "envoyFileAccessLog": {"path": "/dev/stdout", "logFormat": format}})
         })
-        .collect();
+    });
+    let providers: Vec<Value> = scenarios.iter().flat_map(|scenario| scenario.providers.iter().cloned()).chain(logs).collect();
     let mesh = json!({"accessLogFile": "/dev/stdout", "accessLogEncoding": "JSON", "extensionProviders": providers}).to_string();
     let metadata = json!({"name": "istio", "namespace": "istio-system"});
     json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": {"mesh": mesh}}).to_string()

@@ -28,7 +28,7 @@ use tokio::time::{Instant, sleep, timeout_at};
 const DRAW_ATTEMPT: u64 = 20;
 const DRAW_BACKOFF: u64 = 60;
 /// `x-envoy-expected-rq-timeout-ms`.
-const EXPECTED_TIMEOUT: HeaderName = HeaderName::from_static("x-envoy-expected-rq-timeout-ms");
+pub(super) const EXPECTED_TIMEOUT: HeaderName = HeaderName::from_static("x-envoy-expected-rq-timeout-ms");
 /// `grpc-timeout`.
 const GRPC_TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
 /// `x-envoy-attempt-count`.

@@ -10,7 +10,7 @@ use crate::body::{Body, BodyError};
 use crate::conn::Conn;
 use crate::phase::authorize::{self, Asking};
 use crate::phase::{Exchange, Flow, buffer, respond, route};
-use crate::telemetry::Flag;
+use crate::telemetry::{Flag, grpc_of_http};
 use crate::upstream::{self, Failure, Observed, PickContext, SendOptions, UpstreamError};
 use ::http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use ::http::response::Parts;
@@ -180,7 +180,7 @@ async fn ask(ex: &mut Exchange<'_>, snap: &Arc<Snapshot>, authorizer: &Authorize
         _ => None,
     };
     let question = match &authorizer.speaks {
-        Protocol::Http(check) => http::question(ex, check, shown),
+        Protocol::Http(check) => http::question(ex, check, authorizer.timeout, shown),
         Protocol::Grpc => grpc::question(ex, authorizer, shown),
     };
     let answer = in_time(ex.conn, snap, authorizer, asking, question, redraw(ex.draw, DRAW_AUTHORIZER)).await;
@@ -246,7 +246,11 @@ fn grant_to(ex: &mut Exchange<'_>, authorizer: &Authorizer, grant: Grant) -> Res
 
 /// The authorizer's own answer.
 fn answer_of(ex: &mut Exchange<'_>, refused: Refused) -> Response<Body> {
-    let mut out = respond::local(ex, refused.status, "", "ext_authz_denied");
+    let mut out = match std::str::from_utf8(&refused.body) {
+        // What it said becomes the message.
+        Ok(text) if ex.grpc => respond::grpc(ex, grpc_of_http(refused.status.as_u16()), text, "ext_authz_denied"),
+        _ => respond::local(ex, refused.status, "", "ext_authz_denied"),
+    };
     for name in refused.headers.keys().filter(|name| !OF_THE_HOP.contains(name)) {
         if ex.grpc && *name == header::CONTENT_TYPE {
             continue;

@@ -5,7 +5,7 @@ use crate::case::{Req, Scenario, case, get, grpc, raw, request, scenario};
 use crate::istiod::{all as catch_all, prefix};
 
 /// A policy for the service, as a user writes it.
-fn policy(name: &str, action: &str, rules: &[String]) -> String {
+pub fn policy(name: &str, action: &str, rules: &[String]) -> String {
     let rules: String = rules.iter().map(|rule| format!("  - {rule}\n")).collect();
     let rules = if rules.is_empty() { "  rules: []\n".into() } else { format!("  rules:\n{rules}") };
     format!(

@@ -2,15 +2,23 @@
 use super::{Answer, Change, Edit, Grant, OF_THE_HOP, Refused, Shown, Verdict};
 use crate::body::Body;
 use crate::phase::Exchange;
+use crate::phase::attempt::EXPECTED_TIMEOUT;
 use http::header::{self, HeaderName, HeaderValue};
 use http::{Request, StatusCode};
+use http_body::Body as _;
 use mesh_model::l7::authorizer::{HttpCheck, names};
+use std::time::Duration;
 
 /// Whether a body that is shown is not all of it (Envoy's name).
 pub(super) const PARTIAL: HeaderName = HeaderName::from_static("x-envoy-auth-partial-body");
 
-/// The request without what the authorizer is not to see.
-pub(super) fn question(ex: &Exchange<'_>, check: &HttpCheck, shown: Option<Shown>) -> Result<Request<Body>, http::Error> {
+/// The request without what the authorizer is not to see, and with what Envoy says of itself and of the time there is.
+pub(super) fn question(
+    ex: &Exchange<'_>,
+    check: &HttpCheck,
+    timeout: Duration,
+    shown: Option<Shown>,
+) -> Result<Request<Body>, http::Error> {
     let query = ex.parts.uri.query().map(|q| format!("?{q}")).unwrap_or_default();
     let target = format!("{}{}{query}", check.path_prefix, ex.path);
     let partial = shown.as_ref().map(|s| HeaderValue::from_static(if s.cut { "true" } else { "false" }));
@@ -29,6 +37,11 @@ pub(super) fn question(ex: &Exchange<'_>, check: &HttpCheck, shown: Option<Shown
         headers.insert(name.clone(), value.clone());
     }
     headers.insert(header::HOST, HeaderValue::try_from(&ex.authority)?);
+    headers.insert("x-envoy-internal", HeaderValue::from_static("true"));
+    headers.insert(EXPECTED_TIMEOUT, HeaderValue::from(u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX)));
+    if question.body().is_end_stream() {
+        question.headers_mut().insert(header::CONTENT_LENGTH, HeaderValue::from(0));
+    }
     Ok(question)
 }
 
@@ -39,11 +52,10 @@ pub(super) fn verdict(check: &HttpCheck, answer: Answer) -> Result<Verdict, Stri
         StatusCode::OK => {
             let mut grant = Grant::default();
             for name in head.headers.keys() {
-                let mut values = head.headers.get_all(name).iter();
                 if names(&check.to_upstream, name) {
-                    let set = values.next().map(|v| Change::Set(v.clone()));
-                    let all = set.into_iter().chain(values.map(|v| Change::Append(v.clone())));
-                    grant.request.extend(all.map(|what| Edit { name: name.clone(), what }));
+                    // One value: the endpoint would have to choose (Envoy: the last).
+                    let last = head.headers.get_all(name).iter().next_back().map(|v| Change::Set(v.clone()));
+                    grant.request.extend(last.map(|what| Edit { name: name.clone(), what }));
                 }
                 if names(&check.to_client, name) {
                     let all = head.headers.get_all(name).iter().map(|v| Change::Append(v.clone()));
@@ -62,6 +74,9 @@ pub(super) fn verdict(check: &HttpCheck, answer: Answer) -> Result<Verdict, Stri
                 for name in hidden {
                     headers.remove(name);
                 }
+            }
+            if !body.is_empty() && !headers.contains_key(header::CONTENT_TYPE) {
+                headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain"));
             }
             Ok(Verdict::Refuses(Refused { status, headers, body }))
         }

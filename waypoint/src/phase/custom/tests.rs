@@ -58,3 +58,44 @@ fn parameters_are_set_and_removed_by_name() {
         assert_eq!(http::with_parameters(query, &changes), want, "{query} {changes:?}");
     }
 }
+
+#[test]
+fn the_answer_by_http_is_read_as_envoy_reads_it() {
+    use mesh_model::policy::TextMatch;
+    let check = |to_refused| mesh_model::l7::authorizer::HttpCheck {
+        path_prefix: "".into(),
+        asked_with: Vec::new(),
+        always: Vec::new(),
+        to_upstream: vec![TextMatch::Exact("x-user".into())],
+        to_client: Vec::new(),
+        to_refused,
+    };
+    let answer = |status: u16, headers: &[(&'static str, &'static str)], body: &'static str| {
+        let mut made = Response::builder().status(status);
+        for (name, value) in headers {
+            made = made.header(*name, *value);
+        }
+        let (head, ()) = made.body(()).expect("an answer").into_parts();
+        Answer { head, body: Bytes::from_static(body.as_bytes()), trailers: HeaderMap::new() }
+    };
+    let agreed = http::verdict(&check(None), answer(200, &[("x-user", "ann"), ("x-user", "bob"), ("x-other", "1")], ""));
+    let set = Edit { name: HeaderName::from_static("x-user"), what: Change::Set(HeaderValue::from_static("bob")) };
+    assert_eq!(agreed, Ok(Verdict::Agrees(Grant { request: vec![set], ..Grant::default() })), "the last value alone");
+    assert!(http::verdict(&check(None), answer(503, &[], "")).is_err());
+    let refused = |patterns, headers: &[(&'static str, &'static str)], body| match http::verdict(
+        &check(patterns),
+        answer(401, headers, body),
+    ) {
+        Ok(Verdict::Refuses(refused)) => {
+            let mut told: Vec<String> =
+                refused.headers.iter().map(|(n, v)| format!("{n}={}", v.to_str().expect("text"))).collect();
+            told.sort();
+            told.join(" ")
+        }
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(refused(None, &[("x-why", "a")], "no"), "content-type=text/plain x-why=a");
+    assert_eq!(refused(None, &[("content-type", "text/html")], "no"), "content-type=text/html");
+    let only = Some(vec![TextMatch::Exact("x-why".into())]);
+    assert_eq!(refused(only, &[("x-why", "a"), ("x-other", "b"), ("location", "/login")], ""), "location=/login x-why=a");
+}
