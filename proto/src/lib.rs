@@ -1,10 +1,10 @@
 //! The messages of other people's protocols, so that one crate knows their numbers: Istio's workload and authorization
-//! discovery, its certificate API and its enrolment socket, Envoy's delta discovery that carries the first two, and Envoy's
-//! question to an external authorizer.
+//! discovery, its certificate API and its enrolment socket, Envoy's delta discovery that carries the first two, Envoy's
+//! question to an external authorizer, and OpenTelemetry's spans.
 //!
 //! Owns the wire and nothing else; what a message means is decided by who reads it. The modules are made from `defs/` by
-//! `cargo xtask proto` and committed, so that a build needs no generator. Upstream: istiod, the CNI agent. Downstream:
-//! `mesh-sources`, `mesh-identity` and the waypoint.
+//! `cargo xtask proto` and committed, so that a build needs no generator. Upstream: istiod, the CNI agent; authorizers and
+//! collectors. Downstream: `mesh-sources`, `mesh-identity` and the waypoint.
 #![forbid(unsafe_code)]
 
 pub use prost::{DecodeError, Message};
@@ -46,6 +46,33 @@ pub mod envoy {
 #[rustfmt::skip]
 pub mod google {
     pub mod rpc;
+}
+
+/// OpenTelemetry.
+#[rustfmt::skip]
+pub mod opentelemetry {
+    /// Its protocol, OTLP.
+    pub mod proto {
+        /// What all signals share.
+        pub mod common {
+            pub mod v1;
+        }
+        /// Who tells.
+        pub mod resource {
+            pub mod v1;
+        }
+        /// Spans.
+        pub mod trace {
+            pub mod v1;
+        }
+        /// Services.
+        pub mod collector {
+            /// Of spans.
+            pub mod trace {
+                pub mod v1;
+            }
+        }
+    }
 }
 
 /// Resource type of workloads and services.

@@ -14,6 +14,12 @@ use super::istio::workload::{
     self, Address, AppProtocol, ApplicationTunnel, Extension, GatewayAddress, LoadBalancing, Locality, NamespacedHostname,
     NetworkAddress, Port, PortList, Service, TunnelProtocol, WeightedWaypoint, Workload, address, gateway_address,
 };
+use super::opentelemetry::proto::collector::trace::v1::{
+    ExportTracePartialSuccess, ExportTraceServiceRequest, ExportTraceServiceResponse,
+};
+use super::opentelemetry::proto::common::v1::{AnyValue, InstrumentationScope, KeyValue, any_value};
+use super::opentelemetry::proto::resource::v1::Resource as OtlpResource;
+use super::opentelemetry::proto::trace::v1::{self as otlp, ResourceSpans, ScopeSpans, Span};
 use super::well_known::{Any, Duration, Struct, Timestamp, Value, value};
 use super::{ADDRESS_TYPE, Message};
 use bytes::Bytes;
@@ -270,6 +276,50 @@ fn enrolment() {
         |error: &str| zds::WorkloadResponse { payload: Some(workload_response::Payload::Ack(zds::Ack { error: error.into() })) };
     same(ack(""), &[b(1, "")]);
     same(ack("no"), &[b(1, b(1, "no"))]);
+}
+
+#[test]
+fn spans() {
+    let tag = |value| KeyValue { key: "k".into(), value: Some(AnyValue { value: Some(value) }) };
+    let tag_wire = |value: Vec<u8>| [b(1, "k"), b(2, value)].concat();
+    let span = Span {
+        trace_id: Bytes::from_static(&[1; 16]),
+        span_id: Bytes::from_static(&[2; 8]),
+        trace_state: "a=1".into(),
+        parent_span_id: Bytes::from_static(&[3; 8]),
+        name: "n".into(),
+        kind: otlp::span::SpanKind::Client as i32,
+        start_time_unix_nano: 1,
+        end_time_unix_nano: 2,
+        attributes: vec![tag(any_value::Value::StringValue("v".into()))],
+        status: Some(otlp::Status { message: "m".into(), code: otlp::status::StatusCode::Error as i32 }),
+        flags: 1,
+    };
+    // Fixed width: 64 bits are wire type 1, 32 bits type 5.
+    let fixed64 = |field: u64, value: u64| [varint(field << 3 | 1), value.to_le_bytes().to_vec()].concat();
+    let span_wire = [
+        b(1, [1; 16]),
+        b(2, [2; 8]),
+        b(3, "a=1"),
+        b(4, [3; 8]),
+        b(5, "n"),
+        n(6, 3),
+        fixed64(7, 1),
+        fixed64(8, 2),
+        b(9, tag_wire(b(1, "v"))),
+        b(15, [b(2, "m"), n(3, 2)].concat()),
+        [varint(16 << 3 | 5), 1u32.to_le_bytes().to_vec()].concat(),
+    ];
+    let scope = InstrumentationScope { name: "s".into(), version: "1".into() };
+    let resource = OtlpResource { attributes: vec![tag(any_value::Value::IntValue(5))] };
+    let of_scope = ScopeSpans { scope: Some(scope), spans: vec![span] };
+    let request = ExportTraceServiceRequest {
+        resource_spans: vec![ResourceSpans { resource: Some(resource), scope_spans: vec![of_scope] }],
+    };
+    let scope_wire = b(2, [b(1, [b(1, "s"), b(2, "1")].concat()), b(2, span_wire.concat())].concat());
+    same(request, &[b(1, [b(1, b(1, tag_wire(n(3, 5)))), scope_wire].concat())]);
+    let partial = ExportTracePartialSuccess { rejected_spans: 2, error_message: "e".into() };
+    same(ExportTraceServiceResponse { partial_success: Some(partial) }, &[b(1, [n(1, 2), b(2, "e")].concat())]);
 }
 
 #[test]

@@ -25,6 +25,7 @@ pub mod load;
 pub mod mesh_dir;
 pub mod meshctl;
 pub mod netns;
+pub mod otlp;
 pub mod program;
 pub mod raw;
 pub mod rude;

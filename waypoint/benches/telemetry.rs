@@ -95,7 +95,7 @@ fn telling(c: &mut Criterion) {
         ..Record::new(false)
     };
 
-    let quiet = Telemetry::new(&Registry::new(), None, own.clone()).unwrap();
+    let quiet = Telemetry::new(&Registry::new(), None, None, own.clone()).unwrap();
     c.bench_function("request_done, metrics", |b| b.iter(|| quiet.request_done(black_box(&facts), black_box(&record))));
 
     for (name, format) in [("JSON line alone", Format::istio_json()), ("text line alone", Format::istio_text())] {
@@ -111,7 +111,7 @@ fn telling(c: &mut Criterion) {
 
     let options = Options::from_env(None, Some("json"), "waypoint").unwrap();
     let (logging, _subscriber) = build(options, Box::new(std::io::sink())).unwrap();
-    let loud = Telemetry::new(&Registry::new(), Some(logging.access.clone()), own).unwrap();
+    let loud = Telemetry::new(&Registry::new(), Some(logging.access.clone()), None, own).unwrap();
     c.bench_function("request_done, metrics and JSON line", |b| {
         b.iter(|| loud.request_done(black_box(&facts), black_box(&record)));
     });

@@ -9,7 +9,8 @@ use crate::listen;
 use crate::listen::gateway::Listeners;
 use crate::me::Me;
 use crate::settings::Settings;
-use crate::telemetry::{Telemetry, scrape};
+use crate::telemetry::export::Spans;
+use crate::telemetry::{Process, Telemetry, scrape};
 use crate::token::source::Sources;
 use crate::upstream::{Deps, Fetcher, Upstreams};
 use ::http::{Method, StatusCode};
@@ -30,7 +31,7 @@ use mesh_runtime::admin::{HttpServer, Request, Response, json, text};
 use mesh_runtime::allocator;
 use mesh_runtime::drain::{self, DrainMode, DrainWatch, Finished};
 use mesh_runtime::gate::Gate;
-use mesh_runtime::logging::Logging;
+use mesh_runtime::logging::{AccessLog, Logging};
 use mesh_runtime::memory::Budget;
 use mesh_runtime::metrics::Registry;
 use mesh_runtime::process;
@@ -79,8 +80,7 @@ pub async fn serve(settings: Settings, logging: &Logging) -> Result<()> {
     let access = settings.access_log.then(|| logging.access.clone());
     let identity = SpiffeId::new(&view.trust_domain, &settings.namespace, &settings.service_account)
         .context("namespace and service account make no SPIFFE identity")?;
-    let telemetry = Telemetry::new(&registry, access, identity)?;
-    let shared = assemble(settings, mesh, &view, source, telemetry)?;
+    let shared = assemble(settings, mesh, &view, source, &registry, access, identity)?;
     let settings = &shared.settings;
     register_state(&registry, &shared, &diagnostics, logging)?;
 
@@ -123,6 +123,9 @@ pub async fn serve(settings: Settings, logging: &Logging) -> Result<()> {
     }
     control.abort();
     upkeep.abort();
+    if let Some(spans) = shared.telemetry.spans() {
+        spans.close(STOP_LIMIT).await;
+    }
     if !shared.threads.stop(STOP_LIMIT).await {
         tracing::warn!("a data thread did not stop in time");
     }
@@ -151,6 +154,7 @@ async fn control(shared: Arc<Shared>, hbone: BoundListener, drain: DrainWatch, p
     let tell_own = || shared.telemetry.set_own(shared.me(&shared.mesh.load()).ok());
     tell_own();
     follow_issuers(&shared);
+    follow_collectors(&shared);
     let mut listeners = Listeners::default();
     listeners.reconcile(&shared, &drain);
     // Certificate files are renewed in place, and a port that was taken may have become free.
@@ -166,6 +170,7 @@ async fn control(shared: Arc<Shared>, hbone: BoundListener, drain: DrainWatch, p
                 tell_own();
                 shared.upstreams.collect(&shared.mesh.load_full());
                 follow_issuers(&shared);
+                follow_collectors(&shared);
                 listeners.reconcile(&shared, &drain);
             }
             _ = tick.tick() => listeners.reconcile(&shared, &drain),
@@ -201,12 +206,21 @@ fn follow_issuers(shared: &Shared) {
     shared.tokens.collect(needed.map(|rule| &rule.keys), &mentioned);
 }
 
+/// Forgets the collectors of spans nobody mentions any more.
+fn follow_collectors(shared: &Shared) {
+    if let Some(spans) = shared.telemetry.spans() {
+        spans.collect(&shared.mesh.load_full().telemetry().collectors().collect());
+    }
+}
+
 fn assemble(
     settings: Settings,
     mesh: mesh_sources::Mesh,
     view: &Viewpoint,
     source: Arc<dyn IdentitySource>,
-    telemetry: Telemetry,
+    registry: &Registry,
+    access: Option<AccessLog>,
+    identity: SpiffeId,
 ) -> Result<Arc<Shared>> {
     let workers = worker_count(settings.worker_threads.as_deref().or(Some("0")), cores())?;
     let tls = TlsContext::new(&TlsSettings::default(), source.as_ref(), Arc::new(SystemClock))?;
@@ -216,7 +230,6 @@ fn assemble(
         // Policies bound to the Gateway would bind nobody.
         anyhow::bail!("which Gateway is this process for? set --gateway (GATEWAY) to the name of the Gateway object");
     }
-    let identity = telemetry.own_identity().clone();
     let svids = SvidCache::start(source, tls.clone(), &CacheSettings::default(), &control);
     let svid = svids.handle(&identity);
     let hbone = Arc::new(
@@ -251,8 +264,11 @@ fn assemble(
         me: me.clone(),
     });
     let fetcher = Fetcher::new(mesh.clone(), Arc::clone(&upstreams), threads.pick(None).clone(), &settings.namespace);
+    let fetcher = Arc::new(fetcher);
+    let spans = Spans::new(registry, Arc::clone(&fetcher), process_of(&settings))?;
     Ok(Arc::new(Shared {
-        tokens: Sources::new(Arc::new(fetcher), settings.jwks_refresh, control),
+        telemetry: Telemetry::new(registry, access, Some(spans), identity.clone())?,
+        tokens: Sources::new(fetcher, settings.jwks_refresh, control),
         gate: Gate::new(settings.max_handshakes),
         mesh,
         threads,
@@ -263,7 +279,6 @@ fn assemble(
         tls,
         hbone,
         upstreams,
-        telemetry,
         limits: Limits::default(),
         tunnels: LivePeers::default(),
         settings,
@@ -279,6 +294,18 @@ fn origin(s: &Settings, registry: &Registry) -> Result<Origin> {
     let access = kubernetes::Access { kubeconfig: s.kubeconfig.clone() };
     let reach = kubernetes::Reach::Waypoint { namespace: s.namespace.clone() };
     Ok(Origin::Kubernetes(Box::new(kubernetes::Scope { access, reach, retry: kubernetes::Retry::default(), watches })))
+}
+
+/// What spans say of this process.
+fn process_of(s: &Settings) -> Process {
+    let (ns, address) = (&s.namespace, s.instance_ip.map(|ip| ip.to_string()).unwrap_or_default());
+    Process {
+        node_id: format!("waypoint~{address}~{}.{ns}~{ns}.svc.{}", s.pod, s.cluster_domain),
+        namespace: ns.clone(),
+        service_account: s.service_account.clone(),
+        cluster: s.cluster_id.clone(),
+        mesh: s.trust_domain.clone(),
+    }
 }
 
 fn viewpoint(s: &Settings) -> Result<Viewpoint> {

@@ -7,7 +7,7 @@ use crate::body::Body;
 use crate::conn::Conn;
 use crate::phase::{
     Exchange, Flow, admit, attempt, authenticate, authorize, buffer, compress, cors, custom, expose, fault, forward, limit,
-    mirror, respond, rewrite, route, treat,
+    mirror, respond, rewrite, route, trace, treat,
 };
 use ::http::{Request, Response};
 use hyper::body::Incoming;
@@ -22,6 +22,7 @@ pub async fn run(conn: &Arc<Conn>, request: Request<Incoming>) -> Response<Body>
     let mut answer = respond::finish(ex, answer);
     limit::tell(ex, answer.headers_mut()); // x-ratelimit-*
     treat::dress(ex, &mut answer); //         headers of TrafficPolicies, cache-control
+    trace::answer(ex, answer.headers_mut());
     let answer = compress::apply(ex, answer);
     match unanswered.take() {
         Some(ex) => expose::tell(ex, answer),
@@ -38,12 +39,14 @@ async fn phases(ex: &mut Exchange<'_>) -> Response<Body> {
         };
     }
     phase!(admit::check(ex)); //       host, path, hop-by-hop headers, request id, forwarded-for
+    trace::begin(ex); //               which trace it is part of
     phase!(treat::find(ex)); //        what TrafficPolicies say
     phase!(limit::check(ex, Point::BeforeAuthentication)); // rate limits that count everybody
     compress::prepare(ex); //          what the client accepts
     phase!(custom::check(ex).await); // external authorizers, who see the token
     phase!(authenticate::check(ex).await); // token, claims into headers
     let routed = route::choose(ex); // routes of the host → rule → backend by weight
+    trace::name(ex); //                what its span is called
     phase!(authorize::check(ex)); //   policies of what was addressed
     phase!(route::check(ex, routed)); // no route: told to those alone who may ask
     phase!(fault::inject(ex).await); // delay, abort
@@ -53,6 +56,7 @@ async fn phases(ex: &mut Exchange<'_>) -> Response<Body> {
     phase!(buffer::fill(ex).await); // the body, up to its largest size
     forward::prepare(ex); //           header edits, attempt and timeout headers
     rewrite::apply(ex); //             path, authority
+    trace::forward(ex); //             its span, for the endpoint
     mirror::copy(ex); //               shadows, fire and forget
     attempt::run(ex).await //          limits → endpoint → send → retry
 }

@@ -16,6 +16,7 @@ pub(crate) mod replay;
 pub(crate) mod respond;
 pub(crate) mod rewrite;
 pub(crate) mod route;
+pub(crate) mod trace;
 pub(crate) mod treat;
 
 use crate::body::Body;

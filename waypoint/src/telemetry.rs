@@ -1,28 +1,32 @@
-//! What is told about requests and connections: metrics under Istio's names, the access log.
+//! What is told about requests and connections: metrics under Istio's names, the access log, spans.
 //!
 //! Everything here runs after a request's last byte, off its path. Label lookups happen once per (client, endpoint, answer)
-//! and data thread. Upstream: `phase::expose`, `tcp`. Downstream: the scrape on 15020, the log's writer thread.
+//! and data thread. Upstream: `phase::expose`, `tcp`. Downstream: the scrape on 15020, the log's writer thread, collectors.
 
 pub mod access;
 mod cache;
+pub mod export;
 mod flags;
 mod grpc;
 mod labels;
 mod metrics;
 mod record;
 pub(crate) mod scrape;
+mod span;
 
 pub use flags::{Flag, Flags};
 pub(crate) use grpc::grpc_of_http;
 pub use grpc::{Messages, Received};
 pub(crate) use record::ORIGINAL_PATH;
 pub use record::{Noted, Record, TcpRecord};
+pub use span::Process;
 
 use crate::facts::{Facts, Scope};
 use crate::upstream::{Cluster, Host};
 use access::{Access, Line, Told};
 use arc_swap::ArcSwapOption;
 use cache::{AnswerKey, Cache, Key};
+use export::Spans;
 use mesh_hbone::relay::Counters;
 use mesh_model::metric_labels::Ends;
 use mesh_model::policy::PolicyKey;
@@ -52,6 +56,7 @@ struct Inner {
     id: u64,
     metrics: Metrics,
     access: Option<Access>,
+    spans: Option<Spans>,
     /// The workload this process is.
     own: ArcSwapOption<Workload>,
     own_identity: SpiffeId,
@@ -59,8 +64,14 @@ struct Inner {
     unchanged: MetricRules,
 }
 impl Telemetry {
-    /// Registers all metrics. `access`: where lines about requests and connections go, if anywhere. `own_identity`: ours.
-    pub fn new(registry: &Registry, access: Option<AccessLog>, own_identity: SpiffeId) -> Result<Self, MetricError> {
+    /// Registers all metrics. `access`, `spans`: where lines about requests and connections, and spans of requests, go, if
+    /// anywhere. `own_identity`: ours.
+    pub fn new(
+        registry: &Registry,
+        access: Option<AccessLog>,
+        spans: Option<Spans>,
+        own_identity: SpiffeId,
+    ) -> Result<Self, MetricError> {
         static NEXT: AtomicU64 = AtomicU64::new(1);
         let access = access.map(Access::new);
         let id = NEXT.fetch_add(1, Ordering::Relaxed);
@@ -68,6 +79,7 @@ impl Telemetry {
             id,
             metrics: Metrics::new(registry)?,
             access,
+            spans,
             own: ArcSwapOption::empty(),
             own_identity,
             unchanged: MetricRules::default(),
@@ -83,6 +95,14 @@ impl Telemetry {
     /// The mesh says which workload this process is: what a gateway reports as.
     pub fn set_own(&self, own: Option<&Arc<Workload>>) {
         self.inner.own.store(own.cloned());
+        if let Some(spans) = self.spans() {
+            spans.set_own(own.map(|own| &**own));
+        }
+    }
+
+    /// Where spans go.
+    pub fn spans(&self) -> Option<&Spans> {
+        self.inner.spans.as_ref()
     }
 
     /// Lets go of handles this thread did not use since the last call, so that series nobody counts in can expire. To be
@@ -99,6 +119,14 @@ impl Telemetry {
             self.inner.metrics.refused.inc(reason);
         }
         self.tell(&line);
+        self.trace(&line, record);
+    }
+
+    fn trace(&self, line: &Line<'_>, record: &Record) {
+        let Some(trace) = record.trace.as_ref().filter(|t| t.sampled) else { return };
+        let (Some(tracing), Some(spans)) = (record.tracing(), self.spans()) else { return };
+        let own = self.inner.own.load();
+        spans.send(&tracing.collector, span::of(line, record, (tracing, trace), own.as_deref(), spans.process()));
     }
 
     fn count(&self, record: &Record, line: &Line<'_>) {

@@ -171,7 +171,7 @@ fn connect_request(
     let mut request = ConnectRequest::to(authority.clone());
     request.baggage = pod.baggage(source);
     request.forwarded = headers::forwarded(client, record.service.as_ref().map(|s| &*s.key.hostname));
-    request.traceparent = headers::TraceParent::random().encode();
+    request.traceparent = headers::random_traceparent();
     if matches!(authority, HboneAuthority::Name { .. })
         && let Ok(network) = http::HeaderValue::from_str(pod.shared.settings.network.as_str())
     {

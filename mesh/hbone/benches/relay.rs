@@ -127,7 +127,7 @@ fn outbound(peer: SocketAddr, settings: Arc<Settings>) -> Agent {
                     authority: HboneAuthority::Addr(peer),
                     baggage,
                     forwarded: headers::forwarded(client, None),
-                    traceparent: headers::TraceParent::random().encode(),
+                    traceparent: headers::random_traceparent(),
                     extra: Vec::new(),
                 };
                 let (stream, _) = Box::pin(pool.open(&key, &request)).await.unwrap();

@@ -9,12 +9,11 @@ use std::fmt::Write as _;
 use std::net::SocketAddr;
 
 use http::header::{HeaderName, HeaderValue};
+pub use mesh_model::telemetry::context::{TRACEPARENT, TraceParent};
 use mesh_model::workload::Workload;
 
 /// `baggage` (W3C Baggage).
 pub const BAGGAGE: HeaderName = HeaderName::from_static("baggage");
-/// `traceparent` (W3C Trace Context).
-pub const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 /// `x-forwarded-network`: the network the inner tunnel of double HBONE came from.
 pub const FORWARDED_NETWORK: HeaderName = HeaderName::from_static("x-forwarded-network");
 /// `x-culvert-reason`: `<reason>: <detail>` on refusals, so that the client side can log why.
@@ -264,54 +263,9 @@ impl<'a> Forwarded<'a> {
     }
 }
 
-/// A W3C trace context: `00-<trace id>-<parent id>-<flags>`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct TraceParent {
-    /// 128 bits, never zero.
-    pub trace: u128,
-    /// 64 bits, never zero.
-    pub parent: u64,
-    /// Bit 0: sampled.
-    pub flags: u8,
-}
-
-impl TraceParent {
-    /// A new, unsampled context, as Istio's agents send for every connection.
-    pub fn random() -> Self {
-        Self { trace: rand::random::<u128>().max(1), parent: rand::random::<u64>().max(1), flags: 0 }
-    }
-
-    /// Reads a `traceparent`; `None` when it is not a valid one (Trace Context §3.2.2). Versions above 00 are read by
-    /// their first four fields, as the specification asks.
-    pub fn parse(value: &[u8]) -> Option<Self> {
-        let value = std::str::from_utf8(value).ok()?.trim();
-        if !value.is_ascii() || value.len() < 55 {
-            return None;
-        }
-        let (version, rest) = (value.get(..2)?, value.get(2..)?);
-        let version = lower_hex(version)? as u8;
-        if version == 0xff || (version == 0 && value.len() != 55) || (value.len() > 55 && rest.get(53..54)? != "-") {
-            return None;
-        }
-        let mut fields = rest.get(1..53)?.split('-');
-        if !rest.starts_with('-') {
-            return None;
-        }
-        let trace = lower_hex(fields.next().filter(|f| f.len() == 32)?)?;
-        let parent = lower_hex(fields.next().filter(|f| f.len() == 16)?)? as u64;
-        let flags = lower_hex(fields.next().filter(|f| f.len() == 2)?)? as u8;
-        (trace != 0 && parent != 0).then_some(Self { trace, parent, flags })
-    }
-
-    /// The header value.
-    pub fn encode(self) -> Option<HeaderValue> {
-        HeaderValue::try_from(format!("00-{:032x}-{:016x}-{:02x}", self.trace, self.parent, self.flags)).ok()
-    }
-}
-
-/// Lower-case hexadecimal digits only, at most 32.
-fn lower_hex(text: &str) -> Option<u128> {
-    text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f')).then(|| u128::from_str_radix(text, 16).ok())?
+/// A new, unsampled `traceparent`, as Istio's agents send with every connection.
+pub fn random_traceparent() -> Option<HeaderValue> {
+    TraceParent { trace: rand::random::<u128>().max(1), parent: rand::random::<u64>().max(1), flags: 0 }.encode()
 }
 
 #[cfg(test)]

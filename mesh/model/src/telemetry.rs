@@ -1,16 +1,18 @@
-//! What is told about traffic, as the Telemetry API and MeshConfig say: access logs and
-//! tags of metrics. Merged and
+//! What is told about traffic, as the Telemetry API and MeshConfig say: access logs, tags of metrics, traces. Merged and
 //! compiled when published; looked up once per request.
 
+pub mod context;
 pub mod expression;
 pub mod format;
+pub mod tracing;
 
 use crate::l7::gateway::GatewayKey;
 use crate::service::Service;
 use expression::Expression;
-use format::Format;
+use format::{Format, Template};
 use std::collections::HashMap;
 use std::sync::Arc;
+use tracing::{Collector, Tag, Tracing};
 
 /// What is said for every place where something is said.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -61,6 +63,11 @@ impl TelemetryRules {
         let found = if self.targets.is_empty() { None } else { of_target() };
         found.or_else(|| self.namespaces.get(&place.gateway.namespace)).or(self.mesh.as_ref())
     }
+    /// Where spans go, anywhere.
+    pub fn collectors(&self) -> impl Iterator<Item = &Arc<Collector>> {
+        let all = self.mesh.iter().chain(self.namespaces.values()).chain(self.targets.values());
+        all.flat_map(|sides| [&sides.server, &sides.client]).filter_map(|t| Some(&t.tracing.as_ref()?.collector))
+    }
 }
 
 /// What holds at one place, by the part the proxy plays there.
@@ -79,17 +86,28 @@ pub struct Telemetry {
     pub access: Option<Box<[AccessLog]>>,
     /// Changes of the standard metrics.
     pub metrics: MetricRules,
+    /// Spans; `None`: requests are not traced, and what they say of a trace goes on as it is.
+    pub tracing: Option<Tracing>,
 }
 impl Telemetry {
-    /// Whether something is told of the response's headers.
-    pub fn reads_response_headers(&self) -> bool {
+    /// Whether something is told of the response's headers. `sampled`: the request's span is.
+    pub fn reads_response_headers(&self, sampled: bool) -> bool {
         let logs = self.access.iter().flatten();
         logs.clone().any(|log| log.format.as_ref().is_some_and(Format::reads_response_headers))
             || logs.filter_map(|log| log.filter.as_ref()).chain(&self.metrics.tags).any(Expression::reads_response_headers)
+            || sampled && self.tags().any(Template::reads_response_headers)
     }
-    /// Whether something is told of the response's trailers.
-    pub fn reads_trailers(&self) -> bool {
+    /// Whether something is told of the response's trailers. `sampled`: the request's span is.
+    pub fn reads_trailers(&self, sampled: bool) -> bool {
         self.access.iter().flatten().any(|log| log.format.as_ref().is_some_and(Format::reads_trailers))
+            || sampled && self.tags().any(Template::reads_trailers)
+    }
+    /// Formats of the tags of spans.
+    fn tags(&self) -> impl Iterator<Item = &Template> {
+        self.tracing.iter().flat_map(|t| &t.tags).filter_map(|(_, tag)| match tag {
+            Tag::Format(template) => Some(template),
+            Tag::Literal(_) | Tag::Header(..) => None,
+        })
     }
 }
 

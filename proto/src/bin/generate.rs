@@ -1,7 +1,8 @@
 //! `cargo xtask proto [--check]`: the Rust of the messages, from `defs/`, one file per protobuf package.
 //!
 //! Needs no protoc: the definitions are compiled in Rust. With `--check` nothing is written and a difference fails.
-//! Upstream: `defs/`. Downstream: `src/istio`, `src/envoy`, `src/google`, which are committed.
+//! Upstream: `defs/`. Downstream: `src/istio`, `src/envoy`, `src/google`,
+//! `src/opentelemetry`, which are committed.
 #![forbid(unsafe_code)]
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -13,8 +14,14 @@ use std::{env, fs};
 use protox::prost::Message as _;
 
 /// Everything else comes in by import.
-const ROOTS: [&str; 5] =
-    ["istio/security.proto", "istio/ca.proto", "istio/zds.proto", "envoy/discovery.proto", "envoy/auth.proto"];
+const ROOTS: [&str; 6] = [
+    "istio/security.proto",
+    "istio/ca.proto",
+    "istio/zds.proto",
+    "envoy/discovery.proto",
+    "envoy/auth.proto",
+    "opentelemetry/collector.proto",
+];
 
 fn main() -> ExitCode {
     let check = env::args().nth(1).as_deref() == Some("--check");

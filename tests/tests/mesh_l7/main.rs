@@ -20,6 +20,7 @@ mod phases;
 mod policy;
 mod routes;
 mod tokens;
+mod traces;
 mod traffic;
 mod upstream;
 
@@ -109,6 +110,12 @@ const TESTS: &[Test<Mesh>] = &[
     test("half_closed_and_abandoned_requests_leave_nothing", hostile::half_closed_and_abandoned_requests_leave_nothing),
     test("metrics_and_log_name_both_ends", outside::metrics_and_log_name_both_ends),
     test("the_mesh_says_what_is_told", outside::the_mesh_says_what_is_told),
+    test(
+        "a_request_is_a_span_between_its_caller_and_its_endpoint",
+        traces::a_request_is_a_span_between_its_caller_and_its_endpoint,
+    ),
+    test("a_share_of_requests_is_told", traces::a_share_of_requests_is_told),
+    test("a_collector_that_fails_costs_spans_only", traces::a_collector_that_fails_costs_spans_only),
 ];
 
 fn main() -> ExitCode {

@@ -3,6 +3,7 @@
 //! A copy reads the same body as the request itself, up to what is kept for retries; a larger body ends its copy.
 use crate::phase::Exchange;
 use crate::phase::attempt::{outgoing, speaks_http2};
+use crate::phase::trace;
 use crate::upstream::{self, PickContext, SendOptions};
 use http::HeaderValue;
 use http_body_util::BodyExt as _;
@@ -37,6 +38,7 @@ fn one(ex: &Exchange<'_>, mirror: &Mirror, draw: u64) {
     let Some(body) = ex.read_body() else { return };
     let http2 = speaks_http2(ex, &cluster);
     let Ok(mut request) = outgoing(ex, body, &shadow(&ex.authority), 1, http2) else { return };
+    trace::forward_copy(ex, request.headers_mut());
     request.headers_mut().insert("x-envoy-internal", HeaderValue::from_static("true"));
     let client = Some(ex.conn.client);
     tokio::spawn(async move {

@@ -11,7 +11,7 @@ mod write;
 pub use line::{Line, Told};
 
 use mesh_model::telemetry::AccessLog as Wanted;
-use mesh_model::telemetry::format::{Format, Json, Object, Part, Template};
+use mesh_model::telemetry::format::{Format, Json, Object, Of, Part, Template};
 use mesh_runtime::logging::{self, AccessLog};
 use std::cell::Cell;
 use write::Shape;
@@ -62,6 +62,19 @@ impl Access {
             SPARE.set(out);
         }
     }
+}
+
+/// What a template says of a line, as bare text: what is not there is empty.
+pub(super) fn text(parts: &Template, line: &Line<'_>) -> String {
+    let mut out = String::new();
+    template(parts, line, Shape::Raw, &mut out);
+    out
+}
+/// What an operator stands for in a line, as bare text: what is not there is empty.
+pub(super) fn operator(of: &Of, line: &Line<'_>) -> String {
+    let mut out = String::new();
+    field::value(of, line).write_bare(Shape::Raw, None, &mut out);
+    out
 }
 
 /// Appends a line, newline included.

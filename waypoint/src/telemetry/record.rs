@@ -5,6 +5,8 @@ use crate::upstream::{Cluster, Host};
 use http::{HeaderMap, HeaderName, Method, Version};
 use mesh_model::l7::HttpRoute;
 use mesh_model::telemetry::Telemetry;
+use mesh_model::telemetry::context::Context;
+use mesh_model::telemetry::tracing::Tracing;
 use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -46,6 +48,10 @@ pub struct Record {
     pub trailers: Option<HeaderMap>,
     /// What is to be told, by the mesh that decided the request; `None` when nobody says.
     pub told: Option<Arc<Telemetry>>,
+    /// Its span, where requests are traced.
+    pub trace: Option<Context>,
+    /// What its span is called.
+    pub operation: Option<Box<str>>,
     /// It is gRPC.
     pub grpc: bool,
     /// The route.
@@ -94,6 +100,8 @@ impl Record {
             response_headers: None,
             trailers: None,
             told: None,
+            trace: None,
+            operation: None,
             grpc,
             route: None,
             cluster: None,
@@ -112,19 +120,27 @@ impl Record {
             sent_messages: Messages::default(),
         }
     }
+    /// How it is traced, if it is.
+    pub fn tracing(&self) -> Option<&Tracing> {
+        self.told.as_ref()?.tracing.as_ref()
+    }
+    /// Whether its span is told of.
+    fn sampled(&self) -> bool {
+        self.trace.is_some_and(|trace| trace.sampled)
+    }
     /// Takes over what is told of the two heads; there may be no answer.
     pub fn heads(&mut self, request: HeaderMap, path: &str, query: Option<&str>, response: Option<&HeaderMap>) {
         if request.contains_key(ORIGINAL_PATH) {
             self.rewritten = Some(query.map_or_else(|| path.into(), |query| format!("{path}?{query}").into()));
         }
         self.headers = request;
-        if self.told.as_ref().is_some_and(|t| t.reads_response_headers()) {
+        if self.told.as_ref().is_some_and(|t| t.reads_response_headers(self.sampled())) {
             self.response_headers = response.cloned();
         }
     }
     /// Takes over what is told of the trailers.
     pub fn trailers(&mut self, trailers: &HeaderMap) {
-        if self.told.as_ref().is_some_and(|t| t.reads_trailers()) {
+        if self.told.as_ref().is_some_and(|t| t.reads_trailers(self.sampled())) {
             self.trailers = Some(trailers.clone());
         }
     }

@@ -92,7 +92,7 @@ impl World {
         ];
         let snap = Snapshot::empty(Viewpoint::default()).apply(&changes);
         let registry = Registry::new();
-        let telemetry = Telemetry::new(&registry, None, own_id()).expect("metrics");
+        let telemetry = Telemetry::new(&registry, None, None, own_id()).expect("metrics");
         let client = Arc::clone(snap.find_workload("c1//Pod/shop/front-0").expect("the client"));
         let identity = client.identity().expect("an identity");
         Self { snap, upstreams, registry, telemetry, identity, client, _ca: dir }

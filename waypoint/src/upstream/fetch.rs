@@ -1,8 +1,9 @@
-//! One document by GET: through the mesh where its host is a service of it, else from the outside.
+//! What the process itself asks others: one document by GET, or a connection to speak over. Through the mesh where the host is
+//! a service of it, else to the outside.
 //!
 //! Refuses what is larger or slower than allowed, redirects, anything but 200, and over `https` whoever the system's roots do
-//! not vouch for. For what the process itself wants to know (an issuer's keys), never for a client's request. Upstream:
-//! `token::source`.
+//! not vouch for. For what the process wants to know or tell (an issuer's keys, spans), never for a client's request. Upstream:
+//! `token::source`, `telemetry::export`.
 use super::pool::ShelfKey;
 use super::send::alone;
 use super::tls::TlsCache;
@@ -24,7 +25,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 
-/// Fetches documents.
+/// Fetches documents and makes connections.
 #[derive(Debug)]
 pub struct Fetcher {
     mesh: Mesh,
@@ -38,6 +39,24 @@ pub struct Fetcher {
     /// The system's roots, the host of the URI.
     public: Arc<UpstreamTls>,
 }
+
+/// Whom to connect to.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Target<'a> {
+    /// Host name, or address.
+    pub host: &'a Arc<str>,
+    /// Whose view of the mesh decides what the host means; `None`: our own namespace's.
+    pub namespace: Option<&'a str>,
+    /// Port.
+    pub port: u16,
+    /// TLS by us, where the mesh does not bring its own.
+    pub secure: bool,
+    /// What is spoken in TLS.
+    pub http2: bool,
+}
+/// A byte stream.
+pub(crate) trait Duplex: AsyncRead + AsyncWrite + Unpin + Send {}
+impl<T: AsyncRead + AsyncWrite + Unpin + Send> Duplex for T {}
 
 /// Where a document is.
 struct Place {
@@ -78,40 +97,55 @@ impl Fetcher {
     }
 
     async fn fetch(&self, place: &Place, largest: usize) -> Result<Bytes, String> {
+        let target = Target { host: &place.host, namespace: None, port: place.port, secure: place.secure, http2: false };
+        ask(self.connect(&target).await?, place, largest).await
+    }
+
+    /// The data thread connections are made and used on.
+    pub(crate) fn worker(&self) -> &Worker {
+        &self.worker
+    }
+
+    /// A connection; to be called on [`Self::worker`].
+    ///
+    /// # Errors
+    /// In words, for logs.
+    pub(crate) async fn connect(&self, to: &Target<'_>) -> Result<Box<dyn Duplex>, String> {
         let snap = self.mesh.load_full();
-        if let Some(stream) = self.through_the_mesh(&snap, place).await? {
-            return ask(stream.into_io(), place, largest).await;
+        if let Some(stream) = self.through_the_mesh(&snap, to).await? {
+            return Ok(Box::new(stream.into_io()));
         }
-        let ips = self.resolver.lookup(&place.host).await?;
+        let ips = self.resolver.lookup(to.host).await?;
         let ip = resolve::choose(&ips, IpAddr::V4(Ipv4Addr::UNSPECIFIED), rand::random()).ok_or("no addresses")?;
-        let tcp = connect(SocketAddr::new(ip, place.port), &ConnectOptions::default()).await.map_err(|e| e.to_string())?;
-        if !place.secure {
-            return ask(tcp, place, largest).await;
+        let tcp = connect(SocketAddr::new(ip, to.port), &ConnectOptions::default()).await.map_err(|e| e.to_string())?;
+        if !to.secure {
+            return Ok(Box::new(tcp));
         }
         let (config, name) =
-            self.tls.client(&self.public, Some(false), Some(&place.host)).await.map_err(|e| e.detail.into_owned())?;
+            self.tls.client(&self.public, Some(to.http2), Some(to.host)).await.map_err(|e| e.detail.into_owned())?;
         let tls = tokio_rustls::TlsConnector::from(config).connect(name, tcp).await.map_err(|e| format!("TLS: {e}"))?;
-        ask(tls, place, largest).await
+        Ok(Box::new(tls))
     }
 
     /// A stream to an endpoint of the service that the host names; `None` when it names none.
-    async fn through_the_mesh(&self, snap: &Snapshot, place: &Place) -> Result<Option<Stream>, String> {
-        let Some(service) = snap.find_service_by_host(&place.host, &self.namespace) else { return Ok(None) };
-        let key = ClusterKey { service: service.key.clone(), port: place.port, subset: None };
+    async fn through_the_mesh(&self, snap: &Snapshot, to: &Target<'_>) -> Result<Option<Stream>, String> {
+        let namespace = to.namespace.unwrap_or(&self.namespace);
+        let Some(service) = snap.find_service_by_host(to.host, namespace) else { return Ok(None) };
+        let key = ClusterKey { service: service.key.clone(), port: to.port, subset: None };
         let failed = |e: super::UpstreamError| format!("service {}: {e}", service.key);
         let cluster = self.upstreams.cluster(snap, &key).map_err(failed)?;
-        let pick = PickContext { draw: rand::random(), hash: None, tried: &[], dst: None, name: Some(&place.host) };
+        let pick = PickContext { draw: rand::random(), hash: None, tried: &[], dst: None, name: Some(to.host) };
         let host = cluster.pick(&pick).map_err(failed)?;
         let policy = cluster.policy();
         let shelf = ShelfKey {
-            http2: false,
+            http2: to.http2,
             client: None,
-            sni: Some(&place.host),
-            tls: policy.tls.as_ref().or(place.secure.then_some(&self.public)),
+            sni: Some(to.host),
+            tls: policy.tls.as_ref().or(to.secure.then_some(&self.public)),
             proxy: policy.proxy_protocol,
         };
         let permit = alone(&cluster, &host).map_err(failed)?;
-        let (stream, _) = transport::open(&cluster, &host, &shelf, Purpose::Stream(None), permit).await.map_err(failed)?;
+        let (stream, _) = transport::open(&cluster, &host, &shelf, Purpose::Single(None), permit).await.map_err(failed)?;
         Ok(Some(stream))
     }
 }
@@ -133,10 +167,7 @@ impl Place {
     }
 }
 
-async fn ask<T>(io: T, place: &Place, largest: usize) -> Result<Bytes, String>
-where
-    T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-{
+async fn ask(io: Box<dyn Duplex>, place: &Place, largest: usize) -> Result<Bytes, String> {
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(io)).await.map_err(|e| e.to_string())?;
     let driving = tokio::spawn(connection);
     let path = place.uri.path_and_query().map_or("/", |p| p.as_str());

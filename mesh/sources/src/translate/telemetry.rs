@@ -7,6 +7,7 @@
 
 mod merge;
 mod mesh_config;
+mod tracing;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -19,6 +20,7 @@ pub(super) use merge::rules;
 pub use mesh_config::MeshConfig;
 pub(crate) use mesh_config::NAME as MESH_CONFIG;
 pub(super) use mesh_config::read as read_mesh_config;
+use tracing::TracingEntry;
 
 use super::authorization;
 use super::object::{ObjectId, Reader};
@@ -35,6 +37,7 @@ pub struct Telemetry {
     targets: Option<Vec<Target>>,
     access: Vec<AccessEntry>,
     metrics: Vec<Override>,
+    tracing: Vec<TracingEntry>,
 }
 /// Part of a proxy an entry is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,9 +86,8 @@ pub(super) fn read<'p>(r: &mut Reader<'_>, node: &'p Node<'p>, id: &ObjectId) ->
     for n in read::list(spec, "metrics")? {
         metrics(r, n, &mut out.metrics)?;
     }
-    if let Some(tracing) = spec.get("tracing") {
-        let bad = Bad::value(tracing, "requests are not traced yet; this section has no effect", "");
-        r.report(node, &bad, Severity::Warning);
+    for n in read::list(spec, "tracing")? {
+        out.tracing.push(tracing::entry(r, n)?);
     }
     Ok(out)
 }

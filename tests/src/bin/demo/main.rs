@@ -20,6 +20,7 @@ use mesh_tests::capture::Capture;
 use mesh_tests::issuer::{KeyServer, Manner, SigningKey, now};
 use mesh_tests::mesh_dir::MeshDir;
 use mesh_tests::meshctl::why_of_process;
+use mesh_tests::otlp::{Collector, Span};
 use mesh_tests::program::Program;
 use mesh_tests::topology::{Place, Plan, Topology};
 use mesh_tests::{netns, skip, wait};
@@ -116,7 +117,7 @@ struct Tour {
 }
 
 /// Chapters of the tour, for "n of m".
-const STEPS: usize = 19;
+const STEPS: usize = 20;
 
 impl Tour {
     fn step(&mut self, title: &str) {
@@ -144,6 +145,7 @@ impl Tour {
 struct Mesh {
     programs: Vec<Program>,
     issuers: [Issuer; 2],
+    collector: Collector,
     agents: Vec<Agent>,
     topology: Topology,
     dir: MeshDir,
@@ -190,6 +192,8 @@ fn run(tour: &mut Tour, keep: bool) -> anyhow::Result<()> {
     tunnels(tour, &mesh)?;
     tour.step("The metrics");
     metrics(tour, &mesh)?;
+    tour.step("The traces: 1 % of the requests, and 10 %");
+    traces(tour, &mesh)?;
     tour.step("A running pod is enrolled by its label");
     operations::enrolled_live(tour, &mut mesh)?;
     tour.step("An agent is killed under load");
@@ -271,7 +275,8 @@ fn start(tour: &mut Tour, redis: Option<&Redis>) -> anyhow::Result<Mesh> {
         Issuer::start("https://auth.zamaz.cluster.local", auth, 8090)?,
         Issuer::start("https://dev-auth.zamaz.cluster.local", auth, 8091)?,
     ];
-    let mut mesh = Mesh { programs: Vec::new(), issuers, agents: Vec::new(), topology, dir, files };
+    let collector = Collector::start(&data, 4317)?;
+    let mut mesh = Mesh { programs: Vec::new(), issuers, collector, agents: Vec::new(), topology, dir, files };
 
     for name in SERVERS {
         let place = mesh.topology.pod(name).clone();
@@ -735,6 +740,64 @@ fn metrics(tour: &mut Tour, mesh: &Mesh) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// A request of the frontend whose caller's span is `parent`, and the span the collector has of it.
+fn followed(mesh: &Mesh, parent: u64, more: &[&str]) -> anyhow::Result<Span> {
+    let context = format!("traceparent: 00-0af7651916cd43dd8448eb211c80319c-{parent:016x}-01");
+    let (status, body) = call(mesh.topology.pod("zamaz-frontend"), "/api/followed", &[&["-H", &context], more].concat())?;
+    ensure!(status == "200", "{status} {body}");
+    let parent = format!("{parent:016x}");
+    wait::until("the span", wait::PATIENCE, || mesh.collector.spans().into_iter().find(|span| span.parent == parent))
+}
+
+fn traces(tour: &mut Tour, mesh: &Mesh) -> anyhow::Result<()> {
+    let [_, dev] = &mesh.issuers;
+    let token = format!("authorization: Bearer {}", dev.token(&dev.key, "dan", "user", now() + 3600)?);
+    tour.show("frontend $", "curl -H 'traceparent: 00-0af7…319c-…0001-01' -H 'x-tenant-id: blue' …/api/followed");
+    let span = followed(mesh, 1, &["-H", "x-tenant-id: blue", "-H", &token])?;
+    tour.show(
+        "collector",
+        &format!("{} of {}, trace {}, parent {}", span.name, span.resource["service.name"], span.trace, span.parent),
+    );
+    let tags =
+        ["user_id", "tenant_id", "endpoint_type", "environment", "content_type", "istio.source_workload", "http.status_code"];
+    for key in tags {
+        tour.show("tag", &format!("{key}: {}", span.tag(key)));
+    }
+    let values = tags.map(|key| span.tag(key));
+    tour.check(
+        span.name == "zamaz-api-service:80/*"
+            && values == ["dan", "blue", "user", "production", "text/plain", "zamaz-frontend", "200"],
+        "the waypoint's span is under the caller's, named after the API's routes, with the tags of 90-telemetry.yaml",
+    );
+    let frontend = mesh.topology.pod("zamaz-frontend");
+    // Bounds at more than four deviations of a fair draw.
+    for (n, share, calls, bounds) in [(2, "1.0", 2000, 4..=45), (3, "10.0", 1000, 60..=145)] {
+        if share != "1.0" {
+            let file = "90-telemetry.yaml";
+            let text = fs::read_to_string(mesh.dir.path().join(file))?;
+            let before = mesh.waypoint()?.config_dump()?["version"].as_u64();
+            mesh.dir.put(file, &text.replace("randomSamplingPercentage: 1.0", &format!("randomSamplingPercentage: {share}")))?;
+            mesh.waypoint()?.wait_config("the new share", |dump| dump["version"].as_u64() > before)?;
+            tour.show("folder", &format!("{file}: randomSamplingPercentage: {share}"));
+        }
+        let path = format!("/api/share/{n}");
+        let more = ["--max-time", "60", "-o", "/dev/null"];
+        let output = curl(frontend, &format!("http://{API}{path}?n=[1-{calls}]"), &more)?;
+        ensure!(output.status.success(), "curl failed: {}", complaint(&output));
+        // What was queued before it has arrived with it.
+        followed(mesh, n, &["-H", &token])?;
+        let told = mesh.collector.spans().iter().filter(|span| span.tag("http.url").contains(&path)).count();
+        tour.check(bounds.contains(&told), &format!("of {calls} requests the collector has {told} spans, at {share} %"));
+    }
+    let page = mesh.waypoint()?.metrics()?;
+    let of = |outcome| page.sum("culvert_trace_spans_total", &[("outcome", outcome)]);
+    tour.check(
+        of("sent") > 0.0 && of("failed") + of("queue_full") + of("rejected") == 0.0,
+        &format!("culvert_trace_spans_total{{outcome=\"sent\"}} = {}, none was lost", of("sent")),
+    );
+    Ok(())
+}
+
 /// A call to the API by its name; gives status and body.
 fn call(from: &Place, path: &str, more: &[&str]) -> anyhow::Result<(String, String)> {
     let output = curl(from, &format!("http://{API}{path}"), &[&["-w", "\n%{http_code}"], more].concat())?;
@@ -1049,7 +1112,7 @@ fn flood(tour: &mut Tour, data: &Place, gateway: &Place) -> anyhow::Result<()> {
 }
 
 fn leave_running(tour: &Tour, mesh: Mesh) -> anyhow::Result<()> {
-    let Mesh { programs, issuers: _, agents, topology, dir, files } = mesh;
+    let Mesh { programs, issuers: _, collector: _, agents, topology, dir, files } = mesh;
     let (dir, files) = (dir.keep(), files.keep());
     netns::keep_this_run(&[dir.clone(), files.clone()])?;
     let at = |name: &str| format!("ip netns exec {}{name}", topology.prefix());

@@ -107,6 +107,8 @@ fn of_request<'a>(of: &'a Of, line: &Line<'a>, r: &'a Record) -> Value<'a> {
         Of::UpstreamTransportFailureReason => text(&r.transport_failure),
         Of::UpstreamRequestAttemptCount => Value::Number(u64::from(r.attempts)),
         Of::RouteName => r.route.as_ref().map_or(Value::Absent, |route| text(&route.name)),
+        Of::TraceId => r.trace.map_or(Value::Absent, |t| Value::Owned(format!("{:032x}", t.trace).into())),
+        Of::SpanId => r.trace.map_or(Value::Absent, |t| Value::Owned(format!("{:016x}", t.span).into())),
         Of::GrpcStatus(shape) => r.grpc_status().map_or(Value::Absent, |status| match (shape, GRPC.get(usize::from(status))) {
             (GrpcStatus::Camel, Some((camel, _))) => Value::Text(camel),
             (GrpcStatus::Snake, Some((_, snake))) => Value::Text(snake),

@@ -237,7 +237,8 @@ fn logged(levels: &str, tell: impl FnOnce(&crate::telemetry::Telemetry)) -> (Str
     let options = Options::from_env(Some(levels), Some("json"), "waypoint").expect("options");
     let (logging, _subscriber) = build(options, Box::new(out.clone())).expect("a log");
     let identity: SpiffeId = "spiffe://cluster.local/ns/shop/sa/waypoint".parse().expect("an id");
-    let telemetry = crate::telemetry::Telemetry::new(&Registry::new(), Some(logging.access.clone()), identity).expect("metrics");
+    let telemetry =
+        crate::telemetry::Telemetry::new(&Registry::new(), Some(logging.access.clone()), None, identity).expect("metrics");
     tell(&telemetry);
     assert!(logging.writer.flush(Duration::from_secs(5)));
     let text = String::from_utf8(out.0.lock().clone()).expect("text");

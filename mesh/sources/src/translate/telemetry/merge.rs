@@ -3,12 +3,16 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use mesh_model::telemetry::expression::Expression;
+use mesh_model::telemetry::tracing::{Tag, Tracing};
 use mesh_model::telemetry::{AccessLog, FamilyRules, Metric, MetricRules, Sides, Telemetry, TelemetryRules};
 
 use super::mesh_config::{ENVOY, MeshConfig, Provider};
 use super::{Mode, Named, Override, Telemetry as Object};
 use crate::diagnostics::{Problem, Severity};
 use crate::translate::{Name, Slot};
+
+/// Share of the requests that are traced when nobody says: Istio's 1 %.
+const SAMPLING: u64 = Tracing::SHARE / 100;
 
 /// What all objects together say, and what is wrong with them together.
 pub(in crate::translate) fn rules(
@@ -52,7 +56,10 @@ impl Merge<'_> {
     /// `levels`: the widest first.
     fn sides(&mut self, levels: &[Option<&Slot<Object>>]) -> Arc<Sides> {
         let levels: Vec<&Slot<Object>> = levels.iter().copied().flatten().collect();
-        let mut side = |mode| Arc::new(Telemetry { access: self.access(&levels, mode), metrics: metrics(&levels, mode) });
+        let mut side = |mode| {
+            let (access, tracing) = (self.access(&levels, mode), self.tracing(&levels, mode));
+            Arc::new(Telemetry { access, metrics: metrics(&levels, mode), tracing })
+        };
         Arc::new(Sides { server: side(Mode::Server), client: side(Mode::Client) })
     }
 
@@ -94,13 +101,47 @@ impl Merge<'_> {
             Some(Provider::Lines(format)) => Some(AccessLog { format: format.clone(), filter }),
             None if &*provider.name == ENVOY => Some(AccessLog { format: None, filter }),
             _ => {
-                self.unknown(provider, by);
+                self.unknown("accessLogging", "envoyFileAccessLog", provider, by);
                 None
             }
         }
     }
 
-    fn unknown(&mut self, provider: &Named, by: Option<&Slot<Object>>) {
+    fn tracing(&mut self, levels: &[&Slot<Object>], mode: Mode) -> Option<Tracing> {
+        let mesh = &self.mesh?.obj;
+        let defaults = &mesh.tracing;
+        let entries = levels.iter().flat_map(|slot| slot.obj.tracing.iter().map(move |entry| (*slot, entry)));
+        let entries: Vec<_> = entries.filter(|(_, e)| e.mode.is_none_or(|m| m == mode)).collect();
+        // The closest level that says something, field by field.
+        macro_rules! closest {
+            ($field:ident) => {
+                entries.iter().rev().find_map(|(_, entry)| entry.$field)
+            };
+        }
+        if closest!(disabled) == Some(true) {
+            return None;
+        }
+        // One tracer per proxy, as in Istio: the first that is named.
+        let named = entries.iter().rev().find_map(|(slot, entry)| Some((Some(*slot), entry.providers.first()?)));
+        let (by, provider) = named.or_else(|| Some((None, mesh.default_tracing.first()?)))?;
+        let Some(Provider::Spans(collector, longest_path)) = mesh.providers.get(&provider.name) else {
+            self.unknown("tracing", "opentelemetry", provider, by);
+            return None;
+        };
+        let tags = entries.iter().rev().map(|(_, e)| &e.tags).find(|tags| !tags.is_empty()).unwrap_or(&defaults.tags);
+        let pair = |(name, tag): (&Arc<str>, &Tag)| (Arc::clone(name), tag.clone());
+        Some(Tracing {
+            collector: Arc::clone(collector),
+            sampling: closest!(sampling).or(defaults.sampling).unwrap_or(SAMPLING),
+            by_request_id: closest!(by_request_id).unwrap_or(true),
+            propagates: closest!(propagates).unwrap_or(true),
+            istio_tags: closest!(istio_tags).or(defaults.istio_tags).unwrap_or(true),
+            tags: tags.iter().map(pair).collect(),
+            longest_path: longest_path.or(defaults.longest_path).unwrap_or(Tracing::LONGEST_PATH),
+        })
+    }
+
+    fn unknown(&mut self, section: &str, kind: &str, provider: &Named, by: Option<&Slot<Object>>) {
         // Named by an object, or by MeshConfig's defaults.
         let Some(origin) = by.map(|slot| &slot.origin).or(self.mesh.map(|m| &m.origin)) else { return };
         let mut origin = (**origin).clone();
@@ -110,8 +151,8 @@ impl Merge<'_> {
         self.problems.push(Problem {
             severity: Severity::Error,
             origin,
-            field: "spec.accessLogging[].providers".into(),
-            message: format!("there is no usable provider `{}` of kind envoyFileAccessLog", provider.name).into(),
+            field: format!("spec.{section}[].providers").into(),
+            message: format!("there is no usable provider `{}` of kind {kind}", provider.name).into(),
             fix: "define it in `extensionProviders` of MeshConfig (ConfigMap istio of the root namespace)".into(),
             code: Some("provider"),
         });

@@ -6,8 +6,10 @@ use std::sync::Arc;
 
 use mesh_model::l7::authorizer::Authorizers;
 use mesh_model::telemetry::format::{Format, Json, Object, Template};
+use mesh_model::telemetry::tracing::Collector;
 
 use super::Named;
+use super::tracing::{self, Defaults};
 use crate::diagnostics::Severity;
 use crate::translate::authorizers;
 use crate::translate::object::Reader;
@@ -27,8 +29,11 @@ pub struct MeshConfig {
     /// `accessLogFile` names standard output.
     pub(super) access: bool,
     pub(super) providers: BTreeMap<Arc<str>, Provider>,
-    /// `defaultProviders.accessLogging`.
+    /// `defaultProviders`.
     pub(super) default_access: Vec<Named>,
+    pub(super) default_tracing: Vec<Named>,
+    /// `defaultConfig.tracing`.
+    pub(super) tracing: Defaults,
     /// `extensionProviders` that are asked whether a request may pass.
     pub(in crate::translate) authorizers: Arc<Authorizers>,
 }
@@ -37,6 +42,8 @@ pub struct MeshConfig {
 pub(super) enum Provider {
     /// Lines on standard output, of this format; `None`: Istio's, in the shape of the process's lines.
     Lines(Option<Format>),
+    /// Spans, to this collector, with paths of at most so many bytes.
+    Spans(Arc<Collector>, Option<usize>),
     /// Of a kind that is not here, or refused.
     Unusable,
 }
@@ -61,6 +68,17 @@ pub(in crate::translate) fn read<'p>(r: &mut Reader<'_>, node: &'p Node<'p>) -> 
     let mut collect = MeshConfig::default();
     section(access(&mesh, &mut collect));
     section(defaults(&mesh, &mut collect));
+    if let Some(tracing) = mesh.get("defaultConfig").and_then(|c| c.get("tracing")) {
+        match Defaults::read(r, tracing) {
+            Ok(tracing) => collect.tracing = tracing,
+            Err(bad) => r.report(&mesh, &bad, Severity::Error),
+        }
+    }
+    let mut section = |read: Read<'_, ()>| {
+        if let Err(bad) = read {
+            r.report(&mesh, &bad, Severity::Error);
+        }
+    };
     for p in read::list(&mesh, "extensionProviders").unwrap_or_default() {
         section(provider(p, &mut collect));
     }
@@ -102,9 +120,11 @@ fn access<'p>(mesh: &'p Node<'p>, out: &mut MeshConfig) -> Read<'p, ()> {
 
 fn defaults<'p>(mesh: &'p Node<'p>, out: &mut MeshConfig) -> Read<'p, ()> {
     let Some(defaults) = read::map(mesh, "defaultProviders")? else { return Ok(()) };
-    for n in read::list(defaults, "accessLogging")? {
-        out.default_access.push(Named { name: read::scalar(n)?.into(), line: n.line });
-    }
+    let names = |key: &str| -> Read<'p, Vec<Named>> {
+        read::list(defaults, key)?.iter().map(|n| Ok(Named { name: read::scalar(n)?.into(), line: n.line })).collect()
+    };
+    out.default_access = names("accessLogging")?;
+    out.default_tracing = names("tracing")?;
     Ok(())
 }
 
@@ -114,6 +134,9 @@ fn provider<'p>(p: &'p Node<'p>, out: &mut MeshConfig) -> Read<'p, ()> {
     out.providers.insert(Arc::clone(&name), Provider::Unusable);
     let read = if let Some(file) = read::map(p, "envoyFileAccessLog")? {
         Provider::Lines(file_format(file)?)
+    } else if let Some(otel) = read::map(p, "opentelemetry")? {
+        let (collector, longest_path) = tracing::provider(otel)?;
+        Provider::Spans(Arc::new(collector), longest_path)
     } else {
         Provider::Unusable
     };

@@ -1,10 +1,12 @@
 use super::super::{Settings, Translator};
 use crate::diagnostics::{Problem, Severity};
+use http::{HeaderName, HeaderValue};
 use mesh_model::Change;
 use mesh_model::l7::gateway::GatewayKey;
 use mesh_model::service::Service;
 use mesh_model::snapshot::Viewpoint;
 use mesh_model::telemetry::format::{Format, Json};
+use mesh_model::telemetry::tracing::{Otlp, Tag, Tracing};
 use mesh_model::telemetry::{Metric, Place, Sides, TelemetryRules};
 use std::sync::Arc;
 
@@ -163,6 +165,16 @@ fn a_wrong_expression_refuses_its_object_and_helps() {
             "metrics:\n- overrides:\n  - tagOverrides: { 'a-b': { value: request.host } }",
             "spec.metrics[0].overrides[0].tagOverrides.a-b",
         ),
+        ("tracing:\n- randomSamplingPercentage: 101", "spec.tracing[0].randomSamplingPercentage"),
+        ("tracing:\n- sampling: 1", "spec.tracing[0].sampling"),
+        ("tracing:\n- customTags: { a: { formatter: { value: '%NOPE%' } } }", "spec.tracing[0].customTags.a.formatter.value"),
+        (
+            "tracing:\n- customTags: { a: { formatter: { value: '%CEL(request.nope)%' } } }",
+            "spec.tracing[0].customTags.a.formatter.value",
+        ),
+        ("tracing:\n- customTags: { a: { header: { name: 'x y' } } }", "spec.tracing[0].customTags.a.header.name"),
+        ("tracing:\n- customTags: { a: {} }", "spec.tracing[0].customTags.a"),
+        ("tracing:\n- customTags: { a: { literal: { value: x }, header: { name: x } } }", "spec.tracing[0].customTags.a"),
         ("targetRefs: [{ kind: Pod, group: '', name: x }]", "spec.targetRefs[0]"),
     ] {
         let (_, problems) = super::tests::rules(&telemetry("shop", "x", spec));
@@ -177,12 +189,100 @@ fn providers_must_be_there() {
             + &telemetry(
                 "shop",
                 "s",
-                "accessLogging:\n- providers: [{ name: als }, { name: none }, { name: envoy }]\ntracing: []",
+                "accessLogging:\n- providers: [{ name: als }, { name: none }, { name: envoy }]\ntracing:\n- providers: [{ name: envoy }]",
             )),
     );
     assert_eq!(filters(of_shop(&rules)), Some(vec![""]), "the one that is there");
     let told = |part: &str| problems.iter().any(|p| p.message.contains(part));
-    assert!(told("provider `als`") && told("provider `none`") && told("not traced yet"), "{problems:#?}");
+    assert!(told("provider `als`") && told("provider `none`") && told("provider `envoy` of kind opentelemetry"), "{problems:#?}");
+}
+
+const OTEL: &str =
+    "extensionProviders:\n- name: otel\n  opentelemetry: { service: obs/otel.obs.svc.cluster.local, port: 4317 }\n";
+
+#[test]
+fn mesh_config_traces_where_no_object_does() {
+    let traced = |mesh: &str| of_shop(&good(&mesh_config(mesh))).server.tracing.clone();
+    assert_eq!(traced(OTEL), None, "nobody names the provider");
+    let plain = traced(&format!("{OTEL}defaultProviders: {{ tracing: [otel] }}")).expect("traced");
+    assert_eq!((plain.sampling, plain.by_request_id, plain.propagates, plain.istio_tags), (100, true, true, true));
+    assert_eq!((plain.longest_path, plain.tags.len()), (256, 0));
+    let collector = &plain.collector;
+    assert_eq!(
+        (&*collector.host, collector.namespace.as_deref(), collector.port),
+        ("otel.obs.svc.cluster.local", Some("obs"), 4317)
+    );
+    assert_eq!((&collector.over, collector.timeout.as_secs(), collector.headers.len()), (&Otlp::Grpc, 10, 0));
+    let of = |tracing: &str| {
+        let all = format!("{OTEL}defaultProviders: {{ tracing: [otel] }}\ndefaultConfig:\n  tracing: {{ {tracing} }}");
+        traced(&all).expect("traced")
+    };
+    let all = of("sampling: 12.5, maxPathTagLength: 9, enableIstioTags: false, customTags: { a: { literal: { value: b } } }");
+    assert_eq!((all.sampling, all.longest_path, all.istio_tags), (1250, 9, false));
+    assert_eq!(*all.tags, [("a".into(), Tag::Literal("b".into()))]);
+    assert_eq!((of("sampling: 0").sampling, of("sampling: 101").sampling), (100, 100), "istiod's words for 1 %");
+}
+
+#[test]
+fn collectors_are_read_whole_or_not_at_all() {
+    let read = |provider: &str| {
+        let mesh = format!(
+            "extensionProviders:\n- name: otel\n  opentelemetry: {{ {provider} }}\ndefaultProviders: {{ tracing: [otel] }}"
+        );
+        let (rules, problems) = rules(&mesh_config(&mesh));
+        (of_shop(&rules).server.tracing.as_ref().map(|t| Arc::clone(&t.collector)), problems)
+    };
+    let (http, problems) =
+        read("service: otel, port: 4318, http: { path: v1/traces, timeout: 250ms, headers: [{ name: x-key, value: k }] }");
+    let http = http.unwrap_or_else(|| panic!("{problems:#?}"));
+    assert_eq!((&http.over, http.timeout.as_millis()), (&Otlp::Http("/v1/traces".into()), 250));
+    assert_eq!(*http.headers, [(HeaderName::from_static("x-key"), HeaderValue::from_static("k"))]);
+    let (grpc, _) =
+        read("service: otel, port: 4317, grpc: { timeout: 1s, initialMetadata: [{ name: x, envName: CULVERT_NOT_SET }] }");
+    assert_eq!(grpc.expect("read").timeout.as_secs(), 1);
+    for (provider, field) in [
+        ("port: 4317", ".service"),
+        ("service: otel", ".port"),
+        ("service: x/, port: 1", ".service"),
+        ("service: otel, port: 1, http: {}, grpc: {}", ".grpc"),
+        ("service: otel, port: 1, http: { path: 'a b' }", ".http.path"),
+        ("service: otel, port: 1, grpc: { initialMetadata: [{ name: x }] }", ".grpc.initialMetadata[0]"),
+        ("service: otel, port: 1, dynatraceSampler: {}", ".dynatraceSampler"),
+        ("service: otel, port: 1, resourceDetectors: { dynatrace: {} }", ".resourceDetectors.dynatrace"),
+    ] {
+        let (collector, problems) = read(provider);
+        let field = format!("extensionProviders[0].opentelemetry{field}");
+        assert!(collector.is_none(), "{provider}");
+        assert!(problems.iter().any(|p| *p.field == *field && p.severity == Severity::Error), "{provider}: {problems:#?}");
+        assert!(problems.iter().any(|p| p.code == Some("provider")), "who names it is told: {problems:#?}");
+    }
+}
+
+#[test]
+fn traces_inherit_field_by_field() {
+    let mesh = mesh_config(&format!(
+        "{OTEL}- name: jaeger\n  zipkin: {{ service: z, port: 9411 }}\ndefaultConfig:\n  tracing: {{ sampling: 10, customTags: {{ m: {{ literal: {{ value: m }} }} }} }}"
+    ));
+    let root = "tracing:\n- providers: [{ name: otel }]\n  customTags:\n    env: { literal: { value: prod } }\n    user: { header: { name: X-User, defaultValue: nobody } }";
+    let shop = "tracing:\n- randomSamplingPercentage: 1.5\n  useRequestIdForTraceSampling: false\n- match: { mode: CLIENT }\n  disableSpanReporting: true";
+    let web = "targetRefs: [{ kind: Service, name: web, group: '' }]\ntracing:\n- customTags: { kind: { formatter: { value: '%CEL(request.method)%' } } }\n  disableContextPropagation: true";
+    let all = good(
+        &(mesh.clone() + &telemetry("istio-system", "r", root) + &telemetry("shop", "s", shop) + &telemetry("shop", "w", web)),
+    );
+    let tracing = of_shop(&all).server.tracing.as_ref().expect("traced");
+    assert_eq!((tracing.sampling, tracing.by_request_id, tracing.propagates), (150, false, true));
+    assert_eq!(of_shop(&all).client.tracing, None, "disabled");
+    let names = |t: &Tracing| t.tags.iter().map(|(name, _)| name.to_string()).collect::<Vec<_>>();
+    assert_eq!(names(tracing), ["env", "user"], "instead of those of the mesh");
+    assert_eq!(tracing.tags[1].1, Tag::Header(HeaderName::from_static("x-user"), Some("nobody".into())));
+    let of_web = at(&all, "shop", "wp", "web").server.tracing.as_ref().expect("traced");
+    assert_eq!((names(of_web), of_web.propagates, of_web.sampling), (vec!["kind".to_owned()], false, 150));
+    let mesh_wide = all.mesh.as_ref().expect("the mesh's").server.tracing.as_ref().expect("traced");
+    assert_eq!(mesh_wide.sampling, 1000);
+    assert_eq!(all.collectors().count(), 4, "both parts of the mesh, the server's of the shop and of web");
+
+    let (_, problems) = rules(&(mesh + &telemetry("shop", "s", "tracing:\n- providers: [{ name: jaeger }]")));
+    assert!(problems.iter().any(|p| p.code == Some("provider") && p.message.contains("jaeger")), "{problems:#?}");
 }
 
 #[test]

@@ -1,0 +1,217 @@
+//! Traces: a request's span between its caller's and its endpoint's, told to a collector that is a service of the mesh.
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, ensure};
+use mesh_tests::otlp::{Collector, Span};
+use mesh_tests::wait;
+use serde_json::Value;
+
+use crate::mesh::{Mesh, WEB};
+
+const PORT: u16 = 4317;
+const TRACE: &str = "0af7651916cd43dd8448eb211c80319c";
+const CALLER: &str = "b7ad6b7169203331";
+
+/// The collector's service, the provider, and who is traced how.
+fn traced(share: &str, limit: &str) -> String {
+    format!(
+        r#"
+apiVersion: v1
+kind: Service
+metadata: {{ name: otel, namespace: t }}
+spec:
+  selector: {{ app: web2 }}
+  clusterIP: 10.96.0.41
+  ports:
+  - {{ name: grpc-otlp, port: 4317, targetPort: {PORT}, protocol: TCP }}
+---
+apiVersion: v1
+kind: ConfigMap
+metadata: {{ name: istio, namespace: istio-system }}
+data:
+  mesh: |
+    accessLogFile: /dev/stdout
+    defaultConfig: {{ tracing: {{ sampling: 0.01 }} }}
+    defaultProviders: {{ tracing: [ otel ] }}
+    extensionProviders:
+    - name: otel
+      opentelemetry: {{ service: otel.t.svc.cluster.local, port: 4317, grpc: {{ timeout: {limit} }} }}
+---
+apiVersion: telemetry.istio.io/v1
+kind: Telemetry
+metadata: {{ name: traces, namespace: t }}
+spec:
+  tracing:
+  - randomSamplingPercentage: {share}
+    customTags:
+      environment: {{ literal: {{ value: test }} }}
+      user: {{ header: {{ name: x-user-id, defaultValue: nobody }} }}
+      kind: {{ formatter: {{ value: '%CEL(request.url_path.startsWith("/api/") ? "api" : "page")%' }} }}
+      fails: {{ formatter: {{ value: "%CEL(request.headers['x-not-sent'])%" }} }}
+      answered_as: {{ formatter: {{ value: "%RESP(content-type)%" }} }}
+"#
+    )
+}
+const ROUTE: &str = r"
+apiVersion: networking.istio.io/v1
+kind: VirtualService
+metadata: { name: web, namespace: t }
+spec:
+  hosts: [ web ]
+  http:
+  - match: [ { uri: { prefix: /fail } } ]
+    retries: { attempts: 2, retryOn: 5xx }
+    route: [ { destination: { host: web, subset: v1 } } ]
+  - match: [ { uri: { prefix: /mirrored } } ]
+    mirror: { host: web, subset: v2 }
+    route: [ { destination: { host: web, subset: v1 } } ]
+  - route: [ { destination: { host: web, subset: v1 } } ]
+";
+
+fn url(path: &str) -> String {
+    format!("http://{WEB}{path}")
+}
+/// `traceparent` as an endpoint saw it: trace, span, flags.
+fn context(echo: &Value) -> anyhow::Result<(String, String, String)> {
+    let header = echo["headers"]["traceparent"].as_str().with_context(|| format!("no traceparent: {echo}"))?;
+    let fields: Vec<&str> = header.split('-').collect();
+    ensure!(fields.len() == 4 && fields[0] == "00", "{header}");
+    Ok((fields[1].to_owned(), fields[2].to_owned(), fields[3].to_owned()))
+}
+fn find(collector: &Collector, span: &str) -> anyhow::Result<Span> {
+    wait::until("the span", wait::PATIENCE, || collector.spans().into_iter().find(|s| s.span == span))
+}
+
+pub(crate) fn a_request_is_a_span_between_its_caller_and_its_endpoint(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let collector = Collector::start(mesh.pod("web2"), PORT)?;
+    let _objects = mesh.objects("traces", &format!("{}---{ROUTE}", traced("100", "5s")))?;
+
+    // The caller's span is the parent, the endpoint's caller is the waypoint's span.
+    let w3c = format!("traceparent: 00-{TRACE}-{CALLER}-01");
+    let got = mesh.call(&["-H", &w3c, "-H", "tracestate: v=1", "-H", "x-user-id: ann", &url("/api/traced?a=b")])?;
+    let echo = got.echo()?;
+    let (trace, span, flags) = context(&echo)?;
+    ensure!(trace == TRACE && span != CALLER && flags == "01" && echo["headers"]["tracestate"] == "v=1", "{echo}");
+    let name = "web.t.svc.cluster.local:80/*";
+    ensure!(got.header("x-envoy-decorator-operation") == Some(name), "{got:?}");
+    let told = find(&collector, &span)?;
+    ensure!(told.trace == TRACE && told.parent == CALLER && told.name == name && told.kind == 2, "{told:?}");
+    ensure!(told.time.0 > 1_700_000_000_000_000_000 && told.time.1 > told.time.0, "{told:?}");
+    ensure!(told.resource["service.name"] == "wp.t", "{told:?}");
+    for (key, value) in [
+        ("http.method", "GET"),
+        ("http.status_code", "200"),
+        ("http.url", &*format!("http://{WEB}/api/traced?a=b")),
+        ("upstream_cluster", "inbound-vip|80|http/v1|web.t.svc.cluster.local"),
+        ("response_flags", "-"),
+        ("component", "proxy"),
+        ("istio.source_workload", "client"),
+        ("istio.destination_workload", "web1"),
+        ("istio.namespace", "t"),
+        ("istio.mesh_id", "test.local"),
+        ("environment", "test"),
+        ("user", "ann"),
+        ("kind", "api"),
+        ("answered_as", "application/json"),
+        // An expression without a value costs its tag, not the request or the span.
+        ("fails", ""),
+    ] {
+        ensure!(told.tag(key) == value, "{key}: {told:?}");
+    }
+
+    // B3 in both shapes.
+    let single = format!("b3: {TRACE}-{CALLER}-1");
+    let echo = mesh.call(&["-H", &single, &url("/b3")])?.echo()?;
+    let (_, span, _) = context(&echo)?;
+    ensure!(echo["headers"]["b3"] == format!("{TRACE}-{span}-1-{CALLER}"), "{echo}");
+    ensure!(find(&collector, &span)?.parent == CALLER);
+    let (id, parent) = (format!("x-b3-traceid: {TRACE}"), format!("x-b3-spanid: {CALLER}"));
+    let echo = mesh.call(&["-H", &id, "-H", &parent, "-H", "x-b3-sampled: 1", &url("/b3")])?.echo()?;
+    let (_, span, _) = context(&echo)?;
+    let headers = &echo["headers"];
+    ensure!(
+        headers["x-b3-spanid"] == *span && headers["x-b3-parentspanid"] == CALLER && headers["x-b3-sampled"] == "1",
+        "{echo}"
+    );
+    ensure!(find(&collector, &span)?.parent == CALLER);
+
+    // A caller that is not told of is not told of here, and the endpoint hears that.
+    let silent = format!("traceparent: 00-{TRACE}-{CALLER}-00");
+    let echo = mesh.call(&["-H", &silent, &url("/silent")])?.echo()?;
+    let (trace, not_told, flags) = context(&echo)?;
+    ensure!(trace == TRACE && not_told != CALLER && flags == "00", "{echo}");
+
+    // Attempts share the span; a copy has one of its own, not told of.
+    let got = mesh.call(&[&url("/fail/1/traced")])?;
+    ensure!(got.status == 200, "{got:?}");
+    let attempts = mesh.web["web1"].seen("/fail/1/traced").iter().map(context).collect::<Result<BTreeSet<_>, _>>()?;
+    ensure!(mesh.web["web1"].seen("/fail/1/traced").len() == 2 && attempts.len() == 1, "{attempts:?}");
+    let echo = mesh.call(&[&url("/mirrored/traced")])?.echo()?;
+    let (trace, span, flags) = context(&echo)?;
+    let copy = wait::until("the copy", wait::PATIENCE, || mesh.web["web2"].seen("/mirrored/traced").pop())?;
+    let (of_copy, other, unsampled) = context(&copy)?;
+    ensure!(of_copy == trace && other != span && flags == "01" && unsampled == "00", "{echo} {copy}");
+
+    // A trace that begins here is marked in the id of the request; a refusal is a span, too.
+    let told = find(&collector, &span)?;
+    ensure!(told.parent.is_empty() && told.tag("guid:x-request-id").as_bytes().get(14) == Some(&b'9'), "{told:?}");
+    ensure!(mesh.call(&[&url("/status/503")])?.status == 503);
+    let failed = wait::until("the failure", wait::PATIENCE, || {
+        collector.spans().into_iter().find(|s| s.tag("http.status_code") == "503")
+    })?;
+    ensure!(failed.tag("error") == "true", "{failed:?}");
+    ensure!(collector.spans().iter().all(|s| s.span != not_told && s.span != other));
+    Ok(())
+}
+
+/// Requests of the count of shares.
+const MANY: usize = 2000;
+
+pub(crate) fn a_share_of_requests_is_told(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let collector = Collector::start(mesh.pod("web2"), PORT)?;
+    // Of 2000: 200 with a deviation of 13.4, 20 with one of 4.4; both bounds are at least 4 deviations away.
+    for (share, path, bounds) in [("10", "/ten", 140..=260), ("1", "/one", 4..=45)] {
+        let _objects = mesh.objects("traces", &format!("{}---{ROUTE}", traced(share, "5s")))?;
+        let before = collector.len();
+        mesh.call(&["--max-time", "60", "-o", "/dev/null", &url(&format!("{path}?n=[1-{MANY}]"))]).ok();
+        let seen = mesh.web["web1"].seen(path).iter().map(context).collect::<Result<Vec<_>, _>>()?;
+        let sampled: BTreeSet<&str> = seen.iter().filter(|(_, _, flags)| flags == "01").map(|(_, span, _)| &**span).collect();
+        ensure!(seen.len() == MANY && bounds.contains(&sampled.len()), "{} of {} at {share} %", sampled.len(), seen.len());
+        // What endpoints were told is told of, neither more nor less.
+        wait::until_true("all spans", || collector.len() - before >= sampled.len())?;
+        let spans = collector.spans();
+        let told: BTreeSet<&str> = spans[before..].iter().map(|s| &*s.span).collect();
+        ensure!(told == sampled, "{} told, {} sampled", told.len(), sampled.len());
+    }
+    Ok(())
+}
+
+pub(crate) fn a_collector_that_fails_costs_spans_only(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let lost = |mesh: &Mesh| -> anyhow::Result<f64> {
+        let page = mesh.proxy("wp").metrics()?;
+        let of = |outcome| page.sum("culvert_trace_spans_total", &[("outcome", outcome)]);
+        Ok(of("failed") + of("queue_full"))
+    };
+    let _objects = mesh.objects("traces", &format!("{}---{ROUTE}", traced("100", "300ms")))?;
+    for silent in [false, true] {
+        let collector = silent.then(|| Collector::start(mesh.pod("web2"), PORT)).transpose()?;
+        if let Some(collector) = &collector {
+            collector.silent(true);
+        }
+        let before = lost(mesh)?;
+        let begun = Instant::now();
+        for _ in 0..20 {
+            ensure!(mesh.call(&[&url("/lost")])?.status == 200);
+        }
+        ensure!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+        wait::until_true("spans to be counted as lost", || lost(mesh).is_ok_and(|now| now > before))?;
+    }
+    // It comes back, and so do spans.
+    let collector = Collector::start(mesh.pod("web2"), PORT)?;
+    wait::until("a span", Duration::from_secs(40), || {
+        mesh.call(&[&url("/back")]).ok()?;
+        collector.spans().into_iter().find(|s| s.tag("http.url").ends_with("/back"))
+    })?;
+    Ok(())
+}
