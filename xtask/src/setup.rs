@@ -53,6 +53,10 @@ pub const NETWORK: &[Need] = &[
     Need { probe: Probe::Python("venv, ensurepip"), package: "python3-venv", why: "environments for those applications" },
 ];
 
+/// Who else reads our metrics.
+pub const METRICS: &[Need] =
+    &[Need { probe: Probe::Program("promtool"), package: "prometheus", why: "Prometheus's own check of the metrics" }];
+
 /// What building BoringSSL takes (feature `tls-boring`).
 pub const BORING: &[Need] = &[
     Need { probe: Probe::Program("cmake"), package: "cmake", why: "builds BoringSSL" },

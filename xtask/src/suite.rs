@@ -71,10 +71,12 @@ impl Options {
 /// Runs everything and gives the sum. Fails only where nothing can be said about the tests at all: they do not build.
 pub fn run_all(options: &Options, laps: &mut Laps) -> Result<Tally> {
     let metadata = Metadata::load()?;
-    if options.setup
-        && let Err(error) = laps.time("set-up", || setup::ensure(setup::NETWORK))
-    {
-        eprintln!("note: {error:#}; what needs it will be skipped");
+    for needs in [setup::NETWORK, setup::METRICS] {
+        if options.setup
+            && let Err(error) = laps.time("set-up", || setup::ensure(needs))
+        {
+            eprintln!("note: {error:#}; what needs it will be skipped");
+        }
     }
     // One build for programs and tests: features are united once, so no dependency is compiled twice.
     let binaries = laps.time("build", || build(&metadata, &["--workspace", "--bins", "--tests"]))?;

@@ -19,6 +19,7 @@ mod outside;
 mod phases;
 mod policy;
 mod routes;
+mod scrape;
 mod tokens;
 mod traces;
 mod traffic;
@@ -114,6 +115,7 @@ const TESTS: &[Test<Mesh>] = &[
         "a_request_is_a_span_between_its_caller_and_its_endpoint",
         traces::a_request_is_a_span_between_its_caller_and_its_endpoint,
     ),
+    test("prometheus_takes_every_page", scrape::prometheus_takes_every_page),
     test("a_share_of_requests_is_told", traces::a_share_of_requests_is_told),
     test("a_collector_that_fails_costs_spans_only", traces::a_collector_that_fails_costs_spans_only),
 ];
