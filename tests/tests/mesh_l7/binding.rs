@@ -6,10 +6,12 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
+use mesh_tests::dev_ca::TestCa;
+use mesh_tests::hbone::{self, Tunnel};
 use mesh_tests::raw::Raw;
 use mesh_tests::wait;
 
-use crate::mesh::{Got, Mesh, PORT};
+use crate::mesh::{Got, Mesh, PORT, WEB};
 
 /// A Service of `app`, at this address, with these labels and annotations.
 fn service(ns: &str, name: &str, app: &str, ip: &str, labels: &str, annotations: &str) -> String {
@@ -169,5 +171,47 @@ pub(crate) fn a_sandwiched_waypoint_is_told_who_calls(mesh: &mut Mesh) -> anyhow
     let text = String::from_utf8_lossy(&bytes);
     ensure!(text.contains("spiffe://test.local/ns/t/sa/client"), "its identity: {text:?}");
     ensure!(&said == b"hello", "{said:?}");
+    Ok(())
+}
+
+/// A waypoint is no relay: it carries what names it and nothing else, for those alone who prove who they are.
+pub(crate) fn a_waypoint_carries_only_what_names_it(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let wp = mesh.pod("wp").at(15008);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    // From a pod whose traffic no agent takes.
+    let ask = |ca: &TestCa, id: &str, authority: &str| -> anyhow::Result<()> {
+        let tls = hbone::client_tls(&ca.issue(id)?)?;
+        mesh.pod("gw").netns.enter(|| {
+            runtime.block_on(async {
+                let tunnel = Tunnel::connect(wp, &tls).await?;
+                tunnel.open(authority).await.map(drop)
+            })
+        })
+    };
+    let ours = TestCa::of_dir(mesh.ca.path())?;
+    let client = "spiffe://test.local/ns/t/sa/client";
+    let (web, web1, own) = (format!("{WEB}:80"), mesh.pod("web1").at(PORT).to_string(), wp.to_string());
+    for (authority, status) in [
+        (web.as_str(), ""),
+        ("web.t.svc.cluster.local:80", ""),
+        // A service and a workload that name no waypoint, or none for this; what nobody knows.
+        ("10.96.0.40:80", "404"),
+        ("issuer.t.svc.cluster.local:80", "404"),
+        (web1.as_str(), "404"),
+        ("192.0.2.1:80", "404"),
+        ("nobody.example:80", "404"),
+        ("10.96.0.20:81", "503"),
+        (own.as_str(), "503"),
+        ("10.96.0.20:0", "400"),
+    ] {
+        let got = ask(&ours, client, authority);
+        let fits = match &got {
+            Ok(()) => status.is_empty(),
+            Err(error) => !status.is_empty() && format!("{error:#}").contains(&format!("is answered {status}")),
+        };
+        ensure!(fits, "{authority}: {got:?}, wanted {status}");
+    }
+    ensure!(ask(&ours, "spiffe://other.local/ns/t/sa/client", &web).is_err(), "another trust domain");
+    ensure!(ask(&TestCa::unknown()?, client, &web).is_err(), "an authority nobody trusts");
     Ok(())
 }

@@ -2,6 +2,7 @@
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use mesh_tests::dns::Dns;
@@ -155,6 +156,23 @@ pub(crate) fn the_gateway_carries_tls_and_bytes(mesh: &mut Mesh) -> anyhow::Resu
     ensure!(who.name == "web1", "{who:?}");
     client.ping("bytes")?;
     Ok(())
+}
+
+/// Silence ends a connection of bytes only where a DestinationRule says so.
+pub(crate) fn silent_connections_live_unless_told_otherwise(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let _server = Server::start(mesh.pod("web1"), MORE)?;
+    let _services = services(mesh)?;
+    let to = SocketAddr::new("10.96.2.10".parse()?, 92);
+    let (mut kept, _) = Client::who(mesh.pod("client"), to)?;
+    let _policy = mesh.objects(
+        "idle",
+        "apiVersion: networking.istio.io/v1\nkind: DestinationRule\nmetadata: { name: idle, namespace: t }\nspec:\n  host: one.t.svc.cluster.local\n  trafficPolicy: { connectionPool: { tcp: { idleTimeout: 1s } } }\n",
+    )?;
+    let (mut ended, _) = Client::who(mesh.pod("client"), to)?;
+    ended.ping("not silent")?;
+    std::thread::sleep(Duration::from_millis(2500));
+    ensure!(ended.ping("too late").is_err(), "longer silent than the idle timeout");
+    kept.ping("as long silent, without one").context("a connection from before the rule")
 }
 
 /// Names outside the mesh: one, and all of a wildcard, whichever the client names in its request or in TLS.
