@@ -64,10 +64,8 @@ pub struct AgentSpec {
     pub node: String,
     /// Flags beside those every program takes.
     pub flags: Vec<String>,
-    /// Folder of YAML.
-    pub mesh_dir: PathBuf,
-    /// Development CA folder, shared by the agents of one mesh.
-    pub ca_dir: PathBuf,
+    /// Folder of YAML and development CA folder, shared by the agents of one mesh; nothing where a control plane is both.
+    pub folders: Option<[PathBuf; 2]>,
     /// More environment, over the harness's own settings.
     pub env: BTreeMap<String, String>,
     /// Where the log goes.
@@ -87,11 +85,15 @@ impl AgentSpec {
             program: "ztunnel",
             node: node.into(),
             flags: vec!["--node".into(), node.into()],
-            mesh_dir: mesh_dir.into(),
-            ca_dir: ca_dir.into(),
+            folders: Some([mesh_dir.into(), ca_dir.into()]),
             env: env.into_iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect(),
             log: log_dir.join(format!("{node}.log")),
         }
+    }
+
+    /// An agent that has everything from a control plane, which its environment names.
+    pub fn without_folder(node: &str, log_dir: &Path) -> Self {
+        Self { folders: None, ..Self::new(node, Path::new(""), Path::new(""), log_dir) }
     }
 
     /// A waypoint or gateway: the pod `pod` of `namespace`, with that service account, serving the Gateway `gateway`.
@@ -122,17 +124,11 @@ impl AgentSpec {
         let binary = find_program(self.program)?;
         let log = File::options().create(true).append(true).open(&self.log)?;
         let mut command = Command::new(&binary);
-        command
-            .arg("proxy")
-            .arg("--mesh-dir")
-            .arg(&self.mesh_dir)
-            .arg("--ca-dir")
-            .arg(&self.ca_dir)
-            .args(&self.flags)
-            .envs(&self.env)
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log);
+        command.arg("proxy");
+        if let Some([mesh, ca]) = &self.folders {
+            command.arg("--mesh-dir").arg(mesh).arg("--ca-dir").arg(ca);
+        }
+        command.args(&self.flags).envs(&self.env).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         let child = place.netns.spawn(&mut command).with_context(|| format!("start {}", binary.display()))?;
         Ok(Agent { child: Mutex::new(child), place: place.clone(), spec: self })
     }

@@ -4,7 +4,8 @@
 //! Owns: what it takes to build and take down a small cluster on one machine ([`topology`]), to run agents in it
 //! ([`agent`]), to run programs in its pods ([`program`]), to give them a mesh to obey ([`mesh_dir`]), to look at the
 //! bytes on a link ([`capture`]), and to report honestly what could not run here ([`skip`], [`suite`]).
-//! Refuses: any knowledge of the product's insides; nothing here links against a product crate.
+//! Refuses: any knowledge of the product's insides; nothing here links against a product crate but for the
+//! messages of other people's protocols (`proto`).
 //! Upstream: the suites in `tests/tests`, the demo and the benchmarks. Downstream: the `ip` command and the kernel.
 #![forbid(unsafe_code)]
 
@@ -20,6 +21,7 @@ pub mod hbone;
 pub mod http;
 pub mod http1;
 pub mod issuer;
+pub mod istiod;
 pub mod kube_api;
 pub mod load;
 pub mod mesh_dir;
@@ -28,6 +30,7 @@ pub mod netns;
 pub mod otlp;
 pub mod program;
 pub mod raw;
+pub mod rpc;
 pub mod rude;
 pub mod skip;
 pub mod suite;

@@ -2,6 +2,7 @@
 //!
 //! Owns the wiring, nothing else. The control thread is the caller's: sources, certificates, admin and the pod supervisor
 //! run on it; connections run on the data threads.
+use crate::control;
 use crate::dialer::MARK;
 use crate::dump;
 use crate::handover::{self, Ask, Predecessor};
@@ -10,13 +11,12 @@ use crate::pod::Shared;
 use crate::pods::{PodSupervisor, PodTable};
 use crate::settings::{OnAgentDeath, RedirectMode, Settings};
 use crate::zds;
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use ebpf_loader::PinRoot;
 use http::Method;
 use mesh_identity::cache::CacheSettings;
 use mesh_identity::clock::SystemClock;
 use mesh_identity::crypto::TlsSettings;
-use mesh_identity::local_ca::{LocalCa, LocalCaSettings};
 use mesh_identity::{IdentitySource, SvidCache, TlsContext};
 use mesh_model::explain;
 use mesh_model::snapshot::{MissingWaypoint, Viewpoint};
@@ -35,7 +35,7 @@ use mesh_runtime::resolve::Resolver;
 use mesh_runtime::signals;
 use mesh_runtime::sockets::{probe_rights, raise_nofile};
 use mesh_runtime::threads::{DataThreads, cores, worker_count};
-use mesh_sources::{Diagnostics, Mesh, Origin, kubernetes};
+use mesh_sources::{Diagnostics, Mesh};
 use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
@@ -82,11 +82,12 @@ pub async fn serve(settings: Settings, logging: &Logging) -> Result<()> {
 
     // Who we believe and where we stand.
     let view = viewpoint(&settings)?;
-    let source = authority(&settings)?;
+    let origin = control::origin(&settings, &registry)?;
+    let source = control::authority(&settings, &view, &origin)?;
 
     // What the mesh is.
     let first_snapshot = readiness.pending("mesh configuration");
-    let (mesh, diagnostics) = mesh_sources::start(origin(&settings, &registry)?, view);
+    let (mesh, diagnostics) = mesh_sources::start(origin, view);
 
     let shared = assemble(&settings, mesh.clone(), source, metrics, logging)?;
     let workers = shared.threads.workers().len();
@@ -279,39 +280,6 @@ fn viewpoint(s: &Settings) -> Result<Viewpoint> {
         trust_domain_aliases: s.trust_domain_aliases.iter().map(domain).collect::<Result<_>>()?,
         missing_waypoint: s.on_missing_waypoint,
     })
-}
-
-fn origin(s: &Settings, registry: &Registry) -> Result<Origin> {
-    if s.kubernetes {
-        let watches = kubernetes::Watches::default();
-        watches.expose(registry)?;
-        let access = kubernetes::Access { kubeconfig: s.kubeconfig.clone() };
-        let scope = kubernetes::Scope { access, reach: kubernetes::Reach::Agent, retry: kubernetes::Retry::default(), watches };
-        return Ok(Origin::Kubernetes(Box::new(scope)));
-    }
-    match (&s.mesh_dir, &s.local_xds_path) {
-        (Some(dir), None) => Ok(Origin::Folder(dir.clone())),
-        (None, Some(file)) => Ok(Origin::LocalXds(file.clone())),
-        (Some(_), Some(_)) => bail!("--mesh-dir and --local-xds-path exclude each other"),
-        (None, None) => match std::env::var("LOCAL_XDS") {
-            Ok(text) => Ok(Origin::LocalXdsText(text)),
-            Err(_) => {
-                bail!("nothing describes the mesh: set --mesh-dir (CULVERT_MESH_DIR), --kubernetes, LOCAL_XDS_PATH or LOCAL_XDS")
-            }
-        },
-    }
-}
-
-fn authority(s: &Settings) -> Result<Arc<dyn IdentitySource>> {
-    let ca = LocalCaSettings {
-        directory: s.ca_dir.clone(),
-        trust_domain: s.trust_domain.clone(),
-        trust_domain_aliases: s.trust_domain_aliases.clone(),
-        lifetime: s.secret_ttl,
-    };
-    let opened =
-        LocalCa::open(&ca, Arc::new(SystemClock)).with_context(|| format!("development CA in {}", s.ca_dir.display()))?;
-    Ok(Arc::new(opened))
 }
 
 fn hbone_settings(s: &Settings, budget: &Budget) -> mesh_hbone::Settings {

@@ -7,6 +7,7 @@ pub mod accept;
 pub mod app;
 mod carry;
 pub mod conns;
+mod control;
 mod deliver;
 mod dial;
 mod dialer;

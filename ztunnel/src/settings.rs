@@ -4,6 +4,7 @@
 //! they start with `CULVERT_`.
 use clap::Args;
 use mesh_model::snapshot::MissingWaypoint;
+use mesh_runtime::control_plane::{Roots, Token};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -23,6 +24,9 @@ pub struct Settings {
     /// Kubeconfig file, of which the current context is used, for processes outside a pod.
     #[arg(long, env = "KUBECONFIG", value_name = "FILE")]
     pub kubeconfig: Option<PathBuf>,
+    /// Or a control plane does.
+    #[command(flatten)]
+    pub control: ControlSettings,
     /// Name of the node this agent serves: it takes the enrolled pods whose `spec.nodeName` is this.
     #[arg(long = "node", env = "NODE_NAME", default_value = "")]
     pub node: String,
@@ -123,6 +127,48 @@ pub struct Settings {
     /// Where redirections are kept.
     #[command(flatten)]
     pub pins: Pins,
+}
+
+/// Settings of the control plane.
+#[derive(Args, Clone, Debug)]
+pub struct ControlSettings {
+    /// istiod describes the mesh: its address, `https://host:port` (or `http://` for plaintext). In a pod of Kubernetes where
+    /// nothing else describes the mesh: `https://istiod.istio-system.svc:15012`.
+    #[arg(long, env = "XDS_ADDRESS", value_name = "URL")]
+    pub xds_address: Option<String>,
+    /// Whom to believe that it is istiod: a PEM file (read at every connection), `SYSTEM`, or the PEM itself.
+    #[arg(long, env = "XDS_ROOT_CA", default_value = "./var/run/secrets/istio/root-cert.pem", value_name = "ROOTS")]
+    pub xds_root_ca: Roots,
+    /// A second name istiod's certificate may have.
+    #[arg(long, env = "ALT_XDS_HOSTNAME", value_name = "HOST")]
+    pub alt_xds_hostname: Option<String>,
+    /// istiod issues the certificates: its address. By itself where it describes the mesh; empty: the built-in
+    /// development CA does.
+    #[arg(long, env = "CA_ADDRESS", value_name = "URL")]
+    pub ca_address: Option<String>,
+    /// Whom to believe that it is the authority, as for `--xds-root-ca`.
+    #[arg(long, env = "CA_ROOT_CA", default_value = "./var/run/secrets/istio/root-cert.pem", value_name = "ROOTS")]
+    pub ca_root_ca: Roots,
+    /// A second name the authority's certificate may have.
+    #[arg(long, env = "ALT_CA_HOSTNAME", value_name = "HOST")]
+    pub alt_ca_hostname: Option<String>,
+    /// Token for istiod: a file (read for every request) or the token itself. By itself the pod's
+    /// `./var/run/secrets/tokens/istio-token`, where it is there.
+    #[arg(long, env = "AUTH_TOKEN", hide_env_values = true, value_name = "TOKEN")]
+    pub auth_token: Option<Token>,
+    /// What a policy means that a workload names and that does not come within a second: `deny` refuses the workload's
+    /// connections until it comes, `ignore` leaves it out as istio/ztunnel does.
+    #[arg(long, env = "CULVERT_MISSING_POLICY", default_value = "deny")]
+    pub missing_policy: Missing,
+}
+
+/// What a policy that does not come means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Missing {
+    /// The workload refuses.
+    Deny,
+    /// Nothing.
+    Ignore,
 }
 
 /// Where redirections are kept that outlive the agent.

@@ -83,6 +83,12 @@ impl TrustBundles {
         self.aliases.iter()
     }
 
+    /// Every trust domain with its roots, ours first; aliases have ours.
+    pub fn all(&self) -> impl Iterator<Item = (&str, &TrustBundle)> {
+        let foreign = self.foreign.iter().map(|(name, bundle)| (&**name, bundle));
+        std::iter::once((self.ours.as_str(), &self.own)).chain(foreign)
+    }
+
     /// The bundle that may vouch for `domain`; `None` means: refuse it.
     pub fn find(&self, domain: &str) -> Option<&TrustBundle> {
         if domain == self.ours.as_str() {

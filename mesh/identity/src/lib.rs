@@ -3,7 +3,7 @@
 //! A byte stream goes in ([`tls::connect`], [`tls::accept`]), an authenticated stream and a [`tls::Peer`] come out; what is
 //! tunnelled inside is nobody's business here. Every refusal carries a [`mesh_model::Reason`].
 //!
-//! Upstream: an [`source::IdentitySource`] (the built-in [`local_ca`], or a client of a real authority) issues certificates
+//! Upstream: an [`source::IdentitySource`] (the built-in [`local_ca`], or the client of istiod's, [`istio_ca`]) issues certificates
 //! and publishes trust bundles. Downstream: the proxies keep a [`cache::SvidHandle`] per pod and hand the [`svid::Svid`] it
 //! holds to `connect` and `accept`.
 //!
@@ -20,6 +20,7 @@ pub mod cache;
 pub mod clock;
 pub mod crypto;
 pub mod error;
+pub mod istio_ca;
 pub mod live;
 pub mod local_ca;
 mod pem;

@@ -7,6 +7,7 @@
 pub mod admin;
 #[allow(unsafe_code, reason = "the allocator has no safe interface for giving memory back")]
 pub mod allocator;
+pub mod control_plane;
 pub mod copies;
 pub mod drain;
 pub mod gate;

@@ -1,12 +1,14 @@
-//! Where mesh knowledge comes from: a folder of YAML or the Kubernetes API; every source ends in changes for one publisher.
+//! Where mesh knowledge comes from: a folder of YAML, the Kubernetes API or istiod; every source ends in changes for one
+//! publisher.
 //!
 //! The flow is `source → translate → ChangeSink → publisher → Mesh`. A source owns what it reads and what was last good
 //! of it; the translator owns the join of objects; the publisher is the only writer of the mesh. What a source refuses
-//! is in [`Diagnostics`]. Another source (istiod, Consul) is another [`Source`] and nothing else.
+//! is in [`Diagnostics`]. Another source (Consul) is another [`Source`] and nothing else.
 #![forbid(unsafe_code)]
 
 pub mod diagnostics;
 pub mod files;
+pub mod istiod;
 pub mod kubernetes;
 pub mod local_xds;
 pub mod publisher;
@@ -54,6 +56,8 @@ pub enum Origin {
     LocalXdsText(String),
     /// The objects of a cluster, by its API.
     Kubernetes(Box<kubernetes::Scope>),
+    /// istiod, over delta ADS.
+    Istiod(Box<istiod::Settings>),
 }
 
 /// Starts the source and the publisher on the current tokio runtime, which must be the control runtime. Nothing has
@@ -77,6 +81,9 @@ pub fn start_with(origin: Origin, view: Viewpoint, settings: &translate::Setting
                 local_xds::LocalXdsSource { from: local_xds::From::File(path.clone()), view: view.clone(), diagnostics },
                 sink,
             ),
+            Origin::Istiod(settings) => {
+                spawn(istiod::IstiodSource { settings: (**settings).clone(), view: view.clone(), diagnostics }, sink);
+            }
             Origin::LocalXdsText(text) => spawn(
                 local_xds::LocalXdsSource { from: local_xds::From::Text(text.clone()), view: view.clone(), diagnostics },
                 sink,

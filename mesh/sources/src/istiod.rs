@@ -1,0 +1,337 @@
+//! istiod as a source: workloads, services and L4 policies over delta ADS (node-agent §1.9).
+//!
+//! One stream for both types; every response is answered, with the names and reasons of what is refused in it while the rest
+//! counts. Nothing is told before both types have been, so a process that becomes ready knows the whole mesh; afterwards each
+//! response is one version. When the stream ends, the last state serves, and the next stream resumes from the versions held.
+//! A response after which a workload newly names a policy that is not there waits [`PATIENCE`] for it: istiod sends the two
+//! types apart, and cutting live connections in between would be an outage. Large responses are converted on a helper thread.
+//! Upstream: istiod, through [`mesh_runtime::control_plane`]. Downstream: [`crate::publisher`].
+
+mod convert;
+pub mod node;
+mod state;
+
+use std::collections::{BTreeSet, HashSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::uri::PathAndQuery;
+use mesh_model::Change;
+use mesh_model::policy::{Action, Policy, PolicyBody, PolicyKey, Scope};
+use mesh_model::snapshot::Viewpoint;
+use mesh_proto::envoy::config::core::v3::Node;
+use mesh_proto::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
+use mesh_proto::google::rpc::Status;
+use mesh_runtime::control_plane::{ControlError, ControlPlane, chain};
+use mesh_runtime::metrics::{Counter, Family, Gauge, MetricError, Registry};
+use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tonic::Code;
+use tonic_prost::ProstCodec;
+
+use crate::diagnostics::Diagnostics;
+use crate::publisher::{ChangeSink, Closed};
+use crate::{Source, SourceError};
+use state::{Kind, Received, State};
+
+/// How long a response waits for the policies it names.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// Limit for the first answers of a stream; istiod answers every subscription, with nothing if there is nothing.
+const FIRST_ANSWERS: Duration = Duration::from_mins(1);
+/// Rest after a lost stream: doubled up to the second (node-agent §1.9).
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(15));
+/// A stream that lived this long was a good one: the next loss starts with the shortest rest.
+const GOOD_LIFE: Duration = Duration::from_secs(5);
+/// Largest message we take (node-agent §1.9).
+const MOST_BYTES: usize = 200 << 20;
+/// Resources above which a response is converted on a helper thread.
+const LARGE: usize = 500;
+/// Answers a server may leave unread.
+const UNREAD: usize = 1024;
+const PATH: &str = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources";
+
+/// What is done about a policy that a workload names and that does not come.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum MissingPolicy {
+    /// The workload refuses until it comes.
+    #[default]
+    Deny,
+    /// It does not count, as in istio/ztunnel.
+    Ignore,
+}
+
+/// How istiod is asked.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Where it is.
+    pub control_plane: ControlPlane,
+    /// Who we are.
+    pub node: Node,
+    /// What a policy that does not come means.
+    pub missing_policy: MissingPolicy,
+    /// What is counted.
+    pub metrics: Metrics,
+}
+
+/// Metrics of the stream, under istio/ztunnel's names where it has them (node-agent §1.12).
+#[derive(Clone, Debug)]
+pub struct Metrics {
+    terminations: Family<Counter>,
+    messages: Family<Counter>,
+    bytes: Family<Counter>,
+    refused: Family<Counter>,
+    connected: Arc<Gauge>,
+    missing: Arc<Gauge>,
+}
+
+impl Metrics {
+    /// Registers them.
+    pub fn new(registry: &Registry) -> Result<Self, MetricError> {
+        let gauge = |name, help| -> Result<Arc<Gauge>, MetricError> {
+            Ok(registry.family(Family::<Gauge>::new(name, help, &[]))?.pin(&[]))
+        };
+        let counter = |name, help, label: &'static [&'static str]| registry.family(Family::<Counter>::new(name, help, label));
+        Ok(Self {
+            terminations: counter("istio_xds_connection_terminations_total", "Streams that ended, by reason", &["reason"])?,
+            messages: counter("istio_xds_message_total", "Responses of the control plane", &["url"])?,
+            bytes: counter("istio_xds_message_bytes_total", "Bytes of their resources", &["url"])?,
+            refused: counter("culvert_xds_refused_total", "Resources refused (NACK)", &["url"])?,
+            connected: gauge("culvert_xds_connected", "1 while the control plane is heard; the last state serves otherwise")?,
+            missing: gauge("culvert_xds_missing_policies", "Policies that workloads name and that are not there")?,
+        })
+    }
+}
+
+/// istiod as a source.
+#[derive(Debug)]
+pub struct IstiodSource {
+    /// How it is asked.
+    pub settings: Settings,
+    /// Where we stand.
+    pub view: Viewpoint,
+    /// Where refused resources are listed.
+    pub diagnostics: Diagnostics,
+}
+
+impl Source for IstiodSource {
+    fn name(&self) -> &'static str {
+        "istiod"
+    }
+
+    async fn run(self, sink: ChangeSink) -> Result<(), SourceError> {
+        let node = Arc::clone(&self.view.node);
+        let mut session = Session {
+            source: self,
+            sink,
+            state: State::new(node),
+            told: BTreeSet::new(),
+            pending: Vec::new(),
+            until: None,
+            accepted: HashSet::new(),
+        };
+        let mut rest = BACKOFF.0;
+        loop {
+            let begun = Instant::now();
+            let lost = session.stream().await;
+            let metrics = &session.source.settings.metrics;
+            metrics.connected.set(0);
+            let why = match lost {
+                Lost::Closed => return Ok(()),
+                Lost::Defect => return Err(SourceError::Died),
+                Lost::Ended(reason, why) => {
+                    metrics.terminations.get(&[reason]).inc();
+                    why
+                }
+            };
+            if session.flush_if_told().await.is_err() {
+                return Ok(());
+            }
+            if begun.elapsed() > GOOD_LIFE {
+                rest = BACKOFF.0;
+            }
+            let address = session.source.settings.control_plane.address();
+            tracing::warn!(address, why, again_in = ?rest, synced = session.sink.has_told(), "the control plane is not heard");
+            sleep(rest.mul_f64(rand::random_range(0.8..=1.2))).await;
+            rest = (rest * 2).min(BACKOFF.1);
+        }
+    }
+}
+
+/// Why a stream is over.
+enum Lost {
+    /// The process is ending.
+    Closed,
+    /// A conversion panicked; the state is gone with it.
+    Defect,
+    /// With the word of the metric, and why.
+    Ended(&'static str, String),
+}
+
+impl From<Closed> for Lost {
+    fn from(_: Closed) -> Self {
+        Self::Closed
+    }
+}
+impl From<ControlError> for Lost {
+    fn from(error: ControlError) -> Self {
+        Self::Ended("ConnectionError", error.to_string())
+    }
+}
+impl From<tonic::Status> for Lost {
+    fn from(status: tonic::Status) -> Self {
+        // What a restart or a rebalancing of istiod looks like from here.
+        let reason = match status.code() {
+            Code::Unknown | Code::Cancelled | Code::DeadlineExceeded | Code::Ok => "Reconnect",
+            _ => "Error",
+        };
+        Self::Ended(reason, format!("{:?}: {}", status.code(), chain(&status)))
+    }
+}
+
+/// What outlives a stream.
+struct Session {
+    source: IstiodSource,
+    sink: ChangeSink,
+    state: State,
+    /// Types that were told at least once.
+    told: BTreeSet<Kind>,
+    /// Changes not handed over yet.
+    pending: Vec<Change>,
+    /// When they are, although policies are missing.
+    until: Option<Instant>,
+    /// Missing policies the published state knows to be missing.
+    accepted: HashSet<PolicyKey>,
+}
+
+impl Session {
+    /// One stream, to its end.
+    async fn stream(&mut self) -> Lost {
+        match self.try_stream().await {
+            Err(lost) => lost,
+            Ok(()) => Lost::Ended("Complete", "it ended the stream".into()),
+        }
+    }
+
+    async fn try_stream(&mut self) -> Result<(), Lost> {
+        let Settings { control_plane, node, metrics, .. } = self.source.settings.clone();
+        let channel = control_plane.connect().await?;
+        let (requests, outgoing) = mpsc::channel(UNREAD);
+        for kind in Kind::ALL {
+            let first = DeltaDiscoveryRequest {
+                node: Some(node.clone()),
+                type_url: kind.url().to_owned(),
+                resource_names_subscribe: vec!["*".to_owned()],
+                initial_resource_versions: self.state.versions(kind),
+                ..DeltaDiscoveryRequest::default()
+            };
+            // The queue has room for more than these.
+            let _ = requests.try_send(first);
+        }
+        let outgoing = futures_util::stream::unfold(outgoing, |mut outgoing| async {
+            outgoing.recv().await.map(|request: DeltaDiscoveryRequest| (request, outgoing))
+        });
+        let request = control_plane.request(outgoing)?;
+        let mut grpc = tonic::client::Grpc::new(channel).max_decoding_message_size(MOST_BYTES);
+        let late = || Lost::Ended("Error", format!("it does not answer within {FIRST_ANSWERS:?}"));
+        let unready = |e: tonic::transport::Error| Lost::Ended("ConnectionError", chain(&e));
+        grpc.ready().await.map_err(unready)?;
+        let opening = grpc.streaming(request, PathAndQuery::from_static(PATH), ProstCodec::default());
+        let mut incoming = timeout(FIRST_ANSWERS, opening).await.map_err(|_| late())??.into_inner();
+        let (mut answered, answers_by) = (BTreeSet::new(), Instant::now() + FIRST_ANSWERS);
+        loop {
+            let until = self.until;
+            let response: Option<DeltaDiscoveryResponse> = tokio::select! {
+                message = incoming.message() => message?,
+                () = sleep_until(answers_by), if answered.len() < Kind::ALL.len() => return Err(late()),
+                () = sleep_until(until.unwrap_or(answers_by)), if until.is_some() => {
+                    self.flush().await?;
+                    continue;
+                }
+            };
+            let Some(response) = response else { return Ok(()) };
+            let Some(kind) = Kind::of(&response.type_url) else {
+                tracing::debug!(url = response.type_url, "a response of a type nobody asked for");
+                continue;
+            };
+            metrics.connected.set(1);
+            if answered.insert(kind) && answered.len() == Kind::ALL.len() {
+                tracing::info!(address = control_plane.address(), "the control plane is heard");
+            }
+            let answer = self.receive(kind, response).await?;
+            let unread = |_| Lost::Ended("Error", "it does not read what it is answered".into());
+            requests.try_send(answer).map_err(unread)?;
+        }
+    }
+
+    /// Takes a response in; gives the answer to it.
+    async fn receive(&mut self, kind: Kind, response: DeltaDiscoveryResponse) -> Result<DeltaDiscoveryRequest, Lost> {
+        let metrics = &self.source.settings.metrics;
+        let sizes = response.resources.iter().filter_map(|r| r.resource.as_ref()).map(|any| any.value.len() as u64);
+        metrics.messages.get(&[kind.url()]).inc();
+        metrics.bytes.get(&[kind.url()]).add(sizes.sum());
+        let (begun, nonce) = (Instant::now(), response.nonce.clone());
+        let Received { changes, refused, count } = if response.resources.len() > LARGE {
+            let mut state = std::mem::take(&mut self.state);
+            let converting = tokio::task::spawn_blocking(move || {
+                let received = state.receive(kind, response);
+                (state, received)
+            });
+            let (state, received) = converting.await.map_err(|_| Lost::Defect)?;
+            self.state = state;
+            received
+        } else {
+            self.state.receive(kind, response)
+        };
+        tracing::debug!(?kind, resources = count, refused = refused.len(), took = ?begun.elapsed(), "a response of the control plane");
+        metrics.refused.get(&[kind.url()]).add(refused.len() as u64);
+        self.source.diagnostics.replace(self.state.problems());
+        self.told.insert(kind);
+        self.pending.extend(changes);
+        if self.told.len() == Kind::ALL.len() {
+            if self.state.missing().is_subset(&self.accepted) {
+                self.flush().await?;
+            } else {
+                self.until.get_or_insert(Instant::now() + PATIENCE);
+            }
+        }
+        let error_detail = (!refused.is_empty()).then(|| {
+            let said: Vec<String> = refused.iter().map(|(name, why)| format!("{name}: {why}")).collect();
+            Status { code: Code::InvalidArgument as i32, message: said.join(", "), details: Vec::new() }
+        });
+        Ok(DeltaDiscoveryRequest {
+            type_url: kind.url().to_owned(),
+            response_nonce: nonce,
+            error_detail,
+            ..DeltaDiscoveryRequest::default()
+        })
+    }
+
+    /// What waited when the stream was lost waits no longer.
+    async fn flush_if_told(&mut self) -> Result<(), Closed> {
+        if self.until.is_some() { self.flush().await } else { Ok(()) }
+    }
+
+    /// Hands over what there is.
+    async fn flush(&mut self) -> Result<(), Closed> {
+        self.until = None;
+        let missing = self.state.missing();
+        if !missing.is_subset(&self.accepted) {
+            let names: Vec<String> = missing.difference(&self.accepted).take(10).map(ToString::to_string).collect();
+            let effect = self.source.settings.missing_policy;
+            tracing::warn!(policies = names.join(", "), ?effect, "workloads name policies that did not come");
+        }
+        if self.source.settings.missing_policy == MissingPolicy::Ignore {
+            // What matches nothing and denies what it matches does nothing.
+            let nothing = PolicyBody::Rules { action: Action::Deny, dry_run: false, rules: Vec::new() };
+            for key in missing.difference(&self.accepted) {
+                let (key, body) = (key.clone(), nothing.clone());
+                self.pending.push(Change::Policy(Arc::new(Policy { key, scope: Scope::Selector, body, origin: None })));
+            }
+            let over = self.accepted.difference(missing).filter(|key| !self.state.has_policy(key));
+            self.pending.extend(over.cloned().map(Change::PolicyGone));
+        }
+        self.source.settings.metrics.missing.set(missing.len() as i64);
+        self.accepted.clone_from(missing);
+        self.sink.send(std::mem::take(&mut self.pending)).await
+    }
+}

@@ -1,0 +1,317 @@
+//! What istiod told, resource by resource, and what follows from the next response. Pure: no clock, no I/O.
+//!
+//! Owns: names and versions (for resuming after a reconnect), what each name stands for (a removal says the name only), the
+//! refused ones with their reasons, and which policies workloads name that never arrived. Refuses a resource alone; the
+//! others of its response count. Upstream: the stream. Downstream: [`crate::publisher`], through changes.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
+
+use mesh_model::policy::{Policy, PolicyKey, Scope};
+use mesh_model::service::ServiceKey;
+use mesh_model::workload::{Locality, WorkloadUid};
+use mesh_model::{Change, Origin};
+use mesh_proto::envoy::service::discovery::v3::{DeltaDiscoveryResponse, Resource};
+use mesh_proto::istio::security::Authorization;
+use mesh_proto::istio::workload::{Address, address};
+use mesh_proto::{ADDRESS_TYPE, AUTHORIZATION_TYPE, Message};
+
+use super::convert::{self, Bad};
+use crate::diagnostics::{Problem, Severity};
+use crate::translate::Interner;
+
+/// The types we subscribe to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(super) enum Kind {
+    /// Workloads and services.
+    Address,
+    /// L4 policies.
+    Authorization,
+}
+
+impl Kind {
+    /// In the order in which they are asked for.
+    pub(super) const ALL: [Self; 2] = [Self::Address, Self::Authorization];
+
+    /// The resource type on the wire.
+    pub(super) fn url(self) -> &'static str {
+        match self {
+            Self::Address => ADDRESS_TYPE,
+            Self::Authorization => AUTHORIZATION_TYPE,
+        }
+    }
+
+    pub(super) fn of(url: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.url() == url)
+    }
+}
+
+/// What a name stands for.
+#[derive(Debug, Default)]
+enum What {
+    /// Refused, and nothing was good before.
+    #[default]
+    Nothing,
+    Workload(WorkloadUid, Arc<[PolicyKey]>),
+    Service(ServiceKey),
+    Policy(PolicyKey),
+}
+
+/// One resource as it was last told.
+#[derive(Debug, Default)]
+struct Held {
+    /// Empty for a refused one: no version of istiod's equals it, so after a reconnect it is told again or removed.
+    version: Box<str>,
+    what: What,
+}
+
+/// See the module.
+#[derive(Debug, Default)]
+pub(super) struct State {
+    held: BTreeMap<Kind, HashMap<Box<str>, Held>>,
+    problems: BTreeMap<(Kind, Box<str>), Problem>,
+    /// Policies by key: whether they are there, and how many workloads name them.
+    policies: HashMap<PolicyKey, Named>,
+    missing: HashSet<PolicyKey>,
+    texts: Interner,
+    /// The node we are on, and where it is: as its workloads say.
+    node: Arc<str>,
+    locality: Locality,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Named {
+    there: bool,
+    users: usize,
+}
+
+/// What follows from a response.
+#[derive(Debug, Default)]
+pub(super) struct Received {
+    pub(super) changes: Vec<Change>,
+    /// Names and reasons of what is refused; none means: acknowledge.
+    pub(super) refused: Vec<(Box<str>, Bad)>,
+    /// Resources and removals in the response.
+    pub(super) count: usize,
+}
+
+impl State {
+    /// Nothing told, for an agent of this node.
+    pub(super) fn new(node: Arc<str>) -> Self {
+        Self { node, ..Self::default() }
+    }
+
+    /// Takes one response in.
+    pub(super) fn receive(&mut self, kind: Kind, response: DeltaDiscoveryResponse) -> Received {
+        let count = response.resources.len() + response.removed_resources.len();
+        let mut out = Received { count, ..Received::default() };
+        out.changes.reserve(count);
+        for name in response.removed_resources {
+            self.remove(kind, &name, &mut out.changes);
+        }
+        for resource in response.resources {
+            let name: Box<str> = resource.name.as_str().into();
+            match self.put(kind, resource, &mut out.changes) {
+                Ok(()) => drop(self.problems.remove(&(kind, name))),
+                Err(why) => {
+                    self.problems.insert((kind, name.clone()), problem(kind, &name, &why));
+                    out.refused.push((name, why));
+                }
+            }
+        }
+        self.texts.prune();
+        out
+    }
+
+    /// Every name with the version it has here: what a new stream starts from.
+    pub(super) fn versions(&self, kind: Kind) -> BTreeMap<String, String> {
+        let held = self.held.get(&kind).into_iter().flatten();
+        held.map(|(name, held)| (name.to_string(), held.version.to_string())).collect()
+    }
+
+    /// The refused resources.
+    pub(super) fn problems(&self) -> Vec<Problem> {
+        self.problems.values().cloned().collect()
+    }
+
+    /// Policies that workloads name and that are not there: their workloads refuse.
+    pub(super) fn missing(&self) -> &HashSet<PolicyKey> {
+        &self.missing
+    }
+
+    /// Whether a policy is there.
+    pub(super) fn has_policy(&self, key: &PolicyKey) -> bool {
+        self.policies.get(key).is_some_and(|named| named.there)
+    }
+
+    fn put(&mut self, kind: Kind, resource: Resource, changes: &mut Vec<Change>) -> Result<(), Bad> {
+        let Resource { name, version, resource, .. } = resource;
+        let any = resource.ok_or_else(|| self.keep(kind, &name, "it is empty"))?;
+        if any.type_url != kind.url() {
+            return Err(self.keep(kind, &name, &format!("it is a {:?}", any.type_url)));
+        }
+        let new = match kind {
+            Kind::Address => match Address::decode(any.value.as_slice()).map_err(|e| e.to_string()) {
+                Ok(Address { r#type: Some(address::Type::Workload(w)) }) => {
+                    convert::workload(w, &mut self.texts).map(|w| Change::Workload(Arc::new(w)))
+                }
+                Ok(Address { r#type: Some(address::Type::Service(s)) }) => {
+                    convert::service(s, &mut self.texts).map(|s| Change::Service(Arc::new(s)))
+                }
+                Ok(Address { r#type: None }) => Err("it is neither a workload nor a service".into()),
+                Err(why) => Err(why),
+            },
+            Kind::Authorization => {
+                let Some(key) = convert::policy_key(&name) else {
+                    return Err(self.keep(kind, &name, "its name is not namespace/name"));
+                };
+                match Authorization::decode(any.value.as_slice()) {
+                    Ok(m) => {
+                        let (policy, bad) = convert::policy(m, &key);
+                        return self.put_policy(&name, &version, policy, bad, changes);
+                    }
+                    Err(e) => {
+                        let stand_in = convert::unusable(key, Scope::Namespace, &e.to_string());
+                        return self.put_policy(&name, &version, stand_in, Some(e.to_string()), changes);
+                    }
+                }
+            }
+        };
+        match new {
+            Ok(change) => {
+                let what = match &change {
+                    Change::Workload(w) => {
+                        let said = *w.node == *self.node && !self.node.is_empty() && w.locality != Locality::default();
+                        if said && w.locality != self.locality {
+                            self.locality = w.locality.clone();
+                            changes.push(Change::OwnLocality(w.locality.clone()));
+                        }
+                        What::Workload(Arc::clone(&w.uid), Arc::clone(&w.policies))
+                    }
+                    Change::Service(s) => What::Service(s.key.clone()),
+                    _ => What::Nothing,
+                };
+                self.hold(kind, &name, &version, what, changes);
+                changes.push(change);
+                Ok(())
+            }
+            Err(why) => Err(self.keep(kind, &name, &why)),
+        }
+    }
+
+    fn put_policy(
+        &mut self,
+        name: &str,
+        version: &str,
+        mut policy: Policy,
+        bad: Option<Bad>,
+        changes: &mut Vec<Change>,
+    ) -> Result<(), Bad> {
+        let object = format!("AuthorizationPolicy {}", policy.key).into();
+        policy.origin = Some(Arc::new(Origin { place: "istiod".into(), line: 0, object }));
+        let version = if bad.is_some() { "" } else { version };
+        self.hold(Kind::Authorization, name, version, What::Policy(policy.key.clone()), changes);
+        changes.push(Change::Policy(Arc::new(policy)));
+        bad.map_or(Ok(()), Err)
+    }
+
+    /// Refused: what was good before stays, and istiod is not told that we have the new one.
+    fn keep(&mut self, kind: Kind, name: &str, why: &str) -> Bad {
+        self.held.entry(kind).or_default().entry(name.into()).or_default().version = "".into();
+        why.to_owned()
+    }
+
+    fn hold(&mut self, kind: Kind, name: &str, version: &str, what: What, changes: &mut Vec<Change>) {
+        self.count(&what, true);
+        let held = self.held.entry(kind).or_default().entry(name.into()).or_default();
+        let same = match (&held.what, &what) {
+            (What::Workload(a, _), What::Workload(b, _)) => a == b,
+            (What::Service(a), What::Service(b)) => a == b,
+            (What::Policy(a), What::Policy(b)) => a == b,
+            _ => false,
+        };
+        let old = std::mem::replace(held, Held { version: version.into(), what }).what;
+        if !same {
+            changes.extend(gone(&old));
+        }
+        self.uncount(&old, same);
+    }
+
+    fn remove(&mut self, kind: Kind, name: &str, changes: &mut Vec<Change>) {
+        self.problems.remove(&(kind, name.into()));
+        if let Some(held) = self.held.get_mut(&kind).and_then(|held| held.remove(name)) {
+            changes.extend(gone(&held.what));
+            self.uncount(&held.what, false);
+        }
+    }
+
+    fn count(&mut self, what: &What, there: bool) {
+        match what {
+            What::Workload(_, policies) => {
+                for key in policies.iter() {
+                    self.named(key, |named| named.users += 1);
+                }
+            }
+            What::Policy(key) => self.named(key, |named| named.there = there),
+            What::Service(_) | What::Nothing => {}
+        }
+    }
+
+    /// Takes back what counted for `what`; `replaced`: by another of the same key, which has been counted.
+    fn uncount(&mut self, what: &What, replaced: bool) {
+        match what {
+            What::Workload(_, policies) => {
+                for key in policies.iter() {
+                    self.named(key, |named| named.users = named.users.saturating_sub(1));
+                }
+            }
+            What::Policy(_) if !replaced => self.count(what, false),
+            What::Policy(_) | What::Service(_) | What::Nothing => {}
+        }
+    }
+
+    fn named(&mut self, key: &PolicyKey, change: impl FnOnce(&mut Named)) {
+        let named = self.policies.entry(key.clone()).or_default();
+        change(named);
+        let Named { there, users } = *named;
+        if there || users == 0 {
+            self.missing.remove(key);
+        } else {
+            self.missing.insert(key.clone());
+        }
+        if !there && users == 0 {
+            self.policies.remove(key);
+        }
+    }
+}
+
+fn gone(what: &What) -> Option<Change> {
+    match what {
+        What::Nothing => None,
+        What::Workload(uid, _) => Some(Change::WorkloadGone(Arc::clone(uid))),
+        What::Service(key) => Some(Change::ServiceGone(key.clone())),
+        What::Policy(key) => Some(Change::PolicyGone(key.clone())),
+    }
+}
+
+fn problem(kind: Kind, name: &str, why: &str) -> Problem {
+    let what = match kind {
+        Kind::Address => "Address",
+        Kind::Authorization => "Authorization",
+    };
+    let effect = match kind {
+        Kind::Address => "what was good before stays",
+        Kind::Authorization => "it denies in its scope until it can be read",
+    };
+    Problem {
+        severity: Severity::Error,
+        origin: Origin { place: "istiod".into(), line: 0, object: format!("{what} {name}").into() },
+        field: "".into(),
+        message: format!("{why}; {effect}").into(),
+        fix: "".into(),
+        code: Some("istiod"),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,143 @@
+use super::*;
+use mesh_proto::istio::workload::{Service, Workload};
+use mesh_proto::well_known::Any;
+
+fn resource(kind: Kind, name: &str, version: &str, value: Vec<u8>) -> Resource {
+    let any = Any { type_url: kind.url().into(), value };
+    Resource { name: name.into(), version: version.into(), resource: Some(any), ..Resource::default() }
+}
+fn workload(uid: &str, policies: &[&str]) -> Vec<u8> {
+    let w = Workload {
+        uid: uid.into(),
+        namespace: "ns".into(),
+        authorization_policies: policies.iter().map(|p| (*p).to_owned()).collect(),
+        ..Workload::default()
+    };
+    Address { r#type: Some(address::Type::Workload(w)) }.encode_to_vec()
+}
+fn service(host: &str) -> Vec<u8> {
+    let s = Service { namespace: "ns".into(), hostname: host.into(), ..Service::default() };
+    Address { r#type: Some(address::Type::Service(s)) }.encode_to_vec()
+}
+fn policy(name: &str) -> Vec<u8> {
+    Authorization { namespace: "ns".into(), name: name.into(), ..Authorization::default() }.encode_to_vec()
+}
+fn response(resources: Vec<Resource>, removed: &[&str]) -> DeltaDiscoveryResponse {
+    let removed_resources = removed.iter().map(|name| (*name).to_owned()).collect();
+    DeltaDiscoveryResponse { resources, removed_resources, ..DeltaDiscoveryResponse::default() }
+}
+/// The changes in short: `+` and `-` with the key.
+fn told(received: &Received) -> Vec<String> {
+    let one = |change: &Change| match change {
+        Change::Workload(w) => format!("+{}", w.uid),
+        Change::WorkloadGone(uid) => format!("-{uid}"),
+        Change::Service(s) => format!("+{}", s.key),
+        Change::ServiceGone(key) => format!("-{key}"),
+        Change::Policy(p) => format!("+{}", p.key),
+        Change::PolicyGone(key) => format!("-{key}"),
+        other => format!("{other:?}"),
+    };
+    received.changes.iter().map(one).collect()
+}
+fn missing(state: &State) -> Vec<String> {
+    let mut all: Vec<String> = state.missing().iter().map(ToString::to_string).collect();
+    all.sort();
+    all
+}
+
+#[test]
+fn a_removal_says_a_name_only() {
+    let mut state = State::default();
+    let all = vec![resource(Kind::Address, "w", "1", workload("w", &[])), resource(Kind::Address, "ns/web", "1", service("web"))];
+    assert_eq!(told(&state.receive(Kind::Address, response(all, &[]))), ["+w", "+ns/web"]);
+    assert_eq!(told(&state.receive(Kind::Address, response(vec![], &["ns/web", "w", "never told"]))), ["-ns/web", "-w"]);
+    assert!(state.versions(Kind::Address).is_empty());
+}
+
+#[test]
+fn a_name_may_come_to_mean_something_else() {
+    let mut state = State::default();
+    state.receive(Kind::Address, response(vec![resource(Kind::Address, "n", "1", workload("one", &[]))], &[]));
+    let renamed = response(vec![resource(Kind::Address, "n", "2", workload("two", &[]))], &[]);
+    assert_eq!(told(&state.receive(Kind::Address, renamed)), ["-one", "+two"]);
+    let other = response(vec![resource(Kind::Address, "n", "3", service("web"))], &[]);
+    assert_eq!(told(&state.receive(Kind::Address, other)), ["-two", "+ns/web"]);
+}
+
+#[test]
+fn a_refused_resource_keeps_what_was_good_and_loses_its_version() {
+    let mut state = State::default();
+    let of = |kind, value| response(vec![resource(kind, "ns/x", "1", value)], &[]);
+    state.receive(Kind::Address, of(Kind::Address, service("x")));
+    let refused = state.receive(Kind::Address, of(Kind::Address, vec![0xff]));
+    assert!(refused.changes.is_empty() && refused.refused.len() == 1);
+    assert_eq!(state.versions(Kind::Address)["ns/x"], "");
+    assert_eq!(state.problems().len(), 1);
+    // A resource of another type, or none at all, is refused too.
+    let mut strange = of(Kind::Address, service("x"));
+    strange.resources[0].resource.as_mut().unwrap().type_url = "other".into();
+    assert_eq!(state.receive(Kind::Address, strange).refused.len(), 1);
+    let empty = response(vec![Resource { name: "ns/x".into(), ..Resource::default() }], &[]);
+    assert_eq!(state.receive(Kind::Address, empty).refused.len(), 1);
+    assert_eq!(told(&state.receive(Kind::Address, response(vec![], &["ns/x"]))), ["-ns/x"]);
+    assert!(state.problems().is_empty());
+}
+
+#[test]
+fn an_unreadable_policy_stands_in_for_itself() {
+    let mut state = State::default();
+    let of = |value| response(vec![resource(Kind::Authorization, "ns/p", "1", value)], &[]);
+    let received = state.receive(Kind::Authorization, of(vec![0xff]));
+    assert_eq!((told(&received), received.refused.len()), (vec!["+ns/p".to_owned()], 1));
+    assert_eq!(state.versions(Kind::Authorization)["ns/p"], "");
+    assert!(state.receive(Kind::Authorization, of(policy("p"))).refused.is_empty());
+    assert_eq!(state.versions(Kind::Authorization)["ns/p"], "1");
+    let nameless = response(vec![resource(Kind::Authorization, "p", "1", policy("p"))], &[]);
+    assert_eq!(state.receive(Kind::Authorization, nameless).refused.len(), 1);
+}
+
+#[test]
+fn policies_are_missing_while_somebody_names_them_and_they_are_not_there() {
+    let mut state = State::default();
+    let put = |state: &mut State, uid: &str, policies: &[&str]| {
+        state.receive(Kind::Address, response(vec![resource(Kind::Address, uid, "1", workload(uid, policies))], &[]))
+    };
+    let p = |name: &str| vec![resource(Kind::Authorization, &format!("ns/{name}"), "1", policy(name))];
+    put(&mut state, "a", &["ns/x", "ns/y"]);
+    put(&mut state, "b", &["ns/x"]);
+    assert_eq!(missing(&state), ["ns/x", "ns/y"]);
+    state.receive(Kind::Authorization, response(p("x"), &[]));
+    assert_eq!(missing(&state), ["ns/y"]);
+    // Told again, it is still one.
+    state.receive(Kind::Authorization, response(p("x"), &[]));
+    put(&mut state, "a", &["ns/x"]);
+    assert!(missing(&state).is_empty() && state.has_policy(&PolicyKey::new("ns", "x")));
+    state.receive(Kind::Authorization, response(vec![], &["ns/x"]));
+    assert_eq!(missing(&state), ["ns/x"]);
+    put(&mut state, "a", &[]);
+    assert_eq!(missing(&state), ["ns/x"], "the other still names it");
+    state.receive(Kind::Address, response(vec![], &["b"]));
+    assert!(missing(&state).is_empty() && state.policies.is_empty());
+}
+
+#[test]
+fn the_locality_of_the_node_is_what_its_workloads_say() {
+    use mesh_proto::istio::workload::Locality as There;
+    let mut state = State::new("here".into());
+    let at = |uid: &str, node: &str, zone: &str| {
+        let w = Workload {
+            uid: uid.into(),
+            namespace: "ns".into(),
+            node: node.into(),
+            locality: Some(There { region: "r".into(), zone: zone.into(), subzone: String::new() }),
+            ..Workload::default()
+        };
+        let bytes = Address { r#type: Some(address::Type::Workload(w)) }.encode_to_vec();
+        response(vec![resource(Kind::Address, uid, "1", bytes)], &[])
+    };
+    let own = |received: Received| received.changes.iter().filter(|c| matches!(c, Change::OwnLocality(_))).count();
+    assert_eq!(own(state.receive(Kind::Address, at("a", "there", "z"))), 0);
+    assert_eq!(own(state.receive(Kind::Address, at("b", "here", "z"))), 1);
+    assert_eq!(own(state.receive(Kind::Address, at("c", "here", "z"))), 0);
+    assert_eq!(own(state.receive(Kind::Address, at("d", "here", "z2"))), 1);
+}

@@ -1,0 +1,316 @@
+//! Ring 3: two agents that have nothing but a control plane and a CNI agent: mesh, policies and certificates come over the
+//! wire, pods over the socket. What they carry, and what they carry on with when the control plane is gone.
+use std::net::SocketAddr;
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, ensure};
+use bytes::Bytes;
+use mesh_proto::AUTHORIZATION_TYPE;
+use mesh_proto::istio::security::{self, Authorization, Group, Match, Rules, StringMatch, string_match::MatchType};
+use mesh_proto::istio::workload::{NetworkAddress, Port, PortList, Service, TunnelProtocol, Workload};
+use mesh_tests::agent::{Agent, AgentSpec, find_binary};
+use mesh_tests::cni::{self, CniAgent, CniPod, Connection};
+use mesh_tests::istiod::Istiod;
+use mesh_tests::program::{Client, Server};
+use mesh_tests::suite::{self, CannotRun, Test, test};
+use mesh_tests::topology::{Place, Plan, Topology};
+use mesh_tests::{netns, skip, wait};
+use tempfile::TempDir;
+
+const PORT: u16 = 8080;
+const VIP: ([u8; 4], u16) = ([10, 96, 0, 20], 80);
+/// The port of istiod.
+const CONTROL: u16 = 15012;
+/// What Istio makes of STRICT.
+const STRICT: &str = "istio_converted_static_strict";
+
+const TESTS: &[Test<World>] = &[
+    test("pods_call_each_other_as_who_they_are", pods_call_each_other_as_who_they_are),
+    test("policies_of_the_stream_hold", policies_of_the_stream_hold),
+    test("a_policy_that_comes_cuts_what_it_no_longer_allows", a_policy_that_comes_cuts_what_it_no_longer_allows),
+    test("without_a_control_plane_all_goes_on", without_a_control_plane_all_goes_on),
+    test("short_lived_certificates_change_under_load", short_lived_certificates_change_under_load),
+    test("a_restarted_agent_waits_for_the_control_plane", a_restarted_agent_waits_for_the_control_plane),
+];
+
+fn main() -> ExitCode {
+    let cannot = skip::netns_unavailable().or_else(|| skip::command_missing("nft"));
+    suite::run("mesh_istiod", cannot, set_up, TESTS)
+}
+
+/// One node's agent and the CNI agent's connection to it.
+struct Node {
+    agent: Agent,
+    _cni: CniAgent,
+    _connection: Connection,
+}
+
+/// Dropped in this order.
+struct World {
+    a: Option<Node>,
+    b: Option<Node>,
+    _servers: Vec<Server>,
+    istiod: Istiod,
+    topology: Topology,
+    files: TempDir,
+}
+
+fn workload(place: &Place, node: &str) -> Workload {
+    Workload {
+        uid: format!("c1//Pod/t/{}", place.name),
+        name: place.name.clone(),
+        namespace: "t".into(),
+        service_account: place.name.clone(),
+        addresses: vec![Bytes::copy_from_slice(&place.v4.octets())],
+        tunnel_protocol: TunnelProtocol::Hbone as i32,
+        node: node.into(),
+        workload_name: place.name.clone(),
+        authorization_policies: vec![format!("istio-system/{STRICT}")],
+        ..Workload::default()
+    }
+}
+
+fn policy(namespace: &str, name: &str, action: security::Action, one: Match) -> Authorization {
+    Authorization {
+        name: name.into(),
+        namespace: namespace.into(),
+        scope: security::Scope::WorkloadSelector as i32,
+        action: action as i32,
+        groups: vec![Group { rules: vec![Rules { matches: vec![one] }] }],
+        ..Authorization::default()
+    }
+}
+
+fn from(account: &str) -> Match {
+    let name = MatchType::Exact(format!("cluster.local/ns/t/sa/{account}"));
+    Match { principals: vec![StringMatch { match_type: Some(name) }], ..Match::default() }
+}
+
+fn web(topology: &Topology) -> Workload {
+    let ports = PortList { ports: vec![Port { service_port: 80, target_port: PORT.into(), app_protocol: 0 }] };
+    let mut web = workload(topology.pod("web"), "node-b");
+    web.authorization_policies.push("t/web-allow".into());
+    web.services = [("t/web.t.svc.cluster.local".to_owned(), ports)].into();
+    web
+}
+
+/// What istiod tells of this mesh.
+fn tell(istiod: &Istiod, topology: &Topology) {
+    let strict = Match { not_principals: vec![StringMatch { match_type: Some(MatchType::Presence(())) }], ..Match::default() };
+    istiod.policy(&policy("istio-system", STRICT, security::Action::Deny, strict));
+    istiod.policy(&policy("t", "web-allow", security::Action::Allow, from("client")));
+    istiod.service(Service {
+        name: "web".into(),
+        namespace: "t".into(),
+        hostname: "web.t.svc.cluster.local".into(),
+        addresses: vec![NetworkAddress { network: String::new(), address: Bytes::copy_from_slice(&VIP.0), length: None }],
+        ports: vec![Port { service_port: 80, target_port: PORT.into(), app_protocol: 0 }],
+        canonical: true,
+        ..Service::default()
+    });
+    for name in ["client", "other"] {
+        istiod.workload(workload(topology.pod(name), "node-a"));
+    }
+    istiod.workload(web(topology));
+}
+
+fn set_up() -> anyhow::Result<World> {
+    find_binary().map_err(|error| CannotRun(format!("{error:#}")))?;
+    let topology = Plan::default()
+        .node("node-a", "zone-1")
+        .node("node-b", "zone-1")
+        .pod("node-a", "t", "client", "client", &[])
+        .pod("node-a", "t", "other", "other", &[])
+        .pod("node-b", "t", "web", "web", &[])
+        .host("control")
+        .host("outside")
+        .build()?;
+    let files = netns::scratch("istiod")?;
+    let control = topology.host("control");
+    let istiod = Istiod::start(control.listen(CONTROL)?, &["istiod.test"])?;
+    tell(&istiod, &topology);
+    std::fs::write(files.path().join("root.pem"), istiod.root())?;
+    std::fs::write(files.path().join("token"), "of a node")?;
+    let servers = vec![Server::start(topology.pod("web"), PORT)?];
+    for pod in &topology.plan().pods {
+        cni::redirect(&topology.pod(&pod.name).netns).with_context(|| format!("rules of {}", pod.name))?;
+    }
+    let mut world = World { a: None, b: None, _servers: servers, istiod, topology, files };
+    world.a = Some(world.start("node-a", &["client", "other"])?);
+    world.b = Some(world.start("node-b", &["web"])?);
+    Ok(world)
+}
+
+impl World {
+    fn spec(&self, node: &str) -> AgentSpec {
+        let file = |name: &str| self.files.path().join(name).to_string_lossy().into_owned();
+        let control = self.topology.host("control").v4;
+        AgentSpec::without_folder(node, self.files.path())
+            .env("XDS_ADDRESS", &format!("https://{control}:{CONTROL}"))
+            .env("ALT_XDS_HOSTNAME", "istiod.test")
+            .env("ALT_CA_HOSTNAME", "istiod.test")
+            .env("XDS_ROOT_CA", &file("root.pem"))
+            .env("CA_ROOT_CA", &file("root.pem"))
+            .env("AUTH_TOKEN", &file("token"))
+            .env("INPOD_UDS", &file(&format!("{node}.sock")))
+            .env("CONNECTION_TERMINATION_DEADLINE", "3s")
+    }
+    fn start(&self, node: &str, pods: &[&str]) -> anyhow::Result<Node> {
+        let cni = CniAgent::listen(&self.files.path().join(format!("{node}.sock")))?;
+        let agent = self.spec(node).start(self.topology.node(node))?;
+        self.enrol(node, agent, cni, pods)
+    }
+    fn enrol(&self, node: &str, agent: Agent, cni: CniAgent, pods: &[&str]) -> anyhow::Result<Node> {
+        let connection = cni.accept().with_context(|| format!("log of {node}:\n{}", agent.log_tail(20)))?;
+        for pod in pods {
+            let named = CniPod { uid: pod, name: pod, namespace: "t", service_account: pod };
+            let error = connection.add(&named, &self.topology.pod(pod).netns)?;
+            ensure!(error.is_empty(), "{pod} is not served: {error}");
+        }
+        ensure!(connection.snapshot_sent()?.is_empty(), "the list is refused");
+        agent.wait_ready(Duration::from_secs(20))?;
+        Ok(Node { agent, _cni: cni, _connection: connection })
+    }
+    fn agent(&self, node: &str) -> anyhow::Result<&Agent> {
+        let node = if node == "node-a" { &self.a } else { &self.b };
+        Ok(&node.as_ref().context("it runs")?.agent)
+    }
+    fn call(&self, pod: &str, to: SocketAddr) -> anyhow::Result<String> {
+        let (mut client, who) = Client::who(self.topology.pod(pod), to)?;
+        client.ping("there?")?;
+        client.finish()?;
+        Ok(who.name)
+    }
+    fn web(&self) -> SocketAddr {
+        self.topology.pod("web").at(PORT)
+    }
+}
+
+fn pods_call_each_other_as_who_they_are(world: &mut World) -> anyhow::Result<()> {
+    let (a, b) = (world.agent("node-a")?, world.agent("node-b")?);
+    let (mark_a, mark_b) = (a.mark(), b.mark());
+    ensure!(world.call("client", world.web())? == "web" && world.call("client", VIP.into())? == "web");
+    for (agent, mark, direction) in [(a, mark_a, "outbound"), (b, mark_b, "inbound")] {
+        agent.wait_access(direction, mark, |record| {
+            record["direction"] == direction
+                && record["src.identity"] == "spiffe://cluster.local/ns/t/sa/client"
+                && record["dst.identity"] == "spiffe://cluster.local/ns/t/sa/web"
+        })?;
+    }
+    let seen = world.istiod.seen();
+    ensure!(seen.nodes.iter().all(|id| id.starts_with("ztunnel~")), "{:?}", seen.nodes);
+    ensure!(seen.tokens.iter().chain(seen.ca_headers.iter().map(|(token, _)| token)).all(|t| t == "Bearer of a node"));
+    ensure!(seen.nacks.is_empty(), "{:?}", seen.nacks);
+    let dump = a.config_dump()?;
+    let available = dump["certificates"].as_array().into_iter().flatten().filter(|c| c["state"] == "Available").count();
+    ensure!(available >= 2, "{}", dump["certificates"]);
+    Ok(())
+}
+
+fn policies_of_the_stream_hold(world: &mut World) -> anyhow::Result<()> {
+    ensure!(world.call("other", world.web()).is_err(), "other is not in the ALLOW policy");
+    let outside = world.topology.host("outside");
+    ensure!(Client::who(outside, world.web()).is_err(), "plaintext gets in under STRICT");
+    ensure!(world.call("client", world.web())? == "web");
+    Ok(())
+}
+
+fn a_policy_that_comes_cuts_what_it_no_longer_allows(world: &mut World) -> anyhow::Result<()> {
+    let (mut live, _) = Client::who(world.topology.pod("client"), world.web())?;
+    live.ping("before")?;
+    world.istiod.policy(&policy("t", "web-allow", security::Action::Allow, from("other")));
+    live.wait_cut()?;
+    ensure!(world.call("client", world.web()).is_err(), "refused from now on");
+    wait::until_true("the other one to be allowed", || world.call("other", world.web()).is_ok())?;
+    // A new policy of the workload: it and its name come apart, and nothing that both allow is cut in between.
+    let (mut lives, _) = Client::who(world.topology.pod("other"), world.web())?;
+    let mut bound = web(&world.topology);
+    bound.authorization_policies.push("t/also".into());
+    world.istiod.withhold(AUTHORIZATION_TYPE, true);
+    world.istiod.policy(&policy("t", "also", security::Action::Allow, from("client")));
+    world.istiod.workload(bound);
+    std::thread::sleep(Duration::from_millis(300));
+    world.istiod.withhold(AUTHORIZATION_TYPE, false);
+    wait::until_true("the second policy to allow", || world.call("client", world.web()).is_ok())?;
+    lives.ping("still there")?;
+    world.istiod.workload(web(&world.topology));
+    world.istiod.remove(AUTHORIZATION_TYPE, "t/also");
+    world.istiod.policy(&policy("t", "web-allow", security::Action::Allow, from("client")));
+    wait::until_true("all as before", || world.call("client", world.web()).is_ok() && world.call("other", world.web()).is_err())
+}
+
+fn without_a_control_plane_all_goes_on(world: &mut World) -> anyhow::Result<()> {
+    world.istiod.away(true);
+    let connected = |world: &World, value: i64| {
+        wait::until_true("the metric to tell", || {
+            world
+                .agent("node-a")
+                .and_then(Agent::metrics)
+                .is_ok_and(|page| page.sum("culvert_xds_connected", &[]) as i64 == value)
+        })
+    };
+    connected(world, 0)?;
+    for _ in 0..20 {
+        ensure!(world.call("client", world.web())? == "web");
+    }
+    ensure!(world.call("other", world.web()).is_err(), "its policies hold");
+    world.agent("node-b")?.wait_ready(Duration::from_secs(1)).context("an agent with a last good state is ready")?;
+    world.istiod.away(false);
+    connected(world, 1)
+}
+
+/// Connections go on over several lives of the certificates of both ends.
+fn short_lived_certificates_change_under_load(world: &mut World) -> anyhow::Result<()> {
+    world.istiod.lifetime(Duration::from_secs(5));
+    // The ones in use live for an hour; a restarted agent asks for new ones.
+    world.b = None;
+    world.b = Some(world.start("node-b", &["web"])?);
+    world.a = None;
+    world.a = Some(world.start("node-a", &["client", "other"])?);
+    let before = world.istiod.seen().identities.len();
+    let stop = AtomicBool::new(false);
+    let world = &*world;
+    let counts = std::thread::scope(|scope| {
+        let callers = [(); 4].map(|()| {
+            scope.spawn(|| -> anyhow::Result<u32> {
+                let mut calls = 0;
+                while !stop.load(Ordering::Relaxed) {
+                    world.call("client", world.web()).with_context(|| format!("after {calls} calls"))?;
+                    calls += 1;
+                }
+                Ok(calls)
+            })
+        });
+        let begun = Instant::now();
+        while begun.elapsed() < Duration::from_secs(12) && !callers.iter().any(std::thread::ScopedJoinHandle::is_finished) {
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        stop.store(true, Ordering::Relaxed);
+        callers.map(|caller| caller.join().unwrap_or_else(|_| Err(anyhow::anyhow!("a caller panicked"))))
+    });
+    for calls in counts {
+        ensure!(calls? > 20, "too few calls to tell");
+    }
+    let renewed = world.istiod.seen().identities.len() - before;
+    ensure!(renewed >= 9, "three identities over several lives were renewed {renewed} times");
+    world.istiod.lifetime(Duration::from_hours(1));
+    Ok(())
+}
+
+fn a_restarted_agent_waits_for_the_control_plane(world: &mut World) -> anyhow::Result<()> {
+    world.istiod.away(true);
+    world.b = None;
+    let cni = CniAgent::listen(&world.files.path().join("node-b.sock"))?;
+    let agent = world.spec("node-b").start(world.topology.node("node-b"))?;
+    wait::until_true("an attempt", || agent.whole_log().contains("the control plane is not heard"))?;
+    ensure!(agent.wait_ready(Duration::from_millis(500)).is_err(), "ready without a mesh");
+    world.istiod.away(false);
+    world.b = Some(world.enrol("node-b", agent, cni, &["web"])?);
+    wait::until_true("calls through it", || world.call("client", world.web()).is_ok())?;
+    for node in [&world.a, &world.b].into_iter().flatten() {
+        ensure!(!node.agent.whole_log().contains("panicked"), "an agent panicked");
+    }
+    Ok(())
+}

@@ -1,0 +1,263 @@
+//! The stream and its faults.
+use std::time::{Duration, Instant};
+
+use mesh_model::policy::{PolicyBody, PolicyKey};
+use mesh_proto::istio::security::{Action, Scope};
+use mesh_proto::{ADDRESS_TYPE, AUTHORIZATION_TYPE};
+use mesh_sources::istiod::MissingPolicy;
+use mesh_tests::istiod::Istiod;
+
+use crate::fixture::{Fixture, Wish, policy, service, until, workload};
+
+const WEB: &str = "web.ns.svc.cluster.local";
+
+fn told() -> Istiod {
+    let istiod = Istiod::local().unwrap();
+    istiod.workload(workload("a"));
+    istiod.service(service(WEB));
+    istiod.policy(&policy("deny", Scope::WorkloadSelector, Action::Deny));
+    istiod
+}
+
+#[tokio::test]
+async fn nothing_is_told_before_both_types_were_and_then_all_is_one_version() {
+    let istiod = told();
+    istiod.withhold(AUTHORIZATION_TYPE, true);
+    let fixture = Fixture::over(istiod);
+    until("the addresses to be acknowledged", || fixture.istiod.seen().acks == 1).await;
+    assert!(!fixture.mesh.is_synced());
+    assert_eq!(fixture.mesh.load().version(), 0, "half a mesh was published");
+    fixture.istiod.withhold(AUTHORIZATION_TYPE, false);
+    let fixture = fixture.synced().await;
+    let snapshot = fixture.mesh.load_full();
+    assert_eq!(snapshot.version(), 1);
+    assert!(fixture.has_workload("c1//Pod/ns/a") && fixture.has_service(WEB) && fixture.has_policy("deny"));
+    assert_eq!(snapshot.endpoints(&mesh_model::service::ServiceKey::new("ns", WEB)).count(), 1);
+    until("both to be acknowledged", || fixture.istiod.seen().acks == 2).await;
+    let seen = fixture.istiod.seen();
+    assert_eq!(seen.nodes, ["ztunnel~1.1.1.1~zt.~.svc.cluster.local"; 2]);
+    assert_eq!(seen.metadata["NODE_NAME"], "node-1");
+    assert_eq!(seen.tokens, ["Bearer first"]);
+    assert!(seen.nacks.is_empty(), "{:?}", seen.nacks);
+    assert!(fixture.metric("culvert_xds_connected 1"), "{}", fixture.registry.encode());
+}
+
+#[tokio::test]
+async fn an_empty_mesh_is_a_mesh() {
+    let fixture = Fixture::over(Istiod::local().unwrap()).synced().await;
+    assert_eq!(fixture.mesh.load().workloads().count(), 0);
+}
+
+#[tokio::test]
+async fn changes_and_removals_are_a_version_each() {
+    let fixture = Fixture::over(told()).synced().await;
+    let before = fixture.mesh.load().version();
+    let mut changed = workload("a");
+    changed.authorization_policies = vec!["ns/deny".into()];
+    fixture.istiod.workload(changed);
+    until("the change", || fixture.mesh.load().find_workload("c1//Pod/ns/a").is_some_and(|w| w.policies.len() == 1)).await;
+    assert_eq!(fixture.mesh.load().version(), before + 1);
+    fixture.istiod.remove(ADDRESS_TYPE, &format!("ns/{WEB}"));
+    until("the removal of the service", || !fixture.has_service(WEB)).await;
+    fixture.istiod.remove(ADDRESS_TYPE, "c1//Pod/ns/a");
+    until("the removal of the workload", || !fixture.has_workload("c1//Pod/ns/a")).await;
+    fixture.istiod.remove(AUTHORIZATION_TYPE, "ns/deny");
+    until("the removal of the policy", || !fixture.has_policy("deny")).await;
+    assert_eq!(fixture.mesh.load().version(), before + 4);
+}
+
+#[tokio::test]
+async fn a_bad_resource_is_named_and_the_rest_of_its_response_counts() {
+    let fixture = Fixture::over(told()).synced().await;
+    let mut bad = workload("bad");
+    bad.addresses = vec![bytes::Bytes::from_static(&[1, 2, 3])];
+    let unreadable = vec![0xff; 11];
+    let mut good = workload("a");
+    good.capacity = Some(7);
+    let encode = |w| {
+        mesh_proto::Message::encode_to_vec(&mesh_proto::istio::workload::Address {
+            r#type: Some(mesh_proto::istio::workload::address::Type::Workload(w)),
+        })
+    };
+    fixture.istiod.replace(vec![
+        (ADDRESS_TYPE, "c1//Pod/ns/a".into(), encode(good)),
+        (ADDRESS_TYPE, "c1//Pod/ns/bad".into(), encode(bad)),
+        (ADDRESS_TYPE, "noise".into(), unreadable.clone()),
+        (AUTHORIZATION_TYPE, "ns/deny".into(), unreadable),
+    ]);
+    until("both refusals", || fixture.istiod.seen().nacks.len() == 2).await;
+    let nacks = fixture.istiod.seen().nacks;
+    let (_, addresses) = nacks.iter().find(|(url, _)| url == ADDRESS_TYPE).expect("addresses refused");
+    assert!(addresses.contains("c1//Pod/ns/bad: an address of 3 bytes") && addresses.contains("noise: "), "{addresses}");
+    assert!(!addresses.contains("ns/a:"), "{addresses}");
+    until("the good one", || fixture.mesh.load().find_workload("c1//Pod/ns/a").is_some_and(|w| w.capacity == 7)).await;
+    assert!(!fixture.has_workload("c1//Pod/ns/bad"));
+    // A policy that cannot be read denies.
+    let denies = || {
+        let snapshot = fixture.mesh.load_full();
+        snapshot.find_policy(&PolicyKey::new("ns", "deny")).is_some_and(|p| matches!(p.body, PolicyBody::Unusable { .. }))
+    };
+    until("the stand-in of the policy", denies).await;
+    assert_eq!(fixture.diagnostics.list().len(), 3, "{:?}", fixture.diagnostics.list());
+    fixture.istiod.workload(workload("bad"));
+    fixture.istiod.remove(ADDRESS_TYPE, "noise");
+    fixture.istiod.policy(&policy("deny", Scope::WorkloadSelector, Action::Deny));
+    until("all problems to go", || fixture.diagnostics.list().is_empty()).await;
+    until("the corrected one", || fixture.has_workload("c1//Pod/ns/bad")).await;
+}
+
+#[tokio::test]
+async fn a_new_stream_resumes_from_what_is_held() {
+    let fixture = Fixture::over(told()).synced().await;
+    fixture.istiod.put(ADDRESS_TYPE, "noise", vec![0xff; 11]);
+    until("the refusal", || fixture.istiod.seen().nacks.len() == 1).await;
+    let before = fixture.istiod.seen().sent.len();
+    fixture.istiod.away(true);
+    fixture.istiod.remove(ADDRESS_TYPE, "c1//Pod/ns/a");
+    fixture.istiod.workload(workload("b"));
+    until("the loss to be told", || fixture.metric("culvert_xds_connected 0")).await;
+    assert!(fixture.has_workload("c1//Pod/ns/a"), "the last good state serves");
+    std::fs::write(fixture.file("token"), "second").unwrap();
+    fixture.istiod.away(false);
+    until("what is new", || fixture.has_workload("c1//Pod/ns/b")).await;
+    until("what went meanwhile", || !fixture.has_workload("c1//Pod/ns/a")).await;
+    let seen = fixture.istiod.seen();
+    let (_, held) = seen.initial.iter().rfind(|(url, _)| url == ADDRESS_TYPE).unwrap();
+    assert!(held.contains_key("c1//Pod/ns/a") && !held["c1//Pod/ns/a"].is_empty(), "{held:?}");
+    assert_eq!(held["noise"], "", "a refused resource is asked for again");
+    let mut again = seen.sent[before..].to_vec();
+    again.sort();
+    again.dedup();
+    assert_eq!(again, ["c1//Pod/ns/b", "noise"], "only what is not held is sent");
+    assert_eq!(seen.tokens.last().unwrap(), "Bearer second");
+    assert!(fixture.mesh.is_synced() && fixture.has_policy("deny"));
+}
+
+#[tokio::test]
+async fn another_replica_with_other_versions_changes_nothing() {
+    let fixture = Fixture::over(told()).synced().await;
+    let before = fixture.mesh.load().canonical_dump();
+    let acks = fixture.istiod.seen().acks;
+    fixture.istiod.jump_versions();
+    until("all to be sent again", || fixture.istiod.seen().acks >= acks + 2).await;
+    assert_eq!(fixture.mesh.load().canonical_dump(), before);
+}
+
+/// Another process, with other roots, another mesh, and no memory of the stream.
+#[tokio::test]
+async fn a_restarted_control_plane_is_believed_by_the_roots_of_now() {
+    let mut fixture = Fixture::over(told()).synced().await;
+    let port = fixture.istiod.addr().unwrap().port();
+    fixture.istiod.away(true);
+    fixture.istiod = {
+        let listener = {
+            drop(fixture.istiod);
+            let begun = Instant::now();
+            loop {
+                match std::net::TcpListener::bind(("127.0.0.1", port)) {
+                    Ok(listener) => break listener,
+                    Err(e) => assert!(begun.elapsed() < Duration::from_secs(5), "the port stays taken: {e}"),
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        Istiod::start(listener, &["localhost"]).unwrap()
+    };
+    fixture.istiod.workload(workload("c"));
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert!(fixture.istiod.seen().nodes.is_empty(), "a stranger was believed");
+    std::fs::write(fixture.file("root.pem"), fixture.istiod.root()).unwrap();
+    until("the new mesh", || fixture.has_workload("c1//Pod/ns/c")).await;
+    until("the old one to go", || !fixture.has_workload("c1//Pod/ns/a") && !fixture.has_service(WEB)).await;
+}
+
+#[tokio::test]
+async fn a_control_plane_that_cannot_prove_itself_is_not_heard() {
+    let fixture = Fixture::with(told(), Wish { foreign_roots: true, ..Wish::default() });
+    until("the attempts to be counted", || {
+        let page = fixture.registry.encode();
+        page.lines().any(|line| line.starts_with("istio_xds_connection_terminations_total{reason=\"ConnectionError\"}"))
+    })
+    .await;
+    assert!(fixture.istiod.seen().tokens.is_empty(), "the token went to a stranger");
+    assert!(!fixture.mesh.is_synced());
+}
+
+#[tokio::test]
+async fn a_silent_control_plane_keeps_what_there_is() {
+    let istiod = told();
+    istiod.stall(true);
+    let fixture = Fixture::over(istiod);
+    until("the subscriptions", || fixture.istiod.seen().initial.len() == 2).await;
+    assert!(!fixture.mesh.is_synced());
+    fixture.istiod.stall(false);
+    let fixture = fixture.synced().await;
+    fixture.istiod.stall(true);
+    fixture.istiod.workload(workload("b"));
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert!(fixture.has_workload("c1//Pod/ns/a") && !fixture.has_workload("c1//Pod/ns/b"));
+    fixture.istiod.stall(false);
+    until("the change", || fixture.has_workload("c1//Pod/ns/b")).await;
+}
+
+fn bound(policy: &str) -> mesh_proto::istio::workload::Workload {
+    mesh_proto::istio::workload::Workload { authorization_policies: vec![format!("ns/{policy}")], ..workload("a") }
+}
+
+/// istiod sends the two types apart, in any order: no version in between may cut what both together allow.
+#[tokio::test]
+async fn a_workload_waits_for_the_policy_it_names() {
+    let fixture = Fixture::over(told()).synced().await;
+    let before = fixture.mesh.load().version();
+    fixture.istiod.withhold(AUTHORIZATION_TYPE, true);
+    let acks = fixture.istiod.seen().acks;
+    fixture.istiod.workload(bound("late"));
+    fixture.istiod.policy(&policy("late", Scope::WorkloadSelector, Action::Allow));
+    until("the address to be acknowledged", || fixture.istiod.seen().acks == acks + 1).await;
+    assert_eq!(fixture.mesh.load().version(), before, "published without its policy");
+    fixture.istiod.withhold(AUTHORIZATION_TYPE, false);
+    until("both", || fixture.has_policy("late")).await;
+    assert_eq!(fixture.mesh.load().version(), before + 1, "they are one version");
+    // Taken back the other way round: the policy first.
+    fixture.istiod.withhold(ADDRESS_TYPE, true);
+    fixture.istiod.remove(AUTHORIZATION_TYPE, "ns/late");
+    fixture.istiod.workload(workload("a"));
+    until("the removal to be acknowledged", || fixture.istiod.seen().acks == acks + 3).await;
+    assert!(fixture.has_policy("late"), "taken from a workload that still names it");
+    fixture.istiod.withhold(ADDRESS_TYPE, false);
+    until("both to go", || !fixture.has_policy("late")).await;
+    assert_eq!(fixture.mesh.load().version(), before + 2);
+}
+
+#[tokio::test]
+async fn the_wait_is_bounded_and_then_the_workload_refuses() {
+    let fixture = Fixture::over(told()).synced().await;
+    let begun = Instant::now();
+    fixture.istiod.workload(bound("never"));
+    let named = || fixture.mesh.load().find_workload("c1//Pod/ns/a").is_some_and(|w| w.policies.len() == 1);
+    until("the version without the policy", named).await;
+    assert!(begun.elapsed() > Duration::from_millis(900), "{:?}", begun.elapsed());
+    let snapshot = fixture.mesh.load_full();
+    let bound = snapshot.policy_index().bound(snapshot.find_workload("c1//Pod/ns/a").unwrap());
+    assert!(bound.is_some_and(|bound| bound.missing().is_some()), "nothing is missing");
+    assert!(fixture.metric("culvert_xds_missing_policies 1"), "{}", fixture.registry.encode());
+    // Known to be missing, it holds up nobody else.
+    let begun = Instant::now();
+    fixture.istiod.workload(workload("b"));
+    until("another workload", || fixture.has_workload("c1//Pod/ns/b")).await;
+    assert!(begun.elapsed() < Duration::from_millis(900), "{:?}", begun.elapsed());
+}
+
+#[tokio::test]
+async fn a_policy_that_does_not_come_may_be_left_out() {
+    let fixture = Fixture::with(told(), Wish { missing: MissingPolicy::Ignore, ..Wish::default() }).synced().await;
+    fixture.istiod.workload(bound("never"));
+    until("the stand-in", || fixture.has_policy("never")).await;
+    let snapshot = fixture.mesh.load_full();
+    let PolicyBody::Rules { rules, .. } = &snapshot.find_policy(&PolicyKey::new("ns", "never")).unwrap().body else {
+        panic!("it denies")
+    };
+    assert!(rules.is_empty());
+    fixture.istiod.workload(workload("a"));
+    until("it to go with its last user", || !fixture.has_policy("never")).await;
+}

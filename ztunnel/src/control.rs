@@ -1,0 +1,129 @@
+//! Which control plane describes the mesh, and which authority issues its certificates: istio/ztunnel's own variables
+//! (node-agent §1.16), read once at start.
+use crate::settings::{Missing, Settings};
+use anyhow::{Context, Result, bail};
+use mesh_identity::clock::SystemClock;
+use mesh_identity::crypto::TlsSettings;
+use mesh_identity::istio_ca::{IstioCa, IstioCaSettings};
+use mesh_identity::local_ca::{LocalCa, LocalCaSettings};
+use mesh_identity::{IdentityError, IdentitySource};
+use mesh_runtime::control_plane::{self, ControlPlane, Roots, Token};
+use mesh_runtime::metrics::Registry;
+use mesh_sources::istiod::{self, MissingPolicy};
+use mesh_sources::{Origin, Viewpoint, kubernetes};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+/// istiod's address in its own cluster.
+const ISTIOD: &str = "https://istiod.istio-system.svc:15012";
+/// Where Kubernetes puts the token for istiod.
+const TOKEN: &str = "./var/run/secrets/tokens/istio-token";
+
+/// Set, and not to nothing.
+fn some(value: Option<&String>) -> Option<&str> {
+    value.map(String::as_str).filter(|value| !value.is_empty())
+}
+
+/// What describes the mesh.
+pub fn origin(s: &Settings, registry: &Registry) -> Result<Origin> {
+    let text = std::env::var("LOCAL_XDS").ok();
+    let xds = some(s.control.xds_address.as_ref());
+    let said: Vec<&str> = [
+        s.mesh_dir.as_ref().map(|_| "--mesh-dir"),
+        s.local_xds_path.as_ref().map(|_| "LOCAL_XDS_PATH"),
+        text.as_ref().map(|_| "LOCAL_XDS"),
+        s.kubernetes.then_some("--kubernetes"),
+        xds.map(|_| "XDS_ADDRESS"),
+    ]
+    .into_iter()
+    .flatten()
+    .collect();
+    if said.len() > 1 {
+        bail!("{} exclude each other: one of them describes the mesh", said.join(" and "));
+    }
+    if s.kubernetes {
+        let watches = kubernetes::Watches::default();
+        watches.expose(registry)?;
+        let access = kubernetes::Access { kubeconfig: s.kubeconfig.clone() };
+        let scope = kubernetes::Scope { access, reach: kubernetes::Reach::Agent, retry: kubernetes::Retry::default(), watches };
+        return Ok(Origin::Kubernetes(Box::new(scope)));
+    }
+    if let Some(dir) = &s.mesh_dir {
+        return Ok(Origin::Folder(dir.clone()));
+    }
+    if let Some(file) = &s.local_xds_path {
+        return Ok(Origin::LocalXds(file.clone()));
+    }
+    if let Some(text) = text {
+        return Ok(Origin::LocalXdsText(text));
+    }
+    let Some(address) = xds.or(in_kubernetes()) else {
+        bail!(
+            "nothing describes the mesh: set --mesh-dir (CULVERT_MESH_DIR), --kubernetes, LOCAL_XDS_PATH, LOCAL_XDS or XDS_ADDRESS"
+        )
+    };
+    let c = &s.control;
+    let control_plane = reach(s, address, &c.xds_root_ca, c.alt_xds_hostname.as_ref(), "XDS_HEADER_")?;
+    Ok(Origin::Istiod(Box::new(istiod::Settings {
+        control_plane,
+        node: istiod::node::of_environment(&s.node, &s.cluster_id, std::env::vars()),
+        missing_policy: match c.missing_policy {
+            Missing::Deny => MissingPolicy::Deny,
+            Missing::Ignore => MissingPolicy::Ignore,
+        },
+        metrics: istiod::Metrics::new(registry)?,
+    })))
+}
+
+/// Who issues certificates.
+pub fn authority(s: &Settings, view: &Viewpoint, origin: &Origin) -> Result<Arc<dyn IdentitySource>> {
+    let c = &s.control;
+    // Who describes the mesh issues its certificates, unless somebody else is named.
+    let same = match origin {
+        Origin::Istiod(istiod) => Some(istiod.control_plane.address()),
+        _ => None,
+    };
+    let address = if c.ca_address.is_some() { some(c.ca_address.as_ref()) } else { same };
+    let Some(address) = address else { return development(s) };
+    let control_plane = reach(s, address, &c.ca_root_ca, c.alt_ca_hostname.as_ref(), "CA_HEADER_")?;
+    let settings = IstioCaSettings {
+        trust_domain: view.trust_domain.clone(),
+        trust_domain_aliases: view.trust_domain_aliases.clone(),
+        lifetime: s.secret_ttl,
+    };
+    Ok(Arc::new(IstioCa::new(settings, control_plane, &TlsSettings::default(), Arc::new(SystemClock))?))
+}
+
+fn development(s: &Settings) -> Result<Arc<dyn IdentitySource>> {
+    let ca = LocalCaSettings {
+        directory: s.ca_dir.clone(),
+        trust_domain: s.trust_domain.clone(),
+        trust_domain_aliases: s.trust_domain_aliases.clone(),
+        lifetime: s.secret_ttl,
+    };
+    let opened =
+        LocalCa::open(&ca, Arc::new(SystemClock)).with_context(|| format!("development CA in {}", s.ca_dir.display()))?;
+    Ok(Arc::new(opened))
+}
+
+fn in_kubernetes() -> Option<&'static str> {
+    std::env::var_os("KUBERNETES_SERVICE_HOST").map(|_| ISTIOD)
+}
+
+/// Headers of the environment: what follows the prefix is the name, as istio/ztunnel reads it.
+fn reach(s: &Settings, address: &str, roots: &Roots, alt: Option<&String>, prefix: &str) -> Result<ControlPlane> {
+    let mut headers: Vec<(String, String)> =
+        std::env::vars().filter_map(|(key, value)| Some((key.strip_prefix(prefix)?.to_owned(), value))).collect();
+    if !s.cluster_id.is_empty() {
+        headers.push(("clusterid".to_owned(), s.cluster_id.clone()));
+    }
+    let settings = control_plane::Settings {
+        address: address.to_owned(),
+        roots: roots.clone(),
+        alt_hostname: alt.cloned(),
+        token: s.control.auth_token.clone().unwrap_or_else(|| Token::IfThere(PathBuf::from(TOKEN))),
+        headers,
+    };
+    let crypto = TlsSettings::default().crypto().map_err(|e: IdentityError| anyhow::anyhow!("{e}"))?;
+    ControlPlane::new(settings, crypto).with_context(|| format!("control plane {address}"))
+}
