@@ -13,6 +13,7 @@ use mesh_proto::envoy::service::auth::v3::check_response::HttpResponse;
 use mesh_proto::envoy::service::auth::v3::{CheckRequest, CheckResponse, DeniedHttpResponse, HttpStatus, OkHttpResponse};
 use mesh_proto::google::rpc::Status;
 use mesh_tests::grpc::Grpc;
+use mesh_tests::wait;
 
 use crate::bytes::{upgraded, vip};
 use crate::mesh::{GRPC_PORT, MORE, Mesh, WEB};
@@ -271,9 +272,12 @@ pub(crate) fn connections_of_bytes(mesh: &mut Mesh) -> anyhow::Result<()> {
     let mut before = open()?;
     passes(&mut before)?;
     let mut chat = upgraded(mesh)?;
+    let mark = mesh.proxy("wp").mark();
     let custom = of_web(mesh, "custom", "action: CUSTOM, provider: { name: ext }, rules: [{}]")?;
     closed(&mut before).context("nobody was asked about it")?;
     closed(&mut chat).context("nobody was asked about it")?;
+    // Their lines must not be taken for those of the next.
+    wait::until_true("the lines of the two", || mesh.proxy("wp").log_since(mark).matches("\"reason\":\"revoked\"").count() == 2)?;
     let refused_as = |reason: &str, details: &str, flags: &str| -> anyhow::Result<()> {
         let mark = mesh.proxy("wp").mark();
         closed(&mut open()?)?;
