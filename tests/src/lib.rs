@@ -26,6 +26,7 @@ pub mod kube_api;
 pub mod load;
 pub mod mesh_dir;
 pub mod meshctl;
+pub mod name_server;
 pub mod netns;
 pub mod otlp;
 pub mod program;

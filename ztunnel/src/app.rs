@@ -7,6 +7,7 @@ use crate::dialer::MARK;
 use crate::dump;
 use crate::handover::{self, Ask, Predecessor};
 use crate::metrics::Metrics;
+use crate::nft::Table;
 use crate::pod::Shared;
 use crate::pods::{PodSupervisor, PodTable};
 use crate::settings::{OnAgentDeath, RedirectMode, Settings};
@@ -36,6 +37,7 @@ use mesh_runtime::signals;
 use mesh_runtime::sockets::{probe_rights, raise_nofile};
 use mesh_runtime::threads::{DataThreads, cores, worker_count};
 use mesh_sources::{Diagnostics, Mesh};
+use std::collections::HashSet;
 use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
@@ -54,6 +56,13 @@ const SERIES_UNUSED: Duration = Duration::from_mins(10);
 /// Version information as JSON.
 pub fn version() -> serde_json::Value {
     dump::version()
+}
+
+/// Removes the rules of the agent that kept its redirections in `pins` from every pod. Without `nft` there are none.
+pub fn remove_rules(pins: &Path) {
+    if let Err(error) = Table::of(pins).sweep(&HashSet::new()) {
+        eprintln!("ztunnel: rules of nftables, if there are any, remain: {error}");
+    }
 }
 
 /// Runs the agent until SIGTERM, SIGINT or `/quitquitquit`.

@@ -1,15 +1,14 @@
 //! One agent hands the pods of its node to the next: the listening sockets themselves, so that no connection attempt ever
 //! finds nobody.
 //!
-//! The new agent connects to the old one's Unix socket (`SOCK_SEQPACKET`), gets one message per pod with the pod's three
-//! listeners attached, serves them beside the old one, and says when it is ready. Only then does the old one stop accepting;
+//! The new agent connects to the old one's Unix socket (`SOCK_SEQPACKET`), gets one message per pod with the pod's
+//! sockets attached, serves them beside the old one, and says when it is ready. Only then does the old one stop accepting;
 //! its connections live on in it. A new agent that dies before that word changes nothing.
 //!
 //! Owns the protocol. Refuses peers of another user. Upstream: `app`. Downstream: `pods`, which answers what is [`Ask`]ed.
 use crate::sockets::Sockets;
 use anyhow::{Context, Result, bail, ensure};
 use mesh_model::workload::WorkloadUid;
-use mesh_runtime::sockets::BoundListener;
 use rustix::net::sockopt::{Timeout, set_socket_timeout, socket_peercred};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
@@ -19,13 +18,13 @@ use rustix::net::{
 use std::collections::HashMap;
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 
 /// What a new agent says first; the number changes with the protocol.
-const HELLO: &[u8] = b"culvert handover 1";
+const HELLO: &[u8] = b"culvert handover 2";
 /// Ends the list of pods.
 const END: &[u8] = b"end";
 /// The new agent serves every pod.
@@ -34,6 +33,8 @@ const READY: &[u8] = b"ready";
 const POD: &[u8] = b"pod ";
 /// Longer than any id of a workload.
 const LONGEST: usize = 4096;
+/// Sockets of one pod: three listeners, and two of the DNS proxy for each address family.
+const MOST_SOCKETS: usize = 7;
 /// How long one answer may take.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -125,11 +126,11 @@ fn answer(listener: &OwnedFd, asks: &mpsc::Sender<Ask>) -> Result<bool> {
     let (reply, pods) = oneshot::channel();
     asks.blocking_send(Ask::Listeners(reply)).context("the agent is ending")?;
     for (uid, sockets) in pods.blocking_recv().context("the agent is ending")? {
-        let fds = sockets.each().map(AsFd::as_fd);
+        let fds = sockets.each();
         let body = [POD, uid.as_bytes()].concat();
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(3))];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_SOCKETS))];
         let mut control = SendAncillaryBuffer::new(&mut space);
-        ensure!(control.push(SendAncillaryMessage::ScmRights(&fds)), "no room for three descriptors");
+        ensure!(control.push(SendAncillaryMessage::ScmRights(&fds)), "no room for all descriptors");
         sendmsg(&peer, &[IoSlice::new(&body)], &mut control, SendFlags::NOSIGNAL)?;
     }
     send(&peer, END, SendFlags::NOSIGNAL)?;
@@ -144,7 +145,7 @@ fn answer(listener: &OwnedFd, asks: &mpsc::Sender<Ask>) -> Result<bool> {
 /// The next pod of the list; `None` at its end.
 fn receive_pod(socket: &OwnedFd) -> Result<Option<(WorkloadUid, Sockets)>> {
     let mut body = [0; LONGEST];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(3))];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_SOCKETS))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let message = recvmsg(socket, &mut [IoSliceMut::new(&mut body)], &mut control, RecvFlags::CMSG_CLOEXEC)
         .context("the agent before this one does not answer")?;
@@ -164,8 +165,7 @@ fn receive_pod(socket: &OwnedFd) -> Result<Option<(WorkloadUid, Sockets)>> {
     }
     let Some(uid) = body.strip_prefix(POD) else { bail!("the agent before this one speaks another protocol") };
     let uid = std::str::from_utf8(uid).context("a pod's id is not text")?;
-    let sockets = <[OwnedFd; 3]>::try_from(fds).ok().context("not three listeners for a pod")?;
-    Ok(Some((uid.into(), Sockets::from_each(sockets.map(BoundListener::from)))))
+    Ok(Some((uid.into(), Sockets::from_each(fds).context("not the sockets of a pod")?)))
 }
 
 fn seqpacket() -> rustix::io::Result<OwnedFd> {

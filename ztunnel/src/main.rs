@@ -20,14 +20,16 @@ struct Cli {
 enum Command {
     /// Run the agent (the default).
     Proxy(Box<ztunnel::Settings>),
+    /// Print what this kernel and these rights allow, and how pods would be redirected. Fails if they could not be.
+    Check(OfNode),
     /// Remove the redirection of every pod of this node, after the agent was uninstalled: their traffic is direct from then on.
-    Cleanup(Cleanup),
+    Cleanup(OfNode),
     /// Print the version as JSON.
     Version,
 }
 
 #[derive(Args)]
-struct Cleanup {
+struct OfNode {
     /// Name of the node, as the agent was given it.
     #[arg(long = "node", env = "NODE_NAME", default_value = "")]
     node: String,
@@ -42,7 +44,7 @@ fn main() -> ExitCode {
         Command::Proxy(Box::new(DefaultProxy::parse_from(["ztunnel"]).settings))
     });
     match run(command) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("ztunnel: {error:#}");
             ExitCode::FAILURE
@@ -56,17 +58,25 @@ struct DefaultProxy {
     settings: ztunnel::Settings,
 }
 
-fn run(command: Command) -> Result<()> {
+fn run(command: Command) -> Result<ExitCode> {
     match command {
-        Command::Proxy(settings) => ztunnel::app::run(*settings),
-        Command::Cleanup(Cleanup { node, pins }) => {
-            let removed = ebpf_loader::PinRoot::open(&pins.of_node(&node))?.sweep([])?;
+        Command::Proxy(settings) => ztunnel::app::run(*settings)?,
+        Command::Check(OfNode { node, pins }) => {
+            let report = ztunnel::check::Report::of_this_machine(&node, &pins);
+            println!("{report}");
+            if report.redirection().is_none() {
+                return Ok(ExitCode::FAILURE);
+            }
+        }
+        Command::Cleanup(OfNode { node, pins }) => {
+            let pins = pins.of_node(&node);
+            let removed = ebpf_loader::PinRoot::open(&pins)?.sweep([])?;
+            ztunnel::app::remove_rules(&pins);
             println!("{removed} redirections removed");
-            Ok(())
         }
         Command::Version => {
             println!("{}", ztunnel::app::version());
-            Ok(())
         }
     }
+    Ok(ExitCode::SUCCESS)
 }

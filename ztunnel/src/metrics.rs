@@ -6,6 +6,7 @@ use crate::conns::Direction;
 use crate::record::{LABELS, Record, labels};
 use mesh_model::Reason;
 use mesh_model::metric_labels::UNKNOWN;
+use mesh_model::workload::Workload;
 use mesh_runtime::metrics::{Counter, Family, Gauge, Histogram, MetricError, Registry};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -22,6 +23,10 @@ pub struct Metrics {
     bypassed: Family<Counter>,
     handshake: Family<Histogram>,
     sockets_open: [Arc<Gauge>; 2],
+    dns_requests: Family<Counter>,
+    dns_upstream_requests: Family<Counter>,
+    dns_upstream_failures: Family<Counter>,
+    dns_upstream_duration: Family<Histogram>,
     /// Certificates about to be or already issued, connections cut by policy, and other plain counts.
     pub cut: Arc<Counter>,
     /// Proxies of local pods.
@@ -48,6 +53,7 @@ impl Metrics {
         let counter = |name, help| -> Result<Arc<Counter>, MetricError> {
             Ok(registry.family(Family::<Counter>::new(name, help, &[]))?.pin(&[]))
         };
+        let dns = |name, help| registry.family(Family::<Counter>::new(name, help, &DNS_LABELS));
         let sockets = registry.family(Family::<Gauge>::new(
             "istio_tcp_sockets_open",
             "Connections of applications that are open now",
@@ -77,6 +83,15 @@ impl Metrics {
                 &[0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0],
             ))?,
             sockets_open: [sockets.pin(&["source"]), sockets.pin(&["destination"])],
+            dns_requests: dns("istio_dns_requests_total", "Questions of pods")?,
+            dns_upstream_requests: dns("istio_dns_upstream_requests_total", "Questions passed on to a pod's name servers")?,
+            dns_upstream_failures: dns("istio_dns_upstream_failures_total", "Questions that none of them answered")?,
+            dns_upstream_duration: registry.family(Family::with_buckets(
+                "istio_dns_upstream_request_duration_seconds",
+                "Time until a pod's name servers answered",
+                &DNS_LABELS,
+                &[0.0005, 0.001, 0.01, 0.1, 1.0, 5.0],
+            ))?,
             cut: counter("culvert_connections_cut_total", "Live connections cut because a change no longer allows them")?,
             active_pods: gauge("workload_manager_active_proxy_count", "Pods served now")?,
             pending_pods: gauge("workload_manager_pending_proxy_count", "Pods that should be served and are not yet")?,
@@ -112,6 +127,19 @@ impl Metrics {
         }
     }
 
+    /// The counts of questions like this one.
+    pub fn dns(&self, kind: &str, transport: &str, client: Option<&Workload>) -> DnsMetrics {
+        let (service, revision) =
+            client.map_or(("unknown", "unknown"), |client| (&*client.canonical_name, &*client.canonical_revision));
+        let labels = [kind, transport, service, revision];
+        DnsMetrics {
+            requests: self.dns_requests.get(&labels),
+            upstream_requests: self.dns_upstream_requests.get(&labels),
+            upstream_failures: self.dns_upstream_failures.get(&labels),
+            upstream_duration: self.dns_upstream_duration.get(&labels),
+        }
+    }
+
     /// A connection was refused before it was established.
     pub fn failed(&self, record: &Record, reason: Reason) {
         self.failed.get(&labels(record, reason.response_flag())).inc();
@@ -122,6 +150,22 @@ impl Metrics {
     pub fn refused(&self, direction: Direction, reason: Reason) {
         self.refused.get(&[direction.reporter(), reason.as_str()]).inc();
     }
+}
+
+/// Labels of what is counted of DNS (node-agent §1.12).
+const DNS_LABELS: [&str; 4] = ["request_query_type", "request_protocol", "source_canonical_service", "source_canonical_revision"];
+
+/// What is counted of one question.
+#[derive(Debug)]
+pub struct DnsMetrics {
+    /// It was asked.
+    pub requests: Arc<Counter>,
+    /// It was passed on.
+    pub upstream_requests: Arc<Counter>,
+    /// Nobody answered.
+    pub upstream_failures: Arc<Counter>,
+    /// How long that took.
+    pub upstream_duration: Arc<Histogram>,
 }
 
 /// Handles of one established connection. Dropping them counts the close.

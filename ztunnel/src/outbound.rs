@@ -6,6 +6,7 @@ use crate::accept::Accepted;
 use crate::carry;
 use crate::conns::{Carried, Direction, Facts};
 use crate::dial::{self, Reached};
+use crate::dns;
 use crate::pod::Pod;
 use crate::record::Record;
 use crate::report;
@@ -26,6 +27,9 @@ const ATTEMPTS: usize = 3;
 pub async fn serve_conn(pod: Arc<Pod>, accepted: Accepted) {
     // capture: what did the application want?
     let dst = accepted.original_dst;
+    if dst.port() == dns::CAPTURED && pod.captures_dns() {
+        return dns::serve_tcp(&pod, accepted.tcp).await;
+    }
     let mut record = Record::new(Direction::Outbound, accepted.peer, dst);
 
     // In the table from here on: whoever drains or ends the pod counts a connection that is still being dialled.

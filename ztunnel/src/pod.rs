@@ -6,6 +6,7 @@ use crate::conns::Conns;
 use crate::dialer::PodDialer;
 use crate::enrolment::Enrolled;
 use crate::metrics::Metrics;
+use crate::resolv::PodDns;
 use crate::settings::Settings;
 use arc_swap::ArcSwapOption;
 use http::HeaderValue;
@@ -86,6 +87,8 @@ pub struct Pod {
     pub tunnels: LivePeers,
     /// Tunnels per data thread.
     pub pools: Box<[Pool<PodDialer>]>,
+    /// What its DNS proxy keeps.
+    pub dns: PodDns,
     /// Ends the pod.
     pub drain: DrainWatch,
     /// What it shares.
@@ -115,6 +118,7 @@ impl Pod {
             svid,
             conns: Arc::default(),
             tunnels: LivePeers::default(),
+            dns: PodDns::default(),
             pools,
             drain,
             shared: Arc::clone(shared),
@@ -152,6 +156,11 @@ impl Pod {
         let value = headers::Baggage::of(workload).encode()?;
         self.baggage.store(Some(Arc::new((Arc::clone(workload), value.clone()))));
         Some(value)
+    }
+
+    /// Whether its questions of DNS are answered here.
+    pub fn captures_dns(&self) -> bool {
+        self.netns.is_some() && self.shared.settings.dns_capture
     }
 
     /// The pool of the data thread this runs on.

@@ -5,11 +5,13 @@
 //! not served, is retried, and holds readiness back. Upstream: `Mesh` versions, `zds`. Downstream: `pod`, `accept`,
 //! `ebpf-loader`.
 use crate::accept;
+use crate::dns;
 use crate::enrolment::{Enrolled, Place};
 use crate::handover::{Ask, Inherited};
+use crate::nft::Table;
 use crate::pod::{Pod, Shared};
 use crate::settings::RedirectMode;
-use crate::sockets::Sockets;
+use crate::sockets::{DnsSockets, Sockets};
 use crate::zds::{Named, Order};
 use crate::{inbound, outbound, passthrough};
 use ebpf_loader::{Config, Listeners, PacketCounters, PinRoot, PodSpec, Redirect};
@@ -94,7 +96,9 @@ struct Running {
     redirect: Option<Redirect>,
     /// Copies of the listeners, for the next agent; closed with them.
     sockets: Option<Sockets>,
-    loops: [JoinHandle<()>; 3],
+    loops: Vec<JoinHandle<()>>,
+    /// The rules of ours in the pod.
+    rules: Option<Table>,
     links: Option<JoinHandle<()>>,
     accepting: Drain,
     drain: Drain,
@@ -347,6 +351,11 @@ impl PodSupervisor {
         self.shared.metrics.pending_pods.set(self.pending.len() as i64);
     }
 
+    fn table_of_rules(&self) -> Table {
+        let settings = &self.shared.settings;
+        Table::of(&settings.pins.of_node(&settings.node))
+    }
+
     /// Removes the redirections an earlier agent left for pods that are no longer in the mesh. Not before every pod is
     /// served: one that is not may be among those closed.
     fn sweep(&mut self) {
@@ -358,6 +367,15 @@ impl PodSupervisor {
             Ok(0) => {}
             Ok(removed) => tracing::info!(removed, "redirections of pods that left the mesh while no agent ran are removed"),
             Err(error) => tracing::warn!(%error, "redirections of pods that left the mesh may remain"),
+        }
+        if self.shared.settings.dns_capture {
+            let table = self.table_of_rules();
+            let keep = self.running.values().filter_map(|r| r.place).collect();
+            tokio::task::spawn_blocking(move || {
+                if let Err(error) = table.sweep(&keep) {
+                    tracing::debug!(%error, "rules in pods that left the mesh may remain");
+                }
+            });
         }
         self.unswept = false;
     }
@@ -458,14 +476,20 @@ impl PodSupervisor {
             }
             _ => None,
         };
+        let rules = match (&redirect, &netns) {
+            (Some(_), Some(netns)) if self.pins.is_some() && pod.captures_dns() => {
+                load_rules(self.table_of_rules(), Arc::clone(netns), &enrolled.label()).await
+            }
+            _ => None,
+        };
         let workers = self.shared.threads.workers();
         // Pods spread over the threads by a number that does not depend on the order they came in.
         let home = enrolled.key.bytes().fold(0usize, |h, b| h.wrapping_mul(31).wrapping_add(usize::from(b))) % workers.len();
         let worker = workers.get(home).ok_or("no data thread")?;
         let name = enrolled.label();
         let copies = sockets.try_clone().map_err(|e| format!("listeners: {e}"))?;
-        let Sockets { outbound, plain, hbone } = sockets;
-        let loops = [
+        let Sockets { outbound, plain, hbone, dns } = sockets;
+        let mut loops = vec![
             worker.spawn(report_end(
                 "outbound",
                 name.clone(),
@@ -476,8 +500,24 @@ impl PodSupervisor {
                 name.clone(),
                 accept::run(Arc::clone(&pod), plain, accept.clone(), passthrough::serve_conn),
             )),
-            worker.spawn(report_end("inbound", name.clone(), accept::run(Arc::clone(&pod), hbone, accept, inbound::serve_conn))),
+            worker.spawn(report_end(
+                "inbound",
+                name.clone(),
+                accept::run(Arc::clone(&pod), hbone, accept.clone(), inbound::serve_conn),
+            )),
         ];
+        for DnsSockets { udp, tcp } in dns {
+            loops.push(worker.spawn(report_end(
+                "DNS over UDP",
+                name.clone(),
+                dns::run_udp(Arc::clone(&pod), udp, accept.clone()),
+            )));
+            loops.push(worker.spawn(report_end(
+                "DNS over TCP",
+                name.clone(),
+                dns::run_tcp(Arc::clone(&pod), tcp, accept.clone()),
+            )));
+        }
         let ready = Arc::new(self.readiness.pending(&format!("certificate of {name}")));
         let links = match (&self.pins, &netns) {
             (Some(_), Some(netns)) => {
@@ -485,7 +525,18 @@ impl PodSupervisor {
             }
             _ => None,
         };
-        Ok(Running { pod, place: netns.map(|n| n.id()), redirect, sockets: Some(copies), loops, links, accepting, drain, ready })
+        Ok(Running {
+            pod,
+            place: netns.map(|n| n.id()),
+            redirect,
+            rules,
+            sockets: Some(copies),
+            loops,
+            links,
+            accepting,
+            drain,
+            ready,
+        })
     }
 
     /// The pod is ready once it can prove who it is.
@@ -616,6 +667,18 @@ async fn attach(netns: Arc<NetnsFd>, sockets: &Sockets, pins: Option<PinRoot>) -
     .map_err(|e| format!("redirection: {e}"))
 }
 
+/// Puts the rules into a pod. Without them it asks its own name servers, which is no reason not to serve it.
+async fn load_rules(table: Table, netns: Arc<NetnsFd>, pod: &str) -> Option<Table> {
+    let load = tokio::task::spawn_blocking(move || table.load(&netns).map(|()| table)).await;
+    match load.map_err(io::Error::other).flatten() {
+        Ok(table) => Some(table),
+        Err(error) => {
+            tracing::warn!(pod, %error, "the pod's DNS over UDP is not captured");
+            None
+        }
+    }
+}
+
 /// What becomes of a pod's redirection when the pod is no longer served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum After {
@@ -628,7 +691,7 @@ enum After {
 /// Ends what a pod has: connections first, because once the redirection is gone, what the application still sends on
 /// them would go to the network as it is.
 async fn take_down(running: Running, why: Refusal, after: After) {
-    let Running { pod, redirect, loops, .. } = running;
+    let Running { pod, redirect, rules, loops, .. } = running;
     pod.conns.close(&why);
     for pool in &pod.pools {
         pool.drain();
@@ -645,14 +708,18 @@ async fn take_down(running: Running, why: Refusal, after: After) {
     if tokio::time::timeout(TAKE_DOWN, empty).await.is_err() {
         tracing::warn!(pod = %pod.uid, left = pod.conns.len(), "connections did not end in time");
     }
-    let Some(redirect) = redirect else { return };
     // Tens of milliseconds of system calls.
-    let done = tokio::task::spawn_blocking(move || match after {
-        After::Direct => redirect.detach(),
-        After::Kept => {
+    let netns = pod.netns.clone();
+    let done = tokio::task::spawn_blocking(move || {
+        if after == After::Kept {
             drop(redirect);
-            Ok(())
+            return Ok(());
         }
+        let unloaded = match (&rules, &netns) {
+            (Some(rules), Some(netns)) => rules.unload(netns),
+            _ => Ok(()),
+        };
+        redirect.map_or(Ok(()), Redirect::detach).map_err(io::Error::other).and(unloaded)
     });
     if let Ok(Err(error)) = done.await {
         // The namespace is usually gone together with everything in it.

@@ -110,6 +110,9 @@ pub struct Settings {
     /// replaced without a gap (`SO_REUSEPORT`).
     #[arg(long, env = "INPOD_PORT_REUSE", default_value_t = true, action = clap::ArgAction::Set)]
     pub inpod_port_reuse: bool,
+    /// Answer the DNS questions of pods that the mesh can answer, and pass on the others. Needs the program `nft` unless `--zds`.
+    #[arg(long, env = "ISTIO_META_DNS_CAPTURE", default_value_t = true, action = clap::ArgAction::Set)]
+    pub dns_capture: bool,
     /// Redirection: `ebpf`, or `none` for tests that bring connections to the listeners themselves.
     #[arg(long, env = "CULVERT_REDIRECT", default_value = "ebpf")]
     pub redirect: RedirectMode,

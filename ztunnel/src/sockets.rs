@@ -1,35 +1,60 @@
-//! The agent's own listeners in one pod.
+//! The agent's own sockets in one pod.
 use crate::dialer::stream_options;
+use crate::dns;
 use crate::enrolment::Enrolled;
 use crate::pod::ports;
 use crate::settings::Settings;
-use mesh_runtime::sockets::{BoundListener, ListenerOptions, NetnsFd};
+use mesh_runtime::sockets::{BoundListener, ListenerOptions, NetnsFd, bind_udp};
 use std::io;
-use std::net::{Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-/// The three listeners of a pod, bound and not yet accepting.
+/// The sockets of a pod, bound and not yet accepting.
 #[derive(Debug)]
 pub struct Sockets {
     pub(crate) outbound: BoundListener,
     pub(crate) plain: BoundListener,
     pub(crate) hbone: BoundListener,
+    /// The DNS proxy's, one pair per address family; none if it is off.
+    pub(crate) dns: Vec<DnsSockets>,
+}
+
+/// What the DNS proxy of a pod is asked through, at one address.
+#[derive(Debug)]
+pub struct DnsSockets {
+    pub(crate) udp: UdpSocket,
+    pub(crate) tcp: BoundListener,
 }
 
 impl Sockets {
-    /// In one fixed order.
-    pub(crate) fn each(&self) -> [&BoundListener; 3] {
-        [&self.outbound, &self.plain, &self.hbone]
+    /// Their descriptors, in one fixed order.
+    pub(crate) fn each(&self) -> Vec<BorrowedFd<'_>> {
+        let tcp = [&self.outbound, &self.plain, &self.hbone].map(AsFd::as_fd);
+        tcp.into_iter().chain(self.dns.iter().flat_map(|dns| [dns.udp.as_fd(), dns.tcp.as_fd()])).collect()
     }
 
-    /// In the order of [`Sockets::each`].
-    pub(crate) fn from_each([outbound, plain, hbone]: [BoundListener; 3]) -> Self {
-        Self { outbound, plain, hbone }
+    /// From the descriptors of [`Sockets::each`]; nothing if there cannot be as many.
+    pub(crate) fn from_each(fds: Vec<OwnedFd>) -> Option<Self> {
+        let mut fds = fds.into_iter();
+        let mut listener = || fds.next().map(BoundListener::from);
+        let (outbound, plain, hbone) = (listener()?, listener()?, listener()?);
+        let mut dns = Vec::new();
+        while let Some(udp) = fds.next() {
+            dns.push(DnsSockets { udp: udp.into(), tcp: fds.next()?.into() });
+        }
+        Some(Self { outbound, plain, hbone, dns })
     }
 
     /// Second descriptors of the same sockets.
     pub(crate) fn try_clone(&self) -> io::Result<Self> {
         let copy = BoundListener::try_clone;
-        Ok(Self { outbound: copy(&self.outbound)?, plain: copy(&self.plain)?, hbone: copy(&self.hbone)? })
+        let dns = |s: &DnsSockets| Ok(DnsSockets { udp: s.udp.try_clone()?, tcp: s.tcp.try_clone()? });
+        Ok(Self {
+            outbound: copy(&self.outbound)?,
+            plain: copy(&self.plain)?,
+            hbone: copy(&self.hbone)?,
+            dns: self.dns.iter().map(dns).collect::<io::Result<_>>()?,
+        })
     }
 
     /// In the pod's namespace, or on its first address where it shares the agent's.
@@ -39,6 +64,7 @@ impl Sockets {
             Some(_) => Ipv6Addr::UNSPECIFIED.into(),
             None => enrolled.address.ok_or_else(|| io::Error::other("the pod has no address"))?,
         };
+        let reuse_port = settings.zds.is_some() && settings.inpod_port_reuse;
         let bind = || {
             let listener = |port, transparent| {
                 let mut options = ListenerOptions::new(SocketAddr::new(ip, port));
@@ -46,7 +72,7 @@ impl Sockets {
                 if netns.is_some() {
                     options.mark = Some(crate::dialer::MARK);
                     options.transparent = transparent;
-                    options.reuse_port = settings.zds.is_some() && settings.inpod_port_reuse;
+                    options.reuse_port = reuse_port;
                 }
                 options.bind()
             };
@@ -54,6 +80,7 @@ impl Sockets {
                 outbound: listener(ports::OUTBOUND, true)?,
                 plain: listener(ports::INBOUND_PLAIN, true)?,
                 hbone: listener(ports::HBONE, false)?,
+                dns: if netns.is_some() && settings.dns_capture { bind_dns(reuse_port)? } else { Vec::new() },
             })
         };
         match netns {
@@ -61,4 +88,23 @@ impl Sockets {
             None => bind(),
         }
     }
+}
+
+/// On the pod's loopback only: nobody outside has anything to ask here.
+fn bind_dns(reuse_port: bool) -> io::Result<Vec<DnsSockets>> {
+    let at = |ip: IpAddr| -> io::Result<DnsSockets> {
+        let addr = SocketAddr::new(ip, dns::PORT);
+        let mut options = ListenerOptions::new(addr);
+        options.mark = Some(crate::dialer::MARK);
+        options.reuse_port = reuse_port;
+        Ok(DnsSockets { udp: bind_udp(addr, options.mark, reuse_port)?, tcp: options.bind()? })
+    };
+    let mut sockets = vec![at(Ipv4Addr::LOCALHOST.into())?];
+    match at(Ipv6Addr::LOCALHOST.into()) {
+        Ok(v6) => sockets.push(v6),
+        // The pod has no IPv6.
+        Err(e) if matches!(e.kind(), io::ErrorKind::AddrNotAvailable | io::ErrorKind::Unsupported) => {}
+        Err(e) => return Err(e),
+    }
+    Ok(sockets)
 }

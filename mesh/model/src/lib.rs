@@ -20,6 +20,7 @@ pub mod l7;
 pub mod labels;
 pub mod lb;
 pub mod metric_labels;
+pub mod names;
 pub mod origin;
 pub mod plan;
 pub mod policy;

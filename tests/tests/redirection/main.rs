@@ -5,11 +5,13 @@ use std::process::ExitCode;
 use mesh_tests::skip;
 use mesh_tests::suite::{self, Test, test};
 
+mod check;
 mod zds;
 
 use zds::Zds;
 
 const TESTS: &[Test<Zds>] = &[
+    test("check_says_what_is_allowed", check::check_says_what_is_allowed),
     test("pods_of_the_cni_agent_call_each_other", zds::pods_of_the_cni_agent_call_each_other),
     test("the_source_stays_and_plaintext_is_judged", zds::the_source_stays_and_plaintext_is_judged),
     test("a_repeated_pod_changes_nothing", zds::a_repeated_pod_changes_nothing),

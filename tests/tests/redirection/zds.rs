@@ -118,6 +118,9 @@ fn ready(agent: &Agent) -> anyhow::Result<()> {
 }
 
 impl Zds {
+    pub(crate) fn node_netns(&self) -> &netns::Netns {
+        &self.topology.node("node-a").netns
+    }
     fn node(&self, name: &str) -> &Node {
         if name == "node-a" { &self.a } else { &self.b }
     }

@@ -1,0 +1,103 @@
+//! `ztunnel check`: what this kernel and the rights of this process allow, said before anything depends on it.
+//!
+//! Owns the list of what is looked at; each look is what the agent itself does when it starts, tried where it hurts nobody.
+//! Upstream: the command line. Downstream: `mesh-runtime` sockets, `ebpf-loader`, `nft`.
+use crate::dialer::MARK;
+use crate::nft::Table;
+use crate::settings::Pins;
+use ebpf_loader::PinRoot;
+use mesh_runtime::sockets::{Capability, check_capabilities, probe_rights};
+use std::fmt;
+use std::path::Path;
+
+/// The inode of the first PID namespace, in every kernel (`PROC_PID_INIT_INO`).
+const HOST_PIDS: &str = "pid:[4026531836]";
+/// What in-pod mode takes.
+const CAPABILITIES: [Capability; 3] = [Capability::NetAdmin, Capability::NetRaw, Capability::SysAdmin];
+
+/// What was found.
+#[derive(Debug, Default)]
+pub struct Report(Vec<Finding>);
+
+#[derive(Debug)]
+struct Finding {
+    what: &'static str,
+    /// What it is for, or why it is not there.
+    outcome: Result<String, String>,
+}
+
+impl Report {
+    /// Looks at everything.
+    pub fn of_this_machine(node: &str, pins: &Pins) -> Self {
+        let mut report = Self::default();
+        let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").map_err(|e| e.to_string());
+        report.add("kernel", kernel.map(|release| release.trim().to_owned()));
+        report.add("capabilities", said(check_capabilities(&CAPABILITIES), "NET_ADMIN, NET_RAW, SYS_ADMIN"));
+        report.add("pods", said(probe_rights(MARK), "their namespaces can be entered, packets marked, their addresses used"));
+        report.add("ebpf", said(ebpf_loader::probe(), "tc programs attach and take connections"));
+        let pins = pins.of_node(node);
+        report.add("bpffs", bpffs(&pins));
+        report.add("nftables", said(Table::of(&pins).probe(), "rules are taken: DNS over UDP can be captured"));
+        report.add("cgroup", said(cgroup(), "version 2"));
+        report.add("processes", said(host_processes(), "those of pods are seen: their resolv.conf is used"));
+        report
+    }
+
+    fn add(&mut self, what: &'static str, outcome: Result<String, String>) {
+        self.0.push(Finding { what, outcome });
+    }
+
+    fn has(&self, what: &str) -> bool {
+        self.0.iter().any(|finding| finding.what == what && finding.outcome.is_ok())
+    }
+
+    /// How pods would be redirected (`--redirect`), if they can be served at all.
+    pub fn redirection(&self) -> Option<&'static str> {
+        let served = self.has("capabilities") && self.has("pods");
+        (served && self.has("ebpf")).then_some("ebpf")
+    }
+}
+
+/// One line each, then what follows from them.
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for Finding { what, outcome } in &self.0 {
+            match outcome {
+                Ok(found) => writeln!(f, "yes  {what:<13}{found}")?,
+                Err(why) => writeln!(f, "NO   {what:<13}{why}")?,
+            }
+        }
+        let redirection = self.redirection();
+        let kept = match redirection {
+            Some("ebpf") if !self.has("bpffs") => ", which ends with the agent (--on-agent-death=open)",
+            _ => "",
+        };
+        write!(f, "pods are redirected by: {}{kept}", redirection.unwrap_or("nothing; only --zds pods of a CNI agent, if at all"))
+    }
+}
+
+fn said<E: fmt::Display>(outcome: Result<(), E>, good: &str) -> Result<String, String> {
+    outcome.map(|()| good.to_owned()).map_err(|error| error.to_string())
+}
+
+/// Whether redirections can be kept there. What had to be made for the look is taken away again.
+fn bpffs(dir: &Path) -> Result<String, String> {
+    let was_there = dir.exists();
+    PinRoot::open(dir).map_err(|error| error.to_string())?;
+    if !was_there {
+        let _somebody_uses_it = std::fs::remove_dir(dir);
+    }
+    Ok(format!("redirections are kept in {}", dir.display()))
+}
+
+fn cgroup() -> Result<(), String> {
+    let mounts = std::fs::read_to_string("/proc/self/mounts").map_err(|e| e.to_string())?;
+    let found = mounts.lines().any(|line| line.split(' ').nth(2) == Some("cgroup2"));
+    found.then_some(()).ok_or_else(|| "version 2 is not mounted".to_owned())
+}
+
+fn host_processes() -> Result<(), String> {
+    let own = std::fs::read_link("/proc/self/ns/pid").map_err(|e| e.to_string())?;
+    let host = own.as_os_str() == HOST_PIDS;
+    host.then_some(()).ok_or_else(|| "not those of pods (hostPID): the node's name servers are asked for them".to_owned())
+}

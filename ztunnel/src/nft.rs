@@ -1,0 +1,115 @@
+//! Rules of nftables in a pod's namespace: what hands DNS to the agent's proxy.
+//!
+//! Owns one table per pod, put there whole in one step and taken away whole, by the `nft` program. The table stays when the agent
+//! ends, so that nothing changes for the pod until the next agent is there. Upstream: `pods`. Downstream: the kernel.
+use mesh_runtime::sockets::{NetnsFd, NetnsId};
+use std::collections::{HashMap, HashSet};
+use std::io::{self, Write as _};
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+/// UDP to port 53 goes to the proxy. Rules of NAT turn connection tracking on in the namespace; tunnels, which carry the bulk, are
+/// left out of it.
+const DNS: &str = r#"
+  chain untracked_out {
+    type filter hook output priority raw;
+    tcp dport 15008 notrack
+    tcp sport 15008 notrack
+  }
+  chain untracked_in {
+    type filter hook prerouting priority raw;
+    tcp dport 15008 notrack
+    tcp sport 15008 notrack
+  }
+  chain dns {
+    type nat hook output priority -100;
+    oifname != "lo" udp dport 53 meta mark & 0xfff != 0x539 redirect to :15053
+  }
+"#;
+
+/// The table of one agent. Others may be beside it: not every machine is one node.
+#[derive(Clone, Debug)]
+pub struct Table(String);
+
+impl Table {
+    /// That of the agent which keeps its redirections in `pins`: two that share neither share no rules.
+    pub fn of(pins: &Path) -> Self {
+        let plain = |c: char| if c.is_ascii_alphanumeric() || c == '-' { c } else { '_' };
+        Self(format!("culvert{}", pins.to_string_lossy().chars().map(plain).take(200).collect::<String>()))
+    }
+
+    /// Puts the rules into the pod, in the place of those an earlier agent put there.
+    ///
+    /// # Errors
+    /// There is no `nft`, or its own words.
+    pub fn load(&self, netns: &NetnsFd) -> io::Result<()> {
+        run(netns, &[], &self.definition())
+    }
+
+    /// Whether this machine would take the rules. Nothing is changed.
+    ///
+    /// # Errors
+    /// As for [`Table::load`].
+    pub fn probe(&self) -> io::Result<()> {
+        run(&NetnsFd::current()?, &["--check"], &self.definition())
+    }
+
+    fn definition(&self) -> String {
+        let Self(name) = self;
+        format!("table inet {name}\ndelete table inet {name}\ntable inet {name} {{{DNS}}}\n")
+    }
+
+    /// Takes them away.
+    ///
+    /// # Errors
+    /// As for [`Table::load`].
+    pub fn unload(&self, netns: &NetnsFd) -> io::Result<()> {
+        let Self(name) = self;
+        run(netns, &[], &format!("table inet {name}\ndelete table inet {name}\n"))
+    }
+
+    /// Takes them away from every namespace of this machine but those in `keep`; how many those were. For pods that left the mesh
+    /// while no agent ran.
+    ///
+    /// # Errors
+    /// As for [`Table::load`].
+    pub fn sweep(&self, keep: &HashSet<NetnsId>) -> io::Result<usize> {
+        let mut swept = 0;
+        for (id, netns) in namespaces() {
+            if !keep.contains(&id) && self.is_in(&netns)? {
+                self.unload(&netns)?;
+                swept += 1;
+            }
+        }
+        Ok(swept)
+    }
+
+    fn is_in(&self, netns: &NetnsFd) -> io::Result<bool> {
+        let mut nft = Command::new("nft");
+        nft.args(["list", "table", "inet", &self.0]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        // Made inside, as a child is where its parent's thread was.
+        Ok(netns.run_in(|| nft.spawn())?.wait()?.success())
+    }
+}
+
+/// Every network namespace that a process is in or that has a name.
+fn namespaces() -> HashMap<NetnsId, NetnsFd> {
+    let list = |dir: &str| std::fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
+    let processes = list("/proc").map(|process| process.join("ns/net"));
+    let named = list("/run/netns");
+    processes.chain(named).filter_map(|path| NetnsFd::open(path).ok()).map(|netns| (netns.id(), netns)).collect()
+}
+
+fn run(netns: &NetnsFd, flags: &[&str], rules: &str) -> io::Result<()> {
+    let mut nft = Command::new("nft");
+    nft.args(flags).args(["-f", "-"]).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
+    let mut child = netns.run_in(|| nft.spawn())?;
+    if let Some(mut stdin) = child.stdin.take() {
+        stdin.write_all(rules.as_bytes())?;
+    }
+    let out = child.wait_with_output()?;
+    if out.status.success() {
+        return Ok(());
+    }
+    Err(io::Error::other(format!("nft: {}", String::from_utf8_lossy(&out.stderr).lines().next().unwrap_or_default())))
+}
