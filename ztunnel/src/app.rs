@@ -12,7 +12,7 @@ use crate::pod::Shared;
 use crate::pods::{PodSupervisor, PodTable};
 use crate::settings::{OnAgentDeath, RedirectMode, Settings};
 use crate::zds;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use ebpf_loader::PinRoot;
 use http::Method;
 use mesh_identity::cache::CacheSettings;
@@ -71,15 +71,16 @@ pub fn run(settings: Settings) -> Result<()> {
 }
 
 /// The agent on the current (control) runtime.
-pub async fn serve(settings: Settings, logging: &Logging) -> Result<()> {
+pub async fn serve(mut settings: Settings, logging: &Logging) -> Result<()> {
     if let Err(error) = allocator::refuse_huge_pages() {
         tracing::debug!(%error, "transparent huge pages stay on");
     }
     let open_files = raise_nofile().context("raising the limit of open files")?;
-    let pins = preflight(&settings)?;
+    let (redirect, pins) = preflight(&settings)?;
+    settings.redirect = redirect;
     let handover = handover::path(&settings.run_dir, &settings.node);
     // Two agents can serve a pod at once only if its redirection is neither's own.
-    let kept = pins.is_some() || settings.zds.is_some();
+    let kept = pins.is_some() || settings.zds.is_some() || redirect == RedirectMode::Nftables;
     let found = if kept { Predecessor::find(&handover)? } else { None };
     let (predecessor, inherited) = found.map_or_else(Default::default, |(agent, pods)| (Some(agent), pods));
     let stop = signals::shutdown().context("installing signal handlers")?;
@@ -247,30 +248,56 @@ pub fn assemble(
     }))
 }
 
-/// What can be known to fail, said before anything starts. Answers where redirections are kept.
-fn preflight(settings: &Settings) -> Result<Option<PinRoot>> {
+/// What can be known to fail, said before anything starts. Answers how pods are redirected, and where that is kept.
+fn preflight(settings: &Settings) -> Result<(RedirectMode, Option<PinRoot>)> {
     if settings.zds.is_some() {
         probe_rights(MARK).context("pods of the CNI agent cannot be served")?;
-        return Ok(None);
+        return Ok((RedirectMode::None, None));
     }
-    if settings.redirect != RedirectMode::Ebpf {
-        return Ok(None);
-    }
-    ebpf_loader::probe().context("this machine cannot redirect connections with eBPF")?;
     let kept = settings.pins.of_node(&settings.node);
-    if settings.on_agent_death == OnAgentDeath::Open {
-        tracing::warn!("--on-agent-death=open: whenever this agent does not run, its pods talk in plaintext");
-        if kept.exists() {
-            // By an agent with the other setting; its programs would go on dropping.
-            PinRoot::open(&kept)?.sweep([])?;
-        }
-        return Ok(None);
+    let rules = || Table::of(&kept).probe().context("this machine cannot redirect connections with nftables");
+    let programs = || ebpf_loader::probe().context("this machine cannot redirect connections with eBPF");
+    let redirect = redirection(settings.redirect, programs, rules)?;
+    let open = settings.on_agent_death == OnAgentDeath::Open;
+    if redirect == RedirectMode::Nftables {
+        ensure!(!open, "--on-agent-death=open: rules of nftables do not end with the agent");
+        probe_rights(MARK).context("pods cannot be served")?;
     }
-    let pins = PinRoot::open(&kept).context(
-        "redirections cannot outlive the agent (mount a BPF filesystem there, name another place with --bpf-dir, or accept with \
-         --on-agent-death=open that pods talk in plaintext while no agent runs)",
-    )?;
-    Ok(Some(pins))
+    if open && redirect == RedirectMode::Ebpf {
+        tracing::warn!("--on-agent-death=open: whenever this agent does not run, its pods talk in plaintext");
+    }
+    if redirect == RedirectMode::Ebpf && !open {
+        let pins = PinRoot::open(&kept).context(
+            "redirections cannot outlive the agent (mount a BPF filesystem there, name another place with --bpf-dir, or accept with \
+             --on-agent-death=open that pods talk in plaintext while no agent runs)",
+        )?;
+        return Ok((redirect, Some(pins)));
+    }
+    if redirect != RedirectMode::None && kept.exists() {
+        // By an agent with other settings; its programs would go on dropping.
+        PinRoot::open(&kept)?.sweep([])?;
+    }
+    Ok((redirect, None))
+}
+
+/// How pods are redirected, as `asked`, by what this machine allows.
+fn redirection(
+    asked: RedirectMode,
+    programs: impl FnOnce() -> Result<()>,
+    rules: impl FnOnce() -> Result<()>,
+) -> Result<RedirectMode> {
+    match asked {
+        RedirectMode::None => {}
+        RedirectMode::Ebpf => programs()?,
+        RedirectMode::Nftables => rules()?,
+        RedirectMode::Auto => {
+            let Err(why) = programs() else { return Ok(RedirectMode::Ebpf) };
+            rules().with_context(|| format!("{why:#}; and"))?;
+            tracing::warn!(why = format!("{why:#}"), "pods are redirected with nftables (TPROXY) instead of eBPF");
+            return Ok(RedirectMode::Nftables);
+        }
+    }
+    Ok(asked)
 }
 
 fn viewpoint(s: &Settings) -> Result<Viewpoint> {
@@ -341,5 +368,23 @@ async fn upkeep(registry: Registry, shared: Arc<Shared>, diagnostics: Diagnostic
         if beats.is_multiple_of(150) {
             registry.sweep(SERIES_UNUSED);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_redirection_is_what_was_asked_or_what_can_be_had() {
+        let outcome = |can: bool| move || if can { Ok(()) } else { Err(anyhow::anyhow!("cannot")) };
+        let choose = |asked, ebpf, nft| redirection(asked, outcome(ebpf), outcome(nft)).ok();
+        assert_eq!(choose(RedirectMode::Auto, true, true), Some(RedirectMode::Ebpf));
+        assert_eq!(choose(RedirectMode::Auto, false, true), Some(RedirectMode::Nftables));
+        assert_eq!(choose(RedirectMode::Auto, false, false), None);
+        assert_eq!(choose(RedirectMode::Ebpf, false, true), None);
+        assert_eq!(choose(RedirectMode::Nftables, true, true), Some(RedirectMode::Nftables));
+        assert_eq!(choose(RedirectMode::Nftables, true, false), None);
+        assert_eq!(choose(RedirectMode::None, false, false), Some(RedirectMode::None));
     }
 }

@@ -37,7 +37,10 @@ impl Report {
         report.add("ebpf", said(ebpf_loader::probe(), "tc programs attach and take connections"));
         let pins = pins.of_node(node);
         report.add("bpffs", bpffs(&pins));
-        report.add("nftables", said(Table::of(&pins).probe(), "rules are taken: DNS over UDP can be captured"));
+        report.add(
+            "nftables",
+            said(Table::of(&pins).probe(), "rules are taken: DNS over UDP, and TCP without eBPF, can be captured"),
+        );
         report.add("cgroup", said(cgroup(), "version 2"));
         report.add("processes", said(host_processes(), "those of pods are seen: their resolv.conf is used"));
         report
@@ -54,7 +57,7 @@ impl Report {
     /// How pods would be redirected (`--redirect`), if they can be served at all.
     pub fn redirection(&self) -> Option<&'static str> {
         let served = self.has("capabilities") && self.has("pods");
-        (served && self.has("ebpf")).then_some("ebpf")
+        ["ebpf", "nftables"].into_iter().find(|how| served && self.has(how))
     }
 }
 

@@ -70,8 +70,9 @@ fn run(command: Command) -> Result<ExitCode> {
         }
         Command::Cleanup(OfNode { node, pins }) => {
             let pins = pins.of_node(&node);
-            let removed = ebpf_loader::PinRoot::open(&pins)?.sweep([])?;
+            // First what does not need a BPF filesystem.
             ztunnel::app::remove_rules(&pins);
+            let removed = if pins.exists() { ebpf_loader::PinRoot::open(&pins)?.sweep([])? } else { 0 };
             println!("{removed} redirections removed");
         }
         Command::Version => {

@@ -1,7 +1,8 @@
-//! Rules of nftables in a pod's namespace: what hands DNS to the agent's proxy.
+//! Rules of nftables in a pod's namespace: what hands DNS to the agent's proxy, and, where the eBPF programs cannot be had, TCP to
+//! its listeners.
 //!
 //! Owns one table per pod, put there whole in one step and taken away whole, by the `nft` program. The table stays when the agent
-//! ends, so that nothing changes for the pod until the next agent is there. Upstream: `pods`. Downstream: the kernel.
+//! ends: a pod whose TCP it captures is closed until the next agent is there. Upstream: `pods`. Downstream: the kernel.
 use mesh_runtime::sockets::{NetnsFd, NetnsId};
 use std::collections::{HashMap, HashSet};
 use std::io::{self, Write as _};
@@ -27,15 +28,46 @@ const DNS: &str = r#"
   }
 "#;
 
+/// TCP by TPROXY, with the marks and routes of the eBPF programs. What the pod sends is marked and so routed back to `lo`, where the
+/// agent's socket of that connection takes it, or the outbound listener; what comes in belongs to a socket of the agent, or is a new
+/// connection for the inbound listener. What could open another is dropped, and so are protocols that could carry a connection past it.
+const TCP: &str = r#"
+  chain out {
+    type route hook output priority mangle;
+    meta mark & 0xfff == 0x539 accept
+    oifname "lo" accept
+    meta l4proto tcp meta mark set meta mark & 0xfffff000 | 0x53a accept
+    meta l4proto != { icmp, igmp, udp, ipv6-icmp } drop
+  }
+  chain in {
+    type filter hook prerouting priority mangle;
+    iifname "lo" meta mark & 0xfff == 0x53a meta l4proto tcp tproxy to :15001 accept
+    iifname "lo" meta mark & 0xfff == 0x53a drop
+    iifname "lo" accept
+    tcp dport 15008 accept
+    meta l4proto tcp socket mark & 0xfff == 0x539 accept
+    meta l4proto tcp tproxy to :15006 accept
+    tcp flags & (syn | ack) == syn drop
+    meta l4proto != { icmp, igmp, udp, ipv6-icmp } drop
+  }
+"#;
+
 /// The table of one agent. Others may be beside it: not every machine is one node.
 #[derive(Clone, Debug)]
-pub struct Table(String);
+pub struct Table {
+    name: String,
+    /// Whether it captures TCP.
+    pub tcp: bool,
+    /// Whether it captures DNS over UDP.
+    pub dns: bool,
+}
 
 impl Table {
-    /// That of the agent which keeps its redirections in `pins`: two that share neither share no rules.
+    /// That of the agent which keeps its redirections in `pins`: two that share neither share no rules. It captures all.
     pub fn of(pins: &Path) -> Self {
         let plain = |c: char| if c.is_ascii_alphanumeric() || c == '-' { c } else { '_' };
-        Self(format!("culvert{}", pins.to_string_lossy().chars().map(plain).take(200).collect::<String>()))
+        let name = format!("culvert{}", pins.to_string_lossy().chars().map(plain).take(200).collect::<String>());
+        Self { name, tcp: true, dns: true }
     }
 
     /// Puts the rules into the pod, in the place of those an earlier agent put there.
@@ -55,8 +87,9 @@ impl Table {
     }
 
     fn definition(&self) -> String {
-        let Self(name) = self;
-        format!("table inet {name}\ndelete table inet {name}\ntable inet {name} {{{DNS}}}\n")
+        let Self { name, tcp, dns } = self;
+        let (tcp, dns) = (if *tcp { TCP } else { "" }, if *dns { DNS } else { "" });
+        format!("table inet {name}\ndelete table inet {name}\ntable inet {name} {{{tcp}{dns}}}\n")
     }
 
     /// Takes them away.
@@ -64,7 +97,7 @@ impl Table {
     /// # Errors
     /// As for [`Table::load`].
     pub fn unload(&self, netns: &NetnsFd) -> io::Result<()> {
-        let Self(name) = self;
+        let name = &self.name;
         run(netns, &[], &format!("table inet {name}\ndelete table inet {name}\n"))
     }
 
@@ -86,7 +119,7 @@ impl Table {
 
     fn is_in(&self, netns: &NetnsFd) -> io::Result<bool> {
         let mut nft = Command::new("nft");
-        nft.args(["list", "table", "inet", &self.0]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        nft.args(["list", "table", "inet", &self.name]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         // Made inside, as a child is where its parent's thread was.
         Ok(netns.run_in(|| nft.spawn())?.wait()?.success())
     }

@@ -14,7 +14,7 @@ use crate::settings::RedirectMode;
 use crate::sockets::{DnsSockets, Sockets};
 use crate::zds::{Named, Order};
 use crate::{inbound, outbound, passthrough};
-use ebpf_loader::{Config, Listeners, PacketCounters, PinRoot, PodSpec, Redirect};
+use ebpf_loader::{CaptureRoutes, Config, Listeners, PacketCounters, PinRoot, PodSpec, Redirect};
 use mesh_identity::TrustBundles;
 use mesh_model::workload::WorkloadUid;
 use mesh_model::{Reason, Refusal, SpiffeId};
@@ -98,7 +98,7 @@ struct Running {
     sockets: Option<Sockets>,
     loops: Vec<JoinHandle<()>>,
     /// The rules of ours in the pod.
-    rules: Option<Table>,
+    rules: Option<Rules>,
     links: Option<JoinHandle<()>>,
     accepting: Drain,
     drain: Drain,
@@ -114,6 +114,12 @@ impl Running {
         }
         self.accepting.start(DrainMode::Immediate);
     }
+}
+
+/// Rules of nftables, and what they need if they capture TCP.
+struct Rules {
+    table: Table,
+    routes: Option<CaptureRoutes>,
 }
 
 /// The pods that the CNI agent enrols.
@@ -154,17 +160,17 @@ impl PodSupervisor {
     /// A supervisor with no pods. What it captures is kept in `pins`; `inherited` are listeners of the agent before this one.
     pub fn new(shared: Arc<Shared>, readiness: Readiness, table: PodTable, pins: Option<PinRoot>, inherited: Inherited) -> Self {
         Self {
-            shared,
             readiness,
             running: HashMap::new(),
             pending: HashMap::new(),
             table,
-            unswept: pins.is_some(),
+            unswept: pins.is_some() || shared.settings.redirect == RedirectMode::Nftables,
             pins,
             inherited,
             handed_over: false,
             cni: None,
             changed: mpsc::channel(16),
+            shared,
         }
     }
 
@@ -351,6 +357,25 @@ impl PodSupervisor {
         self.shared.metrics.pending_pods.set(self.pending.len() as i64);
     }
 
+    /// Rules for what the programs do not do: DNS, or everything.
+    async fn load_rules(&self, netns: &Arc<NetnsFd>, pod: &str) -> Result<Option<Rules>, String> {
+        let mut table = self.table_of_rules();
+        table.tcp = self.shared.settings.redirect == RedirectMode::Nftables;
+        table.dns = self.shared.settings.dns_capture;
+        if !table.tcp && (!table.dns || self.pins.is_none()) {
+            return Ok(None);
+        }
+        match load(table.clone(), Arc::clone(netns)).await {
+            Ok(rules) => Ok(Some(rules)),
+            Err(error) if table.tcp => Err(format!("redirection: {error}")),
+            // It asks its own name servers then, which is no reason not to serve it.
+            Err(error) => {
+                tracing::warn!(pod, %error, "the pod's DNS over UDP is not captured");
+                Ok(None)
+            }
+        }
+    }
+
     fn table_of_rules(&self) -> Table {
         let settings = &self.shared.settings;
         Table::of(&settings.pins.of_node(&settings.node))
@@ -362,13 +387,13 @@ impl PodSupervisor {
         if !self.unswept || !self.pending.is_empty() {
             return;
         }
-        let Some(pins) = &self.pins else { return };
-        match pins.sweep(self.running.values().filter_map(|r| r.redirect.as_ref()).map(Redirect::netns)) {
+        let kept = self.running.values().filter_map(|r| r.redirect.as_ref()).map(Redirect::netns);
+        match self.pins.as_ref().map_or(Ok(0), |pins| pins.sweep(kept)) {
             Ok(0) => {}
             Ok(removed) => tracing::info!(removed, "redirections of pods that left the mesh while no agent ran are removed"),
             Err(error) => tracing::warn!(%error, "redirections of pods that left the mesh may remain"),
         }
-        if self.shared.settings.dns_capture {
+        if self.shared.settings.redirect != RedirectMode::None {
             let table = self.table_of_rules();
             let keep = self.running.values().filter_map(|r| r.place).collect();
             tokio::task::spawn_blocking(move || {
@@ -393,7 +418,7 @@ impl PodSupervisor {
             // What comes after it in the same namespace must not find its sockets, nor lose its rules to the old one's end.
             let after = if same_place { After::Kept } else { After::Direct };
             // Should it not be served again and then leave, nobody else would open it.
-            self.unswept = self.pins.is_some();
+            self.unswept = self.pins.is_some() || self.shared.settings.redirect == RedirectMode::Nftables;
             if let Some(down) = self.stop(key, "the pod was replaced", after) {
                 let _ = down.await;
             }
@@ -441,9 +466,7 @@ impl PodSupervisor {
                 Ok(Some(Arc::clone(netns)))
             }
             (Place::Unknown, RedirectMode::None) => Ok(None),
-            (Place::Unknown, RedirectMode::Ebpf) => {
-                Err("the pod names no network namespace (annotation culvert.dev/netns)".into())
-            }
+            (Place::Unknown, _) => Err("the pod names no network namespace (annotation culvert.dev/netns)".into()),
         }
     }
 
@@ -476,10 +499,8 @@ impl PodSupervisor {
             }
             _ => None,
         };
-        let rules = match (&redirect, &netns) {
-            (Some(_), Some(netns)) if self.pins.is_some() && pod.captures_dns() => {
-                load_rules(self.table_of_rules(), Arc::clone(netns), &enrolled.label()).await
-            }
+        let rules = match &netns {
+            Some(netns) if self.cni.is_none() => self.load_rules(netns, &enrolled.label()).await?,
             _ => None,
         };
         let workers = self.shared.threads.workers();
@@ -667,16 +688,14 @@ async fn attach(netns: Arc<NetnsFd>, sockets: &Sockets, pins: Option<PinRoot>) -
     .map_err(|e| format!("redirection: {e}"))
 }
 
-/// Puts the rules into a pod. Without them it asks its own name servers, which is no reason not to serve it.
-async fn load_rules(table: Table, netns: Arc<NetnsFd>, pod: &str) -> Option<Table> {
-    let load = tokio::task::spawn_blocking(move || table.load(&netns).map(|()| table)).await;
-    match load.map_err(io::Error::other).flatten() {
-        Ok(table) => Some(table),
-        Err(error) => {
-            tracing::warn!(pod, %error, "the pod's DNS over UDP is not captured");
-            None
-        }
-    }
+/// Puts the rules into a pod; what they need first.
+async fn load(table: Table, netns: Arc<NetnsFd>) -> io::Result<Rules> {
+    let load = move || {
+        let routes = table.tcp.then(|| CaptureRoutes::install(netns.as_fd())).transpose().map_err(io::Error::other)?;
+        table.load(&netns)?;
+        Ok(Rules { table, routes })
+    };
+    tokio::task::spawn_blocking(load).await.map_err(io::Error::other).flatten()
 }
 
 /// What becomes of a pod's redirection when the pod is no longer served.
@@ -715,8 +734,11 @@ async fn take_down(running: Running, why: Refusal, after: After) {
             drop(redirect);
             return Ok(());
         }
-        let unloaded = match (&rules, &netns) {
-            (Some(rules), Some(netns)) => rules.unload(netns),
+        let unloaded = match (rules, &netns) {
+            (Some(Rules { table, routes }), Some(netns)) => {
+                let routes = routes.map_or(Ok(()), CaptureRoutes::remove).map_err(io::Error::other);
+                table.unload(netns).and(routes)
+            }
             _ => Ok(()),
         };
         redirect.map_or(Ok(()), Redirect::detach).map_err(io::Error::other).and(unloaded)

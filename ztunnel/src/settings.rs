@@ -113,8 +113,9 @@ pub struct Settings {
     /// Answer the DNS questions of pods that the mesh can answer, and pass on the others. Needs the program `nft` unless `--zds`.
     #[arg(long, env = "ISTIO_META_DNS_CAPTURE", default_value_t = true, action = clap::ArgAction::Set)]
     pub dns_capture: bool,
-    /// Redirection: `ebpf`, or `none` for tests that bring connections to the listeners themselves.
-    #[arg(long, env = "CULVERT_REDIRECT", default_value = "ebpf")]
+    /// Redirection: `ebpf`, `nftables` (TPROXY), `auto` for the first of them that this machine allows, or `none` for tests that
+    /// bring connections to the listeners themselves.
+    #[arg(long, env = "CULVERT_REDIRECT", default_value = "auto")]
     pub redirect: RedirectMode,
     /// What new connections of this node's pods meet while no agent runs: `closed` drops them, `open` lets them go around
     /// the mesh, in plaintext and unjudged.
@@ -203,8 +204,12 @@ pub enum OnAgentDeath {
 /// How connections reach the listeners.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum RedirectMode {
+    /// Whichever can be had, `ebpf` first.
+    Auto,
     /// tc programs in the pod's namespace.
     Ebpf,
+    /// Rules in the pod's namespace, loaded by the program `nft`.
+    Nftables,
     /// Not at all: the listeners are there, nothing is captured.
     None,
 }

@@ -59,6 +59,33 @@ pub struct Redirect {
     indexes: Vec<u32>,
 }
 
+/// The routes of captured packets alone, for rules that mark them as the programs do ([`crate::MARK_CAPTURE`]). They stay until
+/// [`CaptureRoutes::remove`], and do nothing without marks.
+#[derive(Debug)]
+pub struct CaptureRoutes {
+    plumbing: Plumbing,
+    netns: OwnedFd,
+}
+
+impl CaptureRoutes {
+    /// Makes them in a pod's namespace, or takes over those an earlier agent made.
+    pub fn install(netns: BorrowedFd<'_>) -> Result<Self, RedirectError> {
+        let own = netns.try_clone_to_owned().map_err(RedirectError::Namespace)?;
+        let plumbing = netns::within(netns, || Plumbing::install(&mut open_netlink()?))?;
+        Ok(Self { plumbing, netns: own })
+    }
+
+    /// Takes them away.
+    pub fn remove(self) -> Result<(), RedirectError> {
+        let plumbing = self.plumbing;
+        netns::within(self.netns.as_fd(), move || plumbing.remove(&mut open_netlink()?))
+    }
+}
+
+fn open_netlink() -> Result<Netlink, RedirectError> {
+    Netlink::open().map_err(|source| RedirectError::Netlink { what: "open a netlink socket", source })
+}
+
 /// What keeps the programs attached.
 #[derive(Debug)]
 enum Attachment {
@@ -78,8 +105,7 @@ impl Redirect {
         netns::within(spec.netns, move || {
             let cookie = NetnsCookie::current().map_err(RedirectError::Namespace)?;
             check(listeners, cookie)?;
-            let mut netlink =
-                Netlink::open().map_err(|source| RedirectError::Netlink { what: "open a netlink socket", source })?;
+            let mut netlink = open_netlink()?;
             let chosen = choose(interfaces(&mut netlink)?, spec.interfaces.as_deref())?;
             let pins = spec.pins.map(|root| root.pod(cookie));
             let found = pins.as_ref().map(PodPins::create).transpose()?.unwrap_or(false);

@@ -62,7 +62,7 @@ mod probe;
 
 use std::ops::RangeInclusive;
 
-pub use attach::{Listeners, PodSpec, Redirect};
+pub use attach::{CaptureRoutes, Listeners, PodSpec, Redirect};
 pub use ebpf_common::{Config, Counter, HBONE_PORT, MARK_AGENT, MARK_CAPTURE, MARK_MASK};
 pub use error::{ListenerFault, RedirectError, Unsupported};
 pub use listener::NetnsCookie;

@@ -1,0 +1,242 @@
+//! Ring 3: what redirection promises, the same for each way of redirecting and both address families.
+use std::io::ErrorKind;
+use std::net::SocketAddr;
+use std::process::{Command, ExitCode};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, ensure};
+use mesh_tests::agent::{Agent, AgentSpec, find_binary};
+use mesh_tests::mesh_dir::MeshDir;
+use mesh_tests::name_server::{A, AAAA, ask, ask_tcp};
+use mesh_tests::program::{Client, Server};
+use mesh_tests::suite::{self, CannotRun, Test, test};
+use mesh_tests::topology::{Place, Plan, Topology};
+use mesh_tests::{netns, skip};
+use serde_json::Value;
+use tempfile::TempDir;
+
+const PORT: u16 = 8080;
+
+/// Every row, for each way of redirecting and each family.
+macro_rules! rows {
+    ($($name:ident),* $(,)?) => {
+        &[$(
+            test(concat!("ebpf_v4_", stringify!($name)), |m| $name(&m.ebpf, Family::V4)),
+            test(concat!("ebpf_v6_", stringify!($name)), |m| $name(&m.ebpf, Family::V6)),
+            test(concat!("nftables_v4_", stringify!($name)), |m| $name(&m.nftables, Family::V4)),
+            test(concat!("nftables_v6_", stringify!($name)), |m| $name(&m.nftables, Family::V6)),
+        )*
+        test("nftables_fail_closed_and_open_on_cleanup", |m| fails_closed_until_cleaned_up(&m.nftables))]
+    };
+}
+
+const TESTS: &[Test<Matrix>] = rows![inbound, outbound, dns, self_call, closed_port, own_service, half_closed_and_bulk];
+
+fn main() -> ExitCode {
+    let cannot = skip::netns_unavailable().or_else(|| skip::command_missing("nft"));
+    suite::run("matrix", cannot, || Ok(Matrix { ebpf: Mesh::start("ebpf")?, nftables: Mesh::start("nftables")? }), TESTS)
+}
+
+struct Matrix {
+    ebpf: Mesh,
+    nftables: Mesh,
+}
+
+#[derive(Clone, Copy)]
+enum Family {
+    V4,
+    V6,
+}
+
+impl Family {
+    fn at(self, place: &Place, port: u16) -> SocketAddr {
+        match self {
+            Self::V4 => place.at(port),
+            Self::V6 => place.at6(port),
+        }
+    }
+    fn vip(self) -> SocketAddr {
+        match self {
+            Self::V4 => ([10, 96, 0, 20], 80).into(),
+            Self::V6 => ([0xfd00, 0x96, 0, 0, 0, 0, 0, 0x20], 80).into(),
+        }
+    }
+}
+
+const OBJECTS: &str = r#"
+apiVersion: v1
+kind: Namespace
+metadata: { name: t, labels: { istio.io/dataplane-mode: ambient } }
+---
+apiVersion: security.istio.io/v1
+kind: PeerAuthentication
+metadata: { name: default, namespace: istio-system }
+spec: { mtls: { mode: STRICT } }
+---
+apiVersion: security.istio.io/v1
+kind: PeerAuthentication
+metadata: { name: loose, namespace: t }
+spec: { selector: { matchLabels: { app: loose } }, mtls: { mode: PERMISSIVE } }
+---
+apiVersion: v1
+kind: Service
+metadata: { name: web, namespace: t }
+spec:
+  selector: { app: web }
+  clusterIP: 10.96.0.20
+  clusterIPs: ["10.96.0.20", "fd00:96::20"]
+  ipFamilies: [IPv4, IPv6]
+  ports: [{ name: tcp, port: 80, targetPort: 8080 }]
+"#;
+
+/// Dropped in this order.
+struct Mesh {
+    a: Agent,
+    b: Agent,
+    _servers: Vec<Server>,
+    topology: Topology,
+    _dirs: (MeshDir, TempDir, TempDir),
+}
+
+impl Mesh {
+    fn start(redirect: &str) -> anyhow::Result<Self> {
+        find_binary().map_err(|error| CannotRun(format!("{error:#}")))?;
+        let topology = Plan::default()
+            .node("node-a", "zone-1")
+            .node("node-b", "zone-1")
+            .pod("node-a", "t", "client", "client", &[])
+            .pod("node-b", "t", "web", "web", &[])
+            .pod("node-b", "t", "loose", "loose", &[])
+            .host("outside")
+            .build()?;
+        let (dir, ca, logs) = (MeshDir::empty()?, netns::scratch("ca")?, netns::scratch("logs")?);
+        dir.put("00-base.yaml", OBJECTS)?;
+        dir.put("01-nodes.yaml", &topology.nodes_yaml())?;
+        for pod in &topology.plan().pods {
+            dir.put(&format!("pod-{}.yaml", pod.name), &topology.pod_yaml(&pod.name, &[]))?;
+        }
+        let mut servers = vec![Server::start(topology.host("outside"), PORT)?];
+        for pod in ["client", "web", "loose"] {
+            servers.push(Server::start(topology.pod(pod), PORT)?);
+        }
+        let start = |node: &str| {
+            AgentSpec::new(node, dir.path(), ca.path(), logs.path())
+                .env("TRUST_DOMAIN", "test.local")
+                .env("CULVERT_REDIRECT", redirect)
+                .start(topology.node(node))
+        };
+        let (a, b) = (start("node-a")?, start("node-b")?);
+        for agent in [&a, &b] {
+            agent.wait_ready(Duration::from_secs(20))?;
+        }
+        Ok(Self { a, b, _servers: servers, topology, _dirs: (dir, ca, logs) })
+    }
+    fn pod(&self, name: &str) -> &Place {
+        self.topology.pod(name)
+    }
+    fn outside(&self) -> &Place {
+        self.topology.host("outside")
+    }
+    /// A call that must work: who answered, and whom it saw.
+    fn call(&self, from: &str, to: SocketAddr) -> anyhow::Result<(String, SocketAddr)> {
+        let (mut client, who) = Client::who(self.pod(from), to).with_context(|| format!("{from} to {to}"))?;
+        client.ping("still there?")?;
+        Ok((who.name, who.peer))
+    }
+}
+
+fn inbound(mesh: &Mesh, family: Family) -> anyhow::Result<()> {
+    let (outside, loose) = (mesh.outside(), family.at(mesh.pod("loose"), PORT));
+    let (mut client, who) = Client::who(outside, loose)?;
+    client.ping("plain")?;
+    ensure!(who.peer.ip() == family.at(outside, 0).ip() && who.local == loose, "{who:?}");
+    let mark = mesh.b.mark();
+    let strict = Client::open(outside, family.at(mesh.pod("web"), PORT), "who").and_then(|mut client| client.line());
+    ensure!(strict.is_err(), "plaintext under STRICT was answered: {strict:?}");
+    mesh.b.wait_access("the refusal", mark, |r: &Value| {
+        r["error"].as_str().is_some_and(|error| error.starts_with("plaintext_refused"))
+    })?;
+    Ok(())
+}
+
+fn outbound(mesh: &Mesh, family: Family) -> anyhow::Result<()> {
+    let source = family.at(mesh.pod("client"), 0).ip();
+    for to in [family.at(mesh.pod("web"), PORT), family.vip()] {
+        let mark = mesh.b.mark();
+        let (name, seen) = mesh.call("client", to)?;
+        ensure!(name == "web" && seen.ip() == source, "{to}: {name} sees {seen}");
+        mesh.b.wait_access("the call", mark, |r: &Value| {
+            r["direction"] == "inbound" && r["src.identity"] == "spiffe://test.local/ns/t/sa/client"
+        })?;
+    }
+    let mark = mesh.a.mark();
+    mesh.call("client", family.at(mesh.outside(), PORT))?;
+    mesh.a.wait_access("the passage", mark, |r: &Value| r["direction"] == "outbound" && r["dst.identity"].is_null())?;
+    Ok(())
+}
+
+fn dns(mesh: &Mesh, family: Family) -> anyhow::Result<()> {
+    let server = family.at(mesh.outside(), 53);
+    for (kind, address) in [(A, "10.96.0.20"), (AAAA, "fd00:96::20")] {
+        let udp = ask(mesh.pod("client"), server, "web.t.svc.cluster.local", kind)?;
+        let tcp = ask_tcp(mesh.pod("client"), server, "web.t.svc.cluster.local", kind)?;
+        ensure!(udp.addresses() == [address] && tcp.addresses() == [address], "{udp:?} {tcp:?}");
+    }
+    Ok(())
+}
+
+fn self_call(mesh: &Mesh, family: Family) -> anyhow::Result<()> {
+    let (name, seen) = mesh.call("client", family.at(mesh.pod("client"), PORT))?;
+    ensure!(name == "client" && seen.ip() == family.at(mesh.pod("client"), 0).ip(), "{name} sees {seen}");
+    Ok(())
+}
+
+fn own_service(mesh: &Mesh, family: Family) -> anyhow::Result<()> {
+    let (name, _) = mesh.call("web", family.vip())?;
+    ensure!(name == "web", "{name} answered");
+    Ok(())
+}
+
+fn closed_port(mesh: &Mesh, family: Family) -> anyhow::Result<()> {
+    for (from, to) in [("client", family.at(mesh.pod("web"), 9)), ("client", family.at(mesh.outside(), 9))] {
+        let began = Instant::now();
+        let answer = Client::open(mesh.pod(from), to, "who").and_then(|mut client| client.line());
+        let refused = answer.as_ref().is_err_and(|e| !matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut));
+        ensure!(refused && began.elapsed() < Duration::from_secs(3), "{to}: {answer:?} after {:?}", began.elapsed());
+    }
+    let direct = Client::open(mesh.outside(), family.at(mesh.pod("loose"), 9), "who").and_then(|mut client| client.line());
+    ensure!(direct.as_ref().is_err_and(|e| e.kind() != ErrorKind::WouldBlock), "{direct:?}");
+    Ok(())
+}
+
+fn half_closed_and_bulk(mesh: &Mesh, family: Family) -> anyhow::Result<()> {
+    for to in [family.at(mesh.pod("web"), PORT), family.at(mesh.outside(), PORT)] {
+        let mut client = Client::open(mesh.pod("client"), to, "source 3000000")?;
+        client.finish()?;
+        let sum = client.rest()?;
+        ensure!(sum.bytes == 3_000_000, "{} bytes of 3000000 from {to}", sum.bytes);
+    }
+    Ok(())
+}
+
+/// The last one: it ends the mesh of nftables.
+fn fails_closed_until_cleaned_up(mesh: &Mesh) -> anyhow::Result<()> {
+    mesh.a.terminate(Duration::from_secs(15))?;
+    mesh.b.terminate(Duration::from_secs(15))?;
+    let dial = |from: &Place, to: SocketAddr| from.netns.connect(to, Duration::from_millis(700));
+    let (client, loose, outside) = (mesh.pod("client"), mesh.pod("loose"), mesh.outside());
+    for family in [Family::V4, Family::V6] {
+        ensure!(dial(client, family.at(outside, PORT)).is_err(), "without an agent a pod got out");
+        ensure!(dial(outside, family.at(loose, PORT)).is_err(), "without an agent somebody got in");
+    }
+    for node in ["node-a", "node-b"] {
+        let netns = &mesh.topology.node(node).netns;
+        let cleaned = netns.spawn(Command::new(find_binary()?).args(["cleanup", "--node", node]))?.wait()?;
+        ensure!(cleaned.success(), "cleanup of {node} failed");
+    }
+    for family in [Family::V4, Family::V6] {
+        dial(client, family.at(outside, PORT)).context("out, after cleanup")?;
+        dial(outside, family.at(loose, PORT)).context("in, after cleanup")?;
+    }
+    Ok(())
+}
