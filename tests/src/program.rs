@@ -115,8 +115,7 @@ impl Server {
 
     /// As [`Server::start`], with the name it gives in `who`.
     pub fn start_named(place: &Arc<Place>, port: u16, name: &str) -> anyhow::Result<Self> {
-        let on = SocketAddr::from((Ipv6Addr::UNSPECIFIED, port));
-        let listener = place.netns.listen(on).with_context(|| format!("listen on {port} in {}", place.name))?;
+        let listener = place.listen(port)?;
         let server = Self {
             served: Arc::default(),
             accepted: Arc::default(),

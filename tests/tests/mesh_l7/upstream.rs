@@ -50,7 +50,7 @@ spec:
   host: web.t.svc.cluster.local
   trafficPolicy:
     loadBalancer: { simple: ROUND_ROBIN }
-    outlierDetection: { consecutive5xxErrors: 5, interval: 500ms, baseEjectionTime: 2s, maxEjectionPercent: 50 }
+    outlierDetection: { consecutive5xxErrors: 5, interval: 500ms, baseEjectionTime: 4s, maxEjectionPercent: 50 }
 ",
     )?;
     mesh.web["web2"].behave(503);
