@@ -5,14 +5,20 @@
 use crate::objects::{self, Objects, items};
 use crate::output::{self, Format};
 use crate::{Verdict, admin, folder};
-use anyhow::{Context, Result, bail};
-use clap::{Args as ClapArgs, ValueEnum};
+use anyhow::{Context, Result, anyhow, bail};
+use clap::Args as ClapArgs;
+use http::HeaderMap;
 use mesh_model::explain::{
     Decision, Destination, Effect, HttpQuestion, PassedOver, Place, PolicyTold, Question, Report, Route, Settings, Step, why,
 };
 use mesh_model::l7::path::PathNormalization;
+use mesh_model::l7::request_auth::{KeySource, TokenRule};
+use mesh_tokens::{Fault, Jwt, KeySet};
 use std::fmt::Write as _;
+use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Options of `meshctl why`.
 #[derive(ClapArgs, Clone, Debug)]
@@ -46,33 +52,18 @@ pub struct Args {
     /// Admin address of a running agent or waypoint, which answers by what it knows at this moment; goes before --mesh-dir.
     #[arg(long, value_name = "ADDR")]
     pub admin: Option<String>,
-    /// How the waypoint normalises paths (a running process knows itself).
-    #[arg(long, env = "CULVERT_PATH_NORMALIZATION", value_enum, default_value_t = PathMode::Base)]
-    pub path_normalization: PathMode,
+    /// How the waypoint normalises paths: `none`, `base`, `merge-slashes` or `decode-and-merge-slashes` (a running process knows
+    /// itself).
+    #[arg(long, env = "CULVERT_PATH_NORMALIZATION", default_value = "base")]
+    pub path_normalization: PathNormalization,
+    /// A token (JWT) the request carries as `Authorization: Bearer`, to be looked at as the waypoint would.
+    #[arg(long, value_name = "FILE")]
+    pub jwt: Option<PathBuf>,
+    /// Keys (JWKS) of issuers whose RequestAuthentication says where they are and not which; a running process has fetched them.
+    #[arg(long, value_name = "FILE")]
+    pub jwks: Option<PathBuf>,
     #[command(flatten)]
     pub view: folder::View,
-}
-/// Path normalisation, as the waypoint's setting has it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum PathMode {
-    /// Paths as they come.
-    None,
-    /// Dot segments and escapes.
-    Base,
-    /// And runs of slashes.
-    MergeSlashes,
-    /// And escaped slashes.
-    DecodeAndMergeSlashes,
-}
-impl From<PathMode> for PathNormalization {
-    fn from(mode: PathMode) -> Self {
-        match mode {
-            PathMode::None => Self::None,
-            PathMode::Base => Self::Base,
-            PathMode::MergeSlashes => Self::MergeSlashes,
-            PathMode::DecodeAndMergeSlashes => Self::DecodeAndMergeSlashes,
-        }
-    }
 }
 fn header(text: &str) -> Result<(String, String), String> {
     let (name, value) = text.split_once('=').ok_or("write NAME=VALUE")?;
@@ -96,21 +87,44 @@ pub fn run(args: &Args, format: Format) -> Result<Verdict> {
     })
 }
 
-fn question(args: &Args) -> Question {
-    let http = HttpQuestion {
-        method: args.method.clone(),
-        path: args.path.clone(),
-        host: args.host.clone(),
-        headers: args.headers.clone(),
-    };
+fn question(args: &Args) -> Result<Question> {
+    let mut headers = args.headers.clone();
+    if let Some(file) = &args.jwt {
+        let token = fs::read_to_string(file).with_context(|| format!("the token in {}", file.display()))?;
+        headers.push(("authorization".into(), format!("Bearer {}", token.trim())));
+    }
+    let http = HttpQuestion { method: args.method.clone(), path: args.path.clone(), host: args.host.clone(), headers };
     // Nothing said about a request: whether there is one follows from the port.
     let http = (http != HttpQuestion::default()).then_some(http);
-    Question { from: args.from.clone(), to: args.to.clone(), http }
+    Ok(Question { from: args.from.clone(), to: args.to.clone(), http })
+}
+
+/// Keys as far as a folder has them: written in the policy, or given.
+struct Keys(Option<KeySet>);
+impl Keys {
+    fn given(args: &Args) -> Result<Self> {
+        let Some(file) = &args.jwks else { return Ok(Self(None)) };
+        let text = fs::read(file).with_context(|| format!("the keys in {}", file.display()))?;
+        let keys = KeySet::parse(&text).map_err(|why| anyhow!("{}: {why}", file.display()))?;
+        Ok(Self(Some(keys)))
+    }
+    fn verify(&self, rule: &TokenRule, jwt: &Jwt) -> Result<(), Fault> {
+        match (&rule.keys, &self.0) {
+            (KeySource::Inline(text), _) => KeySet::parse(text.as_bytes()).map_err(|_| Fault::NoKeys)?.verify(jwt),
+            (_, Some(given)) => given.verify(jwt),
+            (_, None) => Err(Fault::NoKeys),
+        }
+    }
 }
 
 fn of_folder(args: &Args, dir: &Path) -> Result<Report> {
-    let question = question(args);
-    let settings = Settings { normalization: args.path_normalization.into(), ..Settings::default() };
+    let question = question(args)?;
+    let keys = Keys::given(args)?;
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |t| t.as_secs());
+    let verify = |headers: &HeaderMap, query: &str, rules: &[&Arc<TokenRule>]| {
+        mesh_tokens::suppose(headers, query, rules, now, |rule, jwt| keys.verify(rule, jwt))
+    };
+    let settings = Settings { normalization: args.path_normalization, verify: Some(&verify), ..Settings::default() };
     let view = args.view.viewpoint()?;
     let loaded = folder::load(dir, view.clone())?;
     let mut report = why(&loaded.mesh, &question, &settings)?;
@@ -122,6 +136,11 @@ fn of_folder(args: &Args, dir: &Path) -> Result<Report> {
     let texts = objects::read(dir)?;
     point_at_rules(&mut report, &Objects::of(&texts));
     let wrong = loaded.problems.iter().filter(|p| p.severity != mesh_sources::Severity::Note).count();
+    if report.detail == Fault::NoKeys.text() && args.jwks.is_none() {
+        report
+            .notes
+            .push("the keys of this issuer are not in the folder: give them with --jwks, or ask a waypoint with --admin".into());
+    }
     if wrong > 0 {
         report.notes.push(format!("{wrong} objects or fields of the folder are wrong: run `meshctl analyze {}`", dir.display()));
     }
@@ -141,7 +160,7 @@ fn point_at_rules(report: &mut Report, objects: &Objects<'_>) {
 }
 
 fn of_process(args: &Args, addr: &str) -> Result<Report> {
-    let body = serde_json::to_string(&question(args))?;
+    let body = serde_json::to_string(&question(args)?)?;
     let answer = admin::post(addr, "/why", &body)?;
     serde_json::from_value(answer).context("the process answers in a form this meshctl does not know: are they of one version?")
 }

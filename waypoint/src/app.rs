@@ -8,6 +8,7 @@ use crate::limits::Limits;
 use crate::listen;
 use crate::listen::gateway::Listeners;
 use crate::me::Me;
+use crate::phase::authenticate;
 use crate::settings::Settings;
 use crate::telemetry::export::Spans;
 use crate::telemetry::{Process, Telemetry, scrape};
@@ -377,8 +378,9 @@ fn admin(
     let of = Arc::clone(shared);
     let server = server.route_question("/why", move |question| {
         let settings = explain::Settings {
-            normalization: of.settings.path_normalization.into(),
+            normalization: of.settings.path_normalization,
             trusted_proxies: of.settings.trusted_proxies,
+            verify: Some(&|headers, query, rules| authenticate::supposed(headers, query, rules, &of.tokens)),
             ..explain::Settings::default()
         };
         explain::why(&of.mesh.load_full(), &question, &settings)

@@ -141,7 +141,7 @@ pub struct Settings {
     pub forward_client_identity: bool,
     /// Path normalisation before routing and policy: `none`, `base`, `merge-slashes` or `decode-and-merge-slashes`.
     #[arg(long, env = "CULVERT_PATH_NORMALIZATION", default_value = "base")]
-    pub path_normalization: PathMode,
+    pub path_normalization: PathNormalization,
     /// Time between two fetches of the same JWKS; a token with an unknown key id is reason for one in between.
     #[arg(long = "jwks-refresh-interval", env = "PILOT_JWT_PUB_KEY_REFRESH_INTERVAL", default_value = "20m", value_parser = duration)]
     pub jwks_refresh: Duration,
@@ -151,29 +151,6 @@ pub struct Settings {
     /// What a stock Istio proxy is started with and this one does not need (`proxy waypoint --domain …`).
     #[arg(hide = true, trailing_var_arg = true, allow_hyphen_values = true)]
     pub ignored: Vec<String>,
-}
-
-/// Path normalisation (meshConfig.pathNormalization).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub enum PathMode {
-    /// Paths as they come.
-    None,
-    /// Dot segments resolved, `\` becomes `/` (Istio's default).
-    Base,
-    /// And `//` becomes `/`.
-    MergeSlashes,
-    /// And `%2f`, `%5c` become `/` first.
-    DecodeAndMergeSlashes,
-}
-impl From<PathMode> for PathNormalization {
-    fn from(mode: PathMode) -> Self {
-        match mode {
-            PathMode::None => Self::None,
-            PathMode::Base => Self::Base,
-            PathMode::MergeSlashes => Self::MergeSlashes,
-            PathMode::DecodeAndMergeSlashes => Self::DecodeAndMergeSlashes,
-        }
-    }
 }
 
 fn duration(s: &str) -> Result<Duration, String> {

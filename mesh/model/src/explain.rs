@@ -27,12 +27,14 @@ use crate::inbound::plan_inbound;
 use crate::known::Known;
 use crate::l7::path::PathNormalization;
 use crate::l7::policy::TargetRef;
+use crate::l7::request_auth::TokenRule;
 use crate::plan::{Dial, HBONE_PORT, HopRole, NamedDial, OutboundPlan, plan_outbound};
 use crate::reason::{Reason, Refusal};
 use crate::service::Service;
 use crate::snapshot::Snapshot;
 use crate::waypoint::plan_tunnel;
 use crate::workload::{Protocol, Workload};
+use http::HeaderMap;
 use names::{Source, Target, find_source, find_target};
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -46,12 +48,28 @@ pub struct Settings<'a> {
     pub normalization: PathNormalization,
     /// Proxies in front of the waypoint that are believed about the client (`numTrustedProxies`).
     pub trusted_proxies: usize,
-    /// The verified token of the request.
-    pub token: Option<&'a dyn Token>,
+    /// Who looks at the token of a request; `None`: nobody.
+    pub verify: Option<&'a Verify<'a>>,
+}
+/// Looks at the token in these headers and this query, by these rules.
+pub type Verify<'a> = dyn Fn(&HeaderMap, &str, &[&Arc<TokenRule>]) -> Believed + 'a;
+/// What became of a token.
+pub enum Believed {
+    /// There is none.
+    Absent,
+    /// It is true.
+    True(Box<dyn Token>),
+    /// It is not: the status and the body of the answer.
+    False {
+        /// 401, or 403 for an audience that is not ours.
+        status: u16,
+        /// In Envoy's words.
+        text: &'static str,
+    },
 }
 impl Default for Settings<'_> {
     fn default() -> Self {
-        Self { layer7: true, normalization: PathNormalization::default(), trusted_proxies: 0, token: None }
+        Self { layer7: true, normalization: PathNormalization::default(), trusted_proxies: 0, verify: None }
     }
 }
 

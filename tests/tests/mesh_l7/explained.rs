@@ -1,5 +1,6 @@
 //! What `meshctl why` says about a request, and what the waypoint then does with it.
 use anyhow::{Context as _, ensure};
+use mesh_tests::issuer::{KeyServer, SigningKey, jwks, now};
 use mesh_tests::meshctl::{Why, why_of_folder, why_of_process};
 
 use crate::mesh::{Mesh, OTHER, WEB, curl};
@@ -94,6 +95,61 @@ pub(crate) fn meshctl_why_says_what_the_waypoint_does(mesh: &mut Mesh) -> anyhow
         ensure!(got.header("x-culvert-reason") == *reason, "{case}: {got:?}");
     }
     from_outside(mesh)
+}
+
+pub(crate) fn meshctl_why_looks_at_tokens_as_the_waypoint_does(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let (a, b) = (SigningKey::make("a")?, SigningKey::make("b")?);
+    let server = KeyServer::start(mesh.topology.host("outside"), 8101, None)?;
+    server.publish(&[&b]);
+    let objects = format!(
+        "apiVersion: security.istio.io/v1\nkind: RequestAuthentication\nmetadata: {{ name: tokens, namespace: t }}\n\
+         spec:\n  targetRefs: [ {{ kind: Service, group: '', name: web }} ]\n  jwtRules:\n  - {{ issuer: first, audiences: [ shop ], jwks: '{}' }}\n  - {{ issuer: second, jwksUri: 'http://{}:8101/jwks' }}\n---\n\
+         apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {{ name: admins, namespace: t }}\n\
+         spec:\n  targetRefs: [ {{ kind: Service, group: '', name: web }} ]\n  action: DENY\n  rules:\n  - to: [ {{ operation: {{ paths: [ /admin ] }} }} ]\n    when: [ {{ key: 'request.auth.claims[roles]', notValues: [ admin ] }} ]\n",
+        jwks(&[&a]),
+        mesh.topology.host("outside").v4,
+    );
+    let _objects = mesh.objects("explained-tokens", &objects)?;
+    let of = |issuer: &str, roles: &[&str], expires: u64| serde_json::json!({ "iss": issuer, "sub": "ann", "aud": "shop", "roles": roles, "exp": expires });
+    let later = now() + 3600;
+    let keys = mesh.logs.path().join("second.jwks");
+    std::fs::write(&keys, jwks(&[&b]))?;
+    let keys = keys.to_str().context("a path")?;
+    let file = mesh.logs.path().join("token.jwt");
+    let name = file.to_str().context("a path")?;
+    let mut other = of("first", &[], later);
+    other["aud"] = "else".into();
+    for (case, token, path, status, reason) in [
+        ("a true one", a.token(&of("first", &[], later))?, "/", 200, None),
+        ("of an admin", a.token(&of("first", &["user", "admin"], later))?, "/admin", 200, None),
+        ("of somebody", a.token(&of("first", &["user"], later))?, "/admin", 403, Some("policy_denied")),
+        ("of an issuer elsewhere", b.token(&of("second", &["admin"], later))?, "/admin", 200, None),
+        ("an old one", a.token(&of("first", &["admin"], now() - 90))?, "/admin", 401, Some("token_refused")),
+        ("for somebody else", a.token(&other)?, "/", 403, Some("token_refused")),
+        ("of another key", b.token(&of("first", &[], later))?, "/", 401, Some("token_refused")),
+        ("of nobody known", a.token(&of("third", &[], later))?, "/", 401, Some("token_refused")),
+        ("none at all", "garbage".to_owned(), "/", 401, Some("token_refused")),
+    ] {
+        std::fs::write(&file, &token)?;
+        let args = ["--from", "t/client", "--to", "web:80", "--path", path, "--jwt", name];
+        // What the waypoint knows it has fetched: it is asked for real first.
+        let bearer = format!("authorization: Bearer {token}");
+        let got = mesh.call(&["-H", &bearer, &format!("http://{WEB}{path}")])?;
+        ensure!(got.status == status && got.header("x-culvert-reason") == reason, "{case}: {got:?}");
+        let folder = why_of_folder(mesh.dir.path(), &[&args[..], &["--jwks", keys]].concat());
+        for (whom, why) in [("the folder", folder), ("the waypoint", why_of_process(mesh.proxy("wp"), &args))] {
+            let why = why.with_context(|| format!("{whom} about {case}"))?;
+            ensure!(status_of(&why)? == status && why.reason() == reason, "{whom} about {case}: {}", why.report);
+            if reason == Some("token_refused") {
+                ensure!(why.report["answer"].as_str().is_some_and(|a| a.contains(&got.body)), "{case}: {} {got:?}", why.report);
+            }
+        }
+    }
+    // Without the keys of an issuer that are elsewhere nothing is supposed.
+    std::fs::write(&file, b.token(&of("second", &[], later))?)?;
+    let why = why_of_folder(mesh.dir.path(), &["--from", "t/client", "--to", "web:80", "--jwt", name])?;
+    ensure!(why.reason() == Some("token_refused") && why.report["notes"].to_string().contains("--jwks"), "{}", why.report);
+    Ok(())
 }
 
 /// Through the gateway, where the host decides.

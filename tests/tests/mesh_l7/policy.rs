@@ -98,6 +98,52 @@ pub(crate) fn a_further_header_value_hides_nothing(mesh: &mut Mesh) -> anyhow::R
     Ok(())
 }
 
+pub(crate) fn a_path_by_another_name_is_judged_as_itself(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let ask = |path: &str| mesh.call(&["--path-as-is", &format!("http://{WEB}{path}")]);
+    {
+        let _deny = of_web(mesh, "deny", "action: DENY, rules: [{ to: [{ operation: { paths: [/admin, /admin/*] } }] }]")?;
+        for path in [
+            "/admin",
+            "/admin?x=/open",
+            "/admin/x",
+            "/./admin/x",
+            "/a/../admin/x",
+            "/a/%2e%2E/admin/x",
+            "/a/.%2e/admin/x",
+            "/%61dmin/x",
+            "/admin/../admin/x",
+            "/a/..;/admin/x",
+            "/a/..;b=c/admin/x",
+            "/a/..\\admin/x",
+            "/a\\..\\admin\\x",
+        ] {
+            let got = ask(path)?;
+            refused(&got, "policy_denied").with_context(|| path.to_owned())?;
+        }
+        // What is judged is what arrives.
+        for (path, arrives) in [("/a/../b", "/b"), ("/admin/../open", "/open"), ("/a\\b", "/a/b")] {
+            let got = ask(path)?;
+            ensure!(got.status == 200 && got.echo()?["path"] == arrives, "{path}: {got:?}");
+        }
+    }
+    // A list of what is allowed is not left by any of them; runs of slashes and escaped ones are other paths unless merged.
+    let _allow = of_web(mesh, "allow", "action: ALLOW, rules: [{ to: [{ operation: { paths: [/open/*] } }] }]")?;
+    ensure!(ask("/open/x")?.status == 200);
+    for path in [
+        "//admin",
+        "//open/x",
+        "/open/../admin",
+        "/open/..;/admin",
+        "/open%2fx",
+        "/open%2f..%2fadmin",
+        "/open\\..\\admin",
+        "/OPEN/x",
+    ] {
+        refused(&ask(path)?, "not_allowed").with_context(|| path.to_owned())?;
+    }
+    Ok(())
+}
+
 /// Whether the other end closed the stream.
 pub(crate) fn closed(stream: &mut TcpStream) -> anyhow::Result<()> {
     let mut rest = [0; 64];

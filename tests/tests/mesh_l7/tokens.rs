@@ -7,7 +7,7 @@ use mesh_tests::issuer::{KeyServer, Manner, SigningKey, hmac_token, jwks, now};
 use mesh_tests::wait;
 use serde_json::{Value, json};
 
-use crate::mesh::{Got, KEYS, Mesh, OTHER, WEB};
+use crate::mesh::{Got, KEYS, Mesh, OTHER, WEB, curl};
 
 /// A RequestAuthentication on the service `web`.
 fn authentication(rules: &str) -> String {
@@ -308,6 +308,72 @@ pub(crate) fn keys_are_withdrawn_by_the_refresh(mesh: &mut Mesh) -> anyhow::Resu
     server.publish(&[&new]);
     // This mesh fetches every eight seconds. A verified token that is remembered is forgotten with its key.
     wait::until("the old key gone", Duration::from_secs(15), || (call(mesh, &token).ok()?.status == 401).then_some(()))
+}
+
+pub(crate) fn keys_are_found_by_the_issuers_own_metadata(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let key = SigningKey::make("k")?;
+    let outside = mesh.topology.host("outside").clone();
+    let of = |issuer: &str| format!("  - {{ issuer: '{issuer}', timeout: 1s }}\n");
+    let keys = KeyServer::start(&outside, 8096, None)?;
+    keys.publish(&[&key]);
+    let published = format!("http://{}:8096/jwks", outside.v4);
+    // No metadata, none that names keys, and keys over a wire nobody vouches for, where the issuer itself is vouched for.
+    for (port, secure, document, passes) in [
+        (8097, false, json!({ "issuer": "x", "jwks_uri": published }).to_string(), true),
+        (8098, false, "{}".to_owned(), false),
+        (8099, false, json!({ "jwks_uri": 7 }).to_string(), false),
+        (8100, false, json!({ "jwks_uri": "file:///etc/passwd" }).to_string(), false),
+        (8445, true, json!({ "jwks_uri": published }).to_string(), false),
+    ] {
+        let metadata = KeyServer::start(&outside, port, secure.then_some(&mesh.authority))?;
+        metadata.behave(Manner::With(document.clone()));
+        let issuer = format!("http{}://{}:{port}", if secure { "s" } else { "" }, outside.v4);
+        let before = keys.requests();
+        let _auth = mesh.objects("tokens", &authentication(&of(&issuer)))?;
+        let got = call(mesh, &key.token(&claims(&issuer))?)?;
+        if passes {
+            ensure!(got.status == 200, "{got:?}; {}", mesh.proxy("wp").log_tail(20));
+            refused(&call(mesh, &SigningKey::make("k")?.token(&claims(&issuer))?)?, 401, FORGED)?;
+        } else {
+            refused(&got, 401, NO_FETCH).with_context(|| document.clone())?;
+        }
+        ensure!(metadata.requests() > 0 && (keys.requests() > before) == passes, "{document}");
+    }
+    Ok(())
+}
+
+pub(crate) fn a_selector_of_pods_closes_what_is_reached_through_a_waypoint(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let key = SigningKey::make("k")?;
+    let selecting = |labels: &str| {
+        authentication(&inline("first", &[&key], "")).replace(
+            "targetRefs: [ { kind: Service, group: '', name: web } ]",
+            &format!("selector: {{ matchLabels: {{ {labels} }} }}"),
+        )
+    };
+    let (good, bad) = (key.token(&claims("first"))?, key.token(&claims("second"))?);
+    {
+        let _auth = mesh.objects("tokens", &selecting("tier: web"))?;
+        for token in [&good, &bad] {
+            let got = call(mesh, token)?;
+            ensure!(got.status == 403 && got.header("x-culvert-reason") == Some("policy_unusable"), "{got:?}");
+        }
+        wait::until("the problem in the dump", Duration::from_secs(5), || {
+            let dump = mesh.proxy("wp").config_dump().ok()?;
+            dump["problems"].to_string().contains("pods are not asked for tokens").then_some(())
+        })?;
+    }
+    // The pods of a gateway are selected as in Istio.
+    let _auth = mesh.objects("tokens", &selecting("gateway.networking.k8s.io/gateway-name: gw"))?;
+    ensure!(call(mesh, &bad)?.status == 200, "others are unaffected");
+    let (outside, gateway) = (mesh.topology.host("outside").clone(), mesh.pod("gw").clone());
+    let ask = |token: &str| {
+        let bearer = format!("authorization: Bearer {token}");
+        curl(&outside, &["-H", "host: web.example", "-H", &bearer, &format!("http://{}/shop", gateway.v4)])
+    };
+    ensure!(ask(&good)?.status == 200);
+    let got = ask(&bad)?;
+    ensure!(got.status == 401 && got.body == "Jwt issuer is not configured", "{got:?}");
+    Ok(())
 }
 
 pub(crate) fn a_bad_key_server_refuses_in_time(mesh: &mut Mesh) -> anyhow::Result<()> {

@@ -253,6 +253,8 @@ pub(crate) fn known_envoy_filters_work_and_others_are_told(mesh: &mut Mesh) -> a
         about[0].contains("EnvoyFilter t/unknown") && about[0].contains("`wasm` (wasm.v3.Wasm) is not done here"),
         "{about:?}"
     );
+    let got = mesh.call(&[&format!("http://{OTHER}/")])?;
+    ensure!(got.status == 500 && got.header("x-culvert-reason") == Some("policy_unusable"), "what it named is closed: {got:?}");
     Ok(())
 }
 

@@ -104,7 +104,7 @@ pub(crate) fn check(ex: &mut Exchange<'_>) -> Flow {
         }
         return Flow::Answer(respond::closing(ex, status, text, details));
     }
-    match normalize(ex.conn.shared.settings.path_normalization.into(), ex.parts.uri.path()) {
+    match normalize(ex.conn.shared.settings.path_normalization, ex.parts.uri.path()) {
         Ok(path) => ex.path = path.into_owned(),
         Err(_) => return Flow::Answer(respond::closing(ex, StatusCode::BAD_REQUEST, "", "path_normalization_failed")),
     }

@@ -5,28 +5,23 @@
 //! are refused: which of them the application would believe nobody can say (Envoy takes the first that is valid). Runs before
 //! routing, which may ask for claims. Upstream: `admit`. Downstream: `route`, `authorize` and the upstream's headers.
 use crate::phase::{Exchange, Flow, respond};
+use crate::token::cache;
 use crate::token::source::{Slot, Sources};
-use crate::token::{Fault, Jwt, Verified, cache};
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::request::Parts;
 use http::{Method, StatusCode};
 use mesh_model::Reason;
+use mesh_model::explain::Believed;
 use mesh_model::l7::request_auth::{RequestAuths, TokenPlace, TokenRule};
+use mesh_tokens::{Belief, Fault, Jwt, Signed, Verified, behind, believe, named, presented};
 use std::sync::Arc;
-use std::time::UNIX_EPOCH;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 /// What of a request's target a challenge repeats (Envoy's limit).
 const LONGEST_REALM: usize = 256;
 
-/// What came of looking at a request's token.
-enum Outcome {
-    /// There is none.
-    Absent,
-    Verified(Verified),
-    Refused(Fault),
-    /// Refused by the keys we have; newer ones may know better.
-    Unknown(Fault, Arc<Slot>),
-}
+/// Keys that may know better later.
+type Later = Arc<Slot>;
 
 /// Verifies the token, if there is one, or answers 401 (403 for an audience that is not ours).
 pub(crate) async fn check(ex: &mut Exchange<'_>) -> Flow {
@@ -43,7 +38,10 @@ pub(crate) async fn check(ex: &mut Exchange<'_>) -> Flow {
     }
     let rules = auths.flat_map(RequestAuths::rules);
     for name in rules.clone().flat_map(|rule| rule.outputs()) {
-        ex.parts.headers.remove(name);
+        if ex.parts.headers.remove(name).is_some() {
+            // A route that was chosen already was chosen by it.
+            ex.routed = None;
+        }
     }
     if is_preflight(&ex.parts) {
         return Flow::Continue;
@@ -51,18 +49,18 @@ pub(crate) async fn check(ex: &mut Exchange<'_>) -> Flow {
     let now = ex.record.start_time.duration_since(UNIX_EPOCH).map_or(0, |t| t.as_secs());
     let sources = &ex.conn.shared.tokens;
     let mut outcome = examine(&ex.parts, rules.clone(), sources, now);
-    if let Outcome::Unknown(_, slot) = &outcome {
+    if let Some(Belief::Unknown(_, slot)) = &outcome {
         // Whether or not we waited: another request's fetch may have ended meanwhile.
         Box::pin(slot.renewed()).await;
         outcome = examine(&ex.parts, rules.clone(), sources, now);
     }
     match outcome {
-        Outcome::Absent => Flow::Continue,
-        Outcome::Verified(verified) => {
+        None => Flow::Continue,
+        Some(Belief::Verified(verified)) => {
             pass(ex, verified);
             Flow::Continue
         }
-        Outcome::Refused(fault) | Outcome::Unknown(fault, _) => {
+        Some(Belief::Refused(fault) | Belief::Unknown(fault, _)) => {
             // One that is refused here may be good elsewhere: neither the log nor the answer tells it.
             let in_target = rules.flat_map(|rule| &rule.places).filter(|place| matches!(place, TokenPlace::Param(_)));
             in_target.for_each(|place| strip(ex, place));
@@ -78,86 +76,49 @@ fn is_preflight(parts: &Parts) -> bool {
         && parts.headers.contains_key(header::ACCESS_CONTROL_REQUEST_METHOD)
 }
 
-/// Looks at the token of a request by the rules in force.
-fn examine<'r>(parts: &Parts, rules: impl Iterator<Item = &'r Arc<TokenRule>> + Clone, sources: &Sources, now: u64) -> Outcome {
-    let mut presented = rules.clone().flat_map(|rule| &rule.places).flat_map(|place| at(place, parts));
-    let Some(text) = presented.next() else { return Outcome::Absent };
-    if presented.any(|other| other != text) {
-        return Outcome::Refused(Fault::Several);
-    }
+/// Looks at the token of a request, if there is one, by the rules in force.
+fn examine<'r>(
+    parts: &Parts,
+    rules: impl Iterator<Item = &'r Arc<TokenRule>> + Clone,
+    sources: &Sources,
+    now: u64,
+) -> Option<Belief<Later>> {
+    let carrier = (&parts.headers, parts.uri.query().unwrap_or_default());
+    let text = match presented(carrier.0, carrier.1, rules.clone()) {
+        Ok(text) => text?,
+        Err(fault) => return Some(Belief::Refused(fault)),
+    };
     let known = cache::get(text);
     let jwt = match &known {
         Some(known) => Arc::clone(&known.jwt),
         None => match Jwt::parse(text) {
             Ok(jwt) => Arc::new(jwt),
-            Err(fault) => return Outcome::Refused(fault),
+            Err(fault) => return Some(Belief::Refused(fault)),
         },
     };
-    let mut outcome = Outcome::Refused(Fault::UnknownIssuer);
-    let meant = rules.filter(|rule| *rule.issuer == *jwt.issuer() && rule.places.iter().any(|p| at(p, parts).next().is_some()));
-    for rule in meant {
-        let fault = match jwt.check_time(now) {
-            Err(fault) => fault,
-            Ok(()) if !rule.accepts_audience(jwt.audiences()) => Fault::WrongAudience,
-            Ok(()) => {
-                let slot = sources.slot(&rule.keys);
-                if known.as_ref().is_some_and(|known| slot.is_current(&known.keys)) {
-                    return Outcome::Verified(Verified { jwt, rule: Arc::clone(rule) });
-                }
-                let Some(keys) = slot.keys() else {
-                    outcome = Outcome::Unknown(Fault::NoKeys, slot);
-                    continue;
-                };
-                match keys.verify(&jwt) {
-                    Ok(()) => {
-                        cache::put(Arc::clone(&jwt), keys);
-                        return Outcome::Verified(Verified { jwt, rule: Arc::clone(rule) });
-                    }
-                    Err(fault) if fault == Fault::NoSuchKey || !jwt.names_key() => {
-                        outcome = Outcome::Unknown(fault, slot);
-                        continue;
-                    }
-                    Err(fault) => fault,
-                }
-            }
-        };
-        if !matches!(outcome, Outcome::Unknown(..)) {
-            outcome = Outcome::Refused(fault);
+    Some(believe(&jwt, carrier, rules, now, |rule| {
+        let slot = sources.slot(&rule.keys);
+        if known.as_ref().is_some_and(|known| slot.is_current(&known.keys)) {
+            return Signed::Yes;
         }
-    }
-    outcome
+        let Some(keys) = slot.keys() else { return Signed::Unknown(Fault::NoKeys, slot) };
+        match keys.verify(&jwt) {
+            Ok(()) => {
+                cache::put(Arc::clone(&jwt), keys);
+                Signed::Yes
+            }
+            Err(fault) if fault == Fault::NoSuchKey || !jwt.names_key() => Signed::Unknown(fault, slot),
+            Err(fault) => Signed::No(fault),
+        }
+    }))
 }
-
-/// The tokens at a place.
-fn at<'p>(place: &'p TokenPlace, parts: &'p Parts) -> impl Iterator<Item = &'p str> {
-    let (mut header, mut param, mut cookie) = (None, None, None);
-    match place {
-        TokenPlace::Header(name, prefix) => header = Some((name, prefix)),
-        TokenPlace::Param(name) => param = Some(name),
-        TokenPlace::Cookie(name) => cookie = Some(name),
-    }
-    let of_header = header
-        .into_iter()
-        .flat_map(|(name, prefix)| parts.headers.get_all(name).iter().filter_map(move |value| behind(value, prefix)));
-    let query = parts.uri.query().unwrap_or_default();
-    let of_param = param.into_iter().flat_map(move |name| query.split('&').filter_map(|pair| named(pair, name)));
-    let of_cookie = cookie.into_iter().flat_map(|name| {
-        let lines = parts.headers.get_all(header::COOKIE).iter().filter_map(|value| value.to_str().ok());
-        lines.flat_map(|line| line.split(';')).filter_map(|pair| named(pair.trim(), name)).map(unquoted)
-    });
-    of_header.chain(of_param).chain(of_cookie)
-}
-/// What stands behind the prefix in a header's value.
-fn behind<'v>(value: &'v HeaderValue, prefix: &str) -> Option<&'v str> {
-    Some(value.to_str().ok()?.strip_prefix(prefix)?.trim())
-}
-/// A cookie's value may be in quotes (RFC 6265 §4.1.1).
-fn unquoted(value: &str) -> &str {
-    value.strip_prefix('"').and_then(|v| v.strip_suffix('"')).unwrap_or(value)
-}
-/// The value of `name=value`; an empty one is a token like any other, and not a true one.
-fn named<'v>(pair: &'v str, name: &str) -> Option<&'v str> {
-    pair.strip_prefix(name)?.strip_prefix('=')
+/// What the keys at hand say of the token of a request that somebody only asks about.
+pub(crate) fn supposed(headers: &HeaderMap, query: &str, rules: &[&Arc<TokenRule>], sources: &Sources) -> Believed {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |t| t.as_secs());
+    mesh_tokens::suppose(headers, query, rules, now, |rule, jwt| match sources.slot(&rule.keys).keys() {
+        Some(keys) => keys.verify(jwt),
+        None => Err(Fault::NoKeys),
+    })
 }
 
 /// The token is true: it leaves the request unless it is to stay, and what was asked for is put into headers.
@@ -233,4 +194,26 @@ fn refuse(ex: &mut Exchange<'_>, fault: Fault) -> http::Response<crate::body::Bo
 }
 
 #[cfg(test)]
-mod tests;
+mod tests {
+    use super::*;
+
+    fn parts(target: &str, headers: &[(&'static str, &'static str)]) -> Parts {
+        let mut request = http::Request::get(target);
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        request.body(()).expect("a request").into_parts().0
+    }
+
+    #[test]
+    fn preflights_are_what_browsers_send() {
+        let ask = |method: &str, headers: &[(&'static str, &'static str)]| {
+            let mut parts = parts("/", headers);
+            parts.method = method.parse().expect("a method");
+            is_preflight(&parts)
+        };
+        let both = [("origin", "https://a"), ("access-control-request-method", "GET")];
+        assert!(ask("OPTIONS", &both));
+        assert!(!ask("GET", &both) && !ask("OPTIONS", &both[..1]) && !ask("OPTIONS", &both[1..]));
+    }
+}

@@ -6,12 +6,12 @@ use crate::conn::Conn;
 use crate::phase::admit::upgrade_of;
 use crate::phase::{Exchange, Flow, respond};
 use crate::telemetry::Noted;
-use crate::token::Verified;
 use http::{HeaderMap, Method, StatusCode};
 use mesh_model::authz_l7::{Denial, HttpFacts, InScope, Judgement, L7Facts, L7Verdict, Token, remote_address};
 use mesh_model::l7::policy::{L7Action, L7Body};
 use mesh_model::policy::PolicyKey;
 use mesh_model::{Reason, Refusal, Snapshot};
+use mesh_tokens::Verified;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 

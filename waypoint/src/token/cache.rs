@@ -2,9 +2,8 @@
 //!
 //! Only verified tokens are kept, with the very keys that verified them, in two generations: when the younger is full it becomes
 //! the older, and what nobody asked for since is gone. Time, audience and issuer are judged again for each request.
-use super::Jwt;
-use super::keys::KeySet;
 use foldhash::quality::RandomState;
+use mesh_tokens::{Jwt, KeySet};
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -71,7 +70,7 @@ mod tests {
     use base64::Engine as _;
 
     fn known(n: usize) -> Known {
-        let part = |json: String| super::super::BASE64.encode(json);
+        let part = |json: String| base64::prelude::BASE64_URL_SAFE_NO_PAD.encode(json);
         let text = format!(
             "{}.{}.c2ln",
             part(r#"{"alg":"RS256"}"#.into()),

@@ -4,11 +4,11 @@
 //! every so often (Istio's 20 minutes), sooner after a failure, and when a token names a key that is not there,
 //! at most once in [`GAP`], so that nobody can make us a nuisance to an issuer. What was fetched stays in use while fetching
 //! fails. Upstream: `phase::authenticate`, the control task. Downstream: `upstream::fetch`.
-use super::keys::KeySet;
 use crate::upstream::Fetcher;
 use arc_swap::{ArcSwap, ArcSwapOption};
 use bytes::Bytes;
 use mesh_model::l7::request_auth::KeySource;
+use mesh_tokens::KeySet;
 use parking_lot::Mutex;
 use serde::Deserialize;
 use std::collections::{HashMap, HashSet};
@@ -203,6 +203,10 @@ struct Metadata {
 /// Where an issuer's metadata is (OpenID Connect Discovery §4).
 const METADATA: &str = "/.well-known/openid-configuration";
 
+fn is_secure(uri: &str) -> bool {
+    uri.get(..6).is_some_and(|scheme| scheme.eq_ignore_ascii_case("https:"))
+}
+
 /// The JWKS of a source.
 async fn document(source: &KeySource, fetcher: &Arc<Fetcher>) -> Result<Bytes, String> {
     match source {
@@ -212,6 +216,9 @@ async fn document(source: &KeySource, fetcher: &Arc<Fetcher>) -> Result<Bytes, S
             let metadata = format!("{}{METADATA}", issuer.trim_end_matches('/'));
             let metadata = fetcher.get(&metadata, *timeout, LARGEST).await?;
             let Metadata { jwks_uri } = serde_json::from_slice(&metadata).map_err(|e| format!("the issuer's metadata: {e}"))?;
+            if is_secure(issuer) && !is_secure(&jwks_uri) {
+                return Err(format!("the issuer's metadata names keys without TLS: {jwks_uri:?}"));
+            }
             fetcher.get(&jwks_uri, *timeout, LARGEST).await
         }
     }

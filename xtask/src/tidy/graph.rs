@@ -15,6 +15,7 @@ const EDGES: &[(&str, &[&str])] = &[
     // L1
     ("mesh-sources", &["mesh-model", "mesh-proto", "mesh-runtime"]),
     ("mesh-identity", &["mesh-model", "mesh-proto", "mesh-runtime"]),
+    ("mesh-tokens", &["mesh-model"]),
     ("mesh-hbone", &["mesh-model", "mesh-runtime"]),
     ("ebpf-loader", &["ebpf-common"]),
     // L2
@@ -31,9 +32,9 @@ const EDGES: &[(&str, &[&str])] = &[
             "ebpf-loader",
         ],
     ),
-    ("waypoint", &["mesh-model", "mesh-runtime", "mesh-proto", "mesh-sources", "mesh-identity", "mesh-hbone"]),
+    ("waypoint", &["mesh-model", "mesh-runtime", "mesh-proto", "mesh-sources", "mesh-identity", "mesh-tokens", "mesh-hbone"]),
     // L3
-    ("meshctl", &["mesh-model", "mesh-runtime", "mesh-sources"]),
+    ("meshctl", &["mesh-model", "mesh-runtime", "mesh-sources", "mesh-tokens"]),
     (
         "mesh-tests",
         &[

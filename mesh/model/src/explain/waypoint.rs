@@ -4,7 +4,7 @@
 //! Owns the order of the waypoint's phases as a story (policies, then route, as the proxy has it). Upstream:
 //! [`crate::explain`]. Downstream: `route`, `request`.
 use super::report::{Decision, HttpQuestion, Step};
-use super::{Outcome, Story, Unanswerable, decision, may_be_http, name_of, request, route};
+use super::{Believed, Outcome, Story, Unanswerable, decision, may_be_http, name_of, request, route};
 use crate::addr::HboneAuthority;
 use crate::authz_l7::{Denial, HttpFacts, InScope, L7Facts, L7Verdict, PolicyScope, remote_address};
 use crate::gateway::ServiceKey;
@@ -130,6 +130,18 @@ impl For {
     }
 }
 
+fn gateway_of(me: &Workload) -> Option<GatewayKey> {
+    me.labels.get(GATEWAY_NAME).map(|name| GatewayKey::new(&me.namespace, name))
+}
+fn scope<'a>(gateway: Option<&'a GatewayKey>, target: &'a For) -> PolicyScope<'a> {
+    let namespace = match target {
+        For::Mesh(Target::Service { service, .. }) => Some(&*service.key.namespace),
+        For::Mesh(Target::Workload { known, .. }) => Some(&*known.workload().namespace),
+        For::Gateway { .. } => None,
+    };
+    PolicyScope { service: target.service().map(|s| &s.key), namespace, gateway, waypoint: matches!(target, For::Mesh(_)) }
+}
+
 impl Story<'_> {
     /// The call at a gateway's own port, from a client that no tunnel brings there.
     pub(super) fn at_gateway(
@@ -201,15 +213,24 @@ impl Story<'_> {
     }
 
     fn as_request(&mut self, at: &str, me: &Arc<Workload>, target: &For, asked: &Asked) -> Outcome {
+        let believed = self.believed(me, target, asked);
+        let token = if let Some(Believed::True(token)) = &believed { Some(&**token) } else { None };
         let http = HttpFacts {
             method: asked.method.as_str(),
             authority: &asked.authority,
             path: &asked.path,
             headers: &asked.headers,
-            token: self.settings.token,
+            token,
         };
         let mut step = self.policies(at, me, target, Some(http));
-        let req = asked.facts(target.port(), self.settings.token.map(|t| t as &dyn crate::l7::route::Claims));
+        // Tokens are looked at before policies, by rules that can be read.
+        if let Some(Believed::False { status, text }) = believed
+            && step.reason.as_deref() != Some(Reason::PolicyUnusable.as_str())
+        {
+            self.steps.push(Step { policies: step.policies, ..Step::refuses(at, &Refusal::new(Reason::TokenRefused, text)) });
+            return Outcome::new(Decision::Denied, format!("{status} ({text})"));
+        }
+        let req = asked.facts(target.port(), token.map(|t| t as &dyn crate::l7::route::Claims));
         let plain = target.key().map(|key| HttpRoute::plain(&key, target.port()));
         let (table, selected) = match target.routes(self.snap, &asked.authority) {
             Routes::Table(table) => (Some(table), select(table, &req)),
@@ -297,20 +318,28 @@ impl Story<'_> {
         )
     }
 
+    /// What becomes of the request's token; `None`: nobody looks at it.
+    fn believed(&mut self, me: &Workload, target: &For, asked: &Asked) -> Option<Believed> {
+        let verify = self.settings.verify?;
+        let gateway = gateway_of(me);
+        let rules: Vec<_> = scope(gateway.as_ref(), target).request_auths(self.snap).flat_map(RequestAuths::rules).collect();
+        if rules.is_empty() {
+            if asked.headers.contains_key(AUTHORIZATION) {
+                self.notes.push("no RequestAuthentication is in force: the token is not looked at, and passes as it is".into());
+            }
+            return None;
+        }
+        let believed = verify(&asked.headers, asked.query.as_deref().unwrap_or_default(), &rules);
+        if let Believed::True(token) = &believed {
+            self.notes.push(format!("the token is true: request principal {}/{}", token.issuer(), token.subject()));
+        }
+        Some(believed)
+    }
+
     /// What the policies of layer 7 say.
     fn policies(&mut self, at: &str, me: &Workload, target: &For, http: Option<HttpFacts<'_>>) -> Step {
-        let gateway = me.labels.get(GATEWAY_NAME).map(|name| GatewayKey::new(&me.namespace, name));
-        let namespace = match target {
-            For::Mesh(Target::Service { service, .. }) => Some(&*service.key.namespace),
-            For::Mesh(Target::Workload { known, .. }) => Some(&*known.workload().namespace),
-            For::Gateway { .. } => None,
-        };
-        let scope = PolicyScope {
-            service: target.service().map(|s| &s.key),
-            namespace,
-            gateway: gateway.as_ref(),
-            waypoint: matches!(target, For::Mesh(_)),
-        };
+        let gateway = gateway_of(me);
+        let scope = scope(gateway.as_ref(), target);
         let client = self.source.address.ip();
         let facts = L7Facts {
             peer: self.source.identity.as_ref(),
@@ -346,7 +375,7 @@ impl Story<'_> {
         {
             step = Step::refuses(at, &Refusal::new(Reason::PolicyUnusable, format!("{key}: {why}")));
         }
-        if self.settings.token.is_none() && http.is_some_and(|h| h.headers.contains_key(AUTHORIZATION)) && auths.next().is_some()
+        if self.settings.verify.is_none() && http.is_some_and(|h| h.headers.contains_key(AUTHORIZATION)) && auths.next().is_some()
         {
             let note = "a RequestAuthentication is in force, and the token is not verified here: a true one adds a request \
                 principal and claims, a false one is answered 401";

@@ -5,6 +5,7 @@
 //! `%2e%2e;` goes up as `..;` does, `\..;` too, and a path of slashes alone merges to `/`. Refuses: the query (cut off before)
 //! and decoding what a decoder behind us could take for a delimiter, but in the mode that asks for it.
 use std::borrow::Cow;
+use std::str::FromStr;
 
 /// How paths are normalised (Istio's `meshConfig.pathNormalization`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
@@ -20,6 +21,23 @@ pub enum PathNormalization {
     /// And `%2f` and `%5c` are slashes, before all else.
     DecodeAndMergeSlashes,
 }
+/// As settings write it: Istio's names in lower case with dashes.
+impl FromStr for PathNormalization {
+    type Err = NoPathNormalization;
+    fn from_str(text: &str) -> Result<Self, NoPathNormalization> {
+        match text {
+            "none" => Ok(Self::None),
+            "base" => Ok(Self::Base),
+            "merge-slashes" => Ok(Self::MergeSlashes),
+            "decode-and-merge-slashes" => Ok(Self::DecodeAndMergeSlashes),
+            _ => Err(NoPathNormalization),
+        }
+    }
+}
+/// No mode has this name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("write none, base, merge-slashes or decode-and-merge-slashes")]
+pub struct NoPathNormalization;
 
 /// A path nobody should see: answered 400 (`path_normalization_failed`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]

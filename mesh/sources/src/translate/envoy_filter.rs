@@ -2,7 +2,8 @@
 //!
 //! Understood are the filters meshes patch in most: `local_ratelimit`, additions of response headers (`header_mutation`, a
 //! `lua` that does nothing else, `response_headers_to_add`), `cors`, `compressor`, and `buffer`; bound by `targetRefs`, to all of
-//! what they name. The rest is refused, as a whole and with its reason: a patch that is not understood cannot be half done.
+//! what they name. The rest is refused, as a whole and with its reason: a patch that is not understood cannot be half done, and what
+//! it is bound to is refused until it is corrected or removed.
 //! Upstream: [`super::object`]. Downstream: [`super::traffic`].
 
 mod limit;
@@ -22,7 +23,6 @@ use super::authorization::{OBJECT, OBJECT_META};
 use super::http_text::{name, pattern};
 use super::object::{ObjectId, Reader};
 use super::read::{self, Bad, Read};
-use super::targets::Targets;
 use super::traffic_policy::{self, TrafficPolicy, content_types, header_value};
 use crate::diagnostics::Severity;
 use crate::yaml::Node;
@@ -33,20 +33,26 @@ const EXTENSION: &str = "envoy.extensions.filters.http.";
 
 /// Reads an EnvoyFilter.
 pub(super) fn read<'p>(r: &mut Reader<'_>, node: &'p Node<'p>, id: &ObjectId) -> Read<'p, TrafficPolicy> {
-    read::only(node, OBJECT)?;
-    read::only(node.get("metadata").unwrap_or(node), OBJECT_META)?;
     let spec = node.get("spec").unwrap_or(node);
-    read::only(spec, &["targetRefs", "workloadSelector", "configPatches", "priority"])?;
-    if let Some(at) = spec.get("workloadSelector") {
+    if spec.get("targetRefs").is_none() {
+        // It binds nothing here, so that there is nothing to refuse.
+        let at = spec.get("workloadSelector").unwrap_or(spec);
         let message = "no waypoint or gateway is selected by labels; this filter is for sidecars";
         return Err(refused(at, message, "bind it with `targetRefs`"));
     }
-    let targets = traffic_policy::targets(node, &id.namespace)?;
+    // What was to be done at its targets and is not may have been what protected them.
+    Ok(traffic_policy::read_as(r, node, id, content))
+}
+fn content<'p>(r: &mut Reader<'_>, node: &'p Node<'p>, id: &ObjectId) -> Read<'p, Treatment> {
+    read::only(node, OBJECT)?;
+    read::only(node.get("metadata").unwrap_or(node), OBJECT_META)?;
+    let spec = node.get("spec").unwrap_or(node);
+    read::only(spec, &["targetRefs", "configPatches", "priority"])?;
     let mut filter = Filter { r, root: node, id, out: Treatment::default() };
     for (n, patch) in read::list(spec, "configPatches")?.iter().enumerate() {
         filter.patch(n, patch)?;
     }
-    Ok(TrafficPolicy { targets: Targets::Named(targets), treatment: filter.out })
+    Ok(filter.out)
 }
 /// What is not done here.
 fn refused<'p>(at: &'p Node<'p>, message: impl Into<String>, fix: &'static str) -> Bad<'p> {

@@ -53,18 +53,7 @@ fn targets<'p>(r: &mut Reader<'_>, node: &'p Node<'p>, id: &ObjectId, everywhere
     match (named, written) {
         (Some(_), Some(n)) => Err(Bad::value(n, "`selector` and targets cannot be combined", "keep one of them")),
         (Some(targets), None) => Ok(Targets::Named(targets)),
-        (None, Some(n)) if !selector.is_empty() => {
-            let bad = Bad {
-                at: n,
-                missing: None,
-                message: "pods are not asked for tokens, waypoints and gateways are: selected like this it can never apply"
-                    .into(),
-                fix: "bind it with targetRefs to a Service, ServiceEntry or Gateway",
-                code: "no-effect",
-            };
-            r.report(node, &bad, Severity::Error);
-            Ok(Targets::Named(Vec::new()))
-        }
+        (None, Some(n)) if !selector.is_empty() => Ok(Targets::Selected { selector, everywhere, line: n.line }),
         (None, _) => Ok(Targets::Gateways { everywhere }),
     }
 }

@@ -19,7 +19,8 @@ use mesh_model::{Change, Origin};
 
 use super::layer7::{forget, replace};
 use super::object::{Kind, ObjectId};
-use super::{Dirty, HashMap, Name, Translator};
+use super::waypoint::GATEWAY_NAME;
+use super::{Dirty, HashMap, Labels, Name, Translator};
 use crate::diagnostics::{Problem, Severity};
 
 /// The GatewayClass of waypoints, the only one a policy may name (upstream has it hardcoded too).
@@ -103,6 +104,16 @@ pub enum Targets {
         /// All of them.
         everywhere: bool,
     },
+    /// Pods, of its namespace or of all: those of gateways are bound, as in Istio. Other pods judge no such policy, and
+    /// waypoints are not selected (upstream leaves both out in silence): what is reached of them through a waypoint is refused.
+    Selected {
+        /// Their labels.
+        selector: Labels,
+        /// Of all namespaces.
+        everywhere: bool,
+        /// Where it is written.
+        line: u32,
+    },
     /// It cannot be told: everything in its namespace, or everywhere when that is the root namespace.
     Unknown {
         /// Everywhere.
@@ -163,7 +174,9 @@ impl<P: Targetable> Targeted<P> {
             match &version.targets {
                 Targets::Named(targets) => named.extend(targets.iter().cloned()),
                 // What names no target in one version may have others in the next.
-                Targets::Unknown { everywhere } | Targets::Gateways { everywhere } => unknown = Some(*everywhere),
+                Targets::Unknown { everywhere } | Targets::Gateways { everywhere } | Targets::Selected { everywhere, .. } => {
+                    unknown = Some(*everywhere);
+                }
             }
         }
         let targets = unknown.map_or(Targets::Named(named), |everywhere| Targets::Unknown { everywhere });
@@ -175,7 +188,7 @@ impl<P: Targetable> Targeted<P> {
         match &self.targets {
             Targets::Named(all) => (all.iter().map(|t| (&t.kind, &*t.name)).collect(), None, None),
             Targets::Gateways { everywhere } => (Vec::new(), Some(*everywhere), None),
-            Targets::Unknown { everywhere } => (Vec::new(), None, Some(*everywhere)),
+            Targets::Unknown { everywhere } | Targets::Selected { everywhere, .. } => (Vec::new(), None, Some(*everywhere)),
         }
     }
 }
@@ -198,6 +211,10 @@ pub(super) struct Bound {
     pub(super) targets: BTreeSet<PolicyTarget>,
     /// ServiceEntries it names.
     entries: BTreeSet<Name>,
+    /// Services that are refused in its place.
+    refused: BTreeSet<PolicyTarget>,
+    /// It selects pods.
+    selects: bool,
 }
 /// All bindings of one kind of policy.
 #[derive(Debug)]
@@ -262,9 +279,15 @@ impl<P: Targetable> Bindings<P> {
         if self.bound.is_empty() {
             return keys;
         }
+        // Pods, gateways, services: any of them may have come or gone, or have other labels.
+        let pods = !(dirty.pods.is_empty() && dirty.entries.is_empty() && dirty.slices.is_empty());
+        let moved = pods || !services.is_empty() || !dirty.gateways.is_empty();
         let gateways = dirty.gateways.iter().map(gateway_target);
         for target in services.into_iter().map(PolicyTarget::Service).chain(gateways) {
             keys.extend(self.by_target.get(&target).into_iter().flat_map(|all| all.keys().cloned()));
+        }
+        if moved {
+            keys.extend(self.bound.iter().filter(|(_, bound)| bound.selects).map(|(key, _)| key.clone()));
         }
         for entry in &dirty.service_entries {
             keys.extend(self.by_entry.get(entry).into_iter().flatten().cloned());
@@ -295,6 +318,12 @@ impl<P: Targetable> Bindings<P> {
             Some((Targets::Gateways { everywhere: false }, _)) => {
                 bound.targets.insert(PolicyTarget::GatewaysOf(Arc::clone(&key.namespace)));
             }
+            Some((Targets::Selected { selector, everywhere, line }, policy)) => {
+                bound.selects = true;
+                let within = Some(&key.namespace).filter(|_| !everywhere);
+                let told = select(t, within, selector, &mut bound);
+                problems.extend(policy.origin().zip(told).map(|(origin, message)| selects_pods(origin, *line, message)));
+            }
             Some((Targets::Named(targets), policy)) => {
                 for target in targets {
                     let mut complain = |message: String, fix: &'static str| {
@@ -321,10 +350,15 @@ impl<P: Targetable> Bindings<P> {
             self.by_entry.entry(entry.clone()).or_default().insert(key.clone());
         }
         if let Some(policy) = now.map(|p| Arc::clone(&p.policy)) {
+            let refusing = || {
+                let why = "it selects pods, and pods are not asked for tokens".into();
+                Arc::new(P::unusable(key.clone(), why, policy.origin().cloned().map(Arc::new)))
+            };
             for target in &bound.targets {
+                let policy = if bound.refused.contains(target) { refusing() } else { Arc::clone(&policy) };
                 let all = self.by_target.entry(target.clone()).or_default();
                 if all.get(key) != Some(&policy) {
-                    all.insert(key.clone(), Arc::clone(&policy));
+                    all.insert(key.clone(), policy);
                     touched.insert(target.clone());
                 }
             }
@@ -351,6 +385,43 @@ pub(super) fn policy(t: &Translator, key: &PolicyKey) -> Option<Arc<TargetedPoli
     space.policies.get(&key.name)?.obj.layer7.clone()
 }
 
+/// Adds what a selector means to `bound`; what there is to tell, if not all it selects are pods of gateways.
+fn select(t: &Translator, within: Option<&Arc<str>>, selector: &Labels, bound: &mut Bound) -> Option<&'static str> {
+    let spaces = t.spaces.iter().filter(|(ns, _)| within.is_none_or(|within| within == *ns));
+    let workloads = spaces.flat_map(|(_, space)| {
+        let many = space.entries.values().map(|e| &e.out).chain(space.slices.values().map(|s| &s.out));
+        space.pods.values().filter_map(|pod| pod.out.as_ref()).chain(many.flatten())
+    });
+    let mut others = false;
+    for workload in workloads.filter(|w| selector.select(&w.labels)) {
+        if let Some(name) = workload.labels.get(GATEWAY_NAME) {
+            let gateway: Name = (Arc::clone(&workload.namespace), Arc::clone(name));
+            if t.gateways.get(&gateway).is_some_and(|g| *g.obj.class != *WAYPOINT_CLASS) {
+                bound.targets.insert(gateway_target(&gateway));
+                continue;
+            }
+        }
+        others = true;
+        let behind = workload.services.iter().filter_map(|(key, _)| t.services_out.get(key));
+        bound.refused.extend(behind.filter(|s| !s.waypoints.is_empty()).map(|s| PolicyTarget::Service(s.key.clone())));
+    }
+    bound.targets.extend(bound.refused.iter().cloned());
+    match (bound.refused.is_empty(), others || bound.targets.is_empty()) {
+        (false, _) => Some("pods are not asked for tokens: what is reached of those it selects through a waypoint is refused"),
+        (true, true) => Some("pods are not asked for tokens, waypoints and gateways are: selected like this it can never apply"),
+        (true, false) => None,
+    }
+}
+fn selects_pods(origin: &Origin, line: u32, message: &str) -> Problem {
+    Problem {
+        severity: Severity::Error,
+        origin: Origin { line, ..origin.clone() },
+        field: "spec.selector".into(),
+        message: message.into(),
+        fix: "bind it with targetRefs to a Service, ServiceEntry or Gateway".into(),
+        code: Some("no-effect"),
+    }
+}
 /// Adds what one target means to `bound`; `complain` is called with message and fix when it never takes effect.
 pub(super) fn resolve(
     t: &Translator,

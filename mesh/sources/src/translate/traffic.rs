@@ -81,11 +81,15 @@ fn bound(
 ) -> impl Iterator<Item = PolicyTarget> + use<> {
     let mut bound = Bound::default();
     match &slot.obj.targets {
-        // None of these objects names no target.
-        Targets::Gateways { everywhere: true } | Targets::Unknown { everywhere: true } => {
+        // None of these objects names no target, or selects pods.
+        Targets::Gateways { everywhere: true }
+        | Targets::Unknown { everywhere: true }
+        | Targets::Selected { everywhere: true, .. } => {
             _ = bound.targets.insert(PolicyTarget::Mesh);
         }
-        Targets::Gateways { everywhere: false } | Targets::Unknown { everywhere: false } => {
+        Targets::Gateways { everywhere: false }
+        | Targets::Unknown { everywhere: false }
+        | Targets::Selected { everywhere: false, .. } => {
             _ = bound.targets.insert(PolicyTarget::Namespace(Arc::clone(&id.namespace)));
         }
         Targets::Named(targets) => {

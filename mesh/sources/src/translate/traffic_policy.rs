@@ -37,6 +37,15 @@ const MOST: usize = 100;
 
 /// Reads a TrafficPolicy; one that cannot be used comes as a stand-in that refuses.
 pub(super) fn read(r: &mut Reader<'_>, node: &Node<'_>, id: &ObjectId) -> TrafficPolicy {
+    read_as(r, node, id, content)
+}
+/// Reads what `content` says about the targets of an object, or that it cannot be used there.
+pub(super) fn read_as<'p>(
+    r: &mut Reader<'_>,
+    node: &'p Node<'p>,
+    id: &ObjectId,
+    content: impl FnOnce(&mut Reader<'_>, &'p Node<'p>, &ObjectId) -> Read<'p, Treatment>,
+) -> TrafficPolicy {
     let targets = targets(node, &id.namespace);
     let mut bad = match targets.clone().and_then(|targets| Ok((targets, content(r, node, id)?))) {
         Ok((targets, treatment)) => return TrafficPolicy { targets: Targets::Named(targets), treatment },

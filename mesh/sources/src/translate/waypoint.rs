@@ -18,7 +18,8 @@ const USE: &str = "istio.io/use-waypoint";
 const USE_NAMESPACE: &str = "istio.io/use-waypoint-namespace";
 const CANARY: &str = "istio.io/use-waypoint-canary";
 const CANARY_NAMESPACE: &str = "istio.io/use-waypoint-canary-namespace";
-const GATEWAY_NAME: &str = "gateway.networking.k8s.io/gateway-name";
+/// Label of a pod that is an instance of a Gateway.
+pub(super) const GATEWAY_NAME: &str = "gateway.networking.k8s.io/gateway-name";
 
 /// What traffic is asking.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

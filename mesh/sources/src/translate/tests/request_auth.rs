@@ -95,6 +95,76 @@ fn it_binds_what_it_names_or_the_gateways() {
 }
 
 #[test]
+fn a_selector_binds_gateways_and_refuses_where_pods_would_have_to_judge() {
+    let label = "gateway.networking.k8s.io/gateway-name";
+    let service = service(
+        "a",
+        "s",
+        ", labels: {istio.io/use-waypoint: wp}",
+        "{clusterIP: 10.1.0.1, selector: {app: web}, ports: [{port: 80}]}",
+    );
+    let pods = pod("a", "web-1", "10.0.0.1", "app: web, on: 'y'")
+        + &pod("a", "gw-1", "10.0.0.2", &format!("{label}: gw, app: edge, on: 'y'"))
+        + &pod("a", "wp-1", "10.0.0.3", &format!("{label}: wp, app: way"))
+        + &pod("b", "other-1", "10.0.0.4", "app: other");
+    let edge = gateway("a", "gw", "", "Same", true).replace("istio-waypoint", "istio");
+    let bound = |ns: &str, labels: &str| {
+        let rule = format!("selector: {{matchLabels: {{{labels}}}}}, jwtRules: [{{issuer: i, jwks: {KEYS}}}]");
+        let (state, problems) = told(&(service.clone() + &pods + &edge + &ra(ns, "x", &format!("{{{rule}}}"))));
+        let all = state.auths.keys().map(|target| {
+            let refuses = matches!(only(&state, target).body, AuthBody::Unusable { .. });
+            format!("{target}{}", if refuses { " refuses" } else { "" })
+        });
+        (all.collect::<Vec<_>>().join(", "), problems.join("\n"))
+    };
+    for (ns, labels, want, message) in [
+        ("a", "app: edge", "gateway a/gw", ""),
+        ("istio-system", "app: edge", "gateway a/gw", ""),
+        ("b", "app: edge", "", "can never apply"),
+        ("a", "app: web", "service a/s.a.svc.cluster.local refuses", "through a waypoint is refused"),
+        ("istio-system", "app: web", "service a/s.a.svc.cluster.local refuses", "through a waypoint is refused"),
+        ("a", "on: 'y'", "gateway a/gw, service a/s.a.svc.cluster.local refuses", "through a waypoint is refused"),
+        // Waypoints are not selected, and nothing is in front of this one.
+        ("a", "app: way", "", "can never apply"),
+        ("b", "app: other", "", "can never apply"),
+    ] {
+        let (all, problems) = bound(ns, labels);
+        assert_eq!(all, want, "{ns} {labels}: {problems}");
+        assert_eq!(problems.is_empty(), message.is_empty(), "{ns} {labels}: {problems}");
+        assert!(problems.contains(message) && (message.is_empty() || problems.starts_with("error spec.selector")), "{problems}");
+    }
+}
+
+#[test]
+fn what_a_selector_selects_follows_the_pods() {
+    let service = service(
+        "a",
+        "s",
+        ", labels: {istio.io/use-waypoint: wp}",
+        "{clusterIP: 10.1.0.1, selector: {app: web}, ports: [{port: 80}]}",
+    );
+    let rule = format!("{{selector: {{matchLabels: {{app: web}}}}, jwtRules: [{{issuer: i, jwks: {KEYS}}}]}}");
+    let mut t = Translator::new(view(), &Settings { layer7: true, ..Settings::default() });
+    let mut state = State::default();
+    let (all, _) = objects(&mut t, &(gateway("a", "wp", "", "Same", true) + &service + &ra("a", "x", &rule)));
+    for object in all {
+        t.upsert(object);
+    }
+    state.apply(t.flush());
+    assert!(state.auths.is_empty(), "{:?}", state.auths);
+    let (pods, _) = objects(&mut t, &pod("a", "web-1", "10.0.0.1", "app: web"));
+    let id = pods[0].id.clone();
+    for pod in pods {
+        t.upsert(pod);
+    }
+    state.apply(t.flush());
+    assert!(matches!(only(&state, SERVICE).body, AuthBody::Unusable { .. }));
+    t.remove(&id);
+    state.apply(t.flush());
+    assert!(state.auths.is_empty(), "{:?}", state.auths);
+}
+
+#[test]
 fn what_cannot_be_read_refuses_what_it_binds() {
     let good = format!("issuer: i, jwks: {KEYS}");
     for (rule, field, message) in [

@@ -395,7 +395,9 @@ fn everything_else_is_refused_with_its_reason() {
         let (state, problems) = mesh7(&(base() + &text));
         let told = told(&problems);
         assert!(told.len() == 1 && told[0].starts_with("error") && told[0].contains(expect), "{expect}: {told:?}");
-        assert!(state.treatments.is_empty());
+        // Whatever it names is closed; what names nothing here is for sidecars.
+        assert!(state.treatments.values().all(|t| t.broken.is_some()));
+        assert_eq!(state.treatments.is_empty(), text.contains("workloadSelector"), "{expect}");
     }
 }
 #[test]

@@ -29,7 +29,7 @@ impl Algorithm {
 
 /// The usable keys of an issuer.
 #[derive(Debug)]
-pub(crate) struct KeySet {
+pub struct KeySet {
     keys: Box<[Key]>,
 }
 #[derive(Debug)]
@@ -65,10 +65,15 @@ impl KeySet {
         let keys: Box<[Key]> = document.keys.into_iter().filter_map(Key::read).collect();
         if keys.is_empty() { Err("no usable key in the JWKS".to_owned()) } else { Ok(Self { keys }) }
     }
+    /// How many.
+    #[allow(clippy::len_without_is_empty, reason = "never empty")]
     pub fn len(&self) -> usize {
         self.keys.len()
     }
     /// Whether one of the keys signed the token.
+    ///
+    /// # Errors
+    /// None did, or none is meant for it.
     pub fn verify(&self, jwt: &Jwt) -> Result<(), Fault> {
         let mut fault = Fault::NoSuchKey;
         for key in &self.keys {
@@ -119,6 +124,8 @@ impl Key {
                 _ => None,
             },
             AlgorithmParameters::OctetKeyPair(pair) if matches!(pair.curve, EllipticCurve::Ed25519) => known(&[Known::EdDSA]),
+            // With a secret of nothing anybody signs.
+            AlgorithmParameters::OctetKey(key) if key.value.is_empty() => None,
             AlgorithmParameters::OctetKey(_) => known(&[Known::HS256, Known::HS384, Known::HS512]),
             _ => None,
         };
