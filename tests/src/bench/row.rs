@@ -9,11 +9,12 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Context as _, ensure};
-use serde_json::Value;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use super::parts::{self, Held, Proxy, Running, Settings, join, load_command, pinned, pod_yaml, start_listening};
 use crate::dev_ca::TestCa;
+use crate::issuer::{SigningKey, jwks, now};
 use crate::mesh_dir::MeshDir;
 use crate::netns::{self, Netns};
 
@@ -67,6 +68,8 @@ pub struct Size {
     pub routes: usize,
     /// Endpoints of the service; all of them are the one server.
     pub endpoints: usize,
+    /// Whether every request must bear a token of RS256 that a policy allows, and is logged as JSON.
+    pub filtered: bool,
 }
 
 static BUILT: AtomicUsize = AtomicUsize::new(0);
@@ -79,6 +82,8 @@ pub struct Row {
     /// The proxy first.
     proxies: Vec<Proxy>,
     _server: Running,
+    /// What a request must bear.
+    token: Option<String>,
     client: Netns,
     server_netns: Netns,
     mesh: MeshDir,
@@ -111,6 +116,10 @@ impl Row {
         for (name, yaml) in large_yaml(size) {
             mesh.put(&name, &yaml)?;
         }
+        let filters = size.filtered.then(Filters::make).transpose()?;
+        if let Some(filters) = &filters {
+            mesh.put("filters.yaml", &filters.yaml(shape))?;
+        }
         let folders = (mesh.path(), authority.path());
         let mut ends = Vec::new();
         if shape == Shape::Hbone {
@@ -124,7 +133,7 @@ impl Row {
             Program::Waypoint(binary) => {
                 let mut command = Proxy::ours(binary, folders.0, folders.1, settings);
                 command.args(["--namespace", "bench", "--pod", NAME, "--service-account", NAME, "--gateway", NAME]);
-                command.args(["--access-log", "false"]);
+                command.args(["--access-log", &filters.is_some().to_string()]);
                 (command, (15021, "/healthz/ready"))
             }
             Program::Envoy(binary) => {
@@ -137,7 +146,7 @@ impl Row {
                     }
                 };
                 let file = authority.path().join("envoy.json");
-                std::fs::write(&file, envoy::config(tls.as_ref(), size).to_string())?;
+                std::fs::write(&file, envoy::config(tls.as_ref(), size, filters.as_ref()).to_string())?;
                 let mut command = pinned(settings.cpus.map(|(proxies, _load)| proxies), binary);
                 command.arg("-c").arg(file).args(["--concurrency", &settings.workers.to_string()]);
                 command.args(["--disable-hot-restart", "-l", "warning"]);
@@ -152,6 +161,7 @@ impl Row {
         let row = Self {
             settings: settings.clone(),
             shape,
+            token: filters.map(|f| f.token),
             proxies,
             _server: server_process,
             client,
@@ -186,7 +196,9 @@ impl Row {
 
     /// Runs a load client and gives its line.
     pub fn run(&self, args: &[&str]) -> anyhow::Result<Value> {
-        parts::load(&self.client, &self.settings, args, self.target())
+        let token = self.token.as_ref().map(|token| ["--token", token.as_str()]);
+        let args: Vec<&str> = args.iter().copied().chain(token.into_iter().flatten()).collect();
+        parts::load(&self.client, &self.settings, &args, self.target())
     }
 
     /// Opens connections that last as long as the value.
@@ -212,6 +224,39 @@ impl Row {
     /// An error, with the end of its log, if a proxy is not running any more.
     pub fn check(&mut self) -> anyhow::Result<()> {
         self.proxies.iter_mut().try_for_each(Proxy::check)
+    }
+}
+
+/// Who issues the tokens.
+const ISSUER: &str = "https://issuer.bench.example";
+
+/// A token, and what asks for it.
+struct Filters {
+    token: String,
+    jwks: String,
+}
+impl Filters {
+    fn make() -> anyhow::Result<Self> {
+        let key = SigningKey::make("bench")?;
+        let claims = json!({"iss": ISSUER, "sub": "load", "aud": ["bench"], "exp": now() + 86_400, "role": "reader"});
+        Ok(Self { token: key.token(&claims)?, jwks: jwks(&[&key]) })
+    }
+
+    /// For our waypoint. The policy is of two rules, of which the second holds.
+    fn yaml(&self, shape: Shape) -> String {
+        let target = match shape {
+            Shape::Plain => format!("{{ kind: Gateway, group: gateway.networking.k8s.io, name: {NAME} }}"),
+            Shape::Hbone => "{ kind: Service, group: \"\", name: server }".into(),
+        };
+        format!(
+            "apiVersion: security.istio.io/v1\nkind: RequestAuthentication\nmetadata: {{ name: tokens, namespace: bench }}\nspec:\n  \
+             targetRefs: [ {target} ]\n  jwtRules: [ {{ issuer: \"{ISSUER}\", audiences: [ bench ], forwardOriginalToken: true, jwks: '{}' }} ]\n\
+             ---\napiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {{ name: readers, namespace: bench }}\nspec:\n  \
+             targetRefs: [ {target} ]\n  action: ALLOW\n  rules:\n  - to: [ {{ operation: {{ methods: [ POST ], paths: [ /admin/* ] }} }} ]\n  \
+             - from: [ {{ source: {{ requestPrincipals: [ \"{ISSUER}/load\" ] }} }} ]\n    to: [ {{ operation: {{ methods: [ GET ] }} }} ]\n    \
+             when: [ {{ key: \"request.auth.claims[role]\", values: [ reader ] }} ]\n",
+            self.jwks
+        )
     }
 }
 

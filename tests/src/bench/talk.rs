@@ -18,6 +18,8 @@ pub enum Talk {
         host: String,
         /// Path, without a query.
         path: String,
+        /// Bearer token of every request.
+        token: Option<String>,
     },
 }
 
@@ -47,10 +49,11 @@ impl Talk {
     pub fn dialog(&self, number: u64) -> Dialog {
         let (message, at) = match self {
             Self::Echo { .. } => (pattern(number, self.size()).to_vec(), None),
-            Self::Http { host, path } => {
+            Self::Http { host, path, token } => {
                 let begin = format!("GET {path}?");
                 let digits = "0".repeat(DIGITS);
-                let rest = format!(" HTTP/1.1\r\nhost: {host}\r\nuser-agent: loadgen\r\naccept: */*\r\n\r\n");
+                let token = token.as_ref().map(|t| format!("authorization: Bearer {t}\r\n")).unwrap_or_default();
+                let rest = format!(" HTTP/1.1\r\nhost: {host}\r\nuser-agent: loadgen\r\naccept: */*\r\n{token}\r\n");
                 (format!("{begin}{digits}{rest}").into_bytes(), Some(begin.len()))
             }
         };
@@ -139,7 +142,7 @@ mod tests {
 
     #[test]
     fn an_answer_must_be_that_to_its_request() {
-        let talk = Talk::Http { host: "h".into(), path: "/x".into() };
+        let talk = Talk::Http { host: "h".into(), path: "/x".into(), token: None };
         let mut dialog = talk.dialog(3);
         let asked = dialog.ask().to_vec();
         let asked = target(&asked).unwrap().to_owned();

@@ -24,7 +24,7 @@ loadgen rate   --to ADDR --conns N --rps R --secs S [TALK]
 loadgen churn  --to ADDR --conc N --count N [TALK]
 loadgen idle   --to ADDR --conns N [TALK]          holds until its standard input ends, then checks that all are alive
 loadgen stall  --to ADDR --conns N --host H --path P   asks, reads nothing of the answer, holds until its standard input ends
-TALK: --size 64 (bytes that are echoed) or --host H [--path /] (HTTP requests)";
+TALK: --size 64 (bytes that are echoed) or --host H [--path /] [--token T] (HTTP requests)";
 
 fn main() -> ExitCode {
     match start() {
@@ -68,7 +68,9 @@ fn start() -> anyhow::Result<()> {
 async fn run(mode: &str, mut flags: Flags) -> anyhow::Result<()> {
     let to: SocketAddr = flags.required("to")?;
     let talk = match flags.optional::<String>("host")? {
-        Some(host) => Talk::Http { host, path: flags.optional("path")?.unwrap_or_else(|| "/".into()) },
+        Some(host) => {
+            Talk::Http { host, path: flags.optional("path")?.unwrap_or_else(|| "/".into()), token: flags.optional("token")? }
+        }
         None => Talk::Echo { size: flags.optional("size")?.unwrap_or(64) },
     };
     let (outcome, seconds) = match mode {
@@ -123,7 +125,7 @@ fn wait_for_the_end() -> anyhow::Result<()> {
 }
 
 async fn stall(to: SocketAddr, conns: u64, talk: Talk) -> anyhow::Result<()> {
-    let Talk::Http { host, path } = talk else { bail!("stall takes --host and --path") };
+    let Talk::Http { host, path, .. } = talk else { bail!("stall takes --host and --path") };
     let (_held, outcome, seconds) = client::stall(to, conns, &host, &path).await;
     let failed = outcome.errors > 0;
     println!("{}", outcome.line("stall", seconds));

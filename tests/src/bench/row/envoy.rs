@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde_json::{Value, json};
 
-use super::{PORT, SERVER, Size, endpoint, path};
+use super::{Filters, ISSUER, PORT, SERVER, Size, endpoint, path};
 
 /// Port of the admin server.
 pub(super) const ADMIN: u16 = 15000;
@@ -24,8 +24,8 @@ fn internal(listener: &str) -> Value {
 }
 
 /// The bootstrap. `tls`: certificate, key and root, for the HBONE shape.
-pub(super) fn config(tls: Option<&[PathBuf; 3]>, size: Size) -> Value {
-    let http = manager("http", routes(size), &json!({}));
+pub(super) fn config(tls: Option<&[PathBuf; 3]>, size: Size, filters: Option<&Filters>) -> Value {
+    let http = manager("http", routes(size), &filters.map_or_else(|| json!({}), filtered));
     let (listeners, clusters) = match tls {
         None => {
             let to: Vec<Value> = (0..=size.endpoints)
@@ -45,6 +45,71 @@ pub(super) fn config(tls: Option<&[PathBuf; 3]>, size: Size) -> Value {
     })
 }
 
+fn router() -> Value {
+    named("envoy.filters.http.router", "extensions.filters.http.router.v3.Router", json!({}))
+}
+
+/// What istiod makes of [`Filters::yaml`], and the text of Istio's JSON log as far as both have it.
+fn filtered(filters: &Filters) -> Value {
+    let payload = "payload";
+    let claim = |path: &[&str], text: &str| {
+        let path: Vec<Value> = path.iter().map(|key| json!({"key": key})).collect();
+        let value = json!({"string_match": {"exact": text}});
+        json!({"metadata": {"filter": "envoy.filters.http.jwt_authn", "path": path, "value": value}})
+    };
+    let header = |name: &str, matcher: Value| json!({"header": {"name": name, "string_match": matcher}});
+    let tokens = json!({
+        "providers": {"tokens": {
+            "issuer": ISSUER,
+            "audiences": ["bench"],
+            "local_jwks": {"inline_string": filters.jwks},
+            "forward": true,
+            "payload_in_metadata": payload,
+        }},
+        "rules": [{"match": {"prefix": "/"}, "requires": {"requires_any": {"requirements": [
+            {"provider_name": "tokens"}, {"allow_missing": {}},
+        ]}}}],
+    });
+    let rule = |permission: Value, principal: Value| json!({"permissions": [permission], "principals": [principal]});
+    let policies = json!({
+        "rule[0]": rule(
+            json!({"and_rules": {"rules": [
+                header(":method", json!({"exact": "POST"})),
+                {"url_path": {"path": {"prefix": "/admin/"}}},
+            ]}}),
+            json!({"any": true}),
+        ),
+        "rule[1]": rule(
+            header(":method", json!({"exact": "GET"})),
+            json!({"and_ids": {"ids": [
+                claim(&[payload, "iss"], ISSUER), claim(&[payload, "sub"], "load"), claim(&[payload, "role"], "reader"),
+            ]}}),
+        ),
+    });
+    let fields = json!({
+        "authority": "%REQ(:AUTHORITY)%", "bytes_received": "%BYTES_RECEIVED%", "bytes_sent": "%BYTES_SENT%",
+        "downstream_local_address": "%DOWNSTREAM_LOCAL_ADDRESS%", "downstream_remote_address": "%DOWNSTREAM_REMOTE_ADDRESS%",
+        "duration": "%DURATION%", "method": "%REQ(:METHOD)%", "path": "%REQ(X-ENVOY-ORIGINAL-PATH?:PATH)%",
+        "protocol": "%PROTOCOL%", "request_id": "%REQ(X-REQUEST-ID)%", "response_code": "%RESPONSE_CODE%",
+        "response_code_details": "%RESPONSE_CODE_DETAILS%", "response_flags": "%RESPONSE_FLAGS%", "route_name": "%ROUTE_NAME%",
+        "start_time": "%START_TIME%", "upstream_cluster": "%UPSTREAM_CLUSTER%", "upstream_host": "%UPSTREAM_HOST%",
+        "upstream_local_address": "%UPSTREAM_LOCAL_ADDRESS%", "user_agent": "%REQ(USER-AGENT)%",
+        "x_forwarded_for": "%REQ(X-FORWARDED-FOR)%",
+    });
+    json!({
+        "http_filters": [
+            named("envoy.filters.http.jwt_authn", "extensions.filters.http.jwt_authn.v3.JwtAuthentication", tokens),
+            named("envoy.filters.http.rbac", "extensions.filters.http.rbac.v3.RBAC", json!({"rules": {"policies": policies}})),
+            router(),
+        ],
+        "access_log": [named(
+            "envoy.access_loggers.file",
+            "extensions.access_loggers.file.v3.FileAccessLog",
+            json!({"path": "/dev/stdout", "log_format": {"json_format": fields}}),
+        )],
+    })
+}
+
 fn routes(size: Size) -> Value {
     let to = |prefix: Value| json!({"match": prefix, "route": {"cluster": "server", "timeout": "0s"}});
     let mut all: Vec<Value> = (0..size.routes).map(|n| to(json!({"path_separated_prefix": path(n)}))).collect();
@@ -60,7 +125,7 @@ fn manager(name: &str, routes: Value, more: &Value) -> Value {
         "use_remote_address": name == "http",
         "stream_idle_timeout": "0s",
         "route_config": {"name": name, "virtual_hosts": [{"name": name, "domains": ["*"], "routes": routes}]},
-        "http_filters": [named("envoy.filters.http.router", "extensions.filters.http.router.v3.Router", json!({}))],
+        "http_filters": [router()],
     });
     for (key, value) in more.as_object().into_iter().flatten() {
         config[key] = value.clone();

@@ -71,7 +71,7 @@ pub fn slow(run: &Run, versus: &mut Versus) -> anyhow::Result<()> {
 pub fn flat(run: &Run, versus: &mut Versus) -> anyhow::Result<()> {
     let requests: u64 = if run.quick { 100_000 } else { 1_000_000 };
     let peer = run.waypoint()?;
-    let row = run.row(peer, Shape::Plain, Size { routes: 100, endpoints: 100 })?;
+    let row = run.row(peer, Shape::Plain, Size { routes: 100, endpoints: 100, ..Size::default() })?;
     let mut seen = Vec::new();
     let over = AtomicBool::new(false);
     let changes = std::thread::scope(|scope| -> anyhow::Result<u64> {
