@@ -288,6 +288,8 @@ impl Translator {
                 let Some((Body::Pod(obj), origin)) = new else {
                     if let Some(w) = space.pods.remove(&name).and_then(|s| s.out) {
                         self.dirty.gone.push(Change::WorkloadGone(Arc::clone(&w.uid)));
+                        // What selected it selects one less.
+                        self.dirty.pods.insert(whole);
                     }
                     return;
                 };
