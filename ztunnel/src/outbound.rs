@@ -28,7 +28,8 @@ pub async fn serve_conn(pod: Arc<Pod>, accepted: Accepted) {
     // capture: what did the application want?
     let dst = accepted.original_dst;
     if dst.port() == dns::CAPTURED && pod.captures_dns() {
-        return dns::serve_tcp(&pod, accepted.tcp).await;
+        // Boxed, so that every other connection does not carry its state.
+        return Box::pin(dns::serve_tcp(&pod, accepted.tcp)).await;
     }
     let mut record = Record::new(Direction::Outbound, accepted.peer, dst);
 

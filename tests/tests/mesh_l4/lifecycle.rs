@@ -257,10 +257,12 @@ pub(crate) fn fifty_restarts_leave_nothing_behind(mesh: &mut Mesh) -> anyhow::Re
         restart_b(mesh)?;
     }
     let mut after = Held::default();
-    wait::until_true("the agent to hold what it held before", || {
+    wait::until_true("the agent to hold no more than before", || {
         held_by_b(mesh).is_ok_and(|now| {
             after = now;
-            after == before
+            // Fewer files are no leak: some are open only while a pod is being enrolled.
+            let files = after.files.iter().all(|(kind, count)| before.files.get(kind).is_some_and(|most| count <= most));
+            files && (&after.pins, &after.network) == (&before.pins, &before.network)
         })
     })
     .with_context(|| format!("before: {before:#?}\nafter: {after:#?}"))

@@ -230,10 +230,10 @@ impl Rotation {
                 tracing::warn!(id = %entry.id, %error, still_valid = valid.is_some(), "no new certificate");
                 let rest = slot.fail(error, now);
                 match valid {
-                    // At expiry there must not be a long rest left.
+                    // Half of what is left, so that an authority that comes back late is still asked before the end.
                     Some(svid) => {
                         let left = svid.not_after.duration_since(self.tls.clock().now()).unwrap_or_default();
-                        rest.min(left.max(FIRST_RETRY))
+                        rest.min((left / 2).max(FIRST_RETRY))
                     }
                     None => rest,
                 }
