@@ -409,7 +409,7 @@ mod tests {
     #[tokio::test(flavor = "multi_thread")]
     async fn http_is_spoken_and_checked() {
         let to = start_http();
-        let talk = Talk::Http { host: "h".into(), path: "/a".into(), token: None };
+        let talk = Talk::Http { host: "h".into(), path: "/a".into(), tokens: std::sync::Arc::default() };
         let (outcome, _seconds) = ping(to, 4, Duration::from_secs(5), 40, &talk).await;
         assert!(clean(&outcome) && outcome.count == 40, "{outcome:?}");
         let other = talk.clone();

@@ -68,8 +68,8 @@ pub struct Size {
     pub routes: usize,
     /// Endpoints of the service; all of them are the one server.
     pub endpoints: usize,
-    /// Whether every request must bear a token of RS256 that a policy allows, and is logged as JSON.
-    pub filtered: bool,
+    /// Tokens of RS256 there are. If any, every request must bear one that a policy allows, and is logged as JSON.
+    pub tokens: usize,
 }
 
 static BUILT: AtomicUsize = AtomicUsize::new(0);
@@ -82,8 +82,8 @@ pub struct Row {
     /// The proxy first.
     proxies: Vec<Proxy>,
     _server: Running,
-    /// What a request must bear.
-    token: Option<String>,
+    /// The file with the tokens of requests.
+    tokens: Option<PathBuf>,
     client: Netns,
     server_netns: Netns,
     mesh: MeshDir,
@@ -116,10 +116,11 @@ impl Row {
         for (name, yaml) in large_yaml(size) {
             mesh.put(&name, &yaml)?;
         }
-        let filters = size.filtered.then(Filters::make).transpose()?;
+        let filters = (size.tokens > 0).then(|| Filters::make(size.tokens)).transpose()?;
         if let Some(filters) = &filters {
             mesh.put("filters.yaml", &filters.yaml(shape))?;
         }
+        let tokens = filters.as_ref().map(|filters| filters.write_tokens(authority.path())).transpose()?;
         let folders = (mesh.path(), authority.path());
         let mut ends = Vec::new();
         if shape == Shape::Hbone {
@@ -161,7 +162,7 @@ impl Row {
         let row = Self {
             settings: settings.clone(),
             shape,
-            token: filters.map(|f| f.token),
+            tokens,
             proxies,
             _server: server_process,
             client,
@@ -196,8 +197,8 @@ impl Row {
 
     /// Runs a load client and gives its line.
     pub fn run(&self, args: &[&str]) -> anyhow::Result<Value> {
-        let token = self.token.as_ref().map(|token| ["--token", token.as_str()]);
-        let args: Vec<&str> = args.iter().copied().chain(token.into_iter().flatten()).collect();
+        let tokens = self.tokens.as_ref().and_then(|file| file.to_str()).map(|file| ["--tokens", file]);
+        let args: Vec<&str> = args.iter().copied().chain(tokens.into_iter().flatten()).collect();
         parts::load(&self.client, &self.settings, &args, self.target())
     }
 
@@ -230,16 +231,27 @@ impl Row {
 /// Who issues the tokens.
 const ISSUER: &str = "https://issuer.bench.example";
 
-/// A token, and what asks for it.
+/// Tokens, and what asks for them.
 struct Filters {
-    token: String,
+    tokens: Vec<String>,
     jwks: String,
 }
 impl Filters {
-    fn make() -> anyhow::Result<Self> {
+    fn make(tokens: usize) -> anyhow::Result<Self> {
         let key = SigningKey::make("bench")?;
-        let claims = json!({"iss": ISSUER, "sub": "load", "aud": ["bench"], "exp": now() + 86_400, "role": "reader"});
-        Ok(Self { token: key.token(&claims)?, jwks: jwks(&[&key]) })
+        let expires = now() + 86_400;
+        let token = |n: usize| {
+            let id = format!("{n:08}");
+            key.token(&json!({"iss": ISSUER, "sub": "load", "aud": ["bench"], "exp": expires, "role": "reader", "jti": id}))
+        };
+        Ok(Self { tokens: (0..tokens).map(token).collect::<anyhow::Result<_>>()?, jwks: jwks(&[&key]) })
+    }
+
+    /// A line a token.
+    fn write_tokens(&self, dir: &Path) -> anyhow::Result<PathBuf> {
+        let file = dir.join("tokens");
+        std::fs::write(&file, self.tokens.join("\n"))?;
+        Ok(file)
     }
 
     /// For our waypoint. The policy is of two rules, of which the second holds.

@@ -1,6 +1,7 @@
 //! What a load client says on a connection, and how it knows that what came back is the answer to it: bytes that are echoed,
 //! or HTTP requests, each with a number that has to be in its answer.
 use std::io;
+use std::sync::Arc;
 
 use super::wire::{Mode, pattern};
 
@@ -18,8 +19,8 @@ pub enum Talk {
         host: String,
         /// Path, without a query.
         path: String,
-        /// Bearer token of every request.
-        token: Option<String>,
+        /// Bearer tokens, all of one length, one a request in turn; none: requests bear none.
+        tokens: Arc<[String]>,
     },
 }
 
@@ -29,6 +30,8 @@ const BODY: usize = 64;
 const DIGITS: usize = 16;
 /// Largest answer.
 const ROOM: usize = 2048;
+/// Connections that begin with tokens as far from each other as can be.
+const APART: usize = 16;
 
 impl Talk {
     /// What goes before the first message.
@@ -49,16 +52,22 @@ impl Talk {
     pub fn dialog(&self, number: u64) -> Dialog {
         let (message, at) = match self {
             Self::Echo { .. } => (pattern(number, self.size()).to_vec(), None),
-            Self::Http { host, path, token } => {
+            Self::Http { host, path, tokens } => {
                 let begin = format!("GET {path}?");
                 let digits = "0".repeat(DIGITS);
-                let token = token.as_ref().map(|t| format!("authorization: Bearer {t}\r\n")).unwrap_or_default();
+                let token = tokens.first().map(|t| format!("authorization: Bearer {t}\r\n")).unwrap_or_default();
                 let rest = format!(" HTTP/1.1\r\nhost: {host}\r\nuser-agent: loadgen\r\naccept: */*\r\n{token}\r\n");
                 (format!("{begin}{digits}{rest}").into_bytes(), Some(begin.len()))
             }
         };
         let room = if at.is_some() { ROOM } else { message.len() };
-        Dialog { message, at, sequence: number << 32, answer: vec![0; room], filled: 0 }
+        let tokens = match self {
+            Self::Http { tokens, .. } => Arc::clone(tokens),
+            Self::Echo { .. } => Arc::default(),
+        };
+        // Connections begin far apart, so that each token is used again only after most of the others.
+        let next = number as usize * (tokens.len() / APART);
+        Dialog { message, at, sequence: number << 32, answer: vec![0; room], filled: 0, tokens, next }
     }
 }
 
@@ -71,6 +80,9 @@ pub struct Dialog {
     sequence: u64,
     answer: Vec<u8>,
     filled: usize,
+    tokens: Arc<[String]>,
+    /// Token of the next request.
+    next: usize,
 }
 
 impl Dialog {
@@ -81,6 +93,13 @@ impl Dialog {
         match self.at {
             None => self.message[..8].copy_from_slice(&self.sequence.to_be_bytes()),
             Some(at) => self.message[at..at + DIGITS].copy_from_slice(&digits(self.sequence)),
+        }
+        if self.tokens.len() > 1 {
+            let token = self.tokens[self.next % self.tokens.len()].as_bytes();
+            self.next += 1;
+            // It is the end of the head, and they are of one length.
+            let end = self.message.len() - 4;
+            self.message[end - token.len()..end].copy_from_slice(token);
         }
         &self.message
     }
@@ -142,7 +161,7 @@ mod tests {
 
     #[test]
     fn an_answer_must_be_that_to_its_request() {
-        let talk = Talk::Http { host: "h".into(), path: "/x".into(), token: None };
+        let talk = Talk::Http { host: "h".into(), path: "/x".into(), tokens: Arc::default() };
         let mut dialog = talk.dialog(3);
         let asked = dialog.ask().to_vec();
         let asked = target(&asked).unwrap().to_owned();
@@ -155,6 +174,16 @@ mod tests {
         dialog.ask();
         assert!(put(&mut dialog, b"HTTP/1.1 503 Service Unavailable\r\n\r\n").unwrap_err().to_string().contains("503"));
         assert!(dialog.got(0).is_err());
+    }
+
+    #[test]
+    fn requests_bear_the_tokens_in_turn() {
+        let tokens: Arc<[String]> = ["aa", "bb", "cc"].map(String::from).into();
+        let mut dialog = Talk::Http { host: "h".into(), path: "/x".into(), tokens }.dialog(0);
+        for token in ["aa", "bb", "cc", "aa"] {
+            let asked = String::from_utf8(dialog.ask().to_vec()).unwrap();
+            assert!(asked.ends_with(&format!("\r\nauthorization: Bearer {token}\r\n\r\n")), "{asked}");
+        }
     }
 
     #[test]

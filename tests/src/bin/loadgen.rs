@@ -4,6 +4,7 @@
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv6Addr, SocketAddr};
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
@@ -24,7 +25,7 @@ loadgen rate   --to ADDR --conns N --rps R --secs S [TALK]
 loadgen churn  --to ADDR --conc N --count N [TALK]
 loadgen idle   --to ADDR --conns N [TALK]          holds until its standard input ends, then checks that all are alive
 loadgen stall  --to ADDR --conns N --host H --path P   asks, reads nothing of the answer, holds until its standard input ends
-TALK: --size 64 (bytes that are echoed) or --host H [--path /] [--token T] (HTTP requests)";
+TALK: --size 64 (bytes that are echoed) or --host H [--path /] [--tokens FILE] (HTTP requests; a token a line)";
 
 fn main() -> ExitCode {
     match start() {
@@ -69,7 +70,11 @@ async fn run(mode: &str, mut flags: Flags) -> anyhow::Result<()> {
     let to: SocketAddr = flags.required("to")?;
     let talk = match flags.optional::<String>("host")? {
         Some(host) => {
-            Talk::Http { host, path: flags.optional("path")?.unwrap_or_else(|| "/".into()), token: flags.optional("token")? }
+            let tokens = match flags.optional::<String>("tokens")? {
+                Some(file) => std::fs::read_to_string(&file).context(file)?.lines().map(str::to_owned).collect(),
+                None => Arc::default(),
+            };
+            Talk::Http { host, path: flags.optional("path")?.unwrap_or_else(|| "/".into()), tokens }
         }
         None => Talk::Echo { size: flags.optional("size")?.unwrap_or(64) },
     };

@@ -27,8 +27,9 @@ bench_l7 [flags]
   --quick          smaller runs, two rounds: a look, not a measurement
   --rounds N       default 6
   --only A,B       only these: cases (http1 http16 http64 rate2000 hbone1 hbone16 hbone64 hrate1000; with RBAC, an RS256
-                   token and a JSON log line for each request: filters16 hfilters16), `memory`, `live` (a route
-                   change among 10 000 rules), `streams`, `connections`, `slow`, `flat` (a million requests under churn)
+                   token and a JSON log line for each request: filters16 hfilters16; the same with tokens nobody
+                   remembers: tokens16 htokens16), `memory`, `live` (a route change among 10 000 rules), `streams`,
+                   `connections`, `slow`, `flat` (a million requests under churn)
   --workers N      worker threads of every proxy, default 1
   --waypoint PATH  our waypoint; default: the `waypoint` beside this program
   --agent PATH     our agent, at both ends of the HBONE shape; default: the `ztunnel` beside this program
@@ -40,7 +41,9 @@ const REST: Duration = Duration::from_secs(4);
 /// How long proxies get to finish the books of a run before their CPU time is read.
 const SETTLE: Duration = Duration::from_millis(100);
 /// The size the targets speak of.
-const LARGE: Size = Size { routes: 10_000, endpoints: 10_000, filtered: false };
+const LARGE: Size = Size { routes: 10_000, endpoints: 10_000, tokens: 0 };
+/// More tokens than a waypoint remembers (2 MiB a data thread).
+const MANY_TOKENS: usize = 8000;
 
 fn main() -> ExitCode {
     match bench() {
@@ -72,16 +75,16 @@ fn bench() -> anyhow::Result<()> {
 struct Case {
     name: &'static str,
     shape: Shape,
-    /// With tokens, policies and a log of requests.
-    filtered: bool,
+    /// Tokens, and with any policies and a log of requests.
+    tokens: usize,
     load: Vec<String>,
 }
 
 fn cases(quick: bool) -> Vec<Case> {
     let seconds = if quick { 3 } else { 8 };
     let make =
-        |name, shape, filtered, load: String| Case { name, shape, filtered, load: load.split(' ').map(str::to_owned).collect() };
-    let case = |name, shape, load| make(name, shape, false, load);
+        |name, shape, tokens, load: String| Case { name, shape, tokens, load: load.split(' ').map(str::to_owned).collect() };
+    let case = |name, shape, load| make(name, shape, 0, load);
     let ping = |conns: u32| format!("ping --conns {conns} --secs {seconds} --host {HOST}");
     let rate = |rps: u32| format!("rate --conns 16 --rps {rps} --secs {seconds} --host {HOST}");
     vec![
@@ -93,8 +96,10 @@ fn cases(quick: bool) -> Vec<Case> {
         case("hbone16", Shape::Hbone, ping(16)),
         case("hbone64", Shape::Hbone, ping(64)),
         case("hrate1000", Shape::Hbone, rate(1000)),
-        make("filters16", Shape::Plain, true, ping(16)),
-        make("hfilters16", Shape::Hbone, true, ping(16)),
+        make("filters16", Shape::Plain, 1, ping(16)),
+        make("hfilters16", Shape::Hbone, 1, ping(16)),
+        make("tokens16", Shape::Plain, MANY_TOKENS, ping(16)),
+        make("htokens16", Shape::Hbone, MANY_TOKENS, ping(16)),
     ]
 }
 
@@ -164,13 +169,13 @@ impl Run {
         let _there_were_none = std::fs::remove_dir_all(&self.settings.logs);
         let mut versus = Versus::default();
         for round in 0..self.rounds {
-            for (shape, filtered) in [(Shape::Plain, false), (Shape::Hbone, false), (Shape::Plain, true), (Shape::Hbone, true)] {
+            for (tokens, shape) in [0, 1, MANY_TOKENS].into_iter().flat_map(|n| [(n, Shape::Plain), (n, Shape::Hbone)]) {
                 let mut order: Vec<&Peer> = self.peers.iter().collect();
                 if round % 2 == 1 {
                     order.reverse();
                 }
                 for peer in order {
-                    if let Err(error) = self.round(peer, (shape, filtered), round, &mut versus) {
+                    if let Err(error) = self.round(peer, (shape, tokens), round, &mut versus) {
                         versus.problems.push(format!("{} round {}: {error:#}", peer.name, round + 1));
                     }
                 }
@@ -192,13 +197,13 @@ impl Run {
         self.tell(&versus)
     }
 
-    fn round(&self, peer: &Peer, (shape, filtered): (Shape, bool), round: usize, versus: &mut Versus) -> anyhow::Result<()> {
-        let cases: Vec<&Case> = self.cases.iter().filter(|case| case.shape == shape && case.filtered == filtered).collect();
+    fn round(&self, peer: &Peer, (shape, tokens): (Shape, usize), round: usize, versus: &mut Versus) -> anyhow::Result<()> {
+        let cases: Vec<&Case> = self.cases.iter().filter(|case| case.shape == shape && case.tokens == tokens).collect();
         if cases.is_empty() {
             return Ok(());
         }
         eprintln!("round {} of {}: {} {shape:?}", round + 1, self.rounds, peer.name);
-        let mut row = self.row(peer, shape, Size { filtered, ..Size::default() })?;
+        let mut row = self.row(peer, shape, Size { tokens, ..Size::default() })?;
         for case in cases {
             let load: Vec<&str> = case.load.iter().map(String::as_str).collect();
             let before = row.cpu()?;
