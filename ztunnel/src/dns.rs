@@ -185,7 +185,7 @@ async fn ask_others(
 ) -> Vec<u8> {
     metrics.upstream_requests.inc();
     let began = Instant::now();
-    let answer = forward::ask(pod, &conf.servers, query, asked, transport).await;
+    let answer = forward::ask(pod, &conf.servers, query, transport).await;
     metrics.upstream_duration.observe_duration(began.elapsed());
     answer.unwrap_or_else(|why| {
         metrics.upstream_failures.inc();

@@ -63,6 +63,8 @@ pub struct Svid {
     pub id: SpiffeId,
     /// The leaf first, then intermediates.
     pub chain: Arc<[CertificateDer<'static>]>,
+    /// When it came.
+    pub received: SystemTime,
     /// Start of validity.
     pub not_before: SystemTime,
     /// End of validity.
@@ -125,6 +127,7 @@ impl Svid {
         Ok(Self {
             id: leaf.id,
             chain,
+            received: tls.clock.now(),
             not_before: leaf.not_before,
             not_after: leaf.not_after,
             serial: leaf.serial,

@@ -22,8 +22,8 @@ pub struct Asked {
     metadata: Metadata,
     query: Query,
     edns: Option<Edns>,
-    /// Most bytes the client takes in a datagram.
-    pub datagram: u16,
+    /// Most bytes the client takes in a datagram of ours.
+    datagram: u16,
 }
 
 /// One question.

@@ -1,6 +1,5 @@
 //! Asking the pod's name servers from inside the pod. What they answer is passed on byte for byte, so that record types we know
 //! nothing of, signatures and flags arrive as they were sent.
-use super::answer::Asked;
 use super::{CAPTURED, Transport, framed};
 use crate::dialer::{MARK, stream_options};
 use crate::pod::Pod;
@@ -19,7 +18,7 @@ const ALL: Duration = Duration::from_secs(5);
 const HEADER: usize = 12;
 
 /// What the first of `servers` that answers says.
-pub async fn ask(pod: &Pod, servers: &[IpAddr], query: &[u8], asked: &Asked, transport: Transport) -> Result<Vec<u8>, String> {
+pub async fn ask(pod: &Pod, servers: &[IpAddr], query: &[u8], transport: Transport) -> Result<Vec<u8>, String> {
     let deadline = Instant::now() + ALL;
     let mut why = "no name servers are known".to_owned();
     // Twice, as a datagram may be lost.
@@ -28,7 +27,7 @@ pub async fn ask(pod: &Pod, servers: &[IpAddr], query: &[u8], asked: &Asked, tra
         let to = SocketAddr::new(*server, CAPTURED);
         let attempt = async {
             match transport {
-                Transport::Udp => by_udp(pod, to, query, usize::from(asked.datagram)).await,
+                Transport::Udp => by_udp(pod, to, query).await,
                 Transport::Tcp => by_tcp(pod, to, query).await,
             }
         };
@@ -45,7 +44,7 @@ pub async fn ask(pod: &Pod, servers: &[IpAddr], query: &[u8], asked: &Asked, tra
 }
 
 /// Over a socket of its own, with a number of its own: who would answer in the server's place has both to guess.
-async fn by_udp(pod: &Pod, to: SocketAddr, query: &[u8], longest: usize) -> io::Result<Vec<u8>> {
+async fn by_udp(pod: &Pod, to: SocketAddr, query: &[u8]) -> io::Result<Vec<u8>> {
     let any = if to.is_ipv4() { IpAddr::V4(Ipv4Addr::UNSPECIFIED) } else { IpAddr::V6(Ipv6Addr::UNSPECIFIED) };
     let mark = pod.netns.is_some().then_some(MARK);
     let bind = || bind_udp(SocketAddr::new(any, 0), mark, false);
@@ -57,7 +56,8 @@ async fn by_udp(pod: &Pod, to: SocketAddr, query: &[u8], longest: usize) -> io::
     socket.connect(to).await?;
     let ours = renumbered(query, rand::random());
     socket.send(&ours).await?;
-    let mut buffer = vec![0; longest];
+    // The client said to the server what it takes, and the server keeps to it.
+    let mut buffer = vec![0; usize::from(u16::MAX)];
     loop {
         let length = socket.recv(&mut buffer).await?;
         let answer = buffer.get(..length).unwrap_or_default();

@@ -1,8 +1,10 @@
 //! The one task that gets and renews certificates: an actor, so that order of events is all there is to reason about.
 //!
 //! Per identity: `Queued` (waiting for one of the places at the authority) → `Asking` → `Resting` until renewal or retry.
-//! Renewal at half of the certificate's life ±10 %; retries after 0.5 s, doubling to 150 s, ±20 % (node-agent §1.8), but never
-//! later than the expiry of the certificate in use. A waiting connection brings a retry forward to 5 s after the failure.
+//! Renewal after two fifths of what was left of the certificate's life when it came, ±10 %; retries after 0.5 s, doubling to 150 s,
+//! ±20 % (node-agent §1.8), and sooner as its end comes near. So an authority may be away for half of a certificate's life at any
+//! time; with istio/ztunnel's renewal at half of the life it may not. A waiting connection brings a retry forward to 5 s after the
+//! failure.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap, VecDeque};
@@ -36,6 +38,8 @@ const LAST_RETRY: Duration = Duration::from_secs(150);
 /// Demand of connections may bring a retry forward to this long after the failure, no further: a broken authority must not
 /// be asked at the rate of the traffic.
 const DEMAND_RETRY: Duration = Duration::from_secs(5);
+/// The part of a certificate's life after which it is renewed.
+const RENEWAL: f64 = 0.4;
 /// No renewal sooner than this after a success, whatever dates the certificate shows.
 const LEAST_REST: Duration = Duration::from_secs(1);
 /// How often the wall clock is compared with the monotonic one, which stands still while a machine sleeps.
@@ -318,9 +322,11 @@ fn retry_after(failures: u32) -> Duration {
     FIRST_RETRY.saturating_mul(1 << doublings).min(LAST_RETRY)
 }
 
-/// How long a new certificate is used before it is renewed: to half of its life, moved by `jitter` (a part of that half).
-fn until_renewal(svid: &Svid, now: SystemTime, jitter: f64) -> Duration {
-    let life = svid.not_after.duration_since(svid.not_before).unwrap_or_default();
-    let renew_at = svid.not_before + (life / 2).mul_f64(1.0 + jitter);
+/// How long a new certificate is used before it is renewed, moved by `jitter` (a part of that). Authorities date certificates back
+/// (Istio's by two minutes), which says nothing about how long they last.
+pub(super) fn until_renewal(svid: &Svid, now: SystemTime, jitter: f64) -> Duration {
+    let begin = svid.not_before.max(svid.received);
+    let life = svid.not_after.duration_since(begin).unwrap_or_default();
+    let renew_at = begin + life.mul_f64(RENEWAL * (1.0 + jitter));
     renew_at.duration_since(now).unwrap_or_default().max(LEAST_REST)
 }
