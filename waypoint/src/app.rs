@@ -337,6 +337,7 @@ fn authority(s: &Settings) -> Result<Arc<dyn IdentitySource>> {
 
 /// Metrics of what exists anyway, written when somebody asks.
 fn register_state(registry: &Registry, shared: &Arc<Shared>, diagnostics: &Diagnostics, logging: &Logging) -> Result<()> {
+    shared.svid.cache().expose(registry)?;
     let of_clusters = Arc::clone(shared);
     registry.on_scrape(&scrape::cluster_names(), move |out| scrape::clusters(&of_clusters.upstreams.clusters(), out))?;
     let (shared, diagnostics, writer) = (Arc::clone(shared), diagnostics.clone(), logging.writer.clone());

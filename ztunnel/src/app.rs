@@ -105,7 +105,8 @@ pub async fn serve(mut settings: Settings, logging: &Logging) -> Result<()> {
     // Faces: addresses are bound before anything is promised.
     let quit = Arc::new(Notify::new());
     let pods = PodTable::default();
-    pods.expose_packets(&registry)?;
+    pods.expose(&registry)?;
+    shared.svids.expose(&registry)?;
     let (drain, drained) = drain::channel();
     let (faces, _) = drain::channel();
     let servers = [

@@ -15,6 +15,7 @@ use crate::sockets::{DnsSockets, Sockets};
 use crate::zds::{Named, Order};
 use crate::{inbound, outbound, passthrough};
 use ebpf_loader::{CaptureRoutes, Config, Listeners, PacketCounters, PinRoot, PodSpec, Redirect};
+use mesh_hbone::Pool;
 use mesh_identity::TrustBundles;
 use mesh_model::workload::WorkloadUid;
 use mesh_model::{Reason, Refusal, SpiffeId};
@@ -66,12 +67,28 @@ impl PodTable {
     pub fn list(&self) -> Vec<(WorkloadUid, PodState)> {
         self.0.lock().iter().map(|(uid, state)| (Arc::clone(uid), state.clone())).collect()
     }
-    /// Registers what the redirection of each pod counts, read at each scrape. What never happened is left out.
-    pub fn expose_packets(&self, registry: &Registry) -> Result<(), MetricError> {
-        const NAME: &str = "culvert_redirect_packets_total";
+    /// Registers what there is of pods anyway, read at each scrape: tunnels, and what the redirection of each pod counts. Packets that
+    /// never came are left out.
+    pub fn expose(&self, registry: &Registry) -> Result<(), MetricError> {
+        const TUNNELS: &str = "culvert_tunnels_active";
+        const STREAMS: &str = "culvert_tunnel_streams_active";
+        const PACKETS: &str = "culvert_redirect_packets_total";
         let table = self.clone();
-        registry.on_scrape(&[NAME], move |out| {
-            let mut samples = out.family(NAME, "Packets that a pod's redirection saw, by what became of them", "counter");
+        registry.on_scrape(&[TUNNELS, STREAMS, PACKETS], move |out| {
+            let (mut inbound, mut outbound, mut streams) = (0, 0, 0);
+            for (_, state) in table.list() {
+                let PodState::Up { pod, .. } = state else { continue };
+                inbound += pod.tunnels.list().len() as u64;
+                for pool in pod.pools.iter().map(Pool::stats) {
+                    outbound += pool.tunnels as u64;
+                    streams += pool.streams as u64;
+                }
+            }
+            out.family(TUNNELS, "Tunnels that are open now", "gauge")
+                .put(&[("direction", "inbound")], inbound)
+                .put(&[("direction", "outbound")], outbound);
+            out.family(STREAMS, "Connections in tunnels of ours now", "gauge").put(&[("direction", "outbound")], streams);
+            let mut samples = out.family(PACKETS, "Packets that a pod's redirection saw, by what became of them", "counter");
             for (_, state) in table.list() {
                 let PodState::Up { pod, packets: Some(packets) } = state else { continue };
                 for (event, count) in packets.read().unwrap_or_default().into_iter().filter(|(_, count)| *count > 0) {

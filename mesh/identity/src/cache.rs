@@ -14,10 +14,11 @@ use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use arc_swap::ArcSwapOption;
 use mesh_model::SpiffeId;
+use mesh_runtime::metrics::{MetricError, Registry};
 use parking_lot::{Mutex, RwLock};
 use serde::{Deserialize, Serialize};
 use tokio::runtime::Handle;
@@ -138,6 +139,28 @@ impl SvidCache {
         }
     }
 
+    /// Registers `culvert_certificate_expiry_timestamp_seconds{identity}`, read at each scrape: when the certificate of each identity
+    /// ends, in seconds since 1970; 0 while there is none.
+    ///
+    /// # Errors
+    /// The name is taken.
+    pub fn expose(&self, registry: &Registry) -> Result<(), MetricError> {
+        const NAME: &str = "culvert_certificate_expiry_timestamp_seconds";
+        // The registry must not keep the cache alive.
+        let cache = Arc::downgrade(&self.shared);
+        registry.on_scrape(&[NAME], move |out| {
+            let Some(shared) = cache.upgrade() else { return };
+            let entries: Vec<_> = shared.entries.read().values().cloned().collect();
+            let mut samples =
+                out.family(NAME, "When the certificate of an identity ends, seconds since 1970; 0: there is none", "gauge");
+            for entry in entries {
+                let ends = entry.current.load().as_ref().map(|svid| svid.not_after);
+                let ends = ends.and_then(|ends| ends.duration_since(SystemTime::UNIX_EPOCH).ok()).unwrap_or_default();
+                samples.put(&[("identity", entry.id.as_str())], ends.as_secs());
+            }
+        })
+    }
+
     async fn fetch_entry(&self, entry: &Arc<Entry>) -> Result<Arc<Svid>, IdentityError> {
         if let Some(svid) = entry.load(&self.shared.tls) {
             return Ok(svid);
@@ -199,6 +222,11 @@ impl SvidHandle {
     /// The valid certificate, if there is one now. Never waits.
     pub fn load(&self) -> Option<Arc<Svid>> {
         self.entry.load(&self.cache.shared.tls)
+    }
+
+    /// The cache it is of.
+    pub fn cache(&self) -> &SvidCache {
+        &self.cache
     }
 
     /// As [`SvidCache::dump`]: every identity of the cache this handle is of.

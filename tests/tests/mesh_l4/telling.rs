@@ -1,5 +1,5 @@
 //! What the agents tell: metrics, the configuration page, the access log, the admin commands.
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, ensure};
 use mesh_tests::agent::{Agent, is_clean};
@@ -60,6 +60,12 @@ pub(crate) fn metrics_carry_istio_labels(mesh: &mut Mesh) -> anyhow::Result<()> 
             ensure!(series.labels.contains_key(label), "{label} is missing in {series:?}");
         }
     }
+    // The tunnel is kept for the next connection, at both ends, and its certificate ends within the hour.
+    ensure!(metrics.sum("culvert_tunnels_active", &[("direction", "outbound")]) > 0.0, "no tunnel is told of");
+    ensure!(mesh.b().metrics()?.sum("culvert_tunnels_active", &[("direction", "inbound")]) > 0.0, "no tunnel arrived");
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_secs_f64();
+    let ends = metrics.sum("culvert_certificate_expiry_timestamp_seconds", &[("identity", "spiffe://test.local/ns/t/sa/client")]);
+    ensure!((now..now + 3700.0).contains(&ends), "the client's certificate ends at {ends}, now is {now}");
     Ok(())
 }
 
