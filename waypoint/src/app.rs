@@ -20,8 +20,7 @@ use mesh_identity::cache::CacheSettings;
 use mesh_identity::clock::SystemClock;
 use mesh_identity::crypto::TlsSettings;
 use mesh_identity::live::LivePeers;
-use mesh_identity::local_ca::{LocalCa, LocalCaSettings};
-use mesh_identity::{IdentitySource, SvidCache, TlsContext};
+use mesh_identity::{Authority, IdentitySource, SourceSettings, SvidCache, TlsContext};
 use mesh_model::explain;
 use mesh_model::inbound::is_instance;
 use mesh_model::l7::gateway::GatewayKey;
@@ -72,7 +71,7 @@ pub async fn serve(settings: Settings, logging: &Logging) -> Result<()> {
     registry.process()?;
     registry.build_info("waypoint", env!("CARGO_PKG_VERSION"))?;
     let view = viewpoint(&settings)?;
-    let source = authority(&settings)?;
+    let source = authority(&settings, &view)?;
     let first_snapshot = readiness.pending("mesh configuration");
     let first_certificate = readiness.pending("certificate");
     let translation = mesh_sources::translate::Settings { layer7: true, ..mesh_sources::translate::Settings::default() };
@@ -323,16 +322,14 @@ fn viewpoint(s: &Settings) -> Result<Viewpoint> {
     })
 }
 
-fn authority(s: &Settings) -> Result<Arc<dyn IdentitySource>> {
-    let ca = LocalCaSettings {
-        directory: s.ca_dir.clone(),
-        trust_domain: s.trust_domain.clone(),
-        trust_domain_aliases: s.trust_domain_aliases.clone(),
+fn authority(s: &Settings, view: &Viewpoint) -> Result<Arc<dyn IdentitySource>> {
+    let settings = SourceSettings {
+        trust_domain: view.trust_domain.clone(),
+        trust_domain_aliases: view.trust_domain_aliases.clone(),
         lifetime: s.secret_ttl,
     };
-    let opened =
-        LocalCa::open(&ca, Arc::new(SystemClock)).with_context(|| format!("development CA in {}", s.ca_dir.display()))?;
-    Ok(Arc::new(opened))
+    let directory = s.ca_dir.clone();
+    Authority::Development(directory).open(settings).with_context(|| format!("development CA in {}", s.ca_dir.display()))
 }
 
 /// Metrics of what exists anyway, written when somebody asks.

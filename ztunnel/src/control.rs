@@ -2,11 +2,8 @@
 //! (node-agent §1.16), read once at start.
 use crate::settings::{Missing, Settings};
 use anyhow::{Context, Result, bail};
-use mesh_identity::clock::SystemClock;
 use mesh_identity::crypto::TlsSettings;
-use mesh_identity::istio_ca::{IstioCa, IstioCaSettings};
-use mesh_identity::local_ca::{LocalCa, LocalCaSettings};
-use mesh_identity::{IdentityError, IdentitySource};
+use mesh_identity::{Authority, IdentityError, IdentitySource, SourceSettings};
 use mesh_runtime::control_plane::{self, ControlPlane, Roots, Token};
 use mesh_runtime::metrics::Registry;
 use mesh_sources::istiod::{self, MissingPolicy};
@@ -84,26 +81,19 @@ pub fn authority(s: &Settings, view: &Viewpoint, origin: &Origin) -> Result<Arc<
         _ => None,
     };
     let address = if c.ca_address.is_some() { some(c.ca_address.as_ref()) } else { same };
-    let Some(address) = address else { return development(s) };
-    let control_plane = reach(s, address, &c.ca_root_ca, c.alt_ca_hostname.as_ref(), "CA_HEADER_")?;
-    let settings = IstioCaSettings {
+    let (authority, which) = match address {
+        Some(address) => {
+            let control_plane = reach(s, address, &c.ca_root_ca, c.alt_ca_hostname.as_ref(), "CA_HEADER_")?;
+            (Authority::Istio(control_plane), format!("certificates from {address}"))
+        }
+        None => (Authority::Development(s.ca_dir.clone()), format!("development CA in {}", s.ca_dir.display())),
+    };
+    let settings = SourceSettings {
         trust_domain: view.trust_domain.clone(),
         trust_domain_aliases: view.trust_domain_aliases.clone(),
         lifetime: s.secret_ttl,
     };
-    Ok(Arc::new(IstioCa::new(settings, control_plane, &TlsSettings::default(), Arc::new(SystemClock))?))
-}
-
-fn development(s: &Settings) -> Result<Arc<dyn IdentitySource>> {
-    let ca = LocalCaSettings {
-        directory: s.ca_dir.clone(),
-        trust_domain: s.trust_domain.clone(),
-        trust_domain_aliases: s.trust_domain_aliases.clone(),
-        lifetime: s.secret_ttl,
-    };
-    let opened =
-        LocalCa::open(&ca, Arc::new(SystemClock)).with_context(|| format!("development CA in {}", s.ca_dir.display()))?;
-    Ok(Arc::new(opened))
+    authority.open(settings).context(which)
 }
 
 fn in_kubernetes() -> Option<&'static str> {

@@ -10,7 +10,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use mesh_model::{SpiffeId, TrustDomain};
 use mesh_proto::istio::v1::auth::{IstioCertificateRequest, IstioCertificateResponse};
@@ -30,27 +30,16 @@ use crate::bundle::TrustBundles;
 use crate::clock::{Clock, unix};
 use crate::crypto::TlsSettings;
 use crate::error::IdentityError;
-use crate::source::{BoxFuture, IdentitySource, IssuedSvid};
+use crate::source::{BoxFuture, IdentitySource, IssuedSvid, SourceSettings};
 use crate::verify::{PeerRole, leaf_of, verify_chain};
 
 const PATH: &str = "/istio.v1.auth.IstioCertificateService/CreateCertificate";
 /// The metadata that names whom a node agent asks for.
 const IMPERSONATED: &str = "ImpersonatedIdentity";
 
-/// Settings of the client.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct IstioCaSettings {
-    /// Our trust domain.
-    pub trust_domain: TrustDomain,
-    /// Other names of it.
-    pub trust_domain_aliases: Vec<TrustDomain>,
-    /// Lifetime to ask for; istiod may give less.
-    pub lifetime: Duration,
-}
-
 /// istiod's authority.
 pub struct IstioCa {
-    settings: IstioCaSettings,
+    settings: SourceSettings,
     control_plane: ControlPlane,
     channel: Channel,
     algorithms: WebPkiSupportedAlgorithms,
@@ -68,7 +57,7 @@ struct InUse {
 impl IstioCa {
     /// A client; nothing is connected until a certificate is asked for. Until the first one came nobody is believed.
     pub fn new(
-        settings: IstioCaSettings,
+        settings: SourceSettings,
         control_plane: ControlPlane,
         tls: &TlsSettings,
         clock: Arc<dyn Clock>,
@@ -167,7 +156,7 @@ fn certificates_of(texts: &[String]) -> Result<Vec<CertificateDer<'static>>, Str
 }
 
 /// The roots in use, per trust domain: an identity of a domain is vouched for by what came with identities of that domain.
-fn bundles_of(settings: &IstioCaSettings, in_use: &BTreeMap<SpiffeId, InUse>) -> Result<TrustBundles, IdentityError> {
+fn bundles_of(settings: &SourceSettings, in_use: &BTreeMap<SpiffeId, InUse>) -> Result<TrustBundles, IdentityError> {
     // An identity under another name of our domain is ours.
     let ours = |name: &str| {
         let aliases = settings.trust_domain_aliases.iter();

@@ -3,7 +3,7 @@
 //! A byte stream goes in ([`tls::connect`], [`tls::accept`]), an authenticated stream and a [`tls::Peer`] come out; what is
 //! tunnelled inside is nobody's business here. Every refusal carries a [`mesh_model::Reason`].
 //!
-//! Upstream: an [`source::IdentitySource`] (the built-in [`local_ca`], or the client of istiod's, [`istio_ca`]) issues certificates
+//! Upstream: an [`source::IdentitySource`], made by [`authority`] (the built-in [`local_ca`], or the client of istiod's, [`istio_ca`]) issues certificates
 //! and publishes trust bundles. Downstream: the proxies keep a [`cache::SvidHandle`] per pod and hand the [`svid::Svid`] it
 //! holds to `connect` and `accept`.
 //!
@@ -15,6 +15,7 @@
 compile_error!("mesh-identity needs a crypto provider: feature `tls-aws-lc` or `tls-boring`");
 
 pub mod arrival;
+pub mod authority;
 pub mod bundle;
 pub mod cache;
 pub mod clock;
@@ -33,10 +34,11 @@ mod testing;
 pub mod tls;
 pub mod verify;
 
+pub use authority::Authority;
 pub use bundle::TrustBundles;
 pub use cache::{SvidCache, SvidHandle};
 pub use error::IdentityError;
 pub use read_ahead::ReadAhead;
-pub use source::{IdentitySource, IssuedSvid};
+pub use source::{IdentitySource, IssuedSvid, SourceSettings};
 pub use svid::{Svid, TlsContext};
 pub use tls::{Peer, TlsError};

@@ -5,8 +5,9 @@
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Duration;
 
-use mesh_model::SpiffeId;
+use mesh_model::{SpiffeId, TrustDomain};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use tokio::sync::watch;
 
@@ -15,6 +16,17 @@ use crate::error::IdentityError;
 
 /// A boxed future, so that sources can be trait objects.
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+
+/// What a process tells its authority, whichever it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SourceSettings {
+    /// Our trust domain.
+    pub trust_domain: TrustDomain,
+    /// Other names of it.
+    pub trust_domain_aliases: Vec<TrustDomain>,
+    /// Lifetime of certificates to ask for; the authority may give less.
+    pub lifetime: Duration,
+}
 
 /// What an authority hands out: nothing here is checked yet.
 #[derive(Debug)]

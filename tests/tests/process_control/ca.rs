@@ -5,9 +5,9 @@ use std::time::{Duration, Instant, SystemTime};
 use mesh_identity::cache::CacheSettings;
 use mesh_identity::clock::SystemClock;
 use mesh_identity::crypto::TlsSettings;
-use mesh_identity::istio_ca::{IstioCa, IstioCaSettings};
+use mesh_identity::istio_ca::IstioCa;
 use mesh_identity::svid::{Svid, TlsContext};
-use mesh_identity::{IdentityError, IdentitySource, SvidCache, tls};
+use mesh_identity::{IdentityError, IdentitySource, SourceSettings, SvidCache, tls};
 use mesh_model::{SpiffeId, TrustDomain};
 use mesh_tests::istiod::{CaManner, Istiod};
 use tempfile::TempDir;
@@ -30,7 +30,7 @@ fn node(istiod: &Istiod) -> Node {
     let files = tempfile::tempdir().unwrap();
     std::fs::write(files.path().join("root.pem"), istiod.root()).unwrap();
     std::fs::write(files.path().join("token"), "of the agent").unwrap();
-    let settings = IstioCaSettings {
+    let settings = SourceSettings {
         trust_domain: TrustDomain::default(),
         trust_domain_aliases: Vec::new(),
         lifetime: Duration::from_hours(24),
