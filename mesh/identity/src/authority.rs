@@ -1,0 +1,45 @@
+//! Which authority a process has its certificates from. Owns the choice, so that every program makes its source in one way;
+//! what the settings of a program mean is the program's.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use mesh_runtime::control_plane::ControlPlane;
+
+use crate::clock::SystemClock;
+use crate::crypto::TlsSettings;
+use crate::error::IdentityError;
+use crate::istio_ca::IstioCa;
+use crate::local_ca::{LocalCa, LocalCaSettings};
+use crate::source::{IdentitySource, SourceSettings};
+
+/// Who issues certificates.
+#[derive(Debug)]
+pub enum Authority {
+    /// The built-in development authority, in this directory.
+    Development(PathBuf),
+    /// istiod, reached like this.
+    Istio(ControlPlane),
+}
+
+impl Authority {
+    /// The source. Blocks on files, where the authority is in some; otherwise nothing is waited for.
+    ///
+    /// # Errors
+    /// What no retry can mend: an unusable directory, settings that make no sense.
+    pub fn open(self, settings: SourceSettings) -> Result<Arc<dyn IdentitySource>, IdentityError> {
+        let clock = Arc::new(SystemClock);
+        Ok(match self {
+            Self::Development(directory) => {
+                let settings = LocalCaSettings {
+                    directory,
+                    trust_domain: settings.trust_domain.as_str().to_owned(),
+                    trust_domain_aliases: settings.trust_domain_aliases.iter().map(|alias| alias.as_str().to_owned()).collect(),
+                    lifetime: settings.lifetime,
+                };
+                Arc::new(LocalCa::open(&settings, clock)?)
+            }
+            Self::Istio(control_plane) => Arc::new(IstioCa::new(settings, control_plane, &TlsSettings::default(), clock)?),
+        })
+    }
+}
