@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 pub mod accept;
+mod access;
 pub mod app;
 mod carry;
 pub mod check;

@@ -102,6 +102,29 @@ pub fn labels<'a>(r: &'a Record, response_flags: &'a str) -> [&'a str; LABELS.le
     metric_labels::with(ends.values(), ["tcp", response_flags, security, s_region, s_zone, d_region, d_zone])
 }
 
+/// Names of the fields of an access log line, in Istio's order, and ours.
+pub const FIELDS: [&str; 19] = [
+    "src.addr",
+    "src.workload",
+    "src.namespace",
+    "src.identity",
+    "src.cluster",
+    "dst.addr",
+    "dst.hbone_addr",
+    "dst.service",
+    "dst.workload",
+    "dst.namespace",
+    "dst.identity",
+    "dst.cluster",
+    "waypoint.bypassed",
+    "direction",
+    "bytes_sent",
+    "bytes_recv",
+    "duration",
+    "error",
+    "reason",
+];
+
 /// Calls `field` with every known field of the access log line, in Istio's order; `quoted` tells texts from addresses
 /// and numbers. `sent` and `received` are bytes as this pod's side sent and received them.
 pub fn fields(r: &Record, sent: u64, received: u64, end: &Ending<'_>, mut field: impl FnMut(&'static str, Value<'_>)) {

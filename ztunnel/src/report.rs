@@ -38,23 +38,21 @@ fn line(shared: &Shared, record: &Record, sent: u64, received: u64, end: &Ending
         Ending::Complete | Ending::Failed(Refusal { reason: Reason::Reset, .. }) => Level::INFO,
         Ending::Failed(_) => Level::ERROR,
     };
-    if !shared.access.enabled(level) {
+    let wanted = &shared.settings.access_log;
+    if !shared.access.enabled(level) || (level == Level::INFO && !wanted.draws()) {
         return;
     }
     let mut out = shared.access.line(level, "connection complete");
-    fields(record, sent, received, end, |key, value| match value {
-        Value::Text(s) => {
-            out.str(key, s);
+    fields(record, sent, received, end, |key, value| {
+        if !wanted.has(key) {
+            return;
         }
-        Value::Bare(s) => {
-            out.raw(key, s);
-        }
-        Value::Addr(a) => {
-            out.raw(key, a);
-        }
-        Value::Number(n) => {
-            out.num(key, n);
-        }
+        match value {
+            Value::Text(s) => out.str(key, s),
+            Value::Bare(s) => out.raw(key, s),
+            Value::Addr(a) => out.raw(key, a),
+            Value::Number(n) => out.num(key, n),
+        };
     });
     shared.access.send(out);
 }

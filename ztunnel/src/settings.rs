@@ -2,6 +2,7 @@
 //!
 //! Order: default < environment < flag. Names follow Istio's node agent where it has the setting (node-agent §1.16), else
 //! they start with `CULVERT_`.
+use crate::access::AccessLog;
 use clap::Args;
 use mesh_model::snapshot::MissingWaypoint;
 use mesh_runtime::control_plane::{Roots, Token};
@@ -128,6 +129,9 @@ pub struct Settings {
     /// Directory of the socket through which the next agent of this node takes the pods over.
     #[arg(long, env = "CULVERT_RUN_DIR", default_value = "/run/culvert", value_name = "DIR")]
     pub run_dir: PathBuf,
+    /// Which connections are told of, and what.
+    #[command(flatten)]
+    pub access_log: AccessLog,
     /// Where redirections are kept.
     #[command(flatten)]
     pub pins: Pins,

@@ -76,6 +76,9 @@ static NEXT_NET: AtomicU8 = AtomicU8::new(1);
 
 impl Lab {
     async fn start(changes: impl FnOnce(&dyn Fn(u8) -> IpAddr) -> Vec<Change>) -> Result<Self> {
+        Self::start_with(&[], changes).await
+    }
+    async fn start_with(flags: &[&str], changes: impl FnOnce(&dyn Fn(u8) -> IpAddr) -> Vec<Change>) -> Result<Self> {
         let net = NEXT_NET.fetch_add(1, Ordering::Relaxed);
         let dir = tempfile::tempdir()?;
         let args = [
@@ -91,7 +94,7 @@ impl Lab {
             "--connect-timeout",
             "2s",
         ];
-        let settings = Flags::parse_from(args).settings;
+        let settings = Flags::parse_from(args.iter().chain(flags)).settings;
         let said = Said::default();
         let options = logging::Options::from_env(Some("info"), Some("json"), "ztunnel")?;
         let (logging, _subscriber) = logging::build(options, Box::new(said.clone()))?;
@@ -293,6 +296,21 @@ async fn an_allow_list_without_the_caller_refuses_with_its_reason() -> Result<()
     ensure!(line.contains("spiffe://cluster.local/ns/t/sa/client"), "{line}");
     let line = lab.told("outbound", Reason::PeerRefused).await?;
     ensure!(line.contains("401") && line.contains("not_allowed"), "the client's side knows as well: {line}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn the_access_log_tells_what_it_is_asked_for_and_every_refusal() -> Result<()> {
+    let flags = ["--access-log-sampling", "0", "--access-log-fields", "dst.workload,duration,direction"];
+    let lab = Lab::start_with(&flags, |ip| vec![up(workload("client", ip(1))), up(workload("server", ip(2)))]).await?;
+    echo_app(lab.at(2, 8080)).await?;
+    drop(lab.echoes("client", lab.at(2, 8080)).await?);
+    // Nobody listens there: told after the connection before it.
+    let line = lab.refused("client", lab.at(2, 8081), "inbound", Reason::ConnectFailed).await?;
+    ensure!(line.contains("\"duration\"") && line.contains("\"error\""), "{line}");
+    ensure!(!line.contains("src.addr") && !line.contains("bytes_sent"), "{line}");
+    let said = String::from_utf8(lab.said.0.lock().unwrap().clone())?;
+    ensure!(said.lines().filter(|l| l.contains("connection complete")).all(|l| l.contains("\"reason\"")), "{said}");
     Ok(())
 }
 
