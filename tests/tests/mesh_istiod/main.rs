@@ -12,7 +12,7 @@ use mesh_proto::istio::security::{self, Authorization, Group, Match, Rules, Stri
 use mesh_proto::istio::workload::{NetworkAddress, Port, PortList, Service, TunnelProtocol, Workload};
 use mesh_tests::agent::{Agent, AgentSpec, find_binary};
 use mesh_tests::cni::{self, CniAgent, CniPod, Connection};
-use mesh_tests::istiod::Istiod;
+use mesh_tests::istiod::{CaManner, Istiod};
 use mesh_tests::program::{Client, Server};
 use mesh_tests::suite::{self, CannotRun, Test, test};
 use mesh_tests::topology::{Place, Plan, Topology};
@@ -261,9 +261,12 @@ fn without_a_control_plane_all_goes_on(world: &mut World) -> anyhow::Result<()> 
     connected(world, 1)
 }
 
-/// Connections go on over several lives of the certificates of both ends.
+/// Connections go on over several lives of the certificates of both ends, in which the authority is away for half of one.
+/// `CULVERT_SOAK=1` makes it ten minutes with certificates of one.
 fn short_lived_certificates_change_under_load(world: &mut World) -> anyhow::Result<()> {
-    world.istiod.lifetime(Duration::from_secs(5));
+    let (life, lives) = if std::env::var_os("CULVERT_SOAK").is_some() { (60, 10) } else { (6, 3) };
+    let life = Duration::from_secs(life);
+    world.istiod.lifetime(life);
     // The ones in use live for an hour; a restarted agent asks for new ones.
     world.b = None;
     world.b = Some(world.start("node-b", &["web"])?);
@@ -279,22 +282,32 @@ fn short_lived_certificates_change_under_load(world: &mut World) -> anyhow::Resu
                 while !stop.load(Ordering::Relaxed) {
                     world.call("client", world.web()).with_context(|| format!("after {calls} calls"))?;
                     calls += 1;
+                    // Two hundred a second, by the four of them.
+                    std::thread::sleep(Duration::from_millis(20));
                 }
                 Ok(calls)
             })
         });
         let begun = Instant::now();
-        while begun.elapsed() < Duration::from_secs(12) && !callers.iter().any(std::thread::ScopedJoinHandle::is_finished) {
-            std::thread::sleep(Duration::from_millis(100));
+        let away = CaManner { refuse: Some((14, "away".into())), ..CaManner::default() };
+        for (manner, until) in [(CaManner::default(), life), (away, life * 3 / 2), (CaManner::default(), life * lives)] {
+            world.istiod.ca(manner);
+            while begun.elapsed() < until && !callers.iter().any(std::thread::ScopedJoinHandle::is_finished) {
+                std::thread::sleep(Duration::from_millis(100));
+            }
         }
         stop.store(true, Ordering::Relaxed);
         callers.map(|caller| caller.join().unwrap_or_else(|_| Err(anyhow::anyhow!("a caller panicked"))))
     });
+    let mut total = 0;
     for calls in counts {
-        ensure!(calls? > 20, "too few calls to tell");
+        let calls = calls?;
+        ensure!(calls > 20, "too few calls to tell");
+        total += calls;
     }
-    let renewed = world.istiod.seen().identities.len() - before;
-    ensure!(renewed >= 9, "three identities over several lives were renewed {renewed} times");
+    let asked = world.istiod.seen().identities.len() - before;
+    ensure!(asked >= 9, "for three identities over several lives certificates were asked for {asked} times");
+    println!("{total} calls, {asked} requests for certificates of {} s", life.as_secs());
     world.istiod.lifetime(Duration::from_hours(1));
     Ok(())
 }
