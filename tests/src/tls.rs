@@ -1,16 +1,17 @@
-//! A TLS server for pods that tells what it was shown: the name asked for, the protocol agreed on, the client's certificate.
+//! A TLS server for pods that tells what it was shown (the name asked for, the protocol agreed on, the client's certificate),
+//! and the other end of TLS.
 //!
 //! Owns: a listener, its threads, a certificate of its own making. Refuses: more than one request per connection.
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
 use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use rustls::{RootCertStore, ServerConfig, ServerConnection, StreamOwned};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls::{ClientConfig, ClientConnection, RootCertStore, ServerConfig, ServerConnection, StreamOwned};
 use serde_json::json;
 
 use crate::topology::Place;
@@ -30,6 +31,26 @@ impl OwnCert {
         let made = rcgen::generate_simple_self_signed(names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>())?;
         Ok(Self { cert: made.cert.pem(), key: made.signing_key.serialize_pem() })
     }
+}
+
+/// TLS from a place to whoever proves to be `name` by this very certificate. Reads and writes end after 10 s at the latest.
+pub fn connect(
+    place: &Place,
+    to: SocketAddr,
+    name: &str,
+    own: &OwnCert,
+) -> anyhow::Result<StreamOwned<ClientConnection, TcpStream>> {
+    const LIMIT: Duration = Duration::from_secs(10);
+    let mut roots = RootCertStore::empty();
+    roots.add(CertificateDer::from_pem_slice(own.cert.as_bytes())?)?;
+    let crypto = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let builder = ClientConfig::builder_with_provider(crypto).with_safe_default_protocol_versions()?;
+    let config = builder.with_root_certificates(roots).with_no_client_auth();
+    let stream = place.netns.connect(to, LIMIT)?;
+    stream.set_read_timeout(Some(LIMIT))?;
+    stream.set_write_timeout(Some(LIMIT))?;
+    let tls = ClientConnection::new(Arc::new(config), ServerName::try_from(name.to_owned())?)?;
+    Ok(StreamOwned::new(tls, stream))
 }
 
 /// The server.

@@ -101,10 +101,12 @@ async fn serve(mut conn: Conn, mut stream: HboneStream, protocol: AppProtocol) {
     match protocol {
         AppProtocol::Tcp => return tcp::serve(conn, stream, false).await,
         AppProtocol::Http2 | AppProtocol::Grpc | AppProtocol::Http11 => {
-            // Declared HTTP: the version is the client's to choose, however long it takes.
-            let version = match first_bytes(&mut stream, None).await {
+            // Declared HTTP: the version is the client's to choose, as long as a connection may be idle.
+            let idle = conn.shared.settings.http_idle_timeout;
+            let deadline = (!idle.is_zero()).then(|| Instant::now() + idle);
+            let version = match first_bytes(&mut stream, deadline).await {
                 Spoken::Http2 => Version::Http2,
-                // hyper answers what is not HTTP with 400, as Envoy does.
+                // hyper answers what is not HTTP with 400, as Envoy does; who said nothing is ended as idle.
                 _ => Version::Http1,
             };
             return http::serve(Arc::new(conn), stream.into_io(), version).await;

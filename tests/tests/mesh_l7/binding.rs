@@ -6,15 +6,16 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
+use mesh_tests::agent::Agent;
 use mesh_tests::dev_ca::TestCa;
 use mesh_tests::hbone::{self, Tunnel};
 use mesh_tests::raw::Raw;
 use mesh_tests::wait;
 
-use crate::mesh::{Got, Mesh, PORT, WEB};
+use crate::mesh::{Got, Mesh, ObjectsForNow, PORT, WEB};
 
 /// A Service of `app`, at this address, with these labels and annotations.
-fn service(ns: &str, name: &str, app: &str, ip: &str, labels: &str, annotations: &str) -> String {
+pub(crate) fn service(ns: &str, name: &str, app: &str, ip: &str, labels: &str, annotations: &str) -> String {
     format!(
         "apiVersion: v1\nkind: Service\nmetadata: {{ name: {name}, namespace: {ns}, labels: {{ {labels} }}, annotations: {{ {annotations} }} }}\nspec:\n  selector: {{ app: {app} }}\n  clusterIP: {ip}\n  ports:\n  - {{ name: http, port: 80, targetPort: {PORT}, protocol: TCP }}\n---\n"
     )
@@ -86,14 +87,34 @@ pub(crate) fn labels_say_which_waypoint(mesh: &mut Mesh) -> anyhow::Result<()> {
     becomes(mesh, inherits, Some(false), "a service in front of it does not")
 }
 
+/// A second waypoint, the Gateway `canary`, in the pod `wp2`. What is there for its time goes in this order.
+pub(crate) struct Canary<'a> {
+    _objects: ObjectsForNow<'a>,
+    _pod: ObjectsForNow<'a>,
+    _proxy: Agent,
+}
+/// Starts it with this environment and makes what is bound to it; ready once it answers for itself.
+pub(crate) fn canary<'a>(mesh: &'a Mesh, env: &[(&str, &str)], bound: &str) -> anyhow::Result<Canary<'a>> {
+    const GATEWAY: &str = "apiVersion: gateway.networking.k8s.io/v1\nkind: Gateway\nmetadata: { name: canary, namespace: t }\nspec:\n  gatewayClassName: istio-waypoint\n  listeners: [ { name: mesh, port: 15008, protocol: HBONE } ]\nstatus:\n  addresses: [ { type: Hostname, value: canary.t.svc.cluster.local } ]\n---\napiVersion: v1\nkind: Service\nmetadata: { name: canary, namespace: t }\nspec:\n  selector: { app: canary }\n  clusterIP: 10.96.2.20\n  ports: [ { name: hbone, port: 15008, protocol: TCP } ]\n---\n";
+    let proxy = mesh.start_with("canary", env)?;
+    let labels = [("app", "canary"), ("gateway.networking.k8s.io/gateway-name", "canary")];
+    let pod = mesh.topology.pod_yaml("wp2", &labels);
+    let pod = mesh.instead("pod-wp2.yaml", &pod)?;
+    let objects = mesh.objects("canary-waypoint", &format!("{GATEWAY}{bound}"))?;
+    proxy.wait_ready(Duration::from_secs(20))?;
+    Ok(Canary { _objects: objects, _pod: pod, _proxy: proxy })
+}
+/// Waits until calls to this address come through it.
+pub(crate) fn wait_canary(mesh: &Mesh, url: &str) -> anyhow::Result<()> {
+    let here = mesh.pod("wp2").v4.to_string();
+    wait::until_true(&format!("{url} through the second waypoint"), || {
+        mesh.call(&[url]).ok().and_then(|got| got.echo().ok()).is_some_and(|echo| echo["peer"] == here)
+    })
+}
+
 /// Two waypoints of one service by weight, per connection. The second is set to tell the client's identity, the first is not.
 pub(crate) fn a_canary_waypoint_gets_its_share(mesh: &mut Mesh) -> anyhow::Result<()> {
     const CALLS: usize = 200;
-    let canary = mesh.start_with("canary", &[("CULVERT_FORWARD_CLIENT_IDENTITY", "true")])?;
-    let labels = [("app", "canary"), ("gateway.networking.k8s.io/gateway-name", "canary")];
-    let pod = mesh.topology.pod_yaml("wp2", &labels);
-    let _pod = mesh.instead("pod-wp2.yaml", &pod)?;
-    let gateway = "apiVersion: gateway.networking.k8s.io/v1\nkind: Gateway\nmetadata: { name: canary, namespace: t }\nspec:\n  gatewayClassName: istio-waypoint\n  listeners: [ { name: mesh, port: 15008, protocol: HBONE } ]\nstatus:\n  addresses: [ { type: Hostname, value: canary.t.svc.cluster.local } ]\n---\napiVersion: v1\nkind: Service\nmetadata: { name: canary, namespace: t }\nspec:\n  selector: { app: canary }\n  clusterIP: 10.96.2.20\n  ports: [ { name: hbone, port: 15008, protocol: TCP } ]\n---\n";
     let weighted = service(
         "t",
         "weighted",
@@ -102,8 +123,7 @@ pub(crate) fn a_canary_waypoint_gets_its_share(mesh: &mut Mesh) -> anyhow::Resul
         "istio.io/use-waypoint: wp, istio.io/use-waypoint-canary: canary",
         "istio.io/use-waypoint-canary-weight: '30'",
     );
-    let _objects = mesh.objects("canary-waypoint", &format!("{gateway}{weighted}"))?;
-    canary.wait_ready(Duration::from_secs(20))?;
+    let _canary = canary(mesh, &[("CULVERT_FORWARD_CLIENT_IDENTITY", "true")], &weighted)?;
     let (first, second) = (mesh.pod("wp").v4, mesh.pod("wp2").v4);
     let from = |echo: &serde_json::Value, ip: Ipv4Addr| echo["peer"] == ip.to_string();
     wait::until_true("both waypoints in use", || {

@@ -49,7 +49,7 @@ fn beside(mesh: &Mesh, slack: u64, attack: impl FnOnce() -> anyhow::Result<()>) 
 
 /// What must come of a request.
 #[derive(Clone, Copy, Debug)]
-enum Must {
+pub(crate) enum Must {
     /// Refused with one of these, the connection ended, and nothing carried.
     Refuse(&'static [u16]),
     /// Carried, so many times.
@@ -64,7 +64,7 @@ const H: &str = "host: web.example\r\n";
 const SMUGGLED: &str = "GET /shop/smuggled HTTP/1.1\r\nhost: web.example\r\n\r\n";
 
 /// Requests whose length two readers could see differently, and the answers they get. `$` is the path of the case, `#` a request that must not get through.
-fn smuggling() -> Vec<(&'static str, String, Must)> {
+pub(crate) fn smuggling() -> Vec<(&'static str, String, Must)> {
     let post = |fields: &str, body: &str| format!("POST $ HTTP/1.1\r\n{H}{fields}\r\n{body}");
     let chunked = |body: &str| post("transfer-encoding: chunked\r\n", body);
     let mut cases = vec![

@@ -13,6 +13,8 @@ mod destinations;
 mod explained;
 mod frames;
 mod hostile;
+mod identities;
+mod idle;
 mod mesh;
 mod named;
 mod outside;
@@ -49,6 +51,8 @@ const TESTS: &[Test<Mesh>] = &[
     test("connections_of_bytes_follow_their_routes", named::connections_of_bytes_follow_their_routes),
     test("tls_passes_through_by_its_name", named::tls_passes_through_by_its_name),
     test("the_gateway_carries_tls_and_bytes", named::the_gateway_carries_tls_and_bytes),
+    test("the_gateway_ends_tls_around_bytes", named::the_gateway_ends_tls_around_bytes),
+    test("a_silent_http_connection_is_ended", idle::a_silent_http_connection_is_ended),
     test("names_outside_are_reached_by_the_name_the_client_gives", named::names_outside_are_reached_by_the_name_the_client_gives),
     test("a_policy_that_cannot_be_read_closes", policy::a_policy_that_cannot_be_read_closes),
     test("a_further_header_value_hides_nothing", policy::a_further_header_value_hides_nothing),
@@ -69,6 +73,7 @@ const TESTS: &[Test<Mesh>] = &[
         "a_selector_of_pods_closes_what_is_reached_through_a_waypoint",
         tokens::a_selector_of_pods_closes_what_is_reached_through_a_waypoint,
     ),
+    test("a_host_by_another_name_is_judged_as_itself", policy::a_host_by_another_name_is_judged_as_itself),
     test("a_path_by_another_name_is_judged_as_itself", policy::a_path_by_another_name_is_judged_as_itself),
     test("a_token_leaves_and_its_claims_come", tokens::a_token_leaves_and_its_claims_come),
     test("policies_and_routes_ask_for_claims", tokens::policies_and_routes_ask_for_claims),
@@ -112,6 +117,7 @@ const TESTS: &[Test<Mesh>] = &[
     test("a_service_entry_leads_out", destinations::a_service_entry_leads_out),
     test("an_ejection_ends_and_is_counted", destinations::an_ejection_ends_and_is_counted),
     test("requests_cannot_be_smuggled", hostile::requests_cannot_be_smuggled),
+    test("no_request_is_carried_under_another_identity", identities::no_request_is_carried_under_another_identity),
     test("odd_targets_are_refused_or_made_plain", hostile::odd_targets_are_refused_or_made_plain),
     test("too_much_of_anything_is_refused", hostile::too_much_of_anything_is_refused),
     test("malformed_http2_heads_are_stream_errors", hostile::malformed_http2_heads_are_stream_errors),

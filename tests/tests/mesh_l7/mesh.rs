@@ -11,6 +11,7 @@ use mesh_tests::issuer::Authority;
 use mesh_tests::mesh_dir::MeshDir;
 use mesh_tests::netns;
 use mesh_tests::suite::CannotRun;
+use mesh_tests::tls::OwnCert;
 use mesh_tests::topology::{Place, Plan, Topology};
 use mesh_tests::web::Web;
 use serde_json::Value;
@@ -46,6 +47,8 @@ pub(crate) struct Mesh {
     pub(crate) logs: TempDir,
     /// Whom the waypoint trusts outside the mesh.
     pub(crate) authority: Authority,
+    /// The gateway's certificate, for `web.example`.
+    pub(crate) front: OwnCert,
 }
 
 const OBJECTS: &str = r"
@@ -165,6 +168,7 @@ spec:
     protocol: HTTPS
     hostname: web.example
     tls: { mode: Terminate, certificateRefs: [ { name: web-tls } ] }
+  - { name: ended, port: 9443, protocol: TLS, hostname: web.example, tls: { mode: Terminate, certificateRefs: [ { name: web-tls } ] } }
   - { name: pass, port: 8443, protocol: TLS, hostname: '*.pass.example', tls: { mode: Passthrough } }
   - { name: bytes, port: 9000, protocol: TCP }
 status:
@@ -228,7 +232,8 @@ pub(crate) fn set_up() -> anyhow::Result<Mesh> {
         "apiVersion: v1\nkind: Namespace\nmetadata: { name: u, labels: { istio.io/dataplane-mode: ambient } }\n",
     )?;
     dir.put("01-nodes.yaml", &topology.nodes_yaml())?;
-    dir.put("02-secret.yaml", &secret("web-tls", "web.example")?)?;
+    let front = OwnCert::of(&["web.example"])?;
+    dir.put("02-secret.yaml", &secret("web-tls", &front))?;
     for pod in &topology.plan().pods {
         let yaml = topology.pod_yaml(&pod.name, &[]);
         // The second instance of the waypoint is started by who needs it.
@@ -241,7 +246,7 @@ pub(crate) fn set_up() -> anyhow::Result<Mesh> {
     }
     let (ca, logs, authority) = (netns::scratch("ca")?, netns::scratch("logs")?, Authority::make()?);
     fs::write(ca.path().join("outside.pem"), authority.pem())?;
-    let mut mesh = Mesh { proxies: BTreeMap::new(), web, topology, dir, ca, logs, authority };
+    let mut mesh = Mesh { proxies: BTreeMap::new(), web, topology, dir, ca, logs, authority, front };
     for name in ["node-a", "node-b", "wp", "gw"] {
         let proxy = mesh.start(name)?;
         mesh.proxies.insert(name, proxy);
@@ -252,15 +257,14 @@ pub(crate) fn set_up() -> anyhow::Result<Mesh> {
     Ok(mesh)
 }
 
-/// A Secret with a certificate for `host` signed by itself.
-fn secret(name: &str, host: &str) -> anyhow::Result<String> {
-    let made = rcgen::generate_simple_self_signed([host.to_owned()])?;
+/// A Secret with a certificate.
+fn secret(name: &str, own: &OwnCert) -> String {
     let indent = |pem: &str| format!("    {}\n", pem.trim_end().replace('\n', "\n    "));
-    Ok(format!(
+    format!(
         "apiVersion: v1\nkind: Secret\nmetadata: {{ name: {name}, namespace: t }}\ntype: kubernetes.io/tls\nstringData:\n  tls.crt: |\n{}  tls.key: |\n{}",
-        indent(&made.cert.pem()),
-        indent(&made.signing_key.serialize_pem())
-    ))
+        indent(&own.cert),
+        indent(&own.key)
+    )
 }
 
 /// What `curl` got.

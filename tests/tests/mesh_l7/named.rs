@@ -1,13 +1,14 @@
 //! Routes of connections that are carried as bytes: by port, by the name in TLS.
 use std::collections::BTreeSet;
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use mesh_tests::dns::Dns;
-use mesh_tests::program::{Client, Server};
-use mesh_tests::tls::{OwnCert, TlsWeb};
+use mesh_tests::program::{Client, End, Server, Sum, pattern};
+use mesh_tests::tls::{self, OwnCert, TlsWeb};
 use mesh_tests::wait;
 use mesh_tests::web::Web;
 
@@ -155,6 +156,53 @@ pub(crate) fn the_gateway_carries_tls_and_bytes(mesh: &mut Mesh) -> anyhow::Resu
     let (mut client, who) = Client::who(&outside, (gateway, 9000).into())?;
     ensure!(who.name == "web1", "{who:?}");
     client.ping("bytes")?;
+    Ok(())
+}
+
+/// A listener that ends TLS and carries what is in it as bytes: both halves of the connection, and nothing for other names.
+pub(crate) fn the_gateway_ends_tls_around_bytes(mesh: &mut Mesh) -> anyhow::Result<()> {
+    const SIZE: usize = 1 << 20;
+    let server = Server::start(mesh.pod("web1"), MORE)?;
+    let _services = services(mesh)?;
+    let spec = "  rules: [ { backendRefs: [ { name: one, port: 92 } ] } ]";
+    let _route = mesh.objects("ended", &route("v1alpha2", "TCPRoute", "{ name: gw, sectionName: ended }", spec))?;
+    let outside = Arc::clone(mesh.topology.host("outside"));
+    let to = mesh.pod("gw").at(9443);
+    let open = |name: &str| tls::connect(&outside, to, name, &mesh.front);
+    let said = |command: &str| -> anyhow::Result<String> {
+        let mut client = BufReader::new(open("web.example")?);
+        client.get_mut().write_all(command.as_bytes())?;
+        let mut line = String::new();
+        client.read_line(&mut line)?;
+        Ok(line)
+    };
+    let line = wait::until("the listener", wait::PATIENCE, || said("who\n").ok().filter(|line| !line.is_empty()))?;
+    ensure!(line.starts_with("web1 "), "{line:?}");
+    let mut client = open("web.example")?;
+    client.write_all(b"echo\n")?;
+    for text in ["one", "two"] {
+        client.write_all(text.as_bytes())?;
+        let mut back = [0; 3];
+        client.read_exact(&mut back)?;
+        ensure!(back == text.as_bytes(), "{back:?}");
+    }
+    drop(client);
+    // The end of what is sent arrives as that, and the answer comes after it.
+    let mut client = open("web.example")?;
+    client.write_all(b"sink\n")?;
+    let bytes = pattern(SIZE);
+    client.write_all(&bytes)?;
+    client.conn.send_close_notify();
+    client.flush()?;
+    let mut line = String::new();
+    client.read_to_string(&mut line)?;
+    let sum = Sum::of(&bytes);
+    ensure!(line == format!("{} {}\n", sum.bytes, sum.sum), "{line:?}, wanted {sum:?}");
+    ensure!(server.wait_end("sink")? == End::Fin);
+    // No certificate is shown, and nothing carried, for a name the listener does not have.
+    let before = server.accepted();
+    let refused = open("other.example")?.write_all(b"who\n");
+    ensure!(refused.is_err() && server.accepted() == before, "{refused:?}");
     Ok(())
 }
 

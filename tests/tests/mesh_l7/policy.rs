@@ -9,11 +9,12 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use mesh_tests::agent::Metrics;
+use mesh_tests::raw::Raw;
 use mesh_tests::wait;
 use serde_json::Value;
 
 use crate::bytes::{upgraded, vip};
-use crate::mesh::{Got, MORE, Mesh, OTHER, ObjectsForNow, WEB};
+use crate::mesh::{Got, MORE, Mesh, OTHER, ObjectsForNow, WEB, WEB_IP};
 
 /// An AuthorizationPolicy of this namespace for the time of the guard.
 fn policy<'m>(mesh: &'m Mesh, name: &str, annotations: &str, spec: &str) -> anyhow::Result<ObjectsForNow<'m>> {
@@ -141,6 +142,43 @@ pub(crate) fn a_path_by_another_name_is_judged_as_itself(mesh: &mut Mesh) -> any
     ] {
         refused(&ask(path)?, "not_allowed").with_context(|| path.to_owned())?;
     }
+    Ok(())
+}
+
+/// A host that is refused, as clients may also write it.
+pub(crate) fn a_host_by_another_name_is_judged_as_itself(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let ask = |line: &str, hosts: &[&str]| -> anyhow::Result<(u16, Option<String>)> {
+        let fields = hosts.iter().map(|host| format!("host: {host}")).collect::<Vec<_>>().join("\r\n");
+        let head = format!("GET {line} HTTP/1.1\r\n{fields}\r\nconnection: close\r\n\r\n");
+        let mut raw = Raw::say(mesh.pod("client"), (WEB_IP, 80).into(), head.as_bytes())?;
+        let answer = raw.answer().with_context(|| head.clone())?;
+        Ok((answer.status, answer.header("x-culvert-reason").map(str::to_owned)))
+    };
+    {
+        let _deny = of_web(mesh, "deny", "action: DENY, rules: [{ to: [{ operation: { hosts: [bad.example] } }] }]")?;
+        let denied = (403, Some("policy_denied".to_owned()));
+        for host in ["bad.example", "BAD.example", "bad.example:80", "bad.example:8080", "bad.example.", "Bad.Example.:80"] {
+            ensure!(ask("/", &[host])? == denied, "{host}");
+        }
+        // The target's own authority is the host, whatever the field says.
+        for (line, host) in [("http://bad.example/", "good.example"), ("http://BAD.example:80/", "good.example")] {
+            ensure!(ask(line, &[host])? == denied, "{line} with {host}");
+        }
+        ensure!(ask("http://good.example/", &["bad.example"])?.0 == 200, "as whom the endpoint is asked");
+        for hosts in
+            [&["good.example", "bad.example"][..], &["good.example@bad.example"], &["bad.example/x"], &["bad example"], &[""]]
+        {
+            ensure!(ask("/", hosts)?.0 == 400, "{hosts:?}");
+        }
+        ensure!(ask("/", &["bad.example.evil"])?.0 == 200, "another host");
+    }
+    let _allow = of_web(mesh, "allow", "action: ALLOW, rules: [{ to: [{ operation: { hosts: [good.example] } }] }]")?;
+    ensure!(ask("/", &["good.example"])?.0 == 200);
+    let refused = (403, Some("not_allowed".to_owned()));
+    for host in ["bad.example", "good.example.evil", "xgood.example", "good.example..", "[good.example]"] {
+        ensure!(ask("/", &[host])? == refused, "{host}");
+    }
+    ensure!(ask("http://bad.example/", &["good.example"])? == refused, "the target's authority counts");
     Ok(())
 }
 
