@@ -1,10 +1,12 @@
 //! `cargo xtask tidy`: the rules of the house that no compiler checks.
 //!
 //! Owns the walls between crates (`graph`), the absence of cycles between modules (`modules`), what each source file must
-//! have or must not (`source`), and what must not be committed anywhere (`words`). Sizes are reported, not enforced.
+//! have or must not (`source`), that alerts speak of metrics there are (`monitoring`), and what must not be committed anywhere
+//! (`words`). Sizes are reported, not enforced.
 
 mod graph;
 mod modules;
+mod monitoring;
 mod rust;
 mod source;
 mod words;
@@ -20,7 +22,7 @@ pub fn run(_args: &[String]) -> Result<()> {
     let metadata = Metadata::load()?;
     let members = metadata.members();
     let mut faults = graph::check(&members);
-    let mut sizes = source::Sizes::default();
+    let (mut sizes, mut texts) = (source::Sizes::default(), Vec::new());
     for package in members.values() {
         let folder = package.folder.join("src");
         for file in rust_files(&folder) {
@@ -28,6 +30,7 @@ pub fn run(_args: &[String]) -> Result<()> {
             let name = relative(&root, &file);
             faults.extend(source::check(&package.name, &name, &text));
             sizes.add(&name, &text);
+            texts.push(text);
         }
         let files: Vec<modules::File> = rust_files(&folder)
             .into_iter()
@@ -38,6 +41,7 @@ pub fn run(_args: &[String]) -> Result<()> {
             .collect();
         faults.extend(modules::cycles(&files).into_iter().map(|cycle| format!("{}: {cycle}", package.name)));
     }
+    faults.extend(monitoring::check(&root, &texts)?);
     faults.extend(words::check(&root)?);
     sizes.report();
     for fault in &faults {

@@ -131,6 +131,7 @@ const TESTS: &[Test<Mesh>] = &[
         traces::a_request_is_a_span_between_its_caller_and_its_endpoint,
     ),
     test("prometheus_takes_every_page", scrape::prometheus_takes_every_page),
+    test("alerts_fire_as_they_should", scrape::alerts_fire_as_they_should),
     test("a_share_of_requests_is_told", traces::a_share_of_requests_is_told),
     test("a_collector_that_fails_costs_spans_only", traces::a_collector_that_fails_costs_spans_only),
 ];

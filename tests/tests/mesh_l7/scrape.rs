@@ -1,5 +1,6 @@
-//! The pages of metrics, as Prometheus itself reads them.
+//! The pages of metrics and the alerts on them, as Prometheus itself reads them.
 use std::fs;
+use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context as _, ensure};
@@ -32,6 +33,24 @@ pub(crate) fn prometheus_takes_every_page(mesh: &mut Mesh) -> anyhow::Result<()>
         let code = output.status.code().context("promtool was killed")?;
         let ours = said.lines().find(|line| !GIVEN.iter().any(|given| line.starts_with(given)));
         ensure!(code == 0 || (code == 3 && ours.is_none()), "{name}: promtool ends with {code}: {said}");
+    }
+    Ok(())
+}
+
+/// The alerts fire when they should and not before, by the cases beside them.
+pub(crate) fn alerts_fire_as_they_should(_mesh: &mut Mesh) -> anyhow::Result<()> {
+    if let Some(why) = skip::command_missing("promtool") {
+        return Err(CannotRun(why).into());
+    }
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("manifests").join("monitoring");
+    for args in [["check", "rules", "rules.yaml"], ["test", "rules", "rules.test.yaml"]] {
+        let output = Command::new("promtool").args(args).current_dir(&folder).output()?;
+        ensure!(
+            output.status.success(),
+            "{args:?}: {}{}",
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr)
+        );
     }
     Ok(())
 }
