@@ -1,6 +1,6 @@
 //! The messages of other people's protocols, so that one crate knows their numbers: Istio's workload and authorization
 //! discovery, its certificate API and its enrolment socket, Envoy's delta discovery that carries the first two, Envoy's
-//! question to an external authorizer, and OpenTelemetry's spans.
+//! question to an external authorizer, SPIFFE's and SPIRE's certificates of a node, and OpenTelemetry's spans.
 //!
 //! Owns the wire and nothing else; what a message means is decided by who reads it. The modules are made from `defs/` by
 //! `cargo xtask proto` and committed, so that a build needs no generator. Upstream: istiod, the CNI agent; authorizers and
@@ -41,6 +41,12 @@ pub mod envoy {
             pub mod v3;
         }
     }
+}
+/// SPIFFE and SPIRE.
+#[rustfmt::skip]
+pub mod spiffe {
+    pub mod delegated;
+    pub mod workload;
 }
 /// Google.
 #[rustfmt::skip]

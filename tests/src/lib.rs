@@ -34,6 +34,7 @@ pub mod raw;
 pub mod rpc;
 pub mod rude;
 pub mod skip;
+pub mod spire;
 pub mod suite;
 pub mod tls;
 pub mod topology;

@@ -20,6 +20,7 @@ use mesh_identity::cache::CacheSettings;
 use mesh_identity::clock::SystemClock;
 use mesh_identity::crypto::TlsSettings;
 use mesh_identity::live::LivePeers;
+use mesh_identity::spire::{self, Api};
 use mesh_identity::{Authority, IdentitySource, SourceSettings, SvidCache, TlsContext};
 use mesh_model::explain;
 use mesh_model::inbound::is_instance;
@@ -40,12 +41,15 @@ use mesh_runtime::signals;
 use mesh_runtime::sockets::{BoundListener, ListenerOptions, raise_nofile};
 use mesh_runtime::threads::{DataThreads, cores, worker_count};
 use mesh_sources::{Diagnostics, Origin, kubernetes};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::Notify;
 
 /// How long data threads may take to drop what is left after the drain.
 const STOP_LIMIT: Duration = Duration::from_secs(2);
+/// Where Istio's proxies find the Workload API.
+const ISTIO_SOCKET: &str = "/var/run/secrets/workload-spiffe-uds/socket";
 /// Series of metrics nobody used for this long are dropped.
 const SERIES_UNUSED: Duration = Duration::from_mins(10);
 
@@ -328,8 +332,16 @@ fn authority(s: &Settings, view: &Viewpoint) -> Result<Arc<dyn IdentitySource>> 
         trust_domain_aliases: view.trust_domain_aliases.clone(),
         lifetime: s.secret_ttl,
     };
-    let directory = s.ca_dir.clone();
-    Authority::Development(directory).open(settings).with_context(|| format!("development CA in {}", s.ca_dir.display()))
+    let istio = || Path::new(ISTIO_SOCKET).exists().then(|| format!("unix://{ISTIO_SOCKET}"));
+    let socket = s.spiffe_socket.clone().or_else(istio).filter(|socket| !socket.is_empty());
+    let (authority, which) = match socket {
+        Some(socket) => {
+            let agent = spire::reach(&socket, &TlsSettings::default()).context("SPIFFE_ENDPOINT_SOCKET")?;
+            (Authority::Spire(Api::Workload, agent), format!("certificates from SPIRE at {socket}"))
+        }
+        None => (Authority::Development(s.ca_dir.clone()), format!("development CA in {}", s.ca_dir.display())),
+    };
+    authority.open(settings).context(which)
 }
 
 /// Metrics of what exists anyway, written when somebody asks.

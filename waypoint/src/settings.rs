@@ -39,6 +39,10 @@ pub struct Settings {
     /// Directory of the built-in development CA; created when absent.
     #[arg(long, env = "CULVERT_CA_DIR", default_value = "/var/lib/culvert/ca", value_name = "DIR")]
     pub ca_dir: PathBuf,
+    /// SPIRE issues the certificate: the socket of the SPIFFE Workload API, `unix:///path`. By itself Istio's,
+    /// `/var/run/secrets/workload-spiffe-uds/socket`, where there is one; empty: not SPIRE.
+    #[arg(long, env = "SPIFFE_ENDPOINT_SOCKET", value_name = "SOCKET")]
+    pub spiffe_socket: Option<String>,
     /// Trust domain of this mesh.
     #[arg(long, env = "TRUST_DOMAIN", default_value = "cluster.local")]
     pub trust_domain: String,

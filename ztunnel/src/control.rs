@@ -3,6 +3,7 @@
 use crate::settings::{Missing, Settings};
 use anyhow::{Context, Result, bail};
 use mesh_identity::crypto::TlsSettings;
+use mesh_identity::spire::{self, Api};
 use mesh_identity::{Authority, IdentityError, IdentitySource, SourceSettings};
 use mesh_runtime::control_plane::{self, ControlPlane, Roots, Token};
 use mesh_runtime::metrics::Registry;
@@ -81,12 +82,17 @@ pub fn authority(s: &Settings, view: &Viewpoint, origin: &Origin) -> Result<Arc<
         _ => None,
     };
     let address = if c.ca_address.is_some() { some(c.ca_address.as_ref()) } else { same };
-    let (authority, which) = match address {
-        Some(address) => {
+    let spire = some(c.spire_admin_socket.as_ref());
+    let (authority, which) = match (spire, address) {
+        (Some(socket), _) => {
+            let agent = spire::reach(socket, &TlsSettings::default()).context("CULVERT_SPIRE_ADMIN_SOCKET")?;
+            (Authority::Spire(Api::Delegated, agent), format!("certificates from SPIRE at {socket}"))
+        }
+        (None, Some(address)) => {
             let control_plane = reach(s, address, &c.ca_root_ca, c.alt_ca_hostname.as_ref(), "CA_HEADER_")?;
             (Authority::Istio(control_plane), format!("certificates from {address}"))
         }
-        None => (Authority::Development(s.ca_dir.clone()), format!("development CA in {}", s.ca_dir.display())),
+        (None, None) => (Authority::Development(s.ca_dir.clone()), format!("development CA in {}", s.ca_dir.display())),
     };
     let settings = SourceSettings {
         trust_domain: view.trust_domain.clone(),

@@ -164,6 +164,10 @@ pub struct ControlSettings {
     /// `./var/run/secrets/tokens/istio-token`, where it is there.
     #[arg(long, env = "AUTH_TOKEN", hide_env_values = true, value_name = "TOKEN")]
     pub auth_token: Option<Token>,
+    /// SPIRE issues the certificates: the admin socket of its agent, `unix:///path`, where this process is an authorized delegate.
+    /// A pod is asked for by `k8s:ns` and `k8s:sa`, and its entry must say `spiffe://<trust domain>/ns/<namespace>/sa/<account>`.
+    #[arg(long, env = "CULVERT_SPIRE_ADMIN_SOCKET", value_name = "SOCKET", conflicts_with = "ca_address")]
+    pub spire_admin_socket: Option<String>,
     /// What a policy means that a workload names and that does not come within a second: `deny` refuses the workload's
     /// connections until it comes, `ignore` leaves it out as istio/ztunnel does.
     #[arg(long, env = "CULVERT_MISSING_POLICY", default_value = "deny")]

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use mesh_runtime::control_plane::ControlPlane;
+use tokio::runtime::Handle;
 
 use crate::clock::SystemClock;
 use crate::crypto::TlsSettings;
@@ -12,6 +13,7 @@ use crate::error::IdentityError;
 use crate::istio_ca::IstioCa;
 use crate::local_ca::{LocalCa, LocalCaSettings};
 use crate::source::{IdentitySource, SourceSettings};
+use crate::spire::{Api, Spire};
 
 /// Who issues certificates.
 #[derive(Debug)]
@@ -20,10 +22,13 @@ pub enum Authority {
     Development(PathBuf),
     /// istiod, reached like this.
     Istio(ControlPlane),
+    /// SPIRE, whose agent is reached like this ([`crate::spire::reach`]).
+    Spire(Api, ControlPlane),
 }
 
 impl Authority {
-    /// The source. Blocks on files, where the authority is in some; otherwise nothing is waited for.
+    /// The source; what it does by itself runs on the current runtime. Blocks on files, where the authority is in some; otherwise
+    /// nothing is waited for.
     ///
     /// # Errors
     /// What no retry can mend: an unusable directory, settings that make no sense.
@@ -40,6 +45,7 @@ impl Authority {
                 Arc::new(LocalCa::open(&settings, clock)?)
             }
             Self::Istio(control_plane) => Arc::new(IstioCa::new(settings, control_plane, &TlsSettings::default(), clock)?),
+            Self::Spire(api, control_plane) => Arc::new(Spire::start(api, control_plane, settings, clock, Handle::current())?),
         })
     }
 }

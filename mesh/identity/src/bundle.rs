@@ -83,6 +83,12 @@ impl TrustBundles {
         self.aliases.iter()
     }
 
+    /// Whether both believe the same.
+    pub(crate) fn has_roots_of(&self, other: &Self) -> bool {
+        let same = |domain: &str, bundle: &TrustBundle| other.find(domain).is_some_and(|there| there.roots == bundle.roots);
+        self.foreign.len() == other.foreign.len() && self.all().all(|(domain, bundle)| same(domain, bundle))
+    }
+
     /// Every trust domain with its roots, ours first; aliases have ours.
     pub fn all(&self) -> impl Iterator<Item = (&str, &TrustBundle)> {
         let foreign = self.foreign.iter().map(|(name, bundle)| (&**name, bundle));

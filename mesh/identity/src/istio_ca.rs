@@ -128,7 +128,7 @@ impl IstioCa {
         in_use.insert(id.clone(), new);
         let next = bundles_of(&self.settings, &in_use)?;
         self.bundles.send_if_modified(|current| {
-            let changed = !same_roots(current, &next);
+            let changed = !current.has_roots_of(&next);
             if changed {
                 tracing::info!(roots = next.all().map(|(_, bundle)| bundle.roots().len()).sum::<usize>(), "trust bundle changed");
                 *current = Arc::new(next);
@@ -176,13 +176,6 @@ fn bundles_of(settings: &SourceSettings, in_use: &BTreeMap<SpiffeId, InUse>) -> 
         bundles = bundles.with_domain(domain, roots.into_values().cloned().collect())?;
     }
     Ok(bundles)
-}
-
-fn same_roots(a: &TrustBundles, b: &TrustBundles) -> bool {
-    let list = |bundles: &TrustBundles| -> BTreeMap<String, Vec<CertificateDer<'static>>> {
-        bundles.all().map(|(domain, bundle)| (domain.to_owned(), bundle.roots().to_vec())).collect()
-    };
-    list(a) == list(b)
 }
 
 impl fmt::Debug for IstioCa {

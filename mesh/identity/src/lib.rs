@@ -3,9 +3,9 @@
 //! A byte stream goes in ([`tls::connect`], [`tls::accept`]), an authenticated stream and a [`tls::Peer`] come out; what is
 //! tunnelled inside is nobody's business here. Every refusal carries a [`mesh_model::Reason`].
 //!
-//! Upstream: an [`source::IdentitySource`], made by [`authority`] (the built-in [`local_ca`], or the client of istiod's, [`istio_ca`]) issues certificates
-//! and publishes trust bundles. Downstream: the proxies keep a [`cache::SvidHandle`] per pod and hand the [`svid::Svid`] it
-//! holds to `connect` and `accept`.
+//! Upstream: an [`source::IdentitySource`], made by [`authority`] (the built-in [`local_ca`], or the client of istiod's, [`istio_ca`], or of
+//! SPIRE's agent, [`spire`]) issues certificates and publishes trust bundles. Downstream: the proxies keep a
+//! [`cache::SvidHandle`] per pod and hand the [`svid::Svid`] it holds to `connect` and `accept`.
 //!
 //! One TLS state machine (rustls), two crypto libraries under it ([`crypto::Provider`]). Signing of the development
 //! authority's own certificates always runs on aws-lc, whichever library carries the handshakes.
@@ -28,6 +28,7 @@ mod pem;
 mod read_ahead;
 pub mod source;
 mod span;
+pub mod spire;
 pub mod svid;
 #[cfg(test)]
 mod testing;

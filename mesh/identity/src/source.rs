@@ -1,4 +1,4 @@
-//! The one seam to certificate authorities: the built-in development CA today; Istio's CA, SPIRE or files tomorrow.
+//! The one seam to certificate authorities: the built-in development CA, istiod's, SPIRE's agent.
 //!
 //! A source only issues and publishes. Caching, rotation, retries, priorities and time limits are [`crate::cache`]'s.
 
@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use mesh_model::{SpiffeId, TrustDomain};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 
 use crate::bundle::TrustBundles;
 use crate::error::IdentityError;
@@ -43,4 +43,11 @@ pub trait IdentitySource: Send + Sync {
     fn issue<'a>(&'a self, id: &'a SpiffeId) -> BoxFuture<'a, Result<IssuedSvid, IdentityError>>;
     /// The roots to believe, now and whenever they change.
     fn bundle(&self) -> watch::Receiver<Arc<TrustBundles>>;
+    /// Of a source that renews by itself: the identities that have a newer certificate than the one last issued. Taken once, by
+    /// the cache, which then renews nothing by the age of certificates.
+    fn renewals(&self) -> Option<mpsc::UnboundedReceiver<SpiffeId>> {
+        None
+    }
+    /// The last workload of `id` has left this node.
+    fn forget(&self, _id: &SpiffeId) {}
 }

@@ -11,7 +11,7 @@ use rcgen::{
     BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType,
 };
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, mpsc, watch};
 
 use crate::bundle::TrustBundles;
 use crate::clock::{Clock, SystemClock};
@@ -113,6 +113,8 @@ pub(crate) struct Scripted {
     pub(crate) asked: Mutex<Vec<SpiffeId>>,
     pub(crate) running: AtomicUsize,
     pub(crate) most_running: AtomicUsize,
+    /// Set before the cache starts: this source tells of renewals.
+    pub(crate) renewals: Mutex<Option<mpsc::UnboundedReceiver<SpiffeId>>>,
 }
 
 impl Scripted {
@@ -127,6 +129,7 @@ impl Scripted {
             asked: Mutex::default(),
             running: AtomicUsize::new(0),
             most_running: AtomicUsize::new(0),
+            renewals: Mutex::default(),
         })
     }
 
@@ -167,6 +170,10 @@ impl IdentitySource for Scripted {
 
     fn bundle(&self) -> watch::Receiver<Arc<TrustBundles>> {
         self.bundles.subscribe()
+    }
+
+    fn renewals(&self) -> Option<mpsc::UnboundedReceiver<SpiffeId>> {
+        self.renewals.lock().take()
     }
 }
 

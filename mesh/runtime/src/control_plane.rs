@@ -30,7 +30,7 @@ use tonic::transport::{Channel, Endpoint};
 
 /// Limit for a connection, TLS included (node-agent §1.8).
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
-/// HTTP/2 pings, also without a request under way.
+/// HTTP/2 pings over TCP, also without a request under way.
 const PING: Duration = Duration::from_secs(30);
 /// How long a ping may stay unanswered.
 const PING_LIMIT: Duration = Duration::from_secs(10);
@@ -234,11 +234,13 @@ impl ControlPlane {
             .map_err(bad)?
             .connect_timeout(CONNECT_LIMIT)
             .initial_stream_window_size(WINDOWS.0)
-            .initial_connection_window_size(WINDOWS.1)
-            .http2_keep_alive_interval(PING)
-            .keep_alive_timeout(PING_LIMIT)
-            .keep_alive_while_idle(true);
-        Ok(origin.map_or(endpoint.clone(), |origin| endpoint.origin(origin)))
+            .initial_connection_window_size(WINDOWS.1);
+        let Some(origin) = origin else {
+            // The kernel tells when the other side of a socket is gone; and servers of gRPC hang up on who pings as often as this.
+            return Ok(endpoint);
+        };
+        let endpoint = endpoint.http2_keep_alive_interval(PING).keep_alive_timeout(PING_LIMIT).keep_alive_while_idle(true);
+        Ok(endpoint.origin(origin))
     }
 
     fn connector(

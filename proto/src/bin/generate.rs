@@ -1,7 +1,7 @@
 //! `cargo xtask proto [--check]`: the Rust of the messages, from `defs/`, one file per protobuf package.
 //!
 //! Needs no protoc: the definitions are compiled in Rust. With `--check` nothing is written and a difference fails.
-//! Upstream: `defs/`. Downstream: `src/istio`, `src/envoy`, `src/google`,
+//! Upstream: `defs/`. Downstream: `src/istio`, `src/envoy`, `src/spiffe`, `src/google`,
 //! `src/opentelemetry`, which are committed.
 #![forbid(unsafe_code)]
 
@@ -14,12 +14,14 @@ use std::{env, fs};
 use protox::prost::Message as _;
 
 /// Everything else comes in by import.
-const ROOTS: [&str; 6] = [
+const ROOTS: [&str; 8] = [
     "istio/security.proto",
     "istio/ca.proto",
     "istio/zds.proto",
     "envoy/discovery.proto",
     "envoy/auth.proto",
+    "spiffe/delegated.proto",
+    "spiffe/workload.proto",
     "opentelemetry/collector.proto",
 ];
 

@@ -44,7 +44,7 @@ fn node(istiod: &Istiod) -> Node {
 }
 
 /// Both sides' verdicts about a handshake.
-async fn handshake(client: &Svid, server: &Svid) -> Result<(), String> {
+pub(crate) async fn handshake(client: &Svid, server: &Svid) -> Result<(), String> {
     let (near, far) = tokio::io::duplex(1 << 16);
     let deadline = tokio::time::Instant::now() + Duration::from_secs(5);
     let expect = [server.id.clone()];

@@ -1,8 +1,9 @@
-//! Ring 2: the istiod source and the certificate client against a control plane that misbehaves on command.
+//! Ring 2: the istiod source and the certificate clients against servers that misbehave on command.
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs, reason = "tests")]
 
 mod ca;
 mod encode;
 mod fixture;
 mod same;
+mod spire;
 mod xds;

@@ -3,7 +3,7 @@
 //! Per identity: `Queued` (waiting for one of the places at the authority) → `Asking` → `Resting` until renewal or retry.
 //! Renewal after two fifths of what was left of the certificate's life when it came, ±10 %; retries after 0.5 s, doubling to 150 s,
 //! ±20 % (node-agent §1.8), and sooner as its end comes near. So an authority may be away for half of a certificate's life at any
-//! time; with istio/ztunnel's renewal at half of the life it may not. A waiting connection brings a retry forward to 5 s after the
+//! time; with istio/ztunnel's renewal at half of the life it may not. A source that renews by itself is asked when it says so. A waiting connection brings a retry forward to 5 s after the
 //! failure.
 
 use std::cmp::Reverse;
@@ -49,6 +49,8 @@ const CLOCK_SLACK: Duration = Duration::from_secs(5);
 
 pub(super) struct Rotation {
     source: Arc<dyn IdentitySource>,
+    /// What the source renewed by itself, if it does that.
+    renewals: Option<mpsc::UnboundedReceiver<SpiffeId>>,
     tls: TlsContext,
     issue_timeout: Duration,
     concurrency: usize,
@@ -69,6 +71,8 @@ struct Slot {
     failures: u32,
     failed_at: Option<Instant>,
     waiting: Vec<Reply>,
+    /// The source told of a newer certificate while it was asked.
+    again: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -82,6 +86,7 @@ impl Rotation {
     pub(super) fn new(source: Arc<dyn IdentitySource>, tls: TlsContext, settings: &CacheSettings) -> Self {
         let clocks = (Instant::now(), tls.clock().now());
         Self {
+            renewals: source.renewals(),
             source,
             tls,
             issue_timeout: settings.issue_timeout,
@@ -106,6 +111,7 @@ impl Rotation {
                     None => return,
                 },
                 Some(ended) = self.asking.join_next_with_id() => self.ended(ended),
+                Some(id) = renewed(&mut self.renewals) => self.renew(&id),
                 () = sleep_until(wake) => {}
             }
             self.check_clocks();
@@ -158,10 +164,25 @@ impl Rotation {
         }
     }
 
+    /// The source has a newer certificate: it is asked for now, whatever the age of the one in use.
+    fn renew(&mut self, id: &SpiffeId) {
+        let Some(slot) = self.slots.get_mut(id) else { return };
+        match slot.phase {
+            Phase::Resting { .. } => {
+                slot.phase = Phase::Queued(Priority::Warmup);
+                self.enqueue(Priority::Warmup, id.clone());
+            }
+            // The answer on its way may be the one before.
+            Phase::Asking => slot.again = true,
+            Phase::Queued(_) => {}
+        }
+    }
+
     fn forget(&mut self, entry: &Arc<Entry>) {
         // Timers, queue places and requests under way find no slot, or another entry in it, and do nothing.
         if self.slots.get(&entry.id).is_some_and(|slot| Arc::ptr_eq(&slot.entry, entry)) {
             self.slots.remove(&entry.id);
+            self.source.forget(&entry.id);
         }
     }
 
@@ -203,6 +224,7 @@ impl Rotation {
                 continue;
             }
             slot.phase = Phase::Asking;
+            slot.again = false;
             let (source, tls, limit) = (Arc::clone(&self.source), self.tls.clone(), self.issue_timeout);
             let task = self.asking.spawn(async move {
                 match timeout(limit, source.issue(&id)).await {
@@ -224,7 +246,7 @@ impl Rotation {
         let now = Instant::now();
         let rest = match outcome {
             Ok(svid) => {
-                let rest = until_renewal(&svid, self.tls.clock().now(), rand::random_range(-0.1..=0.1));
+                let rest = usable_for(&svid, self.tls.clock().now(), self.renewals.is_some());
                 tracing::debug!(id = %svid.id, serial = svid.serial, renewal = ?rest, "certificate issued");
                 slot.succeed(Arc::new(svid));
                 rest
@@ -243,7 +265,7 @@ impl Rotation {
                 }
             }
         };
-        let until = now + rest;
+        let until = if slot.again { now } else { now + rest };
         slot.phase = Phase::Resting { until };
         self.timers.push(Reverse((until, entry.id.clone())));
     }
@@ -264,7 +286,7 @@ impl Rotation {
         tracing::info!(?jump, "the wall clock jumped: checking all certificates");
         for (id, slot) in &mut self.slots {
             if let (Phase::Resting { .. }, 0, Some(svid)) = (slot.phase, slot.failures, slot.entry.current.load_full()) {
-                let until = now + until_renewal(&svid, date, rand::random_range(-0.1..=0.1));
+                let until = now + usable_for(&svid, date, self.renewals.is_some());
                 slot.phase = Phase::Resting { until };
                 self.timers.push(Reverse((until, id.clone())));
             }
@@ -275,7 +297,7 @@ impl Rotation {
 impl Slot {
     /// A new slot rests until now: whoever creates it asks at once.
     fn new(entry: Arc<Entry>, now: Instant) -> Self {
-        Self { entry, phase: Phase::Resting { until: now }, failures: 0, failed_at: None, waiting: Vec::new() }
+        Self { entry, phase: Phase::Resting { until: now }, failures: 0, failed_at: None, waiting: Vec::new(), again: false }
     }
 
     /// Whether a request may be made although the rest is not over: never failed, or failed long enough ago.
@@ -320,6 +342,22 @@ fn answer(reply: Option<Reply>, outcome: Result<Arc<Svid>, IdentityError>) {
 fn retry_after(failures: u32) -> Duration {
     let doublings = failures.saturating_sub(1).min(16);
     FIRST_RETRY.saturating_mul(1 << doublings).min(LAST_RETRY)
+}
+
+/// The next identity the source renewed; never, for a source that does not.
+async fn renewed(renewals: &mut Option<mpsc::UnboundedReceiver<SpiffeId>>) -> Option<SpiffeId> {
+    match renewals {
+        Some(renewals) => renewals.recv().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// How long a new certificate is used before the source is asked again: to its end, where the source tells of renewals by itself.
+fn usable_for(svid: &Svid, now: SystemTime, source_tells: bool) -> Duration {
+    if source_tells {
+        return svid.not_after.duration_since(now).unwrap_or_default().max(LEAST_REST);
+    }
+    until_renewal(svid, now, rand::random_range(-0.1..=0.1))
 }
 
 /// How long a new certificate is used before it is renewed, moved by `jitter` (a part of that). Authorities date certificates back

@@ -296,6 +296,38 @@ async fn forgetting_during_a_request_discards_its_result() {
     assert_eq!(source.count(), 2);
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_source_that_renews_by_itself_is_asked_when_it_says_so() {
+    let clock: Arc<dyn Clock> = Arc::new(TokioClock::starting_at(SystemTime::now()));
+    let gate = Arc::new(Notify::new());
+    let source = Scripted::new(Arc::clone(&clock), [Act::Issue, Act::Issue, Act::Gate(gate.clone())]);
+    let (tell, renewals) = mpsc::unbounded_channel();
+    *source.renewals.lock() = Some(renewals);
+    let tls = TlsContext::new(&TlsSettings::default(), &*source, clock).unwrap();
+    let cache = SvidCache::start(source.clone(), tls, &CacheSettings::default(), &Handle::current());
+    let first = cache.fetch(&id(WEB)).await.unwrap();
+    sleep(minutes(55)).await;
+    assert_eq!(source.count(), 1, "not by age");
+    tell.send(id(WEB)).unwrap();
+    settle().await;
+    let second = cache.find(&id(WEB)).unwrap();
+    assert_ne!(second.serial, first.serial);
+    // Told once more while it is asked: the answer under way may be the one before.
+    tell.send(id(WEB)).unwrap();
+    settle().await;
+    tell.send(id(WEB)).unwrap();
+    settle().await;
+    gate.notify_one();
+    settle().await;
+    assert_eq!(source.count(), 4);
+    // Nobody has heard of it; and at its end, nothing said, it is asked after all.
+    tell.send(numbered(1)).unwrap();
+    sleep(minutes(59)).await;
+    assert_eq!(source.count(), 4);
+    sleep(minutes(2)).await;
+    assert!(source.count() >= 5 && cache.find(&id(WEB)).is_some());
+}
+
 /// A wall clock that can be set.
 #[derive(Debug)]
 struct Settable(TokioClock, Mutex<Duration>);

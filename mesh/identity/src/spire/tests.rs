@@ -1,0 +1,139 @@
+use std::time::Duration;
+
+use mesh_proto::spiffe::delegated::{SpiffeId as Named, X509svid, X509svidWithKey};
+use mesh_proto::spiffe::workload;
+
+use super::*;
+use crate::clock::SystemClock;
+use crate::testing::{TestCa, hours, id, leaf_params};
+
+const WEB: &str = "spiffe://cluster.local/ns/shop/sa/web";
+const OURS: &str = "spiffe://cluster.local";
+
+fn shared() -> (Shared, mpsc::UnboundedReceiver<SpiffeId>) {
+    let settings = SourceSettings {
+        trust_domain: TrustDomain::default(),
+        trust_domain_aliases: vec![TrustDomain::parse("old.local").unwrap()],
+        lifetime: hours(1),
+    };
+    let (renewed, renewals) = mpsc::unbounded_channel();
+    let nobody = TrustBundles::new(TrustDomain::default(), Vec::new()).unwrap();
+    let (clock, bundles) = (Arc::new(SystemClock), watch::Sender::new(Arc::new(nobody)));
+    (Shared { settings, clock, known: Mutex::default(), bundles, renewed }, renewals)
+}
+
+fn known(shared: &Shared) -> watch::Receiver<Said> {
+    shared.known.lock().entry(id(WEB)).or_default().said.subscribe()
+}
+
+/// What a delegate hears: this id, and a certificate for that one.
+fn told(ca: &TestCa, name: &str, of: &str, ends: Duration) -> SubscribeToX509sviDsResponse {
+    let mut params = leaf_params(&[of]);
+    params.not_after = (SystemTime::now() + ends).into();
+    let issued = ca.sign(&params);
+    let (trust_domain, path) = name.trim_start_matches("spiffe://").split_once('/').unwrap();
+    let named = Named { trust_domain: trust_domain.into(), path: format!("/{path}") };
+    let svid = X509svid { cert_chain: vec![issued.chain[0].to_vec().into()], id: Some(named), ..X509svid::default() };
+    let svid = X509svidWithKey { x509_svid: Some(svid), x509_svid_key: issued.key.secret_der().to_vec().into() };
+    SubscribeToX509sviDsResponse { x509_svids: vec![svid], federates_with: Vec::new() }
+}
+
+fn error(said: &watch::Receiver<Said>) -> String {
+    match &*said.borrow() {
+        Said::Failed(error) => error.to_string(),
+        Said::Nothing => "nothing".into(),
+        Said::Issued(_) => "issued".into(),
+    }
+}
+
+#[test]
+fn only_what_was_asked_for_is_taken() {
+    let (shared, mut renewals) = shared();
+    let (said, ca) = (known(&shared), TestCa::new("spire"));
+    let other = WEB.replace("web", "other");
+    let refused = shared.delegated(&id(WEB), told(&ca, WEB, &other, hours(1))).unwrap_err();
+    assert!(refused.contains("sa/other instead of spiffe://cluster.local/ns/shop/sa/web"), "{refused}");
+    assert_eq!(error(&said), "nothing");
+    shared.delegated(&id(WEB), told(&ca, &other, &other, hours(1))).unwrap();
+    assert!(
+        error(&said).contains("SPIRE's entries for this pod are spiffe://cluster.local/ns/shop/sa/other"),
+        "{}",
+        error(&said)
+    );
+    shared.delegated(&id(WEB), SubscribeToX509sviDsResponse::default()).unwrap();
+    assert!(error(&said).contains("no entry for k8s:ns:shop, k8s:sa:web"), "{}", error(&said));
+    assert!(shared.delegated(&id(WEB), told(&ca, WEB, WEB, hours(1))).is_ok());
+    assert_eq!(error(&said), "issued");
+    assert_eq!(renewals.try_recv().unwrap(), id(WEB), "who was refused before is told");
+}
+
+#[test]
+fn news_are_told_once_and_failures_spare_what_is_good() {
+    let (shared, mut renewals) = shared();
+    let (said, ca) = (known(&shared), TestCa::new("spire"));
+    let first = told(&ca, WEB, WEB, Duration::from_secs(2));
+    for _ in 0..2 {
+        shared.delegated(&id(WEB), first.clone()).unwrap();
+    }
+    assert!(renewals.try_recv().is_err(), "who asked waits for the first, and the second was the same");
+    shared.delegated(&id(WEB), told(&ca, WEB, WEB, Duration::from_secs(1))).unwrap();
+    assert_eq!(renewals.try_recv().unwrap(), id(WEB));
+    shared.fail_all(&IdentityError::Unavailable("away".into()));
+    assert_eq!(error(&said), "issued");
+    std::thread::sleep(Duration::from_millis(1100));
+    shared.fail_all(&IdentityError::Unavailable("away".into()));
+    assert!(error(&said).contains("away"));
+}
+
+fn believed(shared: &Shared, domain: &str) -> usize {
+    shared.bundles.borrow().find(domain).map_or(0, |bundle| bundle.roots().len())
+}
+
+#[test]
+fn each_trust_domain_is_believed_by_its_own_roots() {
+    let (shared, _renewals) = shared();
+    let [a, b, c] = ["a", "b", "c"].map(|name| TestCa::new(name).der.to_vec());
+    let both = [a.clone(), b].concat();
+    let news = |ours: &[u8], foreign: &[(&str, &[u8])]| {
+        let one = |(domain, der): (&str, &[u8])| (domain.to_owned(), der.to_vec().into());
+        let all = foreign.iter().copied().chain([(OURS, ours)]).map(one);
+        SubscribeToX509BundlesResponse { ca_certificates: all.collect() }
+    };
+    shared.roots(&news(&both, &[("spiffe://far.example", &c)])).unwrap();
+    let counts = |shared: &Shared| ["cluster.local", "old.local", "far.example", "other.example"].map(|d| believed(shared, d));
+    assert_eq!(counts(&shared), [2, 2, 1, 0]);
+    assert_eq!(shared.bundles.borrow().find("far.example").unwrap().roots()[0].as_ref(), c);
+    // Ours in pieces, or not at all: all stays as it was.
+    assert!(shared.roots(&news(&both[..both.len() - 1], &[])).unwrap_err().contains("our roots"));
+    let without =
+        SubscribeToX509BundlesResponse { ca_certificates: [("spiffe://far.example".to_owned(), c.clone().into())].into() };
+    assert!(shared.roots(&without).unwrap_err().contains("cluster.local"));
+    assert_eq!(counts(&shared), [2, 2, 1, 0]);
+    // A foreign one in pieces is believed no more; the others are.
+    shared
+        .roots(&news(&a, &[("spiffe://far.example", &c[1..]), ("spiffe://other.example", &c), ("spiffe://not/a/domain", &c)]))
+        .unwrap();
+    assert_eq!(counts(&shared), [1, 1, 0, 1]);
+    // One that is federated under the name of an alias vouches for that name, and ours no more.
+    shared.roots(&news(&both, &[("spiffe://old.local", &c)])).unwrap();
+    assert_eq!(counts(&shared), [2, 1, 0, 0]);
+}
+
+#[test]
+fn who_is_given_another_name_is_told_which() {
+    let (shared, _renewals) = shared();
+    let (said, ca) = (known(&shared), TestCa::new("spire"));
+    let elsewhere = "spiffe://far.example/ns/shop/sa/web";
+    let issued = ca.sign(&leaf_params(&[elsewhere]));
+    let svid = workload::X509svid {
+        spiffe_id: elsewhere.into(),
+        x509_svid: issued.chain[0].to_vec().into(),
+        x509_svid_key: issued.key.secret_der().to_vec().into(),
+        bundle: ca.der.to_vec().into(),
+        hint: String::new(),
+    };
+    let why = shared.own(&X509svidResponse { svids: vec![svid], ..X509svidResponse::default() }).unwrap_err();
+    assert!(why.contains("no roots of our trust domain cluster.local, but of far.example"), "{why}");
+    assert!(error(&said).contains(elsewhere), "{}", error(&said));
+    assert_eq!(believed(&shared, "far.example"), 0);
+}

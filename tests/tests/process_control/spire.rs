@@ -1,0 +1,184 @@
+//! Certificates from SPIRE, by both of its APIs.
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use mesh_identity::cache::CacheSettings;
+use mesh_identity::clock::SystemClock;
+use mesh_identity::crypto::TlsSettings;
+use mesh_identity::spire::{Api, Spire as Source, reach};
+use mesh_identity::svid::TlsContext;
+use mesh_identity::{IdentityError, IdentitySource, SourceSettings, SvidCache};
+use mesh_model::{SpiffeId, TrustDomain};
+use mesh_tests::spire::Spire;
+use tempfile::TempDir;
+use tokio::runtime::Handle;
+
+use crate::ca::handshake;
+use crate::fixture::until;
+
+const HOUR: Duration = Duration::from_hours(1);
+
+struct Node {
+    source: Arc<Source>,
+    cache: SvidCache,
+}
+
+fn id(account: &str) -> SpiffeId {
+    format!("spiffe://cluster.local/ns/ns/sa/{account}").parse().unwrap()
+}
+
+fn node(socket: &Path, api: Api) -> Node {
+    let agent = reach(&format!("unix://{}", socket.display()), &TlsSettings::default()).unwrap();
+    let settings = SourceSettings {
+        trust_domain: TrustDomain::default(),
+        trust_domain_aliases: Vec::new(),
+        lifetime: Duration::from_hours(1),
+    };
+    let clock = Arc::new(SystemClock);
+    let source = Arc::new(Source::start(api, agent, settings, clock.clone(), Handle::current()).unwrap());
+    let context = TlsContext::new(&TlsSettings::default(), &*source, clock).unwrap();
+    let cache = SvidCache::start(source.clone(), context, &CacheSettings::default(), &Handle::current());
+    Node { source, cache }
+}
+
+fn started() -> (Spire, TempDir) {
+    let dir = tempfile::tempdir().unwrap();
+    let spire = Spire::start(&dir.path().join("agent.sock"), "cluster.local").unwrap();
+    for account in ["a", "b"] {
+        spire.issue(id(account).as_str(), HOUR).unwrap();
+    }
+    (spire, dir)
+}
+
+async fn fetched(node: &Node, account: &str) -> Arc<mesh_identity::Svid> {
+    let svid = node.cache.fetch(&id(account)).await.unwrap_or_else(|e| panic!("{account}: {e}"));
+    until("the roots", || node.source.bundle().borrow().all().any(|(_, bundle)| !bundle.roots().is_empty())).await;
+    svid
+}
+
+#[tokio::test]
+async fn a_delegate_gets_the_certificates_of_its_pods() {
+    let (spire, dir) = started();
+    let node = node(&dir.path().join("agent.sock"), Api::Delegated);
+    let (a, b) = (fetched(&node, "a").await, fetched(&node, "b").await);
+    handshake(&a, &b).await.unwrap();
+    let selectors = |account: &str| vec![("k8s".to_owned(), "ns:ns".to_owned()), ("k8s".to_owned(), format!("sa:{account}"))];
+    assert_eq!(spire.asked(), [selectors("a"), selectors("b")]);
+    // A pod that left is not followed any more.
+    node.cache.forget(&id("b"));
+    until("its stream to end", || spire.open() == 1).await;
+}
+
+#[tokio::test]
+async fn a_process_gets_its_own_certificate() {
+    let (spire, dir) = started();
+    let node = node(&dir.path().join("agent.sock"), Api::Workload);
+    let (a, b) = (fetched(&node, "a").await, fetched(&node, "b").await);
+    handshake(&a, &b).await.unwrap();
+    assert_eq!(spire.without_header(), 0);
+    let error = node.cache.fetch(&id("stranger")).await.unwrap_err();
+    assert!(error.to_string().contains("stranger"), "{error}");
+}
+
+/// SPIRE renews by itself: what it pushes is in use at once, whatever the certificate's age.
+#[tokio::test]
+async fn what_spire_renews_is_in_use_at_once() {
+    for api in [Api::Delegated, Api::Workload] {
+        let (spire, dir) = started();
+        let node = node(&dir.path().join("agent.sock"), api);
+        let first = fetched(&node, "a").await;
+        spire.issue(id("a").as_str(), HOUR).unwrap();
+        until("the renewed one", || node.cache.find(&id("a")).is_some_and(|svid| svid.serial != first.serial)).await;
+    }
+}
+
+#[tokio::test]
+async fn an_entry_that_is_made_later_is_found() {
+    let (spire, dir) = started();
+    let node = node(&dir.path().join("agent.sock"), Api::Delegated);
+    let handle = node.cache.handle(&id("late"));
+    let error = handle.fetch().await.unwrap_err();
+    assert!(
+        matches!(&error, IdentityError::Refused { why, .. } if why.contains("no entry for k8s:ns:ns, k8s:sa:late")),
+        "{error}"
+    );
+    spire.issue(id("late").as_str(), HOUR).unwrap();
+    until("its certificate", || handle.load().is_some()).await;
+}
+
+#[tokio::test]
+async fn while_spire_is_away_or_refuses_what_is_good_serves() {
+    let (spire, dir) = started();
+    let node = node(&dir.path().join("agent.sock"), Api::Delegated);
+    let a = fetched(&node, "a").await;
+    spire.away(true);
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    handshake(&node.cache.find(&id("a")).expect("still there"), &a).await.unwrap();
+    let error = node.cache.fetch(&id("b")).await.unwrap_err();
+    assert!(matches!(&error, IdentityError::Unavailable(_)), "{error}");
+    spire.away(false);
+    spire.issue(id("a").as_str(), HOUR).unwrap();
+    until("the renewal that was missed", || node.cache.find(&id("a")).is_some_and(|svid| svid.serial != a.serial)).await;
+    until("the one that was not there", || node.cache.find(&id("b")).is_some()).await;
+    spire.refuse(true);
+    let _other = node.cache.handle(&id("other"));
+    let told = || node.cache.dump().iter().any(|one| one.state.contains("PermissionDenied: not an authorized delegate"));
+    until("the reason to be told", told).await;
+    assert!(node.cache.find(&id("a")).is_some());
+}
+
+#[tokio::test]
+async fn federated_domains_are_believed_by_their_own_roots() {
+    let (spire, dir) = started();
+    let abroad = Spire::start(&dir.path().join("abroad.sock"), "abroad.example").unwrap();
+    let stranger: SpiffeId = "spiffe://abroad.example/ns/ns/sa/x".parse().unwrap();
+    abroad.issue(stranger.as_str(), HOUR).unwrap();
+    let (here, there) =
+        (node(&dir.path().join("agent.sock"), Api::Delegated), node(&dir.path().join("abroad.sock"), Api::Workload));
+    let a = fetched(&here, "a").await;
+    let x = there.cache.fetch(&stranger).await.unwrap();
+    assert!(handshake(&x, &a).await.is_err(), "strangers at first");
+    spire.federate("abroad.example", abroad.root());
+    abroad.federate("cluster.local", spire.root());
+    let begun = Instant::now();
+    while let Err(e) = handshake(&x, &a).await {
+        assert!(begun.elapsed() < Duration::from_secs(5), "{e}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    handshake(&a, &x).await.unwrap();
+}
+
+/// A new certificate every second, and a root that is replaced on the way.
+#[tokio::test]
+async fn rotation_under_load_fails_no_handshake() {
+    let (spire, dir) = started();
+    let nodes = [Api::Delegated, Api::Workload].map(|api| node(&dir.path().join("agent.sock"), api));
+    let [one, other] = &nodes;
+    fetched(one, "a").await;
+    fetched(other, "b").await;
+    let (begun, mut serials, mut seconds) = (Instant::now(), std::collections::BTreeSet::new(), 0);
+    while seconds < 6 {
+        if begun.elapsed().as_secs() > seconds {
+            seconds += 1;
+            if seconds == 2 {
+                // As SPIRE does: announced first, used later.
+                spire.rotate_root().unwrap();
+                for node in &nodes {
+                    until("both roots", || node.source.bundle().borrow().all().all(|(_, bundle)| bundle.roots().len() == 2))
+                        .await;
+                }
+            }
+            for account in ["a", "b"] {
+                spire.issue(id(account).as_str(), HOUR).unwrap();
+            }
+        }
+        let (a, b) = (one.cache.find(&id("a")).expect("a's certificate"), other.cache.find(&id("b")).expect("b's certificate"));
+        handshake(&a, &b).await.unwrap_or_else(|e| panic!("after {:?}: {e}", begun.elapsed()));
+        serials.insert(a.serial.clone());
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert!(serials.len() >= 5, "{} certificates", serials.len());
+    spire.forget_old_roots();
+    until("the old root to go", || one.source.bundle().borrow().all().all(|(_, bundle)| bundle.roots().len() == 1)).await;
+}
