@@ -97,7 +97,8 @@ impl Conn {
         let (service, namespace) = match &self.scope {
             Scope::Mesh(Target::Service { service, .. }) => (Some(&service.key), Some(&*service.key.namespace)),
             Scope::Mesh(Target::Workload { known, .. }) => (None, Some(&*known.workload().namespace)),
-            Scope::Gateway { .. } => (None, None),
+            // The service's own policies are for its waypoint and its endpoints, who see what is asked.
+            Scope::Network { .. } | Scope::Gateway { .. } => (None, None),
         };
         let waypoint = matches!(self.scope, Scope::Mesh(_));
         PolicyScope { service, namespace, gateway: Some(&self.shared.gateway), waypoint }

@@ -12,6 +12,13 @@ use std::sync::Arc;
 pub enum Scope {
     /// Through a tunnel to what was addressed.
     Mesh(Target),
+    /// Through a tunnel from another network, to be carried on as it is.
+    Network {
+        /// The service that was asked for.
+        service: Arc<Service>,
+        /// Its port.
+        port: u16,
+    },
     /// To a listener of a gateway; the host of each request decides.
     Gateway {
         /// Its port.
@@ -53,6 +60,7 @@ impl Facts {
     pub fn service(&self) -> Option<&Arc<Service>> {
         match &self.scope {
             Scope::Mesh(target) => target.service(),
+            Scope::Network { service, .. } => Some(service),
             Scope::Gateway { .. } => None,
         }
     }
@@ -60,7 +68,7 @@ impl Facts {
     pub fn port(&self) -> u16 {
         match &self.scope {
             Scope::Mesh(target) => target.port(),
-            Scope::Gateway { port, .. } => *port,
+            Scope::Network { port, .. } | Scope::Gateway { port, .. } => *port,
         }
     }
 }

@@ -8,6 +8,7 @@
 pub mod app;
 pub mod body;
 pub mod conn;
+mod crossing;
 pub mod detect;
 mod dump;
 pub mod exchange;

@@ -3,7 +3,7 @@
 //! Owns accepting; the data threads place. One accept loop per data thread shares each listening socket's queue. Upstream: `app`.
 //! Downstream: `tunnel`, `http`, `tcp`.
 use crate::conn::Shared;
-use crate::tunnel;
+use crate::{crossing, tunnel};
 use mesh_hbone::Incoming;
 use mesh_runtime::drain::DrainWatch;
 use mesh_runtime::sockets::{BoundListener, RawAccepted};
@@ -67,7 +67,18 @@ pub async fn serve_hbone(shared: Arc<Shared>, tcp: TcpStream, peer: SocketAddr, 
     }
     let handler = {
         let (shared, drain) = (Arc::clone(&shared), drain.clone());
-        move |incoming: Incoming| tunnel::serve_stream(Arc::clone(&shared), Arc::clone(&proof), peer, incoming, drain.clone())
+        let east_west = shared.settings.east_west;
+        move |incoming: Incoming| {
+            let (shared, proof, drain) = (Arc::clone(&shared), Arc::clone(&proof), drain.clone());
+            async move {
+                if east_west {
+                    // Apart: most processes never do, and it is the larger of the two.
+                    Box::pin(crossing::serve_stream(shared, proof, peer, incoming, drain)).await;
+                } else {
+                    tunnel::serve_stream(shared, proof, peer, incoming, drain).await;
+                }
+            }
+        }
     };
     tokio::select! {
         served = mesh_hbone::serve(tls, Arc::clone(&shared.hbone), handler, drain) => if let Err(error) = served {

@@ -30,6 +30,10 @@ pub struct Settings {
     /// Address of this pod, when its name does not say which workload it is.
     #[arg(long, env = "INSTANCE_IP")]
     pub instance_ip: Option<IpAddr>,
+    /// Serve tunnels from other networks, as a Gateway of the class `istio-east-west` does: to the services that are for them (label
+    /// `istio.io/global: "true"`), and to nothing else.
+    #[arg(long, env = "CULVERT_EAST_WEST")]
+    pub east_west: bool,
     /// Name of the Gateway object this process serves, in its own namespace: its listeners other than HBONE are listened on.
     #[arg(long, env = "GATEWAY", default_value = "")]
     pub gateway: String,

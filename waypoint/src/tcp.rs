@@ -13,7 +13,7 @@ use crate::telemetry::{Flag, TcpHandles, TcpRecord};
 use crate::upstream::{self, Cluster, Failure, PickContext, Stream, UpstreamError};
 use mesh_hbone::HboneStream;
 use mesh_hbone::relay::endpoint::{Bytewise, Endpoint};
-use mesh_hbone::relay::{Timeouts, relay};
+use mesh_hbone::relay::{End, How, Timeouts, relay};
 use mesh_model::authz_l7::L7Verdict;
 use mesh_model::hosts;
 use mesh_model::l7::TcpFacts;
@@ -24,6 +24,7 @@ use mesh_model::lb::redraw;
 use mesh_model::waypoint::Target;
 use mesh_model::{Reason, Refusal, Snapshot};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 use tokio::time::Instant;
 
 const DRAW_BACKEND: u64 = 31;
@@ -131,26 +132,38 @@ where
     A: Endpoint,
 {
     let Reached { upstream, asked } = reached;
+    let idle = record.cluster.as_ref().and_then(|c| c.policy().pool.tcp_idle_timeout);
+    match upstream {
+        Stream::Hbone(server, _counted) => between(conn, (client, server), &asked, idle, handles, record).await,
+        Stream::Tcp(server, _counted) => between(conn, (client, server), &asked, idle, handles, record).await,
+        Stream::Tls(server, _counted) => between(conn, (client, Bytewise::new(*server)), &asked, idle, handles, record).await,
+    }
+}
+
+/// Relays until either end, the idle limit (`idle`, else the process's), a policy or the drain ends it. `asked`: external
+/// authorizers that agreed.
+pub(crate) async fn between<A: Endpoint, B: Endpoint>(
+    conn: &Conn,
+    (client, server): (A, B),
+    asked: &[Arc<str>],
+    idle: Option<Duration>,
+    handles: &TcpHandles,
+    record: &mut TcpRecord,
+) {
     let settings = &conn.shared.settings;
-    let of_policy = record.cluster.as_ref().and_then(|c| c.policy().pool.tcp_idle_timeout);
     let timeouts = Timeouts {
-        idle: of_policy.or_else(|| Some(settings.tcp_idle_timeout).filter(|t| !t.is_zero())),
+        idle: idle.or_else(|| Some(settings.tcp_idle_timeout).filter(|t| !t.is_zero())),
         half_closed: Some(settings.half_closed_timeout).filter(|t| !t.is_zero()),
     };
     let cut = OnceLock::new();
     let expired = async {
         tokio::select! {
             // Set once: this future ends here.
-            details = authorize::revoked(conn, Living::Bytes(&asked)) => drop(cut.set(details)),
+            details = authorize::revoked(conn, Living::Bytes(asked)) => drop(cut.set(details)),
             () = conn.drain.expired() => {}
         }
     };
-    let end = match upstream {
-        Stream::Hbone(server, _counted) => relay(client, server, handles, expired, timeouts).await,
-        Stream::Tcp(server, _counted) => relay(client, server, handles, expired, timeouts).await,
-        Stream::Tls(server, _counted) => relay(client, Bytewise::new(*server), handles, expired, timeouts).await,
-    };
-    use mesh_hbone::relay::{End, How};
+    let end = relay(client, server, handles, expired, timeouts).await;
     record.details = match end.how {
         How::Closed => "",
         How::Reset(End::First) => "downstream_remote_disconnect",
@@ -232,6 +245,7 @@ fn cluster(conn: &Conn, snap: &Snapshot, draw: u64, record: &mut TcpRecord) -> R
             let plain = ClusterKey { service: service.key.clone(), port: *port, subset: None };
             (snap.find_routes(&service.key).cloned(), Some(plain))
         }
+        Scope::Network { .. } => (None, None),
         Scope::Gateway { port, listener, .. } => {
             (hosts::tcp_table(&conn.shared.gateway, snap, *port, listener.as_deref(), sni), None)
         }

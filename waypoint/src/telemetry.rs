@@ -170,7 +170,7 @@ impl Telemetry {
         // waypoint stands between a client and an endpoint of the mesh.
         let (reporter, source, source_id) = match facts.scope {
             Scope::Gateway { .. } => ("source", own, Some(&self.inner.own_identity)),
-            Scope::Mesh(_) => ("waypoint", facts.source.as_ref(), facts.identity.as_ref()),
+            Scope::Mesh(_) | Scope::Network { .. } => ("waypoint", facts.source.as_ref(), facts.identity.as_ref()),
         };
         Ends {
             reporter,

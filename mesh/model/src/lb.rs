@@ -191,9 +191,16 @@ impl EndpointSet {
     }
     /// Chooses an endpoint that answers on `port` (`None`: on any) by a uniform draw: best rank first, then by weight.
     pub fn pick(&self, port: Option<u16>, draw: u64) -> Option<&Endpoint> {
-        let open = |g: &&Group| {
+        self.pick_of(draw, |g| {
             (g.rank < RANK_STRICT_MISS || g.rank == RANK_NO_GATEWAY) && port.is_none_or(|p| g.open.binary_search(&p).is_ok())
-        };
+        })
+    }
+    /// The same among those on our own network.
+    pub fn pick_here(&self, port: u16, draw: u64) -> Option<&Endpoint> {
+        self.pick_of(draw, |g| g.traits.same_network && g.rank < RANK_STRICT_MISS && g.open.binary_search(&port).is_ok())
+    }
+    fn pick_of(&self, draw: u64, open: impl Fn(&Group) -> bool) -> Option<&Endpoint> {
+        let open = |g: &&Group| open(g);
         // Groups are sorted by rank: the first open one has the best.
         let best = self.groups.iter().find(open)?.rank;
         let of_best = || self.groups.iter().filter(open).take_while(|g| g.rank == best);

@@ -1,4 +1,6 @@
 //! Outbound: what to do with a captured connection (node-agent §1.4). Pure; the shell dials what comes out.
+mod crossing;
+
 use crate::addr::{DialAddr, HboneAuthority};
 use crate::conn::OutboundConn;
 use crate::id::SpiffeId;
@@ -12,6 +14,8 @@ use crate::workload::{GatewayDestination, GatewayRef, Protocol, Workload};
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+
+pub use crossing::{Crossing, plan_crossing};
 
 /// What to do with an outbound connection.
 #[derive(Clone, Debug, PartialEq, Eq)]

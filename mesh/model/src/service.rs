@@ -127,6 +127,8 @@ pub struct Service {
     pub lb: LoadBalancing,
     /// Families.
     pub ip_families: IpFamilies,
+    /// Other networks may ask our gateway for it (Istio's scope GLOBAL).
+    pub global: bool,
     /// Preferred among services of one hostname (Kubernetes services, oldest ServiceEntry).
     pub canonical: bool,
     /// Who sees it.
@@ -156,6 +158,7 @@ impl Service {
             waypoint_error: None,
             lb: LoadBalancing::default(),
             ip_families: IpFamilies::default(),
+            global: false,
             canonical: false,
             visibility: Visibility::default(),
             origin: None,

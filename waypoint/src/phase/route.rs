@@ -80,6 +80,8 @@ fn routes<'s>(ex: &Exchange<'_>, snap: &'s Snapshot) -> Routes<'s> {
         }
         Scope::Mesh(Target::Service { service, .. }) => snap.find_routes(&service.key).map_or(Routes::Plain, Routes::Table),
         Scope::Mesh(Target::Workload { .. }) => Routes::Plain,
+        // Never HTTP.
+        Scope::Network { .. } => Routes::NoHost,
         Scope::Gateway { port, listener, secure } => {
             hosts::table(&ex.conn.shared.gateway, snap, *port, listener.as_deref(), *secure, &ex.authority)
         }

@@ -17,6 +17,7 @@ use super::{ManySlot, PodSlot, ServiceSlot, Translator};
 use crate::diagnostics::{Problem, Severity};
 
 const MODE: &str = "istio.io/dataplane-mode";
+const GLOBAL: &str = "istio.io/global";
 const TUNNEL: &str = "networking.istio.io/tunnel";
 
 /// Who owns a host name in a namespace.
@@ -108,6 +109,7 @@ impl Translator {
             waypoint_error: error.map(Into::into),
             lb,
             ip_families: obj.families,
+            global: is_global(&obj.labels),
             canonical: true,
             visibility: Visibility::Public,
             origin: Some(Arc::clone(&slot.origin)),
@@ -159,6 +161,7 @@ impl Translator {
             waypoint_error: error.map(Into::into),
             lb,
             ip_families: IpFamilies::Automatic,
+            global: is_global(&obj.labels),
             canonical,
             visibility: Visibility::Public,
             origin: Some(Arc::clone(&slot.origin)),
@@ -585,4 +588,10 @@ fn service_ports(ports: &[Port]) -> Vec<ServicePort> {
             protocol: p.app,
         })
         .collect()
+}
+
+/// Whether a service is for other networks too: by the label for which Istio's charts set `serviceScopeConfigs`. Other selectors are
+/// not read.
+fn is_global(labels: &Labels) -> bool {
+    labels.get(GLOBAL).is_some_and(|value| &**value == "true")
 }

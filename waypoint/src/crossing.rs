@@ -1,0 +1,95 @@
+//! Tunnels between networks: this process as Istio's east-west gateway (`--east-west`).
+//!
+//! Owns the order: plan → policies of the Gateway → connect → 200 → relay → tell. What is carried is a tunnel inside the tunnel,
+//! between the client and whom it leads to; nothing of it can be seen here, and that one judges it by its own policies.
+//! Upstream: `listen`. Downstream: `mesh_model::plan::plan_crossing`, the relay.
+use crate::conn::{Conn, Shared};
+use crate::facts::{Facts, Scope};
+use crate::phase::authorize;
+use crate::phase::custom;
+use crate::tcp;
+use crate::telemetry::TcpRecord;
+use mesh_hbone::Incoming;
+use mesh_identity::Peer;
+use mesh_model::authz_l7::L7Verdict;
+use mesh_model::plan::{Crossing, plan_crossing};
+use mesh_model::{HboneAuthority, Reason, Refusal};
+use mesh_runtime::drain::DrainWatch;
+use mesh_runtime::sockets::{ConnectOptions, Keepalive, StreamOptions, connect};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use tokio::net::TcpStream;
+
+/// Serves one CONNECT of another network.
+pub async fn serve_stream(shared: Arc<Shared>, proof: Arc<Peer>, client: SocketAddr, incoming: Incoming, drain: DrainWatch) {
+    let mut record = TcpRecord::begin();
+    let opened = match plan(&shared, &proof, client, incoming.authority(), drain) {
+        Ok((conn, crossing)) => open(&conn, &crossing, &mut record).await.map(|(server, asked)| (conn, server, asked)),
+        Err(why) => Err(why),
+    };
+    let (conn, server, asked) = match opened {
+        Ok(opened) => opened,
+        Err(why) => {
+            shared.telemetry.tunnel_refused(client, Some(&proof.id), &why);
+            incoming.refuse(&why);
+            return;
+        }
+    };
+    let stream = match incoming.accept([]) {
+        Ok(stream) => stream,
+        Err(error) => {
+            tracing::debug!(%client, %error, "client went before the answer");
+            return;
+        }
+    };
+    let handles = shared.telemetry.tcp_opened(&conn.facts, &record);
+    tcp::between(&conn, (stream, server), &asked, None, &handles, &mut record).await;
+    shared.telemetry.tcp_done(&conn.facts, &record, &handles);
+}
+
+fn plan(
+    shared: &Arc<Shared>,
+    proof: &Peer,
+    client: SocketAddr,
+    authority: &str,
+    drain: DrainWatch,
+) -> Result<(Conn, Crossing), Refusal> {
+    let authority = HboneAuthority::parse(authority)
+        .ok_or_else(|| Refusal::new(Reason::BadRequest, format!("authority {authority:?} is neither ip:port nor host:port")))?;
+    let snap = shared.mesh.load();
+    let crossing = plan_crossing(&snap, shared.me(&snap)?, &proof.id, &authority, rand::random())?;
+    let facts = Facts {
+        scope: Scope::Network { service: Arc::clone(&crossing.service), port: crossing.port },
+        client,
+        local: crossing.dial,
+        identity: Some(proof.id.clone()),
+        // Its address is another network's.
+        source: None,
+        sni: None,
+        plain: None,
+    };
+    Ok((Conn::new(Arc::clone(shared), facts, drain), crossing))
+}
+
+/// The connection to whom it leads, and the external authorizers that were asked before.
+async fn open(conn: &Conn, crossing: &Crossing, record: &mut TcpRecord) -> Result<(TcpStream, Vec<Arc<str>>), Refusal> {
+    let snap = conn.shared.mesh.load_full();
+    record.told = conn.told(&snap);
+    let asked = custom::check_bytes(conn, &snap, rand::random()).await.map_err(|(why, _details)| why)?;
+    let judgement = authorize::judge(&snap, conn, None);
+    record.noted = authorize::note(conn, &judgement);
+    if let L7Verdict::Deny(denial) = judgement.verdict {
+        return Err(denial.refusal());
+    }
+    let options = ConnectOptions {
+        timeout: conn.shared.settings.connect_timeout,
+        stream: StreamOptions { keepalive: Some(Keepalive::default()), nodelay: true, user_timeout: None },
+        ..ConnectOptions::default()
+    };
+    let server = connect(crossing.dial, &options).await;
+    Ok((
+        server
+            .map_err(|error| Refusal::new(Reason::ConnectFailed, format!("{} of {}: {error}", crossing.dial, crossing.to.uid)))?,
+        asked,
+    ))
+}
