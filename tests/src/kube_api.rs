@@ -71,6 +71,8 @@ struct Store {
     /// Requests for lists, by resource.
     lists: BTreeMap<&'static str, usize>,
     watches: BTreeMap<&'static str, usize>,
+    /// `group/namespace/resource` of every list, served or not.
+    asked: BTreeSet<String>,
     stopped: bool,
 }
 
@@ -205,6 +207,10 @@ impl KubeApi {
         self.drop_watches();
     }
 
+    /// `group/namespace/resource` of all that was listed, also where it is not served; the namespace is empty for all.
+    pub fn asked(&self) -> BTreeSet<String> {
+        self.state.lock().asked.clone()
+    }
     /// Lists that were asked for, of a resource.
     pub fn lists(&self, plural: &str) -> usize {
         self.state.lock().lists.get(plural).copied().unwrap_or_default()
@@ -325,6 +331,22 @@ impl Asked {
     }
 }
 
+/// `group/namespace/resource` of a list.
+fn asked_for(target: &str) -> Option<String> {
+    let (path, query) = target.split_once('?')?;
+    if query.contains("watch=true") {
+        return None;
+    }
+    let parts: Vec<&str> = path.trim_matches('/').split('/').collect();
+    match parts.as_slice() {
+        ["api", _, plural] => Some(format!("//{plural}")),
+        ["api", _, "namespaces", namespace, plural] => Some(format!("/{namespace}/{plural}")),
+        ["apis", group, _, plural] => Some(format!("{group}//{plural}")),
+        ["apis", group, _, "namespaces", namespace, plural] => Some(format!("{group}/{namespace}/{plural}")),
+        _ => None,
+    }
+}
+
 fn serve(state: &State, stream: TcpStream) {
     let _best_effort = stream.set_read_timeout(Some(Duration::from_secs(30)));
     let mut reader = BufReader::new(stream);
@@ -355,6 +377,9 @@ fn serve_one(state: &State, reader: &mut BufReader<TcpStream>) -> io::Result<boo
     let mut body = vec![0; length];
     reader.read_exact(&mut body)?;
     let out = reader.get_mut();
+    if let Some(what) = asked_for(&target) {
+        state.lock().asked.insert(what);
+    }
     let Some(asked) = Asked::parse(&target) else {
         return failure(out, 404, "the server could not find the requested resource");
     };

@@ -5,6 +5,7 @@
 use crate::control;
 use crate::dialer::MARK;
 use crate::dump;
+use crate::enrolment::ByKubernetes;
 use crate::handover::{self, Ask, Predecessor};
 use crate::metrics::Metrics;
 use crate::nft::Table;
@@ -59,8 +60,8 @@ pub fn version() -> serde_json::Value {
 }
 
 /// Removes the rules of the agent that kept its redirections in `pins` from every pod. Without `nft` there are none.
-pub fn remove_rules(pins: &Path) {
-    if let Err(error) = Table::of(pins).sweep(&HashSet::new()) {
+pub fn remove_rules(pins: &Path, proc_dir: &Path) {
+    if let Err(error) = Table::of(pins).sweep(proc_dir, &HashSet::new()) {
         eprintln!("ztunnel: rules of nftables, if there are any, remain: {error}");
     }
 }
@@ -97,7 +98,7 @@ pub async fn serve(mut settings: Settings, logging: &Logging) -> Result<()> {
 
     // What the mesh is.
     let first_snapshot = readiness.pending("mesh configuration");
-    let (mesh, diagnostics) = mesh_sources::start(origin, view);
+    let (mesh, diagnostics) = mesh_sources::start(origin, view.clone());
 
     let shared = assemble(&settings, mesh.clone(), source, metrics, logging)?;
     let workers = shared.threads.workers().len();
@@ -135,6 +136,7 @@ pub async fn serve(mut settings: Settings, logging: &Logging) -> Result<()> {
     );
 
     // Nothing is captured before the first snapshot is in (node-agent §1.1).
+    let enrols = settings.is_enrolled_by_kubernetes().then(|| (view, control::access(&settings), settings.proc_dir.clone()));
     let (asks, successor) = mpsc::channel(1);
     let supervisor = PodSupervisor::new(Arc::clone(&shared), readiness.clone(), pods, pins, inherited);
     let control = tokio::spawn({
@@ -150,6 +152,20 @@ pub async fn serve(mut settings: Settings, logging: &Logging) -> Result<()> {
                 Ok(None) => supervisor,
                 // Never ready, and the pods stay as they are.
                 Err(error) => return tracing::error!(%error, "the CNI agent cannot be followed"),
+            };
+            let supervisor = match enrols {
+                Some((view, access, proc_dir)) => {
+                    let asked_to_end = drained.clone();
+                    let pods = tokio::select! {
+                        pods = ByKubernetes::follow(&access, view, proc_dir) => pods,
+                        _ = asked_to_end.draining() => return,
+                    };
+                    match pods {
+                        Ok(pods) => supervisor.by_kubernetes(pods),
+                        Err(error) => return tracing::error!(%error, "the pods of this node cannot be followed"),
+                    }
+                }
+                None => supervisor,
             };
             supervisor.run(drained, first_snapshot, successor).await;
         }
@@ -251,6 +267,8 @@ pub fn assemble(
 
 /// What can be known to fail, said before anything starts. Answers how pods are redirected, and where that is kept.
 fn preflight(settings: &Settings) -> Result<(RedirectMode, Option<PinRoot>)> {
+    let nameless = settings.is_enrolled_by_kubernetes() && settings.node.is_empty();
+    ensure!(!nameless, "which node's pods are to be enrolled? set --node (NODE_NAME)");
     if settings.zds.is_some() {
         probe_rights(MARK).context("pods of the CNI agent cannot be served")?;
         return Ok((RedirectMode::None, None));

@@ -28,7 +28,7 @@ struct Finding {
 
 impl Report {
     /// Looks at everything.
-    pub fn of_this_machine(node: &str, pins: &Pins) -> Self {
+    pub fn of_this_machine(node: &str, proc_dir: &Path, pins: &Pins) -> Self {
         let mut report = Self::default();
         let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").map_err(|e| e.to_string());
         report.add("kernel", kernel.map(|release| release.trim().to_owned()));
@@ -42,7 +42,10 @@ impl Report {
             said(Table::of(&pins).probe(), "rules are taken: DNS over UDP, and TCP without eBPF, can be captured"),
         );
         report.add("cgroup", said(cgroup(), "version 2"));
-        report.add("processes", said(host_processes(), "those of pods are seen: their resolv.conf is used"));
+        report.add(
+            "processes",
+            said(host_processes(proc_dir), "those of pods are seen: their namespaces are found, and their resolv.conf is used"),
+        );
         report
     }
 
@@ -99,8 +102,10 @@ fn cgroup() -> Result<(), String> {
     found.then_some(()).ok_or_else(|| "version 2 is not mounted".to_owned())
 }
 
-fn host_processes() -> Result<(), String> {
-    let own = std::fs::read_link("/proc/self/ns/pid").map_err(|e| e.to_string())?;
-    let host = own.as_os_str() == HOST_PIDS;
-    host.then_some(()).ok_or_else(|| "not those of pods (hostPID): the node's name servers are asked for them".to_owned())
+/// Also that processes of others may be looked at (`CAP_SYS_PTRACE`).
+fn host_processes(proc_dir: &Path) -> Result<(), String> {
+    let first =
+        std::fs::read_link(proc_dir.join("1/ns/pid")).map_err(|e| format!("those of others may not be looked at: {e}"))?;
+    let host = first.as_os_str() == HOST_PIDS;
+    host.then_some(()).ok_or_else(|| "not those of pods (--proc-dir): the node's name servers are asked for them".to_owned())
 }

@@ -22,6 +22,11 @@ fn some(value: Option<&String>) -> Option<&str> {
     value.map(String::as_str).filter(|value| !value.is_empty())
 }
 
+/// How the API server is reached.
+pub fn access(s: &Settings) -> kubernetes::Access {
+    kubernetes::Access { kubeconfig: s.kubeconfig.clone() }
+}
+
 /// What describes the mesh.
 pub fn origin(s: &Settings, registry: &Registry) -> Result<Origin> {
     let text = std::env::var("LOCAL_XDS").ok();
@@ -42,8 +47,12 @@ pub fn origin(s: &Settings, registry: &Registry) -> Result<Origin> {
     if s.kubernetes {
         let watches = kubernetes::Watches::default();
         watches.expose(registry)?;
-        let access = kubernetes::Access { kubeconfig: s.kubeconfig.clone() };
-        let scope = kubernetes::Scope { access, reach: kubernetes::Reach::Agent, retry: kubernetes::Retry::default(), watches };
+        let scope = kubernetes::Scope {
+            access: access(s),
+            reach: kubernetes::Reach::Agent,
+            retry: kubernetes::Retry::default(),
+            watches,
+        };
         return Ok(Origin::Kubernetes(Box::new(scope)));
     }
     if let Some(dir) = &s.mesh_dir {

@@ -155,7 +155,7 @@ async fn reply(pod: &Arc<Pod>, query: Vec<u8>, transport: Transport) -> Option<V
         Err(refusal) => return refusal,
     };
     let place = pod.netns.as_ref().map(|netns| netns.id());
-    let conf = pod.dns.conf(place, &pod.namespace, &pod.shared.settings.cluster_domain).await;
+    let conf = pod.dns.conf(place, &pod.namespace, &pod.shared.settings).await;
     let metrics = {
         let snap = pod.shared.mesh.load();
         let client = snap.find_workload(&pod.uid);

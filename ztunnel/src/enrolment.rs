@@ -1,15 +1,24 @@
 //! Who is to be served: a pod as whoever enrolled it says.
 //!
-//! Two may: the mesh itself (a folder names each pod's network namespace) and Istio's CNI agent (`zds`), which sends the
-//! namespace before the mesh has heard of the pod. Owns the facts of one enrolment. Upstream: snapshots, [`crate::zds`].
-//! Downstream: `pods`, which serves it.
+//! Three may: the mesh itself (a folder names each pod's network namespace), the Kubernetes API (whose pods are found by
+//! their cgroups), and Istio's CNI agent (`zds`), which sends the namespace before the mesh has heard of the pod. Owns the
+//! facts of one enrolment. Upstream: snapshots, `mesh-sources`, [`crate::zds`]. Downstream: `pods`, which serves it.
+mod places;
+
 use crate::zds::Named;
 use mesh_model::SpiffeId;
-use mesh_model::snapshot::Snapshot;
+use mesh_model::snapshot::{Snapshot, Viewpoint};
 use mesh_model::workload::{NetworkMode, Protocol, Workload, WorkloadUid};
 use mesh_runtime::sockets::NetnsFd;
+use mesh_sources::SourceError;
+use mesh_sources::kubernetes::{Access, NodePod, NodePods, Served, follow_node};
+use parking_lot::Mutex;
+use places::Places;
+use std::collections::HashSet;
 use std::net::IpAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
+use tokio::sync::watch;
 
 /// One pod that is to be served.
 #[derive(Clone, Debug)]
@@ -55,6 +64,20 @@ impl Enrolled {
         })
     }
 
+    /// A pod that the Kubernetes API enrols.
+    fn by_kubernetes(pod: &NodePod, netns: Option<&Arc<NetnsFd>>) -> Self {
+        let w = &pod.workload;
+        Self {
+            key: Arc::clone(&pod.uid),
+            uid: Arc::clone(&w.uid),
+            namespace: Arc::clone(&w.namespace),
+            name: Arc::clone(&w.name),
+            identity: w.identity().map_err(|e| e.to_string()),
+            place: netns.map_or(Place::Unknown, |netns| Place::Netns(Arc::clone(netns))),
+            address: w.ips.first().copied(),
+        }
+    }
+
     /// A pod that the CNI agent enrols. Its workload is the one of this node with its names, else the one istiod will send:
     /// istiod's ids of pods are made of the same names.
     pub fn by_cni(snap: &Snapshot, key: Arc<str>, pod: Named, netns: NetnsFd) -> Self {
@@ -83,6 +106,68 @@ impl Enrolled {
     /// `namespace/name`.
     pub fn label(&self) -> String {
         format!("{}/{}", self.namespace, self.name)
+    }
+}
+
+/// The pods that the Kubernetes API enrols on this node.
+#[derive(Debug)]
+pub struct ByKubernetes {
+    pods: watch::Receiver<Option<NodePods>>,
+    /// Who is marked; `None` once another agent does that.
+    served: Option<watch::Sender<Served>>,
+    places: Arc<Mutex<Places>>,
+}
+
+impl ByKubernetes {
+    /// Follows the pods of this node from when all are known. `proc_dir`: the machine's `/proc`.
+    ///
+    /// # Errors
+    /// There is no way to the API server.
+    pub async fn follow(access: &Access, view: Viewpoint, proc_dir: PathBuf) -> Result<Self, SourceError> {
+        let (served, told) = watch::channel(None);
+        let mut pods = follow_node(access, view, told)?;
+        let ended = pods.wait_for(Option::is_some).await.is_err();
+        if ended {
+            return Err(SourceError::Died);
+        }
+        Ok(Self { pods, served: Some(served), places: Arc::new(Mutex::new(Places::new(proc_dir))) })
+    }
+
+    /// Resolves when other pods, or the same otherwise, are enrolled.
+    pub async fn changed(&mut self) {
+        if self.pods.changed().await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+
+    /// The pods enrolled now.
+    pub async fn enrolled(&mut self) -> Vec<Enrolled> {
+        let pods = self.pods.borrow_and_update().clone().unwrap_or_default();
+        let wanted: Vec<&NodePod> = pods.iter().filter(|pod| is_served(&pod.workload)).collect();
+        let (cgroups, places) = (wanted.iter().map(|pod| Arc::clone(&pod.cgroup)).collect(), Arc::clone(&self.places));
+        // It may have to read something of every process of the machine.
+        let looked = tokio::task::spawn_blocking(move || places.lock().look(&cgroups)).await;
+        if let Err(error) = looked {
+            tracing::error!(%error, "pods' network namespaces cannot be looked for");
+        }
+        let places = self.places.lock();
+        wanted.into_iter().map(|pod| Enrolled::by_kubernetes(pod, places.get(&pod.cgroup))).collect()
+    }
+
+    /// Tells which are served, so that they are marked.
+    pub fn tell(&self, served: impl Iterator<Item = Arc<str>>) {
+        let Some(sender) = &self.served else { return };
+        let served: HashSet<Arc<str>> = served.collect();
+        sender.send_if_modified(|told| {
+            let changed = told.as_deref() != Some(&served);
+            *told = Some(Arc::new(served));
+            changed
+        });
+    }
+
+    /// Leaves the marks to the next agent.
+    pub fn hand_over(&mut self) {
+        self.served = None;
     }
 }
 

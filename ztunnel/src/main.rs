@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 /// A predictable allocator that returns memory after peaks; the system's keeps it (arenas per thread).
@@ -33,6 +34,9 @@ struct OfNode {
     /// Name of the node, as the agent was given it.
     #[arg(long = "node", env = "NODE_NAME", default_value = "")]
     node: String,
+    /// The machine's `/proc`, where pods' processes are looked for.
+    #[arg(long, env = "CULVERT_PROC_DIR", default_value = "/proc", value_name = "DIR")]
+    proc_dir: PathBuf,
     #[command(flatten)]
     pins: ztunnel::settings::Pins,
 }
@@ -61,17 +65,17 @@ struct DefaultProxy {
 fn run(command: Command) -> Result<ExitCode> {
     match command {
         Command::Proxy(settings) => ztunnel::app::run(*settings)?,
-        Command::Check(OfNode { node, pins }) => {
-            let report = ztunnel::check::Report::of_this_machine(&node, &pins);
+        Command::Check(OfNode { node, proc_dir, pins }) => {
+            let report = ztunnel::check::Report::of_this_machine(&node, &proc_dir, &pins);
             println!("{report}");
             if report.redirection().is_none() {
                 return Ok(ExitCode::FAILURE);
             }
         }
-        Command::Cleanup(OfNode { node, pins }) => {
+        Command::Cleanup(OfNode { node, proc_dir, pins }) => {
             let pins = pins.of_node(&node);
             // First what does not need a BPF filesystem.
-            ztunnel::app::remove_rules(&pins);
+            ztunnel::app::remove_rules(&pins, &proc_dir);
             let removed = if pins.exists() { ebpf_loader::PinRoot::open(&pins)?.sweep([])? } else { 0 };
             println!("{removed} redirections removed");
         }

@@ -101,14 +101,14 @@ impl Table {
         run(netns, &[], &format!("table inet {name}\ndelete table inet {name}\n"))
     }
 
-    /// Takes them away from every namespace of this machine but those in `keep`; how many those were. For pods that left the mesh
-    /// while no agent ran.
+    /// Takes them away from every namespace of this machine (whose `/proc` is `proc_dir`) but those in `keep`; how many those were.
+    /// For pods that left the mesh while no agent ran.
     ///
     /// # Errors
     /// As for [`Table::load`].
-    pub fn sweep(&self, keep: &HashSet<NetnsId>) -> io::Result<usize> {
+    pub fn sweep(&self, proc_dir: &Path, keep: &HashSet<NetnsId>) -> io::Result<usize> {
         let mut swept = 0;
-        for (id, netns) in namespaces() {
+        for (id, netns) in namespaces(proc_dir) {
             if !keep.contains(&id) && self.is_in(&netns)? {
                 self.unload(&netns)?;
                 swept += 1;
@@ -126,10 +126,10 @@ impl Table {
 }
 
 /// Every network namespace that a process is in or that has a name.
-fn namespaces() -> HashMap<NetnsId, NetnsFd> {
-    let list = |dir: &str| std::fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
-    let processes = list("/proc").map(|process| process.join("ns/net"));
-    let named = list("/run/netns");
+fn namespaces(proc_dir: &Path) -> HashMap<NetnsId, NetnsFd> {
+    let list = |dir: &Path| std::fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
+    let processes = list(proc_dir).map(|process| process.join("ns/net"));
+    let named = list(Path::new("/run/netns"));
     processes.chain(named).filter_map(|path| NetnsFd::open(path).ok()).map(|netns| (netns.id(), netns)).collect()
 }
 

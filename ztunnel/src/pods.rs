@@ -1,12 +1,12 @@
 //! The pods of this node: who is served, started and ended from the published snapshot.
 //!
 //! Owns the table of running pods and reconciles it with who is enrolled, from scratch: what should run is a function of the
-//! snapshot, or what the CNI agent said last. It refuses to take a pod half: without listeners *and* redirection the pod is
+//! snapshot, or what the Kubernetes API or the CNI agent said last. It refuses to take a pod half: without listeners *and* redirection the pod is
 //! not served, is retried, and holds readiness back. Upstream: `Mesh` versions, `zds`. Downstream: `pod`, `accept`,
 //! `ebpf-loader`.
 use crate::accept;
 use crate::dns;
-use crate::enrolment::{Enrolled, Place};
+use crate::enrolment::{ByKubernetes, Enrolled, Place};
 use crate::handover::{Ask, Inherited};
 use crate::nft::Table;
 use crate::pod::{Pod, Shared};
@@ -156,6 +156,14 @@ async fn next_order(cni: Option<&mut Cni>) -> Order {
     std::future::pending().await
 }
 
+/// The next change among the pods that the Kubernetes API enrols; never, if it enrols none.
+async fn next_pods(kubernetes: Option<&mut ByKubernetes>) {
+    match kubernetes {
+        Some(kubernetes) => kubernetes.changed().await,
+        None => std::future::pending().await,
+    }
+}
+
 /// Runs the pods of this node.
 pub struct PodSupervisor {
     shared: Arc<Shared>,
@@ -169,6 +177,7 @@ pub struct PodSupervisor {
     inherited: Inherited,
     handed_over: bool,
     cni: Option<Cni>,
+    kubernetes: Option<ByKubernetes>,
     /// Pods whose interfaces changed.
     changed: (mpsc::Sender<WorkloadUid>, mpsc::Receiver<WorkloadUid>),
 }
@@ -186,6 +195,7 @@ impl PodSupervisor {
             inherited,
             handed_over: false,
             cni: None,
+            kubernetes: None,
             changed: mpsc::channel(16),
             shared,
         }
@@ -195,6 +205,13 @@ impl PodSupervisor {
     #[must_use]
     pub fn by_cni(mut self, orders: mpsc::Receiver<Order>) -> Self {
         self.cni = Some(Cni { orders: Some(orders), enrolled: HashMap::new() });
+        self
+    }
+
+    /// Serves the pods that the Kubernetes API enrols, instead of those the mesh names.
+    #[must_use]
+    pub fn by_kubernetes(mut self, pods: ByKubernetes) -> Self {
+        self.kubernetes = Some(pods);
         self
     }
 
@@ -232,6 +249,7 @@ impl PodSupervisor {
                         running.drain.start(DrainMode::Graceful { deadline: UNTIL_TOLD });
                     }
                 }
+                () = next_pods(self.kubernetes.as_mut()) => {}
                 order = next_order(self.cni.as_mut()) => self.obey(order).await,
                 Some(uid) = self.changed.1.recv() => self.recapture(&uid).await,
                 Ok(()) = bundles.changed() => self.rejudge_tunnels(&bundles.borrow_and_update().clone()),
@@ -281,6 +299,9 @@ impl PodSupervisor {
         if let Some(cni) = &mut self.cni {
             cni.orders = None;
         }
+        if let Some(kubernetes) = &mut self.kubernetes {
+            kubernetes.hand_over();
+        }
         for running in self.running.values_mut() {
             running.stop_accepting();
         }
@@ -321,10 +342,11 @@ impl PodSupervisor {
     }
 
     /// Who should be served now.
-    fn desired(&self) -> Vec<Enrolled> {
-        let mut desired: Vec<_> = match &self.cni {
-            Some(cni) => cni.enrolled.values().cloned().collect(),
-            None => Enrolled::by_mesh(&self.shared.mesh.load()).collect(),
+    async fn desired(&mut self) -> Vec<Enrolled> {
+        let mut desired: Vec<_> = match (&self.cni, &mut self.kubernetes) {
+            (Some(cni), _) => cni.enrolled.values().cloned().collect(),
+            (None, Some(kubernetes)) => kubernetes.enrolled().await,
+            (None, None) => Enrolled::by_mesh(&self.shared.mesh.load()).collect(),
         };
         // In one order on every start, so that it does not depend on chance who is served when two claim one namespace.
         desired.sort_by(|a, b| a.key.cmp(&b.key));
@@ -334,7 +356,7 @@ impl PodSupervisor {
     /// Makes the running pods those that are enrolled.
     async fn reconcile(&mut self) {
         self.shared.metrics.config_version.set(self.shared.mesh.load().version() as i64);
-        let desired = self.desired();
+        let desired = self.desired().await;
         let keys: HashSet<&Arc<str>> = desired.iter().map(|e| &e.key).collect();
         self.dismiss(|key| !keys.contains(key), "the pod left the mesh");
         if self.handed_over {
@@ -346,6 +368,9 @@ impl PodSupervisor {
         for enrolled in &desired {
             // It is told in the log, the table and readiness.
             let _ = self.ensure(enrolled).await;
+        }
+        if let Some(kubernetes) = &self.kubernetes {
+            kubernetes.tell(self.running.keys().cloned());
         }
         self.count();
         self.sweep();
@@ -411,10 +436,10 @@ impl PodSupervisor {
             Err(error) => tracing::warn!(%error, "redirections of pods that left the mesh may remain"),
         }
         if self.shared.settings.redirect != RedirectMode::None {
-            let table = self.table_of_rules();
+            let (table, proc_dir) = (self.table_of_rules(), self.shared.settings.proc_dir.clone());
             let keep = self.running.values().filter_map(|r| r.place).collect();
             tokio::task::spawn_blocking(move || {
-                if let Err(error) = table.sweep(&keep) {
+                if let Err(error) = table.sweep(&proc_dir, &keep) {
                     tracing::debug!(%error, "rules in pods that left the mesh may remain");
                 }
             });
@@ -483,7 +508,9 @@ impl PodSupervisor {
                 Ok(Some(Arc::clone(netns)))
             }
             (Place::Unknown, RedirectMode::None) => Ok(None),
-            (Place::Unknown, _) => Err("the pod names no network namespace (annotation culvert.dev/netns)".into()),
+            (Place::Unknown, _) => {
+                Err("the pod's network namespace is not known (annotation culvert.dev/netns, or a process in its cgroup)".into())
+            }
         }
     }
 

@@ -1,15 +1,17 @@
 //! The pod's own `resolv.conf`, read through a process that lives in the pod's network namespace.
 //!
 //! Kubernetes writes it for each pod (`dnsPolicy`, `dnsConfig`), and only there is it seen. Where no process can be looked at (the
-//! agent has no `hostPID`, or the pod has none yet) the node's name servers are asked and the search domains are those Kubernetes
+//! agent does not see the machine's, or the pod has none yet) the node's name servers are asked and the search domains are those Kubernetes
 //! gives by default.
 //!
 //! Owns what is remembered of a pod between its questions. Upstream: `dns`. Downstream: `/proc`.
+use crate::settings::Settings;
 use mesh_runtime::sockets::NetnsId;
 use rustix::fs::{FileType, Mode, OFlags, ResolveFlags, fstat, openat2, stat};
 use std::fs::File;
 use std::io::Read as _;
 use std::net::IpAddr;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::{Mutex, Semaphore};
@@ -50,15 +52,15 @@ impl Default for PodDns {
 
 impl PodDns {
     /// The pod's `resolv.conf`. Whoever comes while it is being read waits.
-    pub async fn conf(&self, netns: Option<NetnsId>, namespace: &Arc<str>, cluster_domain: &str) -> Arc<ResolvConf> {
+    pub async fn conf(&self, netns: Option<NetnsId>, namespace: &Arc<str>, settings: &Settings) -> Arc<ResolvConf> {
         let mut known = self.conf.lock().await;
         if let Some((at, conf)) = &*known
             && at.elapsed() < FRESH
         {
             return Arc::clone(conf);
         }
-        let (namespace, domain) = (Arc::clone(namespace), cluster_domain.to_owned());
-        let read = move || of_pod(netns, &namespace, &domain);
+        let (namespace, domain, processes) = (Arc::clone(namespace), settings.cluster_domain.clone(), settings.proc_dir.clone());
+        let read = move || of_pod(netns, &processes, &namespace, &domain);
         let conf = Arc::new(tokio::task::spawn_blocking(read).await.unwrap_or_default());
         *known = Some((Instant::now(), Arc::clone(&conf)));
         conf
@@ -97,8 +99,8 @@ impl ResolvConf {
 }
 
 /// What the pod in this network namespace uses; else what a pod of `namespace` would on this node.
-fn of_pod(netns: Option<NetnsId>, namespace: &str, cluster_domain: &str) -> ResolvConf {
-    if let Some(conf) = netns.and_then(of_process) {
+fn of_pod(netns: Option<NetnsId>, proc_dir: &Path, namespace: &str, cluster_domain: &str) -> ResolvConf {
+    if let Some(conf) = netns.and_then(|netns| of_process(netns, proc_dir)) {
         return conf;
     }
     let mut conf = ResolvConf::parse(&std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default());
@@ -110,23 +112,23 @@ fn of_pod(netns: Option<NetnsId>, namespace: &str, cluster_domain: &str) -> Reso
 }
 
 /// The first process in the namespace whose file names a server.
-fn of_process(netns: NetnsId) -> Option<ResolvConf> {
-    std::fs::read_dir("/proc").ok()?.flatten().find_map(|entry| {
-        let name = entry.file_name();
-        let pid = name.to_str().filter(|name| name.bytes().all(|b| b.is_ascii_digit()))?;
-        let own = stat(format!("/proc/{pid}/ns/net")).ok()?;
+fn of_process(netns: NetnsId, proc_dir: &Path) -> Option<ResolvConf> {
+    std::fs::read_dir(proc_dir).ok()?.flatten().find_map(|entry| {
+        let (process, name) = (entry.path(), entry.file_name());
+        name.to_str().filter(|name| name.bytes().all(|b| b.is_ascii_digit()))?;
+        let own = stat(process.join("ns/net")).ok()?;
         if (own.st_dev, own.st_ino) != (netns.dev, netns.inode) {
             return None;
         }
-        let conf = ResolvConf::parse(&read_in_root(pid)?);
+        let conf = ResolvConf::parse(&read_in_root(&process)?);
         (!conf.servers.is_empty()).then_some(conf)
     })
 }
 
 /// The file as the process sees it. Links in it are followed inside the process's root only, and nothing but a plain file is read:
 /// what is in a container is its owner's to choose.
-fn read_in_root(pid: &str) -> Option<String> {
-    let root = File::open(format!("/proc/{pid}/root")).ok()?;
+fn read_in_root(process: &Path) -> Option<String> {
+    let root = File::open(process.join("root")).ok()?;
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let fd = openat2(&root, "etc/resolv.conf", flags, Mode::empty(), ResolveFlags::IN_ROOT).ok()?;
     if FileType::from_raw_mode(fstat(&fd).ok()?.st_mode) != FileType::RegularFile {

@@ -28,6 +28,13 @@ pub struct Settings {
     /// Or a control plane does.
     #[command(flatten)]
     pub control: ControlSettings,
+    /// Who enrols this node's pods: `kubernetes` watches them and their namespaces, finds each by its cgroup and marks it
+    /// (`ambient.istio.io/redirection`); `mesh` takes what the folder says. By default the one that describes the mesh.
+    #[arg(long, env = "CULVERT_ENROL", conflicts_with = "zds")]
+    pub enrol: Option<Enrol>,
+    /// The machine's `/proc`, where pods' processes are looked for.
+    #[arg(long, env = "CULVERT_PROC_DIR", default_value = "/proc", value_name = "DIR")]
+    pub proc_dir: PathBuf,
     /// Name of the node this agent serves: it takes the enrolled pods whose `spec.nodeName` is this.
     #[arg(long = "node", env = "NODE_NAME", default_value = "")]
     pub node: String,
@@ -181,6 +188,22 @@ pub enum Missing {
     Deny,
     /// Nothing.
     Ignore,
+}
+
+impl Settings {
+    /// Whether the Kubernetes API says which pods are served.
+    pub fn is_enrolled_by_kubernetes(&self) -> bool {
+        self.zds.is_none() && self.enrol.map_or(self.kubernetes, |by| by == Enrol::Kubernetes)
+    }
+}
+
+/// Who enrols pods.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Enrol {
+    /// The objects of the mesh: labels, and where each pod lives.
+    Mesh,
+    /// The Kubernetes API.
+    Kubernetes,
 }
 
 /// Where redirections are kept that outlive the agent.

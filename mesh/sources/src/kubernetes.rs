@@ -12,6 +12,7 @@ mod client;
 mod cluster;
 mod kinds;
 mod metrics;
+mod nodes;
 mod tree;
 mod watch;
 
@@ -30,6 +31,7 @@ use client::Client;
 use cluster::Cluster;
 pub use kinds::Reach;
 pub use metrics::Watches;
+pub use nodes::{NodePod, NodePods, Served, follow as follow_node};
 
 /// Events taken in before what they change is published.
 const BATCH: usize = 10_000;

@@ -1,16 +1,16 @@
 //! Requests to an API server: HTTP/2 on one connection where it offers that, HTTP/1.1 on one each otherwise.
 //!
 //! Owns the connection, TLS, the token of every request, and the framing of lists and watches. Refuses a server whose
-//! certificate does not name it, and answers larger than any real one. Upstream: [`super::watch`].
+//! certificate does not name it, and answers larger than any real one. Upstream: [`super::watch`], [`super::nodes`].
 //! Downstream: the API server.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use http::header::{ACCEPT, AUTHORIZATION, HOST, USER_AGENT};
-use http::{HeaderValue, Request, Response, StatusCode};
-use http_body_util::{BodyExt, Empty};
+use http::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HOST, USER_AGENT};
+use http::{HeaderValue, Method, Request, Response, StatusCode};
+use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
@@ -92,7 +92,7 @@ impl Failure {
     }
 }
 
-type H2 = http2::SendRequest<Empty<Bytes>>;
+type H2 = http2::SendRequest<Full<Bytes>>;
 
 #[derive(Debug)]
 struct Inner {
@@ -121,18 +121,23 @@ impl Client {
 
     /// One page of a list, or one object.
     pub async fn get(&self, path: &str) -> Result<Value, Failure> {
-        read(self.send(path).await?).await
+        read(self.send(path, None).await?).await
+    }
+
+    /// Changes an object by a JSON merge patch.
+    pub async fn merge(&self, path: &str, patch: &Value) -> Result<Value, Failure> {
+        read(self.send(path, Some(patch.to_string().into())).await?).await
     }
 
     /// The events of a watch. `silence`: how long nothing may come before the watch counts as lost.
     pub async fn watch(&self, path: &str, silence: Duration) -> Result<Events, Failure> {
-        let response = self.send(path).await?;
+        let response = self.send(path, None).await?;
         Ok(Events { body: response.into_body(), rest: BytesMut::new(), scanned: 0, silence })
     }
 
     /// One request; an answer other than 2xx is a failure.
-    async fn send(&self, path: &str) -> Result<Response<Incoming>, Failure> {
-        let answer = tokio::time::timeout(ANSWER, self.exchange(path)).await;
+    async fn send(&self, path: &str, patch: Option<Bytes>) -> Result<Response<Incoming>, Failure> {
+        let answer = tokio::time::timeout(ANSWER, self.exchange(path, patch)).await;
         let response = answer.map_err(|_| Failure::other("the API server does not answer"))?.map_err(Failure::other)?;
         if response.status().is_success() {
             return Ok(response);
@@ -147,15 +152,15 @@ impl Client {
         })
     }
 
-    async fn exchange(&self, path: &str) -> Result<Response<Incoming>, String> {
+    async fn exchange(&self, path: &str, patch: Option<Bytes>) -> Result<Response<Incoming>, String> {
         let mut shared = self.0.shared.lock().await;
         if let Some(mut h2) = shared.clone().filter(|h2| !h2.is_closed()) {
             drop(shared);
-            let request = self.request(path, true)?;
+            let request = self.request(path, patch, true)?;
             return h2.send_request(request).await.map_err(|e| chain(&e));
         }
         let (stream, is_h2) = self.connect().await?;
-        let request = self.request(path, is_h2)?;
+        let request = self.request(path, patch, is_h2)?;
         let io = TokioIo::new(stream);
         if is_h2 {
             let mut builder = http2::Builder::new(TokioExecutor::new());
@@ -177,7 +182,7 @@ impl Client {
         http1.send_request(request).await.map_err(|e| chain(&e))
     }
 
-    fn request(&self, path: &str, is_h2: bool) -> Result<Request<Empty<Bytes>>, String> {
+    fn request(&self, path: &str, patch: Option<Bytes>, is_h2: bool) -> Result<Request<Full<Bytes>>, String> {
         let Server { prefix, token, .. } = &self.0.server;
         let authority = self.0.server.authority();
         // HTTP/2 makes its pseudo-headers of a whole URL; in HTTP/1.1 that would be a request to a proxy.
@@ -194,7 +199,10 @@ impl Client {
             value.set_sensitive(true);
             request = request.header(AUTHORIZATION, value);
         }
-        request.body(Empty::new()).map_err(|e| e.to_string())
+        if patch.is_some() {
+            request = request.method(Method::PATCH).header(CONTENT_TYPE, "application/merge-patch+json");
+        }
+        request.body(Full::new(patch.unwrap_or_default())).map_err(|e| e.to_string())
     }
 
     /// A connection, and whether it speaks HTTP/2.

@@ -90,6 +90,10 @@ impl Cluster {
             .iter()
             .all(|slot| slot.listed || slot.failure.as_ref().is_some_and(|f| matches!(f.why, Why::Forbidden | Why::Missing)))
     }
+    /// Whether every kind was listed once.
+    pub fn is_whole(&self) -> bool {
+        self.slots.iter().all(|slot| slot.listed)
+    }
     /// Whether something failed since this was asked last.
     pub fn has_new_failures(&mut self) -> bool {
         std::mem::take(&mut self.new_failures)

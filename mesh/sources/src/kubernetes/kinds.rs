@@ -69,15 +69,15 @@ pub struct Watch {
     pub plural: &'static str,
     /// The one namespace; all when absent.
     pub namespace: Option<String>,
-    /// The one object.
-    pub name: Option<&'static str>,
+    /// Field selector; everything when absent.
+    pub fields: Option<String>,
 }
 impl Watch {
     fn everywhere(&(kind, group, versions, plural): &Row) -> Self {
-        Self { kind, group, versions, plural, namespace: None, name: None }
+        Self { kind, group, versions, plural, namespace: None, fields: None }
     }
-    fn within(row: &Row, namespace: &str, name: Option<&'static str>) -> Self {
-        Self { namespace: Some(namespace.to_owned()), name, ..Self::everywhere(row) }
+    fn within(row: &Row, namespace: &str) -> Self {
+        Self { namespace: Some(namespace.to_owned()), ..Self::everywhere(row) }
     }
 
     /// `apiVersion` of its objects in one version.
@@ -88,7 +88,7 @@ impl Watch {
     pub fn path(&self, version: &str, query: &str) -> String {
         let root = if self.group.is_empty() { "api" } else { "apis" };
         let within = self.namespace.as_ref().map(|ns| format!("namespaces/{ns}/")).unwrap_or_default();
-        let only = self.name.map(|name| format!("&fieldSelector=metadata.name%3D{name}")).unwrap_or_default();
+        let only = self.fields.as_ref().map(|fields| format!("&fieldSelector={}", escaped(fields))).unwrap_or_default();
         format!("/{root}/{}/{within}{}?{query}{only}", self.api_version(version), self.plural)
     }
     /// For messages and metrics: `pods`, `secrets in shop`.
@@ -110,11 +110,38 @@ pub fn watches(reach: &Reach, root_namespace: &str) -> Vec<Watch> {
     let mut all: Vec<Watch> = LAYER4.iter().map(Watch::everywhere).collect();
     if let Reach::Waypoint { namespace } = reach {
         all.extend(LAYER7.iter().map(Watch::everywhere));
-        all.push(Watch::within(&SECRETS, namespace, None));
-        all.push(Watch::within(&CONFIG_MAPS, namespace, None));
+        all.push(Watch::within(&SECRETS, namespace));
+        all.push(Watch::within(&CONFIG_MAPS, namespace));
         if namespace != root_namespace {
-            all.push(Watch::within(&CONFIG_MAPS, root_namespace, Some(MESH_CONFIG)));
+            all.push(Watch {
+                fields: Some(format!("metadata.name={MESH_CONFIG}")),
+                ..Watch::within(&CONFIG_MAPS, root_namespace)
+            });
         }
     }
     all
+}
+
+/// What tells which pods of a node are enrolled.
+pub fn of_node(node: &str) -> Vec<Watch> {
+    let rows = LAYER4.iter().filter(|row| matches!(row.0, Kind::Namespace | Kind::Pod));
+    rows.map(|row| {
+        let fields = (row.0 == Kind::Pod).then(|| format!("spec.nodeName={node}"));
+        Watch { fields, ..Watch::everywhere(row) }
+    })
+    .collect()
+}
+
+/// As it may stand in a query.
+pub fn escaped(text: &str) -> String {
+    use std::fmt::Write as _;
+    let mut out = String::with_capacity(text.len());
+    for b in text.bytes() {
+        if b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.' | b'~') {
+            out.push(char::from(b));
+        } else {
+            let _ = write!(out, "%{b:02X}");
+        }
+    }
+    out
 }

@@ -12,7 +12,7 @@ use tokio::sync::mpsc;
 
 use super::Retry;
 use super::client::{Client, Failure, Why};
-use super::kinds::Watch;
+use super::kinds::{Watch, escaped};
 
 /// Objects of one page.
 const PAGE: usize = 500;
@@ -207,18 +207,4 @@ impl Follower {
 fn spread(pause: Duration) -> Duration {
     let drawn = (RandomState::new().hash_one(0) % 1000) as u32;
     pause / 2 + pause / 2 * drawn / 1000
-}
-
-/// As it may stand in a query.
-pub fn escaped(text: &str) -> String {
-    use std::fmt::Write as _;
-    let mut out = String::with_capacity(text.len());
-    for b in text.bytes() {
-        if b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.' | b'~') {
-            out.push(char::from(b));
-        } else {
-            let _ = write!(out, "%{b:02X}");
-        }
-    }
-    out
 }

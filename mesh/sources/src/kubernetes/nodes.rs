@@ -1,0 +1,219 @@
+//! The pods of one node, and which of them the mesh enrols, for the agent that serves them.
+//!
+//! Owns a watch of that node's pods and of Namespaces, and the mark on a pod that says it is served
+//! (`ambient.istio.io/redirection=enabled`, by which istiod and every other agent know to use a tunnel). Whether a pod is
+//! enrolled is decided by the translator's rule; a mark that is there already decides nothing. Upstream: the API server.
+//! Downstream: the agent's supervisor of pods.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use mesh_model::Change;
+use mesh_model::snapshot::Viewpoint;
+use mesh_model::workload::{Protocol, Workload, WorkloadUid};
+use serde_json::{Value, json};
+use tokio::sync::{mpsc, watch as channel};
+use tokio::task::JoinSet;
+
+use super::client::{Client, Why};
+use super::cluster::Cluster;
+use super::watch::{self, Told, What};
+use super::{Access, Retry, kinds};
+use crate::SourceError;
+use crate::diagnostics::Severity;
+use crate::translate::{Kind, Settings};
+
+const MARK: &str = "ambient.istio.io/redirection";
+/// How long after a failure a mark is tried again.
+const AGAIN: Duration = Duration::from_secs(2);
+
+/// A pod of the node.
+#[derive(Clone, Debug)]
+pub struct NodePod {
+    /// The Pod's own uid.
+    pub uid: Arc<str>,
+    /// The uid its cgroups are named by.
+    pub cgroup: Arc<str>,
+    /// As a workload: its protocol says whether it is enrolled.
+    pub workload: Arc<Workload>,
+    /// Whether it is marked as served.
+    pub marked: bool,
+}
+
+/// All pods of the node that have an address and are not finished.
+pub type NodePods = Arc<[NodePod]>;
+
+/// Uids of the pods that are served; `None` before all have been tried once.
+pub type Served = Option<Arc<HashSet<Arc<str>>>>;
+
+/// Follows the pods of the view's node, told from the first whole list on, and keeps their marks as `served` says until its
+/// sender is dropped. Runs on the current runtime.
+///
+/// # Errors
+/// There is no way to the API server.
+pub fn follow(
+    access: &Access,
+    view: Viewpoint,
+    served: channel::Receiver<Served>,
+) -> Result<channel::Receiver<Option<NodePods>>, SourceError> {
+    let client = Client::new(access).map_err(SourceError::Access)?;
+    let (pods, told) = channel::channel(None);
+    tokio::spawn(watch_pods(client.clone(), view, pods));
+    tokio::spawn(keep_marks(client, told.clone(), served));
+    Ok(told)
+}
+
+/// Namespace and name of a pod.
+type Name = (Arc<str>, Arc<str>);
+
+/// What of a pod is not in its workload.
+#[derive(Debug)]
+struct Own {
+    uid: Arc<str>,
+    cgroup: Arc<str>,
+    marked: bool,
+}
+
+async fn watch_pods(client: Client, view: Viewpoint, pods: channel::Sender<Option<NodePods>>) {
+    let watches = kinds::of_node(&view.node);
+    let (told, mut events) = mpsc::channel::<Told>(super::QUEUE);
+    let mut tasks = JoinSet::new();
+    for (number, watch) in watches.iter().enumerate() {
+        tasks.spawn(watch::follow(client.clone(), watch.clone(), number, told.clone(), Retry::default()));
+    }
+    let kinds: Vec<Kind> = watches.iter().map(|w| w.kind).collect();
+    let mut cluster = Cluster::new(view, &Settings::default(), watches);
+    let mut own: HashMap<Name, Own> = HashMap::new();
+    let mut workloads: BTreeMap<WorkloadUid, Arc<Workload>> = BTreeMap::new();
+    while let Some(mut event) = events.recv().await {
+        loop {
+            if kinds.get(event.watch) == Some(&Kind::Pod) {
+                note(&mut own, &mut event.what);
+            }
+            cluster.take(event);
+            match events.try_recv() {
+                Ok(next) => event = next,
+                Err(_) => break,
+            }
+        }
+        if cluster.has_new_failures() {
+            for problem in cluster.problems().iter().filter(|p| p.severity == Severity::Error) {
+                tracing::error!(code = problem.code, "enrolment: {problem}");
+            }
+        }
+        // Without the labels of namespaces, pods that an agent before this one closed would look as if nobody enrolled them.
+        if !cluster.is_whole() {
+            continue;
+        }
+        for change in cluster.flush() {
+            match change {
+                Change::Workload(workload) => drop(workloads.insert(Arc::clone(&workload.uid), workload)),
+                Change::WorkloadGone(uid) => drop(workloads.remove(&uid)),
+                _ => {}
+            }
+        }
+        // Also those that a list did not name any more. One without an address is told again with it.
+        let names: HashSet<Name> = workloads.values().map(|w| (Arc::clone(&w.namespace), Arc::clone(&w.name))).collect();
+        own.retain(|name, _| names.contains(name));
+        let known = workloads.values().filter_map(|workload| {
+            let own = own.get(&(Arc::clone(&workload.namespace), Arc::clone(&workload.name)))?;
+            let (uid, cgroup) = (Arc::clone(&own.uid), Arc::clone(&own.cgroup));
+            Some(NodePod { uid, cgroup, workload: Arc::clone(workload), marked: own.marked })
+        });
+        let known: NodePods = known.collect();
+        if pods.send(Some(known)).is_err() {
+            return;
+        }
+    }
+}
+
+/// Takes what is not the translator's out of an event: it would call a pod enrolled because it is marked.
+fn note(own: &mut HashMap<Name, Own>, what: &mut What) {
+    let (object, gone) = match what {
+        What::Listed(object, _) | What::Changed(object, _) => (object, false),
+        What::Gone(object) => (object, true),
+        _ => return,
+    };
+    let text = |key: &str| object["metadata"][key].as_str().unwrap_or_default().into();
+    let (name, uid): (Name, Arc<str>) = ((text("namespace"), text("name")), text("uid"));
+    if gone {
+        own.remove(&name);
+        return;
+    }
+    let annotations = object["metadata"]["annotations"].as_object_mut();
+    let marked = annotations.and_then(|all| all.remove(MARK)).is_some_and(|value| value == "enabled");
+    let cgroup = static_uid(object).map_or_else(|| Arc::clone(&uid), Arc::from);
+    own.insert(name, Own { uid, cgroup, marked });
+}
+
+/// Of a static pod the API has an image with a uid of its own; the kubelet knows the pod by a hash of its manifest, 32 hexadecimal
+/// digits. Nothing else is believed: a pod could name another one, whose traffic would then have its identity.
+fn static_uid(object: &Value) -> Option<&str> {
+    let annotation = |key: &str| object["metadata"]["annotations"][key].as_str();
+    let hash = annotation("kubernetes.io/config.hash")?;
+    let is_image = annotation("kubernetes.io/config.mirror") == Some(hash);
+    (is_image && hash.len() == 32 && hash.bytes().all(|b| b.is_ascii_hexdigit())).then_some(hash)
+}
+
+/// Marks the pods that are served, and takes the mark from those that are not and need not be.
+async fn keep_marks(client: Client, mut pods: channel::Receiver<Option<NodePods>>, mut served: channel::Receiver<Served>) {
+    loop {
+        let (now, keys) = (pods.borrow_and_update().clone(), served.borrow_and_update().clone());
+        let mut failed = false;
+        if let (Some(pods), Some(keys)) = (now, keys) {
+            for pod in pods.iter() {
+                let is_served = keys.contains(&pod.uid);
+                // A pod that should be served and cannot be right now keeps its mark: it is closed, not direct.
+                if is_served == pod.marked || (!is_served && pod.workload.protocol == Protocol::Hbone) {
+                    continue;
+                }
+                failed |= !mark(&client, pod, is_served).await;
+            }
+        }
+        tokio::select! {
+            changed = pods.changed() => if changed.is_err() { return },
+            changed = served.changed() => if changed.is_err() { return },
+            () = tokio::time::sleep(AGAIN), if failed => {}
+        }
+    }
+}
+
+/// Sets or removes the mark; `false` when that has to be tried again.
+async fn mark(client: &Client, pod: &NodePod, enabled: bool) -> bool {
+    let Workload { namespace, name, .. } = &*pod.workload;
+    let value = if enabled { json!("enabled") } else { Value::Null };
+    // With its uid, so that a pod that came under the same name is not meant. The status is the lesser right.
+    let patch = json!({ "metadata": { "uid": pod.uid, "annotations": { MARK: value } } });
+    match client.merge(&format!("/api/v1/namespaces/{namespace}/pods/{name}/status"), &patch).await {
+        Ok(_) => {
+            tracing::info!(pod = %format!("{namespace}/{name}"), enabled, "the pod's mark says whether it is served");
+            true
+        }
+        Err(failure) if failure.why == Why::Missing => true,
+        Err(failure) => {
+            tracing::warn!(pod = %format!("{namespace}/{name}"), error = failure.message, "the pod cannot be marked, trying again");
+            false
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(hash: &str, mirror: &str) -> Option<String> {
+        let annotations = json!({ "kubernetes.io/config.hash": hash, "kubernetes.io/config.mirror": mirror });
+        static_uid(&json!({ "metadata": { "annotations": annotations } })).map(str::to_owned)
+    }
+
+    #[test]
+    fn a_static_pod_is_known_by_its_hash_and_nobody_by_anothers_uid() {
+        let hash = "9d0b1f4c2a6e8d7c5b3a190817263544";
+        assert_eq!(of(hash, hash).as_deref(), Some(hash));
+        assert_eq!(of(hash, ""), None, "no image of a static pod");
+        let other = "0a1b2c3d-1111-2222-3333-444455556666";
+        assert_eq!(of(other, other), None, "the uid of a pod of the API");
+        assert_eq!(static_uid(&json!({ "metadata": { "uid": "u" } })), None);
+    }
+}

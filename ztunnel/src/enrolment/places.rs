@@ -1,0 +1,146 @@
+//! Where a Kubernetes pod's network namespace is: that of the oldest process in the pod's cgroups.
+//!
+//! The kubelet names the cgroup of a pod by the pod's uid, and its oldest process is the sandbox's, which nobody in the pod
+//! can replace. Owns what was found, and notices when the sandbox was made again. Refuses the namespace of the machine
+//! itself. Upstream: `/proc` of the machine. Downstream: [`crate::pods`].
+use mesh_runtime::sockets::NetnsFd;
+use std::collections::{HashMap, HashSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// A namespace and the process it was found by.
+#[derive(Clone, Debug)]
+struct Found {
+    netns: Arc<NetnsFd>,
+    process: Process,
+}
+/// A process: numbers are used again, but not with the same start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Process {
+    /// In clock ticks since the machine started.
+    started: u64,
+    pid: u32,
+}
+
+/// The namespaces of pods.
+#[derive(Debug)]
+pub struct Places {
+    proc_dir: PathBuf,
+    found: HashMap<Arc<str>, Found>,
+}
+
+impl Places {
+    /// Nothing found yet. `proc_dir`: the machine's `/proc`.
+    pub fn new(proc_dir: PathBuf) -> Self {
+        Self { proc_dir, found: HashMap::new() }
+    }
+
+    /// Looks for the namespaces of these pods, where they are not known or their process is gone, and forgets all others.
+    /// Reads files of every process of the machine when anything is to be found.
+    pub fn look(&mut self, pods: &HashSet<Arc<str>>) {
+        self.found.retain(|uid, _| pods.contains(uid));
+        let missing: HashSet<&str> = pods.iter().filter(|uid| !self.is_current(uid)).map(|uid| &**uid).collect();
+        if missing.is_empty() {
+            return;
+        }
+        let own = NetnsFd::open(self.proc_dir.join("1/ns/net")).ok().map(|machine| machine.id());
+        for (uid, processes) in processes_of(&self.proc_dir, &missing) {
+            let open = |process: Process| {
+                let netns = NetnsFd::open(self.proc_dir.join(process.pid.to_string()).join("ns/net")).ok()?;
+                // What was opened belongs to that process only if it is still the one that was looked at.
+                let same = start_of(&self.proc_dir, process.pid) == Some(process.started);
+                (same && Some(netns.id()) != own).then(|| Found { netns: Arc::new(netns), process })
+            };
+            // A sandbox whose last process is gone is kept as it was, until it is made again or the pod goes.
+            if let Some(found) = processes.into_iter().find_map(open) {
+                self.found.insert(uid, found);
+            }
+        }
+    }
+
+    /// The namespace of a pod, if it was found.
+    pub fn get(&self, uid: &str) -> Option<&Arc<NetnsFd>> {
+        self.found.get(uid).map(|found| &found.netns)
+    }
+
+    fn is_current(&self, uid: &str) -> bool {
+        self.found.get(uid).is_some_and(|f| start_of(&self.proc_dir, f.process.pid) == Some(f.process.started))
+    }
+}
+
+/// The processes of these pods, each pod's oldest first.
+fn processes_of(proc_dir: &Path, pods: &HashSet<&str>) -> HashMap<Arc<str>, Vec<Process>> {
+    let mut all: HashMap<Arc<str>, Vec<Process>> = HashMap::new();
+    for entry in fs::read_dir(proc_dir).into_iter().flatten().flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
+        // A process that ends meanwhile is none.
+        let Ok(cgroups) = fs::read_to_string(entry.path().join("cgroup")) else { continue };
+        let Some(uid) = pod_of(&cgroups).filter(|uid| pods.contains(uid.as_str())) else { continue };
+        if let Some(started) = start_of(proc_dir, pid) {
+            all.entry(uid.into()).or_default().push(Process { started, pid });
+        }
+    }
+    for processes in all.values_mut() {
+        processes.sort_unstable();
+    }
+    all
+}
+
+/// The uid of the pod whose cgroup a process is in: `…/kubepods-burstable-podUID.slice/…`, with `_` for `-` (systemd), or
+/// `…/kubepods/burstable/podUID/…` (cgroupfs). A mirror pod's uid is 32 hexadecimal digits without dashes.
+fn pod_of(cgroups: &str) -> Option<String> {
+    let of_part = |part: &str| {
+        let part = part.strip_suffix(".slice").unwrap_or(part);
+        let uid = part.rsplit_once("-pod").map_or_else(|| part.strip_prefix("pod"), |(_, uid)| Some(uid))?;
+        let uid = uid.replace('_', "-");
+        let is_uid = matches!(uid.len(), 32 | 36) && uid.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-');
+        is_uid.then_some(uid)
+    };
+    // `hierarchy:controllers:path`; the path may hold colons.
+    let path_of = |line: &'_ str| line.splitn(3, ':').nth(2).map(str::to_owned);
+    cgroups
+        .lines()
+        .filter_map(path_of)
+        .filter(|path| path.contains("kubepods"))
+        .find_map(|path| path.split(['/', ':']).find_map(of_part))
+}
+
+/// When a process started: field 22 of `stat`, whose second field may hold anything but ends with the last `)`.
+fn start_of(proc_dir: &Path, pid: u32) -> Option<u64> {
+    let stat = fs::read_to_string(proc_dir.join(pid.to_string()).join("stat")).ok()?;
+    stat.rsplit_once(')')?.1.split_ascii_whitespace().nth(19)?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const UID: &str = "0a1b2c3d-1111-2222-3333-444455556666";
+
+    #[test]
+    fn a_pod_is_known_by_its_cgroup_in_every_layout() {
+        for line in [
+            "0::/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod0a1b2c3d_1111_2222_3333_444455556666.slice/cri-containerd-77.scope",
+            "0::/kubepods.slice/kubepods-pod0a1b2c3d_1111_2222_3333_444455556666.slice/crio-77.scope",
+            "11:memory:/kubepods/besteffort/pod0a1b2c3d-1111-2222-3333-444455556666/77",
+            "1:name=systemd:/system.slice/containerd.service/kubepods-besteffort-pod0a1b2c3d_1111_2222_3333_444455556666.slice:cri-containerd:77",
+        ] {
+            assert_eq!(pod_of(line).as_deref(), Some(UID), "{line}");
+        }
+        assert_eq!(
+            pod_of("0::/user.slice/pod0a1b2c3d-1111-2222-3333-444455556666"),
+            None,
+            "outside kubepods anybody may name a cgroup"
+        );
+        assert_eq!(pod_of("0::/kubepods/podsomething-else"), None);
+    }
+
+    #[test]
+    fn the_start_is_found_behind_any_name() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("7")).unwrap();
+        fs::write(dir.path().join("7/stat"), "7 (a ) b) S 1 1 1 0 -1 0 0 0 0 0 0 0 0 0 20 0 1 0 4242 0 0").unwrap();
+        assert_eq!(start_of(dir.path(), 7), Some(4242));
+    }
+}
