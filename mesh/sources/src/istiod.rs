@@ -31,6 +31,7 @@ use tonic_prost::ProstCodec;
 
 use crate::diagnostics::Diagnostics;
 use crate::publisher::{ChangeSink, Closed};
+use crate::translate::at_most;
 use crate::{Source, SourceError};
 use state::{Kind, Received, State};
 
@@ -53,7 +54,7 @@ const PATH: &str = "/envoy.service.discovery.v3.AggregatedDiscoveryService/Delta
 /// What is done about a policy that a workload names and that does not come.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum MissingPolicy {
-    /// The workload refuses until it comes.
+    /// The workload refuses until it comes: plaintext where only that can be meant ([`at_most`]), else everything.
     #[default]
     Deny,
     /// It does not count, as in istio/ztunnel.
@@ -320,18 +321,28 @@ impl Session {
             let effect = self.source.settings.missing_policy;
             tracing::warn!(policies = names.join(", "), ?effect, "workloads name policies that did not come");
         }
-        if self.source.settings.missing_policy == MissingPolicy::Ignore {
-            // What matches nothing and denies what it matches does nothing.
-            let nothing = PolicyBody::Rules { action: Action::Deny, dry_run: false, rules: Vec::new() };
-            for key in missing.difference(&self.accepted) {
-                let (key, body) = (key.clone(), nothing.clone());
+        let effect = self.source.settings.missing_policy;
+        for key in missing.difference(&self.accepted) {
+            if let Some(body) = stand_in(key, effect) {
+                let key = key.clone();
                 self.pending.push(Change::Policy(Arc::new(Policy { key, scope: Scope::Selector, body, origin: None })));
             }
-            let over = self.accepted.difference(missing).filter(|key| !self.state.has_policy(key));
-            self.pending.extend(over.cloned().map(Change::PolicyGone));
         }
+        let over = self.accepted.difference(missing).filter(|key| !self.state.has_policy(key));
+        self.pending.extend(over.filter(|key| stand_in(key, effect).is_some()).cloned().map(Change::PolicyGone));
         self.source.settings.metrics.missing.set(missing.len() as i64);
         self.accepted.clone_from(missing);
         self.sink.send(std::mem::take(&mut self.pending)).await
+    }
+}
+
+/// What counts while a policy that is named does not come; without, what names it refuses everything.
+fn stand_in(key: &PolicyKey, effect: MissingPolicy) -> Option<PolicyBody> {
+    match effect {
+        // istiod names conversions of PeerAuthentications that it never makes (an inherited STRICT meets port modes): what they
+        // could say at most is known, and costs the callers of the mesh nothing.
+        MissingPolicy::Deny => at_most(key),
+        // What matches nothing and denies what it matches does nothing.
+        MissingPolicy::Ignore => Some(PolicyBody::Rules { action: Action::Deny, dry_run: false, rules: Vec::new() }),
     }
 }

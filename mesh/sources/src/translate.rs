@@ -45,6 +45,7 @@ use mesh_model::{Change, Origin};
 pub use intern::{Interner, Labels};
 pub use object::{Body, Kind, Object, ObjectId, Reader};
 pub use peer::STATIC_STRICT;
+pub(crate) use peer::at_most;
 pub(crate) use telemetry::MESH_CONFIG;
 
 use crate::diagnostics::Problem;

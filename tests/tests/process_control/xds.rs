@@ -1,6 +1,10 @@
 //! The stream and its faults.
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
+use mesh_model::authz::{Verdict, authorize};
+use mesh_model::conn::InboundConn;
+use mesh_model::id::SpiffeId;
 use mesh_model::policy::{PolicyBody, PolicyKey};
 use mesh_proto::istio::security::{Action, Scope};
 use mesh_proto::{ADDRESS_TYPE, AUTHORIZATION_TYPE};
@@ -246,6 +250,31 @@ async fn the_wait_is_bounded_and_then_the_workload_refuses() {
     fixture.istiod.workload(workload("b"));
     until("another workload", || fixture.has_workload("c1//Pod/ns/b")).await;
     assert!(begun.elapsed() < Duration::from_millis(900), "{:?}", begun.elapsed());
+}
+
+/// istiod names conversions of PeerAuthentications that it never makes.
+#[tokio::test]
+async fn a_conversion_that_does_not_come_refuses_plaintext_only() {
+    let fixture = Fixture::over(told()).synced().await;
+    let name = "converted_peer_authentication_web";
+    fixture.istiod.workload(bound(name));
+    until("the stand-in", || fixture.has_policy(name)).await;
+    let client: SpiffeId = "spiffe://cluster.local/ns/ns/sa/client".parse().unwrap();
+    let allows = |identity: Option<&SpiffeId>| {
+        let snapshot = fixture.mesh.load_full();
+        let at: SocketAddr = "10.0.0.9:8080".parse().unwrap();
+        let conn = InboundConn { client: at.into(), dst: at, identity };
+        matches!(authorize(&snapshot, snapshot.find_workload("c1//Pod/ns/a").unwrap(), &conn).verdict, Verdict::Allow(_))
+    };
+    assert!(!allows(None), "plaintext gets in");
+    assert!(allows(Some(&client)), "a caller of the mesh is refused");
+    // It comes after all, and says less.
+    fixture.istiod.policy(&policy(name, Scope::WorkloadSelector, Action::Allow));
+    until("the policy itself", || allows(None)).await;
+    fixture.istiod.remove(AUTHORIZATION_TYPE, &format!("ns/{name}"));
+    until("the stand-in again", || !allows(None)).await;
+    fixture.istiod.workload(workload("a"));
+    until("it to go with its last user", || !fixture.has_policy(name) && allows(None)).await;
 }
 
 #[tokio::test]

@@ -122,9 +122,18 @@ pub(super) fn effect(pa: &PeerAuthentication, inherited: Mode) -> Effect {
         if closed.is_empty() { Effect::Nothing } else { Effect::StrictOn(closed) }
     }
 }
+/// With the name of a PeerAuthentication, that of the policy made from it. No object has `_` in its name.
+const CONVERTED: &str = "converted_peer_authentication_";
+
 /// Key of the policy made from a PeerAuthentication with port modes.
 pub(super) fn converted_key(namespace: &Arc<str>, name: &str) -> PolicyKey {
-    PolicyKey { namespace: Arc::clone(namespace), name: format!("converted_peer_authentication_{name}").into() }
+    PolicyKey { namespace: Arc::clone(namespace), name: format!("{CONVERTED}{name}").into() }
+}
+/// The most that a policy of this key can refuse, where the key says so: those made from PeerAuthentications deny plaintext, on
+/// some ports or on all.
+pub(crate) fn at_most(key: &PolicyKey) -> Option<PolicyBody> {
+    let known = *key.name == *STATIC_STRICT || key.name.starts_with(CONVERTED);
+    known.then(|| PolicyBody::Rules { action: Action::Deny, dry_run: false, rules: vec![Rule { clauses: vec![plaintext()] }] })
 }
 /// That policy, when `effect` needs one.
 pub(super) fn converted(key: PolicyKey, effect: &Effect, origin: &Arc<Origin>) -> Option<Arc<Policy>> {
