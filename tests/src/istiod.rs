@@ -16,8 +16,8 @@ use mesh_proto::istio::workload::{self, Address};
 use mesh_proto::well_known::{Any, value};
 use mesh_proto::{ADDRESS_TYPE, AUTHORIZATION_TYPE, Message};
 use rcgen::{
-    BasicConstraints, CertificateParams, CertificateSigningRequestParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
-    KeyUsagePurpose, SanType,
+    BasicConstraints, CertificateParams, CertificateRevocationListParams, CertificateSigningRequestParams, DnType,
+    ExtendedKeyUsagePurpose, IsCa, Issuer, KeyIdMethod, KeyPair, KeyUsagePurpose, RevokedCertParams, SanType, SerialNumber,
 };
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use tokio::sync::watch;
@@ -71,10 +71,16 @@ pub struct Seen {
 struct World {
     resources: BTreeMap<&'static str, BTreeMap<String, (u64, Vec<u8>)>>,
     serial: u64,
+    /// What changed since the last time that everything may have, so that a client in step is told without a look at all.
+    log: Vec<(&'static str, String)>,
+    /// Counts those times.
+    epoch: u64,
     withheld: BTreeSet<&'static str>,
     stalled: bool,
     seen: Seen,
     ca: CaManner,
+    /// Identities by the serial numbers of their certificates, which start at 1.
+    issued: Vec<String>,
     lifetime: Option<Duration>,
 }
 
@@ -101,6 +107,14 @@ struct Shared {
     /// The signing authority first, then others still to be believed.
     authorities: Mutex<Vec<Authority>>,
     changed: watch::Sender<u64>,
+}
+
+impl World {
+    /// Anything may have changed.
+    fn restart_log(&mut self) {
+        self.log.clear();
+        self.epoch += 1;
+    }
 }
 
 impl Shared {
@@ -171,6 +185,7 @@ impl Istiod {
             world.serial += 1;
             let version = world.serial;
             world.resources.entry(url).or_default().insert(name.to_owned(), (version, bytes));
+            world.log.push((url, name.to_owned()));
         }
         self.told();
     }
@@ -187,13 +202,18 @@ impl Istiod {
                 next.entry(url).or_default().insert(name, (version, bytes));
             }
             world.resources = next;
+            world.restart_log();
         }
         self.told();
     }
     /// Takes a resource back.
     pub fn remove(&self, url: &'static str, name: &str) {
-        if let Some(all) = self.shared.world().resources.get_mut(url) {
-            all.remove(name);
+        {
+            let mut world = self.shared.world();
+            if let Some(all) = world.resources.get_mut(url) {
+                all.remove(name);
+            }
+            world.log.push((url, name.to_owned()));
         }
         self.told();
     }
@@ -207,6 +227,7 @@ impl Istiod {
                 *version += serial;
             }
             world.serial *= 3;
+            world.restart_log();
         }
         self.told();
     }
@@ -253,6 +274,28 @@ impl Istiod {
         }
         Ok(())
     }
+    /// The list of what was taken back, PEM: every certificate that was issued for `identities` until now.
+    pub fn revoked(&self, identities: &[&str]) -> anyhow::Result<String> {
+        let now = std::time::SystemTime::now();
+        let issued = self.shared.world().issued.clone();
+        let revoked = (1u64..).zip(&issued).filter(|(_, identity)| identities.contains(&identity.as_str()));
+        let revoked = revoked.map(|(serial, _)| RevokedCertParams {
+            serial_number: SerialNumber::from(serial),
+            revocation_time: now.into(),
+            reason_code: None,
+            invalidity_date: None,
+        });
+        let params = CertificateRevocationListParams {
+            this_update: (now - Duration::from_mins(1)).into(),
+            next_update: (now + Duration::from_hours(1)).into(),
+            crl_number: SerialNumber::from(1),
+            issuing_distribution_point: None,
+            revoked_certs: revoked.collect(),
+            key_identifier_method: KeyIdMethod::Sha256,
+        };
+        let authorities = self.shared.authorities();
+        Ok(params.signed_by(&authorities.first().context("an authority")?.issuer)?.pem()?)
+    }
     /// What clients said until now.
     pub fn seen(&self) -> Seen {
         self.shared.world().seen.clone()
@@ -296,6 +339,8 @@ async fn serve(shared: Arc<Shared>, call: Call) -> anyhow::Result<()> {
 /// What one client has of one type.
 #[derive(Debug, Default)]
 struct Held {
+    /// The epoch this is of, and how much of its log was told; nothing before the first answer.
+    told: Option<(u64, usize)>,
     versions: BTreeMap<String, String>,
     /// The nonce that was not answered yet.
     unanswered: Option<String>,
@@ -339,16 +384,26 @@ fn next(shared: &Shared, url: &'static str, held: &mut Held) -> Option<DeltaDisc
     let empty = BTreeMap::new();
     let all = world.resources.get(url).unwrap_or(&empty);
     let mut response = DeltaDiscoveryResponse { type_url: url.to_owned(), ..DeltaDiscoveryResponse::default() };
-    for (name, (version, bytes)) in all {
+    let in_step = held.told.filter(|(epoch, _)| *epoch == world.epoch).and_then(|(_, told)| world.log.get(told..));
+    let names: BTreeSet<String> = match in_step {
+        Some(changed) => changed.iter().filter(|(of, _)| *of == url).map(|(_, name)| name.clone()).collect(),
+        None => all.keys().chain(held.versions.keys()).cloned().collect(),
+    };
+    held.told = Some((world.epoch, world.log.len()));
+    for name in names {
+        let Some((version, bytes)) = all.get(&name) else {
+            if held.versions.remove(&name).is_some() {
+                response.removed_resources.push(name);
+            }
+            continue;
+        };
         let version = version.to_string();
-        if held.versions.get(name) != Some(&version) {
+        if held.versions.get(&name) != Some(&version) {
             let any = Any { type_url: url.to_owned(), value: bytes.clone() };
             held.versions.insert(name.clone(), version.clone());
-            response.resources.push(Resource { name: name.clone(), version, resource: Some(any), ..Resource::default() });
+            response.resources.push(Resource { name, version, resource: Some(any), ..Resource::default() });
         }
     }
-    response.removed_resources = held.versions.keys().filter(|name| !all.contains_key(*name)).cloned().collect();
-    held.versions.retain(|name, _| all.contains_key(name));
     let sent: Vec<String> = response.resources.iter().map(|r| r.name.clone()).collect();
     world.seen.sent.extend(sent);
     (held.owed || !response.resources.is_empty() || !response.removed_resources.is_empty()).then_some(response)
@@ -372,6 +427,7 @@ fn take(shared: &Shared, request: DeltaDiscoveryRequest, all: &mut BTreeMap<&'st
         held.owed = request.resource_names_subscribe.iter().any(|name| name == "*");
         world.seen.initial.push((url.to_owned(), request.initial_resource_versions.clone()));
         held.versions = request.initial_resource_versions;
+        held.told = None;
         return;
     }
     if held.unanswered.as_ref() == Some(&request.response_nonce) {
@@ -409,7 +465,11 @@ async fn certify(shared: &Shared, mut call: Call) -> anyhow::Result<()> {
 }
 
 fn sign(shared: &Shared, csr: &str, identity: &str, manner: &CaManner) -> anyhow::Result<IstioCertificateResponse> {
-    let lifetime = shared.world().lifetime.unwrap_or(Duration::from_hours(1));
+    let (lifetime, serial) = {
+        let mut world = shared.world();
+        world.issued.push(identity.to_owned());
+        (world.lifetime.unwrap_or(Duration::from_hours(1)), world.issued.len() as u64)
+    };
     let authorities = shared.authorities();
     let authority = authorities.first().context("an authority")?;
     let mut csr = CertificateSigningRequestParams::from_pem(csr)?;
@@ -421,6 +481,7 @@ fn sign(shared: &Shared, csr: &str, identity: &str, manner: &CaManner) -> anyhow
         .collect();
     anyhow::ensure!(asked == [identity], "the request names {asked:?}, the metadata {identity}");
     let now = std::time::SystemTime::now();
+    csr.params.serial_number = Some(SerialNumber::from(serial));
     csr.params.not_before = (now - Duration::from_secs(1)).into();
     csr.params.not_after = (now + lifetime).into();
     csr.params.key_usages = vec![KeyUsagePurpose::DigitalSignature, KeyUsagePurpose::KeyEncipherment];

@@ -18,10 +18,9 @@ use ::http::{Method, StatusCode};
 use anyhow::{Context, Result};
 use mesh_identity::cache::CacheSettings;
 use mesh_identity::clock::SystemClock;
-use mesh_identity::crypto::TlsSettings;
 use mesh_identity::live::LivePeers;
 use mesh_identity::spire::{self, Api};
-use mesh_identity::{Authority, IdentitySource, SourceSettings, SvidCache, TlsContext};
+use mesh_identity::{Authority, IdentitySource, SourceSettings, SvidCache, TlsContext, crl_file};
 use mesh_model::explain;
 use mesh_model::inbound::is_instance;
 use mesh_model::l7::gateway::GatewayKey;
@@ -183,7 +182,7 @@ async fn control(shared: Arc<Shared>, hbone: BoundListener, drain: DrainWatch, p
                     return;
                 }
                 let now = Arc::clone(&bundles.borrow_and_update());
-                let lost = shared.tunnels.rejudge(&now);
+                let lost = shared.tunnels.rejudge(&now) + shared.upstreams.rejudge(&now);
                 if lost > 0 {
                     tracing::warn!(lost, "tunnels closed: their certificates are no longer trusted");
                 }
@@ -227,8 +226,12 @@ fn assemble(
     identity: SpiffeId,
 ) -> Result<Arc<Shared>> {
     let workers = worker_count(settings.worker_threads.as_deref().or(Some("0")), cores())?;
-    let tls = TlsContext::new(&TlsSettings::default(), source.as_ref(), Arc::new(SystemClock))?;
     let control = tokio::runtime::Handle::current();
+    let source = match settings.crl_file() {
+        Some(file) => crl_file::over(source, file, &control),
+        None => source,
+    };
+    let tls = TlsContext::new(&settings.compliance.into(), source.as_ref(), Arc::new(SystemClock))?;
     let budget = Budget::new(settings.window_budget);
     if settings.gateway.is_empty() {
         // Policies bound to the Gateway would bind nobody.
@@ -336,7 +339,7 @@ fn authority(s: &Settings, view: &Viewpoint) -> Result<Arc<dyn IdentitySource>> 
     let socket = s.spiffe_socket.clone().or_else(istio).filter(|socket| !socket.is_empty());
     let (authority, which) = match socket {
         Some(socket) => {
-            let agent = spire::reach(&socket, &TlsSettings::default()).context("SPIFFE_ENDPOINT_SOCKET")?;
+            let agent = spire::reach(&socket, &s.compliance.into()).context("SPIFFE_ENDPOINT_SOCKET")?;
             (Authority::Spire(Api::Workload, agent), format!("certificates from SPIRE at {socket}"))
         }
         None => (Authority::Development(s.ca_dir.clone()), format!("development CA in {}", s.ca_dir.display())),

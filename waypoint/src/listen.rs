@@ -61,7 +61,7 @@ pub async fn serve_hbone(shared: Arc<Shared>, tcp: TcpStream, peer: SocketAddr, 
     let proof = Arc::new(proof);
     let (id, cut) = shared.tunnels.admit(Arc::clone(&proof));
     // The bundles may have changed while the client took its time with the handshake.
-    if !proof.still_trusted(&shared.tls.bundles().borrow()) {
+    if !proof.is_trusted(&shared.tls.trusted()) {
         shared.tunnels.remove(id);
         return;
     }

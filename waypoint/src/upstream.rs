@@ -33,7 +33,7 @@ pub use view::{ClusterView, Counts, HostView, Limits};
 
 use crate::me::Me;
 use arc_swap::{ArcSwap, ArcSwapOption};
-use mesh_identity::SvidHandle;
+use mesh_identity::{SvidHandle, TrustBundles};
 use mesh_model::known::Known;
 use mesh_model::l7::TrafficPolicy;
 use mesh_model::l7::route::ClusterKey;
@@ -262,6 +262,11 @@ impl Upstreams {
             clusters.values().chain(workloads.values()).filter_map(|e| e.current.load_full()).map(|c| view::of(&c)).collect();
         all.sort_by(|a, b| a.name.cmp(&b.name));
         all
+    }
+
+    /// Ends the tunnels to peers that `bundles` no longer trusts; how many.
+    pub fn rejudge(&self, bundles: &TrustBundles) -> usize {
+        self.reach.rejudge(bundles)
     }
 
     /// Tunnels of every data thread, for the admin endpoint.

@@ -18,7 +18,7 @@ use ebpf_loader::PinRoot;
 use http::Method;
 use mesh_identity::cache::CacheSettings;
 use mesh_identity::clock::SystemClock;
-use mesh_identity::crypto::TlsSettings;
+use mesh_identity::crl_file;
 use mesh_identity::{IdentitySource, SvidCache, TlsContext};
 use mesh_model::explain;
 use mesh_model::snapshot::{MissingWaypoint, Viewpoint};
@@ -248,8 +248,12 @@ pub fn assemble(
     logging: &Logging,
 ) -> Result<Arc<Shared>> {
     let workers = worker_count(settings.worker_threads.as_deref(), cores())?;
-    let tls = TlsContext::new(&TlsSettings::default(), source.as_ref(), Arc::new(SystemClock))?;
     let control = tokio::runtime::Handle::current();
+    let source = match settings.crl_file() {
+        Some(file) => crl_file::over(source, file, &control),
+        None => source,
+    };
+    let tls = TlsContext::new(&settings.compliance.into(), source.as_ref(), Arc::new(SystemClock))?;
     let budget = Budget::new(settings.window_budget);
     Ok(Arc::new(Shared {
         gate: Gate::new(settings.max_handshakes),

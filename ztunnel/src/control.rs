@@ -94,7 +94,7 @@ pub fn authority(s: &Settings, view: &Viewpoint, origin: &Origin) -> Result<Arc<
     let spire = some(c.spire_admin_socket.as_ref());
     let (authority, which) = match (spire, address) {
         (Some(socket), _) => {
-            let agent = spire::reach(socket, &TlsSettings::default()).context("CULVERT_SPIRE_ADMIN_SOCKET")?;
+            let agent = spire::reach(socket, &s.compliance.into()).context("CULVERT_SPIRE_ADMIN_SOCKET")?;
             (Authority::Spire(Api::Delegated, agent), format!("certificates from SPIRE at {socket}"))
         }
         (None, Some(address)) => {
@@ -129,6 +129,6 @@ fn reach(s: &Settings, address: &str, roots: &Roots, alt: Option<&String>, prefi
         token: s.control.auth_token.clone().unwrap_or_else(|| Token::IfThere(PathBuf::from(TOKEN))),
         headers,
     };
-    let crypto = TlsSettings::default().crypto().map_err(|e: IdentityError| anyhow::anyhow!("{e}"))?;
+    let crypto = TlsSettings::from(s.compliance).crypto().map_err(|e: IdentityError| anyhow::anyhow!("{e}"))?;
     ControlPlane::new(settings, crypto).with_context(|| format!("control plane {address}"))
 }

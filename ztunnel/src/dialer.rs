@@ -5,6 +5,7 @@
 use crate::settings::Settings;
 use mesh_hbone::{Dialer, HboneError, PoolKey};
 use mesh_identity::SvidHandle;
+use mesh_identity::live::{Held, LivePeers};
 use mesh_identity::tls::ClientStream;
 use mesh_model::{Reason, Refusal, SpiffeId};
 use mesh_runtime::sockets::{ConnectOptions, Keepalive, NetnsFd, StreamOptions, connect};
@@ -28,14 +29,16 @@ pub const MARK: u32 = ebpf_loader::MARK_AGENT;
 pub struct PodDialer {
     netns: Option<Arc<NetnsFd>>,
     svid: SvidHandle,
+    peers: Arc<LivePeers>,
     connect_timeout: Duration,
     handshake_timeout: Duration,
 }
 
 impl PodDialer {
-    /// A dialer that connects from `netns` and proves `svid`.
-    pub fn new(settings: &Settings, netns: Option<Arc<NetnsFd>>, svid: SvidHandle) -> Self {
-        Self { netns, svid, connect_timeout: settings.connect_timeout, handshake_timeout: settings.handshake_timeout }
+    /// A dialer that connects from `netns`, proves `svid` and enters whom it reaches in `peers`.
+    pub fn new(settings: &Settings, netns: Option<Arc<NetnsFd>>, svid: SvidHandle, peers: Arc<LivePeers>) -> Self {
+        let Settings { connect_timeout, handshake_timeout, .. } = *settings;
+        Self { netns, svid, peers, connect_timeout, handshake_timeout }
     }
 
     /// A plain connection from the pod to `to`.
@@ -51,20 +54,21 @@ impl PodDialer {
         connect(to, &options).await.map_err(|e| connect_refusal(to, &e))
     }
 
-    /// A TLS stream to `to` whose peer proved one of `expect` (I4).
-    pub async fn tls<IO>(&self, io: IO, expect: &[SpiffeId]) -> Result<(ClientStream<IO>, SpiffeId), Refusal>
+    /// A TLS stream to `to` whose peer proved one of `expect` (I4); it ends when that proof counts no longer.
+    pub async fn tls<IO>(&self, io: IO, expect: &[SpiffeId]) -> Result<(Held<ClientStream<IO>>, SpiffeId), Refusal>
     where
         IO: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
     {
         let svid = self.svid.fetch().await.map_err(Refusal::from)?;
         let deadline = Instant::now() + self.handshake_timeout;
         let (stream, peer) = mesh_identity::tls::connect(&svid, io, expect, deadline).await.map_err(Refusal::from)?;
-        Ok((stream, peer.id))
+        let id = peer.id.clone();
+        Ok((self.peers.hold(stream, peer, self.svid.cache().tls())?, id))
     }
 }
 
 impl Dialer for PodDialer {
-    type Io = ClientStream<TcpStream>;
+    type Io = Held<ClientStream<TcpStream>>;
 
     async fn dial(&self, key: &PoolKey) -> Result<Self::Io, HboneError> {
         let tcp = self.tcp(key.dial()).await.map_err(HboneError::from)?;

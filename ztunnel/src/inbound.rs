@@ -49,7 +49,7 @@ pub async fn serve_conn(pod: Arc<Pod>, accepted: Accepted) {
     let proof = Arc::new(proof);
     let (id, cut) = pod.tunnels.admit(Arc::clone(&proof));
     // The bundles may have changed while the client took its time with the handshake.
-    let trusted = proof.still_trusted(&pod.shared.svids.tls().bundles().borrow());
+    let trusted = proof.is_trusted(&pod.shared.svids.tls().trusted());
     if !trusted {
         pod.tunnels.remove(id);
         return;

@@ -85,6 +85,8 @@ pub struct Pod {
     pub conns: Arc<Conns>,
     /// Inbound tunnels, for revocation.
     pub tunnels: LivePeers,
+    /// Those we opened tunnels to, for the same.
+    pub reached: Arc<LivePeers>,
     /// Tunnels per data thread.
     pub pools: Box<[Pool<PodDialer>]>,
     /// What its DNS proxy keeps.
@@ -106,7 +108,8 @@ impl Pod {
         drain: DrainWatch,
     ) -> Arc<Self> {
         let svid = shared.svids.handle(&identity);
-        let dialer = PodDialer::new(&shared.settings, netns.clone(), svid.clone());
+        let reached = Arc::default();
+        let dialer = PodDialer::new(&shared.settings, netns.clone(), svid.clone(), Arc::clone(&reached));
         let pools = shared.threads.workers().iter().map(|_| Pool::new(dialer.clone(), Arc::clone(&shared.hbone))).collect();
         Arc::new(Self {
             uid: Arc::clone(&enrolled.uid),
@@ -118,6 +121,7 @@ impl Pod {
             svid,
             conns: Arc::default(),
             tunnels: LivePeers::default(),
+            reached,
             dns: PodDns::default(),
             pools,
             drain,

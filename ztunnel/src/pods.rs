@@ -660,13 +660,9 @@ impl PodSupervisor {
     /// Ends tunnels whose peers are no longer trusted.
     fn rejudge_tunnels(&self, bundles: &TrustBundles) {
         for running in self.running.values() {
-            let cut = running.pod.tunnels.rejudge(bundles);
+            let cut = running.pod.tunnels.rejudge(bundles) + running.pod.reached.rejudge(bundles);
             if cut > 0 {
                 tracing::warn!(pod = %running.pod.uid, cut, "tunnels closed: their peers' certificates are no longer trusted");
-            }
-            // Our own tunnels prove themselves again when next dialled.
-            for pool in &running.pod.pools {
-                pool.close_where(|_| true);
             }
         }
     }

@@ -4,6 +4,9 @@
 //! they start with `CULVERT_`.
 use crate::access::AccessLog;
 use clap::Args;
+use mesh_identity::crl_file::CrlFile;
+use mesh_identity::crypto::Compliance;
+use mesh_identity::revocation::Unknown;
 use mesh_model::snapshot::MissingWaypoint;
 use mesh_runtime::control_plane::{Roots, Token};
 use std::net::SocketAddr;
@@ -47,6 +50,18 @@ pub struct Settings {
     /// Other names of the same trust domain, accepted from peers and in policies.
     #[arg(long, env = "CULVERT_TRUST_DOMAIN_ALIASES", value_delimiter = ',')]
     pub trust_domain_aliases: Vec<String>,
+    /// Certificate revocation lists of the mesh's authorities: a file of PEM (or DER of one), looked at every second. They count
+    /// for new and for live tunnels.
+    #[arg(long, env = "CRL_PATH", value_name = "FILE")]
+    pub crl_path: Option<PathBuf>,
+    /// What a certificate means of which no list in force speaks: `deny` refuses it, `allow` believes it and lists beyond their
+    /// date too, as istio/ztunnel does.
+    #[arg(long, env = "CULVERT_CRL_UNKNOWN", default_value = "deny")]
+    pub crl_unknown: Unknown,
+    /// Rules that the cryptography must obey: `pqc` (no key exchange but X25519MLKEM768) or `fips-140-2` (refused where the library
+    /// is not validated).
+    #[arg(long, env = "COMPLIANCE_POLICY", default_value = "", hide_default_value = true)]
+    pub compliance: Compliance,
     /// DNS domain of Kubernetes services.
     #[arg(long, env = "CLUSTER_DOMAIN", default_value = "cluster.local")]
     pub cluster_domain: String,
@@ -142,6 +157,13 @@ pub struct Settings {
     /// Where redirections are kept.
     #[command(flatten)]
     pub pins: Pins,
+}
+
+impl Settings {
+    /// Where revocation lists are read, if they are.
+    pub fn crl_file(&self) -> Option<CrlFile> {
+        self.crl_path.clone().map(|path| CrlFile { path, unknown: self.crl_unknown })
+    }
 }
 
 /// Settings of the control plane.

@@ -37,7 +37,7 @@ async fn run(rounds: usize, each: u32) {
     ];
     for provider in providers {
         for key_exchange in [KeyExchange::Classical, KeyExchange::PreferHybrid] {
-            let tls = TlsContext::new(&TlsSettings { provider, key_exchange }, &ca, Arc::new(SystemClock)).unwrap();
+            let tls = TlsContext::new(&TlsSettings { provider, key_exchange, fips: false }, &ca, Arc::new(SystemClock)).unwrap();
             let svid = Svid::new(&web, ca.issue(&web).await.unwrap(), &tls).unwrap();
             let expect = [web.clone()];
             for news in [false, true] {

@@ -5,11 +5,13 @@
 //! [`crate::verify`].
 
 use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
 
 use mesh_model::TrustDomain;
 use rustls_pki_types::{CertificateDer, TrustAnchor};
 
 use crate::error::IdentityError;
+use crate::revocation::Revocation;
 
 /// The roots of one trust domain.
 #[derive(Clone, Debug, Default)]
@@ -46,13 +48,14 @@ pub struct TrustBundles {
     own: TrustBundle,
     aliases: BTreeSet<TrustDomain>,
     foreign: HashMap<Box<str>, TrustBundle>,
+    revocation: Option<Arc<Revocation>>,
 }
 
 impl TrustBundles {
     /// Our own trust domain and its roots. No roots at all is allowed and refuses every peer.
     pub fn new(ours: TrustDomain, roots: Vec<CertificateDer<'static>>) -> Result<Self, IdentityError> {
         let own = TrustBundle::new(&ours, roots)?;
-        Ok(Self { ours, own, aliases: BTreeSet::new(), foreign: HashMap::new() })
+        Ok(Self { ours, own, aliases: BTreeSet::new(), foreign: HashMap::new(), revocation: None })
     }
 
     /// Accepts `alias` as another name of our domain, vouched for by our roots (MeshConfig `trustDomainAliases`).
@@ -71,6 +74,18 @@ impl TrustBundles {
             self.foreign.insert(domain.as_str().into(), bundle);
         }
         Ok(self)
+    }
+
+    /// Looks certificates up in these lists of what was taken back, those of every domain.
+    #[must_use]
+    pub fn with_revocation(mut self, lists: Arc<Revocation>) -> Self {
+        self.revocation = Some(lists);
+        self
+    }
+
+    /// The lists of what was taken back; `None`: nobody asked to look.
+    pub(crate) fn revocation(&self) -> Option<&Revocation> {
+        self.revocation.as_deref()
     }
 
     /// Our trust domain.

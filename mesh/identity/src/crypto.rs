@@ -4,6 +4,7 @@
 //! Istio's proxies offer, node-agent §1.5) and X25519, P-256 or the X25519MLKEM768 hybrid. Refuses a combination the library
 //! lacks. Downstream: [`crate::svid`].
 
+use std::str::FromStr;
 use std::sync::Arc;
 
 use rustls::crypto::CryptoProvider;
@@ -69,6 +70,41 @@ pub enum KeyExchange {
     RequireHybrid,
 }
 
+/// The rules that all of a process's cryptography obeys: Istio's `COMPLIANCE_POLICY`, by its values.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Compliance {
+    /// None but our own.
+    #[default]
+    Own,
+    /// `pqc`: no key exchange without ML-KEM.
+    PostQuantum,
+    /// `fips-140-2`: a validated library, and what it is validated for.
+    Fips,
+}
+
+impl FromStr for Compliance {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "" => Ok(Self::Own),
+            "pqc" => Ok(Self::PostQuantum),
+            "fips-140-2" => Ok(Self::Fips),
+            _ => Err(format!("{text:?} is neither `pqc` nor `fips-140-2`")),
+        }
+    }
+}
+
+impl From<Compliance> for TlsSettings {
+    fn from(compliance: Compliance) -> Self {
+        match compliance {
+            Compliance::Own => Self::default(),
+            Compliance::PostQuantum => Self { key_exchange: KeyExchange::RequireHybrid, ..Self::default() },
+            Compliance::Fips => Self { fips: true, ..Self::default() },
+        }
+    }
+}
+
 /// Settings of the TLS layer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
@@ -77,6 +113,8 @@ pub struct TlsSettings {
     pub provider: Provider,
     /// `classical`, `prefer-hybrid` or `require-hybrid`.
     pub key_exchange: KeyExchange,
+    /// Only with a library that is validated for FIPS 140: X25519 alone is left out then.
+    pub fips: bool,
 }
 
 impl TlsSettings {
@@ -94,6 +132,8 @@ impl TlsSettings {
         crypto.cipher_suites =
             suites.iter().filter_map(|want| crypto.cipher_suites.iter().find(|have| have.suite() == *want).copied()).collect();
         let groups: &[NamedGroup] = match self.key_exchange {
+            KeyExchange::Classical if self.fips => &[NamedGroup::secp256r1, NamedGroup::X25519MLKEM768],
+            KeyExchange::PreferHybrid if self.fips => &[NamedGroup::X25519MLKEM768, NamedGroup::secp256r1],
             KeyExchange::Classical => &[NamedGroup::X25519, NamedGroup::secp256r1, NamedGroup::X25519MLKEM768],
             KeyExchange::PreferHybrid => &[NamedGroup::X25519MLKEM768, NamedGroup::X25519, NamedGroup::secp256r1],
             KeyExchange::RequireHybrid => &[NamedGroup::X25519MLKEM768],
@@ -102,6 +142,12 @@ impl TlsSettings {
             groups.iter().filter_map(|want| crypto.kx_groups.iter().find(|have| have.name() == *want).copied()).collect();
         if crypto.cipher_suites.len() != suites.len() || crypto.kx_groups.len() != groups.len() {
             return Err(IdentityError::Crypto(format!("{} lacks an algorithm of {self:?}", self.provider.as_str())));
+        }
+        if self.fips && !crypto.fips() {
+            return Err(IdentityError::Crypto(format!(
+                "{} is built without a FIPS 140 validated module",
+                self.provider.as_str()
+            )));
         }
         Ok(Arc::new(crypto))
     }

@@ -1,12 +1,17 @@
-//! Peers that are connected now, and the switch that ends each of their connections: a root that is withdrawn takes with it
-//! what was accepted by it.
+//! Peers that are connected now, and the switch that ends each of their connections: a root that is withdrawn, or a certificate
+//! that is taken back, takes with it what was accepted by it.
 
-use crate::{Peer, TrustBundles};
+use crate::{Peer, TlsContext, TrustBundles};
+use mesh_model::{Reason, Refusal};
 use parking_lot::Mutex;
 use std::collections::HashMap;
+use std::io;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use tokio::sync::Notify;
+use std::task::{Context, Poll};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::sync::{Notify, futures::OwnedNotified};
 
 /// The proof a peer gave, and the switch of its connection.
 type Live = (Arc<Peer>, Arc<Notify>);
@@ -39,5 +44,69 @@ impl LivePeers {
     /// Who they are.
     pub fn list(&self) -> Vec<Arc<Peer>> {
         self.live.lock().values().map(|(peer, _)| Arc::clone(peer)).collect()
+    }
+    /// `io`, a stream to `peer`, which ends when the peer is no longer trusted, and is one of the peers until it is dropped.
+    ///
+    /// # Errors
+    /// What we trust changed during the handshake, and the peer is no longer of it.
+    pub fn hold<IO>(self: &Arc<Self>, io: IO, peer: Peer, tls: &TlsContext) -> Result<Held<IO>, Refusal> {
+        let peer = Arc::new(peer);
+        let (id, cut) = self.admit(Arc::clone(&peer));
+        let held = Held { io, cut: Some(Box::pin(cut.notified_owned())), id, peers: Arc::clone(self) };
+        // Whoever judges by later bundles finds the peer in the list.
+        if peer.is_trusted(&tls.trusted()) { Ok(held) } else { Err(Refusal::new(Reason::Revoked, NO_LONGER)) }
+    }
+}
+
+/// What a stream says whose peer has lost our trust.
+const NO_LONGER: &str = "the peer's certificate is no longer trusted";
+
+/// See [`LivePeers::hold`].
+#[derive(Debug)]
+pub struct Held<IO> {
+    io: IO,
+    /// `None` once the switch was thrown.
+    cut: Option<Pin<Box<OwnedNotified>>>,
+    id: u64,
+    peers: Arc<LivePeers>,
+}
+impl<IO> Held<IO> {
+    /// Whether the switch was thrown; if not, the task is woken when it is.
+    fn is_cut(&mut self, cx: &mut Context<'_>) -> bool {
+        if self.cut.as_mut().is_none_or(|cut| cut.as_mut().poll(cx).is_ready()) {
+            self.cut = None;
+        }
+        self.cut.is_none()
+    }
+}
+impl<IO> Drop for Held<IO> {
+    fn drop(&mut self) {
+        self.peers.remove(self.id);
+    }
+}
+impl<IO: AsyncRead + Unpin> AsyncRead for Held<IO> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        // Asked on every read, some 20 ns: a peer must not keep its connection by never letting us wait.
+        if self.is_cut(cx) {
+            return Poll::Ready(Err(io::Error::new(io::ErrorKind::ConnectionAborted, NO_LONGER)));
+        }
+        Pin::new(&mut self.io).poll_read(cx, buf)
+    }
+}
+impl<IO: AsyncWrite + Unpin> AsyncWrite for Held<IO> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write(cx, buf)
+    }
+    fn poll_write_vectored(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bufs: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write_vectored(cx, bufs)
+    }
+    fn is_write_vectored(&self) -> bool {
+        self.io.is_write_vectored()
+    }
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(cx)
     }
 }

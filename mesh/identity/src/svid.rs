@@ -51,6 +51,11 @@ impl TlsContext {
         &self.clock
     }
 
+    /// The newest trust bundles.
+    pub fn trusted(&self) -> Arc<TrustBundles> {
+        Arc::clone(&self.bundles.borrow())
+    }
+
     /// The newest trust bundles, and news of changes (for re-judging live connections with [`crate::Peer::still_trusted`]).
     pub fn bundles(&self) -> watch::Receiver<Arc<TrustBundles>> {
         self.bundles.clone()

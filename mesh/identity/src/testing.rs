@@ -9,6 +9,7 @@ use mesh_model::{SpiffeId, TrustDomain};
 use parking_lot::Mutex;
 use rcgen::{
     BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType,
+    SerialNumber,
 };
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use tokio::sync::{Notify, mpsc, watch};
@@ -47,10 +48,21 @@ impl TestCa {
         Self { der, issuer: Issuer::new(params, key) }
     }
 
+    /// What it signs with.
+    pub(crate) fn issuer(&self) -> &Issuer<'static, KeyPair> {
+        &self.issuer
+    }
+
     /// An authority below this one.
     pub(crate) fn intermediate(&self, name: &str) -> Self {
+        self.intermediate_numbered(name, 1)
+    }
+
+    /// An authority below this one, with this serial number.
+    pub(crate) fn intermediate_numbered(&self, name: &str, serial: u64) -> Self {
         let key = KeyPair::generate().unwrap();
-        let params = ca_params(name);
+        let mut params = ca_params(name);
+        params.serial_number = Some(SerialNumber::from(serial));
         let der = params.signed_by(&key, &self.issuer).unwrap().der().clone();
         Self { der, issuer: Issuer::new(params, key) }
     }
@@ -76,7 +88,7 @@ fn ca_params(name: &str) -> CertificateParams {
     let mut params = CertificateParams::default();
     params.distinguished_name.push(DnType::CommonName, name);
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
     params
 }
 

@@ -44,6 +44,8 @@ pub struct Peer {
     verified_at: SystemTime,
     role: PeerRole,
     algorithms: WebPkiSupportedAlgorithms,
+    /// By what it was proven, where that was still in force when the handshake ended.
+    proven_by: Option<Arc<TrustBundles>>,
 }
 
 impl Peer {
@@ -56,20 +58,25 @@ impl Peer {
         })
     }
 
+    /// [`Self::still_trusted`], for nothing where `bundles` are those it was accepted by.
+    pub fn is_trusted(&self, bundles: &Arc<TrustBundles>) -> bool {
+        self.proven_by.as_ref().is_some_and(|by| Arc::ptr_eq(by, bundles)) || self.still_trusted(bundles)
+    }
+
     fn of(state: &CommonState, role: PeerRole, svid: &Svid) -> Result<Self, TlsError> {
         let missing = || TlsError::new(Reason::Internal, "no peer certificate after a mutual handshake");
         let chain = state.peer_certificates().ok_or_else(missing)?;
         let verified_at = svid.clock.now();
-        let (leaf, chain) = if let Some(proven) = svid.verifier.find_proven(chain, role, unix(verified_at)) {
-            (proven.leaf.clone(), Arc::clone(&proven.chain))
+        let (leaf, chain, proven_by) = if let Some((proven, by)) = svid.verifier.find_proven(chain, role, unix(verified_at)) {
+            (proven.leaf.clone(), Arc::clone(&proven.chain), Some(by))
         } else {
             // Bundles changed since, or the memory was full. The verifier has read this leaf: failing here is ours.
             let leaf = leaf_of(chain.first().ok_or_else(missing)?)
                 .map_err(|error| TlsError::new(Reason::Internal, error.to_string()))?;
-            (leaf, chain.iter().cloned().collect())
+            (leaf, chain.iter().cloned().collect(), None)
         };
         let algorithms = svid.verifier.algorithms();
-        Ok(Self { id: leaf.id, chain, not_after: leaf.not_after, verified_at, role, algorithms })
+        Ok(Self { id: leaf.id, chain, not_after: leaf.not_after, verified_at, role, algorithms, proven_by })
     }
 }
 
@@ -120,6 +127,7 @@ pub fn explain(error: &io::Error) -> (Reason, String) {
             Some(verify) => (verify.reason(), verify.to_string()),
             None => (Reason::TlsFailure, tls.to_string()),
         },
+        rustls::Error::InvalidCertificate(CertificateError::Revoked) => (Reason::CertRevoked, "the peer's".into()),
         rustls::Error::AlertReceived(alert) => {
             (Reason::TlsFailure, format!("the peer refused the handshake with alert {alert:?}"))
         }

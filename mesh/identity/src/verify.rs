@@ -23,6 +23,7 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 
 use crate::bundle::TrustBundles;
 use crate::clock::date;
+use crate::revocation::{self, Revocation};
 pub(crate) use proven::Proven;
 use proven::ProvenChains;
 
@@ -60,7 +61,8 @@ pub enum VerifyError {
         /// Our trust domain.
         ours: mesh_model::TrustDomain,
     },
-    /// The chain does not lead to a root of the peer's trust domain, or not for this usage, or not at this time.
+    /// The chain does not lead to a root of the peer's trust domain, or not for this usage, or not at this time, or one of its
+    /// certificates was taken back.
     #[error("the certificate of {id} is not valid: {error}")]
     Chain {
         /// Who it claims to be.
@@ -75,6 +77,7 @@ impl VerifyError {
     pub fn reason(&self) -> Reason {
         match self {
             Self::TrustDomain { .. } => Reason::TrustDomain,
+            Self::Chain { error, .. } if revocation::concerns(error) => Reason::CertRevoked,
             _ => Reason::TlsFailure,
         }
     }
@@ -92,6 +95,7 @@ impl From<VerifyError> for rustls::Error {
                 CertificateError::NotValidYetContext { time: *time, not_before: *not_before }
             }
             VerifyError::Chain { error: webpki::Error::UnknownIssuer, .. } => CertificateError::UnknownIssuer,
+            VerifyError::Chain { error: webpki::Error::CertRevoked, .. } => CertificateError::Revoked,
             VerifyError::Unreadable(_) => CertificateError::BadEncoding,
             _ => CertificateError::Other(OtherError(Arc::new(error))),
         };
@@ -191,9 +195,11 @@ pub fn verify_chain(
         PeerRole::Client => KeyUsage::client_auth(),
         PeerRole::Server => KeyUsage::server_auth(),
     };
-    // No revocation lists: certificates live an hour or a day, and the sources of this crate publish none.
-    let verified = EndEntityCert::try_from(leaf).and_then(|leaf| {
-        leaf.verify_for_usage(algorithms.all, bundle.anchors(), intermediates, now, usage, None, None).map(drop)
+    let revocation = bundles.revocation();
+    let lists = revocation.map(Revocation::lists).unwrap_or_default();
+    let verified = revocation.map_or(Ok(None), |revocation| revocation.options(&lists)).and_then(|lists| {
+        let leaf = EndEntityCert::try_from(leaf)?;
+        leaf.verify_for_usage(algorithms.all, bundle.anchors(), intermediates, now, usage, lists, None).map(drop)
     });
     match verified {
         Ok(()) => Ok(id),
@@ -230,11 +236,17 @@ impl PeerVerifier {
         Ok(())
     }
 
-    /// What a handshake has just proven about this chain. `None` when it is not kept (any more): read it again then.
-    pub(crate) fn find_proven(&self, chain: &[CertificateDer<'_>], role: PeerRole, now: UnixTime) -> Option<Arc<Proven>> {
+    /// What a handshake has just proven about this chain, and by which bundles. `None` when it is not kept (any more): read it
+    /// again then.
+    pub(crate) fn find_proven(
+        &self,
+        chain: &[CertificateDer<'_>],
+        role: PeerRole,
+        now: UnixTime,
+    ) -> Option<(Arc<Proven>, Arc<TrustBundles>)> {
         let (leaf, intermediates) = chain.split_first()?;
         let bundles = Arc::clone(&self.bundles.borrow());
-        self.proven.find(leaf, intermediates, role, &bundles, now)
+        Some((self.proven.find(leaf, intermediates, role, &bundles, now)?, bundles))
     }
 
     pub(crate) fn algorithms(&self) -> WebPkiSupportedAlgorithms {

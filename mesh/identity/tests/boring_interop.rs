@@ -34,7 +34,7 @@ impl Authority {
 
     async fn svid(&self, id: &str, provider: Provider, key_exchange: KeyExchange) -> Svid {
         let id: SpiffeId = id.parse().unwrap();
-        let tls = TlsContext::new(&TlsSettings { provider, key_exchange }, &self.ca, Arc::new(SystemClock)).unwrap();
+        let tls = TlsContext::new(&TlsSettings { provider, key_exchange, fips: false }, &self.ca, Arc::new(SystemClock)).unwrap();
         Svid::new(&id, self.ca.issue(&id).await.unwrap(), &tls).unwrap()
     }
 }

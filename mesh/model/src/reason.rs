@@ -59,6 +59,8 @@ reasons! {
     Revoked { "revoked", Client, flag "DENY", status 401, retry false, "a configuration change no longer allows this connection" }
     /// The peer's certificate is of a trust domain we do not accept.
     TrustDomain { "trust_domain", Peer, flag "TLS_FAILURE", status 0, retry false, "the peer's trust domain is not ours nor an alias" }
+    /// The peer's certificate was taken back, or whether it was cannot be told.
+    CertRevoked { "cert_revoked", Peer, flag "CERT_REVOKED", status 0, retry true, "the peer's certificate is on a revocation list (CRL_PATH), or no list in force speaks of it" }
     /// TLS failed in any other way.
     TlsFailure { "tls_failure", Peer, flag "TLS_FAILURE", status 0, retry true, "certificate or handshake problem; see the error text" }
     /// The peer proved another identity than the plan expects.

@@ -30,6 +30,7 @@ const TESTS: &[Test<World>] = &[
     test("pods_call_each_other_as_who_they_are", pods_call_each_other_as_who_they_are),
     test("policies_of_the_stream_hold", policies_of_the_stream_hold),
     test("a_policy_that_comes_cuts_what_it_no_longer_allows", a_policy_that_comes_cuts_what_it_no_longer_allows),
+    test("a_certificate_taken_back_ends_its_tunnels_both_ways", a_certificate_taken_back_ends_its_tunnels_both_ways),
     test("without_a_control_plane_all_goes_on", without_a_control_plane_all_goes_on),
     test("short_lived_certificates_change_under_load", short_lived_certificates_change_under_load),
     test("a_restarted_agent_waits_for_the_control_plane", a_restarted_agent_waits_for_the_control_plane),
@@ -137,6 +138,7 @@ fn set_up() -> anyhow::Result<World> {
     for pod in &topology.plan().pods {
         cni::redirect(&topology.pod(&pod.name).netns).with_context(|| format!("rules of {}", pod.name))?;
     }
+    std::fs::write(files.path().join("crl.pem"), istiod.revoked(&[])?)?;
     let mut world = World { a: None, b: None, _servers: servers, istiod, topology, files };
     world.a = Some(world.start("node-a", &["client", "other"])?);
     world.b = Some(world.start("node-b", &["web"])?);
@@ -154,6 +156,7 @@ impl World {
             .env("XDS_ROOT_CA", &file("root.pem"))
             .env("CA_ROOT_CA", &file("root.pem"))
             .env("AUTH_TOKEN", &file("token"))
+            .env("CRL_PATH", &file("crl.pem"))
             .env("INPOD_UDS", &file(&format!("{node}.sock")))
             .env("CONNECTION_TERMINATION_DEADLINE", "3s")
     }
@@ -239,6 +242,38 @@ fn a_policy_that_comes_cuts_what_it_no_longer_allows(world: &mut World) -> anyho
     world.istiod.remove(AUTHORIZATION_TYPE, "t/also");
     world.istiod.policy(&policy("t", "web-allow", security::Action::Allow, from("client")));
     wait::until_true("all as before", || world.call("client", world.web()).is_ok() && world.call("other", world.web()).is_err())
+}
+
+fn a_certificate_taken_back_ends_its_tunnels_both_ways(world: &mut World) -> anyhow::Result<()> {
+    let take_back = |world: &World, identities: &[&str]| -> anyhow::Result<()> {
+        let next = world.files.path().join("next.pem");
+        std::fs::write(&next, world.istiod.revoked(identities)?)?;
+        Ok(std::fs::rename(next, world.files.path().join("crl.pem"))?)
+    };
+    let (client, web) = ("spiffe://cluster.local/ns/t/sa/client", "spiffe://cluster.local/ns/t/sa/web");
+    // Of others: nothing happens to this one.
+    let (mut live, _) = Client::who(world.topology.pod("client"), world.web())?;
+    take_back(world, &["spiffe://cluster.local/ns/t/sa/other"])?;
+    for node in ["node-a", "node-b"] {
+        let read = || world.agent(node).is_ok_and(|a| a.whole_log().matches("certificate revocation lists read").count() >= 2);
+        wait::until_true("the list to be read again", read)?;
+    }
+    live.ping("still there")?;
+    // The server's: the client's agent hangs up. The client's: the server's does.
+    for (gone, judge, direction) in [(web, "node-a", "outbound"), (client, "node-b", "inbound")] {
+        let (mut live, _) = Client::who(world.topology.pod("client"), world.web())?;
+        live.ping("before")?;
+        let mark = world.agent(judge)?.mark();
+        take_back(world, &[gone])?;
+        live.wait_cut().with_context(|| format!("{gone} was taken back"))?;
+        ensure!(world.call("client", world.web()).is_err(), "{gone} still counts");
+        world
+            .agent(judge)?
+            .wait_access("the refusal", mark, |record| record["direction"] == direction && record["reason"] == "cert_revoked")?;
+        take_back(world, &[])?;
+        wait::until_true("calls again", || world.call("client", world.web()).is_ok())?;
+    }
+    Ok(())
 }
 
 fn without_a_control_plane_all_goes_on(world: &mut World) -> anyhow::Result<()> {

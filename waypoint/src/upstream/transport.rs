@@ -16,8 +16,9 @@ use bytes::Bytes;
 use http::header::{HeaderName, HeaderValue};
 use mesh_hbone::headers::{self, Baggage};
 use mesh_hbone::{ConnectRequest, Dialer, HboneError, HboneIo, HboneStream, Pool, PoolKey, Tunnel};
-use mesh_identity::SvidHandle;
+use mesh_identity::live::{Held, LivePeers};
 use mesh_identity::tls::ClientStream;
+use mesh_identity::{SvidHandle, TrustBundles};
 use mesh_model::l7::destination::TcpKeepalive;
 use mesh_model::plan::HBONE_PORT;
 use mesh_model::workload::Workload;
@@ -44,6 +45,7 @@ const ISTIO_SOURCE: HeaderName = HeaderName::from_static("x-istio-source");
 pub(super) struct Reach {
     identity: SpiffeId,
     pools: Box<[Pool<AgentDialer>]>,
+    peers: Arc<LivePeers>,
     resolver: Resolver,
     tls: TlsCache,
     /// `baggage` that describes us, sent with every CONNECT.
@@ -51,12 +53,18 @@ pub(super) struct Reach {
 }
 impl Reach {
     pub fn new(deps: Deps) -> Self {
-        let dialer =
-            AgentDialer { svid: deps.svid, connect_timeout: deps.connect_timeout, handshake_timeout: deps.handshake_timeout };
+        let peers = Arc::default();
+        let dialer = AgentDialer {
+            svid: deps.svid,
+            peers: Arc::clone(&peers),
+            connect_timeout: deps.connect_timeout,
+            handshake_timeout: deps.handshake_timeout,
+        };
         let pools = (0..deps.threads.max(1)).map(|_| Pool::new(dialer.clone(), Arc::clone(&deps.hbone))).collect();
         Self {
             identity: deps.identity,
             pools,
+            peers,
             resolver: Resolver::default(),
             tls: TlsCache::default(),
             baggage: ArcSwapOption::empty(),
@@ -69,6 +77,10 @@ impl Reach {
     pub fn describe(&self, me: Option<&Arc<Workload>>) {
         self.baggage.store(me.and_then(|me| Baggage::of(me).encode()).map(Arc::new));
     }
+    /// Ends the tunnels to peers that `bundles` no longer trusts; how many.
+    pub fn rejudge(&self, bundles: &TrustBundles) -> usize {
+        self.peers.rejudge(bundles)
+    }
     pub fn tunnels(&self) -> Vec<mesh_hbone::pool::PoolStats> {
         self.pools.iter().map(Pool::stats).collect()
     }
@@ -78,11 +90,12 @@ impl Reach {
 #[derive(Clone, Debug)]
 struct AgentDialer {
     svid: SvidHandle,
+    peers: Arc<LivePeers>,
     connect_timeout: Duration,
     handshake_timeout: Duration,
 }
 impl Dialer for AgentDialer {
-    type Io = ClientStream<TcpStream>;
+    type Io = Held<ClientStream<TcpStream>>;
 
     async fn dial(&self, key: &PoolKey) -> Result<Self::Io, HboneError> {
         let options = ConnectOptions { timeout: self.connect_timeout, ..ConnectOptions::default() };
@@ -92,8 +105,8 @@ impl Dialer for AgentDialer {
         })?;
         let svid = self.svid.fetch().await.map_err(Refusal::from)?;
         let deadline = Instant::now() + self.handshake_timeout;
-        let (stream, _) = mesh_identity::tls::connect(&svid, tcp, key.expect(), deadline).await.map_err(Refusal::from)?;
-        Ok(stream)
+        let (stream, peer) = mesh_identity::tls::connect(&svid, tcp, key.expect(), deadline).await.map_err(Refusal::from)?;
+        Ok(self.peers.hold(stream, peer, self.svid.cache().tls())?)
     }
 }
 

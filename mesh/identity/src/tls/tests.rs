@@ -4,6 +4,8 @@ use mesh_model::TrustDomain;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 
 use super::*;
+use crate::clock::SystemClock;
+use crate::crypto::{Compliance, TlsSettings};
 use crate::svid::TlsContext;
 use crate::testing::{Bundles, TestCa, domain, id, leaf_params, unchecked};
 
@@ -253,4 +255,46 @@ async fn expiry_after_the_handshake_does_not_end_trust() {
     // Judged by the date of the handshake only.
     peer.verified_at = peer.not_after + Duration::from_secs(1);
     assert!(!peer.still_trusted(&bundles));
+}
+
+/// Istio's `COMPLIANCE_POLICY`, from the word to the wire.
+#[cfg(feature = "tls-aws-lc")]
+#[tokio::test]
+async fn compliance_pqc_agrees_on_the_hybrid_with_everyone_or_not_at_all() {
+    use rustls::NamedGroup::{X25519, X25519MLKEM768};
+    use rustls::{ClientConfig, RootCertStore};
+
+    let mesh = Mesh::new();
+    let settings = |policy: &str| TlsSettings::from(policy.parse::<Compliance>().unwrap());
+    let with = |policy: &str| TlsContext::new(&settings(policy), &mesh.bundles, Arc::new(SystemClock)).unwrap();
+    let svid = |uri: &str, tls: &TlsContext| Svid::new(&id(uri), mesh.ca.sign(&leaf_params(&[uri])), tls).unwrap();
+    let hybrid = [("pqc", "pqc"), ("pqc", ""), ("", "pqc")].map(|(near, far)| (near, far, X25519MLKEM768));
+    for (near, far, group) in hybrid.into_iter().chain([("", "", X25519)]) {
+        let (client, server) = shake(&svid(WEB, &with(near)), &svid(CART, &with(far)), &[id(CART)]).await;
+        let (client, server) = (client.unwrap().0, server.unwrap().0);
+        for agreed in [client.get_ref().1.negotiated_key_exchange_group(), server.get_ref().1.negotiated_key_exchange_group()] {
+            assert_eq!(agreed.map(rustls::crypto::SupportedKxGroup::name), Some(group), "{near:?} to {far:?}");
+        }
+        assert_eq!(server.get_ref().1.protocol_version(), Some(rustls::ProtocolVersion::TLSv1_3));
+    }
+    // A peer without it is refused.
+    let mut old = rustls::crypto::aws_lc_rs::default_provider();
+    old.kx_groups.retain(|group| group.name() == X25519);
+    let old = ClientConfig::builder_with_provider(Arc::new(old)).with_safe_default_protocol_versions().unwrap();
+    let old = old.with_root_certificates(RootCertStore::empty()).with_no_client_auth();
+    let (a, b) = duplex(64 * 1024);
+    let name = ServerName::IpAddress(IpAddr::V4(Ipv4Addr::UNSPECIFIED).into());
+    let cart = svid(CART, &with("pqc"));
+    let (client, server) = tokio::join!(TlsConnector::from(Arc::new(old)).connect(name, a), accept(&cart, b, soon()));
+    assert!(client.is_err());
+    assert_eq!(server.unwrap_err().reason, Reason::TlsFailure);
+}
+
+#[test]
+fn compliance_fips_is_refused_without_a_validated_library() {
+    let settings = TlsSettings::from("fips-140-2".parse::<Compliance>().unwrap());
+    // No build of ours has one.
+    let error = settings.crypto().unwrap_err().to_string();
+    assert!(error.contains("FIPS"), "{error}");
+    assert!("fips".parse::<Compliance>().is_err() && "PQC".parse::<Compliance>().is_err());
 }

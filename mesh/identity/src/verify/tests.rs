@@ -217,10 +217,10 @@ fn a_proven_chain_is_believed_for_its_bytes_usage_bundles_and_dates_only() {
 
     verifier.verify(&leaf, &over, PeerRole::Server, now).unwrap();
     let chain = [leaf.clone(), below.der.clone()];
-    let first = verifier.find_proven(&chain, PeerRole::Server, now).unwrap();
+    let first = verifier.find_proven(&chain, PeerRole::Server, now).unwrap().0;
     assert_eq!((first.leaf.id.clone(), first.chain.len()), (id(WEB), 2));
     verifier.verify(&leaf, &over, PeerRole::Server, now).unwrap();
-    let second = verifier.find_proven(&chain, PeerRole::Server, now).unwrap();
+    let second = verifier.find_proven(&chain, PeerRole::Server, now).unwrap().0;
     assert!(Arc::ptr_eq(&first, &second), "the second time nothing was proven anew");
 
     // Another usage.
@@ -243,7 +243,7 @@ fn a_proven_chain_is_believed_for_its_bytes_usage_bundles_and_dates_only() {
     // Back again: proven anew.
     bundles.send_replace(Arc::new(ours(&ca)));
     verifier.verify(&leaf, &over, PeerRole::Server, now).unwrap();
-    assert!(!Arc::ptr_eq(&first, &verifier.find_proven(&chain, PeerRole::Server, now).unwrap()));
+    assert!(!Arc::ptr_eq(&first, &verifier.find_proven(&chain, PeerRole::Server, now).unwrap().0));
 }
 
 #[test]

@@ -1,0 +1,136 @@
+//! The file that revocation lists are read from, again whenever it changes.
+//!
+//! The lists travel with the trust bundles ([`over`]), so that whatever follows a change of roots follows theirs too: the next
+//! handshake, and the judgement of live tunnels ([`crate::live`]). Refuses to lose lists: a file that goes, or cannot be read,
+//! leaves those it had in force.
+//! Upstream: the operator, a source. Downstream: whoever asks the source for its bundles.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use mesh_model::SpiffeId;
+use tokio::runtime::Handle;
+use tokio::sync::{mpsc, watch};
+use tokio::time::MissedTickBehavior;
+
+use crate::bundle::TrustBundles;
+use crate::error::IdentityError;
+use crate::revocation::{Revocation, Unknown};
+use crate::source::{BoxFuture, IdentitySource, IssuedSvid};
+
+/// How often the file is looked at. Kubernetes swaps links where it renews a mounted file, so its folder tells nothing.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// Where lists are read.
+#[derive(Clone, Debug)]
+pub struct CrlFile {
+    /// The file.
+    pub path: PathBuf,
+    /// What is done with certificates it does not speak of.
+    pub unknown: Unknown,
+}
+
+/// `source`, with the lists of a file in its bundles. Reads the file once before it returns and follows it on `control`.
+pub fn over(source: Arc<dyn IdentitySource>, file: CrlFile, control: &Handle) -> Arc<dyn IdentitySource> {
+    let (stamp, lists) = (stamp(&file.path), read(&file));
+    let follow = Follow { lists: Arc::new(lists.unwrap_or_else(|| Revocation::none(file.unknown))), stamp, file };
+    let bundles = source.bundle();
+    let with = follow.apply(&bundles.borrow());
+    let sender = watch::Sender::new(with);
+    let receiver = sender.subscribe();
+    control.spawn(follow.run(bundles, sender));
+    Arc::new(Revoking { source, bundles: receiver })
+}
+
+struct Revoking {
+    source: Arc<dyn IdentitySource>,
+    bundles: watch::Receiver<Arc<TrustBundles>>,
+}
+
+impl IdentitySource for Revoking {
+    fn issue<'a>(&'a self, id: &'a SpiffeId) -> BoxFuture<'a, Result<IssuedSvid, IdentityError>> {
+        self.source.issue(id)
+    }
+    fn bundle(&self) -> watch::Receiver<Arc<TrustBundles>> {
+        self.bundles.clone()
+    }
+    fn renewals(&self) -> Option<mpsc::UnboundedReceiver<SpiffeId>> {
+        self.source.renewals()
+    }
+    fn forget(&self, id: &SpiffeId) {
+        self.source.forget(id);
+    }
+}
+
+/// What tells one content of a file from another without reading it.
+type Stamp = Option<(SystemTime, u64, u64)>;
+
+fn stamp(path: &Path) -> Stamp {
+    use std::os::unix::fs::MetadataExt;
+    let found = std::fs::metadata(path).ok()?;
+    Some((found.modified().ok()?, found.len(), found.ino()))
+}
+
+/// The lists of the file; `None`, and a word in the log, where they cannot be read.
+fn read(file: &CrlFile) -> Option<Revocation> {
+    let read = std::fs::read(&file.path).map_err(|error| error.to_string());
+    match read.and_then(|bytes| Revocation::read(&bytes, file.unknown)) {
+        Ok(lists) => {
+            tracing::info!(path = %file.path.display(), lists = lists.count(), "certificate revocation lists read");
+            Some(lists)
+        }
+        Err(why) => {
+            tracing::error!(
+                path = %file.path.display(), why, unknown = ?file.unknown,
+                "certificate revocation lists cannot be read: those read before stay in force"
+            );
+            None
+        }
+    }
+}
+
+struct Follow {
+    file: CrlFile,
+    stamp: Stamp,
+    lists: Arc<Revocation>,
+}
+
+impl Follow {
+    fn apply(&self, bundles: &TrustBundles) -> Arc<TrustBundles> {
+        Arc::new(bundles.clone().with_revocation(Arc::clone(&self.lists)))
+    }
+
+    /// Until nobody asks any more, or the source is gone.
+    async fn run(mut self, mut bundles: watch::Receiver<Arc<TrustBundles>>, sender: watch::Sender<Arc<TrustBundles>>) {
+        let mut tick = tokio::time::interval(LOOK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                () = sender.closed() => return,
+                changed = bundles.changed() => if changed.is_err() { return },
+                _ = tick.tick() => if !self.look().await { continue },
+            }
+            let now = Arc::clone(&bundles.borrow_and_update());
+            sender.send_replace(self.apply(&now));
+        }
+    }
+
+    /// Whether the file says something else now.
+    async fn look(&mut self) -> bool {
+        let (file, before) = (self.file.clone(), self.stamp);
+        // Lists of large authorities have megabytes.
+        let looked = tokio::task::spawn_blocking(move || {
+            let now = stamp(&file.path);
+            (now, (now != before).then(|| read(&file)).flatten())
+        });
+        let Ok((now, lists)) = looked.await else { return false };
+        self.stamp = now;
+        let Some(lists) = lists else { return false };
+        self.lists = Arc::new(lists);
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests;

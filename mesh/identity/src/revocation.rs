@@ -1,0 +1,113 @@
+//! Certificates that were taken back: the authorities' lists (CRL, RFC 5280 §5).
+//!
+//! Every certificate of a chain is looked up. One that no list speaks of, or only one that is out of date, is not known to be
+//! good: [`Unknown`] says what then. Upstream: [`crate::crl_file`]. Downstream: [`crate::bundle`], [`crate::verify`].
+
+use std::str::FromStr;
+
+use rustls_pki_types::CertificateRevocationListDer;
+use rustls_pki_types::pem::PemObject;
+use webpki::{
+    CertRevocationList, ExpirationPolicy, OwnedCertRevocationList, RevocationCheckDepth, RevocationOptions,
+    RevocationOptionsBuilder, UnknownStatusPolicy,
+};
+
+/// What is done with a certificate of which no list in force speaks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Unknown {
+    /// It is refused.
+    #[default]
+    Deny,
+    /// It is believed, as istio/ztunnel does; lists count beyond their date.
+    Allow,
+}
+
+impl FromStr for Unknown {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "deny" => Ok(Self::Deny),
+            "allow" => Ok(Self::Allow),
+            _ => Err(format!("{text:?} is neither `deny` nor `allow`")),
+        }
+    }
+}
+
+/// The lists in force.
+#[derive(Debug)]
+pub struct Revocation {
+    lists: Vec<CertRevocationList<'static>>,
+    unknown: Unknown,
+}
+
+impl Revocation {
+    /// Reads lists: PEM with any number of them, or the DER of one.
+    ///
+    /// # Errors
+    /// Says which of them cannot be read; then none counts.
+    pub fn read(bytes: &[u8], unknown: Unknown) -> Result<Self, String> {
+        let mut lists = Vec::new();
+        for der in CertificateRevocationListDer::pem_slice_iter(bytes) {
+            lists.push(der.map_err(|error| format!("list {}: {error}", lists.len() + 1))?);
+        }
+        if lists.is_empty() {
+            lists.push(CertificateRevocationListDer::from(bytes));
+        }
+        let read = |(at, der): (usize, &CertificateRevocationListDer<'_>)| {
+            let list = OwnedCertRevocationList::from_der(der).map_err(|error| format!("list {}: {error}", at + 1))?;
+            Ok(CertRevocationList::from(list))
+        };
+        let lists = lists.iter().enumerate().map(read).collect::<Result<_, String>>()?;
+        Ok(Self { lists, unknown })
+    }
+
+    /// No list at all.
+    pub(crate) fn none(unknown: Unknown) -> Self {
+        Self { lists: Vec::new(), unknown }
+    }
+
+    /// How many there are.
+    pub(crate) fn count(&self) -> usize {
+        self.lists.len()
+    }
+
+    /// The lists as the verifier wants them.
+    pub(crate) fn lists(&self) -> Vec<&CertRevocationList<'static>> {
+        self.lists.iter().collect()
+    }
+
+    /// How `lists` are applied; `None`: not at all.
+    pub(crate) fn options<'a>(
+        &self,
+        lists: &'a [&'a CertRevocationList<'a>],
+    ) -> Result<Option<RevocationOptions<'a>>, webpki::Error> {
+        let Ok(builder) = RevocationOptionsBuilder::new(lists) else {
+            return match self.unknown {
+                Unknown::Deny => Err(webpki::Error::UnknownRevocationStatus),
+                Unknown::Allow => Ok(None),
+            };
+        };
+        let (status, expiration) = match self.unknown {
+            Unknown::Deny => (UnknownStatusPolicy::Deny, ExpirationPolicy::Enforce),
+            Unknown::Allow => (UnknownStatusPolicy::Allow, ExpirationPolicy::Ignore),
+        };
+        let builder = builder.with_depth(RevocationCheckDepth::Chain).with_status_policy(status);
+        Ok(Some(builder.with_expiration_policy(expiration).build()))
+    }
+}
+
+/// Whether this is about revocation.
+pub(crate) fn concerns(error: &webpki::Error) -> bool {
+    use webpki::Error as E;
+    matches!(
+        error,
+        E::CertRevoked
+            | E::UnknownRevocationStatus
+            | E::CrlExpired { .. }
+            | E::InvalidCrlSignatureForPublicKey
+            | E::IssuerNotCrlSigner
+            | E::UnsupportedCrlSignatureAlgorithmContext(_)
+            | E::UnsupportedCrlSignatureAlgorithmForPublicKeyContext(_)
+    )
+}
