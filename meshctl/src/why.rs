@@ -110,7 +110,7 @@ impl Keys {
     }
     fn verify(&self, rule: &TokenRule, jwt: &Jwt) -> Result<(), Fault> {
         match (&rule.keys, &self.0) {
-            (KeySource::Inline(text), _) => KeySet::parse(text.as_bytes()).map_err(|_| Fault::NoKeys)?.verify(jwt),
+            (KeySource::Inline(text), _) => KeySet::parse(text.text().as_bytes()).map_err(|_| Fault::NoKeys)?.verify(jwt),
             (_, Some(given)) => given.verify(jwt),
             (_, None) => Err(Fault::NoKeys),
         }

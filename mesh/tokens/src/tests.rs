@@ -8,7 +8,7 @@ use aws_lc_rs::signature::{
     EcdsaSigningAlgorithm, Ed25519KeyPair, KeyPair as _, RSA_PKCS1_SHA256, RSA_PKCS1_SHA384, RSA_PKCS1_SHA512, RSA_PSS_SHA256,
     RSA_PSS_SHA384, RSA_PSS_SHA512, RsaEncoding, RsaKeyPair,
 };
-use mesh_model::l7::request_auth::{KeySource, TokenPlace};
+use mesh_model::l7::request_auth::{Jwks, KeySource, TokenPlace};
 use serde_json::json;
 use std::sync::LazyLock;
 
@@ -223,7 +223,7 @@ fn claims_are_asked_for_as_text_lists_and_nested() {
     let rule = TokenRule {
         issuer: "i".into(),
         audiences: Box::default(),
-        keys: KeySource::Inline("".into()),
+        keys: KeySource::Inline(Jwks::new("")),
         places: TokenPlace::usual(),
         payload_to: None,
         claims_to: Box::default(),

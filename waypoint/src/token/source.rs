@@ -82,7 +82,7 @@ impl Sources {
             task: Mutex::default(),
         });
         if let KeySource::Inline(text) = source {
-            let error = slot.take(text.as_bytes()).err();
+            let error = slot.take(text.text().as_bytes()).err();
             slot.end(error);
         } else {
             let keeping = keep(Arc::clone(&slot), Arc::clone(&self.fetcher), self.refresh);
@@ -94,16 +94,15 @@ impl Sources {
     pub fn collect<'a>(&self, needed: impl Iterator<Item = &'a KeySource>, mentioned: &HashSet<&KeySource>) {
         needed.for_each(|source| drop(self.slot(source)));
         let _writing = self.writing.lock();
-        let now = self.slots.load();
-        if now.keys().all(|source| mentioned.contains(source)) {
-            return;
+        let mut kept = HashMap::default();
+        for (source, slot) in self.slots.load().iter() {
+            match mentioned.get(source) {
+                // Under the very source this version names: requests find it without comparing texts.
+                Some(source) => drop(kept.insert(KeySource::clone(source), Arc::clone(slot))),
+                None => slot.task.lock().take().into_iter().for_each(|task| task.abort()),
+            }
         }
-        let (kept, gone): (HashMap<_, _, _>, HashMap<_, _, _>) =
-            now.iter().map(|(source, slot)| (source.clone(), Arc::clone(slot))).partition(|(s, _)| mentioned.contains(s));
         self.slots.store(Arc::new(kept));
-        for task in gone.into_values().filter_map(|slot: Arc<Slot>| slot.task.lock().take()) {
-            task.abort();
-        }
     }
     /// For the admin page: source, number of keys, what went wrong with the last fetch.
     pub fn view(&self) -> Vec<(String, usize, Option<Arc<str>>)> {
@@ -210,7 +209,7 @@ fn is_secure(uri: &str) -> bool {
 /// The JWKS of a source.
 async fn document(source: &KeySource, fetcher: &Arc<Fetcher>) -> Result<Bytes, String> {
     match source {
-        KeySource::Inline(text) => Ok(Bytes::copy_from_slice(text.as_bytes())),
+        KeySource::Inline(text) => Ok(Bytes::copy_from_slice(text.text().as_bytes())),
         KeySource::Remote { uri, timeout } => fetcher.get(uri, *timeout, LARGEST).await,
         KeySource::Discovered { issuer, timeout } => {
             let metadata = format!("{}{METADATA}", issuer.trim_end_matches('/'));

@@ -6,6 +6,7 @@
 use crate::origin::Origin;
 use crate::policy::PolicyKey;
 use http::header::HeaderName;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -68,10 +69,10 @@ impl TokenRule {
     }
 }
 /// Where keys come from.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum KeySource {
     /// `jwks`: written there.
-    Inline(Arc<str>),
+    Inline(Jwks),
     /// `jwksUri`: fetched.
     Remote {
         /// `http` or `https`.
@@ -86,6 +87,36 @@ pub enum KeySource {
         /// Limit of each of the two fetches.
         timeout: Duration,
     },
+}
+/// Keys written in a policy. What looks them up goes by a number made of the text when the policy was read: no request reads
+/// all of it.
+#[derive(Clone, Debug)]
+pub struct Jwks {
+    text: Arc<str>,
+    digest: u64,
+}
+impl Jwks {
+    /// Of a JWKS.
+    pub fn new(text: &str) -> Self {
+        let mut hasher = DefaultHasher::new();
+        text.hash(&mut hasher);
+        Self { text: text.into(), digest: hasher.finish() }
+    }
+    /// The JWKS.
+    pub fn text(&self) -> &str {
+        &self.text
+    }
+}
+impl PartialEq for Jwks {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.text, &other.text) || (self.digest == other.digest && self.text == other.text)
+    }
+}
+impl Eq for Jwks {}
+impl Hash for Jwks {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        state.write_u64(self.digest);
+    }
 }
 /// Where a token may be.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -142,7 +173,7 @@ mod tests {
         TokenRule {
             issuer: "https://issuer".into(),
             audiences: audiences.iter().map(|a| (*a).into()).collect(),
-            keys: KeySource::Inline("{}".into()),
+            keys: KeySource::Inline(Jwks::new("{}")),
             places: TokenPlace::usual(),
             payload_to: Some(HeaderName::from_static("x-payload")),
             claims_to: Box::new([(HeaderName::from_static("x-role"), Box::new(["role".into()]))]),
@@ -157,6 +188,19 @@ mod tests {
         assert!(check(&["a", "b"], &["c", "b"]));
         assert!(check(&["https://api"], &["https://api/"]) && check(&["https://api/"], &["https://api"]));
         assert!(!check(&["a"], &[]) && !check(&["a"], &["A"]) && !check(&["a"], &["ab"]) && !check(&["a/"], &["a//"]));
+    }
+    #[test]
+    fn written_keys_are_known_by_their_text() {
+        let hash = |keys: &Jwks| {
+            let mut hasher = DefaultHasher::new();
+            keys.hash(&mut hasher);
+            hasher.finish()
+        };
+        let (one, same, other) = (Jwks::new("{1}"), Jwks::new("{1}"), Jwks::new("{2}"));
+        assert!(one == same && one == one.clone() && hash(&one) == hash(&same));
+        assert!(one != other && hash(&one) != hash(&other));
+        // Two texts of one number are still two.
+        assert_ne!(Jwks { digest: one.digest, ..other }, one);
     }
     #[test]
     fn of_several_the_first_unusable_one_speaks() {

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use http::header::HeaderName;
 use mesh_model::Origin;
-use mesh_model::l7::request_auth::{AuthBody, ClaimsTo, KeySource, RequestAuth, TokenPlace, TokenRule};
+use mesh_model::l7::request_auth::{AuthBody, ClaimsTo, Jwks, KeySource, RequestAuth, TokenPlace, TokenRule};
 use mesh_model::policy::PolicyKey;
 
 use super::authorization::{self, OBJECT, OBJECT_META};
@@ -128,7 +128,7 @@ fn keys<'p>(r: &mut Reader<'_>, n: &'p Node<'p>, issuer: &Arc<str>, timeout: Dur
         (Some(at), None) => {
             let jwks = read::scalar(at)?;
             usable(jwks).map_err(|why| Bad::value(at, why, "write a JWKS (RFC 7517): {\"keys\":[{\"kty\":…}]}"))?;
-            Ok(KeySource::Inline(jwks.into()))
+            Ok(KeySource::Inline(Jwks::new(jwks)))
         }
         (None, Some(at)) => {
             let uri = read::scalar(at)?;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use mesh_model::l7::request_auth::{AuthBody, KeySource, RequestAuth, TokenPlace, TokenRule};
+use mesh_model::l7::request_auth::{AuthBody, Jwks, KeySource, RequestAuth, TokenPlace, TokenRule};
 
 use super::*;
 
@@ -57,7 +57,7 @@ fn every_field_is_read() {
     let [first, second, third] = rules(only(&state, SERVICE)) else { panic!() };
     let header = |name| http::HeaderName::from_static(name);
     assert_eq!((&*first.issuer, first.audiences.len(), first.forward), ("https://i", 2, true));
-    assert_eq!(first.keys, KeySource::Inline(KEYS.trim_matches('\'').into()));
+    assert_eq!(first.keys, KeySource::Inline(Jwks::new(KEYS.trim_matches('\''))));
     assert_eq!(
         *first.places,
         [TokenPlace::Header(header("x-token"), "Tok ".into()), TokenPlace::Param("t".into()), TokenPlace::Cookie("c".into())]
