@@ -220,6 +220,7 @@ async fn reach(conn: &Conn, record: &mut TcpRecord) -> Result<Reached, Unreached
             draw: redraw(draw, DRAW_ENDPOINT),
             hash: None,
             tried: &[],
+            before: &[],
             dst: Some(conn.local),
             name: conn.sni.as_deref(),
         };

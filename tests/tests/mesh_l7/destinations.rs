@@ -100,6 +100,25 @@ pub(crate) fn locality_failover_and_shares(mesh: &mut Mesh) -> anyhow::Result<()
         wait::until("the own zone again", Duration::from_secs(8), || (calls(1).ok()?.pop()?.as_str() == "web1").then_some(()))?;
     }
     {
+        // Retries: twice where the first attempt was, and then elsewhere, if the route says so.
+        let patient = "    outlierDetection: { consecutive5xxErrors: 1000 }\n";
+        let _policy = mesh.objects("locality", &policy("span", patient))?;
+        let route = |attempts: u8, elsewhere: bool| {
+            mesh.objects("retries", &format!("apiVersion: networking.istio.io/v1\nkind: VirtualService\nmetadata: {{ name: span, namespace: t }}\nspec:\n  hosts: [ span ]\n  http:\n  - retries: {{ attempts: {attempts}, retryOn: '503', retryRemoteLocalities: {elsewhere} }}\n    route: [ {{ destination: {{ host: span }} }} ]\n"))
+        };
+        mesh.web["web1"].behave(503);
+        for (attempts, elsewhere, status) in [(3, false, 503), (1, true, 503), (2, true, 200)] {
+            let _route = route(attempts, elsewhere)?;
+            let got = mesh.call(&[&format!("http://{SPAN}/")])?;
+            ensure!(got.status == status, "{attempts} retries, elsewhere {elsewhere}: {got:?}");
+            let echo = got.echo()?;
+            let (by, count) = if status == 200 { ("web3", 3) } else { ("web1", attempts + 1) };
+            let counted = echo["headers"]["x-envoy-attempt-count"].as_str().and_then(|text| text.parse().ok());
+            ensure!(echo["name"] == by && counted == Some(count), "{echo}");
+        }
+        mesh.web["web1"].behave(0);
+    }
+    {
         let shares = "    loadBalancer: { localityLbSetting: { distribute: [ { from: region-1/zone-2/*, to: { region-1/zone-1/*: 100 } } ] } }\n";
         let _policy = mesh.objects("locality", &policy("span", shares))?;
         ensure!(different(&calls(8)?) == BTreeSet::from(["web3"]), "all of it sent to the other zone");

@@ -114,9 +114,11 @@ async fn attempts(
         let attempt = ex.record.attempts + 1;
         let draw = redraw(ex.draw, DRAW_ATTEMPT + u64::from(attempt));
         let none: &[Arc<Host>] = &[];
-        let tried_now = if policy.other_hosts && hash.is_none() { &tried[..] } else { none };
+        // Consistent hashing means the same endpoint however often it is asked.
+        let wanted = |wanted: bool| if wanted && hash.is_none() { &tried[..] } else { none };
+        let (tried_now, before) = (wanted(policy.other_hosts), wanted(policy.other_localities));
         let name = Some(host_of(&ex.authority));
-        let pick = PickContext { draw, hash, tried: tried_now, dst: Some(ex.conn.local), name };
+        let pick = PickContext { draw, hash, tried: tried_now, before, dst: Some(ex.conn.local), name };
         let host = match cluster.pick(&pick) {
             Ok(host) => host,
             Err(error) => return (failed(ex, &error, attempt > 1, dialect), None),

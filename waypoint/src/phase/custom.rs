@@ -287,7 +287,7 @@ async fn send(
     let key = ClusterKey { service: service.key.clone(), port: authorizer.port, subset: None };
     let cluster = conn.shared.upstreams.cluster(snap, &key)?;
     let guard = cluster.admit()?;
-    let host = cluster.pick(&PickContext { draw, hash: None, tried: &[], dst: None, name: None })?;
+    let host = cluster.pick(&PickContext { draw, hash: None, tried: &[], before: &[], dst: None, name: None })?;
     let http2 = authorizer.judges_bytes() || matches!(cluster.app_protocol(), AppProtocol::Http2 | AppProtocol::Grpc);
     let sent =
         upstream::send(&cluster, &host, question, SendOptions { http2, upgrade: false, client: None, guard: Some(&guard) }).await;

@@ -9,6 +9,7 @@ use mesh_model::l7::TrafficPolicy;
 use mesh_model::l7::balance::{Chance, Entry, Plan, is_held_back, warmup_factor};
 use mesh_model::l7::destination::{Balance, Destination};
 use mesh_model::l7::outlier::Seen;
+use mesh_model::l7::retry::left_out;
 use mesh_model::l7::select::host_matches;
 use mesh_model::service::{AppProtocol, Service};
 use mesh_model::snapshot::Backing;
@@ -61,6 +62,8 @@ pub struct PickContext<'a> {
     pub hash: Option<u64>,
     /// Endpoints to keep away from if others are there.
     pub tried: &'a [Arc<Host>],
+    /// Endpoints of attempts before, whose priorities the pick keeps away from as [`left_out`] says.
+    pub before: &'a [Arc<Host>],
     /// What the client addressed, for passthrough.
     pub dst: Option<SocketAddr>,
     /// The host the client names (of the request, or in TLS), for wildcards.
@@ -130,8 +133,15 @@ impl Cluster {
             let cold = self.policy.warmup.is_some_and(|w| is_held_back(warmup_factor(&w, host.state.joined.elapsed()), draw));
             cold || tried(host)
         };
-        let at = plan.pick_avoiding(chance, load, || self.state.next_turn(), avoid);
+        let before: Vec<u32> = ctx.before.iter().filter_map(|host| self.priority(host)).collect();
+        let left_out = left_out(&before, |priorities| plan.is_some_left(priorities));
+        let at = plan.pick_avoiding(chance, load, || self.state.next_turn(), avoid, left_out);
         at.and_then(|at| self.hosts.get(at)).cloned().ok_or_else(|| UpstreamError::new(Failure::NoHealthy, ""))
+    }
+
+    fn priority(&self, host: &Host) -> Option<u32> {
+        let (_, place) = self.hosts.iter().zip(&self.places).find(|(h, _)| h.is_same(host))?;
+        Some(place.priority)
     }
 
     /// The endpoint at the address the client asked for: a known one, else that address in plain.

@@ -134,7 +134,7 @@ impl Fetcher {
         let key = ClusterKey { service: service.key.clone(), port: to.port, subset: None };
         let failed = |e: super::UpstreamError| format!("service {}: {e}", service.key);
         let cluster = self.upstreams.cluster(snap, &key).map_err(failed)?;
-        let pick = PickContext { draw: rand::random(), hash: None, tried: &[], dst: None, name: Some(to.host) };
+        let pick = PickContext { draw: rand::random(), hash: None, tried: &[], before: &[], dst: None, name: Some(to.host) };
         let host = cluster.pick(&pick).map_err(failed)?;
         let policy = cluster.policy();
         let shelf = ShelfKey {

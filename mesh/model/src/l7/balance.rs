@@ -51,6 +51,10 @@ enum Kind {
 }
 #[derive(Clone, Debug)]
 struct Priority {
+    /// As its hosts have it.
+    level: u32,
+    /// Percent of its hosts that are healthy, times 1.4 and 100 at most.
+    health: u64,
     /// Percent of the traffic that goes to this priority or one before it.
     end: u64,
     groups: Vec<Group>,
@@ -103,9 +107,11 @@ impl Plan {
         let loads = loads(&counts, panic_percent);
         let mut end = 0;
         let mut priorities = Vec::with_capacity(levels.len());
-        for (level, load) in levels.iter().zip(loads) {
+        for ((level, load), (healthy, all)) in levels.iter().zip(loads).zip(counts) {
             end += load.percent;
-            if load.percent == 0 {
+            let health = availability(healthy, all);
+            // One without traffic may be asked for by retries, which consistent hashing does not draw again.
+            if load.percent == 0 && (health == 0 || kind == Kind::Hash) {
                 continue;
             }
             let of_level = |share: Option<u32>| {
@@ -134,41 +140,64 @@ impl Plan {
                 groups.push(Group::new(balance, of_level(Some(share))));
                 ends.push(total);
             }
-            priorities.push(Priority { end, groups, ends });
+            priorities.push(Priority { level: *level, health, end, groups, ends });
         }
         Self { priorities, kind }
     }
 
     /// The host for one request, among all that are usable.
     pub fn pick(&self, chance: Chance, load: impl Fn(usize) -> u64) -> Option<usize> {
-        self.group(chance)?.pick(self.kind, chance, load)
+        self.group(chance, &[])?.pick(self.kind, chance, load)
     }
 
-    /// The priority and locality one request falls to.
-    fn group(&self, chance: Chance) -> Option<&Group> {
+    /// Whether a priority with healthy hosts is left without these.
+    pub fn is_some_left(&self, left_out: &[u32]) -> bool {
+        self.priorities.iter().any(|p| p.health > 0 && !left_out.contains(&p.level))
+    }
+
+    /// The priority and locality one request falls to. Without priorities that are left out their traffic falls to the others
+    /// by their health (Envoy's `previous_priorities`); where none of those has a healthy host nothing is left out.
+    fn group(&self, chance: Chance, left_out: &[u32]) -> Option<&Group> {
         // By hash also the priority and the locality are the same for the same request.
         let draw = match (self.kind, chance.hash) {
             (Kind::Hash, Some(hash)) => redraw(hash, 1),
             _ => redraw(chance.draw, 1),
         };
         let at = below(draw, 100);
-        let priority = self.priorities.iter().find(|p| at < p.end).or(self.priorities.last())?;
+        let priority = if left_out.is_empty() || !self.is_some_left(left_out) {
+            self.priorities.iter().find(|p| at < p.end).or(self.priorities.last())?
+        } else {
+            self.among_others(at, left_out)?
+        };
         let at = below(redraw(draw, 2), priority.ends.last().copied()?);
         priority.groups.get(priority.ends.partition_point(|end| *end <= at))
+    }
+
+    fn among_others(&self, at: u64, left_out: &[u32]) -> Option<&Priority> {
+        let others = || self.priorities.iter().filter(|p| p.health > 0 && !left_out.contains(&p.level));
+        let total = others().map(|p| p.health).sum::<u64>().min(100);
+        let mut end = 0;
+        let found = others().find(|p| {
+            end += (p.health * 100).checked_div(total).unwrap_or(0);
+            at < end
+        });
+        // What rounding leaves goes to the first.
+        found.or_else(|| others().next())
     }
 
     /// As [`Self::pick`], drawn again up to [`MAX_REDRAWS`] times while `avoid` says so; then any other of the last draw's
     /// locality (Envoy would take whatever came, and among few hosts fail a retry that need not fail); then whatever came. A
     /// host that warms up is avoided for the share of the draws it does not get yet: `avoid` gets an independent draw for
-    /// that. Consistent hashing is not drawn again: the same request belongs to the same host.
+    /// that. `left_out`: priorities that get nothing while others have healthy hosts. Consistent hashing is not drawn again: the same request belongs to the same host.
     pub fn pick_avoiding(
         &self,
         chance: Chance,
         load: impl Fn(usize) -> u64,
         next_turn: impl Fn() -> u64,
         avoid: impl Fn(usize, u64) -> bool,
+        left_out: &[u32],
     ) -> Option<usize> {
-        let mut group = self.group(chance)?;
+        let mut group = self.group(chance, left_out)?;
         let mut picked = group.pick(self.kind, chance, &load)?;
         if self.kind == Kind::Hash && chance.hash.is_some() {
             return Some(picked);
@@ -179,7 +208,7 @@ impl Plan {
             }
             let turn = if self.kind == Kind::Turn { next_turn() } else { 0 };
             let again = Chance { draw: redraw(chance.draw, 10 + round), turn, ..chance };
-            group = self.group(again)?;
+            group = self.group(again, left_out)?;
             picked = group.pick(self.kind, again, &load)?;
         }
         let last = redraw(chance.draw, 100);
@@ -230,11 +259,14 @@ pub struct Load {
     /// Unhealthy hosts are used too.
     pub panic: bool,
 }
+/// What a priority can bear of all traffic, percent.
+fn availability(healthy: u64, all: u64) -> u64 {
+    (OVERPROVISION * healthy).checked_div(all).map_or(0, |h| h.min(100))
+}
 /// Loads of priorities by their (healthy, all) hosts: each takes as much as its healthy hosts times 1.4 can bear, the rest
 /// goes to the next; sums to 100. As Envoy's `recalculatePerPriorityState` and panic rules.
 pub fn loads(counts: &[(u64, u64)], panic_percent: u32) -> Vec<Load> {
-    let health: Vec<u64> =
-        counts.iter().map(|(healthy, all)| (OVERPROVISION * healthy).checked_div(*all).map_or(0, |h| h.min(100))).collect();
+    let health: Vec<u64> = counts.iter().map(|(healthy, all)| availability(*healthy, *all)).collect();
     let total = health.iter().sum::<u64>().min(100);
     let mut out: Vec<Load> = Vec::with_capacity(counts.len());
     if total == 0 {

@@ -86,6 +86,25 @@ fn grpc_condition(status: u32) -> Option<RetryOn> {
     })
 }
 
+/// How many attempts it takes until the priorities of those before are left out (Istio's `update_frequency`).
+const LEAVE_AFTER: usize = 2;
+
+/// Of the priorities of the endpoints tried so far, in order, those the next attempt keeps away from (Envoy's
+/// `previous_priorities`, which Istio's `retryRemoteLocalities` is): after every second attempt all that were tried; once that
+/// would leave none (`some_left` says so), everything is forgotten and begins anew.
+pub fn left_out(tried: &[u32], some_left: impl Fn(&[u32]) -> bool) -> &[u32] {
+    let (mut from, mut to) = (0, 0);
+    for now in 1..=tried.len() {
+        if (now - from).is_multiple_of(LEAVE_AFTER) {
+            if !some_left(tried.get(from..now).unwrap_or_default()) {
+                from = now;
+            }
+            to = now;
+        }
+    }
+    tried.get(from..to).unwrap_or_default()
+}
+
 /// How long to wait before the `attempt`-th retry (from 1): uniform below `base · 2ⁿ⁻¹`, the bound never above the largest
 /// interval (Envoy's fully jittered exponential back-off).
 pub fn backoff(policy: &RetryPolicy, attempt: u32, draw: u64) -> Duration {

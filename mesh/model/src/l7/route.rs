@@ -375,7 +375,7 @@ pub struct RetryPolicy {
     pub max_backoff: Duration,
     /// Prefer hosts that were not tried (previous_hosts, up to 5 draws).
     pub other_hosts: bool,
-    /// Prefer localities that were not tried.
+    /// Keep away from the priorities of localities that were tried ([`crate::l7::retry::left_out`]).
     pub other_localities: bool,
 }
 impl RetryPolicy {

@@ -100,7 +100,9 @@ async fn an_ejection_moves_what_a_ring_had() {
     policy.balance = Balance::Hash { algorithm, key: HashKey::SourceIp };
     world.policy(policy);
     let cluster = world.cluster();
-    let by = |hash| name(&cluster.pick(&PickContext { draw: 1, hash: Some(hash), tried: &[], dst: None, name: None }).unwrap());
+    let by = |hash| {
+        name(&cluster.pick(&PickContext { draw: 1, hash: Some(hash), tried: &[], before: &[], dst: None, name: None }).unwrap())
+    };
     let first = by(42);
     assert!((0..50).all(|_| by(42) == first));
     cluster.report(&named(&cluster, &first), Observed::Status(500));
@@ -185,7 +187,8 @@ async fn passthrough_goes_where_the_client_wanted() {
     let mut world = world(&["a"]);
     world.policy(TrafficPolicy { balance: Balance::Passthrough, ..TrafficPolicy::default() });
     let cluster = world.cluster();
-    let to = |dst: Option<SocketAddr>| cluster.pick(&PickContext { draw: 1, hash: None, tried: &[], dst, name: None });
+    let to =
+        |dst: Option<SocketAddr>| cluster.pick(&PickContext { draw: 1, hash: None, tried: &[], before: &[], dst, name: None });
     assert_eq!(name(&to(Some(at(1))).unwrap()), "a");
     // Another port of a known endpoint, and a stranger: the same one every time.
     let other = SocketAddr::new(at(1).ip(), 9999);

@@ -187,6 +187,61 @@ fn picks_follow_priorities_health_and_panic() {
 }
 
 #[test]
+fn what_is_left_out_gets_nothing_while_others_are_healthy() {
+    // Priorities 0, 3 and 5, of 2, 4 and 2 hosts.
+    let mut eight = hosts(8);
+    for (h, priority) in eight.iter_mut().zip([0, 0, 3, 3, 3, 3, 5, 5]) {
+        h.priority = priority;
+    }
+    let plan = |hosts: &[Entry<'_>], panic| Plan::new(&Balance::Random, hosts, &[], panic);
+    let of = |plan: &Plan, left_out: &[u32]| {
+        let mut counts = [0; 3];
+        for draw in draws(10_000) {
+            match plan.pick_avoiding(at(draw), |_| 0, || 0, |_, _| false, left_out) {
+                Some(0 | 1) => counts[0] += 1,
+                Some(2..=5) => counts[1] += 1,
+                Some(_) => counts[2] += 1,
+                None => {}
+            }
+        }
+        counts.map(|n| (n + 50) / 100)
+    };
+    for (down, left_out, want) in [
+        (&[][..], &[][..], [100, 0, 0]),
+        (&[], &[0], [0, 100, 0]),
+        (&[], &[0, 3], [0, 0, 100]),
+        (&[], &[3], [100, 0, 0]),
+        // One of four is left: it bears 35 %, and the rest is the next one's.
+        (&[2, 3, 4], &[0], [0, 35, 65]),
+        // Nobody there.
+        (&[2, 3, 4, 5], &[0], [0, 0, 100]),
+        (&[2, 3, 4, 5, 6, 7], &[0], [100, 0, 0]),
+        // What none of the others bears is scaled up.
+        (&[2, 3, 4, 6, 7], &[0], [0, 100, 0]),
+        // All left out, or one nobody has: as if nothing were said.
+        (&[], &[0, 3, 5], [100, 0, 0]),
+        (&[], &[7], [100, 0, 0]),
+    ] {
+        let mut hosts = eight.clone();
+        for h in down {
+            let at: usize = *h;
+            hosts[at].healthy = false;
+        }
+        let got = of(&plan(&hosts, 0), left_out);
+        assert!(
+            got.iter().zip(want).all(|(got, want): (&i32, i32)| (got - want).abs() <= 2),
+            "{down:?} {left_out:?}: {got:?}, {want:?}"
+        );
+        assert_eq!(plan(&hosts, 0).is_some_left(left_out), left_out.len() < 3 && down.len() < 6, "{down:?} {left_out:?}");
+    }
+    // In a panic everywhere there is nothing to keep away from.
+    for h in &mut eight {
+        h.healthy = false;
+    }
+    assert_eq!(of(&plan(&eight, 50), &[0]), of(&plan(&eight, 50), &[]));
+}
+
+#[test]
 fn localities_get_their_shares_while_they_can_bear_them() {
     let mut four = hosts(4);
     for (h, share) in four.iter_mut().zip([0, 0, 0, 1]) {
@@ -206,7 +261,7 @@ fn localities_get_their_shares_while_they_can_bear_them() {
 fn tried_hosts_are_avoided_if_there_are_others() {
     let plan = Plan::new(&Balance::Random, &hosts(2), &[], 0);
     let picks = |avoid: &dyn Fn(usize, u64) -> bool| {
-        draws(2_000).filter(|d| plan.pick_avoiding(at(*d), |_| 0, || 0, avoid) == Some(0)).count()
+        draws(2_000).filter(|d| plan.pick_avoiding(at(*d), |_| 0, || 0, avoid, &[]) == Some(0)).count()
     };
     assert_eq!(picks(&|h, _| h == 0), 0, "also when all draws miss the other one");
     assert!((900..1100).contains(&picks(&|_, _| true)), "with nobody left any will do");
@@ -217,11 +272,11 @@ fn tried_hosts_are_avoided_if_there_are_others() {
         turns.set(turns.get() + 1);
         turns.get()
     };
-    assert_eq!(plan.pick_avoiding(at(1), |_| 0, next, |h, _| h == 0), Some(1));
+    assert_eq!(plan.pick_avoiding(at(1), |_| 0, next, |h, _| h == 0, &[]), Some(1));
     // The same request stays with the same host.
     let plan = Plan::new(&hash(HashAlgorithm::Ring(1024)), &hosts(4), &[], 0);
     let chance = Chance { draw: 5, hash: Some(42), turn: 0 };
-    assert_eq!(plan.pick_avoiding(chance, |_| 0, || 0, |_, _| true), plan.pick(chance, |_| 0));
+    assert_eq!(plan.pick_avoiding(chance, |_| 0, || 0, |_, _| true, &[]), plan.pick(chance, |_| 0));
 }
 
 #[test]
@@ -236,7 +291,7 @@ fn warming_hosts_get_their_share() {
     // Host 0 at a fifth of its weight: 0.2 of 1.2.
     let plan = Plan::new(&Balance::LeastRequest, &hosts(2), &[], 0);
     let avoid = |h: usize, draw: u64| h == 0 && is_held_back(0.2, draw);
-    let first = draws(20_000).filter(|d| plan.pick_avoiding(at(*d), |_| 0, || 0, avoid) == Some(0)).count();
+    let first = draws(20_000).filter(|d| plan.pick_avoiding(at(*d), |_| 0, || 0, avoid, &[]) == Some(0)).count();
     assert!((3_000..3_900).contains(&first), "{first} of 20000");
 }
 

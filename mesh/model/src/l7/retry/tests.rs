@@ -1,4 +1,30 @@
 use super::*;
+
+#[test]
+fn every_second_attempt_leaves_what_was_tried() {
+    // By how many priorities have healthy endpoints.
+    for (healthy, tried, out) in [
+        (3, &[][..], &[][..]),
+        (3, &[0], &[]),
+        (3, &[0, 0], &[0, 0]),
+        (3, &[0, 0, 1], &[0, 0]),
+        (3, &[0, 0, 1, 1], &[0, 0, 1, 1]),
+        (3, &[0, 0, 1, 1, 2], &[0, 0, 1, 1]),
+        // None is left: from the beginning.
+        (3, &[0, 0, 1, 1, 2, 2], &[]),
+        (3, &[0, 0, 1, 1, 2, 2, 0], &[]),
+        (3, &[0, 0, 1, 1, 2, 2, 0, 0], &[0, 0]),
+        (2, &[0, 1], &[]),
+        (2, &[0, 1, 0], &[]),
+        (2, &[0, 1, 0, 0], &[0, 0]),
+        // One priority is never left.
+        (1, &[0, 0], &[]),
+        (1, &[0, 0, 0, 0], &[]),
+    ] {
+        let some_left = |left: &[u32]| (0..healthy).any(|priority| !left.contains(&priority));
+        assert_eq!(left_out(tried, some_left), out, "{tried:?} of {healthy}");
+    }
+}
 use crate::lb::redraw;
 
 fn policy(on: RetryOn, statuses: &[u16]) -> RetryPolicy {
