@@ -86,6 +86,8 @@ fn http2_server() -> hyper::server::conn::http2::Builder<TokioExecutor> {
         .max_concurrent_streams(STREAMS)
         .max_header_list_size(HEAD as u32)
         .max_send_buf_size(SEND_BUFFER)
+        // WebSockets (RFC 8441), as istiod allows them.
+        .enable_connect_protocol()
         .keep_alive_interval(Some(Duration::from_secs(30)))
         .keep_alive_timeout(Duration::from_secs(20));
     builder

@@ -93,6 +93,8 @@ pub struct Exchange<'c> {
     pub(crate) upgrade: Option<Box<authorize::Kept>>,
     /// Both sides of it, once the endpoint agreed.
     pub(crate) switched: Option<Switched>,
+    /// It came as an extended CONNECT of HTTP/2.
+    pub(crate) connects: bool,
     /// gRPC: refusals are answered as trailers-only responses.
     pub grpc: bool,
     /// What will be told about it.

@@ -1,12 +1,17 @@
 //! What is not HTTP, or stops being it.
 use std::io::{Read, Write};
+use std::iter;
 use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
-use anyhow::ensure;
+use anyhow::{Context as _, ensure};
 use mesh_tests::program::{Client, Server};
+use mesh_tests::raw::Raw;
+use mesh_tests::rude::Rude;
 
-use crate::mesh::{BYTES, Mesh, WEB_IP};
+use crate::frames::{self, Came};
+use crate::mesh::{BYTES, Mesh, RUDE, RUDE_PORT, WEB_IP};
+use crate::policy::of_web;
 
 pub(crate) fn vip(port: u16) -> SocketAddr {
     let [a, b, c, d] = WEB_IP;
@@ -37,6 +42,63 @@ pub(crate) fn an_upgrade_is_carried(mesh: &mut Mesh) -> anyhow::Result<()> {
         stream.read_exact(&mut back)?;
         ensure!(back == text.as_bytes());
     }
+    Ok(())
+}
+
+/// The same asked for in HTTP/2 (RFC 8441): an upgrade to the endpoint, and one to policies.
+pub(crate) fn an_upgrade_over_http2_is_carried(mesh: &mut Mesh) -> anyhow::Result<()> {
+    const MAY_CONNECT: [u8; 6] = [0, 8, 0, 0, 0, 1];
+    let mut raw = Raw::say(mesh.pod("client"), vip(80), &frames::preface())?;
+    let settings = iter::from_fn(|| frames::next(&mut raw)).find(|(kind, ..)| *kind == frames::SETTINGS);
+    let told = settings.is_some_and(|(.., payload)| payload.chunks(6).any(|one| one == MAY_CONNECT));
+    ensure!(told, "the server does not say that it can be asked");
+    let ask = |stream, path: &str, more: &[(&str, &str)]| {
+        let mut fields = vec![(":method", "CONNECT"), (":authority", "web"), (":scheme", "http"), (":path", path)];
+        fields.extend(more);
+        frames::frame(frames::HEADERS, frames::END_HEADERS, stream, &frames::block(&fields))
+    };
+    let websocket = [(":protocol", "websocket"), ("sec-websocket-version", "13")];
+    raw.send(&ask(1, "/over-http2?a=b", &websocket))?;
+    ensure!(frames::outcome(&mut raw, 1)? == Came::Status(200));
+    for text in ["one", "two", "three"] {
+        raw.send(&frames::frame(frames::DATA, 0, 1, text.as_bytes()))?;
+        let mut back = Vec::new();
+        while back.len() < text.len() {
+            let (kind, _, _, payload) = frames::next(&mut raw).context("the echo")?;
+            ensure!(kind != frames::RST_STREAM, "reset");
+            back.extend(if kind == frames::DATA { payload } else { Vec::new() });
+        }
+        ensure!(back == text.as_bytes(), "{back:?}");
+    }
+    let seen = ["web1", "web2"].iter().find_map(|name| mesh.web[name].seen("/over-http2").pop()).context("the upgrade")?;
+    let header = |name: &str| seen["headers"][name].as_str().unwrap_or_default();
+    ensure!(seen["method"] == "GET" && seen["path"] == "/over-http2?a=b", "{seen}");
+    ensure!(header("upgrade") == "websocket" && header("connection").eq_ignore_ascii_case("upgrade"), "{seen}");
+    ensure!(header("host") == "web" && header("sec-websocket-key").len() == 24, "{seen}");
+    // Its end is its end on both sides.
+    raw.send(&frames::frame(frames::DATA, frames::END_STREAM, 1, &[]))?;
+    let end = iter::from_fn(|| frames::next(&mut raw))
+        .find(|(kind, flags, on, _)| *on == 1 && (*kind == frames::RST_STREAM || flags & frames::END_STREAM != 0));
+    ensure!(end.is_some_and(|(kind, ..)| kind == frames::DATA), "not in good order");
+
+    // The bare method, and protocols nobody carries; the connection goes on.
+    for (stream, more, status) in [(3, &[][..], None), (5, &[(":protocol", "connect-udp")], Some(403))] {
+        raw.send(&ask(stream, "/other", more))?;
+        let came = frames::outcome(&mut raw, stream)?;
+        ensure!(status.map_or(!matches!(came, Came::Status(200)), |status| came == Came::Status(status)), "{more:?}: {came:?}");
+    }
+    let _deny = of_web(mesh, "deny", "action: DENY, rules: [{ to: [{ operation: { methods: [GET], paths: [/refused] } }] }]")?;
+    let mut raw = Raw::say(mesh.pod("client"), vip(80), &frames::preface())?;
+    raw.send(&ask(1, "/refused", &websocket))?;
+    ensure!(frames::outcome(&mut raw, 1)? == Came::Status(403), "policies see a GET");
+    // An endpoint that answers instead of switching has not switched.
+    let server = Rude::start(mesh.pod("web1"), RUDE_PORT, |_, stream| {
+        stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nno")
+    })?;
+    let mut raw = Raw::say(mesh.pod("client"), SocketAddr::new(RUDE.parse()?, 80), &frames::preface())?;
+    raw.send(&ask(1, "/plain", &websocket))?;
+    ensure!(frames::outcome(&mut raw, 1)? == Came::Status(502), "200 would mean that it did");
+    drop(server);
     Ok(())
 }
 

@@ -41,6 +41,7 @@ const TESTS: &[Test<Mesh>] = &[
     test("a_slow_upstream_is_timed_out", upstream::a_slow_upstream_is_timed_out),
     test("request_bodies_arrive_whole", upstream::request_bodies_arrive_whole),
     test("an_upgrade_is_carried", bytes::an_upgrade_is_carried),
+    test("an_upgrade_over_http2_is_carried", bytes::an_upgrade_over_http2_is_carried),
     test("a_server_that_speaks_first_is_heard", bytes::a_server_that_speaks_first_is_heard),
     test("large_transfers_arrive_whole", bytes::large_transfers_arrive_whole),
     test("labels_say_which_waypoint", binding::labels_say_which_waypoint),

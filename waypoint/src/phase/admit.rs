@@ -5,11 +5,13 @@ use crate::conn::Conn;
 use crate::phase::respond;
 use crate::phase::{Exchange, Flow};
 use crate::telemetry::{Flag, Record};
-use http::header::{self, HeaderMap, HeaderName, HeaderValue};
+use base64::prelude::{BASE64_STANDARD, Engine as _};
+use http::header::{self, Entry, HeaderMap, HeaderName, HeaderValue};
 use http::request::Parts;
 use http::{Method, Request, StatusCode, Version};
 use http_body::Body as _;
 use hyper::body::Incoming;
+use hyper::ext::Protocol;
 use mesh_model::l7::path::{PathNormalization, normalize};
 use mesh_model::l7::treatment::Treatments;
 use std::fmt::Write as _;
@@ -39,7 +41,8 @@ const INTERNAL: [&str; 10] = [
 
 /// The exchange of a request that has just arrived.
 pub(crate) fn begin(conn: &Arc<Conn>, request: Request<Incoming>) -> Exchange<'_> {
-    let (parts, body) = request.into_parts();
+    let (mut parts, body) = request.into_parts();
+    let connects = as_upgrade(&mut parts);
     let authority = authority(&parts.uri, &parts.headers);
     let grpc = parts.headers.get(header::CONTENT_TYPE).is_some_and(|v| is_grpc(v.as_bytes()));
     let snap = conn.shared.mesh.load_full();
@@ -71,6 +74,7 @@ pub(crate) fn begin(conn: &Arc<Conn>, request: Request<Incoming>) -> Exchange<'_
         routed: None,
         sticky: None,
         switched: None,
+        connects,
         treatments: Treatments::default(),
         limited: None,
         coding: None,
@@ -78,6 +82,23 @@ pub(crate) fn begin(conn: &Arc<Conn>, request: Request<Incoming>) -> Exchange<'_
         grpc,
         record,
     }
+}
+
+/// An extended CONNECT (RFC 8441) becomes the upgrade it is in HTTP/1, as in Envoy, for all phases and for the endpoint. Whether
+/// it was one.
+fn as_upgrade(parts: &mut Parts) -> bool {
+    let Some(protocol) = parts.extensions.remove::<Protocol>().filter(|_| parts.method == Method::CONNECT) else { return false };
+    let Ok(protocol) = HeaderValue::from_bytes(protocol.as_ref()) else { return false };
+    parts.method = Method::GET;
+    parts.headers.insert(header::UPGRADE, protocol);
+    parts.headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+    // HTTP/2 has no need of a key; servers of HTTP/1 answer nobody without one (RFC 6455 §4.2.1).
+    if let Entry::Vacant(key) = parts.headers.entry(header::SEC_WEBSOCKET_KEY)
+        && let Ok(value) = HeaderValue::try_from(BASE64_STANDARD.encode(rand::random::<[u8; 16]>()))
+    {
+        key.insert(value);
+    }
+    true
 }
 
 fn is_grpc(content_type: &[u8]) -> bool {

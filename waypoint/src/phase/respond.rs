@@ -167,6 +167,19 @@ pub(crate) fn finish(ex: &mut Exchange<'_>, mut answer: Response<Body>) -> Respo
         answer.headers_mut().insert(REASON, HeaderValue::from_static(reason.as_str()));
     }
     answer.headers_mut().insert(header::SERVER, SERVER);
+    if ex.connects && answer.status().is_success() {
+        // To who asked for another protocol it would say that it is spoken from now on.
+        answer = Response::new(Body::Empty);
+        *answer.status_mut() = StatusCode::BAD_GATEWAY;
+        ex.record.details = "upgrade_not_made".into();
+    }
     ex.record.status = answer.status().as_u16();
+    if ex.connects && answer.status() == StatusCode::SWITCHING_PROTOCOLS {
+        // The same in HTTP/2 (RFC 8441 §5).
+        *answer.status_mut() = StatusCode::OK;
+        for name in [header::CONNECTION, header::UPGRADE, header::SEC_WEBSOCKET_ACCEPT] {
+            answer.headers_mut().remove(name);
+        }
+    }
     answer
 }
