@@ -18,7 +18,7 @@ pub use flags::{Flag, Flags};
 pub(crate) use grpc::grpc_of_http;
 pub use grpc::{Messages, Received};
 pub(crate) use record::ORIGINAL_PATH;
-pub use record::{Noted, Record, TcpRecord};
+pub use record::{Call, Noted, Record, TcpRecord};
 pub use span::Process;
 
 use crate::facts::{Facts, Scope};
@@ -127,6 +127,9 @@ impl Telemetry {
         let (Some(tracing), Some(spans)) = (record.tracing(), self.spans()) else { return };
         let own = self.inner.own.load();
         spans.send(&tracing.collector, span::of(line, record, (tracing, trace), own.as_deref(), spans.process()));
+        for call in &record.calls {
+            spans.send(&tracing.collector, span::of_call(call));
+        }
     }
 
     fn count(&self, record: &Record, line: &Line<'_>) {
@@ -194,6 +197,11 @@ impl Telemetry {
     pub fn shadow(&self, policy: Option<&PolicyKey>, result: &'static str) {
         let policy = policy.map(ToString::to_string).unwrap_or_default();
         self.inner.metrics.shadow.get(&[&policy, result]).inc();
+    }
+
+    /// What the dry-run policies of an action say of a request, as Istio counts it.
+    pub fn dry_run(&self, action: &'static str, result: &'static str) {
+        self.inner.metrics.dry_run.get(&[action, result]).inc();
     }
 
     /// A connection carried as bytes reached its endpoint.

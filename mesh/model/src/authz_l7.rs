@@ -103,42 +103,41 @@ impl<'s> InScope<'s> {
         }
         let judge = Judge::of(snap, facts);
         if self.sets().any(|s| s.dry_runs) {
-            judgement.shadow = Some(self.verdict(&judge, true).0);
+            judgement.shadow = Some(self.say(&judge, true).0);
         }
         if let Some(policy) = self.unusable() {
             let matched = Some(Matched { policy, rule: None });
             judgement.verdict = L7Verdict::Deny(Denial { reason: Reason::PolicyUnusable, matched });
             return judgement;
         }
-        (judgement.verdict, judgement.audited) = self.verdict(&judge, false);
+        let (said, audited) = self.say(&judge, false);
+        (judgement.verdict, judgement.audited) = (said.verdict, audited);
         judgement
     }
-    /// The verdict of the policies that are, or are not, dry runs, and the AUDIT policy that matched.
-    fn verdict(&self, judge: &Judge<'_>, dry_run: bool) -> (L7Verdict<'s>, Option<&'s L7Policy>) {
-        let (mut deny, mut allow, mut audit, mut allows) = (None, None, None, false);
+    /// What the policies that are, or are not, dry runs say, and the AUDIT policy that matched.
+    fn say(&self, judge: &Judge<'_>, dry_run: bool) -> (Shadow<'s>, Option<&'s L7Policy>) {
+        let (mut deny, mut allow, mut audit) = (Said::default(), Said::default(), Said::default());
         for policy in self.policies() {
             let L7Body::Rules { action, dry_run: dry, rules } = &policy.body else { continue };
-            let first = match action {
+            let said = match action {
                 _ if *dry != dry_run => continue,
                 L7Action::Custom { .. } => continue,
                 L7Action::Audit => &mut audit,
                 L7Action::Deny => &mut deny,
-                L7Action::Allow => {
-                    allows = true;
-                    &mut allow
-                }
+                L7Action::Allow => &mut allow,
             };
-            if first.is_none() {
+            said.any = true;
+            if said.first.is_none() {
                 let rule = judge.first(rules, *action == L7Action::Allow);
-                *first = rule.map(|rule| Matched { policy, rule: Some(rule) });
+                said.first = rule.map(|rule| Matched { policy, rule: Some(rule) });
             }
         }
-        let verdict = match (deny, allow) {
+        let verdict = match (deny.first, allow.first) {
             (Some(deny), _) => L7Verdict::Deny(Denial { reason: Reason::PolicyDenied, matched: Some(deny) }),
-            (None, None) if allows => L7Verdict::Deny(Denial { reason: Reason::NotAllowed, matched: None }),
+            (None, None) if allow.any => L7Verdict::Deny(Denial { reason: Reason::NotAllowed, matched: None }),
             (None, allow) => L7Verdict::Allow(allow.map(|m| m.policy)),
         };
-        (verdict, audit.map(|m| m.policy))
+        (Shadow { verdict, deny, allow }, audit.first.map(|m| m.policy))
     }
 }
 
@@ -147,10 +146,28 @@ impl<'s> InScope<'s> {
 pub struct Judgement<'s> {
     /// The enforced answer.
     pub verdict: L7Verdict<'s>,
-    /// What the answer of the dry-run policies alone would be, where there are any: to be told, never enforced.
-    pub shadow: Option<L7Verdict<'s>>,
+    /// What the dry-run policies say, where there are any: to be told, never enforced.
+    pub shadow: Option<Shadow<'s>>,
     /// The AUDIT policy that matched: to be told.
     pub audited: Option<&'s L7Policy>,
+}
+/// What some of the policies say, had they alone a say.
+#[derive(Clone, Copy, Debug)]
+pub struct Shadow<'s> {
+    /// The answer.
+    pub verdict: L7Verdict<'s>,
+    /// DENY policies. Istio tells of each action by itself, as its proxy judges them apart.
+    pub deny: Said<'s>,
+    /// ALLOW policies.
+    pub allow: Said<'s>,
+}
+/// The policies of one action.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Said<'s> {
+    /// There are some.
+    pub any: bool,
+    /// The first that matches.
+    pub first: Option<Matched<'s>>,
 }
 /// The answer.
 #[derive(Clone, Copy, Debug)]
@@ -168,6 +185,14 @@ pub struct Matched<'s> {
     /// The rule of it that matched, counted from 0; `None` when it refuses as a whole.
     pub rule: Option<usize>,
 }
+impl Matched<'_> {
+    /// The name istiod gives it: `ns[foo]-policy[httpbin]-rule[0]`.
+    pub fn id(&self) -> String {
+        let key = &self.policy.key;
+        let rule = self.rule.map(|rule| format!("-rule[{rule}]")).unwrap_or_default();
+        format!("ns[{}]-policy[{}]{rule}", key.namespace, key.name)
+    }
+}
 /// A refusal: why, and by which policy, if one matched.
 #[derive(Clone, Copy, Debug)]
 pub struct Denial<'s> {
@@ -180,15 +205,8 @@ impl Denial<'_> {
     /// Envoy's response code details with the policy names istiod gives:
     /// `rbac_access_denied_matched_policy[ns[foo]-policy[httpbin]-rule[0]]`, or `[none]`.
     pub fn details(&self) -> String {
-        match self.matched {
-            Some(Matched { policy: L7Policy { key, .. }, rule: Some(rule) }) => {
-                format!("rbac_access_denied_matched_policy[ns[{}]-policy[{}]-rule[{rule}]]", key.namespace, key.name)
-            }
-            Some(Matched { policy: L7Policy { key, .. }, rule: None }) => {
-                format!("rbac_access_denied_matched_policy[ns[{}]-policy[{}]]", key.namespace, key.name)
-            }
-            None => "rbac_access_denied_matched_policy[none]".into(),
-        }
+        let matched = self.matched.map_or_else(|| "none".to_owned(), |matched| matched.id());
+        format!("rbac_access_denied_matched_policy[{matched}]")
     }
     /// The refusal with its particulars, for logs.
     pub fn refusal(&self) -> Refusal {

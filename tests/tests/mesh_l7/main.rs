@@ -131,6 +131,7 @@ const TESTS: &[Test<Mesh>] = &[
         "a_request_is_a_span_between_its_caller_and_its_endpoint",
         traces::a_request_is_a_span_between_its_caller_and_its_endpoint,
     ),
+    test("authorizers_and_dry_runs_are_told", traces::authorizers_and_dry_runs_are_told),
     test("prometheus_takes_every_page", scrape::prometheus_takes_every_page),
     test("alerts_fire_as_they_should", scrape::alerts_fire_as_they_should),
     test("a_share_of_requests_is_told", traces::a_share_of_requests_is_told),

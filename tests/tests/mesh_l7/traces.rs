@@ -5,9 +5,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, ensure};
 use mesh_tests::otlp::{Collector, Span};
 use mesh_tests::wait;
+use mesh_tests::web::Web;
 use serde_json::Value;
 
-use crate::mesh::{Mesh, WEB};
+use crate::mesh::{MORE, Mesh, WEB};
 
 const PORT: u16 = 4317;
 const TRACE: &str = "0af7651916cd43dd8448eb211c80319c";
@@ -162,6 +163,101 @@ pub(crate) fn a_request_is_a_span_between_its_caller_and_its_endpoint(mesh: &mut
     })?;
     ensure!(failed.tag("error") == "true", "{failed:?}");
     ensure!(collector.spans().iter().all(|s| s.span != not_told && s.span != other));
+    Ok(())
+}
+
+/// An authorizer, and policies that enforce nothing.
+const ASKED: &str = r"
+apiVersion: v1
+kind: Service
+metadata: { name: ext, namespace: t }
+spec:
+  selector: { version: v1 }
+  clusterIP: 10.96.0.31
+  ports:
+  - { name: http, port: 8000, targetPort: 9092, protocol: TCP }
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: { name: custom, namespace: t }
+spec:
+  targetRefs: [ { kind: Service, group: '', name: web } ]
+  action: CUSTOM
+  provider: { name: ext }
+  rules: [ { to: [ { operation: { paths: [ '/asked*' ] } } ] } ]
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: { name: dry-deny, namespace: t, annotations: { istio.io/dry-run: 'true' } }
+spec:
+  targetRefs: [ { kind: Service, group: '', name: web } ]
+  action: DENY
+  rules: [ { to: [ { operation: { paths: [ /other ] } } ] }, { to: [ { operation: { methods: [ GET ] } } ] } ]
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: { name: dry-allow, namespace: t, annotations: { istio.io/dry-run: 'true' } }
+spec:
+  targetRefs: [ { kind: Service, group: '', name: web } ]
+  rules: [ { to: [ { operation: { methods: [ PUT ] } } ] } ]
+";
+
+/// What becomes of a request before it is carried: the call to an authorizer is a span under the request's, and what dry-run
+/// policies say are tags of it, in Istio's words.
+pub(crate) fn authorizers_and_dry_runs_are_told(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let collector = Collector::start(mesh.pod("web2"), PORT)?;
+    // Any server that answers 200 agrees.
+    let authorizer = Web::start(mesh.pod("web1"), MORE)?;
+    let provider = "    extensionProviders:\n    - { name: ext, envoyExtAuthzHttp: { service: ext.t.svc.cluster.local, port: 8000, timeout: 2s } }\n";
+    let traced = traced("100", "5s").replace("    extensionProviders:\n", provider);
+    let _objects = mesh.objects("traces", &format!("{traced}---{ROUTE}---{ASKED}"))?;
+    let with = |flags: &str| format!("traceparent: 00-{TRACE}-{CALLER}-{flags}");
+
+    let counted = || -> anyhow::Result<[u64; 2]> {
+        let page = mesh.proxy("wp").metrics()?;
+        Ok(["deny", "allow"].map(|action| {
+            let labels = [("authz_dry_run_action", action), ("authz_dry_run_result", "denied")];
+            page.sum("envoy_http_inbound_rbac", &labels) as u64
+        }))
+    };
+    let before = counted()?;
+    let echo = mesh.call(&["-H", &with("01"), &url("/asked/a")])?.echo()?;
+    let (_, span, _) = context(&echo)?;
+    let told = find(&collector, &span)?;
+    let asked = authorizer.seen("/asked/a").pop().context("nobody was asked")?;
+    let (trace, of_call, flags) = context(&asked)?;
+    ensure!(trace == TRACE && of_call != span && of_call != CALLER && flags == "01", "{asked}");
+    let call = find(&collector, &of_call)?;
+    let cluster = "outbound|8000||ext.t.svc.cluster.local";
+    ensure!(call.trace == TRACE && call.parent == span && call.kind == 3, "{call:?}");
+    ensure!(call.name == format!("async {cluster} egress") && call.tag("upstream_cluster") == cluster, "{call:?}");
+    ensure!(call.tag("http.status_code") == "200" && call.tag("error").is_empty(), "{call:?}");
+    ensure!(told.time.0 <= call.time.0 && call.time.1 <= told.time.1, "{told:?} {call:?}");
+
+    let tag = |action: &str, what: &str| told.tag(&format!("istio.authorization.dry_run.{action}_policy.{what}"));
+    ensure!(tag("deny", "name") == "ns[t]-policy[dry-deny]-rule[1]" && tag("deny", "result") == "denied", "{told:?}");
+    ensure!(tag("allow", "name").is_empty() && tag("allow", "result") == "denied", "{told:?}");
+    ensure!(counted()? == before.map(|count| count + 1), "{before:?}, {:?} now", counted()?);
+
+    // One that nobody answers is a failed span; one of a request that is not told of is none.
+    authorizer.die();
+    drop(authorizer);
+    wait::until_true("the authorizer gone", || mesh.call(&[&url("/asked/b")]).is_ok_and(|got| got.status == 403))?;
+    let failed = wait::until("the failed call", wait::PATIENCE, || {
+        collector.spans().into_iter().find(|s| s.name.starts_with("async ") && s.tag("error") == "true")
+    })?;
+    ensure!(failed.tag("http.status_code").is_empty(), "{failed:?}");
+    let authorizer = Web::start(mesh.pod("web1"), MORE)?;
+    let got = wait::until("the authorizer again", wait::PATIENCE, || {
+        mesh.call(&["-H", &with("00"), &url("/asked/c")]).ok().filter(|got| got.status == 200)
+    })?;
+    let (_, silent, _) = context(&got.echo()?)?;
+    let asked = authorizer.seen("/asked/c").pop().context("nobody was asked")?;
+    let (_, of_call, flags) = context(&asked)?;
+    ensure!(flags == "00", "{asked}");
+    let last = context(&mesh.call(&["-H", &with("01"), &url("/asked/d")])?.echo()?)?.1;
+    find(&collector, &last)?;
+    ensure!(collector.spans().iter().all(|s| s.span != of_call && s.span != silent), "told of all the same");
     Ok(())
 }
 

@@ -5,9 +5,9 @@
 use crate::conn::Conn;
 use crate::phase::admit::upgrade_of;
 use crate::phase::{Exchange, Flow, respond};
-use crate::telemetry::Noted;
+use crate::telemetry::{Noted, Telemetry};
 use http::{HeaderMap, Method, StatusCode};
-use mesh_model::authz_l7::{Denial, HttpFacts, InScope, Judgement, L7Facts, L7Verdict, Token, remote_address};
+use mesh_model::authz_l7::{Denial, HttpFacts, InScope, Judgement, L7Facts, L7Verdict, Shadow, Token, remote_address};
 use mesh_model::l7::policy::{L7Action, L7Body};
 use mesh_model::policy::PolicyKey;
 use mesh_model::{Reason, Refusal, Snapshot};
@@ -152,19 +152,40 @@ pub(crate) fn remote(conn: &Conn, headers: &HeaderMap) -> IpAddr {
 pub(crate) fn note(conn: &Conn, judgement: &Judgement<'_>) -> Noted {
     let mut noted = Noted::default();
     let telemetry = &conn.shared.telemetry;
-    match &judgement.shadow {
-        None => {}
-        Some(L7Verdict::Allow(by)) => telemetry.shadow(by.map(|p| &p.key), "allowed"),
-        Some(L7Verdict::Deny(denial)) => {
-            telemetry.shadow(denial.matched.map(|m| &m.policy.key), "denied");
-            noted.dry_run = Some(denial.details().into());
+    if let Some(shadow) = &judgement.shadow {
+        match &shadow.verdict {
+            L7Verdict::Allow(by) => telemetry.shadow(by.map(|p| &p.key), "allowed"),
+            L7Verdict::Deny(denial) => {
+                telemetry.shadow(denial.matched.map(|m| &m.policy.key), "denied");
+                noted.dry_run = Some(denial.details().into());
+            }
         }
+        noted.dry_run_tags = dry_run_tags(telemetry, shadow);
     }
     if let Some(policy) = judgement.audited {
         telemetry.shadow(Some(&policy.key), "audited");
         noted.audit = Some(policy.key.to_string().into());
     }
     noted
+}
+
+/// What Istio tells of dry runs in spans, and counts: of each action whether its policies alone would let the request pass, and
+/// which of them matched.
+fn dry_run_tags(telemetry: &Telemetry, shadow: &Shadow<'_>) -> Vec<(&'static str, String)> {
+    const ALLOW: [&str; 2] = ["istio.authorization.dry_run.allow_policy.name", "istio.authorization.dry_run.allow_policy.result"];
+    const DENY: [&str; 2] = ["istio.authorization.dry_run.deny_policy.name", "istio.authorization.dry_run.deny_policy.result"];
+    let mut tags = Vec::new();
+    for (action, said, [name, result]) in [("allow", shadow.allow, ALLOW), ("deny", shadow.deny, DENY)] {
+        if !said.any {
+            continue;
+        }
+        tags.extend(said.first.map(|matched| (name, matched.id())));
+        let passes = said.first.is_some() == (action == "allow");
+        let answer = if passes { "allowed" } else { "denied" };
+        telemetry.dry_run(action, answer);
+        tags.push((result, answer.to_owned()));
+    }
+    tags
 }
 
 /// What the client asked for; of a service asked for by name its address.

@@ -9,8 +9,8 @@ mod http;
 use crate::body::{Body, BodyError};
 use crate::conn::Conn;
 use crate::phase::authorize::{self, Asking};
-use crate::phase::{Exchange, Flow, buffer, respond, route};
-use crate::telemetry::{Flag, grpc_of_http};
+use crate::phase::{Exchange, Flow, buffer, grpc_status, respond, route, trace};
+use crate::telemetry::{Call, Flag, grpc_of_http};
 use crate::upstream::{self, Failure, Observed, PickContext, SendOptions, UpstreamError};
 use ::http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use ::http::response::Parts;
@@ -26,6 +26,7 @@ use mesh_model::{Reason, Refusal, Snapshot};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::{Duration, Instant, SystemTime};
 
 const DRAW_AUTHORIZER: u64 = 40;
 /// The largest answer that is read.
@@ -183,7 +184,14 @@ async fn ask(ex: &mut Exchange<'_>, snap: &Arc<Snapshot>, authorizer: &Authorize
         Protocol::Http(check) => http::question(ex, check, authorizer.timeout, shown),
         Protocol::Grpc => grpc::question(ex, authorizer, shown),
     };
+    let span = trace::of_call(ex);
+    let question = question.map(|question| trace::forward_call(ex, question, span));
+    let start = SystemTime::now();
+    let began = Instant::now();
     let answer = in_time(ex.conn, snap, authorizer, asking, question, redraw(ex.draw, DRAW_AUTHORIZER)).await;
+    if let Some(span) = span.filter(|span| span.sampled) {
+        ex.record.calls.push(call(authorizer, &answer, (span, start, began.elapsed())));
+    }
     let verdict = answer.and_then(|answer| match &authorizer.speaks {
         Protocol::Http(check) => http::verdict(check, answer),
         Protocol::Grpc => grpc::verdict(&answer),
@@ -211,6 +219,29 @@ async fn ask(ex: &mut Exchange<'_>, snap: &Arc<Snapshot>, authorizer: &Authorize
             Flow::Answer(respond::local(ex, status, "", "ext_authz_error"))
         }
     }
+}
+/// What is told of having asked, in the words of Envoy's own clients.
+fn call(
+    authorizer: &Authorizer,
+    answer: &Result<Answer, String>,
+    (trace, start, took): (trace::Span, SystemTime, Duration),
+) -> Call {
+    let cluster = format!("outbound|{}||{}", authorizer.port, authorizer.host);
+    let grpc = matches!(authorizer.speaks, Protocol::Grpc);
+    let name = if grpc {
+        "async envoy.service.auth.v3.Authorization.Check egress".to_owned()
+    } else {
+        format!("async {cluster} egress")
+    };
+    let status = answer.as_ref().ok().map(|answer| {
+        let of_grpc = || grpc_status::<u16>(&answer.trailers).or_else(|| grpc_status(&answer.head.headers));
+        match of_grpc().filter(|_| grpc) {
+            Some(status) => ("grpc.status_code", status.to_string()),
+            None => ("http.status_code", answer.head.status.as_u16().to_string()),
+        }
+    });
+    let failed = answer.as_ref().map_or(true, |answer| answer.head.status.is_server_error());
+    Call { trace, name, cluster, start, took, status, failed }
 }
 /// The answer, if it comes in time.
 async fn in_time(

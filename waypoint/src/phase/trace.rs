@@ -3,8 +3,10 @@
 //! As Envoy without spans of its own for attempts: all of them carry the one span, and every request has one, told of or not.
 use crate::facts::Scope;
 use crate::phase::Exchange;
+use http::Request;
 use http::header::{HeaderMap, HeaderName, HeaderValue};
 use mesh_model::lb::redraw;
+pub(crate) use mesh_model::telemetry::context::Context as Span;
 use mesh_model::telemetry::tracing::{FORCE_TRACE, operation};
 
 const DRAW_SAMPLE: u64 = 13;
@@ -46,6 +48,17 @@ pub(crate) fn forward_copy(ex: &Exchange<'_>, headers: &mut HeaderMap) {
     {
         trace.silent_child(rand::random()).inject(headers);
     }
+}
+/// The span of a call made for the request, where it is traced.
+pub(crate) fn of_call(ex: &Exchange<'_>) -> Option<Span> {
+    ex.record.trace.map(|trace| trace.child(rand::random()))
+}
+/// Tells whoever is called.
+pub(crate) fn forward_call<B>(ex: &Exchange<'_>, mut call: Request<B>, span: Option<Span>) -> Request<B> {
+    if let Some(span) = span.filter(|_| propagates(ex)) {
+        span.inject(call.headers_mut());
+    }
+    call
 }
 fn propagates(ex: &Exchange<'_>) -> bool {
     ex.record.tracing().is_some_and(|t| t.propagates)

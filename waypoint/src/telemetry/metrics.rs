@@ -44,6 +44,7 @@ pub(super) struct Metrics {
     pub received: Family<Counter>,
     pub refused: ByReason,
     pub shadow: Family<Counter>,
+    pub dry_run: Family<Counter>,
 }
 impl Metrics {
     pub fn new(registry: &Registry) -> Result<Self, MetricError> {
@@ -64,6 +65,12 @@ impl Metrics {
                 "culvert_policy_shadow_total",
                 "Requests and connections by what policies that enforce nothing (dry runs, AUDIT) said of them",
                 &["policy", "result"],
+            )?,
+            // Istio's name but for the port it has in it, and its labels.
+            dry_run: count(
+                "envoy_http_inbound_rbac",
+                "Requests by what the dry-run policies of an action said of them",
+                &["authz_dry_run_action", "authz_dry_run_result"],
             )?,
             refused: ByReason::new(
                 registry,

@@ -21,6 +21,27 @@ pub struct Noted {
     pub dry_run: Option<Box<str>>,
     /// The AUDIT policy that matched.
     pub audit: Option<Box<str>>,
+    /// What Istio tells of dry runs in spans, by the names of its tags.
+    pub dry_run_tags: Vec<(&'static str, String)>,
+}
+
+/// A call made for a request that is told of: a span under the request's.
+#[derive(Debug)]
+pub struct Call {
+    /// The span.
+    pub trace: Context,
+    /// What it is called.
+    pub name: String,
+    /// The destination, by Istio's name.
+    pub cluster: String,
+    /// When it began.
+    pub start: SystemTime,
+    /// Until its answer was there, or given up.
+    pub took: Duration,
+    /// What it was answered with: the tag and its value.
+    pub status: Option<(&'static str, String)>,
+    /// There was no answer that could be used.
+    pub failed: bool,
 }
 
 /// One request.
@@ -52,6 +73,8 @@ pub struct Record {
     pub trace: Option<Context>,
     /// What its span is called.
     pub operation: Option<Box<str>>,
+    /// Calls made for it, where its span is told of.
+    pub calls: Vec<Call>,
     /// It is gRPC.
     pub grpc: bool,
     /// The route.
@@ -102,6 +125,7 @@ impl Record {
             told: None,
             trace: None,
             operation: None,
+            calls: Vec::new(),
             grpc,
             route: None,
             cluster: None,

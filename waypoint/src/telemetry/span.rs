@@ -1,7 +1,7 @@
 //! One request as a span of OpenTelemetry: Envoy's tags, Istio's, and those the mesh asks for. Made for requests that are told
 //! of only. Pure.
-use super::Record;
 use super::access::{self, Line};
+use super::{Call, Record};
 use crate::facts::Scope;
 use bytes::Bytes;
 use http::HeaderMap;
@@ -53,12 +53,12 @@ pub(super) fn of(
         tags.peer("istio.source_", line.facts.source.as_deref());
         tags.peer("istio.destination_", record.host.as_ref().map(|h| &**h.workload()));
     }
+    for (key, value) in &record.noted.dry_run_tags {
+        tags.put(key, value.as_str());
+    }
     tags.custom(line, record, &tracing.tags);
     Span {
-        trace_id: Bytes::copy_from_slice(&trace.trace.to_be_bytes()),
-        span_id: Bytes::copy_from_slice(&trace.span.to_be_bytes()),
         trace_state: cut(header(&record.headers, "tracestate").unwrap_or_default().to_owned(), LONGEST),
-        parent_span_id: trace.parent.map(|p| Bytes::copy_from_slice(&p.to_be_bytes())).unwrap_or_default(),
         name: match &record.operation {
             Some(operation) => operation.to_string(),
             // Refused before it had a route: Envoy's words for both directions.
@@ -70,8 +70,40 @@ pub(super) fn of(
         start_time_unix_nano: nanos(start),
         end_time_unix_nano: nanos(start + line.took),
         attributes: tags.0,
+        ..bare(trace, failed)
+    }
+}
+/// The span of a call made for a request, as Envoy's clients of its own make it.
+pub(super) fn of_call(call: &Call) -> Span {
+    let start = call.start.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let mut tags = Tags(Vec::with_capacity(5));
+    tags.put("component", "proxy");
+    tags.put("upstream_cluster", call.cluster.as_str());
+    tags.put("upstream_cluster.name", call.cluster.as_str());
+    if let Some((key, value)) = &call.status {
+        tags.put(key, value.as_str());
+    }
+    if call.failed {
+        tags.put("error", "true");
+    }
+    Span {
+        name: call.name.clone(),
+        kind: SpanKind::Client.into(),
+        start_time_unix_nano: nanos(start),
+        end_time_unix_nano: nanos(start + call.took),
+        attributes: tags.0,
+        ..bare(&call.trace, call.failed)
+    }
+}
+/// A span of which nothing is told yet.
+fn bare(trace: &Context, failed: bool) -> Span {
+    Span {
+        trace_id: Bytes::copy_from_slice(&trace.trace.to_be_bytes()),
+        span_id: Bytes::copy_from_slice(&trace.span.to_be_bytes()),
+        parent_span_id: trace.parent.map(|p| Bytes::copy_from_slice(&p.to_be_bytes())).unwrap_or_default(),
         status: failed.then(|| Status { message: String::new(), code: StatusCode::Error.into() }),
         flags: 1,
+        ..Span::default()
     }
 }
 

@@ -654,10 +654,19 @@ fn dry_runs_and_audits_are_told_and_change_nothing() {
         let scope = PolicyScope { service: Some(&service), namespace: Some("shop"), gateway: None, waypoint: true };
         Asked::default().with(|facts| {
             let judgement = InScope::of(&snap, &scope).judge(&snap, facts);
-            assert_eq!(judgement.shadow.map(|v| short(&v)).as_deref(), shadow);
+            assert_eq!(judgement.shadow.map(|s| short(&s.verdict)).as_deref(), shadow);
             assert_eq!(judgement.audited.map(|p| &*p.key.name), Some("x"));
         });
     }
+    // Of each action by itself.
+    let both = vec![dry("a", L7Action::Deny, everything()), dry("b", L7Action::Allow, vec![])];
+    let snap = snapshot(Viewpoint::default(), vec![(PolicyTarget::Mesh, both)]);
+    let scope = PolicyScope { service: None, namespace: None, gateway: None, waypoint: true };
+    Asked::default().with(|facts| {
+        let shadow = InScope::of(&snap, &scope).judge(&snap, facts).shadow.expect("dry runs");
+        assert_eq!(shadow.deny.first.map(|m| m.id()).as_deref(), Some("ns[shop]-policy[a]-rule[0]"));
+        assert!(shadow.deny.any && shadow.allow.any && shadow.allow.first.is_none());
+    });
     // An AUDIT policy that does not match says nothing.
     let silent = vec![policy("x", L7Action::Audit, vec![])];
     let snap = snapshot(Viewpoint::default(), vec![(PolicyTarget::Mesh, silent)]);

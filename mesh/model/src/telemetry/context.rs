@@ -165,10 +165,15 @@ impl Context {
         let (trace, parent) = incoming.ids.map_or((fresh.0.max(1), None), |(trace, parent)| (trace, Some(parent)));
         Self { trace, span: fresh.1.max(1), parent, sampled, said: incoming.said }
     }
+    /// A span under this one, told of if this one is.
+    #[must_use]
+    pub fn child(self, fresh: u64) -> Self {
+        Self { span: fresh.max(1), parent: Some(self.span), ..self }
+    }
     /// A span under this one that is not told of.
     #[must_use]
     pub fn silent_child(self, fresh: u64) -> Self {
-        Self { span: fresh.max(1), parent: Some(self.span), sampled: false, ..self }
+        Self { sampled: false, ..self.child(fresh) }
     }
     /// Tells whoever the request goes to. What the request said before is replaced; `tracestate` stays where its trace does.
     pub fn inject(&self, headers: &mut HeaderMap) {
