@@ -206,7 +206,7 @@ pub(crate) fn over_grpc(mesh: &mut Mesh) -> anyhow::Result<()> {
     ensure!(format!("{:?}", destination.address).contains(WEB), "{destination:?}");
     let http = attributes.request.and_then(|r| r.http).context("the request")?;
     ensure!((&*http.method, &*http.path, &*http.host, &*http.scheme) == ("GET", "/allow?q=1&r=1", WEB, "http"), "{http:?}");
-    ensure!(http.protocol == "HTTP/1.1" && http.size == -1 && http.body.is_empty(), "{http:?}");
+    ensure!(http.protocol == "HTTP/1.1" && http.size == 0 && http.body.is_empty(), "{http:?}");
     ensure!(http.headers["x-a"] == "1,2" && http.headers[":path"] == http.path && !http.id.is_empty(), "{http:?}");
 
     let mark = mesh.proxy("wp").mark();

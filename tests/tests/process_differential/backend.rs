@@ -6,25 +6,37 @@
 //! `h:NAME=VALUE`; `grpc=N` (trailers-only); `gdata=N` (a message and then trailers); `refuse` (HTTP/2 REFUSED_STREAM);
 //! `last` (`connection: close`); `upgrade` (101, then echo); `continue` (an interim 100 first); `badheader` (a
 //! control byte in a value); `bighead=N` (a header of that size).
+//!
+//! It is also an authorizer that is asked over gRPC, and plays what `x-do` of the request in question says: 200 agrees, any other
+//! status refuses with it; `grpc=N` is no answer. What arrived is then the question.
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use anyhow::Context as _;
 use bytes::Bytes;
 use http::{HeaderMap, Response};
+use mesh_proto::Message as _;
+use mesh_proto::envoy::config::core::v3::{HeaderValue, HeaderValueOption};
+use mesh_proto::envoy::service::auth::v3::check_response::HttpResponse;
+use mesh_proto::envoy::service::auth::v3::{CheckRequest, CheckResponse, DeniedHttpResponse, HttpStatus, OkHttpResponse};
+use mesh_proto::google::rpc::Status;
 use mesh_tests::http1::{Reader, fields};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::sleep;
+
+/// Where an authorizer is asked over gRPC.
+const CHECK: &str = "/envoy.service.auth.v3.Authorization/Check";
 
 /// One request as it arrived.
 #[derive(Clone, Debug)]
 pub struct Seen {
     /// Version of the pod it arrived at.
     pub version: String,
-    /// `h1` or `h2`.
+    /// `h1` or `h2`; `grpc` for the question of an authorizer.
     pub protocol: &'static str,
     /// Method and target.
     pub line: String,
@@ -123,6 +135,41 @@ impl Backend {
         Ok(())
     }
 
+    /// Answers the question of whether a request may pass.
+    async fn judge(&self, body: &[u8], mut respond: h2::server::SendResponse<Bytes>, version: &str) -> anyhow::Result<()> {
+        let question = CheckRequest::decode(body.get(5..).context("a gRPC message")?)?;
+        let about = question.attributes.and_then(|all| all.request).and_then(|all| all.http).context("a request")?;
+        let mut headers: Vec<(String, String)> = about.headers.into_iter().collect();
+        for (name, value) in [("host", about.host), ("scheme", about.scheme), ("protocol", about.protocol)] {
+            headers.push((format!("asked {name}"), value));
+        }
+        headers.push(("asked size".into(), about.size.to_string()));
+        let id = find(&headers, "x-request-id").unwrap_or_default().to_owned();
+        let script = script(&headers, version);
+        let body = if about.raw_body.is_empty() { about.body.into_bytes() } else { about.raw_body.into() };
+        let line = format!("may {} {}", about.method, about.path);
+        self.note(&id, Seen { version: version.to_owned(), protocol: "grpc", line, headers, body, whole: true });
+        let action = Action::parse(nth(&script, 0));
+        sleep(action.delay).await;
+        if action.end != Ending::Whole {
+            respond.send_reset(h2::Reason::INTERNAL_ERROR);
+            return Ok(());
+        }
+        let answer = Response::builder().header("content-type", "application/grpc");
+        if let Some(status) = action.grpc {
+            respond.send_response(answer.header("grpc-status", status.to_string()).body(())?, true)?;
+            return Ok(());
+        }
+        let said = action.verdict().encode_to_vec();
+        let length = u32::try_from(said.len())?.to_be_bytes();
+        let mut send = respond.send_response(answer.body(())?, false)?;
+        send.send_data(Bytes::from([&[0][..], &length, &said].concat()), false)?;
+        let mut trailers = HeaderMap::new();
+        trailers.insert("grpc-status", "0".parse()?);
+        send.send_trailers(trailers)?;
+        Ok(())
+    }
+
     async fn serve_stream(
         &self,
         request: http::Request<h2::RecvStream>,
@@ -135,6 +182,9 @@ impl Backend {
             let data = data?;
             recv.flow_control().release_capacity(data.len())?;
             body.extend(data);
+        }
+        if parts.uri.path() == CHECK {
+            return self.judge(&body, respond, version).await;
         }
         let mut headers = pairs(&parts.headers);
         if let Some(authority) = parts.uri.authority() {
@@ -269,6 +319,23 @@ impl Action {
             }
         }
         this
+    }
+
+    /// What an authorizer says.
+    fn verdict(&self) -> CheckResponse {
+        let header = |(key, value): &(String, String)| HeaderValueOption {
+            header: Some(HeaderValue { key: key.clone(), value: value.clone(), ..HeaderValue::default() }),
+            ..HeaderValueOption::default()
+        };
+        let headers = self.headers.iter().map(header).collect();
+        let (code, said) = if self.status == 200 {
+            (0, HttpResponse::OkResponse(OkHttpResponse { headers, ..OkHttpResponse::default() }))
+        } else {
+            let status = Some(HttpStatus { code: self.status.into() });
+            let body = self.text.clone().unwrap_or_default();
+            (7, HttpResponse::DeniedResponse(DeniedHttpResponse { status, headers, body }))
+        };
+        CheckResponse { status: Some(Status { code, ..Status::default() }), http_response: Some(said) }
     }
 
     fn body(&self, version: &str) -> Vec<u8> {

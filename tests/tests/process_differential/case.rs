@@ -235,6 +235,11 @@ pub fn host(name: &str) -> String {
     format!("{name}.d.svc.cluster.local")
 }
 
+/// Who sends a request that does not say it.
+pub const CLIENT: &str = "spiffe://cluster.local/ns/d/sa/client";
+/// Names who sends a request.
+pub const AS: &str = "x-as";
+
 /// In which protocol a request is sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wire {
@@ -313,6 +318,14 @@ impl Req {
     pub fn header(mut self, name: &str, value: &str) -> Self {
         self.headers.push((name.into(), value.into()));
         self
+    }
+    /// Sent by somebody else: the waypoint is shown a certificate, Envoy told a header (in which both see it).
+    pub fn by(self, whom: &str) -> Self {
+        self.header(AS, whom)
+    }
+    /// Who sends it.
+    pub fn whom(&self) -> &str {
+        self.headers.iter().find(|(name, _)| name == AS).map_or(CLIENT, |(_, whom)| whom)
     }
     /// What the endpoint does.
     pub fn script(self, script: &str) -> Self {

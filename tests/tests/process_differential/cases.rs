@@ -2,6 +2,7 @@
 mod answers;
 mod authorizers;
 mod breakers;
+mod callers;
 mod cors;
 mod ejection;
 mod faults;
@@ -46,6 +47,7 @@ pub fn all() -> Vec<Scenario> {
         policies::all(),
         tokens::all(),
         principals::all(),
+        callers::all(),
         limits::all(),
         answers::all(),
         paths::all(),

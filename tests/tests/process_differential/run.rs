@@ -13,7 +13,6 @@ use futures_util::StreamExt as _;
 use mesh_tests::agent::{Metrics, find_program};
 use mesh_tests::dev_ca::TestCa;
 use mesh_tests::envoy::{self, Envoy};
-use mesh_tests::hbone::{self, Tunnel};
 use mesh_tests::mesh_dir::MeshDir;
 use mesh_tests::suite::{self, CannotRun, Verdict};
 use mesh_tests::{http, wait};
@@ -26,7 +25,7 @@ use crate::case::{Paths, Scenario};
 use crate::compare::{self, Logged, Observed};
 use crate::differences::{DIFFERENCES, EVERYWHERE};
 use crate::istiod;
-use crate::sides::Side;
+use crate::sides::{Side, Tunnels};
 
 /// Scenarios under way at once.
 const AT_ONCE: usize = 6;
@@ -171,7 +170,7 @@ fn free_ports<const N: usize>() -> anyhow::Result<[u16; N]> {
 }
 
 impl Waypoint {
-    async fn start(binary: &Path, mesh: MeshDir, paths: Paths, ca: &Path, files: &Path) -> anyhow::Result<Self> {
+    fn start(binary: &Path, mesh: MeshDir, paths: Paths, ca: &Path, files: &Path) -> anyhow::Result<Self> {
         let [hbone_port, admin, stats, envoy_stats, readiness] = free_ports()?;
         let local = |port: u16| SocketAddr::from((Ipv4Addr::LOCALHOST, port));
         let mode = match paths {
@@ -199,9 +198,8 @@ impl Waypoint {
         if let Some(rejected) = http::get_here(local(admin), "/config_dump").ok().and_then(|dump| problems(&dump.body)) {
             println!("the waypoint says of the objects: {rejected}");
         }
-        let tls = hbone::client_tls(&TestCa::of_dir(ca)?.issue("spiffe://cluster.local/ns/d/sa/client")?)?;
-        let tunnel = Tunnel::connect(local(hbone_port), &tls).await?;
-        Ok(Self { side: Side::Culvert(tunnel), log, stats: local(stats), _process: child, _mesh: mesh })
+        let tunnels = Tunnels::new(local(hbone_port), TestCa::of_dir(ca)?);
+        Ok(Self { side: Side::Culvert(Arc::new(tunnels)), log, stats: local(stats), _process: child, _mesh: mesh })
     }
 }
 
@@ -275,7 +273,7 @@ impl Field {
         let ca = files.path().join("ca");
         let mut waypoints = BTreeMap::new();
         for (paths, mesh) in meshes {
-            waypoints.insert(paths, Waypoint::start(&waypoint, mesh, paths, &ca, files.path()).await?);
+            waypoints.insert(paths, Waypoint::start(&waypoint, mesh, paths, &ca, files.path())?);
         }
         Ok(Self {
             waypoints,

@@ -1,16 +1,20 @@
 //! The two sides as a client meets them: where to connect, and one request with its answer.
+use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 use bytes::Bytes;
 use futures_util::future::join_all;
 use http::{Request, Version};
-use mesh_tests::hbone::Tunnel;
+use mesh_tests::dev_ca::TestCa;
+use mesh_tests::hbone::{Tunnel, client_tls};
 use mesh_tests::http1::{Answer, End, Reader};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::TcpStream;
+use tokio::sync::Mutex;
 use tokio::time::{sleep, timeout};
 
 use crate::backend::{Backend, pairs};
@@ -31,15 +35,37 @@ type Connection = Pin<Box<dyn Io>>;
 #[derive(Clone)]
 pub enum Side {
     /// The waypoint: through a tunnel, to the service's own address.
-    Culvert(Tunnel),
+    Culvert(Arc<Tunnels>),
     /// Envoy: a listener per service.
     Envoy(u16),
 }
 
+/// Tunnels of several clients; each proves who it is.
+pub struct Tunnels {
+    waypoint: SocketAddr,
+    ca: TestCa,
+    open: Mutex<HashMap<String, Tunnel>>,
+}
+impl Tunnels {
+    /// None yet.
+    pub fn new(waypoint: SocketAddr, ca: TestCa) -> Self {
+        Self { waypoint, ca, open: Mutex::default() }
+    }
+    async fn of(&self, whom: &str) -> anyhow::Result<Tunnel> {
+        let mut open = self.open.lock().await;
+        if let Some(tunnel) = open.get(whom) {
+            return Ok(tunnel.clone());
+        }
+        let tunnel = Tunnel::connect(self.waypoint, &client_tls(&self.ca.issue(whom)?)?).await?;
+        open.insert(whom.to_owned(), tunnel.clone());
+        Ok(tunnel)
+    }
+}
+
 impl Side {
-    async fn connect(&self, vip: SocketAddr) -> anyhow::Result<Connection> {
+    async fn connect(&self, vip: SocketAddr, whom: &str) -> anyhow::Result<Connection> {
         match self {
-            Self::Culvert(tunnel) => Ok(Box::pin(tunnel.open(&vip.to_string()).await?)),
+            Self::Culvert(tunnels) => Ok(Box::pin(tunnels.of(whom).await?.open(&vip.to_string()).await?)),
             Self::Envoy(port) => {
                 let stream = TcpStream::connect((vip.ip(), *port)).await?;
                 stream.set_nodelay(true)?;
@@ -97,7 +123,7 @@ impl Side {
     async fn one(&self, vip: SocketAddr, host: &str, request: &Req, id: String) -> Observed {
         sleep(Duration::from_millis(request.pause)).await;
         let work = async {
-            let io = self.connect(vip).await?;
+            let io = self.connect(vip, request.whom()).await?;
             match request.wire {
                 Wire::Http1 => {
                     let mut reader = Reader::new(io);
@@ -126,7 +152,7 @@ impl Side {
             let work = async {
                 if reader.is_none() {
                     ensure!(n == 0, "the connection was closed before");
-                    reader = Some(Reader::new(self.connect(vip).await?));
+                    reader = Some(Reader::new(self.connect(vip, request.whom()).await?));
                 }
                 let reader = reader.as_mut().context("a connection")?;
                 http1(reader, host, request, &id(n)).await

@@ -339,6 +339,8 @@ async fn send(
 /// What is shown of a body.
 struct Shown {
     bytes: Bytes,
+    /// Bytes that have arrived.
+    seen: usize,
     /// There is more.
     cut: bool,
     limit: BodyLimit,
@@ -358,13 +360,13 @@ async fn show(body: &mut Body, limit: BodyLimit) -> Result<Shown, BodyError> {
     }
     let seen = seen.freeze();
     let bytes = seen.slice(..seen.len().min(limit.most));
-    let cut = seen.len() > limit.most;
+    let (arrived, cut) = (seen.len(), seen.len() > limit.most);
     let rest = std::mem::take(body);
     let begun = Begun { first: Some(seen).filter(|s| !s.is_empty()).map(Frame::data), then: trailers, rest };
     if begun.first.is_some() || begun.then.is_some() {
         *body = Body::Boxed(begun.boxed_unsync());
     }
-    Ok(Shown { bytes, cut, limit })
+    Ok(Shown { seen: arrived, bytes, cut, limit })
 }
 /// A body of which the beginning was read.
 struct Begun {

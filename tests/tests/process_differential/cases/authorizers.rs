@@ -1,4 +1,4 @@
-//! CUSTOM policies: an authorizer asked over HTTP. It is an endpoint of the suite like any other, which plays what `x-do-authz`
+//! CUSTOM policies: an authorizer asked over HTTP or gRPC. It is an endpoint of the suite like any other, which plays what `x-do-authz`
 //! says; what it was asked counts among the arrivals.
 use serde_json::{Value, json};
 
@@ -10,6 +10,9 @@ use crate::istiod::{self, cluster_name};
 const AUTHORIZER: &str = "authorizer";
 /// See [`AUTHORIZER`].
 const DEAD: &str = "authorizer-dead";
+
+/// One that speaks gRPC.
+const GRPC: &str = "authorizer-grpc";
 
 /// What is asked with, always: the script, and by what the suite knows a request.
 const SHOWN: [&str; 3] = ["x-do-authz", "x-request-id", "x-shown"];
@@ -27,6 +30,25 @@ impl Scenario {
         let mut own = json!({"service": host, "port": 80, "includeRequestHeadersInCheck": SHOWN});
         istiod::merge(&mut own, provider);
         self.providers.push(json!({"name": name, "envoyExtAuthzHttp": own}));
+        let mut config = json!({
+            "http_service": {"server_uri": {"uri": format!("http://{host}"), "cluster": cluster_name(service, ""), "timeout": "600s"}},
+            "allowed_headers": names(&SHOWN),
+        });
+        istiod::merge(&mut config, filter);
+        self.asking(&name, config)
+    }
+    /// The same over gRPC.
+    fn asks_grpc(mut self, service: &str, provider: Value, filter: Value) -> Self {
+        let name = format!("ask-{}", self.name);
+        let mut own = json!({"service": crate::case::host(service), "port": 80});
+        istiod::merge(&mut own, provider);
+        self.providers.push(json!({"name": name, "envoyExtAuthzGrpc": own}));
+        let mut config = json!({"grpc_service": {"envoy_grpc": {"cluster_name": cluster_name(service, ""), "authority": crate::case::host(service)}, "timeout": "600s"}});
+        istiod::merge(&mut config, filter);
+        self.asking(&name, config)
+    }
+    /// The policy, and what istiod makes of it: a shadow rule that says whether to ask, and the filter that asks.
+    fn asking(self, provider: &str, filter: Value) -> Self {
         let rule = format!("istio-ext-authz-ns[d]-policy[{}-ask]-rule[0]", self.name);
         let shadow = json!({
             "shadow_rules": {
@@ -36,8 +58,6 @@ impl Scenario {
             "shadow_rules_stat_prefix": "istio_ext_authz_",
         });
         let mut config = json!({
-            "http_service": {"server_uri": {"uri": format!("http://{host}"), "cluster": cluster_name(service, ""), "timeout": "600s"}},
-            "allowed_headers": names(&SHOWN),
             "filter_enabled_metadata": {
                 "filter": "envoy.filters.http.rbac",
                 "path": [{"key": "istio_ext_authz_shadow_effective_policy_id"}],
@@ -48,7 +68,7 @@ impl Scenario {
         istiod::merge(&mut config, filter);
         let custom = policy(
             "ask",
-            &format!("CUSTOM\n  provider: {{ name: {name} }}"),
+            &format!("CUSTOM\n  provider: {{ name: {provider} }}"),
             &["to: [{ operation: { paths: ['/ask*'] } }]".into()],
         );
         self.object(&custom).filter("envoy.filters.http.rbac", "rbac.v3.RBAC", shadow).filter(
@@ -201,6 +221,60 @@ fn either(paths: &[&str]) -> Value {
     super::policies::or(&paths.iter().map(|p| path(p)).collect::<Vec<_>>())
 }
 
+fn over_grpc() -> Vec<Scenario> {
+    // The script is that of the request in question.
+    let ask = |script: &str| get("/ask?x=1").header("x-user", "spoofed").script(script);
+    let post = |body: &[u8]| request("POST", "/ask").body(body);
+    let shown = |name: &'static str, more: Value| {
+        let limit = json!({"maxRequestBytes": 10, "allowPartialMessage": true});
+        let theirs = json!({"max_request_bytes": 10, "allow_partial_message": true});
+        let (mut ours, mut envoy) = (json!({"includeRequestBodyInCheck": limit}), json!({"with_request_body": theirs}));
+        istiod::merge(&mut ours["includeRequestBodyInCheck"], more.clone());
+        if let Some(bytes) = more.get("packAsBytes") {
+            envoy["with_request_body"]["pack_as_bytes"] = bytes.clone();
+        }
+        scenario(name).asks_grpc(GRPC, ours, envoy)
+    };
+    vec![
+        scenario(GRPC).port("grpc").pods(&[("authz", 1)]).case(case("the authorizer itself", grpc("/m").script("gdata=0"))),
+        scenario("ask-grpc")
+            .asks_grpc(GRPC, json!({}), json!({}))
+            .gets(&[("not asked", "/free"), ("by dot segments", "/free/../ask")])
+            .case(case("agreed", ask("200")))
+            .case(case("agreed, with headers", ask("200 h:x-user=ann h:x-new=1")))
+            .case(case("refused", ask("403")))
+            .case(case("refused, with a body and headers", ask("401 body=who? h:x-why=nobody h:www-authenticate=Basic")))
+            .case(case("redirected", ask("302 h:location=http://login.example/")))
+            .case(case("the call fails", ask("grpc=14")))
+            .case(case("the call is no success", ask("grpc=7")))
+            .case(case("the call is reset", ask("reset")))
+            .case(case("POST", post(b"body")))
+            .case(case("HEAD, refused", request("HEAD", "/ask").script("403 body=no")))
+            .case(case("by HTTP/2", get("/ask").h2()))
+            .case(case("a gRPC call", grpc("/ask/m").script("200 gdata=0")))
+            .case(case("a gRPC call, refused", grpc("/ask/m").script("403 body=no")))
+            .case(case("a header that comes twice", get("/ask").header("x-a", "1").header("x-a", "2")))
+            .case(case("a path that is normalised", get("/ask/a/../b//c?y=1")))
+            .case(case("another host", get("/ask").host("other.example:81"))),
+        shown("ask-grpc-body", json!({}))
+            .case(case("no body", get("/ask")))
+            .case(case("a small body", post(b"small")))
+            .case(case("more than is shown", post(b"more than ten bytes"))),
+        shown("ask-grpc-bytes", json!({"packAsBytes": true})).case(case("a small body", post(b"small"))),
+        scenario("ask-grpc-slow")
+            .asks_grpc(GRPC, json!({"timeout": "0.1s"}), json!({"grpc_service": {"timeout": "0.1s"}}))
+            .case(case("no answer in time", ask("delay=600 200"))),
+        scenario("ask-grpc-dead").asks_grpc(DEAD, json!({}), json!({})).gets(&[("nobody there", "/ask")]),
+        scenario("ask-grpc-dead-status")
+            .asks_grpc(DEAD, json!({"statusOnError": "503"}), json!({"status_on_error": {"code": 503}}))
+            .gets(&[("nobody there", "/ask")]),
+        scenario("ask-grpc-open")
+            .asks_grpc(GRPC, json!({"failOpen": true}), json!({"failure_mode_allow": true}))
+            .case(case("the call fails", ask("grpc=14")))
+            .case(case("refused", ask("403"))),
+    ]
+}
+
 pub fn all() -> Vec<Scenario> {
     let there = vec![
         scenario(AUTHORIZER).pods(&[("authz", 1)]).gets(&[("the authorizer itself", "/")]),
@@ -209,5 +283,5 @@ pub fn all() -> Vec<Scenario> {
         headers(),
         order(),
     ];
-    [there, failing(), bodies()].concat()
+    [there, failing(), bodies(), over_grpc()].concat()
 }

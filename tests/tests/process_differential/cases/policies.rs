@@ -1,4 +1,4 @@
-//! AuthorizationPolicies: what HTTP says of a request. Who sends it is not compared: Envoy is reached by plain TCP here.
+//! AuthorizationPolicies: what HTTP says of a request.
 use serde_json::{Value, json};
 
 use crate::case::{Req, Scenario, case, get, grpc, raw, request, scenario};

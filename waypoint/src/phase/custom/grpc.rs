@@ -54,7 +54,8 @@ fn http_of(ex: &Exchange<'_>, shown: Option<Shown>) -> HttpRequest {
         path: target,
         host: ex.authority.clone(),
         scheme: ex.scheme.into(),
-        size: headers.get(header::CONTENT_LENGTH.as_str()).and_then(|n| n.parse().ok()).unwrap_or(-1),
+        // As in Envoy what has arrived, whatever length the request says.
+        size: shown.as_ref().map_or(0, |shown| shown.seen as i64),
         protocol: protocol(ex.parts.version).into(),
         ..HttpRequest::default()
     };
@@ -169,6 +170,9 @@ fn refused(denied: DeniedHttpResponse) -> Result<Refused, String> {
     let status = u16::try_from(status).ok().and_then(|s| StatusCode::from_u16(s).ok());
     let status = status.filter(|s| s.as_u16() >= 200).unwrap_or(StatusCode::FORBIDDEN);
     let mut headers = HeaderMap::new();
+    if !denied.body.is_empty() {
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain"));
+    }
     for edit in edits(denied.headers, false)? {
         edit.apply(&mut headers);
     }
