@@ -6,12 +6,16 @@ use http::header::{HeaderMap, HeaderName, HeaderValue};
 use mesh_model::gateway::ServiceKey;
 use mesh_model::l7::hash::xxh64;
 use mesh_model::l7::path::{PathNormalization, normalize};
+use mesh_model::l7::request_auth::{Jwks, KeySource};
 use mesh_model::l7::route::{HttpMatch, HttpRoute, HttpRule, PathMatch};
 use mesh_model::l7::select::{Selected, select};
 use mesh_model::l7::text::{Pattern, StringMatch};
 use mesh_model::l7::{RequestFacts, RouteTable};
+use mesh_model::telemetry::tracing::{Collector, Otlp, Tracing, operation};
+use std::collections::HashMap;
 use std::hint::black_box;
 use std::sync::Arc;
+use std::time::Duration;
 
 const RULES: usize = 10_000;
 
@@ -91,12 +95,54 @@ fn index_10k(c: &mut Criterion) {
     });
 }
 
+/// Requests are traced, and none is told of.
+fn unsampled() -> Tracing {
+    let collector = Collector {
+        host: "otel".into(),
+        namespace: None,
+        port: 4317,
+        over: Otlp::Grpc,
+        timeout: Duration::from_secs(1),
+        headers: Box::default(),
+        resource: Box::default(),
+    };
+    Tracing {
+        collector: Arc::new(collector),
+        sampling: 0,
+        by_request_id: true,
+        propagates: true,
+        istio_tags: true,
+        tags: Box::default(),
+        longest_path: 256,
+    }
+}
+
 fn each_request(c: &mut Criterion) {
     for (name, p) in [("plain", "/api/v1/users/17/orders"), ("escaped", "/api/v1/%75sers/../users/17/%6frders")] {
         c.bench_function(&format!("normalize/{name}"), |b| {
             b.iter(|| black_box(normalize(PathNormalization::Base, black_box(p))));
         });
     }
+    // What tracing costs a request that is not told of: its decision, its name, what the endpoint hears.
+    let tracing = unsampled();
+    let route = HttpRoute::plain(&ServiceKey::new("shop", "api.shop.svc.cluster.local"), 80);
+    let matches = path(PathMatch::TextPrefix("/api/v1".into()));
+    let mut headers = HeaderMap::new();
+    headers.insert("x-request-id", HeaderValue::from_static("9b1deb4d-3b7d-4bad-9bdd-2b0d7b3dcb6d"));
+    c.bench_function("trace/not_sampled", |b| {
+        b.iter(|| {
+            let trace = tracing.begin(black_box(&mut headers), (7, 9), 3);
+            let name = operation(black_box(&route), Some(&matches), 80);
+            trace.inject(&mut headers);
+            headers.remove("traceparent");
+            black_box((trace.sampled, name))
+        });
+    });
+    // Keys written in a policy, of 8 KiB, found in the table of all keys.
+    let keys = |n: usize| KeySource::Inline(Jwks::new(&format!("{n}{}", "k".repeat(8 << 10))));
+    let table: HashMap<KeySource, usize, foldhash::fast::RandomState> = (0..16).map(|n| (keys(n), n)).collect();
+    let wanted = table.keys().next().cloned();
+    c.bench_function("keys/inline_8k", |b| b.iter(|| black_box(wanted.as_ref().and_then(|w| table.get(black_box(w))))));
     c.bench_function("xxh64/16", |b| b.iter(|| black_box(xxh64(black_box(b"0123456789abcdef"), 0))));
 }
 

@@ -9,10 +9,12 @@ use anyhow::{Context as _, ensure};
 use mesh_tests::agent::Agent;
 use mesh_tests::dev_ca::TestCa;
 use mesh_tests::hbone::{self, Tunnel};
+use mesh_tests::program::Server;
 use mesh_tests::raw::Raw;
 use mesh_tests::wait;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
-use crate::mesh::{Got, Mesh, ObjectsForNow, PORT, WEB};
+use crate::mesh::{Got, MORE, Mesh, ObjectsForNow, PORT, WEB};
 
 /// A Service of `app`, at this address, with these labels and annotations.
 pub(crate) fn service(ns: &str, name: &str, app: &str, ip: &str, labels: &str, annotations: &str) -> String {
@@ -234,4 +236,40 @@ pub(crate) fn a_waypoint_carries_only_what_names_it(mesh: &mut Mesh) -> anyhow::
     ensure!(ask(&ours, "spiffe://other.local/ns/t/sa/client", &web).is_err(), "another trust domain");
     ensure!(ask(&TestCa::unknown()?, client, &web).is_err(), "an authority nobody trusts");
     Ok(())
+}
+
+/// The CONNECTs of one tunnel are spread over the data threads.
+pub(crate) fn the_streams_of_one_tunnel_use_all_threads(mesh: &mut Mesh) -> anyhow::Result<()> {
+    const THREADS: usize = 3;
+    const STREAMS: usize = 30;
+    let bound = "apiVersion: v1\nkind: Service\nmetadata: { name: spread, namespace: t, labels: { istio.io/use-waypoint: canary } }\nspec:\n  selector: { app: web1 }\n  clusterIP: 10.96.2.24\n  ports: [ { name: tcp, port: 92, targetPort: 9092, protocol: TCP } ]\n";
+    let _server = Server::start(mesh.pod("web1"), MORE)?;
+    let _canary = canary(mesh, &[("CULVERT_WORKER_THREADS", &THREADS.to_string())], bound)?;
+    let tls = hbone::client_tls(&TestCa::of_dir(mesh.ca.path())?.issue("spiffe://test.local/ns/t/sa/client")?)?;
+    let (waypoint, admin) = (mesh.pod("wp2").at(15008), SocketAddr::from(([127, 0, 0, 1], 15000)));
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    // From a pod whose traffic no agent takes.
+    mesh.pod("gw").netns.enter(|| {
+        runtime.block_on(async {
+            let tunnel = Tunnel::connect(waypoint, &tls).await?;
+            let mut open = Vec::new();
+            for _ in 0..STREAMS {
+                let mut stream = tunnel.open("10.96.2.24:92").await?;
+                stream.write_all(b"who\n").await?;
+                let mut name = [0; 4];
+                stream.read_exact(&mut name).await?;
+                ensure!(&name == b"web1", "{name:?}");
+                open.push(stream);
+            }
+            let page = mesh_tests::http::get(&mesh.pod("wp2").netns, admin, "/streams")?.body;
+            let page: serde_json::Value = serde_json::from_str(&page)?;
+            let inbound = page["tunnels"]["inbound"].as_array().map_or(0, Vec::len);
+            let by_thread = page["tunnels"]["outboundByThread"].as_array().context("threads")?;
+            let carried: Vec<u64> = by_thread.iter().filter_map(|pool| pool["streams"].as_u64()).collect();
+            ensure!(inbound == 1 && carried.iter().sum::<u64>() == STREAMS as u64, "{page}");
+            // A thread keeps what it accepts until another has clearly less to do.
+            ensure!(carried.len() == THREADS && carried.iter().all(|n| *n >= 4), "{page}");
+            Ok(())
+        })
+    })
 }
