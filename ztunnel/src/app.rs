@@ -9,9 +9,10 @@ use crate::enrolment::ByKubernetes;
 use crate::handover::{self, Ask, Predecessor};
 use crate::metrics::Metrics;
 use crate::nft::Table;
+use crate::node::Node;
 use crate::pod::Shared;
 use crate::pods::{PodSupervisor, PodTable};
-use crate::settings::{OnAgentDeath, RedirectMode, Settings};
+use crate::settings::{OnAgentDeath, RedirectMode, Settings, Udp};
 use crate::zds;
 use anyhow::{Context, Result, ensure};
 use ebpf_loader::PinRoot;
@@ -258,6 +259,7 @@ pub fn assemble(
     Ok(Arc::new(Shared {
         gate: Gate::new(settings.max_handshakes),
         hbone: Arc::new(hbone_settings(settings, &budget)),
+        node: Node::of(settings),
         resolver: Resolver::default(),
         access: logging.access.clone(),
         settings: settings.clone(),
@@ -273,6 +275,10 @@ pub fn assemble(
 fn preflight(settings: &Settings) -> Result<(RedirectMode, Option<PinRoot>)> {
     let nameless = settings.is_enrolled_by_kubernetes() && settings.node.is_empty();
     ensure!(!nameless, "which node's pods are to be enrolled? set --node (NODE_NAME)");
+    ensure!(
+        settings.udp == Udp::Allow || (settings.zds.is_none() && settings.redirect != RedirectMode::None),
+        "--udp=refuse: whoever redirects the pods decides about UDP, and that is not this agent"
+    );
     if settings.zds.is_some() {
         probe_rights(MARK).context("pods of the CNI agent cannot be served")?;
         return Ok((RedirectMode::None, None));

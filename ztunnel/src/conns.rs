@@ -9,7 +9,7 @@ use mesh_model::{Reason, Refusal, Snapshot, SpiffeId};
 use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use tokio::sync::Notify;
 
@@ -109,6 +109,8 @@ pub struct Live {
     pub facts: Facts,
     /// The switch.
     pub cut: Cut,
+    /// Set when it passes although policies refuse it, because a process of the node opened it: it is not judged again.
+    pub of_node: AtomicBool,
 }
 
 /// Shards of the table: connections of different data threads rarely meet on one lock.
@@ -126,7 +128,7 @@ impl Conns {
     /// Enters a connection; it stays until the guard is dropped.
     pub fn admit(self: &Arc<Self>, facts: Facts) -> Admitted {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
-        let live = Arc::new(Live { facts, cut: Cut::default() });
+        let live = Arc::new(Live { facts, cut: Cut::default(), of_node: AtomicBool::default() });
         self.shard(id).lock().insert(id, Arc::clone(&live));
         // After the entry: either `close` sees it in the table or this sees that the table is closed.
         if let Some(why) = self.closed.get() {
@@ -168,7 +170,8 @@ impl Conns {
         };
         let mut cut = 0;
         for live in self.list() {
-            if live.facts.direction != Direction::Inbound || live.cut.why().is_some() {
+            let of_node = live.of_node.load(Ordering::Relaxed);
+            if live.facts.direction != Direction::Inbound || of_node || live.cut.why().is_some() {
                 continue;
             }
             let conn = InboundConn {

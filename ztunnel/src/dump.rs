@@ -5,8 +5,10 @@
 use crate::conns::Direction;
 use crate::pod::Shared;
 use crate::pods::{PodState, PodTable};
+use ebpf_loader::PacketCounters;
 use mesh_hbone::Pool;
 use mesh_model::Snapshot;
+use mesh_model::authz::SourceVerdict;
 use mesh_model::policy::{Action, Match, Policy, PolicyBody, Scope, TextMatch, Values};
 use mesh_model::service::{HealthPolicy, IpFamilies, LbMode, LbScope, Service, Visibility};
 use mesh_model::workload::{ApplicationTunnel, GatewayDestination, GatewayRef, Health, NetworkMode, Protocol, Workload};
@@ -67,12 +69,23 @@ fn config(shared: &Shared) -> Value {
     })
 }
 
+/// What a pod's programs counted, and the sources they drop; inside those, others that they do not.
+fn redirect(packets: &PacketCounters, sources: &[SourceVerdict]) -> Value {
+    let counts = packets.read().unwrap_or_default().into_iter().filter(|(_, count)| *count > 0);
+    let nets = |denied| sources.iter().filter(|s| s.denied == denied).map(|s| s.net.to_string()).collect::<Vec<_>>();
+    json!({
+        "packets": counts.map(|(event, count)| (event.to_owned(), count.into())).collect::<Map<_, _>>(),
+        "deniedSources": nets(true),
+        "exceptedSources": nets(false),
+    })
+}
+
 fn pod_states(pods: &PodTable) -> Value {
     let mut out = Map::new();
     for (uid, state) in pods.list() {
         let entry = match state {
             PodState::Pending { error } => json!({ "state": "Pending", "error": error }),
-            PodState::Up { pod, .. } => {
+            PodState::Up { pod, packets, denied } => {
                 let mut inbound = Vec::new();
                 let mut outbound = Vec::new();
                 for live in pod.conns.list() {
@@ -108,6 +121,7 @@ fn pod_states(pods: &PodTable) -> Value {
                     "state": "Up",
                     "connections": { "inbound": inbound, "outbound": outbound },
                     "tunnels": { "outbound": tunnels, "inbound": accepted },
+                    "redirect": packets.map(|packets| redirect(&packets, &denied)),
                     "info": {
                         "name": pod.name,
                         "namespace": pod.identity.namespace(),

@@ -21,6 +21,7 @@ pub struct Metrics {
     failed: Family<Counter>,
     refused: Family<Counter>,
     bypassed: Family<Counter>,
+    of_node: Arc<Counter>,
     handshake: Family<Histogram>,
     sockets_open: [Arc<Gauge>; 2],
     dns_requests: Family<Counter>,
@@ -37,6 +38,8 @@ pub struct Metrics {
     pub pods_started: Arc<Counter>,
     /// Pods ever stopped.
     pub pods_stopped: Arc<Counter>,
+    /// Time from the decision to serve a pod until it was served.
+    pub pod_start: Arc<Histogram>,
     /// Objects refused by the configuration source, now.
     pub config_problems: Arc<Gauge>,
     /// Version of the snapshot in use.
@@ -76,6 +79,10 @@ impl Metrics {
                 "Connections that went around their declared waypoint because it is missing",
                 &["destination_service", "destination_workload_namespace", "destination_workload"],
             ))?,
+            of_node: counter(
+                "culvert_node_connections_total",
+                "Connections that policies refuse, let through because processes of the node opened them (health probes)",
+            )?,
             handshake: registry.family(Family::with_buckets(
                 "culvert_connection_setup_seconds",
                 "Time from accepting a connection to having reached its destination",
@@ -97,6 +104,14 @@ impl Metrics {
             pending_pods: gauge("workload_manager_pending_proxy_count", "Pods that should be served and are not yet")?,
             pods_started: counter("workload_manager_proxies_started_total", "Pods ever started")?,
             pods_stopped: counter("workload_manager_proxies_stopped_total", "Pods ever stopped")?,
+            pod_start: registry
+                .family(Family::with_buckets(
+                    "culvert_pod_start_seconds",
+                    "Time from the decision to serve a pod until it was served, in seconds",
+                    &[],
+                    &[0.001, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 5.0],
+                ))?
+                .pin(&[]),
             config_problems: gauge("culvert_config_problems", "Configuration objects refused, now")?,
             config_version: gauge("culvert_config_version", "Version of the mesh snapshot in use")?,
         })
@@ -106,6 +121,9 @@ impl Metrics {
     pub fn open(&self, record: &Record) -> TcpHandles {
         let values = labels(record, "-");
         self.opened.get(&values).inc();
+        if record.of_node {
+            self.of_node.inc();
+        }
         if record.around.is_some() {
             let service = record.service.as_ref().map_or(UNKNOWN, |s| &*s.key.hostname);
             let (ns, name) = record.destination.as_ref().map_or((UNKNOWN, UNKNOWN), |w| (&*w.namespace, &*w.workload_name));

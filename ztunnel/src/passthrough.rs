@@ -1,10 +1,11 @@
 //! Inbound plaintext: connections to a pod that did not come through a tunnel.
 //!
-//! The same policies judge them, with no identity; STRICT is one of those policies. Upstream: the capture listener on
+//! The same policies judge them, with no identity; STRICT is one of those policies. What they refuse passes all the same if the
+//! node itself opened it (`node`). Upstream: the capture listener on
 //! 15006. Downstream: `deliver`, the relay, `report`.
 use crate::accept::Accepted;
 use crate::carry;
-use crate::conns::{Carried, Direction, Facts};
+use crate::conns::{Carried, Direction, Facts, Live};
 use crate::deliver::deliver;
 use crate::inbound::{judge, source_of};
 use crate::pod::{Pod, is_own_port};
@@ -14,6 +15,7 @@ use mesh_model::{Reason, Refusal};
 use mesh_runtime::sockets::reset_on_close;
 use parking_lot::Mutex;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use tokio::net::TcpStream;
 
 /// Serves one plaintext connection: capture → authorize → deliver → relay → report.
@@ -27,7 +29,7 @@ pub async fn serve_conn(pod: Arc<Pod>, accepted: Accepted) {
         actual_dst: Mutex::new((dst, Carried::Tcp)),
         identity: None,
     });
-    let upstream = match Box::pin(admit(&pod, &accepted, &mut record)).await {
+    let upstream = match Box::pin(admit(&pod, &accepted, &live, &mut record)).await {
         Ok(upstream) => upstream,
         Err(why) => {
             report::refused(&pod.shared, &record, &why);
@@ -42,7 +44,7 @@ pub async fn serve_conn(pod: Arc<Pod>, accepted: Accepted) {
 }
 
 /// Authorizes and connects to the application.
-async fn admit(pod: &Arc<Pod>, accepted: &Accepted, record: &mut Record) -> Result<TcpStream, Refusal> {
+async fn admit(pod: &Arc<Pod>, accepted: &Accepted, live: &Live, record: &mut Record) -> Result<TcpStream, Refusal> {
     let dst = accepted.original_dst;
     if is_own_port(dst.port()) {
         return Err(Refusal::new(Reason::Recursion, format!("{dst} is a port of the agent itself")));
@@ -52,7 +54,13 @@ async fn admit(pod: &Arc<Pod>, accepted: &Accepted, record: &mut Record) -> Resu
         let workload = pod.workload(&snap)?;
         record.destination = Some(Arc::clone(workload));
         record.source = source_of(&snap, accepted.peer, None);
-        judge(&snap, workload, accepted.peer, dst, None)?;
+        if let Err(why) = judge(&snap, workload, accepted.peer, dst, None) {
+            if !pod.shared.node.opened(accepted.peer, dst) {
+                return Err(why);
+            }
+            live.of_node.store(true, Ordering::Relaxed);
+            record.of_node = true;
+        }
     }
     deliver(pod, accepted.peer, dst).await
 }

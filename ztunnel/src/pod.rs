@@ -6,6 +6,7 @@ use crate::conns::Conns;
 use crate::dialer::PodDialer;
 use crate::enrolment::Enrolled;
 use crate::metrics::Metrics;
+use crate::node::Node;
 use crate::resolv::PodDns;
 use crate::settings::Settings;
 use arc_swap::ArcSwapOption;
@@ -56,6 +57,8 @@ pub struct Shared {
     pub access: AccessLog,
     /// Handshakes in progress.
     pub gate: Gate,
+    /// The node's own processes.
+    pub node: Node,
     /// Host names.
     pub resolver: Resolver,
     /// Tunnel settings.

@@ -10,13 +10,15 @@ use crate::enrolment::{ByKubernetes, Enrolled, Place};
 use crate::handover::{Ask, Inherited};
 use crate::nft::Table;
 use crate::pod::{Pod, Shared};
-use crate::settings::RedirectMode;
+use crate::prefilter::{Prefilter, sources};
+use crate::settings::{OlderConnections, RedirectMode, Settings, Udp};
 use crate::sockets::{DnsSockets, Sockets};
 use crate::zds::{Named, Order};
 use crate::{inbound, outbound, passthrough};
 use ebpf_loader::{CaptureRoutes, Config, Listeners, PacketCounters, PinRoot, PodSpec, Redirect};
 use mesh_hbone::Pool;
 use mesh_identity::TrustBundles;
+use mesh_model::authz::SourceVerdict;
 use mesh_model::workload::WorkloadUid;
 use mesh_model::{Reason, Refusal, SpiffeId};
 use mesh_runtime::drain::{self, Drain, DrainMode, DrainWatch};
@@ -28,7 +30,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
@@ -54,6 +56,8 @@ pub enum PodState {
         pod: Arc<Pod>,
         /// What its redirection counts.
         packets: Option<Arc<PacketCounters>>,
+        /// Sources whose connections it drops.
+        denied: Arc<[SourceVerdict]>,
     },
     /// Should be served and is not.
     Pending {
@@ -90,7 +94,7 @@ impl PodTable {
             out.family(STREAMS, "Connections in tunnels of ours now", "gauge").put(&[("direction", "outbound")], streams);
             let mut samples = out.family(PACKETS, "Packets that a pod's redirection saw, by what became of them", "counter");
             for (_, state) in table.list() {
-                let PodState::Up { pod, packets: Some(packets) } = state else { continue };
+                let PodState::Up { pod, packets: Some(packets), .. } = state else { continue };
                 for (event, count) in packets.read().unwrap_or_default().into_iter().filter(|(_, count)| *count > 0) {
                     samples.put(&[("namespace", &pod.namespace), ("pod", &pod.name), ("event", event)], count);
                 }
@@ -111,6 +115,8 @@ struct Running {
     pod: Arc<Pod>,
     place: Option<NetnsId>,
     redirect: Option<Redirect>,
+    /// What it was told of sources; `None` before it was told anything.
+    denied: Option<Arc<[SourceVerdict]>>,
     /// Copies of the listeners, for the next agent; closed with them.
     sockets: Option<Sockets>,
     loops: Vec<JoinHandle<()>>,
@@ -170,6 +176,8 @@ pub struct PodSupervisor {
     readiness: Readiness,
     running: HashMap<WorkloadUid, Running>,
     pending: HashMap<WorkloadUid, ReadyTask>,
+    /// Pods that are being taken down, by where they are.
+    ending: HashMap<NetnsId, JoinHandle<()>>,
     table: PodTable,
     pins: Option<PinRoot>,
     /// Whether redirections that an earlier agent left for pods that are gone may still be there.
@@ -189,6 +197,7 @@ impl PodSupervisor {
             readiness,
             running: HashMap::new(),
             pending: HashMap::new(),
+            ending: HashMap::new(),
             table,
             unswept: pins.is_some() || shared.settings.redirect == RedirectMode::Nftables,
             pins,
@@ -274,7 +283,10 @@ impl PodSupervisor {
         running.redirect = Some(redirect);
         let outcome = match outdated {
             Ok(false) => return,
-            Ok(true) => attach(netns, sockets, Some(pins)).await,
+            Ok(true) => {
+                let dns = running.rules.as_ref().is_some_and(|rules| rules.table.dns);
+                attach(netns, sockets, Some(pins), programs(&self.shared.settings, dns)).await
+            }
             Err(error) => Err(error.to_string()),
         };
         match outcome {
@@ -372,8 +384,31 @@ impl PodSupervisor {
         if let Some(kubernetes) = &self.kubernetes {
             kubernetes.tell(self.running.keys().cloned());
         }
+        self.filter();
         self.count();
         self.sweep();
+    }
+
+    /// Tells the kernel from which sources nothing needs to be asked about, where that changed.
+    fn filter(&mut self) {
+        let snap = self.shared.mesh.load_full();
+        let mut prefilter = Prefilter::new(&snap, &self.shared.node);
+        for (uid, running) in &mut self.running {
+            let Some(redirect) = &mut running.redirect else { continue };
+            let workload = snap.find_workload(&running.pod.uid).filter(|_| self.shared.settings.prefilter);
+            let denied = workload.map_or_else(|| Arc::new([]) as Arc<[_]>, |workload| prefilter.of(workload));
+            if running.denied.as_ref() == Some(&denied) {
+                continue;
+            }
+            match redirect.set_sources(&sources(&denied)) {
+                Ok(()) => {
+                    running.denied = Some(Arc::clone(&denied));
+                    let (pod, packets) = (Arc::clone(&running.pod), Some(redirect.counters()));
+                    self.table.set(uid, PodState::Up { pod, packets, denied });
+                }
+                Err(error) => tracing::warn!(pod = %uid, %error, "sources that policy denies are as before in the kernel"),
+            }
+        }
     }
 
     /// Ends the pods whose keys these are, and gives up those that could not be served.
@@ -404,6 +439,7 @@ impl PodSupervisor {
         let mut table = self.table_of_rules();
         table.tcp = self.shared.settings.redirect == RedirectMode::Nftables;
         table.dns = self.shared.settings.dns_capture;
+        table.refuse_udp = self.shared.settings.udp == Udp::Refuse;
         if !table.tcp && (!table.dns || self.pins.is_none()) {
             return Ok(None);
         }
@@ -461,12 +497,15 @@ impl PodSupervisor {
             let after = if same_place { After::Kept } else { After::Direct };
             // Should it not be served again and then leave, nobody else would open it.
             self.unswept = self.pins.is_some() || self.shared.settings.redirect == RedirectMode::Nftables;
-            if let Some(down) = self.stop(key, "the pod was replaced", after) {
-                let _ = down.await;
-            }
+            self.stop(key, "the pod was replaced", after);
         } else if place.is_err() && self.running.contains_key(key) {
             self.stop(key, "the pod's network namespace is gone", After::Direct);
         }
+        // The redirection of a pod that was here a moment ago is taken away by what it is kept under, which is the namespace.
+        if let Some(down) = place.as_ref().ok().and_then(Option::as_ref).and_then(|netns| self.ending.remove(&netns.id())) {
+            let _ = down.await;
+        }
+        let began = Instant::now();
         let started = match place {
             Ok(netns) => self.start(enrolled, netns).await,
             Err(error) => Err(error),
@@ -478,8 +517,9 @@ impl PodSupervisor {
                 }
                 tracing::info!(pod = %enrolled.label(), id = %running.pod.identity, "pod is served");
                 self.shared.metrics.pods_started.inc();
+                self.shared.metrics.pod_start.observe(began.elapsed().as_secs_f64());
                 let packets = running.redirect.as_ref().map(Redirect::counters);
-                self.table.set(key, PodState::Up { pod: Arc::clone(&running.pod), packets });
+                self.table.set(key, PodState::Up { pod: Arc::clone(&running.pod), packets, denied: Arc::new([]) });
                 Self::await_certificate(&running);
                 self.running.insert(Arc::clone(key), running);
                 Ok(())
@@ -537,9 +577,10 @@ impl PodSupervisor {
             Some(inherited) => inherited,
             None => Sockets::bind(enrolled, netns.as_deref(), &self.shared.settings).map_err(|e| format!("listeners: {e}"))?,
         };
-        let redirect = match (self.shared.settings.redirect, &netns) {
+        let config = |dns| programs(&self.shared.settings, dns);
+        let mut redirect = match (self.shared.settings.redirect, &netns) {
             (RedirectMode::Ebpf, Some(netns)) if self.cni.is_none() => {
-                Some(attach(Arc::clone(netns), &sockets, self.pins.clone()).await?)
+                Some(attach(Arc::clone(netns), &sockets, self.pins.clone(), config(false)).await?)
             }
             _ => None,
         };
@@ -547,6 +588,9 @@ impl PodSupervisor {
             Some(netns) if self.cni.is_none() => self.load_rules(netns, &enrolled.label()).await?,
             _ => None,
         };
+        if let (Some(redirect), Some(Rules { table: Table { dns: true, .. }, .. })) = (&mut redirect, &rules) {
+            redirect.set_config(config(true)).map_err(|e| format!("redirection: {e}"))?;
+        }
         let workers = self.shared.threads.workers();
         // Pods spread over the threads by a number that does not depend on the order they came in.
         let home = enrolled.key.bytes().fold(0usize, |h, b| h.wrapping_mul(31).wrapping_add(usize::from(b))) % workers.len();
@@ -594,6 +638,7 @@ impl PodSupervisor {
             pod,
             place: netns.map(|n| n.id()),
             redirect,
+            denied: None,
             rules,
             sockets: Some(copies),
             loops,
@@ -624,8 +669,8 @@ impl PodSupervisor {
     }
 
     /// Ends one pod at once: it is no longer ours, its network may be gone.
-    fn stop(&mut self, uid: &str, why: &'static str, after: After) -> Option<JoinHandle<()>> {
-        let mut running = self.running.remove(uid)?;
+    fn stop(&mut self, uid: &str, why: &'static str, after: After) {
+        let Some(mut running) = self.running.remove(uid) else { return };
         running.stop_accepting();
         self.table.remove(uid);
         running.ready.ready();
@@ -636,7 +681,10 @@ impl PodSupervisor {
         self.forget_unused(&running.pod.identity);
         self.shared.metrics.pods_stopped.inc();
         tracing::info!(pod = %uid, %why, "pod is no longer served");
-        Some(tokio::spawn(take_down(running, why, after)))
+        let place = running.place;
+        let down = tokio::spawn(take_down(running, why, after));
+        self.ending.retain(|_, down| !down.is_finished());
+        self.ending.extend(place.map(|place| (place, down)));
     }
     /// Drops the certificate when no other pod of this node has that identity.
     fn forget_unused(&self, identity: &SpiffeId) {
@@ -715,12 +763,20 @@ async fn watch_links(netns: Arc<NetnsFd>, uid: WorkloadUid, changed: mpsc::Sende
     while changed.send(Arc::clone(&uid)).await.is_ok() && doorbell.rung().await.is_ok() {}
 }
 
+/// What the programs of a pod do whose DNS over UDP is captured, or not.
+fn programs(settings: &Settings, dns_captured: bool) -> Config {
+    Config::default()
+        .with_reset_existing(settings.older_connections == OlderConnections::Reset)
+        .with_refuse_udp(settings.udp == Udp::Refuse)
+        .with_capture_dns(dns_captured)
+}
+
 /// Loading and attaching takes milliseconds of system calls: not on the control thread.
-async fn attach(netns: Arc<NetnsFd>, sockets: &Sockets, pins: Option<PinRoot>) -> Result<Redirect, String> {
+async fn attach(netns: Arc<NetnsFd>, sockets: &Sockets, pins: Option<PinRoot>, config: Config) -> Result<Redirect, String> {
     let (out, plain) = (sockets.outbound.try_clone(), sockets.plain.try_clone());
     let (out, plain) = out.and_then(|o| plain.map(|p| (o, p))).map_err(|e| format!("redirection: {e}"))?;
     tokio::task::spawn_blocking(move || {
-        let spec = PodSpec { netns: netns.as_fd(), interfaces: None, config: Config::default(), pins: pins.as_ref() };
+        let spec = PodSpec { netns: netns.as_fd(), interfaces: None, config, pins: pins.as_ref() };
         Redirect::attach(&spec, &Listeners { outbound: out.as_fd(), inbound: plain.as_fd() })
     })
     .await

@@ -37,6 +37,8 @@ pub struct Record {
     pub service: Option<Arc<Service>>,
     /// Why its declared waypoint cannot be used, when it was gone around.
     pub around: Option<Arc<str>>,
+    /// Policies refused it, and it is of a process of the node.
+    pub of_node: bool,
 }
 impl Record {
     /// A record with only the addresses known.
@@ -53,6 +55,7 @@ impl Record {
             destination_id: None,
             service: None,
             around: None,
+            of_node: false,
         }
     }
     /// Whether both ends proved who they are.
@@ -146,6 +149,9 @@ pub fn fields(r: &Record, sent: u64, received: u64, end: &Ending<'_>, mut field:
         f("src.identity", Value::Text(id.as_str()));
     }
     cluster(r.source.as_ref(), "src.cluster", f);
+    if r.of_node {
+        f("src.node", Value::Bare("true"));
+    }
     f("dst.addr", Value::Addr(r.dst));
     if let Some(h) = &r.hbone {
         f("dst.hbone_addr", Value::Bare(h));

@@ -148,6 +148,24 @@ pub struct Settings {
     /// `direct` around it, unjudged by it, as Istio does (told in the log, counted in `culvert_waypoint_bypassed_total`).
     #[arg(long, env = "CULVERT_ON_MISSING_WAYPOINT", default_value = "refuse")]
     pub on_missing_waypoint: MissingWaypoint,
+    /// UDP of pods other than DNS, which is not carried over the mesh: `allow` leaves it to the network, `refuse` drops it, in and out.
+    #[arg(long, env = "CULVERT_UDP", default_value = "allow")]
+    pub udp: Udp,
+    /// Connections that a pod had before it was enrolled: `keep` leaves them as they are, unjudged, until they end; `reset` ends them
+    /// with their next segment. (Rules of nftables always reset them.)
+    #[arg(long, env = "CULVERT_OLDER_CONNECTIONS", default_value = "keep")]
+    pub older_connections: OlderConnections,
+    /// Drop connections from sources that DENY policies name by address alone in the kernel: counted per pod, but without a line
+    /// in the log, and their clients wait in vain. Needs eBPF; otherwise they are refused like any others.
+    #[arg(long, env = "CULVERT_PREFILTER", default_value_t = true, action = clap::ArgAction::Set)]
+    pub prefilter: bool,
+    /// What becomes of plaintext that processes of the node itself (the kubelet's health probes) send to its pods where policies
+    /// refuse it: `allow` lets it through all the same, `judge` does not. What the node only forwards is always judged.
+    #[arg(long, env = "CULVERT_NODE_PROBES", default_value = "allow")]
+    pub node_probes: NodeProbes,
+    /// Network namespace of the node, where the kubelet is. By itself that of the first process in `--proc-dir`.
+    #[arg(long, env = "CULVERT_NODE_NETNS", value_name = "FILE")]
+    pub node_netns: Option<PathBuf>,
     /// Directory of the socket through which the next agent of this node takes the pods over.
     #[arg(long, env = "CULVERT_RUN_DIR", default_value = "/run/culvert", value_name = "DIR")]
     pub run_dir: PathBuf,
@@ -252,6 +270,33 @@ pub enum OnAgentDeath {
     Closed,
     /// They are direct: the redirection ends with the agent.
     Open,
+}
+
+/// What becomes of a pod's UDP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Udp {
+    /// It is none of our business.
+    Allow,
+    /// It is dropped.
+    Refuse,
+}
+
+/// What becomes of connections that are older than a pod's enrolment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum OlderConnections {
+    /// They stay.
+    Keep,
+    /// They end.
+    Reset,
+}
+
+/// What policies mean to the node's own processes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum NodeProbes {
+    /// Nothing.
+    Allow,
+    /// What they mean to anybody without an identity.
+    Judge,
 }
 
 /// How connections reach the listeners.

@@ -17,6 +17,8 @@ pub mod map {
     pub const COUNTERS: &str = "COUNTERS";
     /// `LRU_HASH` of [`super::SteerKey`] to [`super::Steer`]; written and read by the programs only.
     pub const STEER: &str = "STEER";
+    /// `LPM_TRIE` of sources, as [`super::source_bits`] and prefix lengths of 128, to [`super::DENIED`] or [`super::ASK`].
+    pub const SOURCES: &str = "SOURCES";
 }
 
 /// Names of the programs in the object.
@@ -51,12 +53,28 @@ pub enum Slot {
     Out = 0,
     /// Accepts what others dial at the pod, except HBONE.
     In = 1,
-    /// Reserved for captured DNS over UDP.
+    /// Not in use.
     Dns = 2,
 }
 
 /// Entries of [`map::SOCKS`].
 pub const SLOTS: u32 = 4;
+
+/// Most entries of [`map::SOURCES`]; what does not fit is left to the agent.
+pub const MAX_SOURCES: u32 = 4096;
+/// Value of [`map::SOURCES`]: no connection from there is let in, whatever else is known of it.
+pub const DENIED: u32 = 1;
+/// Value of [`map::SOURCES`]: the agent decides, though a shorter prefix is denied.
+pub const ASK: u32 = 0;
+
+/// A source address as a key of [`map::SOURCES`]: its bytes, an IPv4 address mapped into IPv6.
+#[must_use]
+pub const fn source_bits(address: core::net::IpAddr) -> [u8; 16] {
+    match address {
+        core::net::IpAddr::V4(v4) => v4.to_ipv6_mapped().octets(),
+        core::net::IpAddr::V6(v6) => v6.octets(),
+    }
+}
 
 /// What the programs of one pod do; may be replaced while they run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,6 +91,7 @@ const FAIL_OPEN: u32 = 1;
 const REFUSE_EXOTIC: u32 = 1 << 1;
 const CAPTURE_DNS: u32 = 1 << 2;
 const RESET_EXISTING: u32 = 1 << 3;
+const REFUSE_UDP: u32 = 1 << 4;
 
 impl Config {
     /// The defaults: no listener means drop, exotic traffic is refused, older connections live on, DNS is left alone.
@@ -100,10 +119,17 @@ impl Config {
         self.with(REFUSE_EXOTIC, on)
     }
 
-    /// Whether UDP to port 53 goes to [`Slot::Dns`]. Reserved: the programs ignore it for now.
+    /// Whether the pod's DNS over UDP is captured before it reaches an interface (by rules of nftables): with
+    /// [`Config::with_refuse_udp`], what of it is seen there all the same is then UDP like any other.
     #[must_use]
     pub const fn with_capture_dns(self, on: bool) -> Self {
         self.with(CAPTURE_DNS, on)
+    }
+
+    /// Whether UDP is refused in both directions, but that of the agent's own sockets and, unless it is captured, DNS.
+    #[must_use]
+    pub const fn with_refuse_udp(self, on: bool) -> Self {
+        self.with(REFUSE_UDP, on)
     }
 
     /// Whether outgoing segments of connections the agent does not own are given to the agent's listener, which resets
@@ -135,6 +161,11 @@ impl Config {
     /// See [`Config::with_capture_dns`].
     pub const fn capture_dns(&self) -> bool {
         self.flags & CAPTURE_DNS != 0
+    }
+
+    /// See [`Config::with_refuse_udp`].
+    pub const fn refuse_udp(&self) -> bool {
+        self.flags & REFUSE_UDP != 0
     }
 
     /// See [`Config::with_reset_existing`].
@@ -254,8 +285,14 @@ counters! {
     RefusedFrame = "refused_frame",
     /// Dropped: TCP from or to a loopback address on a real interface.
     LoopbackOnWire = "loopback_on_wire",
-    /// Passed: UDP to port 53, which a later version captures.
+    /// Passed: DNS over UDP that nobody captured.
     DnsPassed = "dns_passed",
+    /// Passed: other UDP, in both directions.
+    UdpPassed = "udp_passed",
+    /// Dropped: UDP, because the configuration says so.
+    RefusedUdp = "refused_udp",
+    /// Dropped: a connection attempt from a source that policy denies outright.
+    DeniedSource = "denied_source",
 }
 
 /// Entries of [`map::COUNTERS`], with room to grow without a new layout.

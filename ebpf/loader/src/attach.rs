@@ -13,12 +13,12 @@ use aya::programs::{LinkOrder, SchedClassifier, TcAttachType, links::FdLink, tc:
 use ebpf_common::{Config, Slot, map, program};
 
 use crate::{
-    error::RedirectError,
+    error::{RedirectError, map_error, program_error},
     listener::{self, NetnsCookie},
     netlink::Netlink,
     netns,
-    object::{Instance, Maps, PacketCounters, map_error, program_error},
-    pins::{PinRoot, PodPins},
+    object::{self, Instance, Maps, PacketCounters, Source},
+    pins::{Hook, PinRoot, PodPins},
     plumbing::{Interface, LO_INDEX, Plumbing, interfaces},
 };
 
@@ -141,6 +141,12 @@ impl Redirect {
         self.maps.set_config(config)
     }
 
+    /// Drops what comes from these, from the next connection attempt on, in the place of what was said before (also by an agent
+    /// whose pins were taken over). At most [`ebpf_common::MAX_SOURCES`].
+    pub fn set_sources(&mut self, sources: &[Source]) -> Result<(), RedirectError> {
+        self.maps.set_sources(sources)
+    }
+
     /// Puts other listeners in the place of the present ones, from the next connection on. Accept what is left in the old
     /// ones' queues before closing them.
     pub fn replace_listeners(&mut self, listeners: &Listeners<'_>) -> Result<(), RedirectError> {
@@ -235,6 +241,17 @@ fn choose(all: Vec<Interface>, wanted: Option<&[String]>) -> Result<Vec<Interfac
     if chosen.is_empty() { Err(RedirectError::NoInterface) } else { Ok(chosen) }
 }
 
+/// Every hook of the classifiers, and the name of its link's pin.
+fn hooks(interfaces: &[Interface]) -> Vec<Hook<'_>> {
+    let ends = [(program::ETH_EGRESS, TcAttachType::Egress), (program::ETH_INGRESS, TcAttachType::Ingress)];
+    let of = |interface: &'_ Interface| ends.map(|(name, direction)| (format!("{name}-{}", interface.index), direction));
+    let lo = Hook { pin: program::LO_INGRESS.to_owned(), interface: "lo", direction: TcAttachType::Ingress };
+    let others = interfaces
+        .iter()
+        .flat_map(|interface| of(interface).map(|(pin, direction)| Hook { pin, interface: &interface.name, direction }));
+    std::iter::once(lo).chain(others).collect()
+}
+
 /// Attaches, or takes over, every program. The links come in the order of detaching; pinned ones stay out.
 fn attach_programs(
     netns: BorrowedFd<'_>,
@@ -243,6 +260,18 @@ fn attach_programs(
     interfaces: &[Interface],
     pins: Option<&PodPins>,
 ) -> Result<(Vec<FdLink>, Maps), RedirectError> {
+    if let Some(pins) = pins
+        && pins.are_whole(object::digest(), &hooks(interfaces))
+    {
+        // The very programs, where they belong: the verifier has nothing to say that it did not say before.
+        let mut maps = Maps::pinned(pins)?;
+        maps.set_config(config)?;
+        fill_slots(&mut maps, listeners)?;
+        return Ok((Vec::new(), maps));
+    }
+    if let Some(pins) = pins {
+        pins.unmark()?;
+    }
     let (mut instance, mut maps) = Instance::load(pins)?;
     maps.set_config(config)?;
     fill_slots(&mut maps, listeners)?;
@@ -271,6 +300,9 @@ fn attach_programs(
             let pin = format!("{name}-{}", interface.index);
             links.extend(attach_classifier(classifier, name, &interface.name, direction, pins.map(|p| (p, &*pin)))?);
         }
+    }
+    if let Some(pins) = pins {
+        pins.mark(object::digest())?;
     }
     links.reverse();
     Ok((links, maps))

@@ -3,6 +3,14 @@ use std::{io, path::PathBuf};
 
 use thiserror::Error;
 
+pub(crate) fn map_error(name: &'static str, source: aya::maps::MapError) -> RedirectError {
+    RedirectError::Map { name, source: Box::new(source) }
+}
+
+pub(crate) fn program_error(name: &'static str) -> impl Fn(aya::programs::ProgramError) -> RedirectError {
+    move |source| RedirectError::Program { name, source: Box::new(source) }
+}
+
 /// Why a pod's traffic could not be redirected, or the redirection not be changed or removed.
 #[derive(Debug, Error)]
 #[non_exhaustive]

@@ -40,7 +40,9 @@
 //! * Interfaces that appear after [`Redirect::attach`] are not covered until it is called again, on pins, when [`watch_links`] tells of a
 //!   change and [`Redirect::is_outdated`].
 //! * A process in the pod that may set packet marks (`CAP_NET_ADMIN`, `CAP_NET_RAW`) can pass for the agent, as in Istio.
-//! * UDP is not captured, so neither is TCP in a tunnel inside UDP.
+//! * UDP is not captured, so neither is TCP in a tunnel inside UDP; [`Config::with_refuse_udp`] refuses both.
+//! * Frames that a process with `CAP_NET_RAW` hands to the device itself (packet sockets with `PACKET_QDISC_BYPASS`, `AF_XDP`)
+//!   meet no program.
 //! * With `tcp_fwmark_accept` on in the pod, what the agent accepts does not carry its mark: leave
 //!   [`Config::with_reset_existing`] off there.
 //! * A pod that forwards for others (containers in the pod, a router) must name its interfaces: on a bridge of its own, what
@@ -63,11 +65,11 @@ mod probe;
 use std::ops::RangeInclusive;
 
 pub use attach::{CaptureRoutes, Listeners, PodSpec, Redirect};
-pub use ebpf_common::{Config, Counter, HBONE_PORT, MARK_AGENT, MARK_CAPTURE, MARK_MASK};
+pub use ebpf_common::{Config, Counter, HBONE_PORT, MARK_AGENT, MARK_CAPTURE, MARK_MASK, MAX_SOURCES};
 pub use error::{ListenerFault, RedirectError, Unsupported};
 pub use listener::NetnsCookie;
 pub use netlink::watch_links;
-pub use object::PacketCounters;
+pub use object::{PacketCounters, Source};
 pub use pins::PinRoot;
 pub use probe::probe;
 

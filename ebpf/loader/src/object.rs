@@ -2,20 +2,36 @@
 //!
 //! Every pod has an instance of its own, so that its maps say nothing about other pods and vanish with it.
 use std::{
+    collections::HashMap,
     fmt,
+    hash::{DefaultHasher, Hasher as _},
+    net::{IpAddr, Ipv4Addr},
     sync::{Arc, LazyLock, Mutex, PoisonError},
 };
 
 use aya::{
     Ebpf, EbpfLoader,
-    maps::{Array, Map, MapData, MapError, PerCpuArray, SockMap},
-    programs::{Program, ProgramError, SchedClassifier, SkLookup},
+    maps::{Array, LpmTrie, Map, MapData, MapError, PerCpuArray, SockMap, lpm_trie::Key},
+    programs::{Program, SchedClassifier, SkLookup},
 };
-use ebpf_common::{Config, Counter, map};
+use ebpf_common::{ASK, Config, Counter, DENIED, map, source_bits};
 
-use crate::{error::RedirectError, pins::PodPins};
+use crate::{
+    error::{RedirectError, map_error, program_error},
+    pins::PodPins,
+};
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!("../obj/redirect.bpf.o");
+
+/// What this object is told from others by.
+pub(crate) fn digest() -> &'static str {
+    static DIGEST: LazyLock<String> = LazyLock::new(|| {
+        let mut hasher = DefaultHasher::new();
+        hasher.write(OBJECT);
+        format!("{:016x}", hasher.finish())
+    });
+    &DIGEST
+}
 
 // A new loader parses the kernel's type information, tens of milliseconds of work that these programs do not need.
 static LOADER: LazyLock<Mutex<EbpfLoader<'static>>> = LazyLock::new(loader);
@@ -40,6 +56,7 @@ unsafe impl aya::Pod for ConfigValue {}
 pub(crate) struct Maps {
     pub(crate) socks: SockMap<MapData>,
     config: Array<MapData, ConfigValue>,
+    sources: LpmTrie<MapData, [u8; 16], u32>,
     pub(crate) counters: Arc<PacketCounters>,
 }
 
@@ -50,9 +67,71 @@ impl fmt::Debug for Maps {
 }
 
 impl Maps {
+    /// Those an earlier agent made for a pod.
+    pub(crate) fn pinned(pins: &PodPins) -> Result<Self, RedirectError> {
+        fn open<T: TryFrom<Map, Error = MapError>>(pins: &PodPins, name: &'static str) -> Result<T, RedirectError> {
+            let opened = MapData::from_pin(pins.map(name)).and_then(Map::from_map_data).and_then(T::try_from);
+            opened.map_err(|e| map_error(name, e))
+        }
+        Ok(Self {
+            socks: open(pins, map::SOCKS)?,
+            config: open(pins, map::CONFIG)?,
+            sources: open(pins, map::SOURCES)?,
+            counters: Arc::new(PacketCounters(open(pins, map::COUNTERS)?)),
+        })
+    }
+
     pub(crate) fn set_config(&mut self, config: Config) -> Result<(), RedirectError> {
         self.config.set(0, ConfigValue(config), 0).map_err(|e| map_error(map::CONFIG, e))
     }
+
+    /// Makes the map say these, from whatever it said. On the way it denies nothing that neither says.
+    pub(crate) fn set_sources(&mut self, wanted: &[Source]) -> Result<(), RedirectError> {
+        let fail = |e| map_error(map::SOURCES, e);
+        let wanted = entries(wanted);
+        let there = self.sources.iter().map(|entry| entry.map(|(key, verdict)| ((key.prefix_len(), key.data()), verdict)));
+        let there: Entries = there.collect::<Result<_, _>>().map_err(fail)?;
+        // Those of `these` with this verdict that are not in `others` like that, or not at all.
+        let only = |these: &Entries, others: &Entries, verdict, known: fn(Option<&u32>, u32) -> bool| {
+            let of = these.iter().filter(|(at, found)| **found == verdict && !known(others.get(*at), verdict));
+            of.map(|((bits, data), _)| Key::new(*bits, *data)).collect::<Vec<_>>()
+        };
+        let gone = |verdict| only(&there, &wanted, verdict, |other, _| other.is_some());
+        let new = |verdict| only(&wanted, &there, verdict, |other, verdict| other == Some(&verdict));
+        // First what stops denying, then the exceptions that come and those that go, last what begins to deny.
+        gone(DENIED).iter().try_for_each(|key| self.sources.remove(key)).map_err(fail)?;
+        new(ASK).iter().try_for_each(|key| self.sources.insert(key, ASK, 0)).map_err(fail)?;
+        gone(ASK).iter().try_for_each(|key| self.sources.remove(key)).map_err(fail)?;
+        new(DENIED).iter().try_for_each(|key| self.sources.insert(key, DENIED, 0)).map_err(fail)
+    }
+}
+
+/// Entries of the trie of sources, by length and address.
+type Entries = HashMap<(u32, [u8; 16]), u32>;
+
+/// Addresses of both families in one trie, in which IPv4 lies within IPv6: what is said of an IPv6 prefix is not said of those.
+fn entries(wanted: &[Source]) -> Entries {
+    let within_ipv4 = |s: &&Source| matches!(s.address, IpAddr::V6(v6) if s.prefix_len >= 96 && v6.to_ipv4_mapped().is_some());
+    let entry = |s: &Source| {
+        let bits = u32::from(s.prefix_len) + if s.address.is_ipv4() { 96 } else { 0 };
+        ((bits, source_bits(s.address)), if s.denied { DENIED } else { ASK })
+    };
+    let mut entries: Entries = wanted.iter().filter(|s| !within_ipv4(s)).map(entry).collect();
+    if !entries.is_empty() {
+        entries.entry((96, source_bits(Ipv4Addr::UNSPECIFIED.into()))).or_insert(ASK);
+    }
+    entries
+}
+
+/// Where connections come from, and whether those are dropped before anybody looks at them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Source {
+    /// The prefix's address.
+    pub address: IpAddr,
+    /// Its length in bits, as of the address's own family.
+    pub prefix_len: u8,
+    /// `false`: the agent decides, although a shorter prefix is denied.
+    pub denied: bool,
 }
 
 /// What the programs of one pod count; stays readable when the redirection is gone.
@@ -77,14 +156,6 @@ impl PacketCounters {
     }
 }
 
-pub(crate) fn map_error(name: &'static str, source: MapError) -> RedirectError {
-    RedirectError::Map { name, source: Box::new(source) }
-}
-
-pub(crate) fn program_error(name: &'static str) -> impl Fn(ProgramError) -> RedirectError {
-    move |source| RedirectError::Program { name, source: Box::new(source) }
-}
-
 /// A loaded instance. Its programs live on through their links after it is dropped.
 pub(crate) struct Instance {
     ebpf: Ebpf,
@@ -98,7 +169,7 @@ impl Instance {
             None => lock(&LOADER).load(OBJECT),
             Some(pins) => {
                 let mut loader = lock(&PINNING_LOADER);
-                for name in [map::SOCKS, map::CONFIG, map::COUNTERS, map::STEER] {
+                for name in [map::SOCKS, map::CONFIG, map::COUNTERS, map::STEER, map::SOURCES] {
                     loader.map_pin_path(name, pins.map(name));
                 }
                 loader.load(OBJECT)
@@ -108,6 +179,7 @@ impl Instance {
         let maps = Maps {
             socks: take(&mut ebpf, map::SOCKS)?,
             config: take(&mut ebpf, map::CONFIG)?,
+            sources: take(&mut ebpf, map::SOURCES)?,
             counters: Arc::new(PacketCounters(take(&mut ebpf, map::COUNTERS)?)),
         };
         Ok((Self { ebpf }, maps))

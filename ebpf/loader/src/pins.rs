@@ -4,26 +4,33 @@
 //! gone the pinned programs find no listener and drop every new connection; the next agent fills the listeners in and puts
 //! its own programs in the place of the old ones, link by link, without a moment in which neither is there.
 //!
-//! A pod's directory holds its maps under their own names, and its links as `lo_ingress`, `steer_lookup` and
-//! `eth_egress-<interface>`, `eth_ingress-<interface>`. Names in a BPF filesystem have no dots.
+//! A pod's directory holds its maps under their own names, its links as `lo_ingress`, `steer_lookup` and
+//! `eth_egress-<interface>`, `eth_ingress-<interface>`, and `object-<digest>` once all of them are attached: the next agent with that
+//! very object need not load and replace what is there. Names in a BPF filesystem have no dots.
 use std::{
     collections::HashSet,
     fs, io,
     path::{Path, PathBuf},
 };
 
-use aya::programs::{
-    ProgramError, SchedClassifier,
-    links::{FdLink, PinnedLink},
-    tc::SchedClassifierLink,
+use aya::{
+    maps::MapData,
+    programs::{
+        ProgramError, SchedClassifier, TcAttachType,
+        links::{FdLink, PinnedLink},
+        tc::SchedClassifierLink,
+    },
 };
-use ebpf_common::program;
+use ebpf_common::{map, program};
 use nix::{
     mount::{MsFlags, mount},
     sys::statfs::statfs,
 };
 
-use crate::{error::RedirectError, listener::NetnsCookie};
+use crate::{
+    error::{RedirectError, map_error},
+    listener::NetnsCookie,
+};
 
 /// Where a BPF filesystem is by convention; one is mounted here when it is missing.
 const BPFFS: &str = "/sys/fs/bpf";
@@ -89,6 +96,18 @@ impl PinRoot {
     }
 }
 
+/// Begins the name of the mark that says of which object the programs in the links are.
+const OBJECT: &str = "object-";
+
+/// Where a classifier belongs.
+#[derive(Debug)]
+pub(crate) struct Hook<'a> {
+    /// Its link's pin.
+    pub(crate) pin: String,
+    pub(crate) interface: &'a str,
+    pub(crate) direction: TcAttachType,
+}
+
 /// The pins of one pod.
 #[derive(Clone, Debug)]
 pub(crate) struct PodPins {
@@ -107,6 +126,34 @@ impl PodPins {
 
     pub(crate) fn map(&self, name: &str) -> PathBuf {
         self.dir.join(name)
+    }
+
+    /// Whether every link is of the object `digest` and its program is where it belongs. What cannot be told is not so.
+    pub(crate) fn are_whole(&self, digest: &str, hooks: &[Hook<'_>]) -> bool {
+        let is_attached = |hook: &Hook<'_>| {
+            let link = PinnedLink::from_pin(self.dir.join(&hook.pin)).ok().and_then(|link| FdLink::from(link).info().ok());
+            let there = SchedClassifier::query_tcx(hook.interface, hook.direction).map(|(_, programs)| programs);
+            link.is_some_and(|link| there.is_ok_and(|there| there.iter().any(|program| program.id() == link.program_id())))
+        };
+        let there = |name: &str| self.dir.join(name).exists();
+        let maps = [map::SOCKS, map::CONFIG, map::COUNTERS, map::STEER, map::SOURCES];
+        there(&format!("{OBJECT}{digest}"))
+            && there(program::STEER_LOOKUP)
+            && maps.into_iter().all(there)
+            && hooks.iter().all(is_attached)
+    }
+
+    /// Says that every link is of the object `digest`. (A BPF filesystem holds nothing but maps, links and programs.)
+    pub(crate) fn mark(&self, digest: &str) -> Result<(), RedirectError> {
+        let config = MapData::from_pin(self.map(map::CONFIG)).map_err(|e| map_error(map::CONFIG, e))?;
+        config.pin(self.dir.join(format!("{OBJECT}{digest}"))).map_err(|e| self.error("pin in", io::Error::other(e)))
+    }
+
+    /// Says so no longer, of any object.
+    pub(crate) fn unmark(&self) -> Result<(), RedirectError> {
+        let listing = fs::read_dir(&self.dir).map_err(|e| self.error("list", e))?;
+        let mut marks = listing.filter_map(Result::ok).filter(|entry| entry.file_name().to_string_lossy().starts_with(OBJECT));
+        marks.try_for_each(|entry| fs::remove_file(entry.path())).map_err(|e| self.error("remove from", e))
     }
 
     /// Puts `classifier` in the place of the pinned link `name`, if there is one that still stands. The interface of one that

@@ -15,6 +15,7 @@ use crate::{
     assign::{Owner, owner},
     maps::{Listener, config, count},
     parse::{Packet, classify},
+    udp,
 };
 
 /// The loopback interface has this index in every network namespace.
@@ -30,6 +31,8 @@ pub fn eth_egress(ctx: TcContext) -> i32 {
     let config = config();
     let segment = match classify(&ctx, &config) {
         Packet::Tcp(segment) => segment,
+        Packet::Udp(tuple) => return udp::leaving(&config, &tuple),
+        Packet::OddUdp => return udp::odd(&config),
         Packet::Pass => return TC_ACT_UNSPEC,
         Packet::Drop(why) => {
             count(why);

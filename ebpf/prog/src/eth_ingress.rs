@@ -1,7 +1,7 @@
 //! tc ingress of the pod's interfaces: what others send to the pod.
 //!
 //! A connection attempt goes to the agent's inbound listener, keeping both addresses; HBONE has a listener of its own and is
-//! left alone. Segments of known connections pass to their sockets.
+//! left alone. What policy denies for its source alone is dropped before that. Segments of known connections pass to their sockets.
 use aya_ebpf::{
     bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC},
     macros::classifier,
@@ -11,8 +11,9 @@ use ebpf_common::{Counter, MARK_AGENT, MARK_CAPTURE, MARK_MASK, Slot};
 
 use crate::{
     assign::{Outcome, Owner, open, owner, stray},
-    maps::{config, count},
+    maps::{config, count, is_denied},
     parse::{Packet, classify},
+    udp,
 };
 
 #[classifier]
@@ -26,6 +27,8 @@ pub fn eth_ingress(ctx: TcContext) -> i32 {
     let config = config();
     let segment = match classify(&ctx, &config) {
         Packet::Tcp(segment) => segment,
+        Packet::Udp(tuple) => return udp::arriving(&ctx, &config, &tuple),
+        Packet::OddUdp => return udp::odd(&config),
         Packet::Pass => return TC_ACT_UNSPEC,
         Packet::Drop(why) => {
             count(why);
@@ -34,6 +37,11 @@ pub fn eth_ingress(ctx: TcContext) -> i32 {
     };
     let hbone = segment.tuple.dport() == config.hbone_port();
     let outcome = if segment.opens() {
+        // Whoever it is and whatever it wants: the address alone decides, for tunnels too, whose source is their own.
+        if is_denied(&segment.tuple) {
+            count(Counter::DeniedSource);
+            return TC_ACT_SHOT;
+        }
         if hbone {
             count(Counter::InboundHbone);
             return TC_ACT_UNSPEC;

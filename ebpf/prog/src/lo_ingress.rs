@@ -37,7 +37,7 @@ pub fn lo_ingress(ctx: TcContext) -> i32 {
     let segment = match classify(&ctx, &config) {
         Packet::Tcp(segment) => segment,
         // Only plain TCP is handed over, but what the kernel says about it may carry its mark (`fwmark_reflect`).
-        Packet::Pass => return TC_ACT_UNSPEC,
+        Packet::Pass | Packet::Udp(_) | Packet::OddUdp => return TC_ACT_UNSPEC,
         Packet::Drop(why) => {
             count(why);
             return TC_ACT_SHOT;

@@ -12,6 +12,7 @@ mod lo_ingress;
 mod maps;
 mod parse;
 mod steer_lookup;
+mod udp;
 
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo<'_>) -> ! {

@@ -5,9 +5,14 @@ use aya_ebpf::{
     bindings::bpf_sock,
     helpers::{bpf_map_lookup_elem, bpf_sk_release},
     macros::map,
-    maps::{Array, LruHashMap, PerCpuArray, SockMap},
+    maps::{Array, LpmTrie, LruHashMap, PerCpuArray, SockMap, lpm_trie::Key},
 };
-use ebpf_common::{COUNTERS as COUNTER_ROOM, Config, Counter, SLOTS, Slot, Steer, SteerKey};
+use ebpf_common::{COUNTERS as COUNTER_ROOM, Config, Counter, DENIED, MAX_SOURCES, SLOTS, Slot, Steer, SteerKey};
+
+use crate::parse::Tuple;
+
+/// Tries are allocated entry by entry.
+const BPF_F_NO_PREALLOC: u32 = 1;
 
 #[map]
 pub static SOCKS: SockMap = SockMap::with_max_entries(SLOTS, 0);
@@ -18,6 +23,15 @@ static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(COUNTER_ROOM, 
 // Entries live for the moment between tc and the socket lookup, so few are enough even for a burst.
 #[map]
 pub static STEER: LruHashMap<SteerKey, Steer> = LruHashMap::with_max_entries(512, 0);
+
+#[map]
+static SOURCES: LpmTrie<[u32; 4], u32> = LpmTrie::with_max_entries(MAX_SOURCES, BPF_F_NO_PREALLOC);
+
+/// Whether no connection from the tuple's source is let in.
+#[inline(always)]
+pub fn is_denied(tuple: &Tuple) -> bool {
+    SOURCES.get(&Key::new(128, tuple.source())).is_some_and(|verdict| *verdict == DENIED)
+}
 
 /// The pod's configuration.
 #[inline(always)]

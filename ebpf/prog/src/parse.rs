@@ -36,6 +36,7 @@ pub struct Tuple {
     pub v6: bool,
 }
 
+
 impl Tuple {
     /// Bytes of [`Tuple::words`] that the kernel reads.
     #[inline(always)]
@@ -44,8 +45,25 @@ impl Tuple {
     }
 
     #[inline(always)]
+    fn ports(&self) -> u32 {
+        u32::from_be(if self.v6 { self.words[8] } else { self.words[2] })
+    }
+
+    #[inline(always)]
     pub fn dport(&self) -> u16 {
-        u32::from_be(if self.v6 { self.words[8] } else { self.words[2] }) as u16
+        self.ports() as u16
+    }
+
+    #[inline(always)]
+    pub fn sport(&self) -> u16 {
+        (self.ports() >> 16) as u16
+    }
+
+    /// The source address as 128 bits, IPv4 mapped into IPv6.
+    #[inline(always)]
+    pub fn source(&self) -> [u32; 4] {
+        let w = &self.words;
+        if self.v6 { [w[0], w[1], w[2], w[3]] } else { [0, 0, 0xffffu32.to_be(), w[0]] }
     }
 
     /// Whether one end is a loopback address, in either form.
@@ -94,6 +112,9 @@ impl Segment {
 /// What a frame may be.
 pub enum Packet {
     Tcp(Segment),
+    Udp(Tuple),
+    /// UDP of which the ports are not known: behind extension headers, or a fragment.
+    OddUdp,
     /// Nothing the programs have an opinion on.
     Pass,
     Drop(Counter),
@@ -135,17 +156,15 @@ fn ipv4(ctx: &TcContext, config: &Config) -> Packet {
             segment(Tuple { words: [ip[3], ip[4], tcp[0], 0, 0, 0, 0, 0, 0], v6: false }, tcp[3])
         }
         TCP => Packet::Drop(Counter::OddTcp4),
-        UDP if fragment & 0x1fff == 0 => {
-            let header = (version_and_length & 0x0f) as usize * 4;
-            if !dns(ctx, ETH_LEN + header) {
-                odd_other(plain)
-            } else if plain {
-                dns_seam()
-            } else {
-                Packet::Drop(Counter::OddDns)
-            }
+        UDP if plain => {
+            let Ok(ports) = ctx.load::<u32>(ETH_LEN + IP4_LEN) else { return Packet::OddUdp };
+            Packet::Udp(Tuple { words: [ip[3], ip[4], ports, 0, 0, 0, 0, 0, 0], v6: false })
         }
-        UDP | ICMP | IGMP => odd_other(plain),
+        UDP if fragment & 0x1fff == 0 && dns(ctx, ETH_LEN + (version_and_length & 0x0f) as usize * 4) => {
+            Packet::Drop(Counter::OddDns)
+        }
+        UDP => Packet::OddUdp,
+        ICMP | IGMP => odd_other(plain),
         _ => refuse(config, Counter::RefusedProtocol),
     }
 }
@@ -159,11 +178,8 @@ fn ipv6(ctx: &TcContext, config: &Config) -> Packet {
             segment(Tuple { words: [ip[2], ip[3], ip[4], ip[5], ip[6], ip[7], ip[8], ip[9], tcp[0]], v6: true }, tcp[3])
         }
         UDP => {
-            if dns(ctx, ETH_LEN + IP6_LEN) {
-                dns_seam()
-            } else {
-                Packet::Pass
-            }
+            let Ok(ports) = ctx.load::<u32>(ETH_LEN + IP6_LEN) else { return Packet::OddUdp };
+            Packet::Udp(Tuple { words: [ip[2], ip[3], ip[4], ip[5], ip[6], ip[7], ip[8], ip[9], ports], v6: true })
         }
         ICMPV6 => Packet::Pass,
         first => extended(ctx, config, first),
@@ -214,7 +230,8 @@ fn extended(ctx: &TcContext, config: &Config, first: u8) -> Packet {
         _ if !ended => Packet::Drop(Counter::OddTcp6),
         TCP => Packet::Drop(Counter::OddTcp6),
         UDP if !later_fragment && dns(ctx, at) => Packet::Drop(Counter::OddDns),
-        UDP | ICMPV6 | NO_NEXT => odd_other(false),
+        UDP => Packet::OddUdp,
+        ICMPV6 | NO_NEXT => odd_other(false),
         _ if later_fragment => odd_other(false),
         _ => refuse(config, Counter::RefusedProtocol),
     }
@@ -232,13 +249,6 @@ fn segment(tuple: Tuple, offset_flags_window: u32) -> Packet {
 #[inline(always)]
 fn dns(ctx: &TcContext, at: usize) -> bool {
     matches!(ctx.load::<u16>(at + 2), Ok(port) if u16::from_be(port) == DNS_PORT)
-}
-
-/// Where `capture_dns` will hand plain DNS over UDP to `Slot::Dns`.
-#[inline(always)]
-fn dns_seam() -> Packet {
-    count(Counter::DnsPassed);
-    Packet::Pass
 }
 
 #[inline(always)]

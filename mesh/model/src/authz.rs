@@ -16,6 +16,9 @@ use crate::workload::Workload;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+mod sources;
+pub use sources::{SourceVerdict, denied_sources};
+
 /// The answer. A denial is a verdict, not an error.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Verdict {

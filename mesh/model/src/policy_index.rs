@@ -71,6 +71,10 @@ impl RuleTable {
     pub fn anchored<'a>(&'a self, anchors: &'a [Anchor]) -> impl Iterator<Item = &'a RuleRef> {
         anchors.iter().filter_map(|a| self.anchored.get(a)).flat_map(|v| v.iter())
     }
+    /// All of them; one may come more than once.
+    pub fn rules(&self) -> impl Iterator<Item = &RuleRef> {
+        self.anchored.values().flat_map(|v| v.iter()).chain(self.general.iter())
+    }
     /// Whether it holds no rule.
     pub fn is_empty(&self) -> bool {
         self.anchored.is_empty() && self.general.is_empty()

@@ -10,6 +10,7 @@ mod doorbell;
 mod listen;
 mod netns;
 mod options;
+mod owner;
 mod query;
 #[cfg(test)]
 mod tests;
@@ -20,4 +21,5 @@ pub use doorbell::Doorbell;
 pub use listen::{BoundListener, Listener, ListenerOptions, RawAccepted, accept_pauses, bind_udp};
 pub use netns::{NetnsFd, NetnsId};
 pub use options::{Keepalive, MissingRight, StreamOptions, probe_rights, raise_nofile, reset_on_close};
+pub use owner::SocketTable;
 pub use query::{TcpInfo, canonical, is_reset, original_dst, rtt, tcp_info};

@@ -12,6 +12,7 @@ use anyhow::Context;
 use serde_json::Value;
 use tempfile::TempDir;
 
+use super::contract::{ControlPlane, Pod};
 use super::parts::{self, Held, Proxy, Running, Settings, join, load_command, pinned, pod_yaml, start_listening};
 use super::process;
 use crate::mesh_dir::MeshDir;
@@ -44,15 +45,17 @@ pub enum Carrier {
     Direct,
     /// One plain relay.
     Relay,
-    /// Two agents, started from this binary.
+    /// Two agents of ours, started from this binary: a folder of YAML, and eBPF.
     Agents(PathBuf),
+    /// Two agents started from this binary by istio/ztunnel's contract.
+    Contract(PathBuf),
 }
 
 impl Peer {
     /// The agent's binary.
     pub fn agent(&self) -> Option<&Path> {
         match &self.carrier {
-            Carrier::Agents(binary) => Some(binary),
+            Carrier::Agents(binary) | Carrier::Contract(binary) => Some(binary),
             Carrier::Direct | Carrier::Relay => None,
         }
     }
@@ -65,6 +68,7 @@ static BUILT: AtomicUsize = AtomicUsize::new(0);
 pub struct Field {
     settings: Settings,
     agents: Vec<Proxy>,
+    _control: Option<ControlPlane>,
     relay: Option<(Running, Netns)>,
     _server: Running,
     client: Netns,
@@ -104,6 +108,15 @@ impl Field {
                 agents.push(Proxy::agent(binary, node, netns, (mesh.path(), authority.path()), &peer.name, settings)?);
             }
         }
+        let mut control = None;
+        if let Carrier::Contract(binary) = &peer.carrier {
+            let plane = control.insert(ControlPlane::start(&format!("{prefix}control"), &local_mesh())?);
+            for (name, pod) in [("client", &client), ("server", &server)] {
+                let node = format!("node-{name}");
+                let netns = Netns::create(&format!("{prefix}{node}"))?;
+                agents.push(plane.agent(binary, (&node, netns), &Pod { name, netns: pod }, &peer.name, settings)?);
+            }
+        }
         for agent in &mut agents {
             agent.wait_ready()?;
         }
@@ -112,6 +125,7 @@ impl Field {
         let field = Self {
             settings: settings.clone(),
             agents,
+            _control: control,
             relay,
             _server: load_server,
             client,
@@ -195,5 +209,23 @@ fn mesh_yaml(client: &Netns, server: &Netns) -> String {
          - cluster.local/ns/bench/sa/client\n    to:\n    - operation:\n        ports: [\"{PORT}\"]\n",
         pod("client", "node-client", CLIENT, client),
         pod("server", "node-server", SERVER, server),
+    )
+}
+
+/// The same mesh in istio/ztunnel's own format.
+fn local_mesh() -> String {
+    let pod = |name: &str, ip: Ipv4Addr, more: &str| {
+        format!(
+            "- uid: Kubernetes//Pod/bench/{name}\n  name: {name}\n  namespace: bench\n  serviceAccount: {name}\n  trustDomain: cluster.local\n  \
+             workloadIps: [\"{ip}\"]\n  protocol: HBONE\n  node: node-{name}\n  clusterId: Kubernetes\n{more}"
+        )
+    };
+    let service = format!("  services: {{\"bench/server.bench.svc.cluster.local\": {{{PORT}: {PORT}}}}}\n");
+    format!(
+        "workloads:\n{}{}policies:\n- name: allow-client\n  namespace: bench\n  scope: WorkloadSelector\n  action: Allow\n  \
+         rules: [[[{{principals: [!Exact \"cluster.local/ns/bench/sa/client\"]}}], [{{destinationPorts: [{PORT}]}}]]]\n\
+         services:\n- name: server\n  namespace: bench\n  hostname: server.bench.svc.cluster.local\n  vips: [\"/{SERVICE}\"]\n  ports: {{{PORT}: {PORT}}}\n",
+        pod("client", CLIENT, "  services: {}\n"),
+        pod("server", SERVER, &format!("  authorizationPolicies: [bench/allow-client]\n{service}")),
     )
 }

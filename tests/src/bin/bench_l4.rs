@@ -22,7 +22,8 @@ use serde_json::json;
 
 const HELP: &str = "\
 bench_l4 [flags]
-  --peer PATH     another agent with the same contract (flags, environment, files), measured in the same run
+  --peer PATH     another agent with istio/ztunnel's contract (environment, local file, istiod's CA, CNI agent), measured in the
+                  same run; our own beside it by the same contract too (`contract`)
   --quick         smaller runs, two rounds: a look, not a measurement
   --rounds N      default 4
   --only A,B      only these cases (upload download upload8 download8 ping1 ping16 ping64 rate3000 churn16 memory), or
@@ -80,9 +81,10 @@ impl Run {
         let agent = flags.optional("agent")?.unwrap_or_else(|| beside("ztunnel"));
         let peer = |name: &str, carrier: Carrier| Peer { name: name.into(), carrier };
         let mut peers =
-            vec![peer("direct", Carrier::Direct), peer("relay", Carrier::Relay), peer("culvert", Carrier::Agents(agent))];
+            vec![peer("direct", Carrier::Direct), peer("relay", Carrier::Relay), peer("culvert", Carrier::Agents(agent.clone()))];
         if let Some(path) = flags.optional::<PathBuf>("peer")? {
-            peers.push(peer("peer", Carrier::Agents(path)));
+            peers.push(peer("contract", Carrier::Contract(agent)));
+            peers.push(peer("peer", Carrier::Contract(path)));
         }
         for binary in peers.iter().filter_map(Peer::agent) {
             ensure!(binary.is_file(), "no agent at {}", binary.display());

@@ -1,7 +1,9 @@
 //! Ring 3: what redirection promises, the same for each way of redirecting and both address families.
+use std::collections::BTreeMap;
 use std::io::ErrorKind;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, UdpSocket};
 use std::process::{Command, ExitCode};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
@@ -30,7 +32,8 @@ macro_rules! rows {
     };
 }
 
-const TESTS: &[Test<Matrix>] = rows![inbound, outbound, dns, self_call, closed_port, own_service, half_closed_and_bulk];
+const TESTS: &[Test<Matrix>] =
+    rows![inbound, outbound, dns, self_call, closed_port, own_service, half_closed_and_bulk, udp, older_connections];
 
 fn main() -> ExitCode {
     let cannot = skip::netns_unavailable().or_else(|| skip::command_missing("nft"));
@@ -42,7 +45,7 @@ struct Matrix {
     nftables: Mesh,
 }
 
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Family {
     V4,
     V6,
@@ -90,16 +93,20 @@ spec:
 "#;
 
 /// Dropped in this order.
+/// Node a refuses UDP and resets what is older than the enrolment; node b does neither.
 struct Mesh {
     a: Agent,
     b: Agent,
+    redirect: &'static str,
+    /// Connections to outside, by the pod that opened them before it was enrolled.
+    older: Mutex<BTreeMap<(&'static str, Family), Client>>,
     _servers: Vec<Server>,
     topology: Topology,
     _dirs: (MeshDir, TempDir, TempDir),
 }
 
 impl Mesh {
-    fn start(redirect: &str) -> anyhow::Result<Self> {
+    fn start(redirect: &'static str) -> anyhow::Result<Self> {
         find_binary().map_err(|error| CannotRun(format!("{error:#}")))?;
         let topology = Plan::default()
             .node("node-a", "zone-1")
@@ -119,17 +126,27 @@ impl Mesh {
         for pod in ["client", "web", "loose"] {
             servers.push(Server::start(topology.pod(pod), PORT)?);
         }
+        let mut older = BTreeMap::new();
+        for pod in ["client", "loose"] {
+            for family in [Family::V4, Family::V6] {
+                let (client, _) = Client::who(topology.pod(pod), family.at(topology.host("outside"), PORT))?;
+                older.insert((pod, family), client);
+            }
+        }
         let start = |node: &str| {
+            let (udp, connections) = if node == "node-a" { ("refuse", "reset") } else { ("allow", "keep") };
             AgentSpec::new(node, dir.path(), ca.path(), logs.path())
                 .env("TRUST_DOMAIN", "test.local")
                 .env("CULVERT_REDIRECT", redirect)
+                .env("CULVERT_UDP", udp)
+                .env("CULVERT_OLDER_CONNECTIONS", connections)
                 .start(topology.node(node))
         };
         let (a, b) = (start("node-a")?, start("node-b")?);
         for agent in [&a, &b] {
             agent.wait_ready(Duration::from_secs(20))?;
         }
-        Ok(Self { a, b, _servers: servers, topology, _dirs: (dir, ca, logs) })
+        Ok(Self { a, b, redirect, older: Mutex::new(older), _servers: servers, topology, _dirs: (dir, ca, logs) })
     }
     fn pod(&self, name: &str) -> &Place {
         self.topology.pod(name)
@@ -215,6 +232,43 @@ fn half_closed_and_bulk(mesh: &Mesh, family: Family) -> anyhow::Result<()> {
         client.finish()?;
         let sum = client.rest()?;
         ensure!(sum.bytes == 3_000_000, "{} bytes of 3000000 from {to}", sum.bytes);
+    }
+    Ok(())
+}
+
+/// UDP other than DNS passes by itself, and neither way where it is refused.
+fn udp(mesh: &Mesh, family: Family) -> anyhow::Result<()> {
+    let echo = |from: &Place, to: &Place| -> anyhow::Result<bool> {
+        let at = family.at(to, 7007);
+        let server = to.netns.enter(|| UdpSocket::bind(at))?;
+        let client = from.netns.enter(|| UdpSocket::bind(family.at(from, 0)))?;
+        for socket in [&server, &client] {
+            socket.set_read_timeout(Some(Duration::from_millis(500)))?;
+        }
+        // What is refused on the way out may be told at once.
+        if client.send_to(b"ping", at).is_err() {
+            return Ok(false);
+        }
+        let mut buffer = [0; 16];
+        let Ok((length, source)) = server.recv_from(&mut buffer) else { return Ok(false) };
+        ensure!(&buffer[..length] == b"ping");
+        server.send_to(b"pong", source)?;
+        Ok(client.recv(&mut buffer).is_ok())
+    };
+    let (outside, allowed, refused) = (mesh.outside(), mesh.pod("loose"), mesh.pod("client"));
+    ensure!(echo(outside, allowed)? && echo(allowed, outside)?, "UDP does not pass");
+    ensure!(!echo(outside, refused)?, "UDP came in although it is refused");
+    ensure!(!echo(refused, outside)?, "UDP went out although it is refused");
+    ensure!(!echo(allowed, refused)?, "UDP of another pod came in");
+    Ok(())
+}
+
+fn older_connections(mesh: &Mesh, family: Family) -> anyhow::Result<()> {
+    let mut older = mesh.older.lock().map_err(|_| anyhow::anyhow!("another test panicked"))?;
+    for (pod, lives) in [("client", false), ("loose", mesh.redirect == "ebpf")] {
+        let mut client = older.remove(&(pod, family)).context("it is there")?;
+        let answered = client.ping("still there?");
+        ensure!(answered.is_ok() == lives, "{pod}: {answered:?}");
     }
     Ok(())
 }

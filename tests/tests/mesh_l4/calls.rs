@@ -2,6 +2,8 @@
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::process::Command;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
@@ -49,6 +51,53 @@ pub(crate) fn strict_refuses_plaintext_from_outside(mesh: &mut Mesh) -> anyhow::
         ensure!(record["direction"] == "inbound" && record["src.identity"].is_null(), "{record}");
     }
     Ok(())
+}
+
+/// The kubelet probes pods in plaintext, under STRICT too and whatever policies say. What comes in masquerade through the node
+/// has the same source address and is refused.
+pub(crate) fn probes_of_the_node_itself_pass_and_nothing_it_forwards(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let (node, web1) = (Arc::clone(mesh.topology().node("node-b")), Arc::clone(mesh.pod("web1")));
+    let bridge: [IpAddr; 2] = [IpAddr::from([10, 244, 2, 1]), "fd00:244:2::1".parse()?];
+    let before = mesh.b().metrics()?.sum("culvert_node_connections_total", &[]);
+    let mut held = Vec::new();
+    for (to, source) in [web1.at(PORT), web1.at6(PORT)].into_iter().zip(bridge) {
+        let mark = mesh.b().mark();
+        let (mut probe, who) = Client::who(&node, to).with_context(|| format!("a probe of {to}"))?;
+        ensure!(who.name == "web1" && who.peer.ip() == source && who.local == to, "{who:?}");
+        probe.ping("alive?")?;
+        drop(Client::who(&node, to)?);
+        mesh.b().wait_access("the probe", mark, |record| !record["src.node"].is_null() && record["direction"] == "inbound")?;
+        held.push(probe);
+    }
+    let counted = mesh.b().metrics()?.sum("culvert_node_connections_total", &[]) - before;
+    ensure!(counted >= 4.0, "{counted} counted");
+    // The policies that refused them refuse nothing later.
+    let deny = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: { name: all, namespace: t }\n\
+                spec: { selector: { matchLabels: { tier: web } }, action: DENY, rules: [{}] }\n";
+    {
+        let _for_now = mesh.dir.put_for_now("deny-all.yaml", deny)?;
+        wait::until_true("the policy to be in force", || mesh.call("client", web1.at(PORT)).is_err())?;
+        for probe in &mut held {
+            probe.ping("still alive?")?;
+        }
+        Client::who(&node, web1.at(PORT)).context("a probe of a pod that denies everybody")?;
+    }
+    wait::until_true("the policy to be gone", || mesh.call("client", web1.at(PORT)).is_ok())?;
+
+    // As kube-proxy does with what comes in at a node port.
+    let rules = "table ip masked {\n chain post { type nat hook postrouting priority srcnat; ip saddr 192.0.2.0/24 oifname br0 masquerade; }\n}\n";
+    let file = mesh.logs.path().join("masked.nft");
+    std::fs::write(&file, rules)?;
+    let loaded = node.netns.output(Command::new("nft").arg("-f").arg(&file))?;
+    ensure!(loaded.status.success(), "{loaded:?}");
+    let mark = mesh.b().mark();
+    let seen = refused(mesh.outside(), web1.at(PORT)).and_then(|()| {
+        let record = mesh.b().wait_access("the refusal", mark, |record| starts(record, "error", "plaintext_refused"))?;
+        ensure!(text(&record, "src.addr").starts_with("10.244.2.1:"), "not in masquerade: {record}");
+        Ok(())
+    });
+    node.netns.output(Command::new("nft").args(["delete", "table", "ip", "masked"]))?;
+    seen
 }
 
 pub(crate) fn permissive_takes_plaintext_and_mutual_tls(mesh: &mut Mesh) -> anyhow::Result<()> {

@@ -148,6 +148,8 @@ impl Mesh {
             .env("CULVERT_TRUST_DOMAIN_ALIASES", "cluster.local")
             .env("CONNECTION_TERMINATION_DEADLINE", "3s")
             .env("CULVERT_HANDSHAKE_TIMEOUT", "5s")
+            // The machine's own first process is not on these nodes.
+            .env("CULVERT_NODE_NETNS", "/proc/self/ns/net")
     }
     pub(crate) fn start(&self, node: &str) -> anyhow::Result<Agent> {
         self.spec(node).start(self.topology().node(node))

@@ -2,7 +2,7 @@
 use std::{
     io::{BufRead, BufReader, ErrorKind, Read, Write},
     net::{SocketAddr, TcpListener},
-    os::fd::AsFd,
+    os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
     process::{Child, Command, Stdio},
     sync::atomic::{AtomicBool, Ordering},
     time::{Duration, Instant},
@@ -81,6 +81,17 @@ fn older_connections_are_reset_by_choice() {
     }
     assert!(agent.count("outbound_existing_reset") >= 2);
     assert_eq!(agent.count("outbound_existing"), 0);
+    // Those that others opened to the pod too, and both sides learn of it.
+    drop(agent);
+    let inbound = [POD4, POD6].map(|to| Client::connect(&net.host, SocketAddr::new(ip(to), 9090)).expect("direct"));
+    let agent = Agent::start_with(&net.pod, Config::default().with_reset_existing(true)).expect("attach");
+    for mut client in inbound {
+        // It learns of it with its next retransmission.
+        client.stream.get_ref().set_read_timeout(Some(Duration::from_secs(10))).expect("a limit");
+        client.stream.get_mut().write_all(b"still here?").expect("the first write is only queued");
+        let error = client.stream.read(&mut [0; 16]).expect_err("reset");
+        assert_eq!(error.kind(), ErrorKind::ConnectionReset, "{:?}", agent.all_counts());
+    }
     // New connections live, with SYN cookies too: their acknowledgement is such a segment without an owner.
     for cookies in ["1", "2"] {
         net.pod.sysctl("net/ipv4/tcp_syncookies", cookies);
@@ -160,14 +171,20 @@ fn without_pins_a_killed_agent_takes_its_programs_along_and_the_next_takes_over_
 const CHILD_NETNS: &str = "REDIRECT_TEST_NETNS";
 const CHILD_PINS: &str = "REDIRECT_TEST_PINS";
 
-/// Starts this program as an agent of `pod` and waits until it has attached.
-fn start_child(test: &str, pod: &Netns, pins: Option<&PinRoot>) -> Child {
+/// This program as an agent of `pod`.
+fn command_of(test: &str, pod: &Netns, pins: Option<&PinRoot>) -> Command {
     let mut command = Command::new(std::env::current_exe().expect("this program"));
     command.args(["--exact", &format!("lifecycle::{test}"), "--nocapture"]).env(CHILD_NETNS, &pod.name);
     if let Some(pins) = pins {
         command.env(CHILD_PINS, pins.dir());
     }
-    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("start");
+    command.stdin(Stdio::piped()).stdout(Stdio::piped());
+    command
+}
+
+/// Starts it and waits until it has attached.
+fn start_child(test: &str, pod: &Netns, pins: Option<&PinRoot>) -> Child {
+    let mut child = command_of(test, pod, pins).spawn().expect("start");
     let mut said = BufReader::new(child.stdout.take().expect("piped")).lines().map_while(Result::ok);
     assert!(said.any(|line| line.contains("READY")));
     child
@@ -207,9 +224,21 @@ fn pinned(pins: &PinRoot) -> Vec<String> {
         let names = std::fs::read_dir(pod.expect("entry").path()).expect("list");
         names.map(|name| name.expect("entry").file_name().into_string().expect("text")).collect::<Vec<_>>()
     };
-    let mut names: Vec<_> = pods.flat_map(of).collect();
+    let mut names: Vec<_> = pods.flat_map(of).filter(|name| !name.starts_with("object-")).collect();
     names.sort();
     names
+}
+
+/// Makes the next agent take the programs there for those of another object.
+fn forget_object(pins: &PinRoot) {
+    for pod in std::fs::read_dir(pins.dir()).expect("list") {
+        for entry in std::fs::read_dir(pod.expect("entry").path()).expect("list") {
+            let path = entry.expect("entry").path();
+            if path.to_string_lossy().contains("/object-") {
+                std::fs::remove_file(path).expect("a pin");
+            }
+        }
+    }
 }
 
 /// The kernel's numbers of the links on the pod's hooks; they stay when a program is replaced in a link.
@@ -258,7 +287,7 @@ fn with_pins_a_killed_agent_leaves_its_pod_closed_and_the_next_takes_over() {
     old.echo("older than the enrolment");
     assert_eq!(
         pinned(&pins.0),
-        ["CONFIG", "COUNTERS", "SOCKS", "STEER", "eth_egress-2", "eth_ingress-2", "lo_ingress", "steer_lookup"]
+        ["CONFIG", "COUNTERS", "SOCKS", "SOURCES", "STEER", "eth_egress-2", "eth_ingress-2", "lo_ingress", "steer_lookup"]
     );
 
     let mut agent = Agent::start_pinned(&net.pod, &pins.0);
@@ -298,6 +327,7 @@ fn programs_are_replaced_without_a_gap() {
             // With the same listeners: what is replaced here are the programs.
             let listeners = first.listeners();
             let spec = PodSpec { netns: net.pod.fd(), interfaces: None, config: Config::default(), pins: Some(&pins.0) };
+            forget_object(&pins.0);
             drop(Redirect::attach(&spec, &listeners).expect("take over"));
             std::thread::sleep(Duration::from_millis(20));
         }
@@ -308,6 +338,190 @@ fn programs_are_replaced_without_a_gap() {
     let captured = std::iter::from_fn(|| first.captured.recv_timeout(Duration::from_secs(1)).ok()).count();
     assert_eq!(captured, dialled + 1);
     assert!(dialled > 5, "{dialled}");
+}
+
+/// Killed at any moment of an attachment, the first or a later one: what is there drops, and the next agent completes it.
+#[test]
+fn an_agent_killed_while_it_attaches_opens_nothing() {
+    const NAME: &str = "an_agent_killed_while_it_attaches_opens_nothing";
+    if let Ok(netns) = std::env::var(CHILD_NETNS) {
+        return be_killed(&netns);
+    }
+    require_root!(NAME);
+    let net = Topology::new();
+    let pins = Pins::new("crash");
+    echo_server(&net.host, 8080);
+    echo_server(&net.pod, 9090);
+    let before = remains(&net.pod);
+    // How long one takes, from its start.
+    let begun = Instant::now();
+    let mut child = start_child(NAME, &net.pod, Some(&pins.0));
+    let whole = begun.elapsed();
+    child.kill().expect("kill");
+    child.wait().expect("wait");
+    let closed = |after: Duration| {
+        for way in WAYS {
+            let error = dial(&net, way, Duration::from_millis(50)).expect_err("no agent runs");
+            assert!(timed_out(&error), "killed after {after:?}, {way:?}: {error}");
+        }
+    };
+    closed(whole);
+    const TIMES: u32 = 12;
+    for n in 1..=TIMES {
+        // Half of the time is the start of the process.
+        let after = whole / 2 + whole * n / (2 * TIMES);
+        forget_object(&pins.0);
+        let mut child = command_of(NAME, &net.pod, Some(&pins.0)).spawn().expect("start");
+        std::thread::sleep(after);
+        child.kill().expect("kill");
+        child.wait().expect("wait");
+        closed(after);
+    }
+    // The same for one that dies before all its links are pinned: what it made is taken over or made anew.
+    // An agent of before had no map of sources.
+    for gone in ["SOURCES", "eth_ingress-2", "eth_egress-2", "steer_lookup", "lo_ingress"] {
+        let pod = std::fs::read_dir(pins.0.dir()).expect("list").next().expect("the pod's").expect("entry").path();
+        std::fs::remove_file(pod.join(gone)).expect("a pin");
+        std::fs::File::open(&pod).expect("the pod's pins stay");
+        drop(Agent::start_pinned(&net.pod, &pins.0));
+        assert_eq!(pinned(&pins.0).len(), 9, "without {gone}: {:?}", pinned(&pins.0));
+    }
+    let mut agent = Agent::start_pinned(&net.pod, &pins.0);
+    assert!(hooks(&net.pod).iter().all(|(_, programs)| *programs == 1), "one program each: {:?}", hooks(&net.pod));
+    for (from_pod, to, port) in WAYS {
+        let from = if from_pod { &net.pod } else { &net.host };
+        Client::connect(from, SocketAddr::new(ip(to), port)).expect("captured").finish();
+        agent.next();
+    }
+    agent.redirect.take().expect("attached").detach().expect("detach");
+    assert_eq!(remains(&net.pod), before);
+}
+
+/// Others' programs that pass everything for good, by the older way of attaching and by ours, before and after us.
+#[test]
+fn other_programs_on_the_hooks_do_not_let_anything_around() {
+    require_root!("other_programs_on_the_hooks_do_not_let_anything_around");
+    let net = Topology::new();
+    echo_server(&net.host, 8080);
+    echo_server(&net.pod, 9090);
+    let tc = |arguments: &str| net.pod.program(&format!("tc {arguments}"));
+    // Returns TC_ACT_OK: no later program is asked.
+    let passing = |direction: &str| tc(&format!("filter add dev eth0 {direction} bpf direct-action bytecode 1,6·0·0·0,"));
+    let clsact = || {
+        tc("qdisc add dev eth0 clsact");
+        passing("ingress");
+        passing("egress");
+    };
+    let captured = |agent: &Agent, when: &str| {
+        for (from_pod, to, port) in WAYS {
+            let from = if from_pod { &net.pod } else { &net.host };
+            let client = Client::connect(from, SocketAddr::new(ip(to), port));
+            client.unwrap_or_else(|e| panic!("{when}: {to}: {e}")).finish();
+            agent.next();
+        }
+    };
+    clsact();
+    let first = [TcAttachType::Egress, TcAttachType::Ingress].map(|direction| Passing::attach(&net.pod, direction));
+    let agent = Agent::start(&net.pod);
+    captured(&agent, "they were there before");
+    drop(first);
+    tc("qdisc del dev eth0 clsact");
+    captured(&agent, "they went");
+    clsact();
+    let _later = [TcAttachType::Egress, TcAttachType::Ingress].map(|direction| Passing::attach(&net.pod, direction));
+    captured(&agent, "they came later");
+    assert_eq!(agent.count("outbound_existing"), 0);
+}
+
+/// A program of somebody else on a hook of eth0, at the end of the list as programs come by default.
+struct Passing {
+    _program: OwnedFd,
+    _link: OwnedFd,
+}
+
+impl Passing {
+    fn attach(pod: &Netns, direction: TcAttachType) -> Self {
+        const BPF_PROG_LOAD: i64 = 5;
+        const BPF_LINK_CREATE: i64 = 28;
+        const BPF_PROG_TYPE_SCHED_CLS: u32 = 3;
+        let hook: u32 = if matches!(direction, TcAttachType::Ingress) { 46 } else { 47 }; // BPF_TCX_*
+        let bpf = |command: i64, attributes: &[u8]| -> OwnedFd {
+            // SAFETY: the pointer and length describe the attributes, which live until the call ends.
+            let fd = unsafe { libc::syscall(libc::SYS_bpf, command, attributes.as_ptr(), attributes.len()) };
+            assert!(fd >= 0, "{}", std::io::Error::last_os_error());
+            // SAFETY: just made, owned by nobody else.
+            unsafe { OwnedFd::from_raw_fd(fd as i32) }
+        };
+        // r0 = 0 (TC_ACT_OK); exit
+        let code: [u8; 16] = [0xb7, 0, 0, 0, 0, 0, 0, 0, 0x95, 0, 0, 0, 0, 0, 0, 0];
+        let licence = c"Apache-2.0";
+        let mut load = Vec::new();
+        load.extend(BPF_PROG_TYPE_SCHED_CLS.to_ne_bytes());
+        load.extend(2u32.to_ne_bytes());
+        load.extend((code.as_ptr() as u64).to_ne_bytes());
+        load.extend((licence.as_ptr() as u64).to_ne_bytes());
+        load.extend([0; 24]); // no log, any kernel, no flags
+        let program = bpf(BPF_PROG_LOAD, &load);
+        let number = program.as_raw_fd() as u32;
+        let link = pod.run(move || {
+            // SAFETY: a NUL-terminated constant.
+            let eth0 = unsafe { libc::if_nametoindex(c"eth0".as_ptr()) };
+            let create: Vec<u8> = [number, eth0, hook, 0].iter().flat_map(|n| n.to_ne_bytes()).chain([0; 16]).collect();
+            bpf(BPF_LINK_CREATE, &create)
+        });
+        Self { _program: program, _link: link }
+    }
+}
+
+/// What is attached already is left alone: a restart takes no verifier, and a changed object does.
+#[test]
+fn the_same_programs_are_not_loaded_again() {
+    require_root!("the_same_programs_are_not_loaded_again");
+    let net = Topology::new();
+    let pins = Pins::new("same");
+    echo_server(&net.host, 8080);
+    echo_server(&net.pod, 9090);
+    let programs = || {
+        net.pod.run(|| {
+            [("lo", TcAttachType::Ingress), ("eth0", TcAttachType::Ingress), ("eth0", TcAttachType::Egress)].map(
+                |(device, way)| {
+                    SchedClassifier::query_tcx(device, way)
+                        .expect("query")
+                        .1
+                        .iter()
+                        .map(aya::programs::ProgramInfo::id)
+                        .collect::<Vec<_>>()
+                },
+            )
+        })
+    };
+    drop(Agent::start_pinned(&net.pod, &pins.0));
+    let first = programs();
+    let begun = Instant::now();
+    let again = Agent::start_pinned(&net.pod, &pins.0);
+    eprintln!("MEASURED: an agent and its attachment, where everything is attached: {:?}", begun.elapsed());
+    assert_eq!(programs(), first);
+    for (from_pod, to, port) in WAYS {
+        let from = if from_pod { &net.pod } else { &net.host };
+        Client::connect(from, SocketAddr::new(ip(to), port)).expect("captured").finish();
+        again.next();
+    }
+    drop(again);
+    forget_object(&pins.0);
+    let whole = Agent::start_pinned(&net.pod, &pins.0);
+    assert!(programs().iter().zip(&first).all(|(now, then)| now != then && now.len() == 1), "{:?}", programs());
+    drop(whole);
+    // An interface more, and an interface whose number another one has now.
+    net.pod.ip(&format!("link add eth1 type veth peer name eth1 netns {}", net.host.name));
+    net.pod.ip("link set eth1 up");
+    drop(Agent::start_pinned(&net.pod, &pins.0));
+    let number: u32 = net.pod.ip("-o link show dev eth1").split(':').next().and_then(|n| n.parse().ok()).expect("a number");
+    net.pod.ip("link del eth1");
+    net.pod.ip(&format!("link add eth1 index {number} type veth peer name eth1 netns {}", net.host.name));
+    net.pod.ip("link set eth1 up");
+    drop(Agent::start_pinned(&net.pod, &pins.0));
+    let on_new = net.pod.run(|| SchedClassifier::query_tcx("eth1", TcAttachType::Egress).expect("query").1.len());
+    assert_eq!(on_new, 1, "the new interface is captured");
 }
 
 #[test]
@@ -324,7 +538,7 @@ fn pins_nobody_holds_are_swept() {
     // The kernel detaches a moment after the last reference is gone.
     assert!(eventually(|| hooks(&net.pod).iter().all(|(_, programs)| *programs == 0)));
     Client::connect(&net.pod, SocketAddr::new(ip(SERVICE4), 8080)).expect("direct").finish();
-    assert_eq!(pinned(&pins.0).len(), 8);
+    assert_eq!(pinned(&pins.0).len(), 9);
     // A namespace that went with its programs attached leaves pins, and they are no obstacle to remove.
     let redirect = agent.redirect.take();
     drop((redirect, agent, other));

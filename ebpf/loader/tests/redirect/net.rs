@@ -53,6 +53,18 @@ impl Netns {
         run(&format!("ip -n {} {arguments}", self.name))
     }
 
+    /// Runs a program inside, to its end; a middle dot is a space within a word.
+    pub fn program(&self, command: &str) -> String {
+        let command = command.to_owned();
+        self.run(move || run(&command))
+    }
+
+    /// Whether a program ends well inside.
+    pub fn can(&self, command: &str) -> bool {
+        let words: Vec<String> = command.split_whitespace().map(str::to_owned).collect();
+        self.run(move || Command::new(&words[0]).args(&words[1..]).output().is_ok_and(|output| output.status.success()))
+    }
+
     pub fn sysctl(&self, key: &str, value: &str) {
         let (path, value) = (format!("/proc/sys/{key}"), value.to_owned());
         self.run(move || std::fs::write(path, value)).expect("sysctl");
@@ -128,7 +140,8 @@ pub fn ip(address: &str) -> IpAddr {
 
 fn run(command: &str) -> String {
     let mut words = command.split_whitespace();
-    let output = Command::new(words.next().expect("a command")).args(words).output().expect("the ip command is installed");
+    let program = words.next().expect("a command");
+    let output = Command::new(program).args(words.map(|word| word.replace('·', " "))).output().expect("iproute2 is installed");
     assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8_lossy(&output.stdout).into_owned()
 }

@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use ebpf_loader::Config;
+use ebpf_loader::{Config, Source};
 
 use crate::{
     agent::Agent,
@@ -174,6 +174,88 @@ fn tcp_in_fragments_is_dropped() {
     assert!(agent.nothing_captured());
 }
 
+/// Plain segments that no TCP stack of the pod sent: from a raw socket, and as a whole frame past the IP layer.
+#[test]
+fn raw_sockets_do_not_get_around() {
+    require_root!("raw_sockets_do_not_get_around");
+    const FROM: u16 = 45002;
+    let net = Topology::new();
+    let agent = Agent::start(&net.pod);
+    let wire = listen_to_frames(&net.host);
+    for (from, to) in [(POD4, SERVICE4), (POD6, SERVICE6)] {
+        let (from, to) = (SocketAddr::new(ip(from), FROM), SocketAddr::new(ip(to), 8080));
+        let packet = packet(from.ip(), to.ip(), 6, None, &tcp_syn(from, to));
+        let mut frame = vec![0xff; 6];
+        frame.extend([2, 0, 0, 0, 0, 1]);
+        frame.extend(if to.is_ipv6() { [0x86, 0xdd] } else { [0x08, 0] });
+        frame.extend(&packet);
+        let before = agent.count("outbound_captured");
+        send_raw(&net.pod, to.ip(), vec![packet]);
+        assert!(eventually(|| agent.count("outbound_captured") > before), "a raw socket's SYN to {to}");
+        let before = agent.count("outbound_captured");
+        let _ = net.pod.run(move || send_frame(&frame));
+        assert!(eventually(|| agent.count("outbound_captured") > before), "a frame's SYN to {to}");
+    }
+    // The listener of the frames is alive, and what it would tell of is not among what it saw.
+    net.pod
+        .run(|| UdpSocket::bind("0.0.0.0:0").and_then(|socket| socket.send_to(&FROM.to_be_bytes(), (HOST4, 9))))
+        .expect("sent");
+    let seen = frames_until(&wire, |frame| frame.ends_with(&FROM.to_be_bytes()));
+    let leaked = seen.iter().filter(|frame| [34, 54].iter().any(|at| frame.get(*at..*at + 2) == Some(&FROM.to_be_bytes())));
+    assert_eq!(leaked.count(), 0, "on the wire: {seen:02x?}");
+}
+
+/// A packet socket that hears every frame of eth0.
+fn listen_to_frames(netns: &Netns) -> OwnedFd {
+    netns.run(|| {
+        const EVERY: u16 = 3;
+        // SAFETY: plain numbers; the result is checked.
+        let fd = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, i32::from(EVERY.to_be())) };
+        assert!(fd >= 0, "{}", io::Error::last_os_error());
+        // SAFETY: just made, owned by nobody else.
+        let socket = unsafe { <OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(fd) };
+        sock::limit(&socket, Duration::from_secs(3)).expect("a limit");
+        socket
+    })
+}
+
+/// Every frame up to the one that ends the wait.
+fn frames_until(socket: &OwnedFd, last: impl Fn(&[u8]) -> bool) -> Vec<Vec<u8>> {
+    let mut frames = Vec::new();
+    loop {
+        let mut frame = vec![0; 2048];
+        // SAFETY: the pointer and length describe `frame`.
+        let received = unsafe { libc::recv(socket.as_raw_fd(), frame.as_mut_ptr().cast(), frame.len(), 0) };
+        assert!(received > 0, "nothing more: {}", io::Error::last_os_error());
+        frame.truncate(received as usize);
+        if last(&frame) {
+            return frames;
+        }
+        frames.push(frame);
+    }
+}
+
+/// Needs rights in the pod's namespace to make it, and sends through the interface below it all the same.
+#[test]
+fn an_interface_on_top_of_another_is_no_way_around() {
+    require_root!("an_interface_on_top_of_another_is_no_way_around");
+    let net = Topology::new();
+    echo_server(&net.host, 8080);
+    if !net.pod.can("ip link add top0 link eth0 type macvlan mode bridge") {
+        eprintln!("SKIPPED: an_interface_on_top_of_another_is_no_way_around: this kernel has no macvlan");
+        return;
+    }
+    let agent = Agent::start(&net.pod);
+    net.pod.ip("addr add 10.9.1.77/24 dev top0");
+    net.pod.ip("link set top0 up");
+    net.pod.ip("route replace 10.9.1.1/32 dev top0 src 10.9.1.77");
+    let to = SocketAddr::new(ip(HOST4), 8080);
+    // Captured on eth0, below; that the agent's own dial leaves through top0 too is the pod's affair.
+    let _ = net.pod.run(move || std::net::TcpStream::connect_timeout(&to, DROPPED_AFTER));
+    assert!(agent.count("outbound_captured") > 0, "{:?}", agent.all_counts());
+    assert_eq!(agent.count("outbound_existing"), 0);
+}
+
 #[test]
 fn other_transports_and_tunnels_are_refused_by_a_setting() {
     require_root!("other_transports_and_tunnels_are_refused_by_a_setting");
@@ -273,6 +355,98 @@ fn other_udp_passes_and_odd_dns_does_not() {
     }
     assert!(agent.count("odd_other") > 0);
     assert!(agent.count("dns_passed") >= 2);
+}
+
+/// In and out, as messages and in fragments. The agent's own questions and DNS that nobody captured live on.
+#[test]
+fn udp_is_counted_and_by_choice_refused() {
+    require_root!("udp_is_counted_and_by_choice_refused");
+    let net = Topology::new();
+    let served = |netns: &Netns, port: u16| {
+        let server = netns.run(move || UdpSocket::bind((Ipv6Addr::UNSPECIFIED, port))).expect("bind");
+        std::thread::spawn(move || {
+            let mut buffer = vec![0; 65536];
+            while let Ok((length, from)) = server.recv_from(&mut buffer) {
+                let _ = server.send_to(&buffer[..length.min(100)], from);
+            }
+        });
+    };
+    served(&net.host, 53);
+    served(&net.host, 5353);
+    served(&net.pod, 5353);
+    let ask = |netns: &Netns, to: &str, port: u16, length: usize, mark: i32| {
+        let to = ip(to);
+        netns.run(move || {
+            let socket = UdpSocket::bind(if to.is_ipv6() { "[::]:0" } else { "0.0.0.0:0" })?;
+            sock::set_number(&socket, libc::SOL_SOCKET, libc::SO_MARK, mark)?;
+            socket.set_read_timeout(Some(Duration::from_millis(300)))?;
+            socket.connect((to, port))?;
+            socket.send(&vec![7; length])?;
+            socket.recv(&mut [0; 200])
+        })
+    };
+    let ways = [(&net.pod, HOST4), (&net.pod, HOST6), (&net.host, POD4), (&net.host, POD6)];
+    let mut agent = Agent::start(&net.pod);
+    for (from, to) in ways {
+        let before = agent.count("udp_passed");
+        ask(from, to, 5353, 40, 0).unwrap_or_else(|e| panic!("{to}: {e} {:?}", agent.all_counts()));
+        assert!(agent.count("udp_passed") >= before + 2, "{to}");
+    }
+    agent.redirect().set_config(Config::default().with_refuse_udp(true)).expect("configure");
+    for (from, to) in ways {
+        for length in [40, 3000] {
+            let before = agent.count("refused_udp");
+            let _ = ask(from, to, 5353, length, 0).expect_err("refused");
+            assert!(agent.count("refused_udp") > before, "{length} to {to}");
+        }
+    }
+    for to in [HOST4, HOST6] {
+        ask(&net.pod, to, 53, 40, 0).unwrap_or_else(|e| panic!("DNS of {to}: {e} {:?}", agent.all_counts()));
+        ask(&net.pod, to, 5353, 40, 0x539).unwrap_or_else(|e| panic!("the agent asks {to}: {e} {:?}", agent.all_counts()));
+    }
+    agent.redirect().set_config(Config::default().with_refuse_udp(true).with_capture_dns(true)).expect("configure");
+    for to in [HOST4, HOST6] {
+        let _ = ask(&net.pod, to, 53, 40, 0).expect_err("DNS that should have been captured");
+        ask(&net.pod, to, 53, 40, 0x539).unwrap_or_else(|e| panic!("the agent asks {to}: {e} {:?}", agent.all_counts()));
+    }
+}
+
+#[test]
+fn denied_sources_are_dropped_at_once() {
+    require_root!("denied_sources_are_dropped_at_once");
+    let net = Topology::new();
+    echo_server(&net.pod, 9090);
+    echo_server(&net.pod, 15008);
+    let mut agent = Agent::start(&net.pod);
+    let source = |address: &str, prefix_len, denied| Source { address: ip(address), prefix_len, denied };
+    let dropped = |agent: &Agent, to: &str, port| {
+        let (before, to) = (agent.count("denied_source"), SocketAddr::new(ip(to), port));
+        let dialled = net.host.run(move || std::net::TcpStream::connect_timeout(&to, DROPPED_AFTER));
+        let counted = agent.count("denied_source") > before;
+        assert_eq!(dialled.is_err(), counted, "{to}: {dialled:?}");
+        counted
+    };
+    for (set, v4, v6) in [
+        (vec![source("10.9.0.0", 16, true)], true, false),
+        (vec![source("fd00:9:1::", 64, true)], false, true),
+        // IPv4 is not part of IPv6, and what is more precise counts.
+        (vec![source("::", 0, true)], false, true),
+        (vec![source("0.0.0.0", 0, true), source("10.9.1.0", 24, false), source("::", 0, true)], false, true),
+        (vec![source("10.9.1.0", 24, false), source("10.9.1.1", 32, true)], true, false),
+        (vec![source("::ffff:10.9.0.0", 112, true)], false, false),
+        (vec![], false, false),
+    ] {
+        agent.redirect().set_sources(&set).expect("set");
+        for port in [9090, 15008] {
+            assert_eq!((dropped(&agent, POD4, port), dropped(&agent, POD6, port)), (v4, v6), "{set:?}");
+        }
+    }
+    // Connections that are there are the agent's affair, and what the pod itself opens is not meant.
+    let mut old = Client::connect(&net.host, SocketAddr::new(ip(POD4), 9090)).expect("connect");
+    echo_server(&net.host, 8080);
+    agent.redirect().set_sources(&[source("0.0.0.0", 0, true)]).expect("set");
+    old.echo("still here");
+    Client::connect(&net.pod, SocketAddr::new(ip(HOST4), 8080)).expect("outbound").finish();
 }
 
 /// An application that forces a loopback destination out of an interface gets nowhere.

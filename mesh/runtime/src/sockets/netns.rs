@@ -5,13 +5,16 @@
 //! process aborts instead.
 
 use std::cell::{Cell, OnceCell};
+use std::collections::BTreeSet;
 use std::fs::OpenOptions;
 use std::io;
+use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 use std::rc::Rc;
 
+use nix::ifaddrs::{InterfaceAddress, getifaddrs};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::stat::fstat;
 use nix::sys::statfs::{NSFS_MAGIC, fstatfs};
@@ -64,6 +67,20 @@ impl NetnsFd {
     /// Device and inode.
     pub fn id(&self) -> NetnsId {
         self.id
+    }
+
+    /// The addresses of its interfaces, each once.
+    ///
+    /// # Errors
+    /// As for [`NetnsFd::run_in`].
+    pub fn addresses(&self) -> io::Result<Vec<IpAddr>> {
+        let of = |interface: InterfaceAddress| {
+            let address = interface.address?;
+            let v4 = address.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()));
+            v4.or_else(|| address.as_sockaddr_in6().map(|v6| IpAddr::V6(v6.ip())))
+        };
+        let found: BTreeSet<IpAddr> = self.run_in(|| Ok(getifaddrs()?.filter_map(of).collect()))?;
+        Ok(found.into_iter().collect())
     }
 
     /// Runs `f` with the calling thread inside this namespace, and comes back. No excursion when it is the thread's own.

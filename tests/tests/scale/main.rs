@@ -1,0 +1,202 @@
+//! Ring 3: a node full of pods: what enrolling one costs, what the agent is with all of them, how soon the next agent has them again.
+//!
+//! `CULVERT_SCALE_PODS` says how many pods (40; a full node has 250). Limits of time hold where nobody else wants the processors;
+//! what was seen is printed.
+use std::net::Ipv4Addr;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, ensure};
+use mesh_tests::agent::{Agent, AgentSpec, find_binary};
+use mesh_tests::bench::process::Pressure;
+use mesh_tests::mesh_dir::MeshDir;
+use mesh_tests::program::{Client, Server};
+use mesh_tests::suite::{self, CannotRun, Test, test};
+use mesh_tests::topology::{Plan, PodSpec, Topology};
+use mesh_tests::{netns, skip, wait};
+use nix::sys::signal::Signal;
+use tempfile::TempDir;
+
+const PORT: u16 = 8080;
+/// Of the machine's time, in percent, that somebody waited for a processor.
+const BUSY: f64 = 20.0;
+
+const TESTS: &[Test<Scale>] = &[
+    test("each_pod_is_enrolled_in_time", each_pod_is_enrolled_in_time),
+    test("the_agent_is_small_and_idle", the_agent_is_small_and_idle),
+    test("the_next_agent_has_every_pod_soon", the_next_agent_has_every_pod_soon),
+];
+
+const OBJECTS: &str = r"
+apiVersion: v1
+kind: Namespace
+metadata: { name: t, labels: { istio.io/dataplane-mode: ambient } }
+---
+apiVersion: security.istio.io/v1
+kind: PeerAuthentication
+metadata: { name: default, namespace: istio-system }
+spec: { mtls: { mode: STRICT } }
+";
+
+fn main() -> ExitCode {
+    suite::run("scale", skip::netns_unavailable().or_else(|| skip::command_missing("nft")), set_up, TESTS)
+}
+
+/// Dropped in this order.
+struct Scale {
+    agent: Option<Agent>,
+    _servers: Vec<Server>,
+    topology: Topology,
+    dir: MeshDir,
+    ca: TempDir,
+    logs: TempDir,
+    pods: usize,
+}
+
+fn set_up() -> anyhow::Result<Scale> {
+    find_binary().map_err(|error| CannotRun(format!("{error:#}")))?;
+    let pods: usize = std::env::var("CULVERT_SCALE_PODS").map_or(Ok(40), |text| text.parse()).context("CULVERT_SCALE_PODS")?;
+    ensure!((2..=250).contains(&pods), "CULVERT_SCALE_PODS: 2 to 250");
+    let mut plan = Plan::default().node("node-a", "zone-1").host("outside");
+    for n in 0..pods {
+        let host = u8::try_from(n + 2)?;
+        plan.pods.push(PodSpec {
+            name: format!("p{n}"),
+            namespace: "t".into(),
+            node: "node-a".into(),
+            service_account: format!("sa{}", n % 20),
+            labels: [("app".to_owned(), format!("p{n}"))].into(),
+            v4: Ipv4Addr::new(10, 244, 1, host),
+            v6: std::net::Ipv6Addr::new(0xfd00, 0x244, 1, 0, 0, 0, 0, host.into()),
+        });
+    }
+    let topology = plan.build()?;
+    let (dir, ca, logs) = (MeshDir::empty()?, netns::scratch("ca")?, netns::scratch("logs")?);
+    dir.put("00-base.yaml", OBJECTS)?;
+    dir.put("01-nodes.yaml", &topology.nodes_yaml())?;
+    let servers = vec![Server::start(topology.host("outside"), PORT)?, Server::start(topology.pod("p0"), PORT)?];
+    let mut scale = Scale { agent: None, _servers: servers, topology, dir, ca, logs, pods };
+    scale.agent = Some(scale.start()?);
+    scale.agent()?.wait_ready(Duration::from_secs(20))?;
+    Ok(scale)
+}
+
+impl Scale {
+    fn start(&self) -> anyhow::Result<Agent> {
+        AgentSpec::new("node-a", self.dir.path(), self.ca.path(), self.logs.path())
+            .env("TRUST_DOMAIN", "test.local")
+            .start(self.topology.node("node-a"))
+    }
+    fn agent(&self) -> anyhow::Result<&Agent> {
+        self.agent.as_ref().context("no agent runs")
+    }
+    fn active(&self) -> anyhow::Result<f64> {
+        Ok(self.agent()?.metrics()?.sum("workload_manager_active_proxy_count", &[]))
+    }
+    /// The first and the last pod are served: to the outside, and to each other by their identities.
+    fn calls_work(&self) -> anyhow::Result<()> {
+        let last = self.topology.pod(&format!("p{}", self.pods - 1));
+        Client::who(last, self.topology.host("outside").at(PORT)).context("outside")?;
+        let mark = self.agent()?.mark();
+        Client::who(last, self.topology.pod("p0").at(PORT)).context("the first pod")?;
+        self.agent()?
+            .wait_access("the call", mark, |record| record["direction"] == "inbound" && record["src.identity"].is_string())?;
+        Ok(())
+    }
+}
+
+/// Seconds of CPU that a process used; that its children used, which ended.
+fn cpu(pid: u32) -> anyhow::Result<(f64, f64)> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    let fields: Vec<f64> =
+        stat.rsplit_once(')').context("a name")?.1.split_whitespace().map(|f| f.parse().unwrap_or(0.0)).collect();
+    let seconds = |at: usize| fields.get(at..at + 2).map_or(0.0, |ticks| ticks.iter().sum::<f64>() / 100.0);
+    Ok((seconds(11), seconds(13)))
+}
+
+/// A line of `/proc/PID/status`, in MiB.
+fn memory(pid: u32, line: &str) -> anyhow::Result<f64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let kib = status.lines().find_map(|found| found.strip_prefix(line)).context("the line")?;
+    Ok(kib.split_whitespace().nth(1).context("a number")?.parse::<f64>()? / 1024.0)
+}
+
+/// An error where it took longer than `limit` although nobody else wanted the processors.
+fn in_time(what: &str, took: f64, limit: f64, pressure: &Pressure) -> anyhow::Result<()> {
+    let busy = pressure.percent().is_none_or(|percent| percent > BUSY);
+    ensure!(took <= limit || busy, "{what} took {took:.3} s, {limit} s are allowed");
+    Ok(())
+}
+
+fn each_pod_is_enrolled_in_time(scale: &mut Scale) -> anyhow::Result<()> {
+    let (pid, pressure) = (scale.agent()?.pid(), Pressure::start());
+    let before = cpu(pid)?;
+    for n in 0..scale.pods {
+        let name = format!("p{n}");
+        scale.dir.put(&format!("pod-{name}.yaml"), &scale.topology.pod_yaml(&name, &[]))?;
+    }
+    wait::until("all pods to be served", Duration::from_mins(2), || {
+        scale.active().is_ok_and(|active| active as usize == scale.pods).then_some(())
+    })?;
+    let after = cpu(pid)?;
+    let page = scale.agent()?.metrics()?;
+    let of = |suffix: &str, labels: &[(&str, &str)]| page.sum(&format!("culvert_pod_start_seconds{suffix}"), labels);
+    let count = of("_count", &[]);
+    ensure!(count as usize == scale.pods, "{count} starts of {} pods", scale.pods);
+    let within = |le: &str| of("_bucket", &[("le", le)]) / count;
+    let p99 = ["0.01", "0.02", "0.03", "0.05", "0.075", "0.1", "0.2", "0.5", "1", "5"].into_iter().find(|le| within(le) >= 0.99);
+    let each = |seconds: f64| seconds / count * 1e3;
+    println!(
+        "MEASURED: enrolment of {count} pods: mean {:.1} ms, p99 within {} s; CPU of the agent {:.1} ms each, of nft {:.1} ms",
+        each(of("_sum", &[])),
+        p99.unwrap_or("more than 5"),
+        each(after.0 - before.0),
+        each(after.1 - before.1),
+    );
+    in_time("enrolment at p99", p99.map_or(f64::INFINITY, |le| le.parse().unwrap_or(f64::INFINITY)), 0.05, &pressure)?;
+    scale.calls_work()
+}
+
+fn the_agent_is_small_and_idle(scale: &mut Scale) -> anyhow::Result<()> {
+    const WATCHED: Duration = Duration::from_secs(6);
+    let pid = scale.agent()?.pid();
+    let (all, own) = (memory(pid, "VmRSS")?, memory(pid, "RssAnon")?);
+    let files = std::fs::read_dir(format!("/proc/{pid}/fd"))?.count();
+    let busy = |watched: Duration| -> anyhow::Result<f64> {
+        let before = cpu(pid)?.0;
+        std::thread::sleep(watched);
+        Ok((cpu(pid)?.0 - before) / watched.as_secs_f64() * 100.0)
+    };
+    // What enrolling leaves to be done (a look at each pod's interfaces, certificates) takes its time on a busy machine.
+    wait::until("the agent to have nothing to do", Duration::from_mins(1), || {
+        busy(Duration::from_secs(1)).is_ok_and(|busy| busy <= 2.0).then_some(())
+    })?;
+    let idle = busy(WATCHED)?;
+    println!(
+        "MEASURED: {} pods: {all:.1} MiB, {own:.1} of them not of files; {files} open files; idle {idle:.2} % of a processor",
+        scale.pods
+    );
+    // The pages of a debug build's file are several times those of what ships.
+    ensure!(own <= 60.0, "{own} MiB");
+    ensure!(idle <= 2.0, "{idle} % of a processor while nothing happens");
+    ensure!(files < 25 * scale.pods + 200, "{files} open files");
+    Ok(())
+}
+
+fn the_next_agent_has_every_pod_soon(scale: &mut Scale) -> anyhow::Result<()> {
+    scale.agent()?.signal(Signal::SIGKILL)?;
+    scale.agent()?.wait_end(Duration::from_secs(5))?;
+    let (began, pressure) = (Instant::now(), Pressure::start());
+    scale.agent = Some(scale.start()?);
+    scale.agent()?.wait_ready(Duration::from_mins(1))?;
+    let took = began.elapsed().as_secs_f64();
+    let (own, children) = cpu(scale.agent()?.pid())?;
+    println!(
+        "MEASURED: restart with {} pods: ready after {took:.2} s; CPU of the agent {own:.2} s, of nft {children:.2} s",
+        scale.pods
+    );
+    let active = scale.active()?;
+    ensure!(active as usize == scale.pods, "ready with {active} pods");
+    in_time("the restart", took, 3.0, &pressure)?;
+    scale.calls_work()
+}
