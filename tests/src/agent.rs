@@ -17,6 +17,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 
+use crate::confine::Confinement;
 use crate::http::{self, Answer};
 use crate::topology::Place;
 use crate::wait;
@@ -70,6 +71,8 @@ pub struct AgentSpec {
     pub env: BTreeMap<String, String>,
     /// Where the log goes.
     pub log: PathBuf,
+    /// What it may, if not everything.
+    pub confinement: Option<Confinement>,
 }
 
 impl AgentSpec {
@@ -88,6 +91,7 @@ impl AgentSpec {
             folders: Some([mesh_dir.into(), ca_dir.into()]),
             env: env.into_iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect(),
             log: log_dir.join(format!("{node}.log")),
+            confinement: None,
         }
     }
 
@@ -119,17 +123,25 @@ impl AgentSpec {
         self
     }
 
+    /// Gives it no other rights than these.
+    #[must_use]
+    pub fn confined(mut self, to: Confinement) -> Self {
+        self.confinement = Some(to);
+        self
+    }
+
     /// Starts it in the namespace of `place`. The log is appended to, so that a restart keeps the first part.
     pub fn start(self, place: &Arc<Place>) -> anyhow::Result<Agent> {
         let binary = find_program(self.program)?;
         let log = File::options().create(true).append(true).open(&self.log)?;
-        let mut command = Command::new(&binary);
+        let mut command = self.confinement.as_ref().map_or_else(|| Command::new(&binary), |to| to.command(&binary));
         command.arg("proxy");
         if let Some([mesh, ca]) = &self.folders {
             command.arg("--mesh-dir").arg(mesh).arg("--ca-dir").arg(ca);
         }
         command.args(&self.flags).envs(&self.env).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
-        let child = place.netns.spawn(&mut command).with_context(|| format!("start {}", binary.display()))?;
+        let enter = || self.confinement.as_ref().map_or(Ok(()), |to| to.enter(&binary));
+        let child = place.netns.spawn_after(enter, &mut command).with_context(|| format!("start {}", binary.display()))?;
         Ok(Agent { child: Mutex::new(child), place: place.clone(), spec: self })
     }
 }

@@ -12,7 +12,9 @@
 pub mod agent;
 pub mod bench;
 pub mod capture;
+pub mod chart;
 pub mod cni;
+pub mod confine;
 pub mod dev_ca;
 pub mod dns;
 pub mod envoy;

@@ -25,7 +25,7 @@ const NETNS_DIR: &str = "/run/netns";
 /// Where the agents of runs keep their pins, by the name of the namespace the agent is in.
 const PINS_DIR: &str = "/sys/fs/bpf/culvert-tests";
 /// Where they wait for their successors, by the same name.
-const RUN_DIR: &str = "/run/culvert-tests";
+pub const RUN_DIR: &str = "/run/culvert-tests";
 
 /// The prefix of everything this process makes: `cv<pid>-`.
 pub fn own_prefix() -> String {
@@ -124,8 +124,16 @@ impl Netns {
     /// Starts a program inside the namespace. (Not through `ip netns exec`, which would also give it another `/sys` and so
     /// hide pinned eBPF objects.) An agent's pins are kept where they go with the namespace.
     pub fn spawn(&self, command: &mut Command) -> io::Result<Child> {
+        self.spawn_after(|| Ok(()), command)
+    }
+
+    /// The same, once the thread that starts it has done something to itself.
+    pub fn spawn_after(&self, prepare: impl FnOnce() -> io::Result<()> + Send, command: &mut Command) -> io::Result<Child> {
         command.env("CULVERT_BPF_DIR", self.pins()).env("CULVERT_RUN_DIR", self.run_dir());
-        self.enter(|| command.spawn())
+        self.enter(|| {
+            prepare()?;
+            command.spawn()
+        })
     }
 
     /// Where an agent started in this namespace waits for its successor.

@@ -10,10 +10,8 @@ use mesh_runtime::sockets::{Capability, check_capabilities, probe_rights};
 use std::fmt;
 use std::path::Path;
 
-/// The inode of the first PID namespace, in every kernel (`PROC_PID_INIT_INO`).
-const HOST_PIDS: &str = "pid:[4026531836]";
 /// What in-pod mode takes.
-const CAPABILITIES: [Capability; 3] = [Capability::NetAdmin, Capability::NetRaw, Capability::SysAdmin];
+const CAPABILITIES: [Capability; 2] = [Capability::NetAdmin, Capability::SysAdmin];
 
 /// What was found.
 #[derive(Debug, Default)]
@@ -32,7 +30,7 @@ impl Report {
         let mut report = Self::default();
         let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").map_err(|e| e.to_string());
         report.add("kernel", kernel.map(|release| release.trim().to_owned()));
-        report.add("capabilities", said(check_capabilities(&CAPABILITIES), "NET_ADMIN, NET_RAW, SYS_ADMIN"));
+        report.add("capabilities", said(check_capabilities(&CAPABILITIES), "NET_ADMIN, SYS_ADMIN"));
         report.add("pods", said(probe_rights(MARK), "their namespaces can be entered, packets marked, their addresses used"));
         report.add("ebpf", said(ebpf_loader::probe(), "tc programs attach and take connections"));
         let pins = pins.of_node(node);
@@ -102,10 +100,10 @@ fn cgroup() -> Result<(), String> {
     found.then_some(()).ok_or_else(|| "version 2 is not mounted".to_owned())
 }
 
-/// Also that processes of others may be looked at (`CAP_SYS_PTRACE`).
+/// Whether this is the `/proc` of the machine, where the second process is always the kernel's own, and whether others' may be looked at.
 fn host_processes(proc_dir: &Path) -> Result<(), String> {
-    let first =
-        std::fs::read_link(proc_dir.join("1/ns/pid")).map_err(|e| format!("those of others may not be looked at: {e}"))?;
-    let host = first.as_os_str() == HOST_PIDS;
+    check_capabilities(&[Capability::SysPtrace]).map_err(|error| error.to_string())?;
+    let second = std::fs::read_to_string(proc_dir.join("2/comm")).unwrap_or_default();
+    let host = second.trim() == "kthreadd";
     host.then_some(()).ok_or_else(|| "not those of pods (--proc-dir): the node's name servers are asked for them".to_owned())
 }

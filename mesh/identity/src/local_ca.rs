@@ -11,7 +11,7 @@
 use std::fmt;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -277,7 +277,9 @@ fn read_private(path: &Path) -> Result<Option<String>, IdentityError> {
     if !metadata.is_file() {
         return Err(storage(path, "it is not a regular file"));
     }
-    if mode & 0o077 != 0 {
+    // A Secret that Kubernetes mounted for the group of a pod that does not run as root (`fsGroup`).
+    let is_mounted = mode == 0o440 && metadata.uid() == 0;
+    if mode & 0o077 != 0 && !is_mounted {
         return Err(storage(
             path,
             format!("mode {mode:04o} lets others use the root key: consider it stolen (remove it), or chmod 0600 it"),

@@ -118,6 +118,9 @@ fn a_key_others_can_read_is_refused() {
         let why = why(&settings);
         assert!(why.contains(&format!("{bad:04o}")) && why.contains("ca.pem") && why.contains("chmod 0600"), "{why}");
     }
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o440)).unwrap();
+    let is_roots = std::os::unix::fs::MetadataExt::uid(&fs::metadata(&file).unwrap()) == 0;
+    assert_eq!(open(&settings).is_ok(), is_roots, "as Kubernetes mounts a Secret");
     fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
     assert!(open(&settings).is_ok());
 }

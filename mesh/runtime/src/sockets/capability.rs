@@ -8,28 +8,19 @@ use std::io;
 pub enum Capability {
     /// CAP_NET_ADMIN: SO_MARK, IP_TRANSPARENT.
     NetAdmin,
-    /// CAP_NET_RAW: IP_TRANSPARENT on kernels that accept it instead of NET_ADMIN.
-    NetRaw,
-    /// CAP_SYS_ADMIN: entering a pod's network namespace.
+    /// CAP_SYS_ADMIN: entering a pod's network namespace, BPF.
     SysAdmin,
-    /// CAP_BPF: loading eBPF programs and maps.
-    Bpf,
-    /// CAP_SYS_RESOURCE: raising limits above the hard limit.
-    SysResource,
-    /// CAP_NET_BIND_SERVICE: ports below 1024.
-    NetBindService,
+    /// CAP_SYS_PTRACE: finding namespaces and files of processes in pods.
+    SysPtrace,
 }
 
 impl Capability {
     /// Bit in the kernel's capability sets (linux/capability.h).
     fn bit(self) -> u32 {
         match self {
-            Self::NetBindService => 10,
             Self::NetAdmin => 12,
-            Self::NetRaw => 13,
+            Self::SysPtrace => 19,
             Self::SysAdmin => 21,
-            Self::SysResource => 24,
-            Self::Bpf => 39,
         }
     }
 
@@ -37,11 +28,8 @@ impl Capability {
     pub fn name(self) -> &'static str {
         match self {
             Self::NetAdmin => "NET_ADMIN",
-            Self::NetRaw => "NET_RAW",
             Self::SysAdmin => "SYS_ADMIN",
-            Self::Bpf => "BPF",
-            Self::SysResource => "SYS_RESOURCE",
-            Self::NetBindService => "NET_BIND_SERVICE",
+            Self::SysPtrace => "SYS_PTRACE",
         }
     }
 }

@@ -1,0 +1,93 @@
+//! A program as its container runs it: with the capabilities that are named and no others, as the user that is named, on a root
+//! filesystem that is read-only but for mounted volumes.
+//!
+//! Owns the mount namespace it makes for the program. Upstream: [`crate::agent`]. Downstream: `setpriv`, `mount(2)`.
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+use serde_json::Value;
+
+/// Where an image has its programs.
+const PROGRAMS: &str = "/usr/local/bin";
+
+/// What a program may.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Confinement {
+    /// In the words of a container's security context: `NET_ADMIN`.
+    pub capabilities: Vec<String>,
+    /// User and group it runs as; 0 is root without any other right.
+    pub user: u32,
+    /// What stays writable.
+    pub volumes: Vec<PathBuf>,
+}
+
+impl Confinement {
+    /// What the `securityContext` of a container says; that of its pod says as whom it runs where it does not itself.
+    pub fn of_container(container: &Value, pod: &Value, volumes: &[&Path]) -> Self {
+        let (own, whole) = (&container["securityContext"], &pod["securityContext"]);
+        let added = own["capabilities"]["add"].as_array().into_iter().flatten();
+        Self {
+            capabilities: added.filter_map(Value::as_str).map(str::to_owned).collect(),
+            user: own["runAsUser"].as_u64().or_else(|| whole["runAsUser"].as_u64()).unwrap_or(0) as u32,
+            volumes: volumes.iter().map(|path| path.to_path_buf()).collect(),
+        }
+    }
+
+    /// The program, where [`Self::enter`] shows it, with no other rights, not even by an exec.
+    pub fn command(&self, program: &Path) -> Command {
+        let mut bounds = "-all".to_owned();
+        for capability in &self.capabilities {
+            bounds.push_str(",+");
+            bounds.push_str(&capability.to_lowercase());
+        }
+        let mut command = Command::new("setpriv");
+        command.args(["--inh-caps=-all".to_owned(), format!("--bounding-set={bounds}")]);
+        if self.user != 0 {
+            let user = self.user;
+            command.args([
+                format!("--reuid={user}"),
+                format!("--regid={user}"),
+                "--clear-groups".into(),
+                "--no-new-privs".into(),
+            ]);
+        }
+        command.arg("--").arg(Path::new(PROGRAMS).join(program.file_name().unwrap_or_default()));
+        command
+    }
+
+    /// Makes every mount read-only for this thread and what it starts, but the volumes, and shows the program and those beside it
+    /// where an image has them: whoever runs it may not have a way to where it was built.
+    ///
+    /// # Errors
+    /// Not root, or a volume is missing.
+    pub fn enter(&self, program: &Path) -> io::Result<()> {
+        const NOTHING: Option<&Path> = None;
+        let change = |from: Option<&Path>, at: &Path, flags| mount(from, at, NOTHING, flags, NOTHING).map_err(io::Error::from);
+        unshare(CloneFlags::CLONE_NEWNS)?;
+        change(None, Path::new("/"), MsFlags::MS_REC | MsFlags::MS_PRIVATE)?;
+        for volume in &self.volumes {
+            fs::create_dir_all(volume)?;
+            change(Some(volume), volume, MsFlags::MS_BIND)?;
+        }
+        change(program.parent(), Path::new(PROGRAMS), MsFlags::MS_BIND)?;
+        for line in fs::read_to_string("/proc/thread-self/mountinfo")?.lines() {
+            let (Some(at), Some((_, source))) = (line.split(' ').nth(4), line.split_once(" - ")) else { continue };
+            let at = Path::new(at);
+            // Those are views of the kernel's own; a container has its own `/proc`.
+            let of_kernel = ["nsfs ", "proc ", "cgroup"].iter().any(|kind| source.starts_with(kind));
+            if of_kernel || self.volumes.iter().any(|volume| volume == at) {
+                continue;
+            }
+            match change(None, at, MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY) {
+                // Below something else, or of a test that ended meanwhile.
+                Err(e) if at == Path::new("/") => return Err(e),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}

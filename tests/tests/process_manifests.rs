@@ -1,0 +1,231 @@
+//! The chart, the plain YAML it renders, and what both promise: every flag and variable is one the programs know, the rights
+//! are those the programs ask for, the numbers of an upgrade fit each other.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "a suite")]
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::process::Command;
+
+use mesh_sources::kubernetes::{Access, Reach, Retry, Scope, Watches};
+use mesh_sources::{Origin, Viewpoint, translate};
+use mesh_tests::agent::{find_program, workspace_dir};
+use mesh_tests::chart;
+use mesh_tests::kube_api::{KubeApi, documents};
+use mesh_tests::{skip, wait};
+use serde_json::Value;
+
+const NAMESPACE: &str = "istio-system";
+const PROFILES: [&str; 2] = ["development", "production"];
+
+fn manifests() -> PathBuf {
+    workspace_dir().join("manifests")
+}
+fn rendered(profile: &str) -> String {
+    let chart = manifests().join("chart");
+    chart::render(&chart, &chart.join(format!("values-{profile}.yaml")), NAMESPACE).unwrap()
+}
+fn objects(profile: &str) -> Vec<Value> {
+    documents(&rendered(profile)).unwrap()
+}
+fn find<'o>(objects: &'o [Value], kind: &str, name: &str) -> &'o Value {
+    let found = objects.iter().find(|o| o["kind"] == kind && o["metadata"]["name"] == name);
+    found.unwrap_or_else(|| panic!("no {kind} {name}"))
+}
+/// Pod templates, with the name of their program.
+fn pods(objects: &[Value]) -> Vec<(&'static str, &Value)> {
+    let of = |kind: &str, program| {
+        let all: Vec<_> =
+            objects.iter().filter(|o| o["kind"] == kind).map(|o| (program, &o["spec"]["template"]["spec"])).collect();
+        assert!(!all.is_empty(), "no {kind}");
+        all
+    };
+    [of("DaemonSet", "ztunnel"), of("Deployment", "waypoint")].concat()
+}
+
+/// `CULVERT_UPDATE=1 cargo test -p mesh-tests --test process_manifests` writes them anew.
+#[test]
+fn the_plain_files_are_what_the_chart_renders() {
+    for profile in PROFILES {
+        let path = manifests().join(format!("plain/{profile}.yaml"));
+        let head = format!(
+            "# helm template culvert manifests/chart -n {NAMESPACE} -f manifests/chart/values-{profile}.yaml\n\
+             apiVersion: v1\nkind: Namespace\nmetadata:\n  name: {NAMESPACE}\n  labels:\n    pod-security.kubernetes.io/enforce: privileged\n"
+        );
+        let text = format!("{head}{}", rendered(profile));
+        if std::env::var_os("CULVERT_UPDATE").is_some() {
+            std::fs::write(&path, &text).unwrap();
+        }
+        assert_eq!(std::fs::read_to_string(&path).unwrap_or_default(), text, "{profile}: see this test for how to update it");
+    }
+}
+
+#[test]
+fn helm_renders_the_same() {
+    if let Some(why) = skip::command_missing("helm") {
+        return skip::skipped("process_manifests::helm_renders_the_same", &why);
+    }
+    for profile in PROFILES {
+        let chart = manifests().join("chart");
+        let values = chart.join(format!("values-{profile}.yaml"));
+        let out =
+            Command::new("helm").args(["template", "culvert", "-n", NAMESPACE, "-f"]).arg(values).arg(&chart).output().unwrap();
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        let order = |mut objects: Vec<Value>| {
+            objects.sort_by_key(|o| format!("{} {} {}", o["kind"], o["metadata"]["namespace"], o["metadata"]["name"]));
+            objects
+        };
+        let theirs = order(documents(&String::from_utf8(out.stdout).unwrap()).unwrap());
+        assert_eq!(theirs, order(objects(profile)), "{profile}");
+    }
+}
+
+/// What is written down for operators is what is given.
+#[test]
+fn the_rights_of_the_agent_are_told() {
+    let readme = std::fs::read_to_string(manifests().join("README.md")).unwrap();
+    let told: BTreeSet<&str> = readme.lines().filter_map(|line| line.strip_prefix("| `")?.split('`').next()).collect();
+    for profile in PROFILES {
+        let all = objects(profile);
+        let container = &find(&all, "DaemonSet", "culvert-agent")["spec"]["template"]["spec"]["containers"][0];
+        let capabilities = &container["securityContext"]["capabilities"];
+        let added: BTreeSet<&str> = capabilities["add"].as_array().unwrap().iter().map(|c| c.as_str().unwrap()).collect();
+        assert_eq!(added, told);
+        assert_eq!(capabilities["drop"], serde_json::json!(["ALL"]));
+    }
+}
+
+/// With Istio's CA the agent has a token for it and no root key.
+#[test]
+fn certificates_may_come_from_istiod() {
+    let dir = tempfile::tempdir().unwrap();
+    let values = dir.path().join("values.yaml");
+    std::fs::write(&values, "caAddress: https://istiod.istio-system.svc:15012\n").unwrap();
+    let all = documents(&chart::render(&manifests().join("chart"), &values, NAMESPACE).unwrap()).unwrap();
+    let agent = find(&all, "DaemonSet", "culvert-agent");
+    check_names("ztunnel", &agent["spec"]["template"]["spec"]);
+    let text = agent.to_string();
+    assert!(text.contains("istio-token") && !text.contains("culvert-ca"), "{text}");
+}
+
+#[test]
+fn every_flag_and_variable_is_known_to_the_programs() {
+    for profile in PROFILES {
+        for (program, pod) in pods(&objects(profile)) {
+            check_names(program, pod);
+        }
+    }
+}
+
+fn check_names(program: &str, pod: &Value) {
+    let out = Command::new(find_program(program).unwrap()).args(["proxy", "--help"]).output().unwrap();
+    let help = String::from_utf8(out.stdout).unwrap();
+    let container = &pod["containers"][0];
+    assert_eq!(container["command"][0], format!("/usr/local/bin/{program}"));
+    let args: Vec<&str> = container["args"].as_array().unwrap().iter().map(|a| a.as_str().unwrap()).collect();
+    assert_eq!(args[0], "proxy");
+    for flag in &args[1..] {
+        let known = help.split_whitespace().any(|word| word == *flag);
+        assert!(known, "{program} has no flag {flag}");
+    }
+    for variable in container["env"].as_array().unwrap() {
+        let name = variable["name"].as_str().unwrap();
+        // These two are of the log, which is there before any flag is read.
+        let known = matches!(name, "RUST_LOG" | "LOG_FORMAT") || help.contains(&format!("[env: {name}="));
+        assert!(known, "{program} has no variable {name}");
+    }
+}
+
+/// Every value must be one the program takes. What contradicts itself is noticed once all values are read, so that nothing starts.
+#[test]
+fn every_value_is_one_the_programs_take() {
+    for profile in PROFILES {
+        for (program, pod) in pods(&objects(profile)) {
+            let container = &pod["containers"][0];
+            let mut command = Command::new(find_program(program).unwrap());
+            command.env_clear().args(["proxy", "--kubernetes", "--mesh-dir", "."]);
+            for variable in container["env"].as_array().unwrap() {
+                let value = variable["value"].as_str().unwrap_or("10.0.0.1");
+                command.env(variable["name"].as_str().unwrap(), value);
+            }
+            let said = String::from_utf8_lossy(&command.output().unwrap().stderr).into_owned();
+            assert!(said.contains("cannot be used with"), "{program} {profile}: {said}");
+        }
+    }
+}
+
+#[test]
+fn an_upgrade_and_an_end_get_their_time() {
+    let seconds = |text: &str| {
+        let (number, unit) = text.split_at(text.len() - 1);
+        number.parse::<u64>().unwrap() * if unit == "m" { 60 } else { 1 }
+    };
+    for profile in PROFILES {
+        let all = objects(profile);
+        for (program, pod) in pods(&all) {
+            let deadline = pod["containers"][0]["env"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .find(|v| v["name"] == "CONNECTION_TERMINATION_DEADLINE" || v["name"] == "TERMINATION_DRAIN_DURATION")
+                .and_then(|v| v["value"].as_str())
+                .unwrap();
+            let grace = pod["terminationGracePeriodSeconds"].as_u64().unwrap();
+            assert!(grace > seconds(deadline), "{program}: {grace} s for {deadline}");
+        }
+        let agent = find(&all, "DaemonSet", "culvert-agent");
+        let rolling = &agent["spec"]["updateStrategy"]["rollingUpdate"];
+        assert_eq!(
+            (rolling["maxSurge"].as_u64(), rolling["maxUnavailable"].as_u64()),
+            (Some(1), Some(0)),
+            "the next beside the old"
+        );
+        let spec = &agent["spec"]["template"]["spec"];
+        assert!(spec["hostNetwork"].is_null() && spec["hostPID"].is_null(), "two on one node may not want one port");
+        let security = &spec["containers"][0]["securityContext"];
+        assert!(security["privileged"].is_null());
+        // What the agent keeps for the next one is outside of the container.
+        let hosts: Vec<&Value> = spec["volumes"].as_array().unwrap().iter().map(|v| &v["hostPath"]["path"]).collect();
+        assert!(hosts.iter().any(|p| **p == "/run/culvert") && hosts.iter().any(|p| **p == "/sys/fs/bpf"), "{hosts:?}");
+    }
+}
+
+/// What a program lists and watches, as a server sees it, is what its roles allow, and nothing more is allowed.
+#[test]
+fn the_rights_are_those_that_are_asked_for() {
+    let all = objects("production");
+    let agent = granted(find(&all, "ClusterRole", "culvert-agent"), "");
+    assert_eq!(asked(Reach::Agent), agent);
+    let mut waypoint = granted(find(&all, "ClusterRole", "culvert-waypoint"), "");
+    waypoint.extend(granted(find(&all, "Role", "zamaz-waypoint"), "zamaz"));
+    waypoint.extend(granted(find(&all, "Role", "culvert-mesh-config"), NAMESPACE));
+    assert_eq!(asked(Reach::Waypoint { namespace: "zamaz".into() }), waypoint);
+}
+
+fn granted(role: &Value, namespace: &str) -> BTreeSet<String> {
+    let mut out = BTreeSet::new();
+    for rule in role["rules"].as_array().unwrap() {
+        let verbs: Vec<&str> = rule["verbs"].as_array().unwrap().iter().map(|v| v.as_str().unwrap()).collect();
+        if verbs == ["patch"] {
+            continue;
+        }
+        assert_eq!(verbs, ["list", "watch"]);
+        for resource in rule["resources"].as_array().unwrap() {
+            let group = rule["apiGroups"][0].as_str().unwrap();
+            out.insert(format!("{group}/{namespace}/{}", resource.as_str().unwrap()));
+        }
+    }
+    out
+}
+
+fn asked(reach: Reach) -> BTreeSet<String> {
+    let api = KubeApi::start().unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let access = Access { kubeconfig: Some(api.kubeconfig(dir.path()).unwrap()) };
+    let settings = translate::Settings { layer7: reach != Reach::Agent, ..translate::Settings::default() };
+    let origin = Origin::Kubernetes(Box::new(Scope { access, reach, retry: Retry::default(), watches: Watches::default() }));
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let view = Viewpoint { root_namespace: NAMESPACE.into(), ..Viewpoint::default() };
+    let (mesh, _) = runtime.block_on(async { mesh_sources::start_with(origin, view, &settings) });
+    wait::until_true("the first mesh", || mesh.is_synced()).unwrap();
+    api.asked()
+}
