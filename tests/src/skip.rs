@@ -1,6 +1,8 @@
 //! The one way to say that a test cannot run here. Owns the `SKIPPED:` line, which `cargo xtask test` counts; a ring
 //! that cannot run on a machine is reported as skipped, never as passed (DESIGN §8).
 
+use std::path::PathBuf;
+
 /// Prints the line the aggregator counts.
 pub fn skipped(name: &str, why: &str) {
     eprintln!("SKIPPED: {name}: {why}");
@@ -26,4 +28,19 @@ pub fn command_missing(program: &str) -> Option<String> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let found = std::env::split_paths(&path).any(|dir| dir.join(program).is_file());
     (!found).then(|| format!("`{program}` is not installed"))
+}
+
+/// A program of others that a script of `tests/` builds: in `CULVERT_PEERS`, in `peers` of the build directory, or on the path.
+/// The error says that it is not installed.
+pub fn find_peer(program: &str) -> Result<PathBuf, String> {
+    let built = crate::agent::target_dir().join("peers");
+    let peers = std::env::var_os("CULVERT_PEERS").map(PathBuf::from);
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    peers
+        .into_iter()
+        .chain([built])
+        .chain(std::env::split_paths(&path))
+        .map(|dir| dir.join(program))
+        .find(|file| file.is_file())
+        .ok_or_else(|| format!("`{program}` is not installed (`cargo xtask e2e` builds it)"))
 }

@@ -8,6 +8,7 @@ mod bench;
 mod ci;
 mod demo;
 mod deny;
+mod e2e;
 mod ebpf;
 mod libtest;
 mod licence;
@@ -28,6 +29,9 @@ cargo xtask COMMAND
                     --ring N       only that ring (0 pure, 1 memory, 2 process, 3 network namespaces)
                     --no-setup     install nothing; what cannot run is counted as skipped
                     --no-variants  leave out the suites of optional build features (tls-boring)
+  e2e [FILTER]    ring 4: build real peers (SPIRE) with the scripts of `tests/`, needs Go, and run their suites in the long form;
+                  without it they run, shorter, only where the peers are installed (`CULVERT_PEERS` or `target/peers`)
+                    --no-setup     build and install nothing
   ci              everything a change must pass: fmt, tidy, deny, ebpf --check, proto --check, clippy, then test
   tidy            walls between crates and modules, module heads, unsafe, words that must not be committed
   deny            licences, banned and duplicated crates, sources, as deny.toml says
@@ -52,6 +56,7 @@ fn main() -> ExitCode {
             Ok(())
         }
         "test" => suite::run(rest),
+        "e2e" => e2e::run(rest),
         "ci" => ci::run(rest),
         "tidy" => tidy::run(rest),
         "deny" => deny::run(rest),

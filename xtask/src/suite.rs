@@ -43,14 +43,17 @@ pub fn run(args: &[String]) -> Result<()> {
 pub struct Options {
     filter: Vec<String>,
     ring: Option<u8>,
-    setup: bool,
+    /// Install what is missing.
+    pub setup: bool,
     variants: bool,
+    /// Where the programs of real peers are; the suites then run in their long form.
+    pub peers: Option<PathBuf>,
 }
 
 impl Options {
     /// Reads the command line.
     pub fn parse(args: &[String]) -> Result<Self> {
-        let mut options = Self { filter: Vec::new(), ring: None, setup: true, variants: true };
+        let mut options = Self { filter: Vec::new(), ring: None, setup: true, variants: true, peers: None };
         let mut args = args.iter();
         while let Some(arg) = args.next() {
             match arg.as_str() {
@@ -100,6 +103,18 @@ pub fn run_all(options: &Options, laps: &mut Laps) -> Result<Tally> {
         if options.variants {
             tally += laps.time("variant tls-boring", || run_boring(&metadata, options));
         }
+    }
+    Ok(tally)
+}
+
+/// Builds and runs one test target of the harness, with the programs.
+pub fn run_target(metadata: &Metadata, target: &str, options: &Options, laps: &mut Laps) -> Result<Tally> {
+    let what = ["-p", "mesh-tests", "-p", "ztunnel", "-p", "waypoint", "--bins", "--test", target];
+    let binaries = laps.time("build", || build(metadata, &what))?;
+    let root = shell::find_root();
+    let mut tally = Tally::default();
+    for binary in binaries.iter().filter(|binary| binary.target == target) {
+        tally += laps.time(target, || run_binary(binary, options, root, &agent(metadata)));
     }
     Ok(tally)
 }
@@ -163,6 +178,9 @@ fn run_binary(binary: &Binary, options: &Options, root: Root, agent: &Path) -> T
     let agent = std::env::var_os("CULVERT_ZTUNNEL").unwrap_or_else(|| agent.into());
     let root = if binary.ring == 3 { root } else { Root::Already };
     let mut command = shell::as_root(root, &binary.executable);
+    if let Some(peers) = &options.peers {
+        command.arg("--include-ignored").env("CULVERT_PEERS", peers).env("CULVERT_SOAK", "1");
+    }
     command
         .arg("--show-output")
         .args(&options.filter)

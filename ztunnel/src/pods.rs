@@ -17,7 +17,7 @@ use crate::zds::{Named, Order};
 use crate::{inbound, outbound, passthrough};
 use ebpf_loader::{CaptureRoutes, Config, Listeners, PacketCounters, PinRoot, PodSpec, Redirect};
 use mesh_hbone::Pool;
-use mesh_identity::TrustBundles;
+use mesh_identity::{IdentityError, TrustBundles};
 use mesh_model::authz::SourceVerdict;
 use mesh_model::workload::WorkloadUid;
 use mesh_model::{Reason, Refusal, SpiffeId};
@@ -660,6 +660,11 @@ impl PodSupervisor {
             while !drain.is_draining() {
                 match svid.fetch().await {
                     Ok(_) => return ready.ready(),
+                    // Nor will it soon; that is no reason for the others to wait.
+                    Err(error @ IdentityError::Unregistered { .. }) => {
+                        tracing::warn!(%error, pod = %uid, "served without a certificate until it is registered");
+                        return ready.ready();
+                    }
                     Err(error) => tracing::warn!(%error, pod = %uid, "no certificate yet"),
                 }
                 tokio::time::sleep(pause).await;

@@ -19,6 +19,14 @@ pub enum IdentityError {
         /// What the authority said.
         why: String,
     },
+    /// The authority is well and knows nobody of this name: not until somebody registers it.
+    #[error("the certificate authority does not know {id}: {why}")]
+    Unregistered {
+        /// Who was asked for.
+        id: String,
+        /// What it knows instead.
+        why: String,
+    },
     /// A certificate, key or bundle came and cannot be used.
     #[error("unusable certificate for {id}: {why}")]
     Unusable {

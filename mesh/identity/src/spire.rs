@@ -208,7 +208,7 @@ impl Shared {
             [] => format!("SPIRE has no entry for k8s:ns:{}, k8s:sa:{}", id.namespace(), id.service_account()),
             others => format!("SPIRE's entries for this pod are {}", others.join(", ")),
         };
-        self.fail(id, IdentityError::Refused { id: id.to_string(), why });
+        self.fail(id, IdentityError::Unregistered { id: id.to_string(), why });
         Ok(())
     }
 
@@ -229,7 +229,7 @@ impl Shared {
         let missing: Vec<SpiffeId> = self.known.lock().keys().filter(|id| !names.contains(&id.as_str())).cloned().collect();
         for id in missing {
             let why = format!("SPIRE gives this process {}", names.join(", "));
-            self.fail(&id, IdentityError::Refused { id: id.to_string(), why });
+            self.fail(&id, IdentityError::Unregistered { id: id.to_string(), why });
         }
         for svid in &news.svids {
             // Identities of another shape mean nothing in the mesh.
@@ -312,7 +312,8 @@ impl Shared {
         self.bundles.send_if_modified(|current| {
             let changed = !current.has_roots_of(&next);
             if changed {
-                tracing::info!(trust_domains = ?told, "trust bundles changed");
+                let domains: Vec<&str> = told.iter().map(TrustDomain::as_str).collect();
+                tracing::info!(domains = domains.join(", "), "trust bundles changed");
                 *current = Arc::new(next);
             }
             changed

@@ -100,7 +100,7 @@ async fn an_entry_that_is_made_later_is_found() {
     let handle = node.cache.handle(&id("late"));
     let error = handle.fetch().await.unwrap_err();
     assert!(
-        matches!(&error, IdentityError::Refused { why, .. } if why.contains("no entry for k8s:ns:ns, k8s:sa:late")),
+        matches!(&error, IdentityError::Unregistered { why, .. } if why.contains("no entry for k8s:ns:ns, k8s:sa:late")),
         "{error}"
     );
     spire.issue(id("late").as_str(), HOUR).unwrap();

@@ -1,0 +1,70 @@
+//! `cargo xtask e2e`: ring 4, the suites against real peers, in their long form.
+//!
+//! Owns the list of peers that no package of Debian's brings: scripts below `tests/` build them from the Go module proxy, which
+//! takes many minutes, so that `test` and `ci` run these suites only where that was done. Says what ran and what was skipped.
+
+use crate::libtest::Tally;
+use crate::metadata::Metadata;
+use crate::shell::{self, Laps};
+use crate::{setup, suite};
+use anyhow::{Context as _, Result, bail};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+struct Peer {
+    name: &'static str,
+    /// Called with the folder for its programs.
+    script: &'static str,
+    programs: &'static [&'static str],
+    /// The test target that needs it.
+    suite: &'static str,
+}
+
+const PEERS: &[Peer] =
+    &[Peer { name: "SPIRE", script: "tests/spire/install.sh", programs: &["spire-server", "spire-agent"], suite: "mesh_spire" }];
+
+/// `cargo xtask e2e`.
+pub fn run(args: &[String]) -> Result<()> {
+    let metadata = Metadata::load()?;
+    let folder = std::env::var_os("CULVERT_PEERS").map_or_else(|| metadata.target.join("peers"), PathBuf::from);
+    let mut options = suite::Options::parse(args)?;
+    options.peers = Some(folder.clone());
+    let mut laps = Laps::default();
+    if options.setup {
+        if let Err(error) = setup::ensure(setup::NETWORK) {
+            eprintln!("note: {error:#}; what needs it will be skipped");
+        }
+        for peer in PEERS {
+            if let Err(error) = laps.time(peer.name, || install(peer, &folder)) {
+                eprintln!("note: {} is not there: {error:#}; {} is skipped", peer.name, peer.suite);
+            }
+        }
+    }
+    let mut total = Tally::default();
+    let mut told = Vec::new();
+    for peer in PEERS {
+        let tally = suite::run_target(&metadata, peer.suite, &options, &mut laps)?;
+        told.push(format!("{} ({}): {tally}", peer.name, peer.suite));
+        total += tally;
+    }
+    println!();
+    laps.print();
+    for line in told {
+        println!("{line}");
+    }
+    println!("{total}");
+    if total.failed > 0 {
+        bail!(shell::Told);
+    }
+    Ok(())
+}
+
+/// Builds a peer unless its programs are there.
+fn install(peer: &Peer, folder: &Path) -> Result<()> {
+    if peer.programs.iter().all(|program| folder.join(program).is_file()) {
+        return Ok(());
+    }
+    let go = shell::find_program("go").context("Go is not installed")?;
+    eprintln!("building {} with {} (many minutes, once)", peer.name, go.display());
+    shell::run(Command::new(shell::root().join(peer.script)).arg(folder))
+}
