@@ -276,6 +276,8 @@ pub struct Req {
     pub anonymous: bool,
     /// Sent after a 101 came; expected back.
     pub after_upgrade: Option<&'static str>,
+    /// An extended CONNECT of HTTP/2 (RFC 8441), to this protocol.
+    pub connects: Option<&'static str>,
 }
 
 /// A request.
@@ -293,6 +295,7 @@ pub fn request(method: &'static str, target: &str) -> Req {
         give_up: None,
         anonymous: false,
         after_upgrade: None,
+        connects: None,
     }
 }
 
@@ -365,6 +368,10 @@ impl Req {
     pub fn anonymous(mut self) -> Self {
         self.anonymous = true;
         self
+    }
+    /// An extended CONNECT.
+    pub fn connects(self, protocol: &'static str) -> Self {
+        Self { method: "CONNECT", connects: Some(protocol), ..self.h2() }
     }
     /// An upgrade to WebSocket, then these bytes there and back.
     pub fn websocket(mut self, message: &'static str) -> Self {

@@ -88,7 +88,21 @@ pub const DIFFERENCES: &[Difference] = &[
         what: Statuses("400", "200"),
         cases: &["protocol::folded header"],
     },
+    Difference {
+        reason: "to who asked for a WebSocket in HTTP/2, 200 says that it is one: an endpoint that answers instead of switching has \
+                 not made it (RFC 8441 §5)",
+        what: Statuses("502", "200"),
+        cases: &["protocol-connect::WebSocket by HTTP/2, an endpoint that is none"],
+    },
     // More lenient, where nothing is lost by it.
+    Difference {
+        reason: "a WebSocket asked for in HTTP/2 has no key, and servers of HTTP/1 answer nobody without one (RFC 6455 §4.2.1)",
+        what: Aspects(&["arrival 1 header sec-websocket-key"]),
+        cases: &[
+            "protocol-connect::WebSocket by HTTP/2, refused",
+            "protocol-connect::WebSocket by HTTP/2, an endpoint that is none",
+        ],
+    },
     Difference {
         reason: "HTTP/1.0 is served, as Istio does with PILOT_HTTP10",
         what: Statuses("200", "426"),

@@ -233,7 +233,16 @@ async fn http2(io: Connection, host: &str, request: &Req, id: &str) -> anyhow::R
     for (name, value) in &request.headers {
         head = head.header(name, value);
     }
-    let (response, mut send) = requests.send_request(head.body(())?, request.body.is_empty())?;
+    let mut head = head.body(())?;
+    if let Some(protocol) = request.connects {
+        // Only who was told that it can be asked may ask.
+        while !requests.is_extended_connect_protocol_enabled() {
+            sleep(Duration::from_millis(2)).await;
+        }
+        head.extensions_mut().insert(h2::ext::Protocol::from(protocol));
+    }
+    let ends = request.body.is_empty() && request.connects.is_none();
+    let (response, mut send) = requests.send_request(head, ends)?;
     if !request.body.is_empty() {
         // The window is larger than any body here.
         let _reset_before = send.send_data(Bytes::from(request.body.clone()), true);

@@ -166,13 +166,13 @@ pub(crate) fn finish(ex: &mut Exchange<'_>, mut answer: Response<Body>) -> Respo
     if let Some(reason) = ex.record.reason {
         answer.headers_mut().insert(REASON, HeaderValue::from_static(reason.as_str()));
     }
-    answer.headers_mut().insert(header::SERVER, SERVER);
     if ex.connects && answer.status().is_success() {
         // To who asked for another protocol it would say that it is spoken from now on.
         answer = Response::new(Body::Empty);
         *answer.status_mut() = StatusCode::BAD_GATEWAY;
-        ex.record.details = "upgrade_not_made".into();
+        ex.record.details = "websocket_handshake_unsuccessful".into();
     }
+    answer.headers_mut().insert(header::SERVER, SERVER);
     ex.record.status = answer.status().as_u16();
     if ex.connects && answer.status() == StatusCode::SWITCHING_PROTOCOLS {
         // The same in HTTP/2 (RFC 8441 §5).

@@ -80,6 +80,12 @@ pub fn all() -> Vec<Scenario> {
             .case(case("client goes away in the middle of the answer by HTTP/2", get("/").script("size=40 drip=30").h2().give_up(300)).silent())
             .case(case("client goes away after its body", request("POST", "/").body(b"x").script("delay=700 200").give_up(150)).silent()),
         // The limits the waypoint is started with here. Envoy goes on serving a connection for `drain_timeout` after it was idle.
+        scenario("protocol-connect")
+            .manager(json!({"http2_protocol_options": {"allow_connect": true}}))
+            .case(case("WebSocket by HTTP/2, refused", get("/ws").script("403 body=no").connects("websocket")))
+            .case(case("WebSocket by HTTP/2, an endpoint that is none", get("/ws").script("200 body=hello").connects("websocket")))
+            .case(case("another protocol by HTTP/2", get("/ws").script("upgrade").connects("other")))
+            .case(case("HTTP/2 as usual", get("/h2").h2())),
         scenario("protocol-time")
             .manager(json!({"common_http_protocol_options": {"idle_timeout": "3s"}, "drain_timeout": "0.1s", "request_headers_timeout": "1s"}))
             .case(case("quiet for longer than a head may take", get("/1")).then(get("/2").pause(1500)).one_connection())
