@@ -124,6 +124,7 @@ impl Tunnel {
             .data_frame_budget(settings.small_frame_budget)
             .initial_max_send_streams(settings.client_max_streams)
             .max_concurrent_streams(0)
+            .max_concurrent_reset_streams(settings.remembered_resets)
             .max_local_error_reset_streams(Some(settings.max_error_resets))
             .enable_push(false);
         let (requests, mut connection) = timeout(settings.handshake_timeout, builder.handshake(io))

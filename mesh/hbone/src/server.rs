@@ -176,6 +176,7 @@ where
         .data_frame_budget(settings.small_frame_budget)
         .max_concurrent_streams(settings.server_max_streams)
         .max_pending_accept_reset_streams(settings.max_pending_resets)
+        .max_concurrent_reset_streams(settings.remembered_resets)
         .max_local_error_reset_streams(Some(settings.max_error_resets));
     let handshake = timeout(settings.handshake_timeout, builder.handshake(io));
     let mut connection = tokio::select! {

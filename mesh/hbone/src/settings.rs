@@ -36,6 +36,9 @@ pub struct Settings {
     /// (ENHANCE_YOUR_CALM). Default 32 MiB: more than one turn of a tunnel's driver can read, so that a relay, which merges
     /// small frames whenever it runs, always gets to run first.
     pub small_frame_budget: usize,
+    /// Streams we ended early that are remembered for a second: what the peer had sent by then is passed over, where of forgotten
+    /// ones it counts as breaking the protocol. Default 4096.
+    pub remembered_resets: usize,
     /// Streams that break the protocol over a connection's life. Default 1024; more closes the connection.
     pub max_error_resets: usize,
     /// Streams per keepalive interval a client may reset before it got an answer. Default 4096; more closes the connection.
@@ -70,6 +73,7 @@ impl Default for Settings {
             client_max_streams: 100,
             max_pending_resets: 20,
             small_frame_budget: 32 << 20,
+            remembered_resets: 4096,
             max_error_resets: 1024,
             max_early_resets: 4096,
             handshake_timeout: Duration::from_secs(10),
