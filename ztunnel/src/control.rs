@@ -5,17 +5,15 @@ use anyhow::{Context, Result, bail};
 use mesh_identity::crypto::TlsSettings;
 use mesh_identity::spire::{self, Api};
 use mesh_identity::{Authority, IdentityError, IdentitySource, SourceSettings};
-use mesh_runtime::control_plane::{self, ControlPlane, Roots, Token};
+use mesh_runtime::control_plane::{self, ControlPlane, Roots};
 use mesh_runtime::metrics::Registry;
+use mesh_sources::istiod::node::Role;
 use mesh_sources::istiod::{self, MissingPolicy};
 use mesh_sources::{Origin, Viewpoint, kubernetes};
-use std::path::PathBuf;
 use std::sync::Arc;
 
 /// istiod's address in its own cluster.
 const ISTIOD: &str = "https://istiod.istio-system.svc:15012";
-/// Where Kubernetes puts the token for istiod.
-const TOKEN: &str = "./var/run/secrets/tokens/istio-token";
 
 /// Set, and not to nothing.
 fn some(value: Option<&String>) -> Option<&str> {
@@ -73,7 +71,7 @@ pub fn origin(s: &Settings, registry: &Registry) -> Result<Origin> {
     let control_plane = reach(s, address, &c.xds_root_ca, c.alt_xds_hostname.as_ref(), "XDS_HEADER_")?;
     Ok(Origin::Istiod(Box::new(istiod::Settings {
         control_plane,
-        node: istiod::node::of_environment(&s.node, &s.cluster_id, std::env::vars()),
+        node: istiod::node::of_environment(Role::Ztunnel, &s.node, &s.cluster_id, std::env::vars()),
         missing_policy: match c.missing_policy {
             Missing::Deny => MissingPolicy::Deny,
             Missing::Ignore => MissingPolicy::Ignore,
@@ -115,20 +113,9 @@ fn in_kubernetes() -> Option<&'static str> {
     std::env::var_os("KUBERNETES_SERVICE_HOST").map(|_| ISTIOD)
 }
 
-/// Headers of the environment: what follows the prefix is the name, as istio/ztunnel reads it.
 fn reach(s: &Settings, address: &str, roots: &Roots, alt: Option<&String>, prefix: &str) -> Result<ControlPlane> {
-    let mut headers: Vec<(String, String)> =
-        std::env::vars().filter_map(|(key, value)| Some((key.strip_prefix(prefix)?.to_owned(), value))).collect();
-    if !s.cluster_id.is_empty() {
-        headers.push(("clusterid".to_owned(), s.cluster_id.clone()));
-    }
-    let settings = control_plane::Settings {
-        address: address.to_owned(),
-        roots: roots.clone(),
-        alt_hostname: alt.cloned(),
-        token: s.control.auth_token.clone().unwrap_or_else(|| Token::IfThere(PathBuf::from(TOKEN))),
-        headers,
-    };
+    let token = s.control.auth_token.as_ref();
+    let settings = control_plane::Settings::of_istiod(address, roots, alt, token, &s.cluster_id, (prefix, std::env::vars()));
     let crypto = TlsSettings::from(s.compliance).crypto().map_err(|e: IdentityError| anyhow::anyhow!("{e}"))?;
     ControlPlane::new(settings, crypto).with_context(|| format!("control plane {address}"))
 }

@@ -130,6 +130,35 @@ pub struct Settings {
     pub headers: Vec<(String, String)>,
 }
 
+/// Where Kubernetes puts the token for istiod.
+const ISTIO_TOKEN: &str = "./var/run/secrets/tokens/istio-token";
+
+impl Settings {
+    /// istiod, as its proxies reach it (node-agent §1.16): with the pod's token unless another is given, the name of the cluster,
+    /// and the variables of `environment` that begin with `prefix` as headers.
+    pub fn of_istiod(
+        address: &str,
+        roots: &Roots,
+        alt_hostname: Option<&String>,
+        token: Option<&Token>,
+        cluster: &str,
+        (prefix, environment): (&str, impl IntoIterator<Item = (String, String)>),
+    ) -> Self {
+        let named = |(key, value): (String, String)| Some((key.strip_prefix(prefix)?.to_owned(), value));
+        let mut headers: Vec<(String, String)> = environment.into_iter().filter_map(named).collect();
+        if !cluster.is_empty() {
+            headers.push(("clusterid".to_owned(), cluster.to_owned()));
+        }
+        Self {
+            address: address.to_owned(),
+            roots: roots.clone(),
+            alt_hostname: alt_hostname.cloned(),
+            token: token.cloned().unwrap_or_else(|| Token::IfThere(PathBuf::from(ISTIO_TOKEN))),
+            headers,
+        }
+    }
+}
+
 /// A control plane, as its settings describe it; nothing is connected. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct ControlPlane {

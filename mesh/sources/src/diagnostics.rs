@@ -4,11 +4,13 @@
 //! it is (file, line, field), what was expected and what to write instead. Upstream: every source. Downstream: admin,
 //! logs, metrics (which only count).
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
 use mesh_model::Origin;
+use parking_lot::Mutex;
 
 /// How much a problem matters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -65,6 +67,9 @@ impl fmt::Display for Problem {
 #[derive(Clone, Debug, Default)]
 pub struct Diagnostics {
     current: Arc<ArcSwap<Vec<Problem>>>,
+    /// What each source last said.
+    said: Arc<Mutex<BTreeMap<&'static str, Vec<Problem>>>>,
+    source: &'static str,
 }
 /// Most problems kept; a folder of a hundred thousand wrong pods must not fill the memory with complaints.
 pub const MAX_PROBLEMS: usize = 1000;
@@ -73,6 +78,11 @@ impl Diagnostics {
     /// No problems.
     pub fn new() -> Self {
         Self::default()
+    }
+    /// The same list for one of several sources: what it says replaces only what it said before.
+    #[must_use]
+    pub fn of_source(&self, source: &'static str) -> Self {
+        Self { source, ..self.clone() }
     }
     /// The problems of the last reading, worst first, at most [`MAX_PROBLEMS`].
     pub fn list(&self) -> Arc<Vec<Problem>> {
@@ -101,6 +111,12 @@ impl Diagnostics {
     }
     /// Replaces the list. New errors and warnings are logged once, when they appear.
     pub fn replace(&self, mut problems: Vec<Problem>) {
+        let mut said = self.said.lock();
+        // Of the only source, as mostly, nothing is kept twice.
+        if !self.source.is_empty() {
+            said.insert(self.source, problems);
+            problems = said.values().flatten().cloned().collect();
+        }
         problems.sort();
         problems.dedup();
         let over = problems.len().saturating_sub(MAX_PROBLEMS);

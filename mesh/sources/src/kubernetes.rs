@@ -18,12 +18,13 @@ mod watch;
 
 use std::time::Duration;
 
+use mesh_model::Change;
 use mesh_model::snapshot::Viewpoint;
 use tokio::sync::mpsc;
 
 use crate::diagnostics::Diagnostics;
 use crate::files::on_thread;
-use crate::publisher::ChangeSink;
+use crate::publisher::{ChangeSink, Relay};
 use crate::translate::Settings;
 use crate::{Source, SourceError};
 pub use access::Access;
@@ -80,6 +81,8 @@ pub struct KubernetesSource {
     pub settings: Settings,
     /// Where problems go.
     pub diagnostics: Diagnostics,
+    /// A control plane that tells services, workloads and policies of layer 4 ([`Settings::told`]).
+    pub told: Option<Relay>,
 }
 
 impl Source for KubernetesSource {
@@ -98,8 +101,8 @@ impl Source for KubernetesSource {
 }
 
 impl KubernetesSource {
-    async fn follow(self, client: &Client, sink: &mut ChangeSink) {
-        let watches = kinds::watches(&self.scope.reach, &self.view.root_namespace);
+    async fn follow(mut self, client: &Client, sink: &mut ChangeSink) {
+        let watches = kinds::watches(&self.scope.reach, &self.view.root_namespace, self.told.is_some());
         let (told, mut events) = mpsc::channel(QUEUE);
         let mut tasks = tokio::task::JoinSet::new();
         for (number, watch) in watches.iter().enumerate() {
@@ -107,12 +110,18 @@ impl KubernetesSource {
         }
         let mut cluster = Cluster::new(self.view, &self.settings, watches);
         let mut pulse = tokio::time::interval(PULSE);
+        // Neither half of a mesh is handed over without the other.
+        let mut waits_for_word = self.told.is_some();
         loop {
             tokio::select! {
                 event = events.recv() => match event {
                     Some(event) => cluster.take(event),
                     None => return,
                 },
+                changes = word(&mut self.told) => {
+                    waits_for_word = false;
+                    cluster.adopt(changes);
+                }
                 _ = pulse.tick() => {
                     if sink.is_closed() {
                         return;
@@ -126,7 +135,7 @@ impl KubernetesSource {
             }
             cluster.tell(&self.scope.watches);
             let first = !sink.has_told();
-            if first && !cluster.is_settled() {
+            if first && (waits_for_word || !cluster.is_settled()) {
                 if cluster.has_new_failures() {
                     self.diagnostics.replace(cluster.problems());
                 }
@@ -143,4 +152,15 @@ impl KubernetesSource {
             }
         }
     }
+}
+
+/// What the control plane tells next; never, where there is none.
+async fn word(told: &mut Option<Relay>) -> Vec<Change> {
+    if let Some(relay) = told
+        && let Some(changes) = relay.next().await
+    {
+        return changes;
+    }
+    // Its source ended, and has said so: what it told last stays.
+    std::future::pending().await
 }

@@ -58,6 +58,8 @@ pub enum Origin {
     Kubernetes(Box<kubernetes::Scope>),
     /// istiod, over delta ADS.
     Istiod(Box<istiod::Settings>),
+    /// Services, workloads and policies of layer 4 from istiod, everything else from the objects of a cluster.
+    IstiodAndKubernetes(Box<istiod::Settings>, Box<kubernetes::Scope>),
 }
 
 /// Starts the source and the publisher on the current tokio runtime, which must be the control runtime. Nothing has
@@ -94,9 +96,24 @@ pub fn start_with(origin: Origin, view: Viewpoint, settings: &translate::Setting
                     view: view.clone(),
                     settings: settings.clone(),
                     diagnostics,
+                    told: None,
                 },
                 sink,
             ),
+            Origin::IstiodAndKubernetes(istiod, scope) => {
+                let (to_join, told) = publisher::relay();
+                let of_istiod = diagnostics.of_source("istiod");
+                let istiod = istiod::IstiodSource { settings: (**istiod).clone(), view: view.clone(), diagnostics: of_istiod };
+                spawn(istiod, to_join);
+                let objects = kubernetes::KubernetesSource {
+                    scope: (**scope).clone(),
+                    view: view.clone(),
+                    settings: translate::Settings { told: true, ..settings.clone() },
+                    diagnostics: diagnostics.of_source("kubernetes"),
+                    told: Some(told),
+                };
+                spawn(objects, sink);
+            }
         }
     }
     tokio::spawn(publisher.run());

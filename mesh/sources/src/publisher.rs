@@ -108,6 +108,24 @@ impl ChangeSink {
     }
 }
 
+/// What a source tells another one, which joins it with what it knows itself.
+#[derive(Debug)]
+pub struct Relay {
+    rx: mpsc::Receiver<Batch>,
+}
+impl Relay {
+    /// The next changes; the first are all that was known at start. `None`: nothing more will come.
+    pub async fn next(&mut self) -> Option<Vec<Change>> {
+        self.rx.recv().await.map(|batch| batch.changes)
+    }
+}
+
+/// A sink whose changes go to another source.
+pub fn relay() -> (ChangeSink, Relay) {
+    let (tx, rx) = mpsc::channel(16);
+    (ChangeSink { tx, told: false }, Relay { rx })
+}
+
 /// The writer. Run it on the control runtime.
 #[derive(Debug)]
 pub struct Publisher {

@@ -28,6 +28,7 @@ mod request_policy;
 mod selector;
 mod targets;
 mod telemetry;
+mod told;
 mod traffic;
 mod traffic_policy;
 mod virtual_service;
@@ -55,6 +56,7 @@ use object::{
     ServiceEntry, WorkloadEntry,
 };
 use selector::SelectorIndex;
+use told::Told;
 
 type HashMap<K, V> = std::collections::HashMap<K, V, foldhash::fast::RandomState>;
 type HashSet<K> = std::collections::HashSet<K, foldhash::fast::RandomState>;
@@ -67,10 +69,13 @@ pub struct Settings {
     /// Whether routes, destinations and gateways are translated too: for waypoints and gateways. Without, their kinds are
     /// accepted and ignored, and cost nothing.
     pub layer7: bool,
+    /// Whether a control plane tells the services, workloads and policies of layer 4 ([`Translator::adopt`]): of the objects
+    /// counts the rest, and what it does not tell (labels, and where something was written).
+    pub told: bool,
 }
 impl Default for Settings {
     fn default() -> Self {
-        Self { excluded_namespaces: vec!["kube-system".into()], layer7: false }
+        Self { excluded_namespaces: vec!["kube-system".into()], layer7: false, told: false }
     }
 }
 
@@ -148,6 +153,8 @@ struct Dirty {
     peers: bool,
     /// Workloads of objects that went.
     gone: Vec<Change>,
+    /// Services a control plane told.
+    told: BTreeSet<ServiceKey>,
 }
 
 /// The translator; see the module.
@@ -177,6 +184,8 @@ pub struct Translator {
     problems: BTreeMap<ObjectId, Vec<Problem>>,
     /// Everything about routes and destinations; `None` where nobody asks for it.
     layer7: Option<Box<Layer7>>,
+    /// What a control plane told, where one does.
+    told: Option<Box<Told>>,
 }
 
 impl Translator {
@@ -206,6 +215,7 @@ impl Translator {
             dirty: Dirty { all: true, ..Dirty::default() },
             problems: BTreeMap::new(),
             layer7: settings.layer7.then(|| Box::new(Layer7::new(Arc::clone(&view.root_namespace)))),
+            told: settings.told.then(Box::default),
             view,
         }
     }
@@ -232,6 +242,13 @@ impl Translator {
     pub fn remove(&mut self, id: &ObjectId) {
         self.set(id, None);
         self.problems.remove(id);
+    }
+
+    /// Takes in what a control plane tells. Only with [`Settings::told`]; its word then replaces what the objects say.
+    pub fn adopt(&mut self, changes: Vec<Change>) {
+        if let Some(told) = &mut self.told {
+            told.take(changes, &mut self.dirty.told);
+        }
     }
 
     fn set(&mut self, id: &ObjectId, new: Option<(Body, Arc<Origin>)>) {
@@ -519,13 +536,16 @@ impl Translator {
         self.flush_policies(&dirty, &mut changes);
         self.flush_services(&dirty, &mut changes);
         self.flush_workloads(&dirty, &mut pool, &mut changes);
+        if let Some(told) = &mut self.told {
+            changes = told.join(changes);
+        }
         self.flush_layer7(&dirty, &mut changes);
         if dirty.all || !dirty.gateways.is_empty() || !dirty.namespaces.is_empty() {
             self.check_namespaces();
         }
         let own = self.nodes.get(&self.view.node).filter(|_| !self.view.node.is_empty());
         let own = own.cloned().unwrap_or_else(|| self.view.locality.clone());
-        if own != self.own_locality {
+        if own != self.own_locality && self.told.is_none() {
             self.own_locality = own.clone();
             changes.push(Change::OwnLocality(own));
         }
@@ -682,9 +702,10 @@ impl Translator {
             for (host, ids) in &self.host_entries {
                 keys.extend(ids.iter().map(|(ns, _)| ServiceKey { namespace: Arc::clone(ns), hostname: Arc::clone(host) }));
             }
+            keys.extend(dirty.told.iter().cloned());
             keys
         } else {
-            let mut keys = BTreeSet::new();
+            let mut keys = dirty.told.clone();
             for host in &dirty.hosts {
                 let mut add = |ns: &Arc<str>| {
                     keys.insert(ServiceKey { namespace: Arc::clone(ns), hostname: Arc::clone(host) });
@@ -700,8 +721,9 @@ impl Translator {
             keys
         };
         for key in keys {
-            let (new, id, problems) = self.build_service(&key);
+            let (own, id, problems) = self.build_service(&key);
             self.note_problems(id, problems);
+            let new = if let Some(told) = &self.told { told.service(&key, own.as_ref()) } else { own };
             if let Some(layer7) = &mut self.layer7 {
                 layer7.touch_service(&key);
             }

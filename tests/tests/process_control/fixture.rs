@@ -45,7 +45,12 @@ impl Fixture {
         let (registry, view) = (Registry::new(), view());
         let settings = istiod::Settings {
             control_plane: control_plane(&istiod, &files),
-            node: istiod::node::of_environment("node-1", "c1", [("POD_NAME".to_owned(), "zt".to_owned())]),
+            node: istiod::node::of_environment(
+                istiod::node::Role::Ztunnel,
+                "node-1",
+                "c1",
+                [("POD_NAME".to_owned(), "zt".to_owned())],
+            ),
             missing_policy: wish.missing,
             metrics: istiod::Metrics::new(&registry).unwrap(),
         };

@@ -4,6 +4,7 @@
 mod ca;
 mod encode;
 mod fixture;
+mod joined;
 mod same;
 mod spire;
 mod xds;

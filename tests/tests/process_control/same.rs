@@ -21,14 +21,14 @@ async fn folder(root: PathBuf) -> Mesh {
 }
 
 /// What istiod does not tell: where an object was written, labels, and the namespace file of a pod on this machine.
-fn workloads(snapshot: &Snapshot) -> BTreeMap<Arc<str>, Workload> {
+pub(crate) fn workloads(snapshot: &Snapshot) -> BTreeMap<Arc<str>, Workload> {
     let bare = |w: &Arc<Workload>| Workload { origin: None, netns: None, labels: Labels::default(), ..Workload::clone(w) };
     snapshot.workloads().map(|w| (Arc::clone(&w.uid), bare(w))).collect()
 }
-fn services(snapshot: &Snapshot) -> BTreeMap<String, Service> {
+pub(crate) fn services(snapshot: &Snapshot) -> BTreeMap<String, Service> {
     snapshot.services().map(|s| (s.key.to_string(), Service { origin: None, ..Service::clone(s) })).collect()
 }
-fn policies(snapshot: &Snapshot) -> BTreeMap<String, Policy> {
+pub(crate) fn policies(snapshot: &Snapshot) -> BTreeMap<String, Policy> {
     snapshot.policies().map(|p| (p.key.to_string(), Policy { origin: None, ..Policy::clone(p) })).collect()
 }
 

@@ -1,12 +1,21 @@
-//! Who we say we are to istiod: node id and metadata, as istio/ztunnel sends them (node-agent §1.9).
+//! Who we say we are to istiod: node id and metadata, as istio/ztunnel sends them (node-agent §1.9), and Istio's waypoints.
 
 use std::collections::BTreeMap;
 
 use mesh_proto::envoy::config::core::v3::Node;
 use mesh_proto::well_known::{ListValue, Struct, Value, value::Kind};
 
+/// What a process is to istiod.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// A node's agent.
+    Ztunnel,
+    /// A waypoint or gateway.
+    Waypoint,
+}
+
 /// The node of a process with these environment variables.
-pub fn of_environment(node_name: &str, cluster: &str, env: impl IntoIterator<Item = (String, String)>) -> Node {
+pub fn of_environment(role: Role, node_name: &str, cluster: &str, env: impl IntoIterator<Item = (String, String)>) -> Node {
     let env: BTreeMap<String, String> = env.into_iter().collect();
     let get = |key: &str| env.get(key).map_or("", String::as_str);
     let (pod, namespace) = (get("POD_NAME"), get("POD_NAMESPACE"));
@@ -22,6 +31,11 @@ pub fn of_environment(node_name: &str, cluster: &str, env: impl IntoIterator<Ite
     put("INSTANCE_IPS", ip);
     put("NODE_NAME", node_name);
     put("CLUSTER_ID", cluster);
+    put("SERVICE_ACCOUNT", if role == Role::Waypoint { get("SERVICE_ACCOUNT") } else { "" });
+    let role = match role {
+        Role::Ztunnel => "ztunnel",
+        Role::Waypoint => "waypoint",
+    };
     for (key, value) in &env {
         if let Some(name) = key.strip_prefix("ISTIO_METAJSON_") {
             // What is no JSON says nothing.
@@ -33,7 +47,7 @@ pub fn of_environment(node_name: &str, cluster: &str, env: impl IntoIterator<Ite
         }
     }
     Node {
-        id: format!("ztunnel~{ip}~{pod}.{namespace}~{namespace}.svc.cluster.local"),
+        id: format!("{role}~{ip}~{pod}.{namespace}~{namespace}.svc.cluster.local"),
         metadata: Some(Struct { fields }),
         ..Node::default()
     }
@@ -72,7 +86,7 @@ mod tests {
             ("ISTIO_METAJSON_BROKEN", "{"),
             ("PATH", "/bin"),
         ];
-        let node = of_environment("node-1", "c1", env.map(|(k, v)| (k.to_owned(), v.to_owned())));
+        let node = of_environment(Role::Ztunnel, "node-1", "c1", env.map(|(k, v)| (k.to_owned(), v.to_owned())));
         assert_eq!(node.id, "ztunnel~10.0.0.7~ztunnel-x.istio-system~istio-system.svc.cluster.local");
         let fields = node.metadata.unwrap().fields;
         let names: Vec<&str> = fields.keys().map(String::as_str).collect();
@@ -80,6 +94,10 @@ mod tests {
         assert_eq!(fields["NODE_NAME"], text("node-1"));
         let Some(Kind::StructValue(labels)) = &fields["LABELS"].kind else { panic!("{:?}", fields["LABELS"]) };
         assert_eq!(labels.fields["app"], text("ztunnel"));
-        assert_eq!(of_environment("n", "", []).id, "ztunnel~1.1.1.1~.~.svc.cluster.local");
+        assert_eq!(of_environment(Role::Ztunnel, "n", "", []).id, "ztunnel~1.1.1.1~.~.svc.cluster.local");
+        let env = [("POD_NAME", "wp-1"), ("POD_NAMESPACE", "shop"), ("SERVICE_ACCOUNT", "wp")];
+        let node = of_environment(Role::Waypoint, "n", "", env.map(|(k, v)| (k.to_owned(), v.to_owned())));
+        assert_eq!(node.id, "waypoint~1.1.1.1~wp-1.shop~shop.svc.cluster.local");
+        assert_eq!(node.metadata.unwrap().fields["SERVICE_ACCOUNT"], text("wp"));
     }
 }

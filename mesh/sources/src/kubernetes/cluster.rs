@@ -84,6 +84,11 @@ impl Cluster {
         }
     }
 
+    /// Takes in what a control plane tells.
+    pub fn adopt(&mut self, changes: Vec<Change>) {
+        self.translator.adopt(changes);
+    }
+
     /// Whether every kind is known, or known not to be had.
     pub fn is_settled(&self) -> bool {
         self.slots

@@ -105,9 +105,13 @@ impl Watch {
     }
 }
 
-/// All watches of a process.
-pub fn watches(reach: &Reach, root_namespace: &str) -> Vec<Watch> {
-    let mut all: Vec<Watch> = LAYER4.iter().map(Watch::everywhere).collect();
+/// What a control plane tells by other means, so that nobody looks at it where one does.
+const TOLD: [Kind; 3] = [Kind::Node, Kind::EndpointSlice, Kind::PeerAuthentication];
+
+/// All watches of a process; `told`: beside a control plane.
+pub fn watches(reach: &Reach, root_namespace: &str, told: bool) -> Vec<Watch> {
+    let needed = LAYER4.iter().filter(|(kind, ..)| !told || !TOLD.contains(kind));
+    let mut all: Vec<Watch> = needed.map(Watch::everywhere).collect();
     if let Reach::Waypoint { namespace } = reach {
         all.extend(LAYER7.iter().map(Watch::everywhere));
         all.push(Watch::within(&SECRETS, namespace));
