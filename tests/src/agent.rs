@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt as _, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
@@ -73,6 +73,8 @@ pub struct AgentSpec {
     pub log: PathBuf,
     /// What it may, if not everything.
     pub confinement: Option<Confinement>,
+    /// As in a container: the working directory, where the program is put too, and the user.
+    pub contained: Option<(PathBuf, u32)>,
 }
 
 impl AgentSpec {
@@ -92,6 +94,7 @@ impl AgentSpec {
             env: env.into_iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect(),
             log: log_dir.join(format!("{node}.log")),
             confinement: None,
+            contained: None,
         }
     }
 
@@ -116,6 +119,13 @@ impl AgentSpec {
         spec.env("CULVERT_WORKER_THREADS", "2")
     }
 
+    /// Runs it as a container would: in a directory, as a user who is nobody.
+    #[must_use]
+    pub fn contained(mut self, dir: &Path, user: u32) -> Self {
+        self.contained = Some((dir.to_path_buf(), user));
+        self
+    }
+
     /// Sets one environment variable.
     #[must_use]
     pub fn env(mut self, key: &str, value: &str) -> Self {
@@ -132,10 +142,21 @@ impl AgentSpec {
 
     /// Starts it in the namespace of `place`. The log is appended to, so that a restart keeps the first part.
     pub fn start(self, place: &Arc<Place>) -> anyhow::Result<Agent> {
-        let binary = find_program(self.program)?;
+        let mut binary = find_program(self.program)?;
+        if let Some((dir, _)) = &self.contained {
+            // The user may reach no other place.
+            let own = dir.join(self.program);
+            if !own.exists() {
+                fs::hard_link(&binary, &own).or_else(|_| fs::copy(&binary, &own).map(drop))?;
+            }
+            binary = own;
+        }
         let log = File::options().create(true).append(true).open(&self.log)?;
         let mut command = self.confinement.as_ref().map_or_else(|| Command::new(&binary), |to| to.command(&binary));
         command.arg("proxy");
+        if let Some((dir, user)) = &self.contained {
+            command.current_dir(dir).uid(*user).gid(*user);
+        }
         if let Some([mesh, ca]) = &self.folders {
             command.arg("--mesh-dir").arg(mesh).arg("--ca-dir").arg(ca);
         }

@@ -3,6 +3,7 @@
 //! Owns the wiring, nothing else. The control thread is the caller's: sources, certificates and admin run on it;
 //! connections run on the data threads.
 use crate::conn::Shared;
+use crate::control;
 use crate::dump;
 use crate::limits::Limits;
 use crate::listen;
@@ -19,8 +20,7 @@ use anyhow::{Context, Result};
 use mesh_identity::cache::CacheSettings;
 use mesh_identity::clock::SystemClock;
 use mesh_identity::live::LivePeers;
-use mesh_identity::spire::{self, Api};
-use mesh_identity::{Authority, IdentitySource, SourceSettings, SvidCache, TlsContext, crl_file};
+use mesh_identity::{IdentitySource, SvidCache, TlsContext, crl_file};
 use mesh_model::explain;
 use mesh_model::inbound::is_instance;
 use mesh_model::l7::gateway::GatewayKey;
@@ -39,16 +39,13 @@ use mesh_runtime::readiness::{Readiness, ReadyTask};
 use mesh_runtime::signals;
 use mesh_runtime::sockets::{BoundListener, ListenerOptions, raise_nofile};
 use mesh_runtime::threads::{DataThreads, cores, worker_count};
-use mesh_sources::{Diagnostics, Origin, kubernetes};
-use std::path::Path;
+use mesh_sources::Diagnostics;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::Notify;
 
 /// How long data threads may take to drop what is left after the drain.
 const STOP_LIMIT: Duration = Duration::from_secs(2);
-/// Where Istio's proxies find the Workload API.
-const ISTIO_SOCKET: &str = "/var/run/secrets/workload-spiffe-uds/socket";
 /// Series of metrics nobody used for this long are dropped.
 const SERIES_UNUSED: Duration = Duration::from_mins(10);
 
@@ -59,7 +56,8 @@ pub fn version() -> serde_json::Value {
 
 /// Runs the proxy until SIGTERM, SIGINT or `/quitquitquit`.
 pub fn run(settings: Settings) -> Result<()> {
-    process::run("waypoint", async |logging| serve(settings, logging).await)
+    let (levels, format) = (settings.log_levels.clone(), settings.log_format.clone());
+    process::run_with(levels.as_deref(), format.as_deref(), "waypoint", async |logging| serve(settings, logging).await)
 }
 
 /// The proxy on the current (control) runtime.
@@ -74,11 +72,11 @@ pub async fn serve(settings: Settings, logging: &Logging) -> Result<()> {
     registry.process()?;
     registry.build_info("waypoint", env!("CARGO_PKG_VERSION"))?;
     let view = viewpoint(&settings)?;
-    let source = authority(&settings, &view)?;
+    let source = control::authority(&settings, &view)?;
     let first_snapshot = readiness.pending("mesh configuration");
     let first_certificate = readiness.pending("certificate");
     let translation = mesh_sources::translate::Settings { layer7: true, ..mesh_sources::translate::Settings::default() };
-    let (mesh, diagnostics) = mesh_sources::start_with(origin(&settings, &registry)?, view.clone(), &translation);
+    let (mesh, diagnostics) = mesh_sources::start_with(control::origin(&settings, &registry)?, view.clone(), &translation);
 
     let access = settings.access_log.then(|| logging.access.clone());
     let identity = SpiffeId::new(&view.trust_domain, &settings.namespace, &settings.service_account)
@@ -111,6 +109,9 @@ pub async fn serve(settings: Settings, logging: &Logging) -> Result<()> {
         readiness = %settings.readiness_addr,
         "waypoint starting"
     );
+    for note in &settings.notes {
+        tracing::info!("without effect here: {note}");
+    }
     // Nothing is accepted before it can be decided.
     let control = tokio::spawn(control(Arc::clone(&shared), hbone, drained, [first_snapshot, first_certificate]));
     let upkeep = tokio::spawn(upkeep(registry, Arc::clone(&shared)));
@@ -292,17 +293,6 @@ fn assemble(
     }))
 }
 
-fn origin(s: &Settings, registry: &Registry) -> Result<Origin> {
-    if let Some(dir) = &s.mesh_dir {
-        return Ok(Origin::Folder(dir.clone()));
-    }
-    let watches = kubernetes::Watches::default();
-    watches.expose(registry)?;
-    let access = kubernetes::Access { kubeconfig: s.kubeconfig.clone() };
-    let reach = kubernetes::Reach::Waypoint { namespace: s.namespace.clone() };
-    Ok(Origin::Kubernetes(Box::new(kubernetes::Scope { access, reach, retry: kubernetes::Retry::default(), watches })))
-}
-
 /// What spans say of this process.
 fn process_of(s: &Settings) -> Process {
     let (ns, address) = (&s.namespace, s.instance_ip.map(|ip| ip.to_string()).unwrap_or_default());
@@ -327,24 +317,6 @@ fn viewpoint(s: &Settings) -> Result<Viewpoint> {
         trust_domain_aliases: s.trust_domain_aliases.iter().map(domain).collect::<Result<_>>()?,
         ..Viewpoint::default()
     })
-}
-
-fn authority(s: &Settings, view: &Viewpoint) -> Result<Arc<dyn IdentitySource>> {
-    let settings = SourceSettings {
-        trust_domain: view.trust_domain.clone(),
-        trust_domain_aliases: view.trust_domain_aliases.clone(),
-        lifetime: s.secret_ttl,
-    };
-    let istio = || Path::new(ISTIO_SOCKET).exists().then(|| format!("unix://{ISTIO_SOCKET}"));
-    let socket = s.spiffe_socket.clone().or_else(istio).filter(|socket| !socket.is_empty());
-    let (authority, which) = match socket {
-        Some(socket) => {
-            let agent = spire::reach(&socket, &s.compliance.into()).context("SPIFFE_ENDPOINT_SOCKET")?;
-            (Authority::Spire(Api::Workload, agent), format!("certificates from SPIRE at {socket}"))
-        }
-        None => (Authority::Development(s.ca_dir.clone()), format!("development CA in {}", s.ca_dir.display())),
-    };
-    authority.open(settings).context(which)
 }
 
 /// Metrics of what exists anyway, written when somebody asks.
@@ -374,7 +346,9 @@ fn admin(
 ) -> HttpServer {
     type Page = fn(&Shared, &Diagnostics, &Request) -> Response;
     let pages: [(&str, Page); 4] = [
-        ("/config_dump", |shared, diagnostics, _| json(&dump::config(shared, diagnostics))),
+        ("/config_dump", |shared, diagnostics, request| {
+            json(&dump::config(shared, diagnostics, request.query.contains_key("include_eds")))
+        }),
         ("/clusters", |shared, _, request| {
             let clusters = shared.upstreams.clusters();
             if wants_json(request) { json(&dump::clusters_json(&clusters)) } else { plain(dump::clusters_text(&clusters)) }

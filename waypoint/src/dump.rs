@@ -3,6 +3,7 @@
 //! Built on request from one snapshot; never on the path of a request. Shapes that tools read (`/clusters`, `/listeners`,
 //! `problems`, `certificates`) are Envoy's and the node agent's.
 mod clusters;
+mod envoy;
 mod layer7;
 
 pub(crate) use clusters::{clusters_json, clusters_text};
@@ -29,11 +30,13 @@ pub(crate) fn version() -> Value {
     })
 }
 
-/// `/config_dump`: what this process knows, what it does with it, and what it refused.
-pub(crate) fn config(shared: &Shared, diagnostics: &Diagnostics) -> Value {
+/// `/config_dump`: what this process knows, what it does with it, and what it refused; and `configs`, the same in Envoy's words,
+/// which is all that `istioctl proxy-config` looks at. `endpoints`: in those too.
+pub(crate) fn config(shared: &Shared, diagnostics: &Diagnostics, endpoints: bool) -> Value {
     let snap = shared.mesh.load_full();
     let me = shared.me(&snap);
     json!({
+        "configs": envoy::configs(shared, &snap, me.as_ref().ok().map(|me| &***me), endpoints),
         "version": snap.version(),
         "build": version(),
         "identity": shared.identity.as_str(),
@@ -105,6 +108,9 @@ fn settings(shared: &Shared) -> Value {
     json!({
         "meshDir": s.mesh_dir,
         "kubernetes": s.kubernetes,
+        "xdsAddress": s.control.xds_address,
+        "caAddress": s.control.ca_address,
+        "withoutEffect": s.notes,
         "namespace": s.namespace,
         "pod": s.pod,
         "gateway": s.gateway,

@@ -8,6 +8,7 @@
 pub mod app;
 pub mod body;
 pub mod conn;
+mod control;
 mod crossing;
 pub mod detect;
 mod dump;
@@ -20,6 +21,7 @@ pub mod me;
 mod opening;
 mod phase;
 pub mod settings;
+pub mod stock;
 pub mod tcp;
 pub mod telemetry;
 pub mod token;

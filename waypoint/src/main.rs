@@ -2,7 +2,9 @@
 #![forbid(unsafe_code)]
 use anyhow::Result;
 use clap::{Parser, Subcommand};
+use std::ffi::OsString;
 use std::process::ExitCode;
+use waypoint::{Settings, stock};
 
 /// A predictable allocator that returns memory after peaks.
 #[global_allocator]
@@ -19,14 +21,14 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Run the proxy.
-    Proxy(Box<waypoint::Settings>),
+    Proxy(Box<Settings>),
     /// Print the version as JSON.
     Version,
 }
 
 fn main() -> ExitCode {
     mesh_runtime::copies::restart_with_fast_copies();
-    match run(Cli::parse().command) {
+    match arguments().and_then(|(arguments, notes)| run(Cli::parse_from(arguments).command, notes)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("waypoint: {error:#}");
@@ -35,9 +37,27 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(command: Command) -> Result<()> {
+/// Our command line, also where this process was started with that of Istio's proxies; and what of that has no effect.
+fn arguments() -> Result<(Vec<OsString>, Vec<String>)> {
+    let mut arguments: Vec<OsString> = std::env::args_os().collect();
+    let (Some("proxy"), Some(rest)) = (arguments.get(1).and_then(|first| first.to_str()), arguments.get(2..)) else {
+        return Ok((arguments, Vec::new()));
+    };
+    let rest: Vec<String> = rest.iter().map(|argument| argument.to_string_lossy().into_owned()).collect();
+    let text = |(key, value): (OsString, OsString)| Some((key.into_string().ok()?, value.into_string().ok()?));
+    let environment = std::env::vars_os().filter_map(text).collect();
+    let labels = std::fs::read_to_string(stock::LABELS).ok();
+    let Some(stock::Translated { flags, notes }) = stock::translate(&rest, &environment, labels.as_deref())? else {
+        return Ok((arguments, Vec::new()));
+    };
+    arguments.truncate(2);
+    arguments.extend(flags.into_iter().map(OsString::from));
+    Ok((arguments, notes))
+}
+
+fn run(command: Command, notes: Vec<String>) -> Result<()> {
     match command {
-        Command::Proxy(settings) => waypoint::app::run(*settings),
+        Command::Proxy(settings) => waypoint::app::run(Settings { notes, ..*settings }),
         Command::Version => {
             println!("{}", waypoint::app::version());
             Ok(())

@@ -7,6 +7,7 @@ use mesh_identity::crl_file::CrlFile;
 use mesh_identity::crypto::Compliance;
 use mesh_identity::revocation::Unknown;
 use mesh_model::l7::path::PathNormalization;
+use mesh_runtime::control_plane::{Roots, Token};
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -15,15 +16,18 @@ use std::time::Duration;
 #[derive(Args, Clone, Debug)]
 pub struct Settings {
     /// Folder of Kubernetes, Istio and Gateway API YAML that describes the mesh; watched for changes.
-    #[arg(long, env = "CULVERT_MESH_DIR", value_name = "DIR", required_unless_present = "kubernetes")]
+    #[arg(long, env = "CULVERT_MESH_DIR", value_name = "DIR")]
     pub mesh_dir: Option<PathBuf>,
     /// Read the mesh from the Kubernetes API instead, as the service account of this pod or as `--kubeconfig` says. Secrets and
-    /// ConfigMaps are read in this pod's namespace only.
+    /// ConfigMaps are read in this pod's namespace only, but for MeshConfig.
     #[arg(long, env = "CULVERT_KUBERNETES", conflicts_with = "mesh_dir")]
     pub kubernetes: bool,
     /// Kubeconfig file, of which the current context is used, for processes outside a pod.
     #[arg(long, env = "KUBECONFIG", value_name = "FILE")]
     pub kubeconfig: Option<PathBuf>,
+    /// A control plane tells a part of it, and issues certificates.
+    #[command(flatten)]
+    pub control: ControlSettings,
     /// Namespace of this pod.
     #[arg(long, env = "POD_NAMESPACE", default_value = "default")]
     pub namespace: String,
@@ -43,7 +47,8 @@ pub struct Settings {
     /// Service account whose identity this process has.
     #[arg(long, env = "SERVICE_ACCOUNT", default_value = "default")]
     pub service_account: String,
-    /// Directory of the built-in development CA; created when absent.
+    /// Directory of the built-in development CA, which issues certificates where no other authority is named; created when
+    /// absent.
     #[arg(long, env = "CULVERT_CA_DIR", default_value = "/var/lib/culvert/ca", value_name = "DIR")]
     pub ca_dir: PathBuf,
     /// SPIRE issues the certificate: the socket of the SPIFFE Workload API, `unix:///path`. By itself Istio's,
@@ -171,9 +176,44 @@ pub struct Settings {
     /// Write the access log.
     #[arg(long, env = "CULVERT_ACCESS_LOG", default_value_t = true, action = clap::ArgAction::Set)]
     pub access_log: bool,
-    /// What a stock Istio proxy is started with and this one does not need (`proxy waypoint --domain …`).
-    #[arg(hide = true, trailing_var_arg = true, allow_hyphen_values = true)]
-    pub ignored: Vec<String>,
+    /// Levels of the log, such as `info` or `info,upstream=debug`.
+    #[arg(long, env = "RUST_LOG", value_name = "LEVELS")]
+    pub log_levels: Option<String>,
+    /// Format of the log: `plain` or `json`.
+    #[arg(long, env = "LOG_FORMAT", value_name = "FORMAT")]
+    pub log_format: Option<String>,
+    /// What was asked for on Istio's own command line and has no effect here.
+    #[arg(skip)]
+    pub notes: Vec<String>,
+}
+
+/// Settings of the control plane.
+#[derive(Args, Clone, Debug)]
+pub struct ControlSettings {
+    /// istiod tells services, workloads and policies of layer 4, the Kubernetes API everything else: istiod's address,
+    /// `https://host:port` (or `http://` for plaintext).
+    #[arg(long, env = "XDS_ADDRESS", value_name = "URL", conflicts_with = "mesh_dir")]
+    pub xds_address: Option<String>,
+    /// Whom to believe that it is istiod: a PEM file (read at every connection), `SYSTEM`, or the PEM itself.
+    #[arg(long, env = "XDS_ROOT_CA", default_value = "./var/run/secrets/istio/root-cert.pem", value_name = "ROOTS")]
+    pub xds_root_ca: Roots,
+    /// A second name istiod's certificate may have.
+    #[arg(long, env = "ALT_XDS_HOSTNAME", value_name = "HOST")]
+    pub alt_xds_hostname: Option<String>,
+    /// istiod issues the certificate: its address. By itself where it tells a part of the mesh; empty: the built-in development
+    /// CA does.
+    #[arg(long, env = "CA_ADDRESS", value_name = "URL")]
+    pub ca_address: Option<String>,
+    /// Whom to believe that it is the authority, as for `--xds-root-ca`.
+    #[arg(long, env = "CA_ROOT_CA", default_value = "./var/run/secrets/istio/root-cert.pem", value_name = "ROOTS")]
+    pub ca_root_ca: Roots,
+    /// A second name the authority's certificate may have.
+    #[arg(long, env = "ALT_CA_HOSTNAME", value_name = "HOST")]
+    pub alt_ca_hostname: Option<String>,
+    /// Token for istiod: a file (read for every request) or the token itself. By itself the pod's
+    /// `./var/run/secrets/tokens/istio-token`, where it is there.
+    #[arg(long, env = "AUTH_TOKEN", hide_env_values = true, value_name = "TOKEN")]
+    pub auth_token: Option<Token>,
 }
 
 impl Settings {

@@ -39,17 +39,33 @@ pub enum StartError {
 /// # Errors
 /// Those of `serve`, and [`StartError`].
 pub fn run<E: From<StartError>>(own_crate: &'static str, serve: impl AsyncFnOnce(&Logging) -> Result<(), E>) -> Result<(), E> {
-    let (logging, runtime) = start(own_crate)?;
+    let variable = |name| std::env::var(name).ok();
+    run_with(variable("RUST_LOG").as_deref(), variable("LOG_FORMAT").as_deref(), own_crate, serve)
+}
+
+/// [`run`], with what `RUST_LOG` and `LOG_FORMAT` would say given by the caller.
+///
+/// # Errors
+/// Those of `serve`, and [`StartError`].
+pub fn run_with<E: From<StartError>>(
+    levels: Option<&str>,
+    format: Option<&str>,
+    own_crate: &'static str,
+    serve: impl AsyncFnOnce(&Logging) -> Result<(), E>,
+) -> Result<(), E> {
+    let (logging, runtime) = start(levels, format, own_crate)?;
     let outcome = runtime.block_on(serve(&logging));
     runtime.shutdown_timeout(LAST_WORDS);
     logging.writer.flush(LAST_WORDS);
     outcome
 }
 
-fn start(own_crate: &'static str) -> Result<(Logging, tokio::runtime::Runtime), StartError> {
-    let variable = |name| std::env::var(name).ok();
-    let options = logging::Options::from_env(variable("RUST_LOG").as_deref(), variable("LOG_FORMAT").as_deref(), own_crate)
-        .map_err(StartError::Levels)?;
+fn start(
+    levels: Option<&str>,
+    format: Option<&str>,
+    own_crate: &'static str,
+) -> Result<(Logging, tokio::runtime::Runtime), StartError> {
+    let options = logging::Options::from_env(levels, format, own_crate).map_err(StartError::Levels)?;
     let logging = logging::init(options)?;
     logging.log_panics();
     let runtime = threads::control_runtime().map_err(StartError::Runtime)?;

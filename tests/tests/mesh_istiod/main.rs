@@ -1,5 +1,7 @@
 //! Ring 3: two agents that have nothing but a control plane and a CNI agent: mesh, policies and certificates come over the
 //! wire, pods over the socket. What they carry, and what they carry on with when the control plane is gone.
+mod waypoint;
+
 use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,7 +12,7 @@ use bytes::Bytes;
 use mesh_proto::AUTHORIZATION_TYPE;
 use mesh_proto::istio::security::{self, Authorization, Group, Match, Rules, StringMatch, string_match::MatchType};
 use mesh_proto::istio::workload::{NetworkAddress, Port, PortList, Service, TunnelProtocol, Workload};
-use mesh_tests::agent::{Agent, AgentSpec, find_binary};
+use mesh_tests::agent::{Agent, AgentSpec, find_program};
 use mesh_tests::cni::{self, CniAgent, CniPod, Connection};
 use mesh_tests::istiod::{CaManner, Istiod};
 use mesh_tests::program::{Client, Server};
@@ -23,6 +25,8 @@ const PORT: u16 = 8080;
 const VIP: ([u8; 4], u16) = ([10, 96, 0, 20], 80);
 /// The port of istiod.
 const CONTROL: u16 = 15012;
+/// Pods of node-b.
+const ON_B: [&str; 3] = ["web", "v1", "v2"];
 /// What Istio makes of STRICT.
 const STRICT: &str = "istio_converted_static_strict";
 
@@ -34,6 +38,14 @@ const TESTS: &[Test<World>] = &[
     test("without_a_control_plane_all_goes_on", without_a_control_plane_all_goes_on),
     test("short_lived_certificates_change_under_load", short_lived_certificates_change_under_load),
     test("a_restarted_agent_waits_for_the_control_plane", a_restarted_agent_waits_for_the_control_plane),
+    test("a_waypoint_of_istiods_template_serves", waypoint::a_waypoint_of_istiods_template_serves),
+    test("istioctl_finds_what_it_reads", waypoint::istioctl_finds_what_it_reads),
+    test("each_half_follows_its_teller", waypoint::each_half_follows_its_teller),
+    test(
+        "a_waypoint_outlives_its_control_plane_and_starts_with_it_only",
+        waypoint::a_waypoint_outlives_its_control_plane_and_starts_with_it_only,
+    ),
+    test("certificates_of_a_waypoint_change_under_load", waypoint::certificates_of_a_waypoint_change_under_load),
 ];
 
 fn main() -> ExitCode {
@@ -50,6 +62,7 @@ struct Node {
 
 /// Dropped in this order.
 struct World {
+    side: Option<waypoint::Side>,
     a: Option<Node>,
     b: Option<Node>,
     _servers: Vec<Server>,
@@ -115,16 +128,22 @@ fn tell(istiod: &Istiod, topology: &Topology) {
         istiod.workload(workload(topology.pod(name), "node-a"));
     }
     istiod.workload(web(topology));
+    waypoint::tell(istiod, topology);
 }
 
 fn set_up() -> anyhow::Result<World> {
-    find_binary().map_err(|error| CannotRun(format!("{error:#}")))?;
+    for program in ["ztunnel", "waypoint"] {
+        find_program(program).map_err(|error| CannotRun(format!("{error:#}")))?;
+    }
     let topology = Plan::default()
         .node("node-a", "zone-1")
         .node("node-b", "zone-1")
         .pod("node-a", "t", "client", "client", &[])
         .pod("node-a", "t", "other", "other", &[])
         .pod("node-b", "t", "web", "web", &[])
+        .pod("node-b", "t", "v1", "v1", &["app=api", "version=v1"])
+        .pod("node-b", "t", "v2", "v2", &["app=api", "version=v2"])
+        .pod("node-a", "t", "wp", "wp", &["gateway.networking.k8s.io/gateway-name=wp", "istio.io/dataplane-mode=none"])
         .host("control")
         .host("outside")
         .build()?;
@@ -135,13 +154,14 @@ fn set_up() -> anyhow::Result<World> {
     std::fs::write(files.path().join("root.pem"), istiod.root())?;
     std::fs::write(files.path().join("token"), "of a node")?;
     let servers = vec![Server::start(topology.pod("web"), PORT)?];
-    for pod in &topology.plan().pods {
+    for pod in topology.plan().pods.iter().filter(|pod| pod.name != "wp") {
         cni::redirect(&topology.pod(&pod.name).netns).with_context(|| format!("rules of {}", pod.name))?;
     }
     std::fs::write(files.path().join("crl.pem"), istiod.revoked(&[])?)?;
-    let mut world = World { a: None, b: None, _servers: servers, istiod, topology, files };
+    let mut world = World { side: None, a: None, b: None, _servers: servers, istiod, topology, files };
     world.a = Some(world.start("node-a", &["client", "other"])?);
-    world.b = Some(world.start("node-b", &["web"])?);
+    world.b = Some(world.start("node-b", &ON_B)?);
+    world.side = Some(waypoint::Side::start(&world)?);
     Ok(world)
 }
 
@@ -203,8 +223,9 @@ fn pods_call_each_other_as_who_they_are(world: &mut World) -> anyhow::Result<()>
         })?;
     }
     let seen = world.istiod.seen();
-    ensure!(seen.nodes.iter().all(|id| id.starts_with("ztunnel~")), "{:?}", seen.nodes);
-    ensure!(seen.tokens.iter().chain(seen.ca_headers.iter().map(|(token, _)| token)).all(|t| t == "Bearer of a node"));
+    ensure!(seen.nodes.iter().any(|id| id.starts_with("ztunnel~")), "{:?}", seen.nodes);
+    let mut tokens = seen.tokens.iter().chain(seen.ca_headers.iter().map(|(token, _)| token));
+    ensure!(tokens.all(|t| t == "Bearer of a node" || *t == format!("Bearer {}", waypoint::TOKEN)));
     ensure!(seen.nacks.is_empty(), "{:?}", seen.nacks);
     let dump = a.config_dump()?;
     let available = dump["certificates"].as_array().into_iter().flatten().filter(|c| c["state"] == "Available").count();
@@ -304,7 +325,7 @@ fn short_lived_certificates_change_under_load(world: &mut World) -> anyhow::Resu
     world.istiod.lifetime(life);
     // The ones in use live for an hour; a restarted agent asks for new ones.
     world.b = None;
-    world.b = Some(world.start("node-b", &["web"])?);
+    world.b = Some(world.start("node-b", &ON_B)?);
     world.a = None;
     world.a = Some(world.start("node-a", &["client", "other"])?);
     let before = world.istiod.seen().identities.len();
@@ -355,7 +376,7 @@ fn a_restarted_agent_waits_for_the_control_plane(world: &mut World) -> anyhow::R
     wait::until_true("an attempt", || agent.whole_log().contains("the control plane is not heard"))?;
     ensure!(agent.wait_ready(Duration::from_millis(500)).is_err(), "ready without a mesh");
     world.istiod.away(false);
-    world.b = Some(world.enrol("node-b", agent, cni, &["web"])?);
+    world.b = Some(world.enrol("node-b", agent, cni, &ON_B)?);
     wait::until_true("calls through it", || world.call("client", world.web()).is_ok())?;
     for node in [&world.a, &world.b].into_iter().flatten() {
         ensure!(!node.agent.whole_log().contains("panicked"), "an agent panicked");
