@@ -322,6 +322,37 @@ pub(crate) fn a_service_entry_leads_out(mesh: &mut Mesh) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Keep-alive of the connections to an endpoint, seen in the kernel's table.
+pub(crate) fn connections_are_kept_alive_as_told(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let outside = mesh.topology.host("outside").clone();
+    let _server = mesh_tests::web::Web::start(&outside, PORT)?;
+    let _entry = mesh.objects("outside", &OUTSIDE.replace("ADDRESS", &outside.v4.to_string()))?;
+    mesh.proxy("node-a").wait_config("the service", |dump| dump["services"].to_string().contains("10.96.1.1"))?;
+    let table = format!("/proc/{}/net/tcp", mesh.proxy("wp").pid());
+    let remote = format!("{:08X}:{PORT:04X}", u32::from_ne_bytes(outside.v4.octets()));
+    // Established: local address, and the kind of timer with its rest in hundredths of a second.
+    let open = || -> anyhow::Result<BTreeSet<(String, String)>> {
+        let text = std::fs::read_to_string(&table)?;
+        let lines = text.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+        let ours = lines.filter(|f| f.get(2) == Some(&&*remote) && f.get(3) == Some(&"01"));
+        Ok(ours.filter_map(|f| Some(((*f.get(1)?).to_owned(), (*f.get(5)?).to_owned()))).collect())
+    };
+    ensure!(mesh.call(&["-H", "host: ext.example", "http://10.96.1.1/kept"])?.status == 200);
+    let before = open()?;
+    let due = |timer: &str| timer.strip_prefix("02:").and_then(|rest| u64::from_str_radix(rest, 16).ok());
+    let ours = |rest: u64| (9_000..=10_000).contains(&rest);
+    ensure!(!before.is_empty() && !before.iter().any(|(_, timer)| due(timer).is_some_and(ours)), "nothing said: {before:?}");
+    let _policy = mesh.objects(
+        "kept",
+        "apiVersion: networking.istio.io/v1\nkind: DestinationRule\nmetadata: { name: kept, namespace: t }\nspec:\n  host: ext.example\n  trafficPolicy: { connectionPool: { tcp: { tcpKeepalive: { time: 100s, interval: 30s, probes: 3 } } } }\n",
+    )?;
+    // On connections made from then on: enough at once that there are some.
+    mesh.call(&["-Z", "-o", "/dev/null", "-H", "host: ext.example", "http://10.96.1.1/slow/200?n=[1-20]"]).ok();
+    let new = open()?;
+    ensure!(new.iter().any(|(_, timer)| due(timer).is_some_and(ours)), "{new:?}");
+    Ok(())
+}
+
 pub(crate) fn an_ejection_ends_and_is_counted(mesh: &mut Mesh) -> anyhow::Result<()> {
     let _policy = mesh.objects(
         "gateway-errors",

@@ -117,6 +117,7 @@ const TESTS: &[Test<Mesh>] = &[
     test("the_proxy_protocol_names_the_client", destinations::the_proxy_protocol_names_the_client),
     test("http2_is_spoken_to_endpoints_where_asked", destinations::http2_is_spoken_to_endpoints_where_asked),
     test("a_service_entry_leads_out", destinations::a_service_entry_leads_out),
+    test("connections_are_kept_alive_as_told", destinations::connections_are_kept_alive_as_told),
     test("an_ejection_ends_and_is_counted", destinations::an_ejection_ends_and_is_counted),
     test("requests_cannot_be_smuggled", hostile::requests_cannot_be_smuggled),
     test("no_request_is_carried_under_another_identity", identities::no_request_is_carried_under_another_identity),
