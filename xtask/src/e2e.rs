@@ -20,8 +20,15 @@ struct Peer {
     suite: &'static str,
 }
 
-const PEERS: &[Peer] =
-    &[Peer { name: "SPIRE", script: "tests/spire/install.sh", programs: &["spire-server", "spire-agent"], suite: "mesh_spire" }];
+const PEERS: &[Peer] = &[
+    Peer { name: "SPIRE", script: "tests/spire/install.sh", programs: &["spire-server", "spire-agent"], suite: "mesh_spire" },
+    Peer {
+        name: "Kubernetes",
+        script: "tests/kubernetes/install.sh",
+        programs: &["etcd", "kube-apiserver"],
+        suite: "mesh_kubernetes",
+    },
+];
 
 /// `cargo xtask e2e`.
 pub fn run(args: &[String]) -> Result<()> {
