@@ -56,6 +56,10 @@ impl Facts {
             _ => "http",
         }
     }
+    /// The address the client asked for, where it asked for one: not of a gateway's listener, which is our own, and not by name.
+    pub fn asked(&self) -> Option<SocketAddr> {
+        matches!(self.scope, Scope::Mesh(_)).then_some(self.local).filter(|asked| !asked.ip().is_unspecified())
+    }
     /// The service the client addressed, inside the mesh.
     pub fn service(&self) -> Option<&Arc<Service>> {
         match &self.scope {

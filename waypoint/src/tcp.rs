@@ -221,7 +221,7 @@ async fn reach(conn: &Conn, record: &mut TcpRecord) -> Result<Reached, Unreached
             hash: None,
             tried: &[],
             before: &[],
-            dst: Some(conn.local),
+            dst: conn.asked(),
             name: conn.sni.as_deref(),
         };
         let host = cluster.pick(&pick)?;

@@ -16,6 +16,11 @@ pub(crate) fn the_gateway_lets_its_hosts_in(mesh: &mut Mesh) -> anyhow::Result<(
     ensure!(got.status == 404, "a path prefix is of whole segments: {got:?}");
     let got = curl(&outside, &["-H", "host: other.example", &format!("http://{gateway}/shop")])?;
     ensure!(got.status == 404, "{got:?}");
+    // Nobody from outside says that it was encrypted, or what its requests are called.
+    let claims = ["-H", "host: web.example", "-H", "x-forwarded-proto: https", "-H", "x-request-id: mine"];
+    let got = curl(&outside, &[&claims[..], &[&format!("http://{gateway}/shop/a")]].concat())?;
+    let echo = got.echo()?;
+    ensure!(echo["headers"]["x-forwarded-proto"] == "http" && echo["headers"]["x-request-id"] != "mine", "{got:?}");
     Ok(())
 }
 

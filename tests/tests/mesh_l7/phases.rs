@@ -331,6 +331,9 @@ pub(crate) fn what_nobody_wrote_a_route_for_is_carried(mesh: &mut Mesh) -> anyho
     ensure!(got.status == 503 && got.body.contains("connection termination"), "{got:?}");
     let got = mesh.call(&["-H", "connection: x-secret", "-H", "x-secret: 1", &format!("http://{WEB}/hop")])?;
     ensure!(got.echo()?["headers"]["x-secret"].is_null(), "{got:?}");
+    // What the log would say the path was is not the client's to say.
+    let got = mesh.call(&["-H", "x-envoy-original-path: /innocent", &format!("http://{WEB}/true")])?;
+    ensure!(got.echo()?["headers"]["x-envoy-original-path"].is_null(), "{got:?}");
     let got =
         mesh.call(&["-H", "x-envoy-retry-on: 5xx", "-H", "x-forwarded-for: 1.1.1.1", &format!("http://{WEB}/status/500")])?;
     ensure!(got.status == 500 && got.echo()?["headers"]["x-envoy-attempt-count"] == "1", "{got:?}");

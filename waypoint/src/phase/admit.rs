@@ -2,6 +2,7 @@
 //! forwarded-for (Envoy's connection manager).
 use crate::body::Body;
 use crate::conn::Conn;
+use crate::facts::Scope;
 use crate::phase::respond;
 use crate::phase::{Exchange, Flow};
 use crate::telemetry::{Flag, Record};
@@ -15,6 +16,7 @@ use hyper::ext::Protocol;
 use mesh_model::l7::path::{PathNormalization, normalize};
 use mesh_model::l7::treatment::Treatments;
 use std::fmt::Write as _;
+use std::net::IpAddr;
 use std::sync::Arc;
 
 /// `x-request-id`.
@@ -26,13 +28,16 @@ const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto")
 /// `x-forwarded-client-cert`.
 const CLIENT_CERT: HeaderName = HeaderName::from_static("x-forwarded-client-cert");
 /// Headers only we may set: a client that sends them could make us believe things (Envoy: internal headers).
-const INTERNAL: [&str; 10] = [
+const INTERNAL: [&str; 12] = [
     "x-envoy-attempt-count",
     "x-envoy-decorator-operation",
     "x-envoy-expected-rq-timeout-ms",
     "x-envoy-internal",
     "x-envoy-max-retries",
     "x-envoy-original-dst-host",
+    // What the log says the path was, by Istio's default format.
+    "x-envoy-original-host",
+    "x-envoy-original-path",
     "x-envoy-retry-on",
     "x-envoy-upstream-rq-per-try-timeout-ms",
     "x-envoy-upstream-rq-timeout-ms",
@@ -88,7 +93,8 @@ pub(crate) fn begin(conn: &Arc<Conn>, request: Request<Incoming>) -> Exchange<'_
 /// it was one.
 fn as_upgrade(parts: &mut Parts) -> bool {
     let Some(protocol) = parts.extensions.remove::<Protocol>().filter(|_| parts.method == Method::CONNECT) else { return false };
-    let Ok(protocol) = HeaderValue::from_bytes(protocol.as_ref()) else { return false };
+    // Asking for HTTP/2 in HTTP/2 is no upgrade, and would be passed over as one.
+    let Some(protocol) = HeaderValue::from_bytes(protocol.as_ref()).ok().filter(|p| !is_h2c(p)) else { return false };
     parts.method = Method::GET;
     parts.headers.insert(header::UPGRADE, protocol);
     parts.headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
@@ -129,7 +135,9 @@ pub(crate) fn check(ex: &mut Exchange<'_>) -> Flow {
         Ok(path) => ex.path = path.into_owned(),
         Err(_) => return Flow::Answer(respond::closing(ex, StatusCode::BAD_REQUEST, "", "path_normalization_failed")),
     }
-    ex.scheme = scheme(ex);
+    // Nobody stands before us whose word counts (Envoy: `use_remote_address`, no trusted hop).
+    let edge = matches!(ex.conn.scope, Scope::Gateway { .. }) && ex.conn.shared.settings.trusted_proxies == 0;
+    ex.scheme = if edge { ex.conn.scheme() } else { scheme(ex) };
     clean(&mut ex.parts, &ex.authority);
     let headers = &mut ex.parts.headers;
     if ex.conn.shared.settings.forward_client_identity
@@ -141,8 +149,12 @@ pub(crate) fn check(ex: &mut Exchange<'_>) -> Flow {
     if ex.conn.shared.settings.forward_client_address {
         append_client(headers, ex.conn.client.ip());
     }
-    if !headers.contains_key(FORWARDED_PROTO) {
+    if edge || !headers.contains_key(FORWARDED_PROTO) {
         headers.insert(FORWARDED_PROTO, HeaderValue::from_static(ex.conn.scheme()));
+    }
+    if edge && !is_internal(ex.conn.client.ip()) {
+        // It decides which requests are traced, and joins the lines of logs: not for strangers to choose.
+        headers.remove(REQUEST_ID);
     }
     headers.entry(REQUEST_ID).or_insert_with(request_id);
     Flow::Continue
@@ -248,6 +260,14 @@ fn scheme(ex: &Exchange<'_>) -> &'static str {
     own.or_else(forwarded).unwrap_or_else(|| ex.conn.scheme())
 }
 
+/// Addresses of private networks, which Envoy trusts more.
+fn is_internal(ip: IpAddr) -> bool {
+    match ip.to_canonical() {
+        IpAddr::V4(ip) => ip.is_private() || ip.is_loopback(),
+        IpAddr::V6(ip) => ip.is_unique_local() || ip.is_loopback(),
+    }
+}
+
 /// HTTP/2 may split a cookie for compression; HTTP/1 has one field of it (RFC 9113 §8.2.3).
 fn join_cookies(headers: &mut HeaderMap) {
     if headers.get_all(header::COOKIE).iter().nth(1).is_none() {
@@ -317,7 +337,7 @@ pub(crate) fn strip_hop_by_hop(headers: &mut HeaderMap, upgrade: Option<&HeaderV
     }
 }
 
-fn append_client(headers: &mut HeaderMap, client: std::net::IpAddr) {
+fn append_client(headers: &mut HeaderMap, client: IpAddr) {
     let mut value = String::with_capacity(48);
     for old in headers.get_all(FORWARDED_FOR) {
         if let Ok(old) = old.to_str() {

@@ -118,7 +118,7 @@ async fn attempts(
         let wanted = |wanted: bool| if wanted && hash.is_none() { &tried[..] } else { none };
         let (tried_now, before) = (wanted(policy.other_hosts), wanted(policy.other_localities));
         let name = Some(host_of(&ex.authority));
-        let pick = PickContext { draw, hash, tried: tried_now, before, dst: Some(ex.conn.local), name };
+        let pick = PickContext { draw, hash, tried: tried_now, before, dst: ex.conn.asked(), name };
         let host = match cluster.pick(&pick) {
             Ok(host) => host,
             Err(error) => return (failed(ex, &error, attempt > 1, dialect), None),

@@ -21,6 +21,8 @@ struct State {
     hint: SizeHint,
     kept: Vec<Kept>,
     bytes: usize,
+    /// What the pieces cost, however small they are.
+    cost: usize,
     limit: usize,
     /// Frames read from the source.
     read: usize,
@@ -33,8 +35,14 @@ struct State {
 #[derive(Clone)]
 enum Kept {
     Data(Bytes),
-    Trailers(HeaderMap),
+    Trailers(Box<HeaderMap>),
 }
+/// What keeping a frame costs beside its bytes, about.
+const PIECE: usize = 96;
+/// Pieces up to this length are copied: they may be slices of something much larger.
+const SMALL: usize = 1024;
+/// Pieces may cost this much, however small the limit is: a body in one piece is always one within its limit.
+const LEAST: usize = 4096;
 #[derive(Clone, Copy)]
 enum End {
     Whole,
@@ -57,6 +65,7 @@ impl Replay {
             hint,
             kept: Vec::new(),
             bytes: 0,
+            cost: 0,
             limit,
             read: 0,
             passed: false,
@@ -100,7 +109,7 @@ impl HttpBody for Reader {
             self.at += 1;
             return Poll::Ready(Some(Ok(match kept {
                 Kept::Data(data) => Frame::data(data),
-                Kept::Trailers(trailers) => Frame::trailers(trailers),
+                Kept::Trailers(trailers) => Frame::trailers(*trailers),
             })));
         }
         match state.end {
@@ -145,17 +154,20 @@ impl State {
             self.received.add(data);
             self.bytes = self.bytes.saturating_add(data.len());
         }
+        self.cost = self.cost.saturating_add(PIECE);
         if self.passed {
             return;
         }
-        if self.bytes > self.limit {
+        // A body in tiny pieces costs more than its bytes.
+        if self.bytes > self.limit || self.cost > self.limit.max(LEAST) {
             self.passed = true;
             self.kept = Vec::new();
             return;
         }
         match (frame.data_ref(), frame.trailers_ref()) {
+            (Some(data), _) if data.len() <= SMALL => self.kept.push(Kept::Data(Bytes::copy_from_slice(data))),
             (Some(data), _) => self.kept.push(Kept::Data(data.clone())),
-            (None, Some(trailers)) => self.kept.push(Kept::Trailers(trailers.clone())),
+            (None, Some(trailers)) => self.kept.push(Kept::Trailers(Box::new(trailers.clone()))),
             (None, None) => self.kept.push(Kept::Data(Bytes::new())),
         }
     }
@@ -194,6 +206,16 @@ mod tests {
         assert_eq!(collect(replay.reader().expect("first")).expect("whole"), "abcdefghi");
         assert!(replay.reader().is_none());
         assert!(collect(mirror).is_err(), "a reader left behind is told");
+    }
+    #[test]
+    fn a_body_in_tiny_pieces_is_not_kept_for_long() {
+        let pieces: &'static [&'static str] = &["x"; 5000];
+        let replay = Replay::new(body(pieces), 64 << 10, Arc::default());
+        assert_eq!(collect(replay.reader().expect("first")).expect("whole").len(), 5000);
+        assert!(replay.reader().is_none() && replay.0.lock().kept.is_empty());
+        let few = Replay::new(body(&pieces[..600]), 64 << 10, Arc::default());
+        assert_eq!(collect(few.reader().expect("first")).expect("whole").len(), 600);
+        assert_eq!(collect(few.reader().expect("again")).expect("whole").len(), 600);
     }
     #[test]
     fn two_readers_share_one_source() {

@@ -3,6 +3,7 @@
 //! A bucket belongs to one limit and one value of its key, in one process. Where buckets are kept is [`table`], the
 //! arithmetic is [`rate`]; time comes in from outside. Upstream: `mesh-sources` (TrafficPolicy, EnvoyFilter). Downstream: the
 //! waypoint's phase of this name.
+use crate::addr::without_port;
 use crate::l7::policy::PathPattern;
 use crate::l7::route::RequestFacts;
 use http::Method;
@@ -81,7 +82,7 @@ pub enum KeyPart {
     Header(HeaderName),
     /// Path without query, normalised.
     Path,
-    /// The authority, as the client wrote it.
+    /// The host of the authority, however the client wrote it.
     Authority,
     /// A claim of the verified token by its path, together with the token's issuer: another issuer's user of the same name is
     /// somebody else. Known after authentication.
@@ -129,7 +130,11 @@ impl Limit {
                     count.hash(hasher);
                 }
                 KeyPart::Path => facts.path.hash(hasher),
-                KeyPart::Authority => facts.authority.hash(hasher),
+                KeyPart::Authority => {
+                    let host = without_port(facts.authority).unwrap_or(facts.authority);
+                    host.strip_suffix('.').unwrap_or(host).bytes().for_each(|b| hasher.write_u8(b.to_ascii_lowercase()));
+                    hasher.write_u8(0);
+                }
                 KeyPart::Claim(path) => {
                     facts.claims.is_some().hash(hasher);
                     if let Some(claims) = facts.claims {

@@ -22,6 +22,8 @@ fn keys_tell_apart_what_they_name_and_nothing_else() {
     let by_ip = limit(vec![KeyPart::SourceIp { v4: 32, v6: 64 }], Which::default());
     let by_header = limit(vec![KeyPart::Header(name)], Which::default());
     let by_path = limit(vec![KeyPart::Path], Which::default());
+    let by_host = limit(vec![KeyPart::Authority], Which::default());
+    let host = |host: &str| Req::get("/").host(host);
     let (a, b) = ("10.0.0.1", "10.0.0.2");
     for (limit, (left, from), (right, to), same) in [
         (&by_ip, (with(&[]), a), (with(&["t"]), a), true),
@@ -37,6 +39,9 @@ fn keys_tell_apart_what_they_name_and_nothing_else() {
         (&by_header, (with(&["t", "u"]), a), (with(&["t"]), a), false),
         (&by_path, (Req::get("/a?x"), a), (Req::get("/a?y"), a), true),
         (&by_path, (Req::get("/a"), a), (Req::get("/b"), a), false),
+        (&by_host, (host("a.example"), a), (host("A.Example.:80"), a), true),
+        (&by_host, (host("a.example"), a), (host("b.example"), a), false),
+        (&by_host, (host("[2001:db8::1]:80"), a), (host("[2001:db8::1]"), a), true),
     ] {
         assert_eq!(hash(limit, &left, from) == hash(limit, &right, to), same, "{left:?} {right:?}");
     }
