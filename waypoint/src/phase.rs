@@ -36,6 +36,7 @@ use mesh_tokens::Verified;
 use replay::Replay;
 use std::str::FromStr;
 use std::sync::Arc;
+use tokio::time::Instant;
 
 /// Whether the next phase runs.
 pub enum Flow {
@@ -133,6 +134,10 @@ impl Exchange<'_> {
     /// The backend `route` chose, of its own route's action.
     pub(crate) fn backend_of<'f>(&self, forward: &'f Forward) -> Option<&'f Backend> {
         forward.backends.get(self.backend?)
+    }
+    /// When the last of the request's body came, if it has; `begun` where it has none.
+    pub(crate) fn body_ended(&self, begun: Instant) -> Option<Instant> {
+        self.replay.as_ref().map_or(Some(begun), Replay::ended_at)
     }
     /// Whether [`Self::read_body`] would give one.
     pub(crate) fn body_is_whole(&self) -> bool {

@@ -107,6 +107,7 @@ const TESTS: &[Test<Mesh>] = &[
     test("an_http_route_does_as_it_says", phases::an_http_route_does_as_it_says),
     test("grpc_is_routed_and_its_trailers_arrive", phases::grpc_is_routed_and_its_trailers_arrive),
     test("what_nobody_wrote_a_route_for_is_carried", phases::what_nobody_wrote_a_route_for_is_carried),
+    test("a_limit_of_time_begins_with_the_end_of_the_request", phases::a_limit_of_time_begins_with_the_end_of_the_request),
     test("consistent_hashing_keeps_clients_where_they_are", destinations::consistent_hashing_keeps_clients_where_they_are),
     test("turns_and_draws_reach_everybody", destinations::turns_and_draws_reach_everybody),
     test("locality_failover_and_shares", destinations::locality_failover_and_shares),

@@ -3,6 +3,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use mesh_tests::grpc::Grpc;
+use mesh_tests::raw::Raw;
 use mesh_tests::wait;
 use serde_json::Value;
 
@@ -104,6 +105,29 @@ pub(crate) fn faults_are_injected(mesh: &mut Mesh) -> anyhow::Result<()> {
     ensure!(got.header("grpc-message") == Some("fault filter abort"), "{got:?}");
     ensure!(mesh.call(&[&at("/never")])?.status == 200);
     ensure!(mesh.web["web1"].requests() == before + 2, "what was aborted did not reach the endpoint");
+    Ok(())
+}
+
+/// What the client takes to send its request is not the endpoint's time.
+pub(crate) fn a_limit_of_time_begins_with_the_end_of_the_request(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let _rules = mesh.objects(
+        "limits-of-time",
+        &rules("\n  - timeout: 500ms\n    retries: { attempts: 1, perTryTimeout: 400ms }\n    route: [ { destination: { host: other } } ]\n"),
+    )?;
+    let late = |head: &str, rest: &str| -> anyhow::Result<u16> {
+        let mut raw = Raw::say(mesh.pod("client"), format!("{OTHER}:80").parse()?, format!("{head}\r\n").as_bytes())?;
+        std::thread::sleep(Duration::from_millis(900));
+        raw.send(rest.as_bytes())?;
+        Ok(raw.answer()?.status)
+    };
+    let head = |path: &str, length: &str| format!("POST {path} HTTP/1.1\r\nhost: other\r\n{length}\r\n");
+    ensure!(late(&head("/up", "content-length: 5"), "hello")? == 200, "a late body of a known length");
+    ensure!(late(&head("/up", "transfer-encoding: chunked"), "5\r\nhello\r\n0\r\n\r\n")? == 200, "a late body");
+    let begun = Instant::now();
+    ensure!(late(&head("/slow/3000", "content-length: 5"), "hello")? == 504, "a late answer to a late body");
+    let took = begun.elapsed();
+    ensure!(took >= Duration::from_millis(1300) && took < Duration::from_millis(2900), "{took:?}");
+    ensure!(mesh.call(&[&at("/slow/3000")])?.status == 504);
     Ok(())
 }
 

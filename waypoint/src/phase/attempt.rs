@@ -3,6 +3,7 @@ use crate::body::Body;
 use crate::facts::Scope;
 use crate::phase::Exchange;
 use crate::phase::admit::upgrade_of;
+use crate::phase::replay::Replay;
 use crate::phase::{expose, grpc_status, http_of_grpc, respond};
 use crate::telemetry::Flag;
 use crate::upgrade::Switched;
@@ -23,7 +24,7 @@ use mesh_model::waypoint::Target;
 use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::{Instant, sleep, sleep_until};
 
 const DRAW_ATTEMPT: u64 = 20;
 const DRAW_BACKOFF: u64 = 60;
@@ -105,7 +106,9 @@ async fn attempts(
     let upgrade = upgrade_of(&ex.parts.headers).is_some();
     let client_upgrade = ex.parts.extensions.remove::<OnUpgrade>().filter(|_| upgrade);
     let repeatable = policy.attempts > 0 && !upgrade;
-    let deadline = time_limit(ex, forward.timeout).map(|t| Instant::now() + t);
+    // Time counts from when the whole request was there (Envoy): a slow upload is the client's time, not the endpoint's.
+    let (begun, whole) = (Instant::now(), time_limit(ex, forward.timeout));
+    let deadline = |ex: &Exchange<'_>| Some(ex.body_ended(begun)? + whole?);
     let http2 = speaks_http2(ex, cluster);
     let mut tried: Vec<Arc<Host>> = Vec::new();
     // Held while a retry is under way: the budget counts it.
@@ -130,23 +133,20 @@ async fn attempts(
             return (respond::local(ex, StatusCode::BAD_REQUEST, "", "invalid_authority"), None);
         };
         let started = Instant::now();
-        let per_try = policy.per_try.map(|t| started + t);
-        if let Some(end) = [deadline, per_try].into_iter().flatten().min() {
+        let limit = Limit { whole, per_try: policy.per_try, started };
+        if let Some((end, _)) = limit.end(ex.body_ended(begun).unwrap_or(started)) {
             tell_limit(ex, request.headers_mut(), end.saturating_duration_since(started));
         }
-        let (limit, is_per_try) = match (deadline, per_try) {
-            (Some(d), Some(p)) if p < d => (Some(p), true),
-            (None, Some(p)) => (Some(p), true),
-            (d, _) => (d, false),
-        };
         let options = SendOptions { http2, upgrade, client: Some(ex.conn.client), guard: Some(guard) };
         let sent = upstream::send(cluster, &host, request, options);
-        let result = match limit {
-            None => sent.await,
-            Some(limit) => match timeout_at(limit, sent).await {
-                Ok(result) => result,
-                Err(_) => Err(UpstreamError::new(Failure::Timeout, "")),
-            },
+        let mut is_per_try = false;
+        let result = tokio::select! {
+            biased;
+            result = sent => result,
+            of_try = limit.passed(ex.replay.as_ref(), begun) => {
+                is_per_try = of_try;
+                Err(UpstreamError::new(Failure::Timeout, ""))
+            }
         };
         drop(retrying.take());
         cluster.report(
@@ -164,7 +164,7 @@ async fn attempts(
             && (is_per_try || !matches!(&result, Err(e) if e.failure == Failure::Timeout))
             && ex.body_is_whole();
         let wait = || retry::backoff(policy, attempt, redraw(ex.draw, DRAW_BACKOFF + u64::from(attempt)));
-        if let Some(wait) = again.then(wait).filter(|wait| deadline.is_none_or(|d| Instant::now() + *wait < d)) {
+        if let Some(wait) = again.then(wait).filter(|wait| deadline(ex).is_none_or(|d| Instant::now() + *wait < d)) {
             match cluster.admit_retry() {
                 Some(guard) => {
                     retrying = Some(guard);
@@ -182,6 +182,7 @@ async fn attempts(
             Ok(response) => {
                 // Counted from the end of the request, which an upgrade does not have.
                 ex.record.upstream_time = (!upgrade).then(|| started.elapsed());
+                let deadline = deadline(ex);
                 (arrived(ex, response, client_upgrade), deadline)
             }
             Err(error) if error.failure == Failure::Timeout && is_per_try => {
@@ -190,6 +191,42 @@ async fn attempts(
             }
             Err(error) => (failed(ex, &error, attempt > 1, dialect), None),
         };
+    }
+}
+
+/// How long one attempt may take.
+#[derive(Clone, Copy)]
+struct Limit {
+    /// Of all attempts, from the end of the request on.
+    whole: Option<Duration>,
+    /// Of each, from its own beginning or the end of the request on, whichever is later.
+    per_try: Option<Duration>,
+    started: Instant,
+}
+impl Limit {
+    /// When that is, and whether it is the attempt's own limit, for a request that ended then.
+    fn end(self, ended: Instant) -> Option<(Instant, bool)> {
+        match (self.whole.map(|t| ended + t), self.per_try.map(|t| ended.max(self.started) + t)) {
+            (whole, Some(own)) if whole.is_none_or(|whole| own < whole) => Some((own, true)),
+            (whole, _) => whole.map(|whole| (whole, false)),
+        }
+    }
+    /// Resolves when it has passed: whether it was the attempt's own. `begun`: when a request without a body ended.
+    async fn passed(self, body: Option<&Replay>, begun: Instant) -> bool {
+        if self.whole.is_none() && self.per_try.is_none() {
+            return std::future::pending().await;
+        }
+        let ended = match body {
+            Some(body) => body.ended().await,
+            None => begun,
+        };
+        match self.end(ended) {
+            Some((at, own)) => {
+                sleep_until(at).await;
+                own
+            }
+            None => std::future::pending().await,
+        }
     }
 }
 

@@ -12,6 +12,8 @@ use parking_lot::Mutex;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
+use tokio::sync::Notify;
+use tokio::time::Instant;
 
 /// The body.
 pub(crate) struct Replay(Arc<Mutex<State>>);
@@ -29,6 +31,9 @@ struct State {
     /// Frames are no longer kept.
     passed: bool,
     end: Option<End>,
+    /// When the last of it came, or it broke off.
+    ended_at: Option<Instant>,
+    ended: Arc<Notify>,
     waiting: Vec<Waker>,
     received: Arc<Received>,
 }
@@ -70,6 +75,8 @@ impl Replay {
             read: 0,
             passed: false,
             end: None,
+            ended_at: None,
+            ended: Arc::default(),
             waiting: Vec::new(),
             received,
         })))
@@ -77,6 +84,24 @@ impl Replay {
     /// Whether [`Self::reader`] would give one.
     pub(crate) fn is_whole(&self) -> bool {
         self.0.lock().is_whole()
+    }
+    /// When the last of it came, if it has.
+    pub(crate) fn ended_at(&self) -> Option<Instant> {
+        self.0.lock().ended_at
+    }
+    /// The same, waiting for it. Cancel safe.
+    pub(crate) async fn ended(&self) -> Instant {
+        loop {
+            let news = {
+                let state = self.0.lock();
+                match state.ended_at {
+                    Some(at) => return at,
+                    // Made under the lock: what happens from now on is heard.
+                    None => Arc::clone(&state.ended).notified_owned(),
+                }
+            };
+            news.await;
+        }
     }
     /// The body from its beginning, if that can still be had.
     pub(crate) fn reader(&self) -> Option<Body> {
@@ -128,11 +153,13 @@ impl HttpBody for Reader {
             }
             Poll::Ready(None) => {
                 state.end = Some(End::Whole);
+                state.has_ended();
                 state.wake_others();
                 return Poll::Ready(None);
             }
             Poll::Ready(Some(Err(error))) => {
                 state.end = Some(End::Broken);
+                state.has_ended();
                 state.wake_others();
                 return Poll::Ready(Some(Err(error)));
             }
@@ -155,6 +182,10 @@ impl State {
             self.bytes = self.bytes.saturating_add(data.len());
         }
         self.cost = self.cost.saturating_add(PIECE);
+        // Whoever sends it on does not ask what comes after the length that was announced.
+        if self.hint.exact() == Some(self.bytes as u64) {
+            self.has_ended();
+        }
         if self.passed {
             return;
         }
@@ -169,6 +200,12 @@ impl State {
             (Some(data), _) => self.kept.push(Kept::Data(data.clone())),
             (None, Some(trailers)) => self.kept.push(Kept::Trailers(Box::new(trailers.clone()))),
             (None, None) => self.kept.push(Kept::Data(Bytes::new())),
+        }
+    }
+    fn has_ended(&mut self) {
+        if self.ended_at.is_none() {
+            self.ended_at = Some(Instant::now());
+            self.ended.notify_waiters();
         }
     }
     fn wake_others(&mut self) {
