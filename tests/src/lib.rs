@@ -33,6 +33,7 @@ pub mod netns;
 pub mod otlp;
 pub mod program;
 pub mod raw;
+pub mod real_istiod;
 pub mod real_kubernetes;
 pub mod real_spire;
 pub mod rpc;

@@ -5,15 +5,19 @@ use crate::setup;
 use crate::shell::{self, Root};
 use anyhow::{Result, bail};
 
-/// `bench l4 …`, `bench l7 …` or `bench micro …`.
+/// `bench l4 …`, `bench l7 …`, `bench istiod …` or `bench micro …`.
 pub fn run(args: &[String]) -> Result<()> {
     match args.split_first() {
         Some((kind, rest)) if kind == "l4" => against(&["ztunnel"], "bench_l4", rest),
         Some((kind, rest)) if kind == "l7" => against(&["ztunnel", "waypoint"], "bench_l7", rest),
+        Some((kind, rest)) if kind == "istiod" => against(&["ztunnel"], "bench_istiod", rest),
         Some((kind, rest)) if kind == "micro" => {
             shell::run(shell::cargo().args(["bench", "--workspace", "--locked", "--bench", "*", "--"]).args(rest))
         }
-        _ => bail!("`bench l4` (agents, CPU per unit), `bench l7` (the waypoint against Envoy) or `bench micro` (criterion)"),
+        _ => bail!(
+            "`bench l4` (agents, CPU per unit), `bench l7` (the waypoint against Envoy), `bench istiod` (a large cluster's control \
+             plane) or `bench micro` (criterion)"
+        ),
     }
 }
 

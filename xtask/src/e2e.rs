@@ -28,6 +28,7 @@ const PEERS: &[Peer] = &[
         programs: &["etcd", "kube-apiserver"],
         suite: "mesh_kubernetes",
     },
+    Peer { name: "istiod", script: "tests/istiod/install.sh", programs: &["istiod-fed"], suite: "e2e_istiod" },
 ];
 
 /// `cargo xtask e2e`.

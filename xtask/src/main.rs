@@ -29,7 +29,7 @@ cargo xtask COMMAND
                     --ring N       only that ring (0 pure, 1 memory, 2 process, 3 network namespaces)
                     --no-setup     install nothing; what cannot run is counted as skipped
                     --no-variants  leave out the suites of optional build features (tls-boring)
-  e2e [FILTER]    ring 4: build real peers (SPIRE, Kubernetes' API server) with the scripts of `tests/`, needs Go, and run their suites in the long form;
+  e2e [FILTER]    ring 4: build real peers (SPIRE, Kubernetes' API server, istiod) with the scripts of `tests/`, needs Go, and run their suites in the long form;
                   without it they run, shorter, only where the peers are installed (`CULVERT_PEERS` or `target/peers`)
                     --no-setup     build and install nothing
   ci              everything a change must pass: fmt, tidy, deny, ebpf --check, proto --check, clippy, then test
@@ -41,6 +41,7 @@ cargo xtask COMMAND
                     --peer PATH    another agent with the same contract, in the same run
                     --quick        a look, not a measurement; `bench l4 --help` for the rest
   bench l7        the waypoint and Envoy before the same server: CPU per request, rates, latencies, memory, scale
+  bench istiod    the agent under the control plane of a large cluster: time and memory of the first push, CPU of changes
   bench micro     the criterion benches
   help            this page";
 

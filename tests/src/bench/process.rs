@@ -34,9 +34,18 @@ fn cpu_ticks(stat: &str) -> Option<u64> {
 
 /// Resident memory of a process, in KiB.
 pub fn rss_kib(pid: u32) -> anyhow::Result<u64> {
+    status_kib(pid, "VmRSS:")
+}
+
+/// The most it ever was.
+pub fn peak_rss_kib(pid: u32) -> anyhow::Result<u64> {
+    status_kib(pid, "VmHWM:")
+}
+
+fn status_kib(pid: u32, field: &str) -> anyhow::Result<u64> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).with_context(|| format!("process {pid} is gone"))?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
-    line.split_whitespace().next().and_then(|number| number.parse().ok()).context("VmRSS is a number")
+    let number = status.lines().find_map(|line| line.strip_prefix(field)?.split_whitespace().next()?.parse().ok());
+    number.with_context(|| format!("no {field} in the status of {pid}"))
 }
 
 /// How much of the time somebody waited for a CPU.

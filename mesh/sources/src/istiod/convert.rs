@@ -120,7 +120,8 @@ fn backed(key: &str, ports: &wire::PortList, texts: &mut Interner) -> Result<(Se
     let (namespace, host) = key.split_once('/').ok_or_else(|| format!("services: {key:?} is not namespace/hostname"))?;
     let key = ServiceKey { namespace: texts.text(namespace), hostname: texts.text(&host.to_ascii_lowercase()) };
     let mut pairs = Vec::with_capacity(ports.ports.len());
-    for p in &ports.ports {
+    // istiod leaves the target out of one of two ports that share a number (UDP and TCP) and name their targets: there is none.
+    for p in ports.ports.iter().filter(|p| p.target_port != 0) {
         pairs.push((port(p.service_port)?, port(p.target_port)?));
     }
     Ok((key, texts.ports(pairs)))

@@ -216,9 +216,7 @@ impl Translator {
             trouble.push("the canary waypoint is the primary one".into());
             return (alone, None);
         }
-        if weight == 0 {
-            return (alone, None);
-        }
+        // With no weight it is drawn by nobody, and still serves who came when it had some.
         (vec![WeightedWaypoint { waypoint: primary, weight: 100 - weight }, WeightedWaypoint { waypoint: canary, weight }], None)
     }
 

@@ -1,0 +1,190 @@
+//! The agent under a control plane of a large cluster: how long until it knows the mesh, with how much memory, and what it costs
+//! to follow endpoints that come and go. The control plane is the one of the tests; its own time is in the first figure.
+#![forbid(unsafe_code)]
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::ensure;
+use bytes::Bytes;
+use mesh_proto::istio::workload::{
+    Address, Locality, NetworkAddress, Port, PortList, Service, TunnelProtocol, Workload, WorkloadStatus, address,
+};
+use mesh_proto::{ADDRESS_TYPE, Message};
+use mesh_tests::agent::{Agent, AgentSpec};
+use mesh_tests::bench::flags::Flags;
+use mesh_tests::bench::process::{self, Pressure};
+use mesh_tests::cni::CniAgent;
+use mesh_tests::istiod::Istiod;
+use mesh_tests::topology::Plan;
+use mesh_tests::{netns, skip, wait};
+
+const HELP: &str = "\
+bench_istiod [flags]
+  --addresses N   workloads and services, default 100000; one in a hundred is a service
+  --rate N        endpoint changes a second, default 1000
+  --seconds N     for how long, default 20
+  --out DIR       where the agent's log goes; default: a folder that is removed";
+
+/// The port of the control plane.
+const CONTROL: u16 = 15012;
+
+fn main() -> ExitCode {
+    match bench() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn bench() -> anyhow::Result<()> {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    if args.iter().any(|arg| arg == "--help" || arg == "-h") {
+        println!("{HELP}");
+        return Ok(());
+    }
+    let mut flags = Flags::parse(args, &[])?;
+    let mut number = |name, default| anyhow::Ok(flags.optional(name)?.unwrap_or(default));
+    let (addresses, rate, seconds): (usize, usize, usize) =
+        (number("addresses", 100_000)?, number("rate", 1000)?, number("seconds", 20)?);
+    let out: Option<PathBuf> = flags.optional("out")?;
+    flags.end()?;
+    if let Some(why) = skip::netns_unavailable() {
+        skip::skipped("bench_istiod", &why);
+        return Ok(());
+    }
+    let files = netns::scratch("bench-istiod")?;
+    let topology = Plan::default().node("node-a", "zone-1").host("control").build()?;
+    let control = topology.host("control");
+    let istiod = Istiod::start(control.listen(CONTROL)?, &["istiod.test"])?;
+    istiod.replace(mesh(addresses));
+    std::fs::write(files.path().join("root.pem"), istiod.root())?;
+    let cni = CniAgent::listen(&files.path().join("cni.sock"))?;
+
+    let log = out.as_deref().unwrap_or(files.path());
+    std::fs::create_dir_all(log)?;
+    let file = |name: &str| files.path().join(name).to_string_lossy().into_owned();
+    let spec = AgentSpec::without_folder("node-a", log)
+        .env("XDS_ADDRESS", &format!("https://{}:{CONTROL}", control.v4))
+        .env("ALT_XDS_HOSTNAME", "istiod.test")
+        .env("ALT_CA_HOSTNAME", "istiod.test")
+        .env("XDS_ROOT_CA", &file("root.pem"))
+        .env("CA_ROOT_CA", &file("root.pem"))
+        .env("INPOD_UDS", &file("cni.sock"));
+    let pressure = Pressure::start();
+    let begun = Instant::now();
+    let agent = spec.start(topology.node("node-a"))?;
+    // The agent connects to the CNI agent once it knows the mesh.
+    let connection = cni.accept()?;
+    let synced = begun.elapsed();
+    ensure!(connection.snapshot_sent()?.is_empty(), "the list is refused");
+    agent.wait_ready(Duration::from_secs(30))?;
+    let (cpu, peak) = (process::cpu_seconds(agent.pid())?, process::peak_rss_kib(agent.pid())?);
+    std::thread::sleep(Duration::from_secs(3));
+    let rest = process::rss_kib(agent.pid())?;
+    println!("{}; somebody waited for a CPU {:.0} % of the time", process::processor(), pressure.percent().unwrap_or_default());
+    println!("initial push of {addresses}: {:.2} s from the start of the process, {cpu:.2} s of CPU", synced.as_secs_f64());
+    println!("memory: {} MiB at most, {} MiB at rest", peak >> 10, rest >> 10);
+    churn(&istiod, &agent, addresses, rate, seconds)?;
+    let nacks = istiod.seen().nacks;
+    ensure!(nacks.is_empty(), "refused: {nacks:?}");
+    Ok(())
+}
+
+/// Endpoints become unhealthy and healthy again, in bursts of ten milliseconds.
+fn churn(istiod: &Istiod, agent: &Agent, addresses: usize, rate: usize, seconds: usize) -> anyhow::Result<()> {
+    const BURST: Duration = Duration::from_millis(10);
+    let pressure = Pressure::start();
+    let (before, begun) = (process::cpu_seconds(agent.pid())?, Instant::now());
+    let workloads = addresses - addresses / 100;
+    let mut changes = 0;
+    while begun.elapsed() < Duration::from_secs(seconds as u64) {
+        let due = (begun.elapsed().as_secs_f64() * rate as f64) as usize;
+        for at in changes..due {
+            let mut changed = workload(at * 7919 % workloads, addresses);
+            changed.status =
+                if (at / workloads).is_multiple_of(2) { WorkloadStatus::Unhealthy } else { WorkloadStatus::Healthy } as i32;
+            istiod.workload(changed);
+        }
+        changes = due;
+        std::thread::sleep(BURST);
+    }
+    let lasted = begun.elapsed().as_secs_f64();
+    let cpu = process::cpu_seconds(agent.pid())? - before;
+    // Nothing is left to be told: what came last is in force.
+    let mut last = workload(0, addresses);
+    last.canonical_revision = "the-last-change".into();
+    let late = Instant::now();
+    istiod.workload(last);
+    let there = || agent.admin("/config_dump").is_ok_and(|answer| answer.body.contains("the-last-change"));
+    wait::until_true("the last change", there)?;
+    println!(
+        "{:.0} endpoint changes a second for {lasted:.0} s: {:.1} % of one core, {} MiB at most; the last one seen within {:.2} s \
+         (with a dump of everything); somebody waited for a CPU {:.0} % of the time",
+        changes as f64 / lasted,
+        100.0 * cpu / lasted,
+        process::peak_rss_kib(agent.pid())? >> 10,
+        late.elapsed().as_secs_f64(),
+        pressure.percent().unwrap_or_default(),
+    );
+    Ok(())
+}
+
+/// Names and addresses as those of a cluster: ten pods a deployment, 100 nodes, ten services to a namespace.
+fn workload(at: usize, addresses: usize) -> Workload {
+    let service = at % (addresses / 100);
+    let (namespace, name) = (format!("team-{}", service / 10), format!("app-{service}-7d4b9c6f5-{at:05x}"));
+    let ports = PortList { ports: vec![Port { service_port: 80, target_port: 8080, app_protocol: 0 }] };
+    Workload {
+        uid: format!("Kubernetes//Pod/{namespace}/{name}"),
+        name,
+        service_account: format!("app-{service}"),
+        addresses: vec![Bytes::copy_from_slice(&[10, 128 | (at >> 16) as u8, (at >> 8) as u8, at as u8])],
+        tunnel_protocol: TunnelProtocol::Hbone as i32,
+        node: format!("node-{}", at % 100),
+        cluster_id: "Kubernetes".into(),
+        workload_name: format!("app-{service}"),
+        canonical_name: format!("app-{service}"),
+        canonical_revision: "v1".into(),
+        locality: Some(Locality { region: "r1".into(), zone: format!("z{}", at % 3), subzone: String::new() }),
+        services: [(format!("{namespace}/{}", host(service)), ports)].into(),
+        namespace,
+        ..Workload::default()
+    }
+}
+
+fn host(service: usize) -> String {
+    format!("app-{service}.team-{}.svc.cluster.local", service / 10)
+}
+
+fn service(at: usize) -> Service {
+    Service {
+        name: format!("app-{at}"),
+        namespace: format!("team-{}", at / 10),
+        hostname: host(at),
+        addresses: vec![NetworkAddress {
+            network: String::new(),
+            address: Bytes::copy_from_slice(&[10, 96, (at >> 8) as u8, at as u8]),
+            length: None,
+        }],
+        ports: vec![Port { service_port: 80, target_port: 8080, app_protocol: 0 }],
+        canonical: true,
+        ..Service::default()
+    }
+}
+
+fn mesh(addresses: usize) -> Vec<(&'static str, String, Vec<u8>)> {
+    let encode = |of: address::Type| Address { r#type: Some(of) }.encode_to_vec();
+    let services = (0..addresses / 100).map(service).map(|service| {
+        let name = format!("{}/{}", service.namespace, service.hostname);
+        (ADDRESS_TYPE, name, encode(address::Type::Service(service)))
+    });
+    let workloads = (0..addresses - addresses / 100).map(|at| workload(at, addresses)).map(|workload| {
+        let name = workload.uid.clone();
+        (ADDRESS_TYPE, name, encode(address::Type::Workload(workload)))
+    });
+    services.chain(workloads).collect()
+}

@@ -1,0 +1,83 @@
+//! A real istiod: the program of `tests/istiod`, which is Istio's own conversion and discovery server over a folder of YAML.
+//!
+//! Refuses: to build it; `cargo xtask e2e` does, and where it is not, that is a reason to skip.
+use std::ffi::OsStr;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::mpsc::{self, Receiver};
+use std::time::Duration;
+
+use anyhow::Context as _;
+
+use crate::netns::Netns;
+use crate::skip;
+use crate::suite::CannotRun;
+
+/// What its program is called.
+pub const PROGRAM: &str = "istiod-fed";
+/// How long it may take to start or to take a change in.
+const LIMIT: Duration = Duration::from_mins(1);
+
+/// It, running. Ends when dropped.
+#[derive(Debug)]
+pub struct IstiodFed {
+    child: Child,
+    input: ChildStdin,
+    lines: Receiver<String>,
+    /// Where it serves delta ADS, in plaintext.
+    pub addr: SocketAddr,
+    log: PathBuf,
+}
+
+impl IstiodFed {
+    /// Serves what `folder` holds at `listen`, in a network namespace or in ours, and waits until it does.
+    pub fn start(folder: &Path, listen: &str, netns: Option<&Netns>, log: PathBuf) -> anyhow::Result<Self> {
+        let mut command = Command::new(skip::find_peer(PROGRAM).map_err(CannotRun)?);
+        let dry_run = "AMBIENT_ENABLE_DRY_RUN_AUTHORIZATION_POLICY";
+        command.args([folder.as_os_str(), OsStr::new(listen)]).envs([("PILOT_ENABLE_AMBIENT", "true"), (dry_run, "true")]);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(std::fs::File::create(&log)?);
+        let mut child = match netns {
+            Some(netns) => netns.spawn(&mut command),
+            None => command.spawn(),
+        }
+        .context("start istiod-fed")?;
+        let input = child.stdin.take().context("its input")?;
+        let output = BufReader::new(child.stdout.take().context("its output")?);
+        let (sender, lines) = mpsc::channel();
+        std::thread::spawn(move || output.lines().map_while(Result::ok).try_for_each(|line| sender.send(line)));
+        let mut this = Self { child, input, lines, addr: SocketAddr::from(([0; 4], 0)), log };
+        this.addr = this.wait_line("serving ")?.parse()?;
+        Ok(this)
+    }
+
+    /// Has it look at the folder again, and waits until it has taken in what changed.
+    pub fn read_again(&mut self) -> anyhow::Result<()> {
+        self.input.write_all(b"\n")?;
+        self.wait_line("read").map(drop)
+    }
+
+    /// The rest of the next line that starts with `what`; its log has lines of its own on the same output.
+    fn wait_line(&self, what: &str) -> anyhow::Result<String> {
+        loop {
+            let line = self.lines.recv_timeout(LIMIT);
+            let line = line.with_context(|| format!("istiod-fed does not say {what:?}; its log:\n{}", self.log()))?;
+            if let Some(rest) = line.strip_prefix(what) {
+                return Ok(rest.to_owned());
+            }
+        }
+    }
+
+    /// What it said.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+}
+
+impl Drop for IstiodFed {
+    fn drop(&mut self) {
+        let _gone_already = self.child.kill();
+        let _reaped = self.child.wait();
+    }
+}

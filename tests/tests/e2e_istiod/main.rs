@@ -1,0 +1,29 @@
+//! Ring 4: a real istiod. Its own code (`tests/istiod`) converts the YAML that our translator reads from a folder, and what both
+//! say must be one mesh, field by field, but for [`differences`]; and agents that have nothing but its stream serve by it.
+mod compare;
+mod conversion;
+mod differences;
+mod peers;
+mod serving;
+
+use std::process::ExitCode;
+
+use mesh_tests::suite::{self, Test, test};
+use mesh_tests::{real_istiod, skip};
+
+const TESTS: &[Test<()>] = &[
+    test("the_example_mesh_is_the_same", |()| conversion::example()),
+    test("every_field_is_the_same", |()| conversion::same("every-field")),
+    test("services_are_the_same", |()| conversion::same("services")),
+    test("waypoints_are_the_same", |()| conversion::same("waypoints")),
+    test("authorization_is_the_same", |()| conversion::same("authorization")),
+    test("peer_authentication_is_the_same", |()| conversion::peers()),
+    test("changes_are_the_same", |()| conversion::changes()),
+    test("what_is_named_and_never_sent_refuses_plaintext_only", |()| conversion::never_sent()),
+    test("agents_serve_by_it", |()| serving::agents()),
+];
+
+fn main() -> ExitCode {
+    let cannot = skip::find_peer(real_istiod::PROGRAM).err();
+    suite::run("e2e_istiod", cannot, || Ok(()), TESTS)
+}
