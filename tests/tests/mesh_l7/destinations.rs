@@ -288,6 +288,47 @@ pub(crate) fn http2_is_spoken_to_endpoints_where_asked(mesh: &mut Mesh) -> anyho
     Ok(())
 }
 
+/// What limits a connection to an endpoint, and which version it is.
+pub(crate) fn connections_to_endpoints_are_as_told(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let server = Grpc::answering(mesh.pod("web1"), RUDE_PORT, |_, body| {
+        std::thread::sleep(Duration::from_millis(50));
+        body
+    })?;
+    let url = format!("http://{RUDE}/svc/0");
+    {
+        // The client's own version, whatever the port is declared as: this server knows HTTP/2 only.
+        let _policy = mesh.objects("version", &policy("rude", "    connectionPool: { http: { useClientProtocol: true } }\n"))?;
+        ensure!(mesh.call(&["--http2-prior-knowledge", &url])?.status == 200);
+        ensure!(mesh.call(&["--http1.1", &url])?.status != 200, "HTTP/1.1 was made HTTP/2");
+    }
+    ensure!(mesh.call(&["--http2-prior-knowledge", &url])?.status != 200, "HTTP/2 to a port declared HTTP/1.1");
+    let upgraded = |more: &str| {
+        mesh.objects("version", &policy("rude", &format!("    connectionPool: {{ http: {{ h2UpgradePolicy: UPGRADE{more} }}\n")))
+    };
+    {
+        let _policy = upgraded(", maxConcurrentStreams: 1 } }")?;
+        let before = server.connections();
+        std::thread::scope(|scope| {
+            let calls = [(); 6].map(|()| scope.spawn(|| mesh.call(&[&url]).map(|got| got.status)));
+            calls.into_iter().try_for_each(|call| {
+                let status = call.join().map_err(|_panic| anyhow::anyhow!("a call panicked"))??;
+                ensure!(status == 200, "{status}");
+                Ok(())
+            })
+        })?;
+        let made = server.connections() - before;
+        ensure!(made > 2, "one request at a time on each connection: {made}");
+    }
+    let _policy = upgraded(" }, tcp: { maxConnectionDuration: 300ms } }")?;
+    let (before, begun) = (server.connections(), Instant::now());
+    while begun.elapsed() < Duration::from_secs(2) {
+        ensure!(mesh.call(&[&url])?.status == 200);
+    }
+    let made = server.connections() - before;
+    ensure!(made >= 4, "connections end after their time: {made}");
+    Ok(())
+}
+
 const OUTSIDE: &str = r"
 apiVersion: networking.istio.io/v1
 kind: ServiceEntry
@@ -350,6 +391,45 @@ pub(crate) fn connections_are_kept_alive_as_told(mesh: &mut Mesh) -> anyhow::Res
     mesh.call(&["-Z", "-o", "/dev/null", "-H", "host: ext.example", "http://10.96.1.1/slow/200?n=[1-20]"]).ok();
     let new = open()?;
     ensure!(new.iter().any(|(_, timer)| due(timer).is_some_and(ours)), "{new:?}");
+    Ok(())
+}
+
+/// Failures of our own making count apart where that is asked for; and below a share of healthy ones all are used.
+pub(crate) fn ejections_by_cause_and_their_limit(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let ejected = |mesh: &Mesh| -> anyhow::Result<f64> {
+        Ok(mesh.proxy("wp").metrics()?.sum("envoy_cluster_outlier_detection_ejections_enforced_total", &[]))
+    };
+    let calls = |mesh: &Mesh, path: &str, count: usize| -> anyhow::Result<usize> {
+        let statuses = (0..count).map(|_| Ok(mesh.call(&[&format!("http://{WEB}{path}")])?.status));
+        Ok(statuses.collect::<anyhow::Result<Vec<_>>>()?.iter().filter(|status| **status >= 500).count())
+    };
+    let rule = |more: &str| {
+        policy(
+            "web",
+            &format!(
+                "    loadBalancer: {{ simple: ROUND_ROBIN }}\n    outlierDetection: {{ interval: 200ms, baseEjectionTime: 1s, maxEjectionPercent: 50, {more} }}\n"
+            ),
+        )
+    };
+    {
+        let _policy = mesh.objects(
+            "causes",
+            &rule("splitExternalLocalOriginErrors: true, consecutiveLocalOriginFailures: 2, consecutive5xxErrors: 0, consecutiveGatewayErrors: 0"),
+        )?;
+        let before = ejected(mesh)?;
+        mesh.web["web2"].behave(503);
+        calls(mesh, "/", 12)?;
+        mesh.web["web2"].behave(0);
+        ensure!(ejected(mesh)? <= before, "answers of the endpoint do not count");
+        calls(mesh, "/drop", 8)?;
+        ensure!(ejected(mesh)? > before, "broken connections do");
+    }
+    let _policy = mesh.objects("causes", &rule("consecutiveGatewayErrors: 3, minHealthPercent: 60"))?;
+    let before = ejected(mesh)?;
+    mesh.web["web2"].behave(502);
+    let failures = calls(mesh, "/", 12)?;
+    mesh.web["web2"].behave(0);
+    ensure!(ejected(mesh)? > before && failures >= 5, "half is less than 60 %, so all are used: {failures}");
     Ok(())
 }
 

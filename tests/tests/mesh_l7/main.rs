@@ -120,6 +120,8 @@ const TESTS: &[Test<Mesh>] = &[
     test("a_service_entry_leads_out", destinations::a_service_entry_leads_out),
     test("connections_are_kept_alive_as_told", destinations::connections_are_kept_alive_as_told),
     test("an_ejection_ends_and_is_counted", destinations::an_ejection_ends_and_is_counted),
+    test("ejections_by_cause_and_their_limit", destinations::ejections_by_cause_and_their_limit),
+    test("connections_to_endpoints_are_as_told", destinations::connections_to_endpoints_are_as_told),
     test("requests_cannot_be_smuggled", hostile::requests_cannot_be_smuggled),
     test("no_request_is_carried_under_another_identity", identities::no_request_is_carried_under_another_identity),
     test("odd_targets_are_refused_or_made_plain", hostile::odd_targets_are_refused_or_made_plain),
