@@ -3,7 +3,7 @@ use std::io::Read as _;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::process::Command;
 use std::sync::mpsc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use mesh_tests::agent::Agent;
@@ -253,6 +253,12 @@ pub(crate) fn the_streams_of_one_tunnel_use_all_threads(mesh: &mut Mesh) -> anyh
         runtime.block_on(async {
             let tunnel = Tunnel::connect(waypoint, &tls).await?;
             let mut open = Vec::new();
+            // It is ready before it has heard of the service, which came after it was started.
+            let deadline = Instant::now() + wait::PATIENCE;
+            while let Err(error) = tunnel.open("10.96.2.24:92").await {
+                ensure!(Instant::now() < deadline, "{error:#}");
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
             for _ in 0..STREAMS {
                 let mut stream = tunnel.open("10.96.2.24:92").await?;
                 stream.write_all(b"who\n").await?;

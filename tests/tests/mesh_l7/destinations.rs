@@ -288,26 +288,19 @@ pub(crate) fn http2_is_spoken_to_endpoints_where_asked(mesh: &mut Mesh) -> anyho
     Ok(())
 }
 
-/// What limits a connection to an endpoint, and which version it is.
+/// What limits a connection to an endpoint, and which version it is. Of connections made from then on: each case has a server of
+/// its own.
 pub(crate) fn connections_to_endpoints_are_as_told(mesh: &mut Mesh) -> anyhow::Result<()> {
-    let server = Grpc::answering(mesh.pod("web1"), RUDE_PORT, |_, body| {
-        std::thread::sleep(Duration::from_millis(50));
-        body
-    })?;
     let url = format!("http://{RUDE}/svc/0");
-    {
-        // The client's own version, whatever the port is declared as: this server knows HTTP/2 only.
-        let _policy = mesh.objects("version", &policy("rude", "    connectionPool: { http: { useClientProtocol: true } }\n"))?;
-        ensure!(mesh.call(&["--http2-prior-knowledge", &url])?.status == 200);
-        ensure!(mesh.call(&["--http1.1", &url])?.status != 200, "HTTP/1.1 was made HTTP/2");
-    }
-    ensure!(mesh.call(&["--http2-prior-knowledge", &url])?.status != 200, "HTTP/2 to a port declared HTTP/1.1");
-    let upgraded = |more: &str| {
-        mesh.objects("version", &policy("rude", &format!("    connectionPool: {{ http: {{ h2UpgradePolicy: UPGRADE{more} }}\n")))
+    let slow = |mesh: &Mesh| {
+        Grpc::answering(mesh.pod("web1"), RUDE_PORT, |_, body| {
+            std::thread::sleep(Duration::from_millis(50));
+            body
+        })
     };
+    let told = |yaml: &str| mesh.objects("version", &policy("rude", &format!("    connectionPool: {yaml}\n")));
     {
-        let _policy = upgraded(", maxConcurrentStreams: 1 } }")?;
-        let before = server.connections();
+        let (_policy, server) = (told("{ http: { h2UpgradePolicy: UPGRADE, maxConcurrentStreams: 1 } }")?, slow(mesh)?);
         std::thread::scope(|scope| {
             let calls = [(); 6].map(|()| scope.spawn(|| mesh.call(&[&url]).map(|got| got.status)));
             calls.into_iter().try_for_each(|call| {
@@ -316,16 +309,25 @@ pub(crate) fn connections_to_endpoints_are_as_told(mesh: &mut Mesh) -> anyhow::R
                 Ok(())
             })
         })?;
-        let made = server.connections() - before;
-        ensure!(made > 2, "one request at a time on each connection: {made}");
+        ensure!(server.connections() > 2, "one request at a time on each connection: {}", server.connections());
     }
-    let _policy = upgraded(" }, tcp: { maxConnectionDuration: 300ms } }")?;
-    let (before, begun) = (server.connections(), Instant::now());
-    while begun.elapsed() < Duration::from_secs(2) {
-        ensure!(mesh.call(&[&url])?.status == 200);
+    {
+        let limited = "{ http: { h2UpgradePolicy: UPGRADE }, tcp: { maxConnectionDuration: 300ms } }";
+        let (_policy, server) = (told(limited)?, slow(mesh)?);
+        let begun = Instant::now();
+        while begun.elapsed() < Duration::from_secs(2) {
+            ensure!(mesh.call(&[&url])?.status == 200);
+        }
+        ensure!(server.connections() >= 4, "connections end after their time: {}", server.connections());
     }
-    let made = server.connections() - before;
-    ensure!(made >= 4, "connections end after their time: {made}");
+    let _server = slow(mesh)?;
+    {
+        // The client's own version, whatever the port is declared as: this server knows HTTP/2 only.
+        let _policy = told("{ http: { useClientProtocol: true } }")?;
+        ensure!(mesh.call(&["--http2-prior-knowledge", &url])?.status == 200);
+        ensure!(mesh.call(&["--http1.1", &url])?.status != 200, "HTTP/1.1 was made HTTP/2");
+    }
+    ensure!(mesh.call(&["--http2-prior-knowledge", &url])?.status != 200, "HTTP/2 to a port declared HTTP/1.1");
     Ok(())
 }
 
@@ -357,6 +359,24 @@ pub(crate) fn a_service_entry_leads_out(mesh: &mut Mesh) -> anyhow::Result<()> {
     let _entry = mesh.objects("outside", &OUTSIDE.replace("ADDRESS", &outside.v4.to_string()))?;
     mesh.proxy("node-a").wait_config("the service", |dump| dump["services"].to_string().contains("10.96.1.1"))?;
     let got = mesh.call(&["-H", "host: ext.example", "http://10.96.1.1/out"])?;
+    let echo = got.echo()?;
+    ensure!(echo["name"] == "outside" && echo["headers"]["x-egress"] == "waypoint", "{echo}");
+    ensure!(echo["peer"] == mesh.pod("wp").v4.to_string(), "it leaves from the waypoint: {echo}");
+    Ok(())
+}
+
+/// Where the endpoint is whatever address the client chose (`resolution: NONE`).
+pub(crate) fn the_clients_own_destination_is_kept(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let outside = mesh.topology.host("outside").clone();
+    let _server = mesh_tests::web::Web::start(&outside, PORT)?;
+    let chosen = OUTSIDE
+        .replace("10.96.1.1", &outside.v4.to_string())
+        .replace("resolution: STATIC", "resolution: NONE")
+        .replace("number: 80, name: http, protocol: HTTP, targetPort: 8080", "number: 8080, name: http, protocol: HTTP")
+        .replace("  endpoints: [ { address: ADDRESS } ]\n", "");
+    let _entry = mesh.objects("outside", &chosen)?;
+    mesh.proxy("node-a").wait_config("the service", |dump| dump["services"].to_string().contains(&outside.v4.to_string()))?;
+    let got = mesh.call(&["-H", "host: ext.example", &format!("http://{}:{PORT}/own", outside.v4)])?;
     let echo = got.echo()?;
     ensure!(echo["name"] == "outside" && echo["headers"]["x-egress"] == "waypoint", "{echo}");
     ensure!(echo["peer"] == mesh.pod("wp").v4.to_string(), "it leaves from the waypoint: {echo}");
@@ -424,7 +444,13 @@ pub(crate) fn ejections_by_cause_and_their_limit(mesh: &mut Mesh) -> anyhow::Res
         calls(mesh, "/drop", 8)?;
         ensure!(ejected(mesh)? > before, "broken connections do");
     }
+    wait::until_true("who was ejected to be back", || {
+        let page = mesh.proxy("wp").metrics();
+        page.is_ok_and(|page| page.sum("envoy_cluster_outlier_detection_ejections_active", &[]) == 0.0)
+    })?;
     let _policy = mesh.objects("causes", &rule("consecutiveGatewayErrors: 3, minHealthPercent: 60"))?;
+    // Its counters are new with it.
+    calls(mesh, "/", 2)?;
     let before = ejected(mesh)?;
     mesh.web["web2"].behave(502);
     let failures = calls(mesh, "/", 12)?;

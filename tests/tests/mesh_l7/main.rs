@@ -121,6 +121,7 @@ const TESTS: &[Test<Mesh>] = &[
     test("connections_are_kept_alive_as_told", destinations::connections_are_kept_alive_as_told),
     test("an_ejection_ends_and_is_counted", destinations::an_ejection_ends_and_is_counted),
     test("ejections_by_cause_and_their_limit", destinations::ejections_by_cause_and_their_limit),
+    test("the_clients_own_destination_is_kept", destinations::the_clients_own_destination_is_kept),
     test("connections_to_endpoints_are_as_told", destinations::connections_to_endpoints_are_as_told),
     test("requests_cannot_be_smuggled", hostile::requests_cannot_be_smuggled),
     test("no_request_is_carried_under_another_identity", identities::no_request_is_carried_under_another_identity),
