@@ -18,6 +18,8 @@ use nix::sys::signal::Signal;
 use tempfile::TempDir;
 
 const PORT: u16 = 8080;
+/// Milliseconds of a processor that enrolling a pod may take: 50 of what ships, of which a debug build is not.
+const WORK: f64 = if cfg!(debug_assertions) { 100.0 } else { 50.0 };
 /// Of the machine's time, in percent, that somebody waited for a processor.
 const BUSY: f64 = 20.0;
 
@@ -155,7 +157,7 @@ fn each_pod_is_enrolled_in_time(scale: &mut Scale) -> anyhow::Result<()> {
     );
     // All came at once: on the clock each also waits for the others.
     let work = each(after.0 - before.0 + after.1 - before.1);
-    ensure!(work <= 50.0, "enrolling one took {work:.1} ms of a processor, 50 are allowed");
+    ensure!(work <= WORK, "enrolling one took {work:.1} ms of a processor, {WORK} are allowed");
     in_time("enrolment at p99", p99.map_or(f64::INFINITY, |le| le.parse().unwrap_or(f64::INFINITY)), 0.5, &pressure)?;
     scale.calls_work()
 }
