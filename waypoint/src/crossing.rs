@@ -9,11 +9,12 @@ use crate::phase::authorize;
 use crate::phase::custom;
 use crate::tcp;
 use crate::telemetry::TcpRecord;
+use crate::tunnel;
 use mesh_hbone::Incoming;
 use mesh_identity::Peer;
 use mesh_model::authz_l7::L7Verdict;
 use mesh_model::plan::{Crossing, plan_crossing};
-use mesh_model::{HboneAuthority, Reason, Refusal};
+use mesh_model::{Reason, Refusal, Snapshot};
 use mesh_runtime::drain::DrainWatch;
 use mesh_runtime::sockets::{ConnectOptions, Keepalive, StreamOptions, connect};
 use std::net::SocketAddr;
@@ -23,10 +24,13 @@ use tokio::net::TcpStream;
 /// Serves one CONNECT of another network.
 pub async fn serve_stream(shared: Arc<Shared>, proof: Arc<Peer>, client: SocketAddr, incoming: Incoming, drain: DrainWatch) {
     let mut record = TcpRecord::begin();
-    let opened = match plan(&shared, &proof, client, incoming.authority(), drain) {
-        Ok((conn, crossing)) => open(&conn, &crossing, &mut record).await.map(|(server, asked)| (conn, server, asked)),
+    // I1
+    let snap = shared.mesh.load_full();
+    let opened = match plan(&shared, &snap, &proof, client, incoming.authority(), drain) {
+        Ok((conn, crossing)) => open(&conn, &snap, &crossing, &mut record).await.map(|(server, asked)| (conn, server, asked)),
         Err(why) => Err(why),
     };
+    drop(snap);
     let (conn, server, asked) = match opened {
         Ok(opened) => opened,
         Err(why) => {
@@ -49,15 +53,13 @@ pub async fn serve_stream(shared: Arc<Shared>, proof: Arc<Peer>, client: SocketA
 
 fn plan(
     shared: &Arc<Shared>,
+    snap: &Snapshot,
     proof: &Peer,
     client: SocketAddr,
     authority: &str,
     drain: DrainWatch,
 ) -> Result<(Conn, Crossing), Refusal> {
-    let authority = HboneAuthority::parse(authority)
-        .ok_or_else(|| Refusal::new(Reason::BadRequest, format!("authority {authority:?} is neither ip:port nor host:port")))?;
-    let snap = shared.mesh.load();
-    let crossing = plan_crossing(&snap, shared.me(&snap)?, &proof.id, &authority, rand::random())?;
+    let crossing = plan_crossing(snap, shared.me(snap)?, &proof.id, &tunnel::asked(authority)?, rand::random())?;
     let facts = Facts {
         scope: Scope::Network { service: Arc::clone(&crossing.service), port: crossing.port },
         client,
@@ -72,11 +74,15 @@ fn plan(
 }
 
 /// The connection to whom it leads, and the external authorizers that were asked before.
-async fn open(conn: &Conn, crossing: &Crossing, record: &mut TcpRecord) -> Result<(TcpStream, Vec<Arc<str>>), Refusal> {
-    let snap = conn.shared.mesh.load_full();
-    record.told = conn.told(&snap);
-    let asked = custom::check_bytes(conn, &snap, rand::random()).await.map_err(|(why, _details)| why)?;
-    let judgement = authorize::judge(&snap, conn, None);
+async fn open(
+    conn: &Conn,
+    snap: &Arc<Snapshot>,
+    crossing: &Crossing,
+    record: &mut TcpRecord,
+) -> Result<(TcpStream, Vec<Arc<str>>), Refusal> {
+    record.told = conn.told(snap);
+    let asked = custom::check_bytes(conn, snap, rand::random()).await.map_err(|(why, _details)| why)?;
+    let judgement = authorize::judge(snap, conn, None);
     record.noted = authorize::note(conn, &judgement);
     if let L7Verdict::Deny(denial) = judgement.verdict {
         return Err(denial.refusal());
@@ -86,10 +92,7 @@ async fn open(conn: &Conn, crossing: &Crossing, record: &mut TcpRecord) -> Resul
         stream: StreamOptions { keepalive: Some(Keepalive::default()), nodelay: true, user_timeout: None },
         ..ConnectOptions::default()
     };
-    let server = connect(crossing.dial, &options).await;
-    Ok((
-        server
-            .map_err(|error| Refusal::new(Reason::ConnectFailed, format!("{} of {}: {error}", crossing.dial, crossing.to.uid)))?,
-        asked,
-    ))
+    let failed = |error| Refusal::new(Reason::ConnectFailed, format!("{} of {}: {error}", crossing.dial, crossing.to.uid));
+    let server = connect(crossing.dial, &options).await.map_err(failed)?;
+    Ok((server, asked))
 }

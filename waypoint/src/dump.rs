@@ -48,7 +48,7 @@ pub(crate) fn config(shared: &Shared, diagnostics: &Diagnostics, endpoints: bool
         "gateways": snap.gateways().map(|g| layer7::gateway(g)).collect::<Vec<_>>(),
         "traffic": snap.treatments().map(|(target, t)| layer7::treatment(target, t)).collect::<Vec<_>>(),
         "policies": snap.l7_policies().map(|(target, all)| layer7::policies(target, all)).collect::<Vec<_>>(),
-        "certificates": shared.svid.dump(),
+        "certificates": shared.svid.cache().dump(),
         "jwks": jwks(shared),
         "config": settings(shared),
         "problems": diagnostics.to_json(),

@@ -58,8 +58,7 @@ fn plan(
     authority: &str,
     drain: DrainWatch,
 ) -> Result<(Conn, AppProtocol), Refusal> {
-    let authority = HboneAuthority::parse(authority)
-        .ok_or_else(|| Refusal::new(Reason::BadRequest, format!("authority {authority:?} is neither ip:port nor host:port")))?;
+    let authority = asked(authority)?;
     let snap = shared.mesh.load();
     let me = shared.me(&snap)?;
     let target = plan_tunnel(&snap, me, proof.id.namespace(), &authority)?;
@@ -94,6 +93,12 @@ fn plan(
         plain: Some(Arc::new(plain)),
     };
     Ok((Conn::new(Arc::clone(shared), facts, drain), protocol))
+}
+
+/// What the authority of a CONNECT says.
+pub(crate) fn asked(authority: &str) -> Result<HboneAuthority, Refusal> {
+    HboneAuthority::parse(authority)
+        .ok_or_else(|| Refusal::new(Reason::BadRequest, format!("authority {authority:?} is neither ip:port nor host:port")))
 }
 
 /// Serves the stream by what is declared, and where nothing is, by what is spoken.

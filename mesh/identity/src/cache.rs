@@ -229,11 +229,6 @@ impl SvidHandle {
         &self.cache
     }
 
-    /// As [`SvidCache::dump`]: every identity of the cache this handle is of.
-    pub fn dump(&self) -> Vec<dump::IdentityDump> {
-        self.cache.dump()
-    }
-
     /// As [`SvidCache::fetch`]. Fails at once after [`SvidCache::forget`]: a workload that left gets no new certificate.
     pub async fn fetch(&self) -> Result<Arc<Svid>, IdentityError> {
         self.cache.fetch_entry(&self.entry).await

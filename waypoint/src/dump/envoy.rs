@@ -38,7 +38,7 @@ pub(super) fn configs(shared: &Shared, snap: &Snapshot, me: Option<&Workload>, e
         clusters(snap, &chains, gateway.map(|g| &**g), &built),
         listeners(shared, snap, &chains, gateway.map(|g| &**g)),
         routes(snap, &chains, gateway.map(|g| &**g)),
-        secrets(&shared.svid.dump()),
+        secrets(&shared.svid.cache().dump()),
     ];
     if endpoints {
         all.push(endpoint_section(&built));

@@ -23,8 +23,6 @@ struct State {
     hint: SizeHint,
     kept: Vec<Kept>,
     bytes: usize,
-    /// What the pieces cost, however small they are.
-    cost: usize,
     limit: usize,
     /// Frames read from the source.
     read: usize,
@@ -70,7 +68,6 @@ impl Replay {
             hint,
             kept: Vec::new(),
             bytes: 0,
-            cost: 0,
             limit,
             read: 0,
             passed: false,
@@ -181,7 +178,6 @@ impl State {
             self.received.add(data);
             self.bytes = self.bytes.saturating_add(data.len());
         }
-        self.cost = self.cost.saturating_add(PIECE);
         // Whoever sends it on does not ask what comes after the length that was announced.
         if self.hint.exact() == Some(self.bytes as u64) {
             self.has_ended();
@@ -190,7 +186,7 @@ impl State {
             return;
         }
         // A body in tiny pieces costs more than its bytes.
-        if self.bytes > self.limit || self.cost > self.limit.max(LEAST) {
+        if self.bytes > self.limit || self.read.saturating_mul(PIECE) > self.limit.max(LEAST) {
             self.passed = true;
             self.kept = Vec::new();
             return;
