@@ -70,12 +70,7 @@ pub(crate) fn authority(s: &Settings, view: &Viewpoint) -> Result<Arc<dyn Identi
         }
         (None, None) => (Authority::Development(s.ca_dir.clone()), format!("development CA in {}", s.ca_dir.display())),
     };
-    let settings = SourceSettings {
-        trust_domain: view.trust_domain.clone(),
-        trust_domain_aliases: view.trust_domain_aliases.clone(),
-        lifetime: s.secret_ttl,
-    };
-    authority.open(settings).context(which)
+    authority.open(SourceSettings::of(view, s.secret_ttl)).context(which)
 }
 
 fn reach(s: &Settings, address: &str, roots: &Roots, alt: Option<&String>, prefix: &str) -> Result<ControlPlane> {

@@ -101,12 +101,7 @@ pub fn authority(s: &Settings, view: &Viewpoint, origin: &Origin) -> Result<Arc<
         }
         (None, None) => (Authority::Development(s.ca_dir.clone()), format!("development CA in {}", s.ca_dir.display())),
     };
-    let settings = SourceSettings {
-        trust_domain: view.trust_domain.clone(),
-        trust_domain_aliases: view.trust_domain_aliases.clone(),
-        lifetime: s.secret_ttl,
-    };
-    authority.open(settings).context(which)
+    authority.open(SourceSettings::of(view, s.secret_ttl)).context(which)
 }
 
 fn in_kubernetes() -> Option<&'static str> {

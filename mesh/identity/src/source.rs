@@ -7,6 +7,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use mesh_model::snapshot::Viewpoint;
 use mesh_model::{SpiffeId, TrustDomain};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use tokio::sync::{mpsc, watch};
@@ -26,6 +27,14 @@ pub struct SourceSettings {
     pub trust_domain_aliases: Vec<TrustDomain>,
     /// Lifetime of certificates to ask for; the authority may give less.
     pub lifetime: Duration,
+}
+
+impl SourceSettings {
+    /// For a process that sees the mesh from there.
+    pub fn of(view: &Viewpoint, lifetime: Duration) -> Self {
+        let (trust_domain, trust_domain_aliases) = (view.trust_domain.clone(), view.trust_domain_aliases.clone());
+        Self { trust_domain, trust_domain_aliases, lifetime }
+    }
 }
 
 /// What an authority hands out: nothing here is checked yet.
