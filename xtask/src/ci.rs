@@ -55,7 +55,7 @@ pub fn run(args: &[String]) -> Result<()> {
     if !failed.is_empty() {
         println!("failed: {}", failed.join(", "));
     }
-    println!("{tally}");
+    tally.print();
     let _ = std::io::stdout().flush();
     if !failed.is_empty() {
         bail!(shell::Told);

@@ -3,7 +3,7 @@
 //! Owns which test binary belongs to which ring, who runs as root, and the time each may take. What the machine cannot run
 //! is counted as skipped, never as passed.
 
-use crate::libtest::{Reader, Tally};
+use crate::libtest::{Outcome, Reader, Tally};
 use crate::metadata::Metadata;
 use crate::setup;
 use crate::shell::{self, Laps, Root};
@@ -31,7 +31,7 @@ pub fn run(args: &[String]) -> Result<()> {
     });
     println!();
     laps.print();
-    println!("{tally}");
+    tally.print();
     let _ = std::io::stdout().flush();
     if tally.failed > 0 {
         bail!(shell::Told);
@@ -170,8 +170,27 @@ fn ring_of(package: &str, target: &str, integration: bool) -> u8 {
     }
 }
 
+/// Runs a binary, and once more, one after another, what failed of it: a machine that was too busy for a moment is not a
+/// fault of the code. Which tests needed that is printed and counted, because a race shows itself in the same way.
 fn run_binary(binary: &Binary, options: &Options, root: Root, agent: &Path) -> Tally {
     println!("--- ring {}: {} {}", binary.ring, binary.package, binary.target);
+    let first = attempt(binary, options, root, agent, &options.filter);
+    if first.tally.failed == 0 {
+        return first.tally;
+    }
+    let mut only: Vec<String> = options.filter.clone();
+    if first.failures_have_names() {
+        only = ["--exact", "--test-threads=1"].map(str::to_owned).into_iter().chain(first.failed.iter().cloned()).collect();
+    }
+    println!("--- ring {}: {} {}: what failed, once more", binary.ring, binary.package, binary.target);
+    let again = attempt(binary, options, root, agent, &only);
+    for name in first.failed.iter().filter(|name| !again.failed.contains(name)) {
+        println!("UNSTEADY: {} {name} failed at first", binary.target);
+    }
+    first.then(&again)
+}
+
+fn attempt(binary: &Binary, options: &Options, root: Root, agent: &Path, only: &[String]) -> Outcome {
     // The programs that were built with these tests, not whichever are newest; unless the caller wants to test another.
     let waypoint = std::env::var_os("CULVERT_WAYPOINT").unwrap_or_else(|| agent.with_file_name("waypoint").into());
     let meshctl = std::env::var_os("CULVERT_MESHCTL").unwrap_or_else(|| agent.with_file_name("meshctl").into());
@@ -183,7 +202,7 @@ fn run_binary(binary: &Binary, options: &Options, root: Root, agent: &Path) -> T
     }
     command
         .arg("--show-output")
-        .args(&options.filter)
+        .args(only)
         .current_dir(&binary.folder)
         .env("CARGO_MANIFEST_DIR", &binary.folder)
         .env("CULVERT_ZTUNNEL", agent)
@@ -210,7 +229,7 @@ fn run_documentation(metadata: &Metadata, options: &Options) -> Tally {
     }
     println!("--- examples in the documentation");
     command.arg("--").args(&options.filter);
-    count(&mut command, print)
+    count(&mut command, print).tally
 }
 
 fn has_examples(package: &crate::metadata::Package) -> bool {
@@ -283,17 +302,17 @@ fn print(line: &Said) {
 }
 
 /// Runs one program that talks like Rust's test runner, shows what is worth showing and counts.
-fn count(command: &mut Command, show: fn(&Said)) -> Tally {
+fn count(command: &mut Command, show: fn(&Said)) -> Outcome {
     match command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn() {
         Ok(child) => follow(child, show),
         Err(error) => {
             show(&Said::Out(format!("cannot start {}: {error}", command.get_program().to_string_lossy())));
-            Tally { failed: 1, ..Tally::default() }
+            Reader::default().end(false)
         }
     }
 }
 
-fn follow(mut child: Child, show: fn(&Said)) -> Tally {
+fn follow(mut child: Child, show: fn(&Said)) -> Outcome {
     let (sender, lines) = mpsc::channel();
     if let Some(out) = child.stdout.take() {
         forward(out, sender.clone(), Said::Out);
@@ -339,11 +358,11 @@ fn follow(mut child: Child, show: fn(&Said)) -> Tally {
     if let Some(status) = status.filter(|status| !status.success() && status.code().is_none_or(|code| code != 101)) {
         show(&Said::Out(format!("ended with {status}")));
     }
-    let (tally, reasons) = reader.end(status.is_some_and(|status| status.success()));
-    for reason in reasons {
+    let outcome = reader.end(status.is_some_and(|status| status.success()));
+    for reason in &outcome.reasons {
         show(&Said::Out(format!("skipped {reason}")));
     }
-    tally
+    outcome
 }
 
 fn forward(pipe: impl Read + Send + 'static, sender: Sender<Said>, wrap: fn(String) -> Said) {
@@ -399,15 +418,15 @@ mod tests {
     fn a_program_is_followed_to_its_end() {
         let mut shell = Command::new("sh");
         shell.args(["-c", "echo 'SKIPPED: on stderr' >&2; echo 'test result: ok. 2 passed; 0 failed; 1 ignored; 0 measured;'"]);
-        assert_eq!(count(&mut shell, quiet), Tally { passed: 1, failed: 0, skipped: 2 });
-        assert_eq!(count(Command::new("sh").args(["-c", "kill -9 $$"]), quiet), Tally { failed: 1, ..Tally::default() });
-        assert_eq!(count(&mut Command::new("/nonexistent"), quiet), Tally { failed: 1, ..Tally::default() });
+        assert_eq!(count(&mut shell, quiet).tally, Tally { passed: 1, skipped: 2, ..Tally::default() });
+        assert_eq!(count(Command::new("sh").args(["-c", "kill -9 $$"]), quiet).tally, Tally { failed: 1, ..Tally::default() });
+        assert_eq!(count(&mut Command::new("/nonexistent"), quiet).tally, Tally { failed: 1, ..Tally::default() });
     }
 
     #[test]
     fn a_child_that_keeps_the_pipe_does_not_keep_us() {
         let start = Instant::now();
-        let tally = count(Command::new("sh").args(["-c", "sleep 60 & echo \"sleeper $!\"; exit 0"]), quiet);
+        let tally = count(Command::new("sh").args(["-c", "sleep 60 & echo \"sleeper $!\"; exit 0"]), quiet).tally;
         assert_eq!(tally, Tally { passed: 1, ..Tally::default() });
         assert!(start.elapsed() < Duration::from_secs(30));
     }

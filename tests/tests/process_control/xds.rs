@@ -212,6 +212,8 @@ fn bound(policy: &str) -> mesh_proto::istio::workload::Workload {
 #[tokio::test]
 async fn a_workload_waits_for_the_policy_it_names() {
     let fixture = Fixture::over(told()).synced().await;
+    // A version is published before the control plane has read what acknowledges it.
+    until("both types to be acknowledged", || fixture.istiod.seen().acks == 2).await;
     let before = fixture.mesh.load().version();
     fixture.istiod.withhold(AUTHORIZATION_TYPE, true);
     let acks = fixture.istiod.seen().acks;
