@@ -45,7 +45,7 @@ fn under_istiod(s: &Settings, address: &str, registry: &Registry) -> Result<isti
     let c = &s.control;
     Ok(istiod::Settings {
         control_plane: reach(s, address, &c.xds_root_ca, c.alt_xds_hostname.as_ref(), "XDS_HEADER_")?,
-        node: node::of_environment(Role::Waypoint, &s.node, &s.cluster_id, std::env::vars()),
+        node: node::of_environment(Role::Waypoint, &s.node, &s.cluster_id, mesh_runtime::settings::variables()),
         // Policies of layer 4 bind the endpoints' agents; here they only explain.
         missing_policy: MissingPolicy::Deny,
         metrics: istiod::Metrics::new(registry)?,
@@ -75,7 +75,14 @@ pub(crate) fn authority(s: &Settings, view: &Viewpoint) -> Result<Arc<dyn Identi
 
 fn reach(s: &Settings, address: &str, roots: &Roots, alt: Option<&String>, prefix: &str) -> Result<ControlPlane> {
     let token = s.control.auth_token.as_ref();
-    let settings = control_plane::Settings::of_istiod(address, roots, alt, token, &s.cluster_id, (prefix, std::env::vars()));
+    let settings = control_plane::Settings::of_istiod(
+        address,
+        roots,
+        alt,
+        token,
+        &s.cluster_id,
+        (prefix, mesh_runtime::settings::variables()),
+    );
     let crypto = TlsSettings::from(s.compliance).crypto()?;
     ControlPlane::new(settings, crypto).with_context(|| format!("control plane {address}"))
 }

@@ -44,8 +44,7 @@ fn arguments() -> Result<(Vec<OsString>, Vec<String>)> {
         return Ok((arguments, Vec::new()));
     };
     let rest: Vec<String> = rest.iter().map(|argument| argument.to_string_lossy().into_owned()).collect();
-    let text = |(key, value): (OsString, OsString)| Some((key.into_string().ok()?, value.into_string().ok()?));
-    let environment = std::env::vars_os().filter_map(text).collect();
+    let environment = mesh_runtime::settings::variables().collect();
     let labels = std::fs::read_to_string(stock::LABELS).ok();
     let Some(stock::Translated { flags, notes }) = stock::translate(&rest, &environment, labels.as_deref())? else {
         return Ok((arguments, Vec::new()));

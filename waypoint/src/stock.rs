@@ -132,9 +132,9 @@ pub fn translate(
         words.flag("--root-namespace", "CULVERT_ROOT_NAMESPACE", Some(namespace));
     }
     words.flag("--kubernetes", "CULVERT_KUBERNETES", None);
-    words.flag("--xds-address", "XDS_ADDRESS", Some(&secure(&address)));
+    words.flag("--xds-address", "XDS_ADDRESS", Some(&address));
     if let Some(ca) = environment.get("CA_ADDR").filter(|ca| !ca.is_empty()) {
-        words.flag("--ca-address", "CA_ADDRESS", Some(&secure(ca)));
+        words.flag("--ca-address", "CA_ADDRESS", Some(ca));
     }
     let given = [
         ("--node", "NODE_NAME", "ISTIO_META_NODE_NAME"),
@@ -332,11 +332,6 @@ fn level(text: &str) -> Option<&'static str> {
         "off" | "none" => "off",
         _ => return None,
     })
-}
-
-/// Istio writes addresses of istiod without a scheme.
-fn secure(address: &str) -> String {
-    if address.contains("://") { address.to_owned() } else { format!("https://{address}") }
 }
 
 /// istiod's namespace, by its address: the root namespace, unless MeshConfig makes it another.

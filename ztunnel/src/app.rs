@@ -6,6 +6,7 @@ use crate::control;
 use crate::dialer::MARK;
 use crate::dump;
 use crate::enrolment::ByKubernetes;
+use crate::environment;
 use crate::handover::{self, Ask, Predecessor};
 use crate::metrics::Metrics;
 use crate::nft::Table;
@@ -37,7 +38,7 @@ use mesh_runtime::readiness::Readiness;
 use mesh_runtime::resolve::Resolver;
 use mesh_runtime::signals;
 use mesh_runtime::sockets::{probe_rights, raise_nofile};
-use mesh_runtime::threads::{DataThreads, cores, worker_count};
+use mesh_runtime::threads::DataThreads;
 use mesh_sources::{Diagnostics, Mesh};
 use std::collections::HashSet;
 use std::convert::Infallible;
@@ -69,7 +70,12 @@ pub fn remove_rules(pins: &Path, proc_dir: &Path) {
 
 /// Runs the agent until SIGTERM, SIGINT or `/quitquitquit`.
 pub fn run(settings: Settings) -> Result<()> {
-    process::run("ztunnel", async |logging| serve(settings, logging).await)
+    process::run("ztunnel", async |logging| {
+        for note in environment::check(mesh_runtime::settings::variables())? {
+            tracing::warn!(variable = note.variable, "without effect: {}", note.because);
+        }
+        serve(settings, logging).await
+    })
 }
 
 /// The agent on the current (control) runtime.
@@ -112,9 +118,9 @@ pub async fn serve(mut settings: Settings, logging: &Logging) -> Result<()> {
     let (drain, drained) = drain::channel();
     let (faces, _) = drain::channel();
     let servers = [
-        (settings.readiness_addr, readiness.route(HttpServer::new("readiness"))),
-        (settings.stats_addr, registry.route(HttpServer::new("stats"))),
-        (settings.admin_addr, admin(&shared, &pods, &diagnostics, logging, &quit)),
+        (settings.face(settings.readiness_addr), readiness.route(HttpServer::new("readiness"))),
+        (settings.face(settings.stats_addr), registry.route(HttpServer::new("stats"))),
+        (settings.face(settings.admin_addr), admin(&shared, &pods, &diagnostics, logging, &quit)),
     ];
     let mut later = Vec::new();
     for (addr, server) in servers {
@@ -189,8 +195,8 @@ pub async fn serve(mut settings: Settings, logging: &Logging) -> Result<()> {
         Err(error) = succession => return Err(error),
     }
     let leaving = readiness.pending("shutting down");
-    drain.start(DrainMode::Graceful { deadline: settings.termination_deadline });
-    faces.start(DrainMode::Graceful { deadline: settings.termination_deadline });
+    drain.start(DrainMode::Graceful { deadline: settings.deadline() });
+    faces.start(DrainMode::Graceful { deadline: settings.deadline() });
     if let Err(error) = control.await
         && !error.is_cancelled()
     {
@@ -248,7 +254,7 @@ pub fn assemble(
     metrics: Metrics,
     logging: &Logging,
 ) -> Result<Arc<Shared>> {
-    let workers = worker_count(settings.worker_threads.as_deref(), cores())?;
+    let workers = settings.workers.count()?;
     let control = tokio::runtime::Handle::current();
     let source = match settings.crl_file() {
         Some(file) => crl_file::over(source, file, &control),
@@ -344,6 +350,7 @@ fn viewpoint(s: &Settings) -> Result<Viewpoint> {
         trust_domain: domain(&s.trust_domain)?,
         trust_domain_aliases: s.trust_domain_aliases.iter().map(domain).collect::<Result<_>>()?,
         missing_waypoint: s.on_missing_waypoint,
+        preferred_namespace: s.preferred_namespace.as_str().into(),
     })
 }
 

@@ -71,7 +71,7 @@ pub fn origin(s: &Settings, registry: &Registry) -> Result<Origin> {
     let control_plane = reach(s, address, &c.xds_root_ca, c.alt_xds_hostname.as_ref(), "XDS_HEADER_")?;
     Ok(Origin::Istiod(Box::new(istiod::Settings {
         control_plane,
-        node: istiod::node::of_environment(Role::Ztunnel, &s.node, &s.cluster_id, std::env::vars()),
+        node: istiod::node::of_environment(Role::Ztunnel, &s.node, &s.cluster_id, mesh_runtime::settings::variables()),
         missing_policy: match c.missing_policy {
             Missing::Deny => MissingPolicy::Deny,
             Missing::Ignore => MissingPolicy::Ignore,
@@ -110,7 +110,14 @@ fn in_kubernetes() -> Option<&'static str> {
 
 fn reach(s: &Settings, address: &str, roots: &Roots, alt: Option<&String>, prefix: &str) -> Result<ControlPlane> {
     let token = s.control.auth_token.as_ref();
-    let settings = control_plane::Settings::of_istiod(address, roots, alt, token, &s.cluster_id, (prefix, std::env::vars()));
+    let settings = control_plane::Settings::of_istiod(
+        address,
+        roots,
+        alt,
+        token,
+        &s.cluster_id,
+        (prefix, mesh_runtime::settings::variables()),
+    );
     let crypto = TlsSettings::from(s.compliance).crypto().map_err(|e: IdentityError| anyhow::anyhow!("{e}"))?;
     ControlPlane::new(settings, crypto).with_context(|| format!("control plane {address}"))
 }

@@ -1,7 +1,7 @@
 //! Handing a connection to the application inside the pod, with the client's own address as source.
 //!
 //! Upstream: `inbound`, `passthrough`. Downstream: sockets in the pod's namespace.
-use crate::dialer::{MARK, connect_refusal, stream_options};
+use crate::dialer::{MARK, connect_refusal};
 use crate::pod::Pod;
 use mesh_model::Refusal;
 use mesh_runtime::sockets::{ConnectOptions, connect};
@@ -28,7 +28,7 @@ async fn from(pod: &Pod, source: Option<IpAddr>, dst: SocketAddr) -> Result<TcpS
         // Ports no client uses for its own connections: see the loader's contract.
         ports: source.map(|_| ebpf_loader::DELIVERY_PORTS),
         source,
-        stream: stream_options(),
+        stream: pod.shared.settings.tcp.stream_options(),
         timeout: pod.shared.settings.connect_timeout,
     };
     connect(dst, &options).await.map_err(|e| connect_refusal(dst, &e))

@@ -8,18 +8,13 @@ use mesh_identity::SvidHandle;
 use mesh_identity::live::{Held, LivePeers};
 use mesh_identity::tls::ClientStream;
 use mesh_model::{Reason, Refusal, SpiffeId};
-use mesh_runtime::sockets::{ConnectOptions, Keepalive, NetnsFd, StreamOptions, connect};
+use mesh_runtime::sockets::{ConnectOptions, NetnsFd, StreamOptions, connect};
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpStream;
 use tokio::time::Instant;
-
-/// Options of streams towards applications and peers.
-pub fn stream_options() -> StreamOptions {
-    StreamOptions { keepalive: Some(Keepalive::default()), nodelay: true, user_timeout: None }
-}
 
 /// SO_MARK of every agent socket in a pod's namespace (I12).
 pub const MARK: u32 = ebpf_loader::MARK_AGENT;
@@ -30,6 +25,7 @@ pub struct PodDialer {
     netns: Option<Arc<NetnsFd>>,
     svid: SvidHandle,
     peers: Arc<LivePeers>,
+    stream: StreamOptions,
     connect_timeout: Duration,
     handshake_timeout: Duration,
 }
@@ -38,7 +34,7 @@ impl PodDialer {
     /// A dialer that connects from `netns`, proves `svid` and enters whom it reaches in `peers`.
     pub fn new(settings: &Settings, netns: Option<Arc<NetnsFd>>, svid: SvidHandle, peers: Arc<LivePeers>) -> Self {
         let Settings { connect_timeout, handshake_timeout, .. } = *settings;
-        Self { netns, svid, peers, connect_timeout, handshake_timeout }
+        Self { netns, svid, peers, stream: settings.tcp.stream_options(), connect_timeout, handshake_timeout }
     }
 
     /// A plain connection from the pod to `to`.
@@ -47,7 +43,7 @@ impl PodDialer {
             netns: self.netns.clone(),
             mark: self.netns.is_some().then_some(MARK),
             source: None,
-            stream: stream_options(),
+            stream: self.stream,
             timeout: self.connect_timeout,
             ..ConnectOptions::default()
         };

@@ -58,7 +58,7 @@ fn config(shared: &Shared) -> Value {
         "statsAddr": s.stats_addr,
         "readinessAddr": s.readiness_addr,
         "numWorkerThreads": shared.threads.workers().len(),
-        "selfTerminationDeadline": format!("{:?}", s.termination_deadline),
+        "selfTerminationDeadline": format!("{:?}", s.deadline()),
         "poolMaxStreamsPerConn": s.pool_max_streams,
         "poolUnusedReleaseTimeout": format!("{:?}", s.pool_unused_release),
         "windowSize": s.stream_window,

@@ -16,6 +16,7 @@ mod dialer;
 pub mod dns;
 mod dump;
 pub mod enrolment;
+pub mod environment;
 pub mod handover;
 mod inbound;
 pub mod metrics;

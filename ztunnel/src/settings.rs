@@ -9,13 +9,18 @@ use mesh_identity::crypto::Compliance;
 use mesh_identity::revocation::Unknown;
 use mesh_model::snapshot::MissingWaypoint;
 use mesh_runtime::control_plane::{Roots, Token};
-use std::net::SocketAddr;
+use mesh_runtime::sockets::{Keepalive, StreamOptions};
+use mesh_runtime::threads::{BadWorkerCount, cores, worker_count};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
 /// Settings of `ztunnel proxy`.
 #[derive(Args, Clone, Debug)]
 pub struct Settings {
+    /// What Istio's chart says this process is.
+    #[arg(hide = true, value_parser = ["ztunnel"])]
+    pub role: Option<String>,
     /// Folder of Kubernetes, Istio and Gateway API YAML that describes the mesh; watched for changes.
     #[arg(long, env = "CULVERT_MESH_DIR", value_name = "DIR")]
     pub mesh_dir: Option<PathBuf>,
@@ -65,8 +70,8 @@ pub struct Settings {
     /// DNS domain of Kubernetes services.
     #[arg(long, env = "CLUSTER_DOMAIN", default_value = "cluster.local")]
     pub cluster_domain: String,
-    /// Name of this cluster.
-    #[arg(long, env = "CLUSTER_ID", default_value = "Kubernetes")]
+    /// Name of this cluster, as istiod has it.
+    #[arg(long, env = "CLUSTER_ID", default_value_t = cluster())]
     pub cluster_id: String,
     /// Network of this node; empty for the default network.
     #[arg(long, env = "NETWORK", default_value = "")]
@@ -83,21 +88,30 @@ pub struct Settings {
     /// Address of the readiness server (`/healthz/ready`).
     #[arg(long, env = "CULVERT_READINESS_ADDR", default_value = "[::]:15021")]
     pub readiness_addr: SocketAddr,
-    /// Data threads: a number, a percentage of the cores (`50%`), or 0 for all cores.
-    #[arg(long, env = "ZTUNNEL_WORKER_THREADS")]
-    pub worker_threads: Option<String>,
+    /// Listen and answer on IPv6 too.
+    #[arg(long, env = "IPV6_ENABLED", default_value_t = true, action = clap::ArgAction::Set)]
+    pub ipv6: bool,
+    /// How many data threads there are.
+    #[command(flatten)]
+    pub workers: Workers,
     /// Lifetime of issued certificates.
     #[arg(long, env = "SECRET_TTL", default_value = "1h", value_parser = duration)]
     pub secret_ttl: Duration,
-    /// How long connections may live on after SIGTERM.
-    #[arg(long, env = "CONNECTION_TERMINATION_DEADLINE", default_value = "5s", value_parser = duration)]
-    pub termination_deadline: Duration,
+    /// How long connections may live on after SIGTERM. By itself 5 seconds less than the pod's grace period, or 5 seconds.
+    #[arg(long, env = "CONNECTION_TERMINATION_DEADLINE", value_parser = duration)]
+    pub termination_deadline: Option<Duration>,
+    /// Seconds the kubelet waits before it kills this pod (`terminationGracePeriodSeconds`).
+    #[arg(long, env = "TERMINATION_GRACE_PERIOD_SECONDS", value_name = "SECONDS")]
+    pub grace_period: Option<u64>,
     /// TCP connect timeout, total per attempt.
     #[arg(long, env = "CULVERT_CONNECT_TIMEOUT", default_value = "10s", value_parser = duration)]
     pub connect_timeout: Duration,
     /// Limit for a TLS handshake, an HTTP/2 handshake and a CONNECT answer, each.
     #[arg(long, env = "CULVERT_HANDSHAKE_TIMEOUT", default_value = "10s", value_parser = duration)]
     pub handshake_timeout: Duration,
+    /// How TCP notices that nobody is there any more.
+    #[command(flatten)]
+    pub tcp: Tcp,
     /// Handshakes in progress at once, over all pods; further ones wait for a place until they time out.
     #[arg(long, env = "CULVERT_MAX_HANDSHAKES", default_value_t = 512)]
     pub max_handshakes: usize,
@@ -136,6 +150,9 @@ pub struct Settings {
     /// Answer the DNS questions of pods that the mesh can answer, and pass on the others. Needs the program `nft` unless `--zds`.
     #[arg(long, env = "ISTIO_META_DNS_CAPTURE", default_value_t = true, action = clap::ArgAction::Set)]
     pub dns_capture: bool,
+    /// Namespace whose service a name means where several have it, none of them the asking pod's own nor marked as canonical.
+    #[arg(long, env = "PREFERED_SERVICE_NAMESPACE", default_value = "", hide_default_value = true)]
+    pub preferred_namespace: String,
     /// Redirection: `ebpf`, `nftables` (TPROXY), `auto` for the first of them that this machine allows, or `none` for tests that
     /// bring connections to the listeners themselves.
     #[arg(long, env = "CULVERT_REDIRECT", default_value = "auto")]
@@ -182,12 +199,100 @@ impl Settings {
     pub fn crl_file(&self) -> Option<CrlFile> {
         self.crl_path.clone().map(|path| CrlFile { path, unknown: self.crl_unknown })
     }
+    /// How long connections may live on after SIGTERM.
+    pub fn deadline(&self) -> Duration {
+        let grace = self.grace_period.map(|seconds| Duration::from_secs(seconds.saturating_sub(5)));
+        self.termination_deadline.or(grace).unwrap_or(Duration::from_secs(5))
+    }
+    /// `addr`; without IPv6, all addresses are those of IPv4.
+    pub fn face(&self, addr: SocketAddr) -> SocketAddr {
+        let all = addr.ip() == Ipv6Addr::UNSPECIFIED;
+        if all && !self.ipv6 { SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), addr.port()) } else { addr }
+    }
+}
+
+/// Settings of TCP connections to applications and peers, and of those accepted.
+#[derive(Args, Clone, Debug)]
+pub struct Tcp {
+    /// Ask whether the other side is still there.
+    #[arg(long, env = "KEEPALIVE_ENABLED", default_value_t = true, action = clap::ArgAction::Set)]
+    pub keepalive: bool,
+    /// Silence before the first question.
+    #[arg(long, env = "KEEPALIVE_TIME", default_value = "180s", value_parser = duration)]
+    pub keepalive_time: Duration,
+    /// Time between questions.
+    #[arg(long, env = "KEEPALIVE_INTERVAL", default_value = "180s", value_parser = duration)]
+    pub keepalive_interval: Duration,
+    /// Questions without an answer after which the connection is dead.
+    #[arg(long, env = "KEEPALIVE_RETRIES", default_value_t = 9)]
+    pub keepalive_retries: u32,
+    /// Data that was sent may stay unacknowledged no longer than all these questions take (TCP_USER_TIMEOUT).
+    #[arg(long, env = "USER_TIMEOUT_ENABLED", default_value_t = false, action = clap::ArgAction::Set)]
+    pub user_timeout: bool,
+}
+
+impl Tcp {
+    /// For a socket.
+    pub fn stream_options(&self) -> StreamOptions {
+        let (time, interval, retries) = (self.keepalive_time, self.keepalive_interval, self.keepalive_retries);
+        StreamOptions {
+            keepalive: self.keepalive.then_some(Keepalive { time, interval, retries }),
+            nodelay: true,
+            user_timeout: self.user_timeout.then(|| time.saturating_add(interval.saturating_mul(retries))),
+        }
+    }
+}
+
+/// Settings of the data threads.
+#[derive(Args, Clone, Debug)]
+pub struct Workers {
+    /// Data threads: a number, a percentage of the cores (`50%`), or 0 for all cores. By itself as many as the pod may use cores
+    /// (its limit), else a quarter of the machine's, and no fewer than 2 or than it asks for.
+    #[arg(long, env = "ZTUNNEL_WORKER_THREADS", value_name = "THREADS")]
+    pub worker_threads: Option<String>,
+    /// Cores of which a percentage or 0 counts, instead of those of the machine.
+    #[arg(long, env = "ZTUNNEL_CPU_LIMIT", value_name = "CORES")]
+    pub cores: Option<usize>,
+    /// Cores the pod may use (`limits.cpu`: `2`, `500m`).
+    #[arg(long, env = "ZTUNNEL_RESOURCE_CPU_LIMIT", value_name = "CORES", value_parser = whole_cores)]
+    pub cpu_limit: Option<usize>,
+    /// Cores the pod asks for (`requests.cpu`).
+    #[arg(long, env = "ZTUNNEL_RESOURCE_CPU_REQUEST", value_name = "CORES", value_parser = whole_cores)]
+    pub cpu_request: Option<usize>,
+}
+
+impl Workers {
+    /// How many threads that is (node-agent §1.1).
+    ///
+    /// # Errors
+    /// `worker_threads` is no such number.
+    pub fn count(&self) -> Result<usize, BadWorkerCount> {
+        let said = self.worker_threads.as_deref().filter(|text| !text.trim().is_empty());
+        let asked = self.cpu_request.unwrap_or(0);
+        match (said, self.cpu_limit) {
+            (None, Some(limit)) => Ok(limit.max(asked).max(1)),
+            _ => worker_count(said, self.cores.unwrap_or_else(cores)).map(|n| if said.is_none() { n.max(asked) } else { n }),
+        }
+    }
+}
+
+/// A quantity of Kubernetes (`1500m`, `1.5`, `2`) in whole cores, rounded up.
+fn whole_cores(text: &str) -> Result<usize, String> {
+    let (number, per) = text.strip_suffix('m').map_or((text, 1.0), |number| (number, 1000.0));
+    let cores = number.parse::<f64>().ok().map(|n| (n / per).ceil());
+    // More than any machine has is a typing error.
+    cores.filter(|n| (0.0..=1024.0).contains(n)).map(|n| n as usize).ok_or_else(|| "not a quantity of cores (`2`, `500m`)".into())
+}
+
+/// Istio's own chart says the name of the cluster as node metadata.
+fn cluster() -> String {
+    std::env::var("ISTIO_META_CLUSTER_ID").ok().filter(|id| !id.is_empty()).unwrap_or_else(|| "Kubernetes".into())
 }
 
 /// Settings of the control plane.
 #[derive(Args, Clone, Debug)]
 pub struct ControlSettings {
-    /// istiod describes the mesh: its address, `https://host:port` (or `http://` for plaintext). In a pod of Kubernetes where
+    /// istiod describes the mesh: its address, `host:port` or `https://host:port` (or `http://` for plaintext). In a pod of Kubernetes where
     /// nothing else describes the mesh: `https://istiod.istio-system.svc:15012`.
     #[arg(long, env = "XDS_ADDRESS", value_name = "URL")]
     pub xds_address: Option<String>,
@@ -314,4 +419,73 @@ pub enum RedirectMode {
 
 fn duration(s: &str) -> Result<Duration, String> {
     mesh_runtime::settings::parse_duration(s).map_err(|e| e.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Flags {
+        #[command(flatten)]
+        settings: Settings,
+    }
+    fn parse(args: &[&str]) -> Result<Settings, String> {
+        let args = std::iter::once("ztunnel").chain(args.iter().copied());
+        Flags::try_parse_from(args).map(|flags| flags.settings).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn threads_are_as_many_as_the_pod_may_use() {
+        let count = |args: &[&str]| parse(args).map(|s| s.workers.count().unwrap());
+        assert_eq!(count(&["--cpu-limit", "2500m"]), Ok(3));
+        assert_eq!(count(&["--cpu-limit", "500m", "--cpu-request", "2"]), Ok(2));
+        assert_eq!(count(&["--cores", "64"]), Ok(16));
+        assert_eq!(count(&["--cores", "4", "--cpu-request", "3"]), Ok(3));
+        assert_eq!(count(&["--cores", "64", "--worker-threads", "50%", "--cpu-limit", "1"]), Ok(32), "what is said wins");
+        assert_eq!(count(&["--cores", "6", "--worker-threads", "0"]), Ok(6));
+        for wrong in ["-1", "many", "1e9", "NaN", ""] {
+            assert!(parse(&[&format!("--cpu-limit={wrong}")]).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn the_end_comes_before_the_kubelet_does() {
+        let deadline = |args: &[&str]| parse(args).unwrap().deadline();
+        assert_eq!(deadline(&[]), Duration::from_secs(5));
+        assert_eq!(deadline(&["--grace-period", "30"]), Duration::from_secs(25));
+        assert_eq!(deadline(&["--grace-period", "3"]), Duration::ZERO);
+        assert_eq!(deadline(&["--grace-period", "30", "--termination-deadline", "2s"]), Duration::from_secs(2));
+    }
+
+    #[test]
+    fn istio_s_own_arguments_are_understood() {
+        assert!(parse(&["ztunnel"]).is_ok());
+        assert!(parse(&["sidecar"]).is_err());
+    }
+
+    #[test]
+    fn tcp_asks_as_it_is_told() {
+        let options = |args: &[&str]| parse(args).unwrap().tcp.stream_options();
+        assert_eq!(options(&[]), StreamOptions::default());
+        assert_eq!(options(&["--keepalive", "false"]).keepalive, None);
+        let args =
+            ["--keepalive-time", "10s", "--keepalive-interval", "2s", "--keepalive-retries", "3", "--user-timeout", "true"];
+        let told = options(&args);
+        assert_eq!(
+            told.keepalive.map(|k| (k.time, k.interval, k.retries)),
+            Some((Duration::from_secs(10), Duration::from_secs(2), 3))
+        );
+        assert_eq!(told.user_timeout, Some(Duration::from_secs(16)));
+    }
+
+    #[test]
+    fn without_ipv6_all_addresses_are_those_of_ipv4() {
+        let all = "[::]:15020".parse().unwrap();
+        assert_eq!(parse(&[]).unwrap().face(all), all);
+        let s = parse(&["--ipv6", "false"]).unwrap();
+        assert_eq!(s.face(all), "0.0.0.0:15020".parse().unwrap());
+        assert_eq!(s.face("127.0.0.1:15000".parse().unwrap()), "127.0.0.1:15000".parse().unwrap());
+    }
 }

@@ -1,5 +1,4 @@
 //! The agent's own sockets in one pod.
-use crate::dialer::stream_options;
 use crate::dns;
 use crate::enrolment::Enrolled;
 use crate::pod::ports;
@@ -61,14 +60,15 @@ impl Sockets {
     pub(crate) fn bind(enrolled: &Enrolled, netns: Option<&NetnsFd>, settings: &Settings) -> io::Result<Self> {
         // In its own namespace the pod has all addresses to itself; on a shared loopback each pod binds its own.
         let ip = match netns {
-            Some(_) => Ipv6Addr::UNSPECIFIED.into(),
+            Some(_) if settings.ipv6 => Ipv6Addr::UNSPECIFIED.into(),
+            Some(_) => Ipv4Addr::UNSPECIFIED.into(),
             None => enrolled.address.ok_or_else(|| io::Error::other("the pod has no address"))?,
         };
         let reuse_port = settings.zds.is_some() && settings.inpod_port_reuse;
         let bind = || {
             let listener = |port, transparent| {
                 let mut options = ListenerOptions::new(SocketAddr::new(ip, port));
-                options.stream = stream_options();
+                options.stream = settings.tcp.stream_options();
                 if netns.is_some() {
                     options.mark = Some(crate::dialer::MARK);
                     options.transparent = transparent;
@@ -80,7 +80,7 @@ impl Sockets {
                 outbound: listener(ports::OUTBOUND, true)?,
                 plain: listener(ports::INBOUND_PLAIN, true)?,
                 hbone: listener(ports::HBONE, false)?,
-                dns: if netns.is_some() && settings.dns_capture { bind_dns(reuse_port)? } else { Vec::new() },
+                dns: if netns.is_some() && settings.dns_capture { bind_dns(reuse_port, settings.ipv6)? } else { Vec::new() },
             })
         };
         match netns {
@@ -91,7 +91,7 @@ impl Sockets {
 }
 
 /// On the pod's loopback only: nobody outside has anything to ask here.
-fn bind_dns(reuse_port: bool) -> io::Result<Vec<DnsSockets>> {
+fn bind_dns(reuse_port: bool, ipv6: bool) -> io::Result<Vec<DnsSockets>> {
     let at = |ip: IpAddr| -> io::Result<DnsSockets> {
         let addr = SocketAddr::new(ip, dns::PORT);
         let mut options = ListenerOptions::new(addr);
@@ -100,6 +100,9 @@ fn bind_dns(reuse_port: bool) -> io::Result<Vec<DnsSockets>> {
         Ok(DnsSockets { udp: bind_udp(addr, options.mark, reuse_port)?, tcp: options.bind()? })
     };
     let mut sockets = vec![at(Ipv4Addr::LOCALHOST.into())?];
+    if !ipv6 {
+        return Ok(sockets);
+    }
     match at(Ipv6Addr::LOCALHOST.into()) {
         Ok(v6) => sockets.push(v6),
         // The pod has no IPv6.

@@ -193,10 +193,11 @@ fn service_order(s: &Service) -> ServiceKey {
 fn visible(s: &Service, client_namespace: &str) -> bool {
     s.visibility == Visibility::Public || &*s.key.namespace == client_namespace
 }
-/// The client's own namespace, then canonical, then the first by key, among visible ones.
-fn choose<'a>(of: &'a Candidates<Service>, client_namespace: &str) -> Option<&'a Arc<Service>> {
+/// The client's own namespace, then canonical, then the preferred namespace, then the first by key, among visible ones.
+fn choose<'a>(of: &'a Candidates<Service>, client_namespace: &str, preferred: &str) -> Option<&'a Arc<Service>> {
     let seen = || of.all().iter().filter(|s| visible(s, client_namespace));
-    seen().find(|s| &*s.key.namespace == client_namespace).or_else(|| seen().find(|s| s.canonical)).or_else(|| seen().next())
+    let of = |namespace: &str| seen().find(|s| &*s.key.namespace == namespace);
+    of(client_namespace).or_else(|| seen().find(|s| s.canonical)).or_else(|| of(preferred)).or_else(|| seen().next())
 }
 
 impl Snapshot {
@@ -468,7 +469,7 @@ impl Snapshot {
     /// namespace wins, then the longest prefix, then canonical (node-agent §1.4).
     pub fn find_service_by_vip(&self, network: &Network, ip: IpAddr, client_namespace: &str) -> Option<&Arc<Service>> {
         let ip = ip.to_canonical();
-        if let Some(s) = self.by_vip.get(&AddrRef(network, ip)).and_then(|c| choose(c, client_namespace)) {
+        if let Some(s) = self.by_vip.get(&AddrRef(network, ip)).and_then(|c| choose(c, client_namespace, "")) {
             return Some(s);
         }
         let mut best = None;
@@ -477,7 +478,7 @@ impl Snapshot {
                 continue;
             }
             let Ok(net) = IpNet::new(ip, *len) else { continue };
-            let found = self.by_cidr.get(&RangeRef(network, net.trunc())).and_then(|c| choose(c, client_namespace));
+            let found = self.by_cidr.get(&RangeRef(network, net.trunc())).and_then(|c| choose(c, client_namespace, ""));
             match found {
                 Some(s) if &*s.key.namespace == client_namespace => return Some(s),
                 Some(s) if best.is_none() => best = Some(s),
@@ -488,7 +489,7 @@ impl Snapshot {
     }
     /// Service by host name as a client in `client_namespace` sees it.
     pub fn find_service_by_host(&self, hostname: &str, client_namespace: &str) -> Option<&Arc<Service>> {
-        choose(self.by_host.get(hostname)?, client_namespace)
+        choose(self.by_host.get(hostname)?, client_namespace, &self.view.preferred_namespace)
     }
     /// Policy by key.
     pub fn find_policy(&self, key: &PolicyKey) -> Option<&Arc<Policy>> {

@@ -27,6 +27,8 @@ pub struct Viewpoint {
     pub trust_domain_aliases: Vec<TrustDomain>,
     /// What becomes of traffic whose declared waypoint is missing.
     pub missing_waypoint: MissingWaypoint,
+    /// Whose service a host name means that several namespaces have, none of them the client's or canonical; empty: nobody's.
+    pub preferred_namespace: Arc<str>,
 }
 
 /// What becomes of traffic to a service or workload that declares a waypoint which does not exist, is not ready, does not
@@ -62,6 +64,7 @@ impl Default for Viewpoint {
             trust_domain: TrustDomain::default(),
             trust_domain_aliases: Vec::new(),
             missing_waypoint: MissingWaypoint::default(),
+            preferred_namespace: "".into(),
         }
     }
 }

@@ -343,7 +343,9 @@ impl Address {
         }
         let bad =
             |why: &str| ControlError::Setting(format!("{text}: {why}; write for example https://istiod.istio-system.svc:15012"));
-        let uri: Uri = text.parse().map_err(|_| bad("it is not an address"))?;
+        // Istio writes addresses of istiod without a scheme, and means TLS.
+        let whole = if text.contains("://") { text.to_owned() } else { format!("https://{text}") };
+        let uri: Uri = whole.parse().map_err(|_| bad("it is not an address"))?;
         let (scheme, host) = (uri.scheme_str().unwrap_or_default(), uri.host().ok_or_else(|| bad("it names no host"))?);
         let (tls, default) = match scheme {
             "https" => (Some(name(host)?), 443),

@@ -16,6 +16,11 @@ use serde_json::{Map, Number, Value};
 
 pub use duration_text::{BadDuration, duration, format_duration, optional_duration, parse_duration};
 
+/// The environment; of what is not Unicode nothing is ours.
+pub fn variables() -> impl Iterator<Item = (String, String)> {
+    std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+}
+
 /// How the text of an environment variable or flag is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {

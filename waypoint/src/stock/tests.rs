@@ -52,7 +52,7 @@ fn deployment() -> (Vec<String>, BTreeMap<String, String>) {
 fn a_deployment_of_istiod_is_understood() {
     let (arguments, environment) = deployment();
     let Translated { flags, notes } = translate(&arguments, &environment, Some(PODINFO)).unwrap().unwrap();
-    let istiod = "https://istiod-canary.istio-system.svc:15012";
+    let istiod = "istiod-canary.istio-system.svc:15012";
     let wanted = [
         "--cluster-domain cluster.test",
         "--log-format json",

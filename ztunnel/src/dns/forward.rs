@@ -1,7 +1,7 @@
 //! Asking the pod's name servers from inside the pod. What they answer is passed on byte for byte, so that record types we know
 //! nothing of, signatures and flags arrive as they were sent.
 use super::{CAPTURED, Transport, framed};
-use crate::dialer::{MARK, stream_options};
+use crate::dialer::MARK;
 use crate::pod::Pod;
 use mesh_runtime::sockets::{ConnectOptions, bind_udp, connect};
 use std::io;
@@ -71,7 +71,7 @@ async fn by_tcp(pod: &Pod, to: SocketAddr, query: &[u8]) -> io::Result<Vec<u8>> 
     let options = ConnectOptions {
         netns: pod.netns.clone(),
         mark: pod.netns.is_some().then_some(MARK),
-        stream: stream_options(),
+        stream: pod.shared.settings.tcp.stream_options(),
         timeout: ONE,
         ..ConnectOptions::default()
     };

@@ -58,6 +58,10 @@ fn service_choice_own_namespace_then_canonical_then_first() {
     let without = snap.apply(&[Change::ServiceGone(ServiceKey::new("c", "web.example.com"))]);
     let first = without.find_service_by_host("web.example.com", "x").expect("found");
     assert_eq!(&*first.key.namespace, "b");
+    let view = Viewpoint { preferred_namespace: "d".into(), ..view() };
+    let preferring = Snapshot::empty(view).apply(&[s("d").into(), s("b").into()]);
+    let told = |from: &str| preferring.find_service_by_host("web.example.com", from).map(|s| s.key.namespace.clone());
+    assert_eq!((told("x"), told("b")), (Some("d".into()), Some("b".into())));
 }
 
 #[test]

@@ -13,6 +13,7 @@ fn addresses_are_https_http_or_a_socket() {
     let plane = |address: &str| ControlPlane::new(settings(address), crypto());
     for good in [
         "https://istiod.istio-system.svc:15012",
+        "istiod.istio-system.svc:15012",
         "http://localhost:15010",
         "https://[::1]:15012",
         "unix:/run/a.sock",
@@ -20,7 +21,7 @@ fn addresses_are_https_http_or_a_socket() {
     ] {
         plane(good).unwrap_or_else(|e| panic!("{good}: {e}"));
     }
-    for bad in ["", "istiod:15012", "ftp://x:1", "unix:relative", "https://", "https://a b:1"] {
+    for bad in ["", "ftp://x:1", "unix:relative", "https://", "https://a b:1"] {
         assert!(matches!(plane(bad), Err(ControlError::Setting(_))), "{bad:?}");
     }
     let at = |address: &str| match &plane(address).unwrap().inner.to {
@@ -29,6 +30,7 @@ fn addresses_are_https_http_or_a_socket() {
     };
     assert_eq!(at("unix:///run/a.sock"), "/run/a.sock");
     assert_eq!(at("https://a.b"), "a.b 443 true");
+    assert_eq!(at("istiod:15012"), "istiod 15012 true", "as Istio writes it");
     assert_eq!(at("http://[::1]:5"), "[::1] 5 false");
 }
 
