@@ -8,7 +8,7 @@ use anyhow::{Context, bail};
 
 use crate::netns::Netns;
 
-const LIMIT: Duration = Duration::from_secs(5);
+const LIMIT: Duration = Duration::from_secs(15);
 
 /// Status and body.
 #[derive(Clone, Debug)]

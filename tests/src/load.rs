@@ -17,7 +17,7 @@ use crate::http::{self, Answer};
 use crate::topology::Place;
 
 /// No request may take longer.
-const LIMIT: Duration = Duration::from_secs(10);
+const LIMIT: Duration = Duration::from_secs(20);
 
 /// What came of the requests.
 #[derive(Debug, Default)]
@@ -102,7 +102,7 @@ impl Load {
 
     /// Waits until `count` requests were made since the start.
     pub fn wait(&self, count: usize) -> anyhow::Result<()> {
-        crate::wait::until(&format!("{count} requests, {} now", self.done()), Duration::from_mins(1), || {
+        crate::wait::until(&format!("{count} requests, {} now", self.done()), Duration::from_mins(3), || {
             (self.done() >= count).then_some(())
         })
     }

@@ -12,7 +12,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, Once};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use nix::sched::{CloneFlags, setns};
@@ -116,9 +116,17 @@ impl Netns {
         self.enter(|| TcpStream::connect_timeout(&to, limit))
     }
 
-    /// A TCP listener inside the namespace.
+    /// A TCP listener inside the namespace, once a server that just went has let go of the port.
     pub fn listen(&self, on: SocketAddr) -> io::Result<TcpListener> {
-        self.enter(|| TcpListener::bind(on))
+        let begun = Instant::now();
+        loop {
+            match self.enter(|| TcpListener::bind(on)) {
+                Err(error) if error.kind() == io::ErrorKind::AddrInUse && begun.elapsed() < crate::wait::PATIENCE => {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                other => return other,
+            }
+        }
     }
 
     /// Starts a program inside the namespace. (Not through `ip netns exec`, which would also give it another `/sys` and so

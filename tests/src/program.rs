@@ -326,9 +326,9 @@ pub struct Who {
 }
 
 impl Client {
-    /// Connects from `place` and sends the first line. Reads and writes end after 10 s at the latest.
+    /// Connects from `place` and sends the first line. Reads and writes end after 20 s at the latest.
     pub fn open(place: &Place, to: SocketAddr, command: &str) -> io::Result<Self> {
-        const LIMIT: Duration = Duration::from_secs(10);
+        const LIMIT: Duration = Duration::from_secs(20);
         let mut stream = place.netns.connect(to, LIMIT)?;
         stream.set_read_timeout(Some(LIMIT))?;
         stream.set_write_timeout(Some(LIMIT))?;

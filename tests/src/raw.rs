@@ -9,7 +9,7 @@ use crate::http::{self, Answer};
 use crate::topology::Place;
 
 /// No single read or write takes longer.
-const LIMIT: Duration = Duration::from_secs(5);
+const LIMIT: Duration = Duration::from_secs(15);
 
 /// A connection.
 #[derive(Debug)]

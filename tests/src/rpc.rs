@@ -218,11 +218,12 @@ where
             accepted = listening.accept() => accepted?,
             _ = stopped.changed() => return Ok(()),
         };
+        // First from when on kicks count, then whether this one is let in: whoever comes while the server goes away is cut.
+        let (serve, mut kicked) = (Arc::clone(&serve), kicked.clone());
+        kicked.mark_unchanged();
         if away.load(Ordering::SeqCst) {
             continue;
         }
-        let (serve, mut kicked) = (Arc::clone(&serve), kicked.clone());
-        kicked.mark_unchanged();
         tokio::spawn(async move {
             tokio::select! {
                 _client_went = connection(accepted, serve) => {}

@@ -33,14 +33,14 @@ impl OwnCert {
     }
 }
 
-/// TLS from a place to whoever proves to be `name` by this very certificate. Reads and writes end after 10 s at the latest.
+/// TLS from a place to whoever proves to be `name` by this very certificate. Reads and writes end after 20 s at the latest.
 pub fn connect(
     place: &Place,
     to: SocketAddr,
     name: &str,
     own: &OwnCert,
 ) -> anyhow::Result<StreamOwned<ClientConnection, TcpStream>> {
-    const LIMIT: Duration = Duration::from_secs(10);
+    const LIMIT: Duration = Duration::from_secs(20);
     let mut roots = RootCertStore::empty();
     roots.add(CertificateDer::from_pem_slice(own.cert.as_bytes())?)?;
     let crypto = Arc::new(rustls::crypto::aws_lc_rs::default_provider());

@@ -233,10 +233,10 @@ impl Place {
     pub fn at(&self, port: u16) -> SocketAddr {
         (self.v4, port).into()
     }
-    /// Listens on both families, once a server that just went has let go of the port.
+    /// Listens on both families.
     pub fn listen(&self, port: u16) -> anyhow::Result<TcpListener> {
         let on = SocketAddr::from((Ipv6Addr::UNSPECIFIED, port));
-        crate::wait::until(&format!("port {port} of {}", self.name), crate::wait::PATIENCE, || self.netns.listen(on).ok())
+        self.netns.listen(on).with_context(|| format!("port {port} of {}", self.name))
     }
     /// IPv6 socket address.
     pub fn at6(&self, port: u16) -> SocketAddr {

@@ -2,7 +2,7 @@
 use std::time::{Duration, Instant};
 
 /// How long most conditions may take on a busy two-core machine.
-pub const PATIENCE: Duration = Duration::from_secs(15);
+pub const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Asks `probe` until it yields a value or `limit` is over. The pause between two looks grows from 2 ms to 40 ms, so a
 /// quick answer is seen quickly and a slow one costs little. The error names what was waited for.

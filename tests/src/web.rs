@@ -5,7 +5,7 @@
 //! [`Web::behave`] makes every answer one status. An `upgrade: websocket` is switched to and echoed, without its frames.
 use std::collections::{HashMap, VecDeque};
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -43,8 +43,7 @@ const SEEN: usize = 4096;
 #[derive(Debug)]
 pub struct Web {
     state: Arc<State>,
-    port: u16,
-    place: Arc<Place>,
+    listener: TcpListener,
 }
 
 impl Web {
@@ -60,20 +59,26 @@ impl Web {
             stop: AtomicBool::new(false),
             open: Mutex::default(),
         });
-        let shared = Arc::clone(&state);
-        thread::spawn(move || accept(&listener, &shared));
-        Ok(Self { state, port, place: Arc::clone(place) })
+        let (shared, twin) = (Arc::clone(&state), listener.try_clone()?);
+        thread::spawn(move || accept(&twin, &shared));
+        Ok(Self { state, listener })
     }
     /// From now on every answer has this status; 0: by the path again.
     pub fn behave(&self, status: u16) {
         self.state.status.store(status, Ordering::Relaxed);
     }
-    /// Breaks every connection, whatever is on it, as a process that is killed does; and accepts no more.
+    /// Accepts no more, and breaks every connection, whatever is on it, as a process that is killed does. In this order: whose
+    /// connection breaks is refused when it comes again, and not taken by the kernel and then reset.
     pub fn die(&self) {
-        self.state.stop.store(true, Ordering::Relaxed);
+        self.close();
         for stream in self.state.open().values() {
-            let _gone_already = stream.shutdown(std::net::Shutdown::Both);
+            let _gone_already = stream.shutdown(Shutdown::Both);
         }
+    }
+    /// The kernel lets no more connections in, and the accept loop ends.
+    fn close(&self) {
+        self.state.stop.store(true, Ordering::SeqCst);
+        let _closed_already = socket2::SockRef::from(&self.listener).shutdown(Shutdown::Both);
     }
     /// Requests so far.
     pub fn requests(&self) -> usize {
@@ -87,21 +92,24 @@ impl Web {
 }
 impl Drop for Web {
     fn drop(&mut self) {
-        self.state.stop.store(true, Ordering::Relaxed);
-        // Wakes the accept loop.
-        let _gone = self.place.netns.connect(self.place.at(self.port), Duration::from_millis(200));
+        self.close();
     }
 }
 
 fn accept(listener: &TcpListener, state: &Arc<State>) {
     for (number, stream) in listener.incoming().enumerate() {
-        if state.stop.load(Ordering::Relaxed) {
+        if state.stop.load(Ordering::SeqCst) {
             return;
         }
         let Ok(stream) = stream else { continue };
         let Ok(twin) = stream.try_clone() else { continue };
         let state = Arc::clone(state);
         state.open().insert(number, twin);
+        // Until it is listed nobody can break it.
+        if state.stop.load(Ordering::SeqCst) {
+            state.open().remove(&number);
+            return;
+        }
         thread::spawn(move || {
             let _client_went = serve(stream, &state);
             state.open().remove(&number);

@@ -95,7 +95,7 @@ fn set_up() -> anyhow::Result<Cluster> {
 impl Cluster {
     fn start_agent(&mut self) -> anyhow::Result<()> {
         let agent = self.spec.clone().start(self.topology.node("node-a"))?;
-        agent.wait_ready(Duration::from_secs(20))?;
+        agent.wait_ready(Duration::from_secs(40))?;
         self.agent = Some(agent);
         Ok(())
     }

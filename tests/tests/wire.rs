@@ -93,7 +93,7 @@ fn set_up() -> anyhow::Result<Wire> {
     let agent = AgentSpec::new("node-a", dir.path(), ca.path(), files.path())
         .env("TRUST_DOMAIN", "test.local")
         .start(topology.node("node-a"))?;
-    agent.wait_ready(Duration::from_secs(20))?;
+    agent.wait_ready(Duration::from_secs(40))?;
     let record = files.path().join("record");
     let foreign_server = start_foreign_server(&python, topology.pod("foreign"), ca.path(), files.path(), &record)?;
     Ok(Wire { agent, _servers: servers, foreign_server, record, topology, python, ca, files, _dir: dir })

@@ -103,7 +103,7 @@ fn set_up() -> anyhow::Result<Names> {
     let agent = AgentSpec::new("node-a", dir.path(), ca.path(), logs.path())
         .env("RUST_LOG", "info,dns=debug")
         .start(topology.node("node-a"))?;
-    agent.wait_ready(Duration::from_secs(20))?;
+    agent.wait_ready(Duration::from_secs(40))?;
     let servers = vec![Server::start(topology.pod("web"), 8080)?];
     let name_server = Some(NameServer::start(names)?);
     Ok(Names { agent, name_server, _alive: alive, _servers: servers, topology, conf, _dir: dir, _ca: ca, _logs: logs })
@@ -283,7 +283,7 @@ fn name_servers_that_are_silent_are_a_failure_in_time(names: &mut Names) -> anyh
 }
 
 fn after_cleanup_names_are_the_name_servers_again(names: &mut Names) -> anyhow::Result<()> {
-    names.agent.terminate(Duration::from_secs(10))?;
+    names.agent.terminate(Duration::from_secs(30))?;
     ensure!(ask(names.client(), names.server(), "host.outside.test", A).is_err(), "without an agent DNS went around it");
     let node = names.topology.node("node-a");
     let out = node.netns.spawn(Command::new(find_binary()?).args(["cleanup", "--node", "node-a"]))?.wait()?;

@@ -13,7 +13,7 @@ use mesh_tests::name_server::{A, AAAA, ask, ask_tcp};
 use mesh_tests::program::{Client, Server};
 use mesh_tests::suite::{self, CannotRun, Test, test};
 use mesh_tests::topology::{Place, Plan, Topology};
-use mesh_tests::{netns, skip};
+use mesh_tests::{netns, skip, wait};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -144,7 +144,7 @@ impl Mesh {
         };
         let (a, b) = (start("node-a")?, start("node-b")?);
         for agent in [&a, &b] {
-            agent.wait_ready(Duration::from_secs(20))?;
+            agent.wait_ready(Duration::from_secs(40))?;
         }
         Ok(Self { a, b, redirect, older: Mutex::new(older), _servers: servers, topology, _dirs: (dir, ca, logs) })
     }
@@ -219,7 +219,7 @@ fn closed_port(mesh: &Mesh, family: Family) -> anyhow::Result<()> {
         let began = Instant::now();
         let answer = Client::open(mesh.pod(from), to, "who").and_then(|mut client| client.line());
         let refused = answer.as_ref().is_err_and(|e| !matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut));
-        ensure!(refused && began.elapsed() < Duration::from_secs(3), "{to}: {answer:?} after {:?}", began.elapsed());
+        ensure!(refused && began.elapsed() < Duration::from_secs(10), "{to}: {answer:?} after {:?}", began.elapsed());
     }
     let direct = Client::open(mesh.outside(), family.at(mesh.pod("loose"), 9), "who").and_then(|mut client| client.line());
     ensure!(direct.as_ref().is_err_and(|e| e.kind() != ErrorKind::WouldBlock), "{direct:?}");
@@ -275,8 +275,8 @@ fn older_connections(mesh: &Mesh, family: Family) -> anyhow::Result<()> {
 
 /// The last one: it ends the mesh of nftables.
 fn fails_closed_until_cleaned_up(mesh: &Mesh) -> anyhow::Result<()> {
-    mesh.a.terminate(Duration::from_secs(15))?;
-    mesh.b.terminate(Duration::from_secs(15))?;
+    mesh.a.terminate(Duration::from_secs(30))?;
+    mesh.b.terminate(Duration::from_secs(30))?;
     let dial = |from: &Place, to: SocketAddr| from.netns.connect(to, Duration::from_millis(700));
     let (client, loose, outside) = (mesh.pod("client"), mesh.pod("loose"), mesh.outside());
     for family in [Family::V4, Family::V6] {
@@ -289,8 +289,8 @@ fn fails_closed_until_cleaned_up(mesh: &Mesh) -> anyhow::Result<()> {
         ensure!(cleaned.success(), "cleanup of {node} failed");
     }
     for family in [Family::V4, Family::V6] {
-        dial(client, family.at(outside, PORT)).context("out, after cleanup")?;
-        dial(outside, family.at(loose, PORT)).context("in, after cleanup")?;
+        wait::until_true("out, after cleanup", || dial(client, family.at(outside, PORT)).is_ok())?;
+        wait::until_true("in, after cleanup", || dial(outside, family.at(loose, PORT)).is_ok())?;
     }
     Ok(())
 }

@@ -193,7 +193,7 @@ impl World {
             ensure!(error.is_empty(), "{pod} is not served: {error}");
         }
         ensure!(connection.snapshot_sent()?.is_empty(), "the list is refused");
-        agent.wait_ready(Duration::from_secs(20))?;
+        agent.wait_ready(Duration::from_secs(40))?;
         Ok(Node { agent, _cni: cni, _connection: connection })
     }
     fn agent(&self, node: &str) -> anyhow::Result<&Agent> {
@@ -312,7 +312,7 @@ fn without_a_control_plane_all_goes_on(world: &mut World) -> anyhow::Result<()> 
         ensure!(world.call("client", world.web())? == "web");
     }
     ensure!(world.call("other", world.web()).is_err(), "its policies hold");
-    world.agent("node-b")?.wait_ready(Duration::from_secs(1)).context("an agent with a last good state is ready")?;
+    world.agent("node-b")?.wait_ready(Duration::from_secs(40)).context("an agent with a last good state is ready")?;
     world.istiod.away(false);
     connected(world, 1)
 }

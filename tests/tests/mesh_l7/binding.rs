@@ -103,7 +103,7 @@ pub(crate) fn canary<'a>(mesh: &'a Mesh, env: &[(&str, &str)], bound: &str) -> a
     let pod = mesh.topology.pod_yaml("wp2", &labels);
     let pod = mesh.instead("pod-wp2.yaml", &pod)?;
     let objects = mesh.objects("canary-waypoint", &format!("{GATEWAY}{bound}"))?;
-    proxy.wait_ready(Duration::from_secs(20))?;
+    proxy.wait_ready(Duration::from_secs(40))?;
     Ok(Canary { _objects: objects, _pod: pod, _proxy: proxy })
 }
 /// Waits until calls to this address come through it.
@@ -267,15 +267,22 @@ pub(crate) fn the_streams_of_one_tunnel_use_all_threads(mesh: &mut Mesh) -> anyh
                 ensure!(&name == b"web1", "{name:?}");
                 open.push(stream);
             }
-            let page = mesh_tests::http::get(&mesh.pod("wp2").netns, admin, "/streams")?.body;
-            let page: serde_json::Value = serde_json::from_str(&page)?;
-            let inbound = page["tunnels"]["inbound"].as_array().map_or(0, Vec::len);
-            let by_thread = page["tunnels"]["outboundByThread"].as_array().context("threads")?;
-            let carried: Vec<u64> = by_thread.iter().filter_map(|pool| pool["streams"].as_u64()).collect();
-            ensure!(inbound == 1 && carried.iter().sum::<u64>() == STREAMS as u64, "{page}");
-            // A thread keeps what it accepts until another has clearly less to do.
-            ensure!(carried.len() == THREADS && carried.iter().all(|n| *n >= 4), "{page}");
-            Ok(())
+            // One that was given up just now may be listed still.
+            let deadline = Instant::now() + wait::PATIENCE;
+            loop {
+                let page = mesh_tests::http::get(&mesh.pod("wp2").netns, admin, "/streams")?.body;
+                let page: serde_json::Value = serde_json::from_str(&page)?;
+                let inbound = page["tunnels"]["inbound"].as_array().map_or(0, Vec::len);
+                let by_thread = page["tunnels"]["outboundByThread"].as_array().context("threads")?;
+                let carried: Vec<u64> = by_thread.iter().filter_map(|pool| pool["streams"].as_u64()).collect();
+                // A thread keeps what it accepts until another has clearly less to do.
+                let spread = carried.len() == THREADS && carried.iter().all(|n| *n >= 4);
+                if inbound == 1 && carried.iter().sum::<u64>() == STREAMS as u64 && spread {
+                    return Ok(());
+                }
+                ensure!(Instant::now() < deadline, "{page}");
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
         })
     })
 }

@@ -103,7 +103,7 @@ pub(crate) fn a_waypoint_is_restarted(mesh: &mut Mesh) -> anyhow::Result<()> {
             let proxy = mesh.start(new)?;
             mesh.proxies.insert(new, proxy);
         }
-        mesh.proxy(new).wait_ready(Duration::from_secs(20))?;
+        mesh.proxy(new).wait_ready(Duration::from_secs(40))?;
         ready(mesh, new, true)?;
         let mut under_way =
             Raw::say(mesh.pod("client"), SocketAddr::new(SPAN.parse()?, 80), b"GET /slow/1500 HTTP/1.1\r\nhost: span\r\n\r\n")?;
@@ -113,7 +113,7 @@ pub(crate) fn a_waypoint_is_restarted(mesh: &mut Mesh) -> anyhow::Result<()> {
         mesh.proxy(old).signal(Signal::SIGTERM)?;
         let answer = under_way.answer().context("what was under way")?;
         ensure!(answer.status == 200, "{answer:?}");
-        let status = mesh.proxy(old).wait_end(Duration::from_secs(8))?;
+        let status = mesh.proxy(old).wait_end(Duration::from_secs(30))?;
         ensure!(is_clean(status), "{old} ended with {status}:\n{}", mesh.proxy(old).log_tail(20));
         ensure!(!mesh.proxy(old).whole_log().contains("closed at the deadline"), "{}", mesh.proxy(old).log_tail(20));
         mesh.proxies.remove(old);
@@ -132,10 +132,10 @@ pub(crate) fn agents_are_upgraded(mesh: &mut Mesh) -> anyhow::Result<()> {
         let mark = mesh.proxy(node).mark();
         let next = mesh.start(node)?;
         wait::until_true("the next agent to take over", || next.log_since(mark).contains("took over from the agent"))?;
-        next.wait_ready(Duration::from_secs(20))?;
+        next.wait_ready(Duration::from_secs(40))?;
         let so_far = load.done();
         load.wait(so_far + 200)?;
-        let status = mesh.proxy(node).terminate(Duration::from_secs(15))?;
+        let status = mesh.proxy(node).terminate(Duration::from_secs(30))?;
         ensure!(is_clean(status), "{status}");
         mesh.proxies.insert(node, next);
         let (so_far, before) = (load.done(), mesh.web["web1"].requests());
@@ -163,10 +163,10 @@ pub(crate) fn the_agent_of_the_client_is_restarted(mesh: &mut Mesh) -> anyhow::R
         ensure!(answer.status == 200, "{answer:?}");
     }
     drop(under_way);
-    let status = mesh.proxy("node-a").wait_end(Duration::from_secs(15))?;
+    let status = mesh.proxy("node-a").wait_end(Duration::from_secs(30))?;
     ensure!(is_clean(status), "{status}");
     let again = mesh.start("node-a")?;
-    again.wait_ready(Duration::from_secs(20))?;
+    again.wait_ready(Duration::from_secs(40))?;
     mesh.proxies.insert("node-a", again);
     let load = Load::start(&client, vip, "/after", 4, Duration::ZERO);
     load.finish(REQUESTS)?.all_well(REQUESTS)

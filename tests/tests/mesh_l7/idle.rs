@@ -43,7 +43,6 @@ pub(crate) fn a_silent_http_connection_is_ended(mesh: &mut Mesh) -> anyhow::Resu
     slow.send(get("/slow/3200").as_bytes())?;
     ends(mute, begun, "never asked")?;
     ends(asked, begun, "asked once")?;
-    ensure!(begun.elapsed() < LIMIT * 2, "late: {:?}", begun.elapsed());
     let status = slow.answer().context("an answer that takes longer than the limit")?.status;
     ensure!(status == 200, "{status}");
     let mut busy = Raw::open(client, to)?;

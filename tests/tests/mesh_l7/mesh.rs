@@ -1,6 +1,7 @@
 //! The mesh all tests of this suite share: two nodes, a client, two versions of a web server, a waypoint, a gateway.
 use std::collections::BTreeMap;
 use std::fs;
+use std::net::SocketAddr;
 use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,6 +11,7 @@ use mesh_tests::agent::{Agent, AgentSpec, find_program};
 use mesh_tests::issuer::Authority;
 use mesh_tests::mesh_dir::MeshDir;
 use mesh_tests::netns;
+use mesh_tests::raw::Raw;
 use mesh_tests::suite::CannotRun;
 use mesh_tests::tls::OwnCert;
 use mesh_tests::topology::{Place, Plan, Topology};
@@ -252,7 +254,7 @@ pub(crate) fn set_up() -> anyhow::Result<Mesh> {
         mesh.proxies.insert(name, proxy);
     }
     for proxy in mesh.proxies.values() {
-        proxy.wait_ready(Duration::from_secs(20))?;
+        proxy.wait_ready(Duration::from_secs(40))?;
     }
     Ok(mesh)
 }
@@ -288,7 +290,7 @@ impl Got {
 /// `curl` in a pod or host.
 pub(crate) fn curl(from: &Place, args: &[&str]) -> anyhow::Result<Got> {
     let mut command = Command::new("curl");
-    command.args(["-sS", "-i", "--max-time", "10", "--noproxy", "*"]).args(args);
+    command.args(["-sS", "-i", "--max-time", "20", "--noproxy", "*"]).args(args);
     let output = from.netns.output(&mut command).context("run curl")?;
     ensure!(output.status.success(), "curl {args:?}: {}", String::from_utf8_lossy(&output.stderr).trim());
     let text = String::from_utf8_lossy(&output.stdout).replace("\r\n", "\n");
@@ -297,6 +299,27 @@ pub(crate) fn curl(from: &Place, args: &[&str]) -> anyhow::Result<Got> {
     let (head, body) = text[at..].split_once("\n\n").with_context(|| format!("no head in {text:?}"))?;
     let status = head.split(' ').nth(1).and_then(|s| s.parse().ok()).with_context(|| format!("status in {head:?}"))?;
     Ok(Got { status, head: head.to_owned(), body: body.to_owned() })
+}
+
+/// A connection of the client's pod that is kept: many requests in a short time.
+pub(crate) struct Kept {
+    raw: Raw,
+    host: String,
+}
+impl Kept {
+    pub(crate) fn to(mesh: &Mesh, vip: &str) -> anyhow::Result<Self> {
+        Ok(Self { raw: Raw::open(mesh.pod("client"), SocketAddr::new(vip.parse()?, 80))?, host: vip.to_owned() })
+    }
+    pub(crate) fn get(&mut self, path: &str) -> anyhow::Result<Got> {
+        self.raw.send(format!("GET {path} HTTP/1.1\r\nhost: {}\r\n\r\n", self.host).as_bytes())?;
+        let answer = self.raw.answer()?;
+        let head = answer.headers.iter().map(|(name, value)| format!("{name}: {value}\n")).collect::<Vec<_>>().concat();
+        Ok(Got { status: answer.status, head, body: answer.body })
+    }
+    /// Who answered.
+    pub(crate) fn name(&mut self) -> anyhow::Result<String> {
+        Ok(self.get("/")?.echo()?["name"].as_str().context("a name")?.to_owned())
+    }
 }
 
 impl Mesh {
@@ -322,7 +345,8 @@ impl Mesh {
         let spec = spec.env("SSL_CERT_FILE", &roots).env("PILOT_JWT_PUB_KEY_REFRESH_INTERVAL", "8s");
         spec.env("TRUST_DOMAIN", "test.local")
             .env("CULVERT_TRUST_DOMAIN_ALIASES", "cluster.local")
-            .env("CONNECTION_TERMINATION_DEADLINE", "2s")
+            // What an agent carries may last; requests under way at a waypoint end by themselves, and it with them.
+            .env("CONNECTION_TERMINATION_DEADLINE", if name.starts_with("node") { "2s" } else { "20s" })
             .start(place)
     }
     pub(crate) fn proxy(&self, name: &str) -> &Agent {

@@ -34,7 +34,7 @@ pub(crate) fn refused(got: &Got, reason: &str) -> anyhow::Result<()> {
 }
 /// The waypoint's next log line about something with this text.
 pub(crate) fn line(mesh: &Mesh, mark: mesh_tests::agent::Mark, text: &str) -> anyhow::Result<Value> {
-    wait::until(text, Duration::from_secs(5), || {
+    wait::until(text, wait::PATIENCE, || {
         let log = mesh.proxy("wp").log_since(mark);
         log.lines().filter(|l| l.contains("response_code") && l.contains(text)).find_map(|l| serde_json::from_str(l).ok())
     })
@@ -343,13 +343,16 @@ pub(crate) fn dry_runs_and_audits_are_told_only(mesh: &mut Mesh) -> anyhow::Resu
     let line = line(mesh, mark, "/shadow")?;
     ensure!(line["dry_run"] == "rbac_access_denied_matched_policy[ns[t]-policy[dry]-rule[0]]", "{line}");
     ensure!(line["audit"] == "t/audit", "{line}");
-    ensure!(shadow("t/dry", "denied")? as u64 == 1 && shadow("t/audit", "audited")? as u64 == 1);
-    Ok(())
+    wait::until_true("both to be counted", || {
+        [("t/dry", "denied"), ("t/audit", "audited")]
+            .iter()
+            .all(|(policy, result)| shadow(policy, result).is_ok_and(|n| n as u64 == 1))
+    })
 }
 
 pub(crate) fn what_can_never_apply_is_told(mesh: &mut Mesh) -> anyhow::Result<()> {
     let _lost = policy(mesh, "lost", "", "{ targetRefs: [{ kind: Service, name: nowhere }], action: DENY, rules: [{}] }")?;
-    wait::until("the problem in the dump", Duration::from_secs(5), || {
+    wait::until("the problem in the dump", wait::PATIENCE, || {
         let dump = mesh.proxy("wp").config_dump().ok()?;
         let told = |p: &Value| p.to_string().contains("t/nowhere does not exist") && p.to_string().contains("can never apply");
         dump["problems"].as_array()?.iter().any(told).then_some(())

@@ -1,7 +1,6 @@
 //! What requests match, where they go, what is made of them.
 use std::collections::BTreeMap;
 use std::process::{Command, Stdio};
-use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use mesh_tests::wait;
@@ -141,7 +140,7 @@ pub(crate) fn a_broken_route_closes_its_host_only(mesh: &mut Mesh) -> anyhow::Re
     ensure!(got.status == 503 && got.header("x-culvert-reason") == Some("route_unusable"), "{got:?}");
     let got = mesh.call(&[&format!("http://{WEB}/")])?;
     ensure!(got.status == 200, "others are unaffected: {got:?}");
-    wait::until("the problem in the dump", Duration::from_secs(5), || {
+    wait::until("the problem in the dump", wait::PATIENCE, || {
         let dump = mesh.proxy("wp").config_dump().ok()?;
         dump["problems"].as_array()?.iter().any(|p| p.to_string().contains("rout")).then_some(())
     })

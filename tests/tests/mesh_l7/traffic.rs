@@ -1,6 +1,6 @@
 //! TrafficPolicies, and EnvoyFilters that say the same: limits, headers, caching, compression, CORS, largest body.
 use anyhow::{Context as _, ensure};
-use mesh_tests::agent::Metrics;
+use mesh_tests::wait;
 
 use crate::mesh::{Got, Mesh, OTHER, WEB, curl};
 
@@ -50,9 +50,10 @@ pub(crate) fn the_sixth_of_five_is_refused(mesh: &mut Mesh) -> anyhow::Result<()
     let got = mesh.call(&[&format!("http://{WEB}/free")])?;
     ensure!(told(&got) == (200, [None; 3]), "only what matches is counted: {got:?}");
     ensure!(mesh.call(&[&format!("http://{OTHER}/limited")])?.status == 200, "another service has no limit");
-    let page = mesh_tests::http::get(&mesh.pod("wp").netns, (mesh.pod("wp").v4, 15020).into(), "/metrics")?;
-    let refused = Metrics::parse(&page.body).sum("istio_requests_total", &[("response_code", "429"), ("response_flags", "RL")]);
-    ensure!(refused >= 1.0, "the refusal is in the metrics");
+    let labels = [("response_code", "429"), ("response_flags", "RL")];
+    wait::until_true("the refusal in the metrics", || {
+        mesh.proxy("wp").metrics().is_ok_and(|page| page.sum("istio_requests_total", &labels) >= 1.0)
+    })?;
     let dump = mesh.proxy("wp").config_dump()?;
     let shown = &dump["traffic"][0];
     ensure!(shown["target"] == "service t/web.t.svc.cluster.local" && shown["rateLimits"][0]["name"] == "per-ip", "{shown}");

@@ -2,9 +2,10 @@
 use std::time::{Duration, Instant};
 
 use anyhow::ensure;
+use mesh_tests::wait;
 use mesh_tests::web::Web;
 
-use crate::mesh::{Mesh, OTHER, WEB};
+use crate::mesh::{Kept, Mesh, OTHER, WEB};
 
 pub(crate) fn failures_are_retried_as_the_route_says(mesh: &mut Mesh) -> anyhow::Result<()> {
     // Istio's default does not retry an answered 503.
@@ -56,14 +57,15 @@ spec:
     mesh.web["web2"].behave(503);
     // Whatever comes of it, the tests after this one find it well.
     let _well = Afterwards(&mesh.web["web2"]);
+    let mut client = Kept::to(mesh, WEB)?;
     let mut failures = 0;
     for _ in 0..40 {
-        failures += usize::from(mesh.call(&[&format!("http://{WEB}/")])?.status == 503);
+        failures += usize::from(client.get("/")?.status == 503);
     }
     ensure!((5..=8).contains(&failures), "five in a row eject: {failures} failures of 40");
     let before = mesh.web["web2"].requests();
     for _ in 0..20 {
-        ensure!(mesh.call(&[&format!("http://{WEB}/")])?.status == 200, "the other one answers");
+        ensure!(client.get("/")?.status == 200, "the other one answers");
     }
     ensure!(mesh.web["web2"].requests() == before, "nothing goes to the ejected one");
     mesh.web["web2"].behave(0);
@@ -74,7 +76,7 @@ spec:
         if got.echo()?["name"] == "web2" {
             break;
         }
-        ensure!(begun.elapsed() < Duration::from_secs(8), "web2 does not come back");
+        ensure!(begun.elapsed() < wait::PATIENCE, "web2 does not come back");
     }
     Ok(())
 }
@@ -82,14 +84,14 @@ spec:
 pub(crate) fn a_slow_upstream_is_timed_out(mesh: &mut Mesh) -> anyhow::Result<()> {
     let _timeout = mesh.objects(
         "timeout",
-        "apiVersion: networking.istio.io/v1\nkind: VirtualService\nmetadata: { name: timeout, namespace: t }\nspec:\n  hosts: [ other ]\n  http:\n  - timeout: 300ms\n    route: [ { destination: { host: other } } ]\n",
+        "apiVersion: networking.istio.io/v1\nkind: VirtualService\nmetadata: { name: timeout, namespace: t }\nspec:\n  hosts: [ other ]\n  http:\n  - timeout: 1s\n    route: [ { destination: { host: other } } ]\n",
     )?;
     let begun = Instant::now();
-    let got = mesh.call(&[&format!("http://{OTHER}/slow/3000")])?;
+    let got = mesh.call(&[&format!("http://{OTHER}/slow/6000")])?;
     ensure!(got.status == 504 && got.body == "upstream request timeout", "{got:?}");
-    ensure!(begun.elapsed() < Duration::from_secs(2), "in time: {:?}", begun.elapsed());
+    ensure!(begun.elapsed() < Duration::from_secs(5), "in time: {:?}", begun.elapsed());
     let got = mesh.call(&[&format!("http://{OTHER}/slow/1")])?;
-    ensure!(got.status == 200 && got.echo()?["headers"]["x-envoy-expected-rq-timeout-ms"] == "300", "{got:?}");
+    ensure!(got.status == 200 && got.echo()?["headers"]["x-envoy-expected-rq-timeout-ms"] == "1000", "{got:?}");
     Ok(())
 }
 

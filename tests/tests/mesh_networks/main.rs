@@ -147,14 +147,14 @@ fn set_up() -> anyhow::Result<World> {
     // One authority for both: what differs is who knows whom.
     let ca = files.path().join("ca");
     let far = AgentSpec::new("node-b", dir.path(), &ca, files.path()).env("NETWORK", WEST).start(topology.node("node-b"))?;
-    far.wait_ready(Duration::from_secs(20))?;
+    far.wait_ready(Duration::from_secs(40))?;
     let proxy = |pod: &str, gateway: &str| {
         AgentSpec::waypoint(("t", pod), pod, gateway, dir.path(), &ca, files.path()).env("NETWORK", WEST)
     };
     let gateway = proxy("gw", "eastwest").env("CULVERT_EAST_WEST", "true").start(topology.pod("gw"))?;
     let waypoint = proxy("wp", "wp").start(topology.pod("wp"))?;
     for agent in [&gateway, &waypoint] {
-        agent.wait_ready(Duration::from_secs(20))?;
+        agent.wait_ready(Duration::from_secs(40))?;
     }
 
     let control = topology.host("control");
@@ -183,7 +183,7 @@ fn set_up() -> anyhow::Result<World> {
         ensure!(error.is_empty(), "{pod} is not served: {error}");
     }
     ensure!(connection.snapshot_sent()?.is_empty(), "the list is refused");
-    near.wait_ready(Duration::from_secs(20)).with_context(|| near.log_tail(20))?;
+    near.wait_ready(Duration::from_secs(40)).with_context(|| near.log_tail(20))?;
     Ok(World { near, far, gateway, waypoint, _cni: (cni, connection), _web: web, _istiod: istiod, dir, topology, _files: files })
 }
 

@@ -15,7 +15,7 @@ use mesh_sources::{Diagnostics, Mesh, Origin, Viewpoint};
 use mesh_tests::istiod::Istiod;
 use tempfile::TempDir;
 
-pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(40);
 
 /// The source, started.
 pub(crate) struct Fixture {
@@ -57,8 +57,15 @@ impl Fixture {
         let (mesh, diagnostics) = mesh_sources::start(Origin::Istiod(Box::new(settings)), view);
         Self { istiod, mesh, diagnostics, registry, files }
     }
+    /// Waits until the mesh is there and the control plane has heard what the source thinks of the first response of each type,
+    /// so that what a test counts from here on is of its own changes.
     pub(crate) async fn synced(self) -> Self {
         tokio::time::timeout(PATIENCE, self.mesh.synced()).await.expect("the source comes into sync");
+        let heard = || {
+            let seen = self.istiod.seen();
+            seen.acks + seen.nacks.len() >= 2
+        };
+        until("the first responses to be answered", heard).await;
         self
     }
     pub(crate) fn metric(&self, line: &str) -> bool {

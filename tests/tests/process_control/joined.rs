@@ -145,7 +145,7 @@ async fn neither_half_counts_without_the_other_and_both_outlive_their_teller() {
     let silent = over(&istiod2, &api2, "ns");
     until("istiod to be heard", || istiod2.seen().acks >= 2).await;
     assert!(!silent.mesh.is_synced() && !silent.knows("c1//Pod/ns/a"), "istiod alone is no mesh");
-    assert!(silent.diagnostics.list().iter().any(|p| p.code == Some("not-followed")), "and it is told why");
+    until("why to be told", || silent.diagnostics.list().iter().any(|p| p.code == Some("not-followed"))).await;
     api2.silence(false);
     until("both", || silent.mesh.is_synced() && silent.knows("c1//Pod/ns/a")).await;
 

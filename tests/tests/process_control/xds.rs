@@ -11,7 +11,7 @@ use mesh_proto::{ADDRESS_TYPE, AUTHORIZATION_TYPE};
 use mesh_sources::istiod::MissingPolicy;
 use mesh_tests::istiod::Istiod;
 
-use crate::fixture::{Fixture, Wish, policy, service, until, workload};
+use crate::fixture::{Fixture, PATIENCE, Wish, policy, service, until, workload};
 
 const WEB: &str = "web.ns.svc.cluster.local";
 
@@ -43,7 +43,7 @@ async fn nothing_is_told_before_both_types_were_and_then_all_is_one_version() {
     assert_eq!(seen.metadata["NODE_NAME"], "node-1");
     assert_eq!(seen.tokens, ["Bearer first"]);
     assert!(seen.nacks.is_empty(), "{:?}", seen.nacks);
-    assert!(fixture.metric("culvert_xds_connected 1"), "{}", fixture.registry.encode());
+    until("the metric to tell", || fixture.metric("culvert_xds_connected 1")).await;
 }
 
 #[tokio::test]
@@ -102,7 +102,7 @@ async fn a_bad_resource_is_named_and_the_rest_of_its_response_counts() {
         snapshot.find_policy(&PolicyKey::new("ns", "deny")).is_some_and(|p| matches!(p.body, PolicyBody::Unusable { .. }))
     };
     until("the stand-in of the policy", denies).await;
-    assert_eq!(fixture.diagnostics.list().len(), 3, "{:?}", fixture.diagnostics.list());
+    until("three problems", || fixture.diagnostics.list().len() == 3).await;
     fixture.istiod.workload(workload("bad"));
     fixture.istiod.remove(ADDRESS_TYPE, "noise");
     fixture.istiod.policy(&policy("deny", Scope::WorkloadSelector, Action::Deny));
@@ -160,7 +160,7 @@ async fn a_restarted_control_plane_is_believed_by_the_roots_of_now() {
             loop {
                 match std::net::TcpListener::bind(("127.0.0.1", port)) {
                     Ok(listener) => break listener,
-                    Err(e) => assert!(begun.elapsed() < Duration::from_secs(5), "the port stays taken: {e}"),
+                    Err(e) => assert!(begun.elapsed() < PATIENCE, "the port stays taken: {e}"),
                 }
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
@@ -246,12 +246,17 @@ async fn the_wait_is_bounded_and_then_the_workload_refuses() {
     let snapshot = fixture.mesh.load_full();
     let bound = snapshot.policy_index().bound(snapshot.find_workload("c1//Pod/ns/a").unwrap());
     assert!(bound.is_some_and(|bound| bound.missing().is_some()), "nothing is missing");
-    assert!(fixture.metric("culvert_xds_missing_policies 1"), "{}", fixture.registry.encode());
-    // Known to be missing, it holds up nobody else.
-    let begun = Instant::now();
-    fixture.istiod.workload(workload("b"));
-    until("another workload", || fixture.has_workload("c1//Pod/ns/b")).await;
-    assert!(begun.elapsed() < Duration::from_millis(900), "{:?}", begun.elapsed());
+    until("the metric to tell", || fixture.metric("culvert_xds_missing_policies 1")).await;
+    // Known to be missing, it holds up nobody else: if it did, each of these would take a second. A busy machine may be late, but
+    // not every time.
+    let mut quickest = Duration::MAX;
+    for name in ["b", "c", "d", "e", "f"] {
+        let begun = Instant::now();
+        fixture.istiod.workload(workload(name));
+        until("another workload", || fixture.has_workload(&format!("c1//Pod/ns/{name}"))).await;
+        quickest = quickest.min(begun.elapsed());
+    }
+    assert!(quickest < Duration::from_millis(900), "{quickest:?}");
 }
 
 /// istiod names conversions of PeerAuthentications that it never makes.

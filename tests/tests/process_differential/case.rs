@@ -270,7 +270,7 @@ pub struct Req {
     pub wire: Wire,
     /// Milliseconds before it is sent.
     pub pause: u64,
-    /// Give up (close) after this many milliseconds.
+    /// Give up (close) this many milliseconds after an endpoint got it.
     pub give_up: Option<u64>,
     /// Without `x-request-id`.
     pub anonymous: bool,
@@ -359,7 +359,7 @@ impl Req {
         self.pause = ms;
         self
     }
-    /// The client goes after this time.
+    /// The client goes so many milliseconds after an endpoint got its request.
     pub fn give_up(mut self, ms: u64) -> Self {
         self.give_up = Some(ms);
         self

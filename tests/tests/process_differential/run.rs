@@ -182,7 +182,7 @@ impl Waypoint {
         let log = files.join(format!("waypoint-{mode}.log"));
         let mut child = start_waypoint(binary, mesh.path(), ca, &log, mode, [hbone_port, admin, stats, envoy_stats, readiness])?;
         let mut last = String::new();
-        wait::until("the waypoint's readiness", Duration::from_secs(20), || {
+        wait::until("the waypoint's readiness", Duration::from_secs(40), || {
             if let Ok(Some(status)) = child.0.try_wait() {
                 return Some(Err(anyhow::anyhow!("the waypoint ended with {status}")));
             }
@@ -315,9 +315,9 @@ impl Field {
         }
     }
 
-    /// Waits for the log lines of all requests that had a name, and adds them.
+    /// Waits for the log lines of all requests that had a name, as long as more come, and adds them.
     async fn add_logs(&self, results: &mut HashMap<usize, Ran>) {
-        let end = Instant::now() + Duration::from_secs(4);
+        let (mut least, mut last) = (usize::MAX, Instant::now());
         loop {
             let mut ours = HashMap::new();
             self.waypoints.values().for_each(|waypoint| read_log(&waypoint.log, &mut ours));
@@ -333,7 +333,10 @@ impl Field {
                     }
                 }
             }
-            if missing == 0 || Instant::now() > end {
+            if missing < least {
+                (least, last) = (missing, Instant::now());
+            }
+            if missing == 0 || last.elapsed() > Duration::from_secs(6) {
                 return;
             }
             tokio::time::sleep(Duration::from_millis(50)).await;

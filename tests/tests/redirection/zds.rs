@@ -105,7 +105,7 @@ pub(crate) fn set_up() -> anyhow::Result<Zds> {
     zds.name_all("node-a", &["client", "near"])?;
     zds.name_all("node-b", &["web"])?;
     for node in [&zds.a, &zds.b] {
-        node.agent.wait_ready(Duration::from_secs(20))?;
+        node.agent.wait_ready(Duration::from_secs(40))?;
     }
     Ok(zds)
 }
@@ -240,7 +240,7 @@ pub(crate) fn a_pod_that_cannot_be_served_is_tried_again(zds: &mut Zds) -> anyho
     // The connection goes on.
     ensure!(zds.a.connection.remove("nobody")?.is_empty(), "refused");
     drop(taken);
-    zds.a.agent.wait_ready(Duration::from_secs(10))?;
+    zds.a.agent.wait_ready(Duration::from_secs(40))?;
     zds.calls_web("busy")?;
     ensure!(zds.a.connection.remove("busy")?.is_empty(), "refused");
     Ok(())
@@ -280,7 +280,7 @@ pub(crate) fn what_breaks_the_protocol_is_answered_and_survived(zds: &mut Zds) -
         wait::until_true("the agent to say it is not ready", || ready(&zds.a.agent).is_err())?;
         zds.reconnect().context(what)?;
         zds.name_all("node-a", &["client", "near"]).context(what)?;
-        zds.a.agent.wait_ready(Duration::from_secs(10)).context(what)?;
+        zds.a.agent.wait_ready(Duration::from_secs(40)).context(what)?;
     }
     held.ping("through all of it")?;
     Ok(())
@@ -304,7 +304,7 @@ pub(crate) fn a_restarted_cni_agent_finds_its_pods_served(zds: &mut Zds) -> anyh
     ensure!(zds.a.connection.snapshot_sent()?.is_empty(), "refused");
     dropped.wait_cut()?;
     kept.ping("kept")?;
-    zds.a.agent.wait_ready(Duration::from_secs(10))?;
+    zds.a.agent.wait_ready(Duration::from_secs(40))?;
     ensure!(zds.add("node-a", "near")?.is_empty(), "refused");
     zds.calls_web("near").map(drop)
 }
@@ -314,14 +314,14 @@ pub(crate) fn the_next_agent_takes_over(zds: &mut Zds) -> anyhow::Result<()> {
     let next = zds.a.agent.spec().clone().env("CULVERT_ADMIN_ADDR", "127.0.0.1:15100").start(zds.topology.node("node-a"))?;
     let _to_the_old_one = std::mem::replace(&mut zds.a.connection, zds.a.cni.accept()?);
     zds.name_all("node-a", &["client", "near"])?;
-    next.wait_ready(Duration::from_secs(20))?;
+    next.wait_ready(Duration::from_secs(40))?;
     wait::until_true("the old agent to let go", || zds.a.agent.whole_log().contains("another agent took over"))?;
     held.ping("carried by the old agent")?;
     for _ in 0..20 {
         zds.calls_web("client")?;
     }
     let old = std::mem::replace(&mut zds.a.agent, next);
-    ensure!(old.terminate(Duration::from_secs(10))?.success(), "the old agent failed");
+    ensure!(old.terminate(Duration::from_secs(30))?.success(), "the old agent failed");
     held.wait_cut()?;
     zds.calls_web("client").map(drop)
 }

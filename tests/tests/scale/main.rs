@@ -79,7 +79,7 @@ fn set_up() -> anyhow::Result<Scale> {
     let servers = vec![Server::start(topology.host("outside"), PORT)?, Server::start(topology.pod("p0"), PORT)?];
     let mut scale = Scale { agent: None, _servers: servers, topology, dir, ca, logs, pods };
     scale.agent = Some(scale.start()?);
-    scale.agent()?.wait_ready(Duration::from_secs(20))?;
+    scale.agent()?.wait_ready(Duration::from_secs(40))?;
     Ok(scale)
 }
 
@@ -190,7 +190,7 @@ fn the_agent_is_small_and_idle(scale: &mut Scale) -> anyhow::Result<()> {
 
 fn the_next_agent_has_every_pod_soon(scale: &mut Scale) -> anyhow::Result<()> {
     scale.agent()?.signal(Signal::SIGKILL)?;
-    scale.agent()?.wait_end(Duration::from_secs(5))?;
+    scale.agent()?.wait_end(Duration::from_secs(30))?;
     let (began, pressure) = (Instant::now(), Pressure::start());
     scale.agent = Some(scale.start()?);
     scale.agent()?.wait_ready(Duration::from_mins(1))?;

@@ -18,25 +18,25 @@ pub fn all() -> Vec<Scenario> {
             .cluster(limits(json!({"max_connections": 1, "max_pending_requests": 1})))
             // Warm first: a connection that is still being made counts what waits for it as waiting.
             .case(case("one after the other", get("/")).times(4).tally())
-            .case(case("one active and one waiting", get("/").script("delay=300 200")).times(4).at_once().tally()),
+            .case(case("one active and one waiting", get("/").script("delay=800 200")).times(4).at_once().tally()),
         scenario("breaker-requests")
             .destination_rule("connectionPool: { http: { http2MaxRequests: 2 } }")
             .cluster(limits(json!({"max_requests": 2})))
-            .case(case("two at a time", get("/").script("delay=300 200")).times(5).at_once().tally())
+            .case(case("two at a time", get("/").script("delay=800 200")).times(5).at_once().tally())
             .case(case("room again", get("/")).times(3).tally()),
         scenario("breaker-one")
             .destination_rule("connectionPool: { http: { http2MaxRequests: 1 } }")
             .cluster(limits(json!({"max_requests": 1})))
-            .case(case("the answer when full", get("/").script("delay=400 200")).then(get("/").pause(0)).at_once().tally()),
+            .case(case("the answer when full", get("/").script("delay=1000 200")).then(get("/").pause(0)).at_once().tally()),
         scenario("breaker-connections")
             .destination_rule("connectionPool: { tcp: { maxConnections: 2 } }")
             .cluster(limits(json!({"max_connections": 2})))
-            .case(case("the others wait", get("/").script("delay=100 200")).times(6).at_once().tally().takes(290, 2000)),
+            .case(case("the others wait", get("/").script("delay=100 200")).times(6).at_once().tally().takes(290, 10_000)),
         scenario("breaker-h2")
             .port("http2")
             .destination_rule("connectionPool: { http: { http2MaxRequests: 2 } }")
             .cluster(limits(json!({"max_requests": 2})))
-            .case(case("two at a time", get("/").script("delay=300 200")).times(5).at_once().tally()),
+            .case(case("two at a time", get("/").script("delay=800 200")).times(5).at_once().tally()),
         scenario("breaker-retries")
             .virtual_service("- retries: { attempts: 2, retryOn: 5xx }\n  route: [{ destination: { host: $HOST } }]\n")
             .destination_rule("connectionPool: { http: { maxRetries: 1 } }")

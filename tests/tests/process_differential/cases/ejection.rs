@@ -5,7 +5,7 @@ use crate::case::{Req, Scenario, case, grpc, scenario};
 
 /// One after another: Envoy's worker learns from its main thread that an endpoint was ejected.
 fn get(target: &str) -> Req {
-    crate::case::get(target).pause(25)
+    crate::case::get(target).pause(60)
 }
 
 fn detect(patch: Value, panic: f64) -> Value {
@@ -59,16 +59,16 @@ pub fn all() -> Vec<Scenario> {
             .case(case("500 does not count", get("/").header("x-do-bad", "500")).times(12).tally())
             .case(case("502 counts", get("/").header("x-do-bad", "502")).times(16).tally()),
         scenario("eject-heal")
-            .destination_rule(&format!("{rr}outlierDetection: {{ consecutive5xxErrors: 2, maxEjectionPercent: 100, interval: 100ms, baseEjectionTime: 400ms }}"))
+            .destination_rule(&format!("{rr}outlierDetection: {{ consecutive5xxErrors: 2, maxEjectionPercent: 100, interval: 100ms, baseEjectionTime: 1s }}"))
             .cluster(detect(
-                json!({"consecutive_5xx": 2, "enforcing_consecutive_5xx": 100, "max_ejection_percent": 100, "interval": "0.1s", "base_ejection_time": "0.4s"}),
+                json!({"consecutive_5xx": 2, "enforcing_consecutive_5xx": 100, "max_ejection_percent": 100, "interval": "0.1s", "base_ejection_time": "1s"}),
                 0.0,
             ))
             .case(
                 case("comes back after its time", get("/").script("503"))
                     .times(2)
                     .then(get("/"))
-                    .then(get("/").pause(2000))
+                    .then(get("/").pause(2500))
                     .then(get("/")),
             ),
         scenario("eject-local")
@@ -85,9 +85,9 @@ pub fn all() -> Vec<Scenario> {
             .route(crate::istiod::all().to("").action(json!({"retry_policy": null})))
             .destination_rule(&format!("{rr}outlierDetection: {{ consecutive5xxErrors: 3, maxEjectionPercent: 50 }}"))
             .cluster(detect(json!({"consecutive_5xx": 3, "enforcing_consecutive_5xx": 100, "max_ejection_percent": 50}), 0.0))
-            .case(case("a status after a message does not count", grpc("/s/m").pause(25).header("x-do-good", "gdata=0").header("x-do-bad", "gdata=14")).times(12).tally())
-            .case(case("a status that is no 5xx does not count", grpc("/s/m").pause(25).header("x-do-good", "grpc=0").header("x-do-bad", "grpc=5")).times(12).tally())
-            .case(case("a status at once counts", grpc("/s/m").pause(25).header("x-do-good", "grpc=0").header("x-do-bad", "grpc=14")).times(20).tally()),
+            .case(case("a status after a message does not count", grpc("/s/m").pause(60).header("x-do-good", "gdata=0").header("x-do-bad", "gdata=14")).times(12).tally())
+            .case(case("a status that is no 5xx does not count", grpc("/s/m").pause(60).header("x-do-good", "grpc=0").header("x-do-bad", "grpc=5")).times(12).tally())
+            .case(case("a status at once counts", grpc("/s/m").pause(60).header("x-do-good", "grpc=0").header("x-do-bad", "grpc=14")).times(20).tally()),
         scenario("eject-panic")
             .pods(&[("bad", 2)])
             .destination_rule(&format!("{rr}outlierDetection: {{ consecutive5xxErrors: 2, maxEjectionPercent: 100, minHealthPercent: 60 }}"))

@@ -52,8 +52,8 @@ pub fn all() -> Vec<Scenario> {
             .case(case("zero percent", get("/never")))
             .case(case("half of them", get("/half")).times(300).share("v1", 50.0, 12.0))
             .case(case("few of them", get("/rare")).times(300).share("v1", 95.0, 5.0))
-            .case(case("delay", get("/delay")).takes(195, 800))
-            .case(case("delay, then abort", get("/both")).takes(95, 700))
+            .case(case("delay", get("/delay")).takes(195, 5000))
+            .case(case("delay, then abort", get("/both")).takes(95, 5000))
             .case(case("no fault on another route", get("/plain"))),
     ]
 }

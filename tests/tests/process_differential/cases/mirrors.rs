@@ -41,7 +41,7 @@ pub fn all() -> Vec<Scenario> {
             .case(case("large body is copied", request("POST", "/one").body(&vec![b'z'; 40_000])).arrivals(2))
             .case(case("host with a port", get("/one").host("my.example:8080")).arrivals(2))
             .case(case("copy fails", get("/one").header("x-do-v2", "503")).arrivals(2))
-            .case(case("copy is slow", get("/one").header("x-do-v2", "delay=600 200")).arrivals(2).takes(0, 500))
+            .case(case("copy is slow", get("/one").header("x-do-v2", "delay=5000 200")).arrivals(2).takes(0, 4500))
             .case(case("original fails", get("/one").header("x-do-v1", "500")).arrivals(2))
             .case(case("zero percent", get("/never")).arrivals(1))
             .case(case("two copies", get("/two")).arrivals(3))

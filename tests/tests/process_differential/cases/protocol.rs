@@ -74,11 +74,11 @@ pub fn all() -> Vec<Scenario> {
             .case(case("HTTP/2 large answer", get("/h2").script("size=600000").h2()))
             .case(case("HTTP/2 own method", request("PURGE", "/").h2()))
             .case(case("HTTP/2 without an endpoint's length", get("/").script("noframe body=hello").h2()))
-            .case(case("client goes away", get("/").script("delay=700 200").give_up(150)).silent())
-            .case(case("client goes away by HTTP/2", get("/").script("delay=700 200").h2().give_up(150)).silent())
-            .case(case("client goes away in the middle of the answer", get("/").script("size=40 drip=30").give_up(300)).silent())
-            .case(case("client goes away in the middle of the answer by HTTP/2", get("/").script("size=40 drip=30").h2().give_up(300)).silent())
-            .case(case("client goes away after its body", request("POST", "/").body(b"x").script("delay=700 200").give_up(150)).silent()),
+            .case(case("client goes away", get("/").script("delay=2500 200").give_up(150)).silent())
+            .case(case("client goes away by HTTP/2", get("/").script("delay=2500 200").h2().give_up(150)).silent())
+            .case(case("client goes away in the middle of the answer", get("/").script("size=40 drip=100").give_up(300)).silent())
+            .case(case("client goes away in the middle of the answer by HTTP/2", get("/").script("size=40 drip=100").h2().give_up(300)).silent())
+            .case(case("client goes away after its body", request("POST", "/").body(b"x").script("delay=2500 200").give_up(150)).silent()),
         // The limits the waypoint is started with here. Envoy goes on serving a connection for `drain_timeout` after it was idle.
         scenario("protocol-connect")
             .manager(json!({"http2_protocol_options": {"allow_connect": true}}))

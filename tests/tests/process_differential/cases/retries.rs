@@ -38,8 +38,8 @@ fn written() -> Scenario {
         rule("/4xx", "attempts: 1, retryOn: retriable-4xx"),
         rule("/reset", "attempts: 1, retryOn: reset"),
         rule("/never", "attempts: 0"),
-        rule("/trydefault", "attempts: 2, perTryTimeout: 150ms"),
-        rule("/try", "attempts: 1, retryOn: 5xx, perTryTimeout: 150ms"),
+        rule("/trydefault", "attempts: 2, perTryTimeout: 700ms"),
+        rule("/try", "attempts: 1, retryOn: 5xx, perTryTimeout: 700ms"),
         rule("/limited", "attempts: 1, retryOn: envoy-ratelimited"),
         rule("/backoff", "attempts: 1, retryOn: 5xx, backoff: 300ms"),
     ]
@@ -59,8 +59,8 @@ fn written() -> Scenario {
         .route(on("/4xx", retry(1, "retriable-4xx")))
         .route(on("/reset", retry(1, "reset")))
         .route(on("/never", json!(null)))
-        .route(on("/trydefault", with(default_retry(), json!({"per_try_timeout": "0.15s"}))))
-        .route(on("/try", with(retry(1, "5xx"), json!({"per_try_timeout": "0.15s"}))))
+        .route(on("/trydefault", with(default_retry(), json!({"per_try_timeout": "0.7s"}))))
+        .route(on("/try", with(retry(1, "5xx"), json!({"per_try_timeout": "0.7s"}))))
         .route(on("/limited", retry(1, "envoy-ratelimited")))
         .route(on("/backoff", with(retry(1, "5xx"), json!({"retry_back_off": {"base_interval": "0.3s"}}))))
         .case(case("5xx, second attempt", get("/5xx").script("500|200")))
@@ -83,12 +83,12 @@ fn written() -> Scenario {
         .case(case("reset does not mean 503", get("/reset").script("503|200")))
         .case(case("never", get("/never").script("503|200")))
         .case(case("never, closed", get("/never").script("close|200")))
-        .case(case("slow try is retried under 5xx", get("/try").script("delay=600 200|200")))
-        .case(case("every try is slow", get("/try").script("delay=600 200")))
-        .case(case("slow try is not retried by default", get("/trydefault").script("delay=600 200|200")))
+        .case(case("slow try is retried under 5xx", get("/try").script("delay=2500 200|200")))
+        .case(case("every try is slow", get("/try").script("delay=2500 200")))
+        .case(case("slow try is not retried by default", get("/trydefault").script("delay=2500 200|200")))
         .case(case("rate limited", get("/limited").script("h:x-envoy-ratelimited=true 429|200")))
         .case(case("429 alone", get("/limited").script("429|200")))
-        .case(case("backoff is kept", get("/backoff").script("503|200")).takes(0, 900))
+        .case(case("backoff is kept", get("/backoff").script("503|200")).takes(0, 5000))
         .case(case(
             "attempt count of the client is not believed",
             get("/5xx").header("x-envoy-attempt-count", "7").script("503|200"),

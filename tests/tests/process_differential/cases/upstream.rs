@@ -27,7 +27,7 @@ pub fn all() -> Vec<Scenario> {
             .destination_rule("connectionPool: { tcp: { connectTimeout: 200ms } }")
             .route(off())
             .cluster(json!({"connect_timeout": "0.2s"}))
-            .case(case("connect takes too long", get("/")).takes(190, 1500)),
+            .case(case("connect takes too long", get("/")).takes(190, 5000)),
         scenario("up-unknown")
             .destination_rule("")
             .virtual_service(
