@@ -20,7 +20,9 @@ mod named;
 mod outside;
 mod phases;
 mod policy;
+mod pools;
 mod routes;
+mod rules;
 mod scrape;
 mod tokens;
 mod traces;
@@ -123,6 +125,15 @@ const TESTS: &[Test<Mesh>] = &[
     test("ejections_by_cause_and_their_limit", destinations::ejections_by_cause_and_their_limit),
     test("the_clients_own_destination_is_kept", destinations::the_clients_own_destination_is_kept),
     test("connections_to_endpoints_are_as_told", destinations::connections_to_endpoints_are_as_told),
+    test("a_port_has_settings_of_its_own", rules::a_port_has_settings_of_its_own),
+    test("a_subset_has_settings_of_its_own", rules::a_subset_has_settings_of_its_own),
+    test("hashing_by_query_keeps_a_value_where_it_is", rules::hashing_by_query_keeps_a_value_where_it_is),
+    test("tls_is_originated_with_certificates_of_a_secret", rules::tls_is_originated_with_certificates_of_a_secret),
+    test("limits_of_connections_and_retries_hold", rules::limits_of_connections_and_retries_hold),
+    test("a_connect_takes_no_longer_than_told", rules::a_connect_takes_no_longer_than_told),
+    test("regions_fail_over_as_told", rules::regions_fail_over_as_told),
+    test("a_changed_limit_counts_at_once", pools::a_changed_limit_counts_at_once),
+    test("a_connection_that_answers_no_pings_is_replaced", pools::a_connection_that_answers_no_pings_is_replaced),
     test("requests_cannot_be_smuggled", hostile::requests_cannot_be_smuggled),
     test("no_request_is_carried_under_another_identity", identities::no_request_is_carried_under_another_identity),
     test("odd_targets_are_refused_or_made_plain", hostile::odd_targets_are_refused_or_made_plain),

@@ -100,6 +100,10 @@ impl HostState {
     /// It left the cluster: idle connections are closed, requests under way go on.
     pub fn leave(&self) {
         self.gone.store(true, Relaxed);
+        self.renew();
+    }
+    /// What connections it has get no further request: idle ones are closed, the others when theirs are over.
+    pub fn renew(&self) {
         for shelves in self.shelves.get().into_iter().flatten() {
             let all = std::mem::take(&mut *shelves.lock());
             for shelf in all {

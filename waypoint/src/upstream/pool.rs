@@ -17,9 +17,9 @@ use crate::body::Body;
 use http::{Request, Response};
 use hyper::body::Incoming;
 use hyper::client::conn::{TrySendError, http1, http2};
-use hyper_util::rt::{TokioExecutor, TokioIo};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use mesh_hbone::Tunnel;
-use mesh_model::l7::destination::{PoolLimits, ProxyVersion, UpstreamTls};
+use mesh_model::l7::destination::{Http2Keepalive, PoolLimits, ProxyVersion, UpstreamTls};
 use parking_lot::Mutex;
 use std::collections::VecDeque;
 use std::future::poll_fn;
@@ -252,7 +252,7 @@ impl Shelf {
 
     /// Leave to connect, or a place in the queue for it.
     fn permit(self: &Arc<Self>, inner: &mut Inner, cluster: &Arc<Cluster>, host: &Arc<Host>) -> Option<ConnectionGuard> {
-        let ask = |forced| cluster.state.permit(&host.state, cluster.policy.pool.max_connections, forced);
+        let ask = |forced| cluster.state.permit(&host.state, forced);
         if let Some(permit) = ask(inner.open == 0) {
             return Some(permit);
         }
@@ -481,18 +481,13 @@ async fn make(
     host: &Arc<Host>,
     permit: ConnectionGuard,
 ) -> Result<Made, UpstreamError> {
-    let limits = &cluster.policy.pool;
+    let policy = cluster.state.policy.load_full();
+    let limits = &policy.pool;
     let (io, tunnel) = transport::dial(cluster, host, &shelf.key(), transport::Purpose::Pooled, permit).await?;
     let io = TokioIo::new(io);
     if shelf.http2 {
-        let (mut sender, conn) = http2::Builder::new(TokioExecutor::new())
-            .initial_stream_window_size(H2_STREAM_WINDOW)
-            .initial_connection_window_size(H2_CONNECTION_WINDOW)
-            .max_send_buf_size(H2_SEND_BUFFER)
-            .max_header_list_size(H2_HEADER_LIST)
-            .handshake(io)
-            .await
-            .map_err(|e| UpstreamError::new(Failure::Connect, e.to_string()))?;
+        let (mut sender, conn) =
+            http2_builder(limits).handshake(io).await.map_err(|e| UpstreamError::new(Failure::Connect, e.to_string()))?;
         let shared = Arc::new(SharedConn {
             sender: sender.clone(),
             shelf: Arc::downgrade(shelf),
@@ -533,6 +528,20 @@ async fn make(
 /// that the agent's deadline would cut.
 fn is_leaving(tunnel: Option<&Tunnel>) -> bool {
     tunnel.is_some_and(|tunnel| !tunnel.is_open())
+}
+
+fn http2_builder(limits: &PoolLimits) -> http2::Builder<TokioExecutor> {
+    let mut builder = http2::Builder::new(TokioExecutor::new());
+    builder
+        .initial_stream_window_size(H2_STREAM_WINDOW)
+        .initial_connection_window_size(H2_CONNECTION_WINDOW)
+        .max_send_buf_size(H2_SEND_BUFFER)
+        .max_header_list_size(H2_HEADER_LIST);
+    if let Some(Http2Keepalive { interval, timeout }) = limits.http2_keepalive {
+        // Idle connections are asked too, as Envoy does.
+        builder.timer(TokioTimer::new()).keep_alive_interval(interval).keep_alive_timeout(timeout).keep_alive_while_idle(true);
+    }
+    builder
 }
 
 /// How HTTP/1 connections are made, pooled or not.

@@ -129,7 +129,7 @@ pub async fn connect(cluster: &Arc<Cluster>, host: &Arc<Host>, client: Option<So
 }
 
 pub(super) fn alone(cluster: &Arc<Cluster>, host: &Arc<Host>) -> Result<super::ConnectionGuard, UpstreamError> {
-    let permit = cluster.state.permit(&host.state, cluster.policy.pool.max_connections, false).ok_or_else(|| {
+    let permit = cluster.state.permit(&host.state, false).ok_or_else(|| {
         note(&cluster.state.counters.connection_overflows);
         overflow()
     })?;

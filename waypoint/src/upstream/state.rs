@@ -4,7 +4,8 @@ use super::error::{Failure, UpstreamError};
 use super::host::{Host, HostState, Target};
 use super::pool::Shelf;
 use super::transport::Reach;
-use mesh_model::l7::destination::{OutlierPolicy, RetryBudget};
+use arc_swap::ArcSwap;
+use mesh_model::l7::destination::{OutlierPolicy, RetryBudget, TrafficPolicy};
 use mesh_model::l7::outlier::{self, Cause};
 use mesh_model::workload::WorkloadUid;
 use parking_lot::Mutex;
@@ -19,6 +20,8 @@ use tokio::time::Instant;
 pub(super) struct State {
     pub name: Arc<str>,
     pub reach: Arc<Reach>,
+    /// Of the newest version: what connections are made and counted by, whichever version the request for one goes by.
+    pub policy: ArcSwap<TrafficPolicy>,
     /// Connections, those being made included.
     pub connections: AtomicU32,
     /// Requests that wait for a connection they may not make themselves.
@@ -76,6 +79,7 @@ impl State {
         Arc::new(Self {
             name,
             reach,
+            policy: ArcSwap::default(),
             connections: AtomicU32::new(0),
             pending: AtomicU32::new(0),
             requests: AtomicU32::new(0),
@@ -108,6 +112,7 @@ impl State {
     /// Makes a freshly built version the one that counts: endpoints it does not have leave.
     pub fn install(self: &Arc<Self>, cluster: Cluster) -> Arc<Cluster> {
         let cluster = Arc::new(cluster);
+        let former = self.policy.swap(Arc::clone(&cluster.policy));
         let now = cluster.hosts.iter().map(|h| (Arc::clone(h.known.uid()), (h.target.clone(), Arc::clone(&h.state)))).collect();
         let before = std::mem::replace(&mut *self.hosts.lock(), now);
         let mut live = self.live.lock();
@@ -127,7 +132,15 @@ impl State {
                 state.leave();
             }
         }
+        if !cluster.policy.has_connections_of(&former) {
+            stays.values().for_each(|(_, state)| state.renew());
+            self.passed.lock().values().for_each(|host| host.state.renew());
+        }
         drop(stays);
+        // More may be allowed than before.
+        while self.connections.load(Relaxed) < cluster.policy.pool.max_connections && !self.starving.lock().is_empty() {
+            self.feed();
+        }
         cluster
     }
 
@@ -162,9 +175,9 @@ impl State {
         host
     }
 
-    /// A connection within `limit`, or beyond it when `forced` (a pool always gets its first).
-    pub fn permit(self: &Arc<Self>, host: &Arc<HostState>, limit: u32, forced: bool) -> Option<ConnectionGuard> {
-        if !count_up(&self.connections, limit) {
+    /// A connection within `maxConnections`, or beyond it when `forced` (a pool always gets its first).
+    pub fn permit(self: &Arc<Self>, host: &Arc<HostState>, forced: bool) -> Option<ConnectionGuard> {
+        if !count_up(&self.connections, self.policy.load().pool.max_connections) {
             if !forced {
                 return None;
             }

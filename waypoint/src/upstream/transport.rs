@@ -19,7 +19,7 @@ use mesh_hbone::{ConnectRequest, Dialer, HboneError, HboneIo, HboneStream, Pool,
 use mesh_identity::live::{Held, LivePeers};
 use mesh_identity::tls::ClientStream;
 use mesh_identity::{SvidHandle, TrustBundles};
-use mesh_model::l7::destination::TcpKeepalive;
+use mesh_model::l7::destination::{PoolLimits, TcpKeepalive};
 use mesh_model::plan::HBONE_PORT;
 use mesh_model::workload::Workload;
 use mesh_model::{HboneAuthority, Reason, Refusal, SpiffeId};
@@ -194,7 +194,8 @@ pub(super) async fn open(
     purpose: Purpose,
     guard: ConnectionGuard,
 ) -> Result<(Stream, Option<Tunnel>), UpstreamError> {
-    match timeout(cluster.policy.pool.connect_timeout, layers(cluster, host, key, purpose, guard)).await {
+    let pool = &cluster.state.policy.load_full().pool;
+    match timeout(pool.connect_timeout, layers(cluster, host, key, purpose, guard, pool)).await {
         Ok(result) => result,
         Err(_) => Err(UpstreamError::new(Failure::ConnectTimeout, "connection timeout")),
     }
@@ -206,6 +207,7 @@ async fn layers(
     key: &ShelfKey<'_>,
     purpose: Purpose,
     guard: ConnectionGuard,
+    pool: &PoolLimits,
 ) -> Result<(Stream, Option<Tunnel>), UpstreamError> {
     let reach = &cluster.state.reach;
     let client = match purpose {
@@ -233,7 +235,7 @@ async fn layers(
         };
         return Ok((stream, Some(tunnel)));
     }
-    let mut stream = tcp(to, cluster.policy.pool.keepalive, cluster.policy.pool.connect_timeout).await?;
+    let mut stream = tcp(to, pool.keepalive, pool.connect_timeout).await?;
     if let Some(header) = header {
         stream.write_all(&header).await.map_err(|e| UpstreamError::new(Failure::Connect, connect_detail(&e)))?;
     }

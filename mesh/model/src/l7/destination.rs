@@ -67,6 +67,13 @@ pub struct TrafficPolicy {
     /// Retry budget.
     pub retry_budget: Option<RetryBudget>,
 }
+impl TrafficPolicy {
+    /// Whether connections made under `other` are as this policy wants them and may carry its requests. Where they are not they
+    /// take no more, as those of a cluster that Envoy replaces: so a changed limit counts for all connections at once.
+    pub fn has_connections_of(&self, other: &Self) -> bool {
+        self.pool == other.pool && self.proxy_protocol == other.proxy_protocol && self.tls == other.tls
+    }
+}
 /// Balancing algorithm.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub enum Balance {
@@ -167,6 +174,8 @@ pub struct PoolLimits {
     pub use_client_protocol: bool,
     /// Streams per HTTP/2 connection.
     pub max_concurrent_streams: u32,
+    /// PINGs on HTTP/2 connections; `None`: none.
+    pub http2_keepalive: Option<Http2Keepalive>,
 }
 impl Default for PoolLimits {
     fn default() -> Self {
@@ -184,8 +193,17 @@ impl Default for PoolLimits {
             h2_upgrade: false,
             use_client_protocol: false,
             max_concurrent_streams: (1 << 31) - 1,
+            http2_keepalive: None,
         }
     }
+}
+/// `http2KeepAlive`: PINGs on a connection to an endpoint, whether there are requests on it or not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Http2Keepalive {
+    /// Silence of the endpoint before one is sent.
+    pub interval: Duration,
+    /// How long its answer may take before the connection is given up.
+    pub timeout: Duration,
 }
 /// TCP keepalive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -365,12 +383,55 @@ mod tests {
         assert_eq!((pool.max_requests_per_connection, pool.max_concurrent_streams), (0, (1 << 31) - 1));
         assert_eq!((pool.connect_timeout.as_secs(), pool.http_idle_timeout.map(|t| t.as_secs())), (10, Some(3600)));
         // Not Envoy's hour: it cuts connections that live on.
-        assert_eq!(pool.tcp_idle_timeout, None);
+        assert_eq!((pool.tcp_idle_timeout, pool.http2_keepalive), (None, None));
         let outlier = OutlierPolicy::default();
         let counts =
             [outlier.consecutive_5xx, outlier.consecutive_gateway, outlier.max_ejection_percent, outlier.min_health_percent];
         assert_eq!(counts, [5, 0, 10, 0]);
         assert_eq!([outlier.interval, outlier.base_ejection, outlier.max_ejection].map(|t| t.as_secs()), [10, 30, 300]);
+    }
+    #[test]
+    fn what_connections_are_made_of_ends_them_when_it_changes() {
+        let base = TrafficPolicy::default();
+        let pool = |edit: fn(&mut PoolLimits)| {
+            let mut policy = TrafficPolicy::default();
+            edit(&mut policy.pool);
+            policy
+        };
+        let second = Duration::from_secs(1);
+        let keepalive = TcpKeepalive { probes: 1, time: second, interval: second };
+        let tls =
+            UpstreamTls { sni: None, sans: Vec::new(), roots: Roots::System, client: None, skip_verify: false, alpn: Vec::new() };
+        for (policy, kept) in [
+            (TrafficPolicy::default(), true),
+            (TrafficPolicy { balance: Balance::Random, ..TrafficPolicy::default() }, true),
+            (TrafficPolicy { outlier: Some(OutlierPolicy::default()), ..TrafficPolicy::default() }, true),
+            (
+                TrafficPolicy {
+                    retry_budget: Some(RetryBudget { percent_hundredths: 1, min_concurrency: 1 }),
+                    ..TrafficPolicy::default()
+                },
+                true,
+            ),
+            (pool(|p| p.max_connections = 1), false),
+            (pool(|p| p.max_requests_per_connection = 1), false),
+            (pool(|p| p.max_concurrent_streams = 1), false),
+            (pool(|p| p.http_idle_timeout = None), false),
+            (pool(|p| p.max_connection_duration = Some(Duration::from_secs(1))), false),
+            (TrafficPolicy { pool: PoolLimits { keepalive: Some(keepalive), ..PoolLimits::default() }, ..base.clone() }, false),
+            (
+                pool(|p| {
+                    let second = Duration::from_secs(1);
+                    p.http2_keepalive = Some(Http2Keepalive { interval: second, timeout: second });
+                }),
+                false,
+            ),
+            (TrafficPolicy { proxy_protocol: Some(ProxyVersion::V1), ..TrafficPolicy::default() }, false),
+            (TrafficPolicy { tls: Some(Arc::new(tls)), ..TrafficPolicy::default() }, false),
+        ] {
+            assert_eq!(policy.has_connections_of(&base), kept, "{policy:?}");
+            assert_eq!(base.has_connections_of(&policy), kept, "{policy:?}");
+        }
     }
     #[test]
     fn retry_budgets() {

@@ -14,7 +14,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mesh_model::l7::destination::{
-    Balance, HashAlgorithm, HashKey, LocalityPolicy, OutlierPolicy, PoolLimits, ProxyVersion, RetryBudget, TcpKeepalive, Warmup,
+    Balance, HashAlgorithm, HashKey, Http2Keepalive, LocalityPolicy, OutlierPolicy, PoolLimits, ProxyVersion, RetryBudget,
+    TcpKeepalive, Warmup,
 };
 use mesh_model::labels::Labels;
 
@@ -236,7 +237,7 @@ impl<'p> Dr<'_, '_, 'p> {
     fn blocks(&mut self, n: &'p Node<'p>) -> Read<'p, Blocks> {
         Ok(Blocks {
             balance: read::map(n, "loadBalancer")?.map(|b| self.balancing(b)).transpose()?,
-            pool: read::map(n, "connectionPool")?.map(|p| self.pool(p)).transpose()?,
+            pool: read::map(n, "connectionPool")?.map(Self::pool).transpose()?,
             outlier: read::map(n, "outlierDetection")?.map(|o| self.outlier(o)).transpose()?,
             tls: read::map(n, "tls")?.map(tls::read).transpose()?,
             proxy_protocol: None,
@@ -406,7 +407,7 @@ impl<'p> Dr<'_, '_, 'p> {
         }
     }
 
-    fn pool(&mut self, n: &'p Node<'p>) -> Read<'p, PoolLimits> {
+    fn pool(n: &'p Node<'p>) -> Read<'p, PoolLimits> {
         read::only(n, &["tcp", "http"])?;
         let mut out = PoolLimits::default();
         if let Some(t) = read::map(n, "tcp")? {
@@ -453,7 +454,14 @@ impl<'p> Dr<'_, '_, 'p> {
                     "http2KeepAlive",
                 ],
             )?;
-            self.without_effect(h, &["http2KeepAlive"]);
+            if let Some(k) = read::map(h, "http2KeepAlive")? {
+                read::only(k, &["interval", "timeout"])?;
+                // Both are required, as Istio's validation has it.
+                let need = |key: &'static str| -> Read<'p, Duration> {
+                    at_least_1ms(k, key)?.ok_or_else(|| Bad::missing(k, key, "PINGs need an interval and a timeout"))
+                };
+                out.http2_keepalive = Some(Http2Keepalive { interval: need("interval")?, timeout: need("timeout")? });
+            }
             out.max_pending = limit(h, "http1MaxPendingRequests", u32::MAX)?;
             out.max_requests = limit(h, "http2MaxRequests", u32::MAX)?;
             out.max_requests_per_connection = limit(h, "maxRequestsPerConnection", 0)?;

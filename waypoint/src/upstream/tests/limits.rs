@@ -45,6 +45,35 @@ async fn everyone_who_waits_is_served() {
 }
 
 #[tokio::test]
+async fn a_raised_limit_counts_for_who_waits() {
+    let server = Server::gated().await;
+    let mut world = World::new();
+    world.endpoint("a", server.addr);
+    for http2 in [false, true] {
+        world.policy(limited(PoolLimits { max_connections: 1, max_concurrent_streams: 1, ..PoolLimits::default() }));
+        let before = (server.connections(), server.requests());
+        let cluster = world.cluster();
+        let three: Vec<_> = (0..3)
+            .map(|_| {
+                let cluster = Arc::clone(&cluster);
+                tokio::spawn(async move { fetch(&cluster, http2).await })
+            })
+            .collect();
+        server.until(|s| s.requests() == before.1 + 1).await;
+        settle().await;
+        assert_eq!(server.connections(), before.0 + 1, "the others wait");
+        world.policy(limited(PoolLimits { max_connections: 3, max_concurrent_streams: 1, ..PoolLimits::default() }));
+        world.upstreams.collect(&world.snap);
+        server.until(|s| s.requests() == before.1 + 3).await;
+        server.gate.add_permits(3);
+        for one in three {
+            one.await.unwrap().unwrap();
+        }
+        server.until(|s| s.live() == 0).await;
+    }
+}
+
+#[tokio::test]
 async fn requests_under_way_are_limited() {
     let server = Server::gated().await;
     let mut world = World::new();

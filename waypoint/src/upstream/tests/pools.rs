@@ -150,6 +150,59 @@ async fn state_survives_changes_of_anything_else() {
 }
 
 #[tokio::test]
+async fn connections_of_a_former_policy_take_no_more_requests() {
+    let server = Server::gated().await;
+    let mut world = World::new();
+    world.endpoint("a", server.addr);
+    for (round, http2) in [false, true].into_iter().enumerate() {
+        world.policy(TrafficPolicy::default());
+        let cluster = world.cluster();
+        server.gate.add_permits(1);
+        fetch(&cluster, http2).await.unwrap();
+        settle().await;
+        let busy = tokio::spawn(async move { fetch(&cluster, http2).await });
+        let so_far = 2 + round * 4;
+        server.until(|s| s.requests() == so_far).await;
+        let pool = PoolLimits { max_requests_per_connection: 1, ..PoolLimits::default() };
+        world.policy(TrafficPolicy { pool, ..TrafficPolicy::default() });
+        world.upstreams.collect(&world.snap);
+        let cluster = world.cluster();
+        // What is under way ends well, and its connection with it.
+        server.gate.add_permits(3);
+        busy.await.unwrap().unwrap();
+        server.until(|s| s.live() == 0).await;
+        for _ in 0..2 {
+            fetch(&cluster, http2).await.unwrap();
+            settle().await;
+        }
+        assert_eq!(server.connections(), 3 * (round + 1), "one, and one for each of two");
+    }
+}
+
+#[tokio::test]
+async fn an_endpoint_that_answers_no_pings_loses_its_connection() {
+    use mesh_model::l7::destination::Http2Keepalive;
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let mut world = World::new();
+    world.endpoint("a", listener.local_addr().unwrap());
+    let keepalive = Http2Keepalive { interval: Duration::from_millis(50), timeout: Duration::from_millis(100) };
+    let pool = PoolLimits { http2_keepalive: Some(keepalive), ..PoolLimits::default() };
+    world.policy(TrafficPolicy { pool, ..TrafficPolicy::default() });
+    let cluster = world.cluster();
+    let asking = {
+        let cluster = Arc::clone(&cluster);
+        tokio::spawn(async move { fetch(&cluster, true).await })
+    };
+    // Takes everything and says nothing.
+    let (_mute, _) = listener.accept().await.unwrap();
+    let begun = tokio::time::Instant::now();
+    assert_eq!(asking.await.unwrap().unwrap_err(), UpstreamError::new(Failure::Reset, "connection termination"));
+    assert!(begun.elapsed() < Duration::from_secs(2));
+    settle().await;
+    assert_eq!(world.upstreams.clusters()[0].counts.connections, 0);
+}
+
+#[tokio::test]
 async fn an_upgrade_gets_a_connection_of_its_own() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let mut world = World::new();

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use mesh_model::l7::destination::{
-    Balance, ClientCertificate, Destination, HashAlgorithm, HashKey, LocalityPolicy, OutlierPolicy, PoolLimits, ProxyVersion,
-    RetryBudget, Roots, TcpKeepalive, TrafficPolicy, Warmup,
+    Balance, ClientCertificate, Destination, HashAlgorithm, HashKey, Http2Keepalive, LocalityPolicy, OutlierPolicy, PoolLimits,
+    ProxyVersion, RetryBudget, Roots, TcpKeepalive, TrafficPolicy, Warmup,
 };
 
 use super::super::tests::{State, mesh7, pod, service};
@@ -132,7 +132,7 @@ fn pools_and_ejection() {
     assert_eq!(pool("tcp: {tcpKeepalive: {}}").keepalive, Some(TcpKeepalive { probes: 9, time: secs(7200), interval: secs(75) }));
     assert_eq!(
         pool(
-            "http: {http1MaxPendingRequests: 50, http2MaxRequests: 100, maxRequestsPerConnection: 10, maxRetries: 3, idleTimeout: 30s, h2UpgradePolicy: UPGRADE, maxConcurrentStreams: 7}"
+            "http: {http1MaxPendingRequests: 50, http2MaxRequests: 100, maxRequestsPerConnection: 10, maxRetries: 3, idleTimeout: 30s, h2UpgradePolicy: UPGRADE, maxConcurrentStreams: 7, http2KeepAlive: {interval: 2s, timeout: 500ms}}"
         ),
         PoolLimits {
             max_pending: 50,
@@ -142,6 +142,7 @@ fn pools_and_ejection() {
             http_idle_timeout: Some(secs(30)),
             h2_upgrade: true,
             max_concurrent_streams: 7,
+            http2_keepalive: Some(Http2Keepalive { interval: Duration::from_secs(2), timeout: Duration::from_millis(500) }),
             ..default
         }
     );
@@ -365,6 +366,12 @@ fn mistakes_are_told_with_line_and_field_and_close_the_host() {
             "not understood",
         ),
         (
+            "host: api\ntrafficPolicy: {connectionPool: {http: {http2KeepAlive: {interval: 10s}}}}",
+            6,
+            "spec.trafficPolicy.connectionPool.http.http2KeepAlive.timeout",
+            "an interval and a timeout",
+        ),
+        (
             "host: api\ntrafficPolicy: {outlierDetection: {maxEjectionPercent: 101}}",
             6,
             "spec.trafficPolicy.outlierDetection.maxEjectionPercent",
@@ -426,7 +433,6 @@ fn what_has_no_effect_is_told() {
         ("host: api\nworkloadSelector: {matchLabels: {app: x}}", "workload-selector"),
         ("host: nothing", "no-service"),
         ("host: other.b.svc.cluster.local", "no-service"),
-        ("host: api\ntrafficPolicy: {connectionPool: {http: {http2KeepAlive: {}}}}", "no-effect"),
         ("host: api\ntrafficPolicy: {outlierDetection: {consecutiveErrors: 5}}", "no-effect"),
         ("host: api\ntrafficPolicy: {loadBalancer: {simple: RANDOM, warmup: {duration: 1s}}}", "no-effect"),
         (
