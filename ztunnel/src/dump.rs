@@ -4,8 +4,8 @@
 //! `pools`, `redirect`) stand beside Istio's keys, which keep their meaning.
 use crate::conns::Direction;
 use crate::pod::Shared;
-use crate::pods::{PodState, PodTable};
-use ebpf_loader::PacketCounters;
+use crate::pods::{Counts, PodState, PodTable};
+use ebpf_loader::Tally;
 use mesh_hbone::Pool;
 use mesh_model::Snapshot;
 use mesh_model::authz::SourceVerdict;
@@ -69,12 +69,16 @@ fn config(shared: &Shared) -> Value {
     })
 }
 
-/// What a pod's programs counted, and the sources they drop; inside those, others that they do not.
-fn redirect(packets: &PacketCounters, sources: &[SourceVerdict]) -> Value {
-    let counts = packets.read().unwrap_or_default().into_iter().filter(|(_, count)| *count > 0);
+/// What a pod's redirection counted, and the sources they drop; inside those, others that they do not.
+fn redirect(traffic: &Counts, sources: &[SourceVerdict]) -> Value {
+    let counted = traffic.read();
+    let of = |number: fn(&Tally) -> u64| {
+        counted.iter().map(|(event, tally)| ((*event).to_owned(), number(tally).into())).collect::<Map<_, _>>()
+    };
     let nets = |denied| sources.iter().filter(|s| s.denied == denied).map(|s| s.net.to_string()).collect::<Vec<_>>();
     json!({
-        "packets": counts.map(|(event, count)| (event.to_owned(), count.into())).collect::<Map<_, _>>(),
+        "packets": of(|tally| tally.packets),
+        "bytes": of(|tally| tally.bytes),
         "deniedSources": nets(true),
         "exceptedSources": nets(false),
     })
@@ -85,7 +89,7 @@ fn pod_states(pods: &PodTable) -> Value {
     for (uid, state) in pods.list() {
         let entry = match state {
             PodState::Pending { error } => json!({ "state": "Pending", "error": error }),
-            PodState::Up { pod, packets, denied } => {
+            PodState::Up { pod, traffic, denied } => {
                 let mut inbound = Vec::new();
                 let mut outbound = Vec::new();
                 for live in pod.conns.list() {
@@ -121,7 +125,7 @@ fn pod_states(pods: &PodTable) -> Value {
                     "state": "Up",
                     "connections": { "inbound": inbound, "outbound": outbound },
                     "tunnels": { "outbound": tunnels, "inbound": accepted },
-                    "redirect": packets.map(|packets| redirect(&packets, &denied)),
+                    "redirect": traffic.map(|traffic| redirect(&traffic, &denied)),
                     "info": {
                         "name": pod.name,
                         "namespace": pod.identity.namespace(),

@@ -38,7 +38,7 @@ pub struct Metrics {
     pub pods_started: Arc<Counter>,
     /// Pods ever stopped.
     pub pods_stopped: Arc<Counter>,
-    /// Time from the decision to serve a pod until it was served.
+    /// Time from learning that a pod is to be served until it was captured.
     pub pod_start: Arc<Histogram>,
     /// Objects refused by the configuration source, now.
     pub config_problems: Arc<Gauge>,
@@ -107,9 +107,9 @@ impl Metrics {
             pod_start: registry
                 .family(Family::with_buckets(
                     "culvert_pod_start_seconds",
-                    "Time from the decision to serve a pod until it was served, in seconds",
+                    "Time from learning that a pod is to be served until it was captured, in seconds",
                     &[],
-                    &[0.001, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 5.0],
+                    &[0.001, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.075, 0.1, 0.2, 0.5, 1.0, 5.0],
                 ))?
                 .pin(&[]),
             config_problems: gauge("culvert_config_problems", "Configuration objects refused, now")?,

@@ -3,11 +3,15 @@
 //!
 //! Owns one table per pod, put there whole in one step and taken away whole, by the `nft` program. The table stays when the agent
 //! ends: a pod whose TCP it captures is closed until the next agent is there. Upstream: `pods`. Downstream: the kernel.
+use ebpf_loader::Tally;
+use ebpf_loader::netlink::{find_attribute, u16_at, u32_at};
 use mesh_runtime::sockets::{NetnsFd, NetnsId};
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, netlink, recv, send, socket_with};
 use std::collections::{HashMap, HashSet};
+use std::fmt::Write as _;
 use std::hash::{DefaultHasher, Hasher as _};
 use std::io::{self, Write as _};
+use std::net::IpAddr;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -32,37 +36,57 @@ const DNS: &str = r#"
 
 /// TCP by TPROXY, with the marks and routes of the eBPF programs. What the pod sends is marked and so routed back to `lo`, where the
 /// agent's socket of that connection takes it, or the outbound listener; what comes in belongs to a socket of the agent, or is a new
-/// connection for the inbound listener. What could open another is dropped, and so are protocols that could carry a connection past it.
+/// connection for the inbound listener. What no listener takes is dropped, and so are protocols that could carry a connection past it.
 const TCP: &str = r#"
+  set denied4 { type ipv4_addr; flags interval; }
+  set denied6 { type ipv6_addr; flags interval; }
   chain out {
     type route hook output priority mangle;
-    meta mark & 0xfff == 0x539 accept
     oifname "lo" accept
-    meta l4proto tcp meta mark set meta mark & 0xfffff000 | 0x53a accept
+    meta mark & 0xfff == 0x539 counter name agent_egress accept
+    tcp flags & (syn | ack | rst) == syn counter name outbound_captured meta mark set meta mark & 0xfffff000 | 0x53a accept
+    meta l4proto tcp counter name outbound_owned meta mark set meta mark & 0xfffff000 | 0x53a accept
     # udp out
-    meta l4proto != { icmp, igmp, udp, ipv6-icmp } drop
+    meta l4proto { icmp, igmp, ipv6-icmp } counter name other_passed accept
+    counter name refused_protocol drop
   }
   chain in {
     type filter hook prerouting priority mangle;
     iifname "lo" meta mark & 0xfff == 0x53a meta l4proto tcp tproxy to :15001 accept
-    iifname "lo" meta mark & 0xfff == 0x53a drop
+    iifname "lo" meta mark & 0xfff == 0x53a counter name outbound_no_listener drop
     iifname "lo" accept
-    tcp dport 15008 accept
-    meta l4proto tcp socket mark & 0xfff == 0x539 accept
-    meta l4proto tcp tproxy to :15006 accept
-    tcp flags & (syn | ack) == syn drop
+    tcp flags & (syn | ack | rst) == syn ip saddr @denied4 counter name denied_source drop
+    tcp flags & (syn | ack | rst) == syn ip6 saddr @denied6 counter name denied_source drop
+    tcp dport 15008 tcp flags & (syn | ack | rst) == syn counter name inbound_hbone accept
+    tcp dport 15008 counter name inbound_tunnel accept
+    meta l4proto tcp socket mark & 0xfff == 0x539 counter name inbound_known accept
+    meta l4proto tcp tproxy to :15006 counter name inbound_assigned accept
+    meta l4proto tcp counter name inbound_no_listener drop
     # udp in
-    meta l4proto != { icmp, igmp, udp, ipv6-icmp } drop
+    meta l4proto { icmp, igmp, ipv6-icmp } counter name other_passed accept
+    counter name refused_protocol drop
   }
 "#;
 
-/// In the places marked `udp` above: only DNS and what is the agent's. NAT takes the pod's questions of DNS later.
-const NO_UDP: [(&str, &str); 2] = [
-    ("# udp out", "udp dport 53 accept\n    meta l4proto udp drop"),
-    ("# udp in", "meta l4proto udp socket mark & 0xfff == 0x539 accept\n    # dns in\n    meta l4proto udp drop"),
+/// Counters of those rules, by the names that the eBPF programs count under.
+const COUNTERS: [&str; 14] = [
+    "agent_egress",
+    "denied_source",
+    "dns_passed",
+    "inbound_assigned",
+    "inbound_hbone",
+    "inbound_known",
+    "inbound_no_listener",
+    "inbound_tunnel",
+    "other_passed",
+    "outbound_captured",
+    "outbound_no_listener",
+    "outbound_owned",
+    "refused_protocol",
+    "udp_passed",
 ];
-/// Answers to questions of DNS that are not captured.
-const DNS_IN: (&str, &str) = ("# dns in", "udp sport 53 accept");
+/// The one of UDP that is refused.
+const REFUSED_UDP: &str = "refused_udp";
 
 /// The table of one agent. Others may be beside it: not every machine is one node.
 #[derive(Clone, Debug)]
@@ -84,7 +108,7 @@ impl Table {
         Self { name, tcp: true, dns: true, refuse_udp: false }
     }
 
-    /// Puts the rules into the pod, in the place of those an earlier agent put there.
+    /// Puts the rules into the pod, in the place of those an earlier agent put there; what those counted is counted on.
     ///
     /// # Errors
     /// There is no `nft`, or its own words.
@@ -93,13 +117,40 @@ impl Table {
         if !self.tcp && netns.run_in(|| self.is_there()).unwrap_or(false) {
             return Ok(());
         }
-        run(netns, &[], &self.definition())
+        let seen = if self.tcp { self.traffic(netns).unwrap_or_default() } else { Vec::new() };
+        run(netns, &[], &self.definition(&seen))
+    }
+
+    /// What the rules that capture TCP count, by the names of the eBPF programs' counters. Bytes are without link-layer headers.
+    ///
+    /// # Errors
+    /// The namespace cannot be entered, or there are no such rules.
+    pub fn traffic(&self, netns: &NetnsFd) -> io::Result<Vec<(&'static str, Tally)>> {
+        netns.run_in(|| counters(&self.name))
+    }
+
+    /// Drops new connections from these (each a first and a last address), and from nowhere else.
+    ///
+    /// # Errors
+    /// As for [`Table::load`].
+    pub fn deny(&self, netns: &NetnsFd, sources: &[(IpAddr, IpAddr)]) -> io::Result<()> {
+        let mut script = String::new();
+        for (set, v4) in [("denied4", true), ("denied6", false)] {
+            let ranges = sources.iter().filter(|(first, _)| first.is_ipv4() == v4);
+            let elements: Vec<_> =
+                ranges.map(|(first, last)| if first == last { first.to_string() } else { format!("{first}-{last}") }).collect();
+            let _ = writeln!(script, "flush set inet {} {set}", self.name);
+            if !elements.is_empty() {
+                let _ = writeln!(script, "add element inet {} {set} {{ {} }}", self.name, elements.join(", "));
+            }
+        }
+        run(netns, &[], &script)
     }
 
     /// Whether the calling thread's namespace has the table as an agent with the same rules put it there.
     fn is_there(&self) -> io::Result<bool> {
         let netlink = socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, Some(netlink::NETFILTER))?;
-        send(&netlink, &question(&self.name), SendFlags::empty())?;
+        send(&netlink, &question(GET_TABLE, 0, &self.name), SendFlags::empty())?;
         // The answer is there when `send` returns.
         let mut answer = [0; 2048];
         let (length, _) = recv(&netlink, &mut answer[..], RecvFlags::DONTWAIT)?;
@@ -121,19 +172,32 @@ impl Table {
     /// # Errors
     /// As for [`Table::load`].
     pub fn probe(&self) -> io::Result<()> {
-        run(&NetnsFd::current()?, &["--check"], &self.definition())
+        run(&NetnsFd::current()?, &["--check"], &self.definition(&[]))
     }
 
-    fn definition(&self) -> String {
+    fn definition(&self, seen: &[(&str, Tally)]) -> String {
         let (name, version, rules) = (&self.name, self.version(), self.rules());
-        format!("table inet {name}\ndelete table inet {name}\ntable inet {name} {{\n  comment \"{version}\"{rules}}}\n")
+        let mut counters = String::new();
+        for counter in COUNTERS.into_iter().chain([REFUSED_UDP]).filter(|_| self.tcp) {
+            let Tally { packets, bytes } =
+                seen.iter().find(|(of, _)| *of == counter).map_or_else(Tally::default, |(_, tally)| *tally);
+            let _ = write!(counters, "\n  counter {counter} {{ packets {packets} bytes {bytes} }}");
+        }
+        format!("table inet {name}\ndelete table inet {name}\ntable inet {name} {{\n  comment \"{version}\"{counters}{rules}}}\n")
     }
 
     fn rules(&self) -> String {
-        let no_udp = NO_UDP.into_iter().filter(|_| self.refuse_udp).chain(Some(DNS_IN).filter(|_| !self.dns));
-        let all_tcp = no_udp.fold(TCP.to_owned(), |rules, (place, rule)| rules.replace(place, rule));
-        let (tcp, dns) = (if self.tcp { &*all_tcp } else { "" }, if self.dns { DNS } else { "" });
-        format!("{tcp}{dns}")
+        // Questions that are captured come by here before NAT takes them.
+        let dns_out = if self.dns { "udp dport 53 accept" } else { "udp dport 53 counter name dns_passed accept" };
+        let dns_in = if self.dns { "" } else { "udp sport 53 counter name dns_passed accept\n    " };
+        let (ours, others) = if self.refuse_udp {
+            ("meta l4proto udp socket mark & 0xfff == 0x539 accept\n    ", "meta l4proto udp counter name refused_udp drop")
+        } else {
+            ("", "meta l4proto udp counter name udp_passed accept")
+        };
+        let tcp = TCP.replace("# udp out", &format!("{dns_out}\n    {others}"));
+        let tcp = tcp.replace("# udp in", &format!("{ours}{dns_in}{others}"));
+        format!("{}{}", if self.tcp { &*tcp } else { "" }, if self.dns { DNS } else { "" })
     }
 
     /// Takes them away.
@@ -169,29 +233,68 @@ impl Table {
     }
 }
 
-/// `NFNL_SUBSYS_NFTABLES` with `NFT_MSG_NEWTABLE` and `NFT_MSG_GETTABLE` (`linux/netfilter/nf_tables.h`).
+/// `NFNL_SUBSYS_NFTABLES` with `NFT_MSG_NEWTABLE`, `NFT_MSG_GETTABLE` and `NFT_MSG_GETOBJ` (`linux/netfilter/nf_tables.h`).
 const NEW_TABLE: u16 = 10 << 8;
 const GET_TABLE: u16 = NEW_TABLE | 1;
+const GET_OBJECT: u16 = NEW_TABLE | 0x13;
+const NLM_F_REQUEST: u16 = 1;
+const NLM_F_DUMP: u16 = 0x300;
+/// Of a request or an answer: `struct nlmsghdr`, `struct nfgenmsg`.
+const HEADERS: usize = 16 + 4;
 
-/// Asks for a table of both families.
-fn question(name: &str) -> Vec<u8> {
-    const NLM_F_REQUEST: u16 = 1;
-    const NFTA_TABLE_NAME: u16 = 1;
+/// A request about a table of both families. `NFTA_TABLE_NAME` and `NFTA_OBJ_TABLE` are one number.
+fn question(kind: u16, flags: u16, name: &str) -> Vec<u8> {
+    const NAME: u16 = 1;
     const NFPROTO_INET: u8 = 1;
-    const HEADERS: usize = 16 + 4;
     let attribute = 4 + name.len() + 1;
     let mut bytes = Vec::with_capacity(HEADERS + attribute.next_multiple_of(4));
     // A name is at most 200 and some bytes long.
     bytes.extend_from_slice(&((HEADERS + attribute.next_multiple_of(4)) as u32).to_ne_bytes());
-    bytes.extend_from_slice(&GET_TABLE.to_ne_bytes());
-    bytes.extend_from_slice(&NLM_F_REQUEST.to_ne_bytes());
+    bytes.extend_from_slice(&kind.to_ne_bytes());
+    bytes.extend_from_slice(&(NLM_F_REQUEST | flags).to_ne_bytes());
     bytes.extend_from_slice(&[0; 8]); // sequence and port id
     bytes.extend_from_slice(&[NFPROTO_INET, 0, 0, 0]);
     bytes.extend_from_slice(&(attribute as u16).to_ne_bytes());
-    bytes.extend_from_slice(&NFTA_TABLE_NAME.to_ne_bytes());
+    bytes.extend_from_slice(&NAME.to_ne_bytes());
     bytes.extend_from_slice(name.as_bytes());
     bytes.resize(HEADERS + attribute.next_multiple_of(4), 0);
     bytes
+}
+
+/// What the counters of a table in the calling thread's namespace say.
+fn counters(table: &str) -> io::Result<Vec<(&'static str, Tally)>> {
+    const NLMSG_ERROR: u16 = 2;
+    const NLMSG_DONE: u16 = 3;
+    let netlink = socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, Some(netlink::NETFILTER))?;
+    send(&netlink, &question(GET_OBJECT, NLM_F_DUMP, table), SendFlags::empty())?;
+    let (mut seen, mut answer) = (Vec::new(), vec![0; 32 * 1024]);
+    // As many parts as there are counters, some to a message, would be many.
+    for _ in 0..COUNTERS.len() + 2 {
+        let (length, _) = recv(&netlink, &mut answer[..], RecvFlags::DONTWAIT)?;
+        let mut rest = answer.get(..length).unwrap_or_default();
+        while let (Some(size), Some(kind)) = (u32_at(rest, 0), u16_at(rest, 4)) {
+            match kind {
+                NLMSG_DONE => return if seen.is_empty() { Err(io::ErrorKind::NotFound.into()) } else { Ok(seen) },
+                NLMSG_ERROR => return Err(io::ErrorKind::NotFound.into()),
+                _ => seen.extend(rest.get(HEADERS..size as usize).and_then(counter)),
+            }
+            rest = rest.get((size as usize).next_multiple_of(4).max(HEADERS)..).unwrap_or_default();
+        }
+    }
+    Err(io::ErrorKind::InvalidData.into())
+}
+
+/// A counter among the objects of a table.
+fn counter(attributes: &[u8]) -> Option<(&'static str, Tally)> {
+    const NFTA_OBJ_NAME: u16 = 2;
+    const NFTA_OBJ_DATA: u16 = 4;
+    const NFTA_COUNTER_BYTES: u16 = 1;
+    const NFTA_COUNTER_PACKETS: u16 = 2;
+    let name = find_attribute(attributes, NFTA_OBJ_NAME)?.strip_suffix(b"\0")?;
+    let known = COUNTERS.into_iter().chain([REFUSED_UDP]).find(|known| known.as_bytes() == name)?;
+    let data = find_attribute(attributes, NFTA_OBJ_DATA)?;
+    let number = |kind| Some(u64::from_be_bytes(find_attribute(data, kind)?.try_into().ok()?));
+    Some((known, Tally { packets: number(NFTA_COUNTER_PACKETS)?, bytes: number(NFTA_COUNTER_BYTES)? }))
 }
 
 /// Every network namespace that a process is in or that has a name.

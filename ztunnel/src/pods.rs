@@ -4,31 +4,32 @@
 //! snapshot, or what the Kubernetes API or the CNI agent said last. It refuses to take a pod half: without listeners *and* redirection the pod is
 //! not served, is retried, and holds readiness back. Upstream: `Mesh` versions, `zds`. Downstream: `pod`, `accept`,
 //! `ebpf-loader`.
-use crate::accept;
-use crate::dns;
+mod start;
+
 use crate::enrolment::{ByKubernetes, Enrolled, Place};
 use crate::handover::{Ask, Inherited};
-use crate::nft::Table;
 use crate::pod::{Pod, Shared};
-use crate::prefilter::{Prefilter, sources};
-use crate::settings::{OlderConnections, RedirectMode, Settings, Udp};
-use crate::sockets::{DnsSockets, Sockets};
+use crate::prefilter::Prefilter;
+use crate::settings::RedirectMode;
+use crate::sockets::Sockets;
 use crate::zds::{Named, Order};
-use crate::{inbound, outbound, passthrough};
-use ebpf_loader::{CaptureRoutes, Config, Listeners, PacketCounters, PinRoot, PodSpec, Redirect};
+use ebpf_loader::{CaptureRoutes, PinRoot, Redirect, Tally};
+use futures_util::StreamExt as _;
+use futures_util::stream::FuturesUnordered;
 use mesh_hbone::Pool;
 use mesh_identity::{IdentityError, TrustBundles};
 use mesh_model::authz::SourceVerdict;
 use mesh_model::workload::WorkloadUid;
 use mesh_model::{Reason, Refusal, SpiffeId};
-use mesh_runtime::drain::{self, Drain, DrainMode, DrainWatch};
+use mesh_runtime::drain::{DrainMode, DrainWatch};
 use mesh_runtime::metrics::{MetricError, Registry};
 use mesh_runtime::readiness::{Readiness, ReadyTask};
-use mesh_runtime::sockets::{Doorbell, NetnsFd, NetnsId};
+use mesh_runtime::sockets::{NetnsFd, NetnsId};
 use parking_lot::Mutex;
+pub use start::Counts;
+use start::{Rules, Running, Starter, attach, programs, table_of};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
-use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
@@ -36,6 +37,9 @@ use tokio::task::JoinHandle;
 
 /// How long after a failure a pod is tried again.
 const RETRY: Duration = Duration::from_secs(5);
+
+/// Pods that are made ready at a time. The kernel lets one pod's programs in after another, which is mostly waiting.
+const AT_ONCE: usize = 4;
 
 /// How long connections that were cut may take to end before the redirection is removed under them.
 const TAKE_DOWN: Duration = Duration::from_secs(1);
@@ -55,7 +59,7 @@ pub enum PodState {
         /// It.
         pod: Arc<Pod>,
         /// What its redirection counts.
-        packets: Option<Arc<PacketCounters>>,
+        traffic: Option<Counts>,
         /// Sources whose connections it drops.
         denied: Arc<[SourceVerdict]>,
     },
@@ -71,34 +75,39 @@ impl PodTable {
     pub fn list(&self) -> Vec<(WorkloadUid, PodState)> {
         self.0.lock().iter().map(|(uid, state)| (Arc::clone(uid), state.clone())).collect()
     }
-    /// Registers what there is of pods anyway, read at each scrape: tunnels, and what the redirection of each pod counts. Packets that
-    /// never came are left out.
+    /// Registers what there is of pods anyway, read at each scrape: tunnels, and what the redirection of each pod counts. What never
+    /// came is left out.
     pub fn expose(&self, registry: &Registry) -> Result<(), MetricError> {
         const TUNNELS: &str = "culvert_tunnels_active";
         const STREAMS: &str = "culvert_tunnel_streams_active";
         const PACKETS: &str = "culvert_redirect_packets_total";
+        const BYTES: &str = "culvert_redirect_bytes_total";
         let table = self.clone();
-        registry.on_scrape(&[TUNNELS, STREAMS, PACKETS], move |out| {
+        registry.on_scrape(&[TUNNELS, STREAMS, PACKETS, BYTES], move |out| {
             let (mut inbound, mut outbound, mut streams) = (0, 0, 0);
+            let mut seen = Vec::new();
             for (_, state) in table.list() {
-                let PodState::Up { pod, .. } = state else { continue };
+                let PodState::Up { pod, traffic, .. } = state else { continue };
                 inbound += pod.tunnels.list().len() as u64;
                 for pool in pod.pools.iter().map(Pool::stats) {
                     outbound += pool.tunnels as u64;
                     streams += pool.streams as u64;
                 }
+                let counted = traffic.map(|traffic| traffic.read()).unwrap_or_default();
+                seen.extend(counted.into_iter().map(|(event, tally)| (Arc::clone(&pod), event, tally)));
             }
             out.family(TUNNELS, "Tunnels that are open now", "gauge")
                 .put(&[("direction", "inbound")], inbound)
                 .put(&[("direction", "outbound")], outbound);
             out.family(STREAMS, "Connections in tunnels of ours now", "gauge").put(&[("direction", "outbound")], streams);
-            let mut samples = out.family(PACKETS, "Packets that a pod's redirection saw, by what became of them", "counter");
-            for (_, state) in table.list() {
-                let PodState::Up { pod, packets: Some(packets), .. } = state else { continue };
-                for (event, count) in packets.read().unwrap_or_default().into_iter().filter(|(_, count)| *count > 0) {
-                    samples.put(&[("namespace", &pod.namespace), ("pod", &pod.name), ("event", event)], count);
+            let mut redirected = |name, help, of: fn(&Tally) -> u64| {
+                let mut samples = out.family(name, help, "counter");
+                for (pod, event, tally) in &seen {
+                    samples.put(&[("namespace", &pod.namespace), ("pod", &pod.name), ("event", event)], of(tally));
                 }
-            }
+            };
+            redirected(PACKETS, "Packets that a pod's redirection saw, by what became of them", |t| t.packets);
+            redirected(BYTES, "Bytes of those packets, link-layer headers included", |t| t.bytes);
         })
     }
     fn set(&self, uid: &WorkloadUid, state: PodState) {
@@ -109,40 +118,12 @@ impl PodTable {
     }
 }
 
-/// A running pod. Dropping it without [`PodSupervisor::stop`] still ends it: every part cleans up after itself, save a pinned
-/// redirection, which then keeps the pod closed.
-struct Running {
-    pod: Arc<Pod>,
-    place: Option<NetnsId>,
-    redirect: Option<Redirect>,
-    /// What it was told of sources; `None` before it was told anything.
-    denied: Option<Arc<[SourceVerdict]>>,
-    /// Copies of the listeners, for the next agent; closed with them.
-    sockets: Option<Sockets>,
-    loops: Vec<JoinHandle<()>>,
-    /// The rules of ours in the pod.
-    rules: Option<Rules>,
-    links: Option<JoinHandle<()>>,
-    accepting: Drain,
-    drain: Drain,
-    ready: Arc<ReadyTask>,
-}
-
-impl Running {
-    /// Closes the listeners, unless another agent has them too.
-    fn stop_accepting(&mut self) {
-        self.sockets = None;
-        if let Some(links) = self.links.take() {
-            links.abort();
-        }
-        self.accepting.start(DrainMode::Immediate);
-    }
-}
-
-/// Rules of nftables, and what they need if they capture TCP.
-struct Rules {
-    table: Table,
-    routes: Option<CaptureRoutes>,
+/// A pod that was being started.
+struct Started {
+    enrolled: Enrolled,
+    /// When it was known that it is to be served.
+    learned: Instant,
+    outcome: Result<Running, String>,
 }
 
 /// The pods that the CNI agent enrols.
@@ -175,6 +156,8 @@ pub struct PodSupervisor {
     shared: Arc<Shared>,
     readiness: Readiness,
     running: HashMap<WorkloadUid, Running>,
+    /// Where those are that are being started.
+    starting: HashMap<WorkloadUid, Option<NetnsId>>,
     pending: HashMap<WorkloadUid, ReadyTask>,
     /// Pods that are being taken down, by where they are.
     ending: HashMap<NetnsId, JoinHandle<()>>,
@@ -196,6 +179,7 @@ impl PodSupervisor {
         Self {
             readiness,
             running: HashMap::new(),
+            starting: HashMap::new(),
             pending: HashMap::new(),
             ending: HashMap::new(),
             table,
@@ -367,6 +351,7 @@ impl PodSupervisor {
 
     /// Makes the running pods those that are enrolled.
     async fn reconcile(&mut self) {
+        let learned = Instant::now();
         self.shared.metrics.config_version.set(self.shared.mesh.load().version() as i64);
         let desired = self.desired().await;
         let keys: HashSet<&Arc<str>> = desired.iter().map(|e| &e.key).collect();
@@ -377,34 +362,55 @@ impl PodSupervisor {
         if self.cni.is_none() {
             self.inherited.retain(|key, _| keys.contains(key));
         }
-        for enrolled in &desired {
-            // It is told in the log, the table and readiness.
-            let _ = self.ensure(enrolled).await;
-        }
+        self.serve(&desired, learned).await;
         if let Some(kubernetes) = &self.kubernetes {
             kubernetes.tell(self.running.keys().cloned());
         }
-        self.filter();
+        self.filter().await;
         self.count();
         self.sweep();
     }
 
+    /// Starts those of them that are not served. A version that comes meanwhile judges at once (I6).
+    async fn serve(&mut self, desired: &[Enrolled], learned: Instant) {
+        let mut versions = self.shared.mesh.watch();
+        versions.mark_unchanged();
+        let (mut left, mut starting) = (desired.iter(), FuturesUnordered::new());
+        loop {
+            while starting.len() < AT_ONCE
+                && let Some(enrolled) = left.next()
+            {
+                starting.extend(self.begin(enrolled, learned));
+            }
+            tokio::select! {
+                // What fails is told in the log, the table and readiness.
+                started = starting.next() => match started {
+                    Some(started) => drop(self.finish(started)),
+                    None => return,
+                },
+                Ok(()) = versions.changed() => self.rejudge(),
+            }
+        }
+    }
+
     /// Tells the kernel from which sources nothing needs to be asked about, where that changed.
-    fn filter(&mut self) {
+    async fn filter(&mut self) {
         let snap = self.shared.mesh.load_full();
         let mut prefilter = Prefilter::new(&snap, &self.shared.node);
         for (uid, running) in &mut self.running {
-            let Some(redirect) = &mut running.redirect else { continue };
+            if running.counts().is_none() {
+                continue;
+            }
             let workload = snap.find_workload(&running.pod.uid).filter(|_| self.shared.settings.prefilter);
             let denied = workload.map_or_else(|| Arc::new([]) as Arc<[_]>, |workload| prefilter.of(workload));
             if running.denied.as_ref() == Some(&denied) {
                 continue;
             }
-            match redirect.set_sources(&sources(&denied)) {
+            match running.deny(&denied).await {
                 Ok(()) => {
                     running.denied = Some(Arc::clone(&denied));
-                    let (pod, packets) = (Arc::clone(&running.pod), Some(redirect.counters()));
-                    self.table.set(uid, PodState::Up { pod, packets, denied });
+                    let (pod, traffic) = (Arc::clone(&running.pod), running.counts());
+                    self.table.set(uid, PodState::Up { pod, traffic, denied });
                 }
                 Err(error) => tracing::warn!(pod = %uid, %error, "sources that policy denies are as before in the kernel"),
             }
@@ -434,31 +440,6 @@ impl PodSupervisor {
         self.shared.metrics.pending_pods.set(self.pending.len() as i64);
     }
 
-    /// Rules for what the programs do not do: DNS, or everything.
-    async fn load_rules(&self, netns: &Arc<NetnsFd>, pod: &str) -> Result<Option<Rules>, String> {
-        let mut table = self.table_of_rules();
-        table.tcp = self.shared.settings.redirect == RedirectMode::Nftables;
-        table.dns = self.shared.settings.dns_capture;
-        table.refuse_udp = self.shared.settings.udp == Udp::Refuse;
-        if !table.tcp && (!table.dns || self.pins.is_none()) {
-            return Ok(None);
-        }
-        match load(table.clone(), Arc::clone(netns)).await {
-            Ok(rules) => Ok(Some(rules)),
-            Err(error) if table.tcp => Err(format!("redirection: {error}")),
-            // It asks its own name servers then, which is no reason not to serve it.
-            Err(error) => {
-                tracing::warn!(pod, %error, "the pod's DNS over UDP is not captured");
-                Ok(None)
-            }
-        }
-    }
-
-    fn table_of_rules(&self) -> Table {
-        let settings = &self.shared.settings;
-        Table::of(&settings.pins.of_node(&settings.node))
-    }
-
     /// Removes the redirections an earlier agent left for pods that are no longer in the mesh. Not before every pod is
     /// served: one that is not may be among those closed.
     fn sweep(&mut self) {
@@ -472,7 +453,7 @@ impl PodSupervisor {
             Err(error) => tracing::warn!(%error, "redirections of pods that left the mesh may remain"),
         }
         if self.shared.settings.redirect != RedirectMode::None {
-            let (table, proc_dir) = (self.table_of_rules(), self.shared.settings.proc_dir.clone());
+            let (table, proc_dir) = (table_of(&self.shared.settings), self.shared.settings.proc_dir.clone());
             let keep = self.running.values().filter_map(|r| r.place).collect();
             tokio::task::spawn_blocking(move || {
                 if let Err(error) = table.sweep(&proc_dir, &keep) {
@@ -483,15 +464,23 @@ impl PodSupervisor {
         self.unswept = false;
     }
 
-    /// Serves one pod, unless it already is and has not changed its namespace or identity. The error is what is told in the log too.
+    /// Serves one pod. The error is what is told in the log too.
     async fn ensure(&mut self, enrolled: &Enrolled) -> Result<(), String> {
+        match self.begin(enrolled, Instant::now()) {
+            Some(start) => self.finish(start.await),
+            None => Ok(()),
+        }
+    }
+
+    /// What has yet to be done to serve a pod: nothing if it already is and has not changed its namespace or identity.
+    fn begin(&mut self, enrolled: &Enrolled, learned: Instant) -> Option<impl Future<Output = Started> + use<>> {
         let key = &enrolled.key;
         let place = self.open_netns(enrolled);
         if let (Some(running), Ok(netns)) = (self.running.get(key), &place) {
             let same_place = running.place == netns.as_ref().map(|n| n.id());
             let same_identity = enrolled.identity.as_ref().is_ok_and(|id| *id == running.pod.identity);
             if same_place && same_identity {
-                return Ok(());
+                return None;
             }
             // What comes after it in the same namespace must not find its sockets, nor lose its rules to the old one's end.
             let after = if same_place { After::Kept } else { After::Direct };
@@ -502,24 +491,47 @@ impl PodSupervisor {
             self.stop(key, "the pod's network namespace is gone", After::Direct);
         }
         // The redirection of a pod that was here a moment ago is taken away by what it is kept under, which is the namespace.
-        if let Some(down) = place.as_ref().ok().and_then(Option::as_ref).and_then(|netns| self.ending.remove(&netns.id())) {
-            let _ = down.await;
+        let down = place.as_ref().ok().and_then(Option::as_ref).and_then(|netns| self.ending.remove(&netns.id()));
+        self.starting.insert(Arc::clone(key), place.as_ref().ok().and_then(Option::as_ref).map(|netns| netns.id()));
+        let inherited = self.inherited.remove(key);
+        let (starter, enrolled) = (self.starter(), enrolled.clone());
+        Some(async move {
+            if let Some(down) = down {
+                let _ = down.await;
+            }
+            let outcome = match place {
+                Ok(netns) => starter.start(&enrolled, netns, inherited).await,
+                Err(error) => Err(error),
+            };
+            Started { enrolled, learned, outcome }
+        })
+    }
+
+    fn starter(&self) -> Starter {
+        Starter {
+            shared: Arc::clone(&self.shared),
+            readiness: self.readiness.clone(),
+            pins: self.pins.clone(),
+            by_cni: self.cni.is_some(),
+            changed: self.changed.0.clone(),
         }
-        let began = Instant::now();
-        let started = match place {
-            Ok(netns) => self.start(enrolled, netns).await,
-            Err(error) => Err(error),
-        };
-        match started {
+    }
+
+    /// Enters what became of it.
+    fn finish(&mut self, started: Started) -> Result<(), String> {
+        let Started { enrolled, learned, outcome } = started;
+        let key = &enrolled.key;
+        self.starting.remove(key);
+        let outcome = match outcome {
             Ok(running) => {
                 if let Some(task) = self.pending.remove(key) {
                     task.ready();
                 }
                 tracing::info!(pod = %enrolled.label(), id = %running.pod.identity, "pod is served");
                 self.shared.metrics.pods_started.inc();
-                self.shared.metrics.pod_start.observe(began.elapsed().as_secs_f64());
-                let packets = running.redirect.as_ref().map(Redirect::counters);
-                self.table.set(key, PodState::Up { pod: Arc::clone(&running.pod), packets, denied: Arc::new([]) });
+                self.shared.metrics.pod_start.observe(learned.elapsed().as_secs_f64());
+                let traffic = running.counts();
+                self.table.set(key, PodState::Up { pod: Arc::clone(&running.pod), traffic, denied: Arc::new([]) });
                 Self::await_certificate(&running);
                 self.running.insert(Arc::clone(key), running);
                 Ok(())
@@ -533,7 +545,9 @@ impl PodSupervisor {
                 self.table.set(key, PodState::Pending { error: error.clone() });
                 Err(error)
             }
-        }
+        };
+        self.count();
+        outcome
     }
 
     fn open_netns(&self, enrolled: &Enrolled) -> Result<Option<Arc<NetnsFd>>, String> {
@@ -559,94 +573,12 @@ impl PodSupervisor {
         if NetnsFd::current().is_ok_and(|own| own.id() == netns.id()) {
             return Err("this is the agent's own network namespace".into());
         }
-        let taken = self.running.iter().find(|(other, r)| r.place == Some(netns.id()) && &***other != key);
-        match taken {
+        let served = self.running.iter().map(|(other, r)| (other, r.place));
+        let mut places = served.chain(self.starting.iter().map(|(other, place)| (other, *place)));
+        match places.find(|(other, place)| *place == Some(netns.id()) && &***other != key) {
             Some((other, _)) => Err(format!("pod {other} is served in this network namespace")),
             None => Ok(()),
         }
-    }
-
-    /// Listeners, redirection, accept loops: all or nothing.
-    async fn start(&mut self, enrolled: &Enrolled, netns: Option<Arc<NetnsFd>>) -> Result<Running, String> {
-        let identity = enrolled.identity.clone().map_err(|e| format!("identity: {e}"))?;
-        let (drain, watch) = drain::channel();
-        let (accepting, accept) = drain::channel();
-        let pod = Pod::new(&self.shared, enrolled, identity, netns.clone(), watch);
-        self.shared.svids.prefetch(&pod.identity);
-        let sockets = match self.inherited.remove(&enrolled.key) {
-            Some(inherited) => inherited,
-            None => Sockets::bind(enrolled, netns.as_deref(), &self.shared.settings).map_err(|e| format!("listeners: {e}"))?,
-        };
-        let config = |dns| programs(&self.shared.settings, dns);
-        let mut redirect = match (self.shared.settings.redirect, &netns) {
-            (RedirectMode::Ebpf, Some(netns)) if self.cni.is_none() => {
-                Some(attach(Arc::clone(netns), &sockets, self.pins.clone(), config(false)).await?)
-            }
-            _ => None,
-        };
-        let rules = match &netns {
-            Some(netns) if self.cni.is_none() => self.load_rules(netns, &enrolled.label()).await?,
-            _ => None,
-        };
-        if let (Some(redirect), Some(Rules { table: Table { dns: true, .. }, .. })) = (&mut redirect, &rules) {
-            redirect.set_config(config(true)).map_err(|e| format!("redirection: {e}"))?;
-        }
-        let workers = self.shared.threads.workers();
-        // Pods spread over the threads by a number that does not depend on the order they came in.
-        let home = enrolled.key.bytes().fold(0usize, |h, b| h.wrapping_mul(31).wrapping_add(usize::from(b))) % workers.len();
-        let worker = workers.get(home).ok_or("no data thread")?;
-        let name = enrolled.label();
-        let copies = sockets.try_clone().map_err(|e| format!("listeners: {e}"))?;
-        let Sockets { outbound, plain, hbone, dns } = sockets;
-        let mut loops = vec![
-            worker.spawn(report_end(
-                "outbound",
-                name.clone(),
-                accept::run(Arc::clone(&pod), outbound, accept.clone(), outbound::serve_conn),
-            )),
-            worker.spawn(report_end(
-                "inbound plaintext",
-                name.clone(),
-                accept::run(Arc::clone(&pod), plain, accept.clone(), passthrough::serve_conn),
-            )),
-            worker.spawn(report_end(
-                "inbound",
-                name.clone(),
-                accept::run(Arc::clone(&pod), hbone, accept.clone(), inbound::serve_conn),
-            )),
-        ];
-        for DnsSockets { udp, tcp } in dns {
-            loops.push(worker.spawn(report_end(
-                "DNS over UDP",
-                name.clone(),
-                dns::run_udp(Arc::clone(&pod), udp, accept.clone()),
-            )));
-            loops.push(worker.spawn(report_end(
-                "DNS over TCP",
-                name.clone(),
-                dns::run_tcp(Arc::clone(&pod), tcp, accept.clone()),
-            )));
-        }
-        let ready = Arc::new(self.readiness.pending(&format!("certificate of {name}")));
-        let links = match (&self.pins, &netns) {
-            (Some(_), Some(netns)) => {
-                Some(tokio::spawn(watch_links(Arc::clone(netns), Arc::clone(&enrolled.key), self.changed.0.clone())))
-            }
-            _ => None,
-        };
-        Ok(Running {
-            pod,
-            place: netns.map(|n| n.id()),
-            redirect,
-            denied: None,
-            rules,
-            sockets: Some(copies),
-            loops,
-            links,
-            accepting,
-            drain,
-            ready,
-        })
     }
 
     /// The pod is ready once it can prove who it is.
@@ -749,54 +681,6 @@ impl PodSupervisor {
             let _ = down.await;
         }
     }
-}
-
-async fn report_end(what: &'static str, pod: String, run: impl Future<Output = io::Result<()>>) {
-    if let Err(error) = run.await {
-        tracing::error!(%error, pod, what, "listener failed");
-    }
-}
-
-/// Tells of every change among the interfaces of a pod.
-async fn watch_links(netns: Arc<NetnsFd>, uid: WorkloadUid, changed: mpsc::Sender<WorkloadUid>) {
-    let opened = ebpf_loader::watch_links(netns.as_fd()).map_err(io::Error::other).and_then(Doorbell::new);
-    let doorbell = match opened {
-        Ok(doorbell) => doorbell,
-        Err(error) => return tracing::warn!(pod = %uid, %error, "interfaces the pod is given from now on are not captured"),
-    };
-    // Once at first: for what came between the attachment and the watch.
-    while changed.send(Arc::clone(&uid)).await.is_ok() && doorbell.rung().await.is_ok() {}
-}
-
-/// What the programs of a pod do whose DNS over UDP is captured, or not.
-fn programs(settings: &Settings, dns_captured: bool) -> Config {
-    Config::default()
-        .with_reset_existing(settings.older_connections == OlderConnections::Reset)
-        .with_refuse_udp(settings.udp == Udp::Refuse)
-        .with_capture_dns(dns_captured)
-}
-
-/// Loading and attaching takes milliseconds of system calls: not on the control thread.
-async fn attach(netns: Arc<NetnsFd>, sockets: &Sockets, pins: Option<PinRoot>, config: Config) -> Result<Redirect, String> {
-    let (out, plain) = (sockets.outbound.try_clone(), sockets.plain.try_clone());
-    let (out, plain) = out.and_then(|o| plain.map(|p| (o, p))).map_err(|e| format!("redirection: {e}"))?;
-    tokio::task::spawn_blocking(move || {
-        let spec = PodSpec { netns: netns.as_fd(), interfaces: None, config, pins: pins.as_ref() };
-        Redirect::attach(&spec, &Listeners { outbound: out.as_fd(), inbound: plain.as_fd() })
-    })
-    .await
-    .map_err(|e| format!("redirection: {e}"))?
-    .map_err(|e| format!("redirection: {e}"))
-}
-
-/// Puts the rules into a pod; what they need first.
-async fn load(table: Table, netns: Arc<NetnsFd>) -> io::Result<Rules> {
-    let load = move || {
-        let routes = table.tcp.then(|| CaptureRoutes::install(netns.as_fd())).transpose().map_err(io::Error::other)?;
-        table.load(&netns)?;
-        Ok(Rules { table, routes })
-    };
-    tokio::task::spawn_blocking(load).await.map_err(io::Error::other).flatten()
 }
 
 /// What becomes of a pod's redirection when the pod is no longer served.

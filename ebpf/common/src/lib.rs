@@ -13,8 +13,8 @@ pub mod map {
     pub const SOCKS: &str = "SOCKS";
     /// `ARRAY` with one [`super::Config`].
     pub const CONFIG: &str = "CONFIG";
-    /// `PERCPU_ARRAY` of `u64`, indexed by [`super::Counter`].
-    pub const COUNTERS: &str = "COUNTERS";
+    /// `PERCPU_ARRAY` of [`super::Tally`], indexed by [`super::Counter`].
+    pub const TRAFFIC: &str = "TRAFFIC";
     /// `LRU_HASH` of [`super::SteerKey`] to [`super::Steer`]; written and read by the programs only.
     pub const STEER: &str = "STEER";
     /// `LPM_TRIE` of sources, as [`super::source_bits`] and prefix lengths of 128, to [`super::DENIED`] or [`super::ASK`].
@@ -213,9 +213,21 @@ pub struct Steer {
 
 const _: () = assert!(size_of::<Steer>() == 16 && align_of::<Steer>() == 8);
 
+/// What is counted of one [`Counter`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Tally {
+    /// Packets. Bulk traffic may arrive as super-packets that count once.
+    pub packets: u64,
+    /// Their bytes, link-layer headers included.
+    pub bytes: u64,
+}
+
+const _: () = assert!(size_of::<Tally>() == 16 && align_of::<Tally>() == 8);
+
 macro_rules! counters {
     ($($(#[$doc:meta])* $variant:ident = $name:literal,)*) => {
-        /// What the programs count, one packet each. Bulk traffic may arrive as super-packets that count once.
+        /// What the programs count, packets and bytes. Of each packet on an interface of the pod something is counted.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         #[repr(u32)]
         pub enum Counter {
@@ -263,6 +275,11 @@ counters! {
     InboundFailOpen = "inbound_fail_open",
     /// Ingress: a segment of no known connection, given to the inbound listener to answer.
     InboundStray = "inbound_stray",
+    /// Ingress: a later segment to the HBONE port.
+    InboundTunnel = "inbound_tunnel",
+    /// Ingress: another later segment, left to the socket of its connection: one that was captured, the agent's own, or one
+    /// older than the enrolment.
+    InboundKnown = "inbound_known",
     /// A connection attempt for an address and port pair that already has a socket, left to the kernel to resolve.
     TupleInUse = "tuple_in_use",
     /// The socket lookup found the listener for such an attempt (the old socket was in TIME_WAIT).
@@ -277,6 +294,8 @@ counters! {
     OddDns = "odd_dns",
     /// Passed: another protocol in such a form.
     OddOther = "odd_other",
+    /// Passed: what is neither TCP nor UDP, so ARP and ICMP, and whatever else the configuration does not refuse.
+    OtherPassed = "other_passed",
     /// Dropped: a packet too short for its own headers.
     Malformed = "malformed",
     /// Dropped: an IP protocol that could carry a connection past the agent.
@@ -295,7 +314,7 @@ counters! {
     DeniedSource = "denied_source",
 }
 
-/// Entries of [`map::COUNTERS`], with room to grow without a new layout.
+/// Entries of [`map::TRAFFIC`], with room to grow without a new layout.
 pub const COUNTERS: u32 = 64;
 
 const _: () = assert!(Counter::ALL.len() <= COUNTERS as usize);

@@ -7,17 +7,18 @@ use std::{
     io,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     sync::Arc,
+    thread,
 };
 
-use aya::programs::{LinkOrder, SchedClassifier, TcAttachType, links::FdLink, tc::TcAttachOptions};
+use aya::programs::{LinkOrder, SchedClassifier, SkLookup, TcAttachType, links::FdLink, tc::TcAttachOptions};
 use ebpf_common::{Config, Slot, map, program};
 
 use crate::{
     error::{RedirectError, map_error, program_error},
     listener::{self, NetnsCookie},
     netlink::Netlink,
-    netns,
-    object::{self, Instance, Maps, PacketCounters, Source},
+    netns::{self, beside, joined},
+    object::{self, Instance, Maps, Programs, Source, Traffic},
     pins::{Hook, PinRoot, PodPins},
     plumbing::{Interface, LO_INDEX, Plumbing, interfaces},
 };
@@ -132,8 +133,8 @@ impl Redirect {
     }
 
     /// What the programs count, since they were first attached.
-    pub fn counters(&self) -> Arc<PacketCounters> {
-        Arc::clone(&self.maps.counters)
+    pub fn traffic(&self) -> Arc<Traffic> {
+        Arc::clone(&self.maps.traffic)
     }
 
     /// Changes what the programs do, from the next packet on.
@@ -277,35 +278,62 @@ fn attach_programs(
     fill_slots(&mut maps, listeners)?;
 
     let mut links = Vec::new();
-    let lo = instance.classifier(program::LO_INGRESS)?;
-    links.extend(attach_classifier(
-        lo,
-        program::LO_INGRESS,
-        "lo",
-        TcAttachType::Ingress,
-        pins.map(|p| (p, program::LO_INGRESS)),
-    )?);
-    let lookup = instance.sk_lookup(program::STEER_LOOKUP)?;
-    let id = lookup.attach(netns).map_err(program_error(program::STEER_LOOKUP))?;
-    let lookup = FdLink::from(lookup.take_link(id).map_err(program_error(program::STEER_LOOKUP))?);
-    match pins {
-        // A namespace may have several; the old one goes when the new one takes its name.
-        Some(pins) => pins.pin(lookup, program::STEER_LOOKUP)?,
-        None => links.push(lookup),
-    }
-    // Ingress last: what the application answers to the agent's deliveries must already find its way back.
-    for (name, direction) in [(program::ETH_EGRESS, TcAttachType::Egress), (program::ETH_INGRESS, TcAttachType::Ingress)] {
-        let classifier = instance.classifier(name)?;
-        for interface in interfaces {
-            let pin = format!("{name}-{}", interface.index);
-            links.extend(attach_classifier(classifier, name, &interface.name, direction, pins.map(|p| (p, &*pin)))?);
-        }
-    }
+    let Programs { lo_ingress, steer_lookup, eth_egress, eth_ingress } = instance.programs()?;
+    // The kernel lets every reader pass before an attachment is done: some ten milliseconds of waiting each, in which the verifier
+    // has done with the next program.
+    thread::scope(|scope| {
+        let egress = beside(scope, || verified(eth_egress, program::ETH_EGRESS))?;
+        let lo = verified(lo_ingress, program::LO_INGRESS)?;
+        let pin = pins.map(|pins| (pins, program::LO_INGRESS));
+        links.extend(attach_classifier(lo, program::LO_INGRESS, "lo", TcAttachType::Ingress, pin)?);
+        links.extend(attach_lookup(steer_lookup, netns, pins)?);
+        let egress = joined(egress)?;
+        let ingress = beside(scope, || verified(eth_ingress, program::ETH_INGRESS))?;
+        links.extend(attach_all(egress, program::ETH_EGRESS, TcAttachType::Egress, interfaces, pins)?);
+        // Ingress last: what the application answers to the agent's deliveries must already find its way back.
+        links.extend(attach_all(joined(ingress)?, program::ETH_INGRESS, TcAttachType::Ingress, interfaces, pins)?);
+        Ok::<_, RedirectError>(())
+    })?;
     if let Some(pins) = pins {
         pins.mark(object::digest())?;
     }
     links.reverse();
     Ok((links, maps))
+}
+
+/// Has the verifier look at a program.
+fn verified<'a>(classifier: &'a mut SchedClassifier, name: &'static str) -> Result<&'a mut SchedClassifier, RedirectError> {
+    classifier.load().map_err(program_error(name))?;
+    Ok(classifier)
+}
+
+/// Attaches to, or takes over on, every interface.
+fn attach_all(
+    classifier: &mut SchedClassifier,
+    name: &'static str,
+    direction: TcAttachType,
+    interfaces: &[Interface],
+    pins: Option<&PodPins>,
+) -> Result<Vec<FdLink>, RedirectError> {
+    let mut links = Vec::new();
+    for interface in interfaces {
+        let pin = format!("{name}-{}", interface.index);
+        links.extend(attach_classifier(classifier, name, &interface.name, direction, pins.map(|p| (p, &*pin)))?);
+    }
+    Ok(links)
+}
+
+/// The link, unless it is pinned.
+fn attach_lookup(lookup: &mut SkLookup, netns: BorrowedFd<'_>, pins: Option<&PodPins>) -> Result<Option<FdLink>, RedirectError> {
+    let failed = program_error(program::STEER_LOOKUP);
+    lookup.load().map_err(&failed)?;
+    let id = lookup.attach(netns).map_err(&failed)?;
+    let link = FdLink::from(lookup.take_link(id).map_err(&failed)?);
+    match pins {
+        // A namespace may have several; the old one goes when the new one takes its name.
+        Some(pins) => pins.pin(link, program::STEER_LOOKUP).map(|()| None),
+        None => Ok(Some(link)),
+    }
 }
 
 /// Attaches before any other program on the hook: one of those could pass a packet on for good. The link, unless it is pinned.
@@ -346,13 +374,14 @@ pub(crate) fn rehearse(netns: BorrowedFd<'_>) -> Result<(), RedirectError> {
     let plumbing = Plumbing::install(&mut netlink)?;
     let (mut instance, mut maps) = Instance::load(None)?;
     maps.set_config(Config::DEFAULT)?;
-    for (name, direction) in [
-        (program::LO_INGRESS, TcAttachType::Ingress),
-        (program::ETH_INGRESS, TcAttachType::Ingress),
-        (program::ETH_EGRESS, TcAttachType::Egress),
+    let Programs { lo_ingress, steer_lookup, eth_egress, eth_ingress } = instance.programs()?;
+    for (classifier, name, direction) in [
+        (lo_ingress, program::LO_INGRESS, TcAttachType::Ingress),
+        (eth_ingress, program::ETH_INGRESS, TcAttachType::Ingress),
+        (eth_egress, program::ETH_EGRESS, TcAttachType::Egress),
     ] {
-        drop(attach_classifier(instance.classifier(name)?, name, "lo", direction, None)?);
+        drop(attach_classifier(verified(classifier, name)?, name, "lo", direction, None)?);
     }
-    instance.sk_lookup(program::STEER_LOOKUP)?.attach(netns).map_err(program_error(program::STEER_LOOKUP))?;
+    drop(attach_lookup(steer_lookup, netns, None)?);
     plumbing.remove(&mut netlink)
 }

@@ -55,7 +55,7 @@
 mod attach;
 mod error;
 mod listener;
-mod netlink;
+pub mod netlink;
 mod netns;
 mod object;
 mod pins;
@@ -65,11 +65,11 @@ mod probe;
 use std::ops::RangeInclusive;
 
 pub use attach::{CaptureRoutes, Listeners, PodSpec, Redirect};
-pub use ebpf_common::{Config, Counter, HBONE_PORT, MARK_AGENT, MARK_CAPTURE, MARK_MASK, MAX_SOURCES};
+pub use ebpf_common::{Config, Counter, HBONE_PORT, MARK_AGENT, MARK_CAPTURE, MARK_MASK, MAX_SOURCES, Tally};
 pub use error::{ListenerFault, RedirectError, Unsupported};
 pub use listener::NetnsCookie;
 pub use netlink::watch_links;
-pub use object::{PacketCounters, Source};
+pub use object::{Source, Traffic};
 pub use pins::PinRoot;
 pub use probe::probe;
 

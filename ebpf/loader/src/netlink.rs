@@ -72,7 +72,7 @@ pub(crate) fn push_attribute(bytes: &mut Vec<u8>, kind: u16, payload: &[u8]) {
 }
 
 /// The attributes in `bytes`, as far as they are well formed.
-pub(crate) fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+pub fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     std::iter::from_fn(move || {
         let length = usize::from(u16_at(bytes, 0)?);
         let kind = u16_at(bytes, 2)? & ATTRIBUTE_TYPE;
@@ -83,17 +83,17 @@ pub(crate) fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])>
 }
 
 /// The payload of the first attribute of this type.
-pub(crate) fn find_attribute(bytes: &[u8], kind: u16) -> Option<&[u8]> {
+pub fn find_attribute(bytes: &[u8], kind: u16) -> Option<&[u8]> {
     attributes(bytes).find_map(|(k, payload)| (k == kind).then_some(payload))
 }
 
 /// The number at a byte offset.
-pub(crate) fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
+pub fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
     Some(u16::from_ne_bytes(bytes.get(at..at.checked_add(2)?)?.try_into().ok()?))
 }
 
 /// The number at a byte offset.
-pub(crate) fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
+pub fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_ne_bytes(bytes.get(at..at.checked_add(4)?)?.try_into().ok()?))
 }
 

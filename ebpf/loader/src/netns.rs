@@ -1,7 +1,11 @@
 //! Runs a piece of work inside a network namespace, on a thread that ends with it.
 //!
 //! A thread that changed its namespace must never serve anything else, so none is reused.
-use std::{io, os::fd::BorrowedFd, panic, thread};
+use std::{
+    os::fd::BorrowedFd,
+    panic,
+    thread::{self, Scope, ScopedJoinHandle},
+};
 
 use nix::sched::{CloneFlags, setns, unshare};
 
@@ -27,11 +31,18 @@ pub(crate) fn within_scratch<T: Send>(work: impl FnOnce() -> Result<T, RedirectE
 }
 
 fn on_own_thread<T: Send>(work: impl FnOnce() -> Result<T, RedirectError> + Send) -> Result<T, RedirectError> {
-    thread::scope(|scope| {
-        let spawned = thread::Builder::new().name("pod-netns".to_owned()).spawn_scoped(scope, work);
-        match spawned.map_err(|e: io::Error| RedirectError::Namespace(e))?.join() {
-            Ok(result) => result,
-            Err(payload) => panic::resume_unwind(payload),
-        }
-    })
+    thread::scope(|scope| joined(beside(scope, work)?))
+}
+
+/// Begins `work` on a thread of its own, in the calling thread's namespace.
+pub(crate) fn beside<'scope, T: Send + 'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    work: impl FnOnce() -> T + Send + 'scope,
+) -> Result<ScopedJoinHandle<'scope, T>, RedirectError> {
+    thread::Builder::new().name("pod-netns".to_owned()).spawn_scoped(scope, work).map_err(RedirectError::Namespace)
+}
+
+/// Its result; a panic in it continues here.
+pub(crate) fn joined<T>(begun: ScopedJoinHandle<'_, T>) -> T {
+    begun.join().unwrap_or_else(|payload| panic::resume_unwind(payload))
 }

@@ -5,16 +5,19 @@ use std::{
     collections::HashMap,
     fmt,
     hash::{DefaultHasher, Hasher as _},
+    io,
     net::{IpAddr, Ipv4Addr},
+    os::fd::{AsFd as _, AsRawFd as _},
     sync::{Arc, LazyLock, Mutex, PoisonError},
 };
 
 use aya::{
     Ebpf, EbpfLoader,
-    maps::{Array, LpmTrie, Map, MapData, MapError, PerCpuArray, SockMap, lpm_trie::Key},
-    programs::{Program, SchedClassifier, SkLookup},
+    maps::{Array, LpmTrie, Map, MapData, MapError, SockMap, lpm_trie::Key},
+    programs::{Program, ProgramError, SchedClassifier, SkLookup},
+    util::nr_cpus,
 };
-use ebpf_common::{ASK, Config, Counter, DENIED, map, source_bits};
+use ebpf_common::{ASK, COUNTERS, Config, Counter, DENIED, Tally, map, program, source_bits};
 
 use crate::{
     error::{RedirectError, map_error, program_error},
@@ -57,7 +60,7 @@ pub(crate) struct Maps {
     pub(crate) socks: SockMap<MapData>,
     config: Array<MapData, ConfigValue>,
     sources: LpmTrie<MapData, [u8; 16], u32>,
-    pub(crate) counters: Arc<PacketCounters>,
+    pub(crate) traffic: Arc<Traffic>,
 }
 
 impl fmt::Debug for Maps {
@@ -77,7 +80,7 @@ impl Maps {
             socks: open(pins, map::SOCKS)?,
             config: open(pins, map::CONFIG)?,
             sources: open(pins, map::SOURCES)?,
-            counters: Arc::new(PacketCounters(open(pins, map::COUNTERS)?)),
+            traffic: Arc::new(Traffic::of(MapData::from_pin(pins.map(map::TRAFFIC)).map_err(|e| map_error(map::TRAFFIC, e))?)?),
         })
     }
 
@@ -135,24 +138,66 @@ pub struct Source {
 }
 
 /// What the programs of one pod count; stays readable when the redirection is gone.
-pub struct PacketCounters(PerCpuArray<MapData, u64>);
+pub struct Traffic {
+    map: MapData,
+    cpus: usize,
+}
 
-impl fmt::Debug for PacketCounters {
+impl fmt::Debug for Traffic {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("PacketCounters").finish_non_exhaustive()
+        f.debug_struct("Traffic").finish_non_exhaustive()
     }
 }
 
-impl PacketCounters {
-    /// Every counter by name; see [`ebpf_common::Counter`]. One system call each.
-    pub fn read(&self) -> Result<Vec<(&'static str, u64)>, RedirectError> {
-        Counter::ALL
-            .iter()
-            .map(|counter| {
-                let values = self.0.get(&(*counter as u32), 0).map_err(|e| map_error(map::COUNTERS, e))?;
-                Ok((counter.name(), values.iter().sum()))
-            })
-            .collect()
+impl Traffic {
+    fn of(map: MapData) -> Result<Self, RedirectError> {
+        let cpus = nr_cpus().map_err(|(_, e)| map_error(map::TRAFFIC, MapError::IoError(e)))?;
+        Ok(Self { map, cpus })
+    }
+
+    /// Every counter by name, with what all processors counted; see [`ebpf_common::Counter`]. One system call.
+    pub fn read(&self) -> Result<Vec<(&'static str, Tally)>, RedirectError> {
+        let values = self.values().map_err(|e| map_error(map::TRAFFIC, MapError::IoError(e)))?;
+        let each = values.chunks_exact(self.cpus.max(1));
+        let sum = |of: &[Tally]| {
+            of.iter()
+                .fold(Tally::default(), |sum, one| Tally { packets: sum.packets + one.packets, bytes: sum.bytes + one.bytes })
+        };
+        Ok(Counter::ALL.iter().zip(each).map(|(counter, of)| (counter.name(), sum(of))).collect())
+    }
+
+    /// All values, those of one counter after another.
+    #[expect(unsafe_code, reason = "aya reads one value a call, which a node full of pods makes ten thousand calls a scrape of")]
+    fn values(&self) -> io::Result<Vec<Tally>> {
+        const BPF_MAP_LOOKUP_BATCH: libc::c_long = 24;
+        /// The part of `union bpf_attr` (`linux/bpf.h`) for operations on several elements.
+        #[repr(C)]
+        struct Batch {
+            in_batch: u64,
+            out_batch: u64,
+            keys: u64,
+            values: u64,
+            count: u32,
+            map_fd: u32,
+            elem_flags: u64,
+            flags: u64,
+        }
+        let (mut keys, mut last) = ([0u32; COUNTERS as usize], 0u32);
+        let mut values = vec![Tally::default(); COUNTERS as usize * self.cpus];
+        let mut batch = Batch {
+            in_batch: 0,
+            out_batch: (&raw mut last) as u64,
+            keys: keys.as_mut_ptr() as u64,
+            values: values.as_mut_ptr() as u64,
+            count: COUNTERS,
+            map_fd: self.map.fd().as_fd().as_raw_fd().cast_unsigned(),
+            elem_flags: 0,
+            flags: 0,
+        };
+        // SAFETY: all four addresses are of memory that outlives the call, with room for `count` keys and for as many values of every
+        // possible processor, each a multiple of eight bytes long; any bytes are a `Tally`.
+        let failed = unsafe { libc::syscall(libc::SYS_bpf, BPF_MAP_LOOKUP_BATCH, &raw mut batch, size_of::<Batch>()) };
+        if failed != 0 { Err(io::Error::last_os_error()) } else { Ok(values) }
     }
 }
 
@@ -169,7 +214,7 @@ impl Instance {
             None => lock(&LOADER).load(OBJECT),
             Some(pins) => {
                 let mut loader = lock(&PINNING_LOADER);
-                for name in [map::SOCKS, map::CONFIG, map::COUNTERS, map::STEER, map::SOURCES] {
+                for name in [map::SOCKS, map::CONFIG, map::TRAFFIC, map::STEER, map::SOURCES] {
                     loader.map_pin_path(name, pins.map(name));
                 }
                 loader.load(OBJECT)
@@ -180,28 +225,38 @@ impl Instance {
             socks: take(&mut ebpf, map::SOCKS)?,
             config: take(&mut ebpf, map::CONFIG)?,
             sources: take(&mut ebpf, map::SOURCES)?,
-            counters: Arc::new(PacketCounters(take(&mut ebpf, map::COUNTERS)?)),
+            traffic: match ebpf.take_map(map::TRAFFIC) {
+                Some(Map::PerCpuArray(traffic)) => Arc::new(Traffic::of(traffic)?),
+                _ => return Err(RedirectError::Incomplete(map::TRAFFIC)),
+            },
         };
         Ok((Self { ebpf }, maps))
     }
 
-    /// A classifier, verified and ready to attach.
-    pub(crate) fn classifier(&mut self, name: &'static str) -> Result<&mut SchedClassifier, RedirectError> {
-        let program: &mut SchedClassifier = self.program(name)?.try_into().map_err(program_error(name))?;
-        program.load().map_err(program_error(name))?;
-        Ok(program)
+    /// Its programs, not yet loaded.
+    pub(crate) fn programs(&mut self) -> Result<Programs<'_>, RedirectError> {
+        fn of<'a, T>(all: &mut HashMap<&str, &'a mut Program>, name: &'static str) -> Result<T, RedirectError>
+        where
+            T: TryFrom<&'a mut Program, Error = ProgramError>,
+        {
+            all.remove(name).ok_or(RedirectError::Incomplete(name))?.try_into().map_err(program_error(name))
+        }
+        let mut all: HashMap<&str, &mut Program> = self.ebpf.programs_mut().collect();
+        Ok(Programs {
+            lo_ingress: of(&mut all, program::LO_INGRESS)?,
+            steer_lookup: of(&mut all, program::STEER_LOOKUP)?,
+            eth_egress: of(&mut all, program::ETH_EGRESS)?,
+            eth_ingress: of(&mut all, program::ETH_INGRESS)?,
+        })
     }
+}
 
-    /// A socket lookup program, verified and ready to attach.
-    pub(crate) fn sk_lookup(&mut self, name: &'static str) -> Result<&mut SkLookup, RedirectError> {
-        let program: &mut SkLookup = self.program(name)?.try_into().map_err(program_error(name))?;
-        program.load().map_err(program_error(name))?;
-        Ok(program)
-    }
-
-    fn program(&mut self, name: &'static str) -> Result<&mut Program, RedirectError> {
-        self.ebpf.program_mut(name).ok_or(RedirectError::Incomplete(name))
-    }
+/// The programs of an instance, by where they belong. Loading one is the verifier's work: some milliseconds.
+pub(crate) struct Programs<'a> {
+    pub(crate) lo_ingress: &'a mut SchedClassifier,
+    pub(crate) steer_lookup: &'a mut SkLookup,
+    pub(crate) eth_egress: &'a mut SchedClassifier,
+    pub(crate) eth_ingress: &'a mut SchedClassifier,
 }
 
 fn take<T: TryFrom<Map, Error = MapError>>(ebpf: &mut Ebpf, name: &'static str) -> Result<T, RedirectError> {

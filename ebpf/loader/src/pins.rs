@@ -136,7 +136,7 @@ impl PodPins {
             link.is_some_and(|link| there.is_ok_and(|there| there.iter().any(|program| program.id() == link.program_id())))
         };
         let there = |name: &str| self.dir.join(name).exists();
-        let maps = [map::SOCKS, map::CONFIG, map::COUNTERS, map::STEER, map::SOURCES];
+        let maps = [map::SOCKS, map::CONFIG, map::TRAFFIC, map::STEER, map::SOURCES];
         there(&format!("{OBJECT}{digest}"))
             && there(program::STEER_LOOKUP)
             && maps.into_iter().all(there)

@@ -62,7 +62,7 @@ pub fn open(ctx: &TcContext, tuple: &Tuple, slot: Slot) -> Outcome {
     let Some(listener) = Listener::find(slot) else { return Outcome::Absent };
     if owner(ctx, tuple) == Owner::Connection {
         listener.release();
-        count(Counter::TupleInUse);
+        count(ctx, Counter::TupleInUse);
         let key = SteerKey { tuple: tuple.words, version: if tuple.v6 { 6 } else { 4 } };
         // SAFETY: takes no arguments.
         let until = unsafe { bpf_ktime_get_ns() } + STEER_NS;

@@ -25,17 +25,20 @@ const LO_IFINDEX: u32 = 1;
 pub fn eth_egress(ctx: TcContext) -> i32 {
     // SAFETY: the kernel hands every classifier a valid `__sk_buff`.
     if unsafe { (*ctx.skb.skb).mark } & MARK_MASK == MARK_AGENT {
-        count(Counter::AgentEgress);
+        count(&ctx, Counter::AgentEgress);
         return TC_ACT_UNSPEC;
     }
     let config = config();
     let segment = match classify(&ctx, &config) {
         Packet::Tcp(segment) => segment,
-        Packet::Udp(tuple) => return udp::leaving(&config, &tuple),
-        Packet::OddUdp => return udp::odd(&config),
-        Packet::Pass => return TC_ACT_UNSPEC,
+        Packet::Udp(tuple) => return udp::leaving(&ctx, &config, &tuple),
+        Packet::OddUdp => return udp::odd(&ctx, &config),
+        Packet::Pass(what) => {
+            count(&ctx, what);
+            return TC_ACT_UNSPEC;
+        }
         Packet::Drop(why) => {
-            count(why);
+            count(&ctx, why);
             return TC_ACT_SHOT;
         }
     };
@@ -43,21 +46,21 @@ pub fn eth_egress(ctx: TcContext) -> i32 {
         // Looked for here, not only on `lo`: from there the packet could no longer leave (`fail_open`).
         let Some(listener) = Listener::find(Slot::Out) else {
             return if config.fail_open() {
-                count(Counter::OutboundFailOpen);
+                count(&ctx, Counter::OutboundFailOpen);
                 TC_ACT_UNSPEC
             } else {
-                count(Counter::OutboundNoListener);
+                count(&ctx, Counter::OutboundNoListener);
                 TC_ACT_SHOT
             };
         };
         listener.release();
-        count(Counter::OutboundCaptured);
+        count(&ctx, Counter::OutboundCaptured);
     } else if owner(&ctx, &segment.tuple) == Owner::Connection {
-        count(Counter::OutboundOwned);
+        count(&ctx, Counter::OutboundOwned);
     } else if config.reset_existing() {
-        count(Counter::OutboundExistingReset);
+        count(&ctx, Counter::OutboundExistingReset);
     } else {
-        count(Counter::OutboundExisting);
+        count(&ctx, Counter::OutboundExisting);
         return TC_ACT_UNSPEC;
     }
     ctx.set_mark(MARK_CAPTURE);

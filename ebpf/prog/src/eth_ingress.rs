@@ -28,10 +28,13 @@ pub fn eth_ingress(ctx: TcContext) -> i32 {
     let segment = match classify(&ctx, &config) {
         Packet::Tcp(segment) => segment,
         Packet::Udp(tuple) => return udp::arriving(&ctx, &config, &tuple),
-        Packet::OddUdp => return udp::odd(&config),
-        Packet::Pass => return TC_ACT_UNSPEC,
+        Packet::OddUdp => return udp::odd(&ctx, &config),
+        Packet::Pass(what) => {
+            count(&ctx, what);
+            return TC_ACT_UNSPEC;
+        }
         Packet::Drop(why) => {
-            count(why);
+            count(&ctx, why);
             return TC_ACT_SHOT;
         }
     };
@@ -39,16 +42,16 @@ pub fn eth_ingress(ctx: TcContext) -> i32 {
     let outcome = if segment.opens() {
         // Whoever it is and whatever it wants: the address alone decides, for tunnels too, whose source is their own.
         if is_denied(&segment.tuple) {
-            count(Counter::DeniedSource);
+            count(&ctx, Counter::DeniedSource);
             return TC_ACT_SHOT;
         }
         if hbone {
-            count(Counter::InboundHbone);
+            count(&ctx, Counter::InboundHbone);
             return TC_ACT_UNSPEC;
         }
         let outcome = open(&ctx, &segment.tuple, Slot::In);
         if matches!(outcome, Outcome::Given) {
-            count(Counter::InboundAssigned);
+            count(&ctx, Counter::InboundAssigned);
         }
         outcome
     } else if segment.acknowledges() && !hbone && owner(&ctx, &segment.tuple) == Owner::Nobody {
@@ -56,24 +59,25 @@ pub fn eth_ingress(ctx: TcContext) -> i32 {
         // back to the same listener, not to the application's, which would take it as its own.
         let outcome = stray(&ctx, Slot::In);
         if matches!(outcome, Outcome::Given) {
-            count(Counter::InboundStray);
+            count(&ctx, Counter::InboundStray);
         }
         outcome
     } else {
+        count(&ctx, if hbone { Counter::InboundTunnel } else { Counter::InboundKnown });
         return TC_ACT_UNSPEC;
     };
     match outcome {
         Outcome::Given => TC_ACT_UNSPEC,
         Outcome::Absent if config.fail_open() => {
-            count(Counter::InboundFailOpen);
+            count(&ctx, Counter::InboundFailOpen);
             TC_ACT_UNSPEC
         }
         Outcome::Absent => {
-            count(Counter::InboundNoListener);
+            count(&ctx, Counter::InboundNoListener);
             TC_ACT_SHOT
         }
         Outcome::Failed => {
-            count(Counter::AssignFailed);
+            count(&ctx, Counter::AssignFailed);
             TC_ACT_SHOT
         }
     }

@@ -30,23 +30,23 @@ pub fn lo_ingress(ctx: TcContext) -> i32 {
     }
     // The frame carries the MAC address of the interface's next hop, so it would count as somebody else's.
     if ctx.change_type(PACKET_HOST).is_err() {
-        count(Counter::AssignFailed);
+        count(&ctx, Counter::AssignFailed);
         return TC_ACT_SHOT;
     }
     let config = config();
     let segment = match classify(&ctx, &config) {
         Packet::Tcp(segment) => segment,
         // Only plain TCP is handed over, but what the kernel says about it may carry its mark (`fwmark_reflect`).
-        Packet::Pass | Packet::Udp(_) | Packet::OddUdp => return TC_ACT_UNSPEC,
+        Packet::Pass(_) | Packet::Udp(_) | Packet::OddUdp => return TC_ACT_UNSPEC,
         Packet::Drop(why) => {
-            count(why);
+            count(&ctx, why);
             return TC_ACT_SHOT;
         }
     };
     let outcome = if segment.opens() {
         let outcome = open(&ctx, &segment.tuple, Slot::Out);
         if matches!(outcome, Outcome::Given) {
-            count(Counter::OutboundAssigned);
+            count(&ctx, Counter::OutboundAssigned);
         }
         outcome
     } else if config.reset_existing() && segment.acknowledges() && owner(&ctx, &segment.tuple) == Owner::Nobody {
@@ -58,11 +58,11 @@ pub fn lo_ingress(ctx: TcContext) -> i32 {
     match outcome {
         Outcome::Given => TC_ACT_UNSPEC,
         Outcome::Absent => {
-            count(Counter::OutboundNoListener);
+            count(&ctx, Counter::OutboundNoListener);
             TC_ACT_SHOT
         }
         Outcome::Failed => {
-            count(Counter::AssignFailed);
+            count(&ctx, Counter::AssignFailed);
             TC_ACT_SHOT
         }
     }

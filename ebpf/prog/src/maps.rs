@@ -6,8 +6,9 @@ use aya_ebpf::{
     helpers::{bpf_map_lookup_elem, bpf_sk_release},
     macros::map,
     maps::{Array, LpmTrie, LruHashMap, PerCpuArray, SockMap, lpm_trie::Key},
+    programs::TcContext,
 };
-use ebpf_common::{COUNTERS as COUNTER_ROOM, Config, Counter, DENIED, MAX_SOURCES, SLOTS, Slot, Steer, SteerKey};
+use ebpf_common::{COUNTERS, Config, Counter, DENIED, MAX_SOURCES, SLOTS, Slot, Steer, SteerKey, Tally};
 
 use crate::parse::Tuple;
 
@@ -19,7 +20,7 @@ pub static SOCKS: SockMap = SockMap::with_max_entries(SLOTS, 0);
 #[map]
 static CONFIG: Array<Config> = Array::with_max_entries(1, 0);
 #[map]
-static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(COUNTER_ROOM, 0);
+static TRAFFIC: PerCpuArray<Tally> = PerCpuArray::with_max_entries(COUNTERS, 0);
 // Entries live for the moment between tc and the socket lookup, so few are enough even for a burst.
 #[map]
 pub static STEER: LruHashMap<SteerKey, Steer> = LruHashMap::with_max_entries(512, 0);
@@ -42,12 +43,21 @@ pub fn config() -> Config {
     }
 }
 
-/// Counts one packet.
+/// Counts the packet at hand.
 #[inline(always)]
-pub fn count(counter: Counter) {
-    if let Some(value) = COUNTERS.get_ptr_mut(counter as u32) {
+pub fn count(ctx: &TcContext, counter: Counter) {
+    tally(counter, ctx.len());
+}
+
+/// Counts one packet of so many bytes.
+#[inline(always)]
+pub fn tally(counter: Counter, bytes: u32) {
+    if let Some(tally) = TRAFFIC.get_ptr_mut(counter as u32) {
         // SAFETY: the pointer is this CPU's own slot, valid for the program's run.
-        unsafe { *value += 1 }
+        unsafe {
+            (*tally).packets += 1;
+            (*tally).bytes += u64::from(bytes);
+        }
     }
 }
 

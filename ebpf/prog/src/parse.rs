@@ -5,8 +5,6 @@
 use aya_ebpf::programs::TcContext;
 use ebpf_common::{Config, Counter, DNS_PORT};
 
-use crate::maps::count;
-
 const ETH_LEN: usize = 14;
 const IP4_LEN: usize = 20;
 const IP6_LEN: usize = 40;
@@ -115,8 +113,8 @@ pub enum Packet {
     Udp(Tuple),
     /// UDP of which the ports are not known: behind extension headers, or a fragment.
     OddUdp,
-    /// Nothing the programs have an opinion on.
-    Pass,
+    /// Nothing the programs have an opinion on, and what it counts as.
+    Pass(Counter),
     Drop(Counter),
 }
 
@@ -132,14 +130,14 @@ pub fn classify(ctx: &TcContext, config: &Config) -> Packet {
     match u16::from_be(ethertype) {
         ETH_P_IP => ipv4(ctx, config),
         ETH_P_IPV6 => ipv6(ctx, config),
-        ETH_P_ARP => Packet::Pass,
+        ETH_P_ARP => Packet::Pass(Counter::OtherPassed),
         _ => refuse(config, Counter::RefusedFrame),
     }
 }
 
 #[inline(always)]
 fn refuse(config: &Config, why: Counter) -> Packet {
-    if config.refuse_exotic() { Packet::Drop(why) } else { Packet::Pass }
+    if config.refuse_exotic() { Packet::Drop(why) } else { Packet::Pass(Counter::OtherPassed) }
 }
 
 #[inline(always)]
@@ -181,7 +179,7 @@ fn ipv6(ctx: &TcContext, config: &Config) -> Packet {
             let Ok(ports) = ctx.load::<u32>(ETH_LEN + IP6_LEN) else { return Packet::OddUdp };
             Packet::Udp(Tuple { words: [ip[2], ip[3], ip[4], ip[5], ip[6], ip[7], ip[8], ip[9], ports], v6: true })
         }
-        ICMPV6 => Packet::Pass,
+        ICMPV6 => odd_other(true),
         first => extended(ctx, config, first),
     }
 }
@@ -253,8 +251,5 @@ fn dns(ctx: &TcContext, at: usize) -> bool {
 
 #[inline(always)]
 fn odd_other(plain: bool) -> Packet {
-    if !plain {
-        count(Counter::OddOther);
-    }
-    Packet::Pass
+    Packet::Pass(if plain { Counter::OtherPassed } else { Counter::OddOther })
 }

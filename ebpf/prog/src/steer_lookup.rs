@@ -11,7 +11,7 @@ use aya_ebpf::{
 };
 use ebpf_common::{Counter, Slot, SteerKey};
 
-use crate::maps::{Listener, STEER, count};
+use crate::maps::{Listener, STEER, tally};
 
 const SK_DROP: u32 = 0;
 const SK_PASS: u32 = 1;
@@ -49,10 +49,10 @@ pub fn steer_lookup(ctx: SkLookupContext) -> u32 {
     let refused = unsafe { bpf_sk_assign(ctx.as_ptr(), listener.as_ptr(), 0) };
     listener.release();
     if refused != 0 {
-        count(Counter::AssignFailed);
+        tally(Counter::AssignFailed, 0);
         return SK_DROP;
     }
-    count(Counter::TupleReused);
+    tally(Counter::TupleReused, 0);
     SK_PASS
 }
 

@@ -12,36 +12,36 @@ use crate::{maps::count, parse::Tuple};
 
 /// What the pod sends. (The agent's is known by its mark before it comes here.)
 #[inline(always)]
-pub fn leaving(config: &Config, tuple: &Tuple) -> i32 {
-    verdict(config, tuple.dport() == DNS_PORT, false)
+pub fn leaving(ctx: &TcContext, config: &Config, tuple: &Tuple) -> i32 {
+    verdict(ctx, config, tuple.dport() == DNS_PORT, false)
 }
 
 /// What others send to the pod.
 #[inline(always)]
 pub fn arriving(ctx: &TcContext, config: &Config, tuple: &Tuple) -> i32 {
     let ours = config.refuse_udp() && agents(ctx, tuple);
-    verdict(config, tuple.sport() == DNS_PORT, ours)
+    verdict(ctx, config, tuple.sport() == DNS_PORT, ours)
 }
 
 /// What has no ports to tell by.
 #[inline(always)]
-pub fn odd(config: &Config) -> i32 {
+pub fn odd(ctx: &TcContext, config: &Config) -> i32 {
     if config.refuse_udp() {
-        count(Counter::RefusedUdp);
+        count(ctx, Counter::RefusedUdp);
         return TC_ACT_SHOT;
     }
-    count(Counter::OddOther);
+    count(ctx, Counter::OddOther);
     TC_ACT_UNSPEC
 }
 
 #[inline(always)]
-fn verdict(config: &Config, dns: bool, ours: bool) -> i32 {
+fn verdict(ctx: &TcContext, config: &Config, dns: bool, ours: bool) -> i32 {
     // Captured DNS is not seen on an interface: what is there under its port is something else.
     if config.refuse_udp() && !ours && !(dns && !config.capture_dns()) {
-        count(Counter::RefusedUdp);
+        count(ctx, Counter::RefusedUdp);
         return TC_ACT_SHOT;
     }
-    count(if dns { Counter::DnsPassed } else { Counter::UdpPassed });
+    count(ctx, if dns { Counter::DnsPassed } else { Counter::UdpPassed });
     TC_ACT_UNSPEC
 }
 

@@ -3,17 +3,18 @@ use std::collections::BTreeMap;
 use std::io::ErrorKind;
 use std::net::{SocketAddr, UdpSocket};
 use std::process::{Command, ExitCode};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
-use mesh_tests::agent::{Agent, AgentSpec, find_binary};
+use mesh_tests::agent::{Agent, AgentSpec, Series, find_binary};
 use mesh_tests::mesh_dir::MeshDir;
 use mesh_tests::name_server::{A, AAAA, ask, ask_tcp};
 use mesh_tests::program::{Client, Server};
 use mesh_tests::suite::{self, CannotRun, Test, test};
 use mesh_tests::topology::{Place, Plan, Topology};
 use mesh_tests::{netns, skip, wait};
+use nix::sys::signal::Signal;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -28,12 +29,24 @@ macro_rules! rows {
             test(concat!("nftables_v4_", stringify!($name)), |m| $name(&m.nftables, Family::V4)),
             test(concat!("nftables_v6_", stringify!($name)), |m| $name(&m.nftables, Family::V6)),
         )*
+        test("ebpf_counts_go_on_after_a_kill", |m| counts_go_on_after_a_kill(&mut m.ebpf)),
+        test("nftables_counts_go_on_after_a_kill", |m| counts_go_on_after_a_kill(&mut m.nftables)),
         test("nftables_fail_closed_and_open_on_cleanup", |m| fails_closed_until_cleaned_up(&m.nftables))]
     };
 }
 
-const TESTS: &[Test<Matrix>] =
-    rows![inbound, outbound, dns, self_call, closed_port, own_service, half_closed_and_bulk, udp, older_connections];
+const TESTS: &[Test<Matrix>] = rows![
+    inbound,
+    outbound,
+    dns,
+    self_call,
+    closed_port,
+    own_service,
+    half_closed_and_bulk,
+    udp,
+    older_connections,
+    denied_source
+];
 
 fn main() -> ExitCode {
     let cannot = skip::netns_unavailable().or_else(|| skip::command_missing("nft"));
@@ -102,7 +115,8 @@ struct Mesh {
     older: Mutex<BTreeMap<(&'static str, Family), Client>>,
     _servers: Vec<Server>,
     topology: Topology,
-    _dirs: (MeshDir, TempDir, TempDir),
+    dir: MeshDir,
+    _dirs: (TempDir, TempDir),
 }
 
 impl Mesh {
@@ -146,13 +160,20 @@ impl Mesh {
         for agent in [&a, &b] {
             agent.wait_ready(Duration::from_secs(40))?;
         }
-        Ok(Self { a, b, redirect, older: Mutex::new(older), _servers: servers, topology, _dirs: (dir, ca, logs) })
+        Ok(Self { a, b, redirect, older: Mutex::new(older), _servers: servers, topology, dir, _dirs: (ca, logs) })
     }
     fn pod(&self, name: &str) -> &Place {
         self.topology.pod(name)
     }
     fn outside(&self) -> &Place {
         self.topology.host("outside")
+    }
+    /// What the page of agent b says of the redirection of `loose`.
+    fn redirect_of_loose(&self) -> anyhow::Result<Value> {
+        let dump = self.b.config_dump()?;
+        let states = dump["workloadState"].as_object().context("workloadState")?;
+        let loose = states.iter().find(|(uid, _)| uid.ends_with("/loose")).context("loose")?;
+        Ok(loose.1["redirect"].clone())
     }
     /// A call that must work: who answered, and whom it saw.
     fn call(&self, from: &str, to: SocketAddr) -> anyhow::Result<(String, SocketAddr)> {
@@ -271,6 +292,103 @@ fn older_connections(mesh: &Mesh, family: Family) -> anyhow::Result<()> {
         ensure!(answered.is_ok() == lives, "{pod}: {answered:?}");
     }
     Ok(())
+}
+
+/// What is denied for its address alone is dropped in the kernel: in plaintext and in tunnels, told by the agent's pages, until the
+/// policy goes. What is excepted and the node's own probes are not meant.
+fn denied_source(mesh: &Mesh, family: Family) -> anyhow::Result<()> {
+    let (outside, loose) = (mesh.outside(), mesh.pod("loose"));
+    Client::who(outside, family.at(loose, PORT))?;
+    let client = family.at(mesh.pod("client"), 0).ip();
+    let guard = mesh.dir.put_for_now(
+        "deny-sources.yaml",
+        &format!(
+            r#"
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {{ name: no-sources, namespace: t }}
+spec:
+  selector: {{ matchLabels: {{ app: loose }} }}
+  action: DENY
+  rules:
+  - from: [{{ source: {{ ipBlocks: ["192.0.2.0/24", "10.244.0.0/16", "2001:db8:100::/48", "fd00:244::/32"], notIpBlocks: ["{client}"] }} }}]
+"#
+        ),
+    )?;
+    let nets = |key: &str| Ok::<_, anyhow::Error>(mesh.redirect_of_loose()?[key].as_array().cloned().unwrap_or_default());
+    wait::until_true("the kernel to know", || nets("deniedSources").is_ok_and(|nets| nets.len() == 4))?;
+    for to in [family.at(loose, PORT), family.at(loose, 15008)] {
+        let dialled = outside.netns.connect(to, Duration::from_millis(400));
+        ensure!(dialled.as_ref().is_err_and(|e| e.kind() == ErrorKind::TimedOut), "{to} was reached: {dialled:?}");
+    }
+    ensure!(mesh.call("client", family.at(loose, PORT))?.0 == "loose");
+    Client::who(mesh.topology.node("node-b"), family.at(loose, PORT)).context("a probe of the node")?;
+    let excepted = nets("exceptedSources")?;
+    ensure!(excepted.iter().filter_map(Value::as_str).any(|net| net.starts_with(&format!("{client}/"))), "{excepted:?}");
+    let told = mesh.redirect_of_loose()?["packets"]["denied_source"].as_u64();
+    ensure!(told.is_some_and(|packets| packets >= 2), "{told:?} packets are told of");
+    let labels = [("namespace", "t"), ("pod", "loose"), ("event", "denied_source")];
+    ensure!(mesh.b.metrics()?.sum("culvert_redirect_packets_total", &labels) >= 2.0, "no metric");
+    drop(guard);
+    wait::until_true("the policy to be gone", || Client::who(outside, family.at(loose, PORT)).is_ok())?;
+    wait::until_true("nothing to be denied", || nets("deniedSources").is_ok_and(|nets| nets.is_empty()))
+}
+
+/// Packets and bytes of a pod are counted by what became of them, by the kernel: also while no agent runs, and the next one tells
+/// them all. They are told no longer when the pod is gone.
+fn counts_go_on_after_a_kill(mesh: &mut Mesh) -> anyhow::Result<()> {
+    const SIZE: f64 = 3_000_000.0;
+    let count = |agent: &Agent, pod: &str, event: &str| -> anyhow::Result<(f64, f64)> {
+        let (page, labels) = (agent.metrics()?, [("namespace", "t"), ("pod", pod), ("event", event)]);
+        Ok((page.sum("culvert_redirect_packets_total", &labels), page.sum("culvert_redirect_bytes_total", &labels)))
+    };
+    let before = count(&mesh.b, "loose", "outbound_owned")?;
+    let source = |from: &Place, to: SocketAddr| -> anyhow::Result<()> {
+        let mut client = Client::open(from, to, "source 3000000")?;
+        client.finish()?;
+        ensure!(client.rest()?.bytes == 3_000_000, "of 3000000 bytes of {to}");
+        Ok(())
+    };
+    // What comes in for `loose`, and what it answers; what `web` calls, and what it is answered.
+    source(mesh.outside(), mesh.pod("loose").at(PORT))?;
+    source(mesh.pod("web"), mesh.outside().at(PORT))?;
+    let after = count(&mesh.b, "loose", "outbound_owned")?;
+    ensure!(after.1 >= before.1 + SIZE && after.0 > before.0, "{before:?} {after:?}: an answer of {SIZE} bytes");
+    for (pod, event, packets, bytes) in [
+        ("loose", "inbound_assigned", 1.0, 40.0),
+        ("loose", "agent_egress", 1.0, SIZE),
+        ("web", "outbound_captured", 1.0, 40.0),
+        ("web", "outbound_owned", 1.0, 40.0),
+        ("web", "inbound_known", 1.0, SIZE),
+    ] {
+        let seen = count(&mesh.b, pod, event)?;
+        ensure!(seen.0 >= packets && seen.1 >= bytes, "{event} of {pod}: {seen:?} packets and bytes");
+    }
+    let told = mesh.redirect_of_loose()?["bytes"]["outbound_owned"].as_u64();
+    ensure!(told.is_some_and(|bytes| bytes as f64 >= after.1), "{told:?} bytes on the page");
+
+    let (spec, place) = (mesh.b.spec().clone(), Arc::clone(mesh.b.place()));
+    mesh.b.signal(Signal::SIGKILL)?;
+    mesh.b.wait_end(Duration::from_secs(5))?;
+    for (from, to) in [(mesh.outside(), mesh.pod("loose").at(PORT)), (mesh.pod("loose"), mesh.outside().at(PORT))] {
+        ensure!(from.netns.connect(to, Duration::from_millis(400)).is_err(), "{to} was reached without an agent");
+    }
+    mesh.b = spec.start(&place)?;
+    mesh.b.wait_ready(Duration::from_secs(20))?;
+    let later = count(&mesh.b, "loose", "outbound_owned")?;
+    ensure!(later.0 >= after.0 && later.1 >= after.1, "{after:?} before the kill, {later:?} after it");
+    for event in ["inbound_no_listener", "outbound_no_listener"] {
+        let dropped = count(&mesh.b, "loose", event)?;
+        ensure!(dropped.0 >= 1.0 && dropped.1 >= 40.0, "{event}: {dropped:?}");
+    }
+
+    mesh.dir.remove("pod-web.yaml");
+    wait::until_true("nothing to be told of a pod that is gone", || {
+        mesh.b.metrics().is_ok_and(|page| {
+            let of_web = |series: &Series| series.labels.get("pod").is_some_and(|pod| pod == "web");
+            !page.0.iter().any(|series| series.name.starts_with("culvert_redirect_") && of_web(series))
+        })
+    })
 }
 
 /// The last one: it ends the mesh of nftables.

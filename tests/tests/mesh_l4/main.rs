@@ -46,7 +46,6 @@ const TESTS: &[Test<Mesh>] = &[
     test("a_new_selector_policy_cuts_a_live_connection", policy::a_new_selector_policy_cuts_a_live_connection),
     test("a_removed_workload_is_cut", policy::a_removed_workload_is_cut),
     test("a_bad_object_is_rejected_alone", policy::a_bad_object_is_rejected_alone),
-    test("a_denied_source_is_dropped_in_the_kernel", policy::a_denied_source_is_dropped_in_the_kernel),
     test("an_unusable_policy_denies_its_target", policy::an_unusable_policy_denies_its_target),
     test("a_missing_waypoint_is_gone_around_by_setting_only", policy::a_missing_waypoint_is_gone_around_by_setting_only),
     test("meshctl_why_says_what_the_mesh_does", explained::meshctl_why_says_what_the_mesh_does),

@@ -1,7 +1,5 @@
 //! Who may call whom, and what a change does to connections that are open.
-use std::io::ErrorKind;
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
@@ -181,56 +179,6 @@ spec: { selector: { tier: web }, clusterIP: 10.96.0.33, ports: [{ name: tcp, por
     seen?;
     call.context("the old state runs on")?;
     mesh.a().wait_config("no problems", |dump| problems(dump).is_empty())
-}
-
-/// What is denied for its address alone is dropped in the kernel: in plaintext and in tunnels, told by the agent's pages, until the
-/// policy goes. The node's own probes are not meant.
-pub(crate) fn a_denied_source_is_dropped_in_the_kernel(mesh: &mut Mesh) -> anyhow::Result<()> {
-    let (outside, loose) = (Arc::clone(mesh.outside()), Arc::clone(mesh.pod("loose")));
-    Client::who(&outside, loose.at(PORT))?;
-    let sources = |mesh: &Mesh, key: &str| {
-        let dump = mesh.b().config_dump()?;
-        let states = dump["workloadState"].as_object().context("workloadState")?;
-        let state = states
-            .iter()
-            .find(|(uid, _)| uid.ends_with("/loose"))
-            .map(|(_, state)| state["redirect"].clone())
-            .context("loose")?;
-        Ok::<_, anyhow::Error>((state[key].clone(), state["packets"]["denied_source"].clone()))
-    };
-    let guard = mesh.dir.put_for_now(
-        "deny-sources.yaml",
-        r#"
-apiVersion: security.istio.io/v1
-kind: AuthorizationPolicy
-metadata: { name: no-sources, namespace: t }
-spec:
-  selector: { matchLabels: { app: loose } }
-  action: DENY
-  rules:
-  - from: [{ source: { ipBlocks: ["192.0.2.0/24", "10.244.0.0/16", "2001:db8:100::/48"], notIpBlocks: ["10.244.1.12"] } }]
-"#,
-    )?;
-    wait::until_true("the kernel to know", || {
-        sources(mesh, "deniedSources").is_ok_and(|(nets, _)| nets.as_array().is_some_and(|nets| nets.len() == 3))
-    })?;
-    for to in [loose.at(PORT), loose.at6(PORT), loose.at(15008)] {
-        let dialled = outside.netns.connect(to, Duration::from_millis(400));
-        ensure!(dialled.as_ref().is_err_and(|e| e.kind() == ErrorKind::TimedOut), "{to} was reached: {dialled:?}");
-    }
-    // What is excepted, and who asks for the node.
-    ensure!(mesh.call("other", loose.at(PORT))? == "loose");
-    Client::who(mesh.topology().node("node-b"), loose.at(PORT)).context("a probe of the node")?;
-    let (nets, packets) = sources(mesh, "exceptedSources")?;
-    ensure!(packets.as_u64().is_some_and(|n| n >= 2), "{packets} packets counted");
-    ensure!(nets.as_array().is_some_and(|nets| nets.iter().any(|net| *net == "10.244.1.12/32")), "{nets}");
-    let labels = [("namespace", "t"), ("pod", "loose"), ("event", "denied_source")];
-    ensure!(mesh.b().metrics()?.sum("culvert_redirect_packets_total", &labels) >= 2.0, "no metric");
-    drop(guard);
-    wait::until_true("the policy to be gone", || Client::who(&outside, loose.at(PORT)).is_ok())?;
-    wait::until_true("nothing to be denied", || {
-        sources(mesh, "deniedSources").is_ok_and(|(nets, _)| nets.as_array().is_some_and(Vec::is_empty))
-    })
 }
 
 pub(crate) fn an_unusable_policy_denies_its_target(mesh: &mut Mesh) -> anyhow::Result<()> {

@@ -79,13 +79,13 @@ impl Agent {
 
     /// Every counter that is not zero.
     pub fn all_counts(&self) -> Vec<(&'static str, u64)> {
-        let counters = self.redirect.as_ref().expect("attached").counters().read().expect("counters");
-        counters.into_iter().filter(|(_, value)| *value > 0).collect()
+        let counters = self.redirect.as_ref().expect("attached").traffic().read().expect("counters");
+        counters.into_iter().map(|(name, seen)| (name, seen.packets)).filter(|(_, packets)| *packets > 0).collect()
     }
 
     pub fn count(&self, name: &str) -> u64 {
-        let counters = self.redirect.as_ref().expect("attached").counters().read().expect("counters");
-        counters.into_iter().find(|(n, _)| *n == name).unwrap_or_else(|| panic!("no counter {name}")).1
+        let counters = self.redirect.as_ref().expect("attached").traffic().read().expect("counters");
+        counters.into_iter().find(|(n, _)| *n == name).unwrap_or_else(|| panic!("no counter {name}")).1.packets
     }
 
     /// Closes the listeners, leaving the programs attached, as when an agent is stuck without them.

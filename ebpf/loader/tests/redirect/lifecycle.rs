@@ -287,7 +287,7 @@ fn with_pins_a_killed_agent_leaves_its_pod_closed_and_the_next_takes_over() {
     old.echo("older than the enrolment");
     assert_eq!(
         pinned(&pins.0),
-        ["CONFIG", "COUNTERS", "SOCKS", "SOURCES", "STEER", "eth_egress-2", "eth_ingress-2", "lo_ingress", "steer_lookup"]
+        ["CONFIG", "SOCKS", "SOURCES", "STEER", "TRAFFIC", "eth_egress-2", "eth_ingress-2", "lo_ingress", "steer_lookup"]
     );
 
     let mut agent = Agent::start_pinned(&net.pod, &pins.0);
