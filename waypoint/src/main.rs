@@ -8,7 +8,8 @@ use waypoint::{Settings, stock};
 
 /// A predictable allocator that returns memory after peaks.
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: mesh_runtime::profile::heap::Sampled<mimalloc::MiMalloc> =
+    mesh_runtime::profile::heap::Sampled(mimalloc::MiMalloc);
 
 /// Culvert's layer 7 proxy.
 #[derive(Parser)]

@@ -45,7 +45,7 @@ const NO_EFFECT: &[(&str, &str)] = &[
     ("proxyComponentLogLevel", "names components of Envoy; RUST_LOG has ours"),
     ("outlierLogPath", "ejections are in the metrics and in /clusters, not in a file"),
     ("meshConfig", "MeshConfig is read from its ConfigMap"),
-    ("profiling", "there is no profiler in the admin page"),
+    ("profiling", "the admin page always has a profiler"),
     ("log_caller", "lines have no callers"),
     ("log_stacktrace_level", "lines have no stacks"),
     ("log_target", "the log goes to standard output"),

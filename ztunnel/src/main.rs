@@ -7,7 +7,8 @@ use std::process::ExitCode;
 
 /// A predictable allocator that returns memory after peaks; the system's keeps it (arenas per thread).
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: mesh_runtime::profile::heap::Sampled<mimalloc::MiMalloc> =
+    mesh_runtime::profile::heap::Sampled(mimalloc::MiMalloc);
 
 /// Culvert's node agent.
 #[derive(Parser)]

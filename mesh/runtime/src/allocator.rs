@@ -1,7 +1,7 @@
 //! The allocator's two habits that a node agent cannot have: huge pages nobody asked for, and memory kept after a peak.
 //!
 //! Owns the calls that change them; the programs choose the allocator itself (`#[global_allocator]` in their `main.rs`).
-//! One of the two modules of the crate with `unsafe`: the allocator has no safe interface for this.
+//! One of the modules of the crate with `unsafe`: the allocator has no safe interface for this.
 
 /// Turns transparent huge pages off for this process: with them a few scattered small allocations hold 2 MiB each.
 ///

@@ -1,7 +1,7 @@
 //! How a Culvert process runs: threads, sockets, drain, readiness, admin, metrics, logs, settings.
 //!
 //! Nothing here knows what a workload or a policy is: the crate is the ground both proxies stand on and depends on no
-//! other crate of the house. The only module with `unsafe` is [`sockets`].
+//! other crate of the house. Only [`sockets`], [`allocator`] and [`profile`] have `unsafe`.
 #![deny(unsafe_code)]
 
 pub mod admin;
@@ -15,6 +15,8 @@ pub mod logging;
 pub mod memory;
 pub mod metrics;
 pub mod process;
+#[allow(unsafe_code, reason = "a signal handler, a timer, the hooks of an allocator")]
+pub mod profile;
 pub mod readiness;
 pub mod resolve;
 pub mod settings;

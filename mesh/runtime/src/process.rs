@@ -14,6 +14,7 @@ use tokio::sync::Notify;
 use crate::admin::{HttpServer, json, text};
 use crate::drain::Drain;
 use crate::logging::{self, BadLevel, Logging, LoggingError};
+use crate::profile;
 use crate::threads;
 
 /// How long the end of the process waits for blocking jobs, and again for the last lines of the log.
@@ -72,7 +73,7 @@ fn start(
     Ok((logging, runtime))
 }
 
-/// Adds what every admin server has: `GET /version`, `POST /quitquitquit` (which notifies `quit`), `POST /logging` and, at
+/// Adds what every admin server has: `GET /version`, `POST /quitquitquit` (which notifies `quit`), `POST /logging`, profiles and, at
 /// `/`, the list of all paths. Call it after the process's own routes are in.
 #[must_use]
 pub fn admin_routes(server: HttpServer, version: Value, logging: &Logging, quit: Arc<Notify>) -> HttpServer {
@@ -80,7 +81,7 @@ pub fn admin_routes(server: HttpServer, version: Value, logging: &Logging, quit:
         quit.notify_one();
         text(StatusCode::OK, "shutting down\n")
     });
-    let server = logging.control.route(server);
+    let server = profile::routes(logging.control.route(server));
     let mut index = server.paths().collect::<Vec<_>>().join("\n");
     index.push('\n');
     server.route(Method::GET, "/", move |_| text(StatusCode::OK, index.clone()))

@@ -5,8 +5,9 @@ use super::is_test_file;
 use super::rust::{Token, functions, tokens, without_comments_and_literals, without_test_modules};
 use std::path::Path;
 
-/// Where `unsafe` may stand: socket options, the allocator's own interface, and what talks to the kernel's BPF side.
-const UNSAFE_MAY_BE_IN: &[&str] = &["mesh/runtime/src/sockets", "mesh/runtime/src/allocator.rs", "ebpf/"];
+/// Where `unsafe` may stand: socket options, the allocator's own interface, profiling, and what talks to the kernel's BPF side.
+const UNSAFE_MAY_BE_IN: &[&str] =
+    &["mesh/runtime/src/sockets", "mesh/runtime/src/allocator.rs", "mesh/runtime/src/profile/", "ebpf/"];
 /// Crates whose root cannot forbid it for that reason.
 const UNSAFE_CRATES: &[&str] = &["mesh-runtime", "ebpf-common", "ebpf-loader"];
 /// Names the pure core may not use.
