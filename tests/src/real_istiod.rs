@@ -1,4 +1,5 @@
-//! A real istiod: the program of `tests/istiod`, which is Istio's own conversion and discovery server over a folder of YAML.
+//! A real istiod, and istioctl: programs of `tests/istiod`, which are Istio's own conversion and discovery server over a folder of
+//! YAML, and its reader of dumps.
 //!
 //! Refuses: to build it; `cargo xtask e2e` does, and where it is not, that is a reason to skip.
 use std::ffi::OsStr;
@@ -9,7 +10,9 @@ use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{self, Receiver};
 use std::time::Duration;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, ensure};
+
+use serde_json::Value;
 
 use crate::netns::Netns;
 use crate::skip;
@@ -79,5 +82,47 @@ impl Drop for IstiodFed {
     fn drop(&mut self) {
         let _gone_already = self.child.kill();
         let _reaped = self.child.wait();
+    }
+}
+
+/// What `istioctl ztunnel-config` printed of a dump.
+#[derive(Debug)]
+pub struct Istioctl {
+    /// `all`: the tables.
+    pub summary: String,
+    lists: Vec<Value>,
+}
+
+impl Istioctl {
+    /// What the program prints, in its order.
+    const LISTS: [&'static str; 5] = ["workloads", "services", "policies", "connections", "certificates"];
+
+    /// Has it read a dump.
+    pub fn read(dump: &Value) -> anyhow::Result<Self> {
+        let mut command = Command::new(skip::find_peer("istioctl-ztunnel").map_err(CannotRun)?);
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+        child.stdin.take().context("its input")?.write_all(dump.to_string().as_bytes())?;
+        let output = child.wait_with_output()?;
+        ensure!(output.status.success(), "istioctl cannot read it: {}", String::from_utf8_lossy(&output.stderr));
+        let text = String::from_utf8(output.stdout)?;
+        // The tables have no line that begins so.
+        let (summary, rest) = text.split_once("\n[").context("tables, then lists")?;
+        let lists = serde_json::Deserializer::from_str(&format!("[{rest}")).into_iter().collect::<Result<Vec<Value>, _>>()?;
+        ensure!(lists.len() == Self::LISTS.len(), "{} lists", lists.len());
+        Ok(Self { summary: summary.to_owned(), lists })
+    }
+
+    /// A list, as it understood it.
+    pub fn list(&self, name: &str) -> anyhow::Result<&Value> {
+        Self::LISTS.iter().zip(&self.lists).find_map(|(known, list)| (*known == name).then_some(list)).context("a list")
+    }
+
+    /// Whether a table has a row with these columns next to each other.
+    pub fn has_row(&self, columns: &[&str]) -> bool {
+        let is = |line: &str| {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            words.windows(columns.len()).any(|some| some == columns)
+        };
+        self.summary.lines().any(is)
     }
 }

@@ -28,7 +28,7 @@ const PEERS: &[Peer] = &[
         programs: &["etcd", "kube-apiserver"],
         suite: "mesh_kubernetes",
     },
-    Peer { name: "istiod", script: "tests/istiod/install.sh", programs: &["istiod-fed"], suite: "e2e_istiod" },
+    Peer { name: "istiod", script: "tests/istiod/install.sh", programs: &["istiod-fed", "istioctl-ztunnel"], suite: "e2e_istiod" },
 ];
 
 /// `cargo xtask e2e`.
@@ -50,8 +50,8 @@ pub fn run(args: &[String]) -> Result<()> {
     }
     let mut total = Tally::default();
     let mut told = Vec::new();
-    for peer in PEERS {
-        let tally = suite::run_target(&metadata, peer.suite, &options, &mut laps)?;
+    let suites: Vec<&str> = PEERS.iter().map(|peer| peer.suite).collect();
+    for (peer, tally) in PEERS.iter().zip(suite::run_targets(&metadata, &suites, &options, &mut laps)?) {
         told.push(format!("{} ({}): {tally}", peer.name, peer.suite));
         total += tally;
     }

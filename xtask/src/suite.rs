@@ -107,16 +107,21 @@ pub fn run_all(options: &Options, laps: &mut Laps) -> Result<Tally> {
     Ok(tally)
 }
 
-/// Builds and runs one test target of the harness, with the programs.
-pub fn run_target(metadata: &Metadata, target: &str, options: &Options, laps: &mut Laps) -> Result<Tally> {
-    let what = ["-p", "mesh-tests", "-p", "ztunnel", "-p", "waypoint", "--bins", "--test", target];
+/// Builds test targets of the harness, with the programs, and runs one after the other.
+pub fn run_targets(metadata: &Metadata, targets: &[&str], options: &Options, laps: &mut Laps) -> Result<Vec<Tally>> {
+    let mut what = vec!["-p", "mesh-tests", "-p", "ztunnel", "-p", "waypoint", "--bins"];
+    what.extend(targets.iter().flat_map(|target| ["--test", target]));
+    // One build: nothing that runs is replaced under it.
     let binaries = laps.time("build", || build(metadata, &what))?;
     let root = shell::find_root();
-    let mut tally = Tally::default();
-    for binary in binaries.iter().filter(|binary| binary.target == target) {
-        tally += laps.time(target, || run_binary(binary, options, root, &agent(metadata)));
-    }
-    Ok(tally)
+    let run = |target: &&str| {
+        let mut tally = Tally::default();
+        for binary in binaries.iter().filter(|binary| binary.target == *target) {
+            tally += laps.time(target, || run_binary(binary, options, root, &agent(metadata)));
+        }
+        tally
+    };
+    Ok(targets.iter().map(run).collect())
 }
 
 struct Binary {

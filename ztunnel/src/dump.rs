@@ -130,6 +130,7 @@ fn pod_states(pods: &PodTable) -> Value {
                         "name": pod.name,
                         "namespace": pod.identity.namespace(),
                         "serviceAccount": pod.identity.service_account(),
+                        "trustDomain": pod.identity.trust_domain(),
                         "identity": pod.identity.to_string(),
                     },
                 })
@@ -198,9 +199,8 @@ fn service(snap: &Snapshot, s: &Service) -> Value {
         "name": s.name,
         "namespace": s.key.namespace,
         "hostname": s.key.hostname,
-        "vips": s.vips.iter().map(ToString::to_string)
-            .chain(s.cidr_vips.iter().map(|(n, net)| format!("{}/{net}", n.as_str())))
-            .collect::<Vec<_>>(),
+        "vips": s.vips.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        "cidrVips": s.cidr_vips.iter().map(|(n, net)| format!("{}/{net}", n.as_str())).collect::<Vec<_>>(),
         "ports": ports_map(s.ports.iter().map(|p| (p.port, p.target))),
         "endpoints": endpoints,
         "subjectAltNames": s.sans.iter().map(ToString::to_string).collect::<Vec<_>>(),
@@ -285,7 +285,9 @@ fn a_match(m: &Match) -> Value {
     };
     let mut out = Map::new();
     put(&mut out, "namespaces", "notNamespaces", &m.namespaces, text);
-    put(&mut out, "serviceAccounts", "notServiceAccounts", &m.service_accounts, |(ns, sa)| json!(format!("{ns}/{sa}")));
+    put(&mut out, "serviceAccounts", "notServiceAccounts", &m.service_accounts, |(ns, sa)| {
+        json!({ "namespace": ns, "serviceAccount": sa })
+    });
     put(&mut out, "principals", "notPrincipals", &m.principals, text);
     put(&mut out, "trustDomains", "notTrustDomains", &m.trust_domains, text);
     put(&mut out, "sourceIps", "notSourceIps", &m.source_ips, |n| json!(n.to_string()));

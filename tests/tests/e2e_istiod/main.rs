@@ -1,8 +1,10 @@
 //! Ring 4: a real istiod. Its own code (`tests/istiod`) converts the YAML that our translator reads from a folder, and what both
-//! say must be one mesh, field by field, but for [`differences`]; and agents that have nothing but its stream serve by it.
+//! say must be one mesh, field by field, but for [`differences`]; agents that have nothing but its stream serve by it, and
+//! `istioctl` reads what they know.
 mod compare;
 mod conversion;
 mod differences;
+mod istioctl;
 mod peers;
 mod serving;
 
@@ -20,6 +22,7 @@ const TESTS: &[Test<()>] = &[
     test("peer_authentication_is_the_same", |()| conversion::peers()),
     test("changes_are_the_same", |()| conversion::changes()),
     test("what_is_named_and_never_sent_refuses_plaintext_only", |()| conversion::never_sent()),
+    test("istioctl_reads_what_agents_know", |()| istioctl::reads_every_mesh()),
     test("agents_serve_by_it", |()| serving::agents()),
 ];
 

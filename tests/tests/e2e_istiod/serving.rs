@@ -8,7 +8,7 @@ use anyhow::{Context as _, ensure};
 use mesh_tests::agent::{Agent, AgentSpec, find_binary};
 use mesh_tests::cni::{self, CniAgent, CniPod, Connection};
 use mesh_tests::program::{Client, Server};
-use mesh_tests::real_istiod::IstiodFed;
+use mesh_tests::real_istiod::{Istioctl, IstiodFed};
 use mesh_tests::suite::CannotRun;
 use mesh_tests::topology::{Plan, Topology};
 use mesh_tests::{netns, skip, wait};
@@ -144,6 +144,27 @@ impl World {
         self.topology.pod("web").at(PORT)
     }
 
+    /// What `istioctl ztunnel-config all` shows of them, while `client` is connected to `web`.
+    fn read_by_istioctl(&self) -> anyhow::Result<()> {
+        let web = self.topology.pod("web").v4.to_string();
+        for node in &self.nodes {
+            let read = Istioctl::read(&node.agent.config_dump()?)?;
+            let (pod, way) = if node.agent.node() == "node-a" { ("client", "Outbound") } else { ("web", "Inbound") };
+            let (id, connected) = (format!("spiffe://cluster.local/ns/t/sa/{pod}"), format!("{pod}.t"));
+            for row in [
+                &["t", "web", &web, "node-b", "None", "HBONE"][..],
+                &["t", "web", "10.96.0.20", "None", "1/1"],
+                &["t", "web", "Allow", "WorkloadSelector"],
+                &[&id, "Leaf", "Available", "true"],
+                &[&id, "Root", "Available", "true"],
+                &[&connected, way],
+            ] {
+                ensure!(read.has_row(row), "{row:?} is not in\n{}", read.summary);
+            }
+        }
+        Ok(())
+    }
+
     /// The gauge says so at both agents.
     fn wait_connected(&self, value: i64) -> anyhow::Result<()> {
         wait::until_true("the metric to tell", || {
@@ -166,6 +187,7 @@ pub fn agents() -> anyhow::Result<()> {
     // A policy that changes ends what it no longer allows.
     let (mut live, _) = Client::who(world.topology.pod("client"), world.web())?;
     live.ping("before")?;
+    world.read_by_istioctl()?;
     world.write("other")?;
     world.istiod.as_mut().context("it runs")?.read_again()?;
     live.wait_cut()?;
