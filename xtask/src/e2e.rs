@@ -28,7 +28,12 @@ const PEERS: &[Peer] = &[
         programs: &["etcd", "kube-apiserver"],
         suite: "mesh_kubernetes",
     },
-    Peer { name: "istiod", script: "tests/istiod/install.sh", programs: &["istiod-fed", "istioctl-ztunnel"], suite: "e2e_istiod" },
+    Peer {
+        name: "istiod",
+        script: "tests/istiod/install.sh",
+        programs: &["istiod-fed", "istioctl-ztunnel"],
+        suite: "e2e_istiod",
+    },
 ];
 
 /// `cargo xtask e2e`.

@@ -285,9 +285,13 @@ fn a_match(m: &Match) -> Value {
     };
     let mut out = Map::new();
     put(&mut out, "namespaces", "notNamespaces", &m.namespaces, text);
-    put(&mut out, "serviceAccounts", "notServiceAccounts", &m.service_accounts, |(ns, sa)| {
-        json!({ "namespace": ns, "serviceAccount": sa })
-    });
+    put(
+        &mut out,
+        "serviceAccounts",
+        "notServiceAccounts",
+        &m.service_accounts,
+        |(ns, sa)| json!({ "namespace": ns, "serviceAccount": sa }),
+    );
     put(&mut out, "principals", "notPrincipals", &m.principals, text);
     put(&mut out, "trustDomains", "notTrustDomains", &m.trust_domains, text);
     put(&mut out, "sourceIps", "notSourceIps", &m.source_ips, |n| json!(n.to_string()));

@@ -1,16 +1,17 @@
 //! Outbound: what to do with a captured connection (node-agent §1.4). Pure; the shell dials what comes out.
 mod crossing;
 
-use crate::addr::{DialAddr, HboneAuthority};
+use crate::addr::{DialAddr, HboneAuthority, Network};
 use crate::conn::OutboundConn;
 use crate::id::SpiffeId;
 use crate::inbound::{AGENT_PORTS, is_instance};
 use crate::known::Known;
-use crate::lb::{below, family_allowed, redraw};
+use crate::lb::{EndpointSet, below, family_allowed, redraw};
 use crate::reason::{Reason, Refusal};
 use crate::service::{IpFamilies, LbMode, Service};
 use crate::snapshot::{MissingWaypoint, Snapshot};
 use crate::workload::{GatewayDestination, GatewayRef, Protocol, Workload};
+use std::borrow::Cow;
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -173,7 +174,7 @@ fn plan_service(snap: &Snapshot, conn: &OutboundConn<'_>, service: &Arc<Service>
         let target = endpoint.target_port(service, port).ok_or_else(none)?;
         direct(w, &endpoint.expect(service), conn, service.ip_families, target).ok_or_else(none)?
     } else {
-        through_gateway(snap, conn, w, service, &service.sans)?
+        through_gateway(snap, conn, w, service, &expected_beyond(service, set, &w.network))?
     };
     Ok(OutboundPlan { dial, workload: Some(Arc::clone(w)), service: Some(Arc::clone(service)), around })
 }
@@ -254,6 +255,19 @@ fn through_waypoint(
         },
     };
     Ok(plan(dial))
+}
+
+/// Whom the service's endpoints on another network may prove to be: those its `sans` name, else those that are known one by one.
+/// Somebody without an address stands for endpoints that are not known, and says nothing of who they are.
+fn expected_beyond<'s>(service: &'s Service, set: &EndpointSet, network: &Network) -> Cow<'s, [SpiffeId]> {
+    if !service.sans.is_empty() {
+        return Cow::Borrowed(&service.sans);
+    }
+    let mut known = Vec::new();
+    for endpoint in set.usable().filter(|e| e.workload().network == *network && !e.workload().ips.is_empty()) {
+        known.extend(endpoint.known().expect().iter().filter(|id| !known.contains(*id)).cloned().collect::<Vec<_>>());
+    }
+    known.into()
 }
 
 /// Through the gateway in front of `upstream`'s network: an outer tunnel to the gateway and an inner one, both asking

@@ -19,6 +19,7 @@ mod intern;
 mod istio;
 mod kube;
 mod layer7;
+mod networks;
 mod object;
 mod peer;
 mod pem;
@@ -40,7 +41,7 @@ use std::sync::Arc;
 use mesh_model::policy::{Policy, PolicyKey};
 use mesh_model::service::{Service, ServiceKey};
 use mesh_model::snapshot::Viewpoint;
-use mesh_model::workload::{Locality, Workload};
+use mesh_model::workload::{GatewayRef, Locality, Workload};
 use mesh_model::{Change, Origin};
 
 pub use intern::{Interner, Labels};
@@ -167,6 +168,10 @@ pub struct Translator {
     nodes: HashMap<Arc<str>, Locality>,
     classes: BTreeMap<Arc<str>, GatewayClass>,
     gateways: BTreeMap<Name, Slot<Gateway>>,
+    /// Gateways of other networks, by network.
+    networks: BTreeMap<Arc<str>, GatewayRef>,
+    /// Who ends the tunnels to them, by uid.
+    networks_out: BTreeMap<Arc<str>, Arc<Workload>>,
     /// ServiceEntries by host.
     host_entries: HashMap<Arc<str>, BTreeSet<Name>>,
     services_out: HashMap<ServiceKey, Arc<Service>>,
@@ -202,6 +207,8 @@ impl Translator {
             nodes: HashMap::default(),
             classes: BTreeMap::new(),
             gateways: BTreeMap::new(),
+            networks: BTreeMap::new(),
+            networks_out: BTreeMap::new(),
             host_entries: HashMap::default(),
             services_out: HashMap::default(),
             hosts_out: HashMap::default(),
@@ -532,6 +539,7 @@ impl Translator {
         let mut dirty = std::mem::take(&mut self.dirty);
         let mut pool = std::mem::take(&mut self.pool);
         let mut changes = std::mem::take(&mut dirty.gone);
+        self.flush_networks(&mut dirty, &mut changes);
         self.spread(&mut dirty);
         self.flush_policies(&dirty, &mut changes);
         self.flush_services(&dirty, &mut changes);

@@ -1,6 +1,8 @@
-//! Ring 3: two networks and the gateway between them. The pods of the one are told of the other by its control plane, as Istio
-//! does: a service, somebody behind a gateway, no addresses. What is between is two tunnels, one inside the other; only the
-//! gateway and the endpoint know the other network.
+//! Ring 3: two networks and the gateway between them. Pods of one node are told of the other network by a control plane, as Istio
+//! does: a service, somebody behind a gateway, no addresses. Those of another node read it in a folder: ServiceEntries with
+//! endpoints on the other network, and a Gateway of the class `istio-remote`. What is between is two tunnels, one inside the other;
+//! only the gateway and the endpoint know the other network.
+use std::fmt::Write as _;
 use std::net::{IpAddr, SocketAddr};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -108,7 +110,7 @@ fn web_yaml(label: &str) -> String {
 
 /// Dropped in this order.
 struct World {
-    near: Agent,
+    near: [Agent; 2],
     far: Agent,
     gateway: Agent,
     waypoint: Agent,
@@ -116,6 +118,7 @@ struct World {
     _web: Server,
     _istiod: Istiod,
     dir: MeshDir,
+    _near_dir: MeshDir,
     topology: Topology,
     _files: TempDir,
 }
@@ -128,8 +131,11 @@ fn set_up() -> anyhow::Result<World> {
     let topology = Plan::default()
         .node("node-a", "zone-1")
         .node("node-b", "zone-2")
+        .node("node-c", "zone-1")
         .pod("node-a", "t", "client", "client", &[])
         .pod("node-a", "t", "other", "other", &[])
+        .pod("node-c", "t", "client-c", "client", &[])
+        .pod("node-c", "t", "other-c", "other", &[])
         .pod("node-b", "t", "web", "web", &[])
         .pod("node-b", "t", "gw", "gw", &["gateway.networking.k8s.io/gateway-name=eastwest", plain])
         .pod("node-b", "t", "wp", "wp", &["gateway.networking.k8s.io/gateway-name=wp", plain])
@@ -184,7 +190,56 @@ fn set_up() -> anyhow::Result<World> {
     }
     ensure!(connection.snapshot_sent()?.is_empty(), "the list is refused");
     near.wait_ready(Duration::from_secs(40)).with_context(|| near.log_tail(20))?;
-    Ok(World { near, far, gateway, waypoint, _cni: (cni, connection), _web: web, _istiod: istiod, dir, topology, _files: files })
+    let near_dir = MeshDir::empty()?;
+    near_dir.put("mesh.yaml", &beyond(&topology))?;
+    for pod in ["client-c", "other-c"] {
+        near_dir.put(&format!("pod-{pod}.yaml"), &topology.pod_yaml(pod, &[]))?;
+    }
+    let by_folder = AgentSpec::new("node-c", near_dir.path(), &ca, files.path()).start(topology.node("node-c"))?;
+    by_folder.wait_ready(Duration::from_secs(40)).with_context(|| by_folder.log_tail(20))?;
+    Ok(World {
+        near: [near, by_folder],
+        far,
+        gateway,
+        waypoint,
+        _cni: (cni, connection),
+        _web: web,
+        _istiod: istiod,
+        dir,
+        _near_dir: near_dir,
+        topology,
+        _files: files,
+    })
+}
+
+/// What a folder says of the other network.
+fn beyond(topology: &Topology) -> String {
+    let mut yaml = format!(
+        "apiVersion: v1\nkind: Namespace\nmetadata: {{ name: t, labels: {{ istio.io/dataplane-mode: ambient }} }}\n---\n\
+         apiVersion: gateway.networking.k8s.io/v1\nkind: Gateway\n\
+         metadata:\n  name: west\n  namespace: t\n  labels: {{ topology.istio.io/network: {WEST} }}\n  \
+         annotations: {{ gateway.istio.io/service-account: gw }}\n\
+         spec:\n  gatewayClassName: istio-remote\n  addresses: [ {{ type: IPAddress, value: {} }} ]\n  \
+         listeners: [ {{ name: mesh, port: {HBONE}, protocol: HBONE }} ]\n",
+        topology.pod("gw").v4
+    );
+    for (name, [a, b, c, d]) in SERVICES {
+        // The waypoint there may end the inner tunnel too, and only the service can say so.
+        let sans = if name == "web" {
+            "  subjectAltNames: [ spiffe://cluster.local/ns/t/sa/web, spiffe://cluster.local/ns/t/sa/wp ]\n"
+        } else {
+            ""
+        };
+        let web = topology.pod("web").v4;
+        let _ = write!(
+            yaml,
+            "---\napiVersion: networking.istio.io/v1\nkind: ServiceEntry\nmetadata: {{ name: {name}, namespace: t }}\n\
+             spec:\n  hosts: [ {name}.t.svc.cluster.local ]\n  addresses: [ {a}.{b}.{c}.{d} ]\n  resolution: STATIC\n  \
+             ports: [ {{ name: tcp, number: 80, targetPort: {PORT}, protocol: TCP }} ]\n{sans}  \
+             endpoints: [ {{ address: {web}, network: {WEST}, serviceAccount: web }} ]\n"
+        );
+    }
+    yaml
 }
 
 fn workload(place: &Place, name: &str) -> Workload {
@@ -237,12 +292,17 @@ fn tell(istiod: &Istiod, topology: &Topology) {
 }
 
 impl World {
-    fn call(&self, pod: &str, service: usize) -> anyhow::Result<String> {
-        let (mut client, who) = Client::who(self.topology.pod(pod), vip(service))?;
+    /// By the node of the control plane (0), or of the folder (1).
+    fn call(&self, side: usize, pod: &str, service: usize) -> anyhow::Result<String> {
+        let (mut client, who) = Client::who(self.topology.pod(&named(side, pod)), vip(service))?;
         client.ping("there?")?;
         client.finish()?;
         Ok(who.name)
     }
+}
+
+fn named(side: usize, pod: &str) -> String {
+    if side == 0 { pod.to_owned() } else { format!("{pod}-c") }
 }
 
 fn vip(service: usize) -> SocketAddr {
@@ -254,9 +314,24 @@ fn starts(record: &Value, field: &str, with: &str) -> bool {
 }
 
 fn another_network_is_reached_through_its_gateway(world: &mut World) -> anyhow::Result<()> {
-    let (near, far) = (world.near.mark(), world.far.mark());
-    ensure!(world.call("client", 0)? == "web");
-    let out = world.near.wait_access("the way out", near, |r| r["direction"] == "outbound")?;
+    for side in [0, 1] {
+        is_reached(world, side)?;
+    }
+    // Several at once share the outer tunnel, and each has an inner one of its own.
+    let world = &*world;
+    std::thread::scope(|scope| {
+        let calls = [0, 1, 0, 1, 0, 1, 0, 1].map(|side| scope.spawn(move || world.call(side, "client", 0)));
+        calls.into_iter().try_for_each(|call| match call.join() {
+            Ok(answer) => answer.map(drop),
+            Err(_) => Err(anyhow::anyhow!("a caller panicked")),
+        })
+    })
+}
+
+fn is_reached(world: &World, side: usize) -> anyhow::Result<()> {
+    let (near, far) = (world.near[side].mark(), world.far.mark());
+    ensure!(world.call(side, "client", 0)? == "web");
+    let out = world.near[side].wait_access("the way out", near, |r| r["direction"] == "outbound")?;
     ensure!(out["dst.service"] == "web.t.svc.cluster.local", "{out}");
     ensure!(starts(&out, "dst.hbone_addr", "web.t.svc.cluster.local:80"), "{out}");
     // The client's identity arrives; its address is another network's, so that of the gateway is what is seen.
@@ -269,30 +344,27 @@ fn another_network_is_reached_through_its_gateway(world: &mut World) -> anyhow::
         ("destination_service_name", "web"),
     ];
     let told = || world.gateway.metrics().is_ok_and(|page| page.sum("istio_tcp_connections_opened_total", &labels) > 0.0);
-    wait::until_true("the gateway to tell of it", told)?;
-    // Several at once share the outer tunnel, and each has an inner one of its own.
-    std::thread::scope(|scope| {
-        let calls = [(); 8].map(|()| scope.spawn(|| world.call("client", 0)));
-        calls.into_iter().try_for_each(|call| match call.join() {
-            Ok(answer) => answer.map(drop),
-            Err(_) => Err(anyhow::anyhow!("a caller panicked")),
-        })
-    })
+    wait::until_true("the gateway to tell of it", told)
 }
 
 fn the_endpoint_judges_who_is_behind_the_gateway(world: &mut World) -> anyhow::Result<()> {
-    let mark = world.far.mark();
-    ensure!(world.call("other", 0).is_err(), "who is not allowed came through");
-    let record = world.far.wait_access("the refusal", mark, |r| starts(r, "error", "not_allowed"))?;
-    ensure!(record["src.identity"] == "spiffe://cluster.local/ns/t/sa/other", "{record}");
+    for side in [0, 1] {
+        let mark = world.far.mark();
+        ensure!(world.call(side, "other", 0).is_err(), "who is not allowed came through");
+        let record = world.far.wait_access("the refusal", mark, |r| starts(r, "error", "not_allowed"))?;
+        ensure!(record["src.identity"] == "spiffe://cluster.local/ns/t/sa/other", "{record}");
+    }
     Ok(())
 }
 
 fn what_is_not_meant_for_others_is_refused(world: &mut World) -> anyhow::Result<()> {
-    let (near, gateway) = (world.near.mark(), world.gateway.mark());
-    ensure!(world.call("client", 1).is_err(), "a service of the other network alone was reached");
-    world.near.wait_access("the refusal", near, |r| r["error"].as_str().is_some_and(|e| e.contains("not_bound")))?;
-    wait::until_true("the gateway's words", || world.gateway.log_since(gateway).contains("is not for other networks"))
+    for (side, agent) in world.near.iter().enumerate() {
+        let (near, gateway) = (agent.mark(), world.gateway.mark());
+        ensure!(world.call(side, "client", 1).is_err(), "a service of the other network alone was reached");
+        agent.wait_access("the refusal", near, |r| r["error"].as_str().is_some_and(|e| e.contains("not_bound")))?;
+        wait::until_true("the gateway's words", || world.gateway.log_since(gateway).contains("is not for other networks"))?;
+    }
+    Ok(())
 }
 
 fn policies_of_the_gateway_hold_and_cut(world: &mut World) -> anyhow::Result<()> {
@@ -305,11 +377,11 @@ fn policies_of_the_gateway_hold_and_cut(world: &mut World) -> anyhow::Result<()>
          - from: [ { source: { principals: [ cluster.local/ns/t/sa/client ] } } ]\n",
     )?;
     client.wait_cut()?;
-    let mark = world.near.mark();
-    ensure!(world.call("client", 0).is_err(), "the gateway's own policy does not hold");
-    world.near.wait_access("the refusal", mark, |r| r["error"].as_str().is_some_and(|e| e.contains("policy_denied")))?;
+    let mark = world.near[0].mark();
+    ensure!(world.call(0, "client", 0).is_err(), "the gateway's own policy does not hold");
+    world.near[0].wait_access("the refusal", mark, |r| r["error"].as_str().is_some_and(|e| e.contains("policy_denied")))?;
     drop(denied);
-    wait::until_true("all as before", || world.call("client", 0).is_ok())
+    wait::until_true("all as before", || world.call(0, "client", 0).is_ok())
 }
 
 fn the_waypoint_of_the_other_network_is_not_gone_around(world: &mut World) -> anyhow::Result<()> {
@@ -320,12 +392,14 @@ fn the_waypoint_of_the_other_network_is_not_gone_around(world: &mut World) -> an
         page.map_or(0.0, |page| page.sum("istio_tcp_connections_opened_total", &labels))
     };
     wait::until_true("the waypoint to take it", || {
-        world.call("client", 0).is_ok_and(|name| name == "web") && through(world) > 0.0
+        world.call(0, "client", 0).is_ok_and(|name| name == "web") && through(world) > 0.0
     })?;
-    let mark = world.far.mark();
-    ensure!(world.call("client", 0)? == "web");
-    let came = world.far.wait_access("the way in", mark, |r| r["direction"] == "inbound")?;
-    ensure!(came["src.identity"] == "spiffe://cluster.local/ns/t/sa/wp", "{came}");
+    for side in [0, 1] {
+        let mark = world.far.mark();
+        ensure!(world.call(side, "client", 0)? == "web");
+        let came = world.far.wait_access("the way in", mark, |r| r["direction"] == "inbound")?;
+        ensure!(came["src.identity"] == "spiffe://cluster.local/ns/t/sa/wp", "{came}");
+    }
     // Whom the service's own policies name is the waypoint's to judge, and it knows who is asking.
     let denied = world.dir.put_for_now(
         "51-web.yaml",
@@ -333,10 +407,11 @@ fn the_waypoint_of_the_other_network_is_not_gone_around(world: &mut World) -> an
          targetRefs: [ { group: \"\", kind: Service, name: web } ]\n  action: DENY\n  rules:\n  \
          - from: [ { source: { principals: [ cluster.local/ns/t/sa/client ] } } ]\n",
     )?;
-    wait::until_true("the waypoint to refuse", || world.call("client", 0).is_err())?;
+    wait::until_true("the waypoint to refuse", || world.call(0, "client", 0).is_err())?;
     drop(denied);
-    wait::until_true("all as before", || world.call("client", 0).is_ok())?;
-    for agent in [&world.near, &world.far, &world.gateway, &world.waypoint] {
+    wait::until_true("all as before", || world.call(0, "client", 0).is_ok())?;
+    let [by_istiod, by_folder] = &world.near;
+    for agent in [by_istiod, by_folder, &world.far, &world.gateway, &world.waypoint] {
         ensure!(!agent.whole_log().contains("panicked"), "{} panicked", agent.node());
     }
     Ok(())

@@ -287,6 +287,20 @@ fn other_networks_are_reached_through_their_gateway() {
 }
 
 #[test]
+fn endpoints_beyond_a_gateway_that_are_known_are_whom_to_expect() {
+    let mut objects = remote(true, true, vec![]);
+    for (name, network, address) in [("far-1", "n2", "10.9.0.1"), ("far-2", "n2", "10.9.0.2"), ("far-3", "n3", "10.9.0.3")] {
+        let mut w = backs(pod("default", name, address), &key("default", "far"), &[]);
+        w.network = network.into();
+        w.network_gateway = (network == "n2").then(|| Box::new(by_addr("n2", "172.16.0.1")));
+        objects.push(w.into());
+    }
+    let Ok(Dial::DoubleHbone { inner, .. }) = plan(objects, "10.96.0.7:80") else { panic!("no gateway") };
+    // Not who stands for others without an address, and nobody of another network.
+    assert_eq!(*inner.expect, [sa("far-1"), sa("far-2")]);
+}
+
+#[test]
 fn an_endpoint_without_gateway_is_not_chosen_while_there_is_another() {
     let mut objects = remote(false, false, vec![sa("far-0")]);
     objects.push(backs(pod("default", "near-0", "10.0.0.8"), &key("default", "far"), &[]).into());

@@ -233,7 +233,7 @@ impl Translator {
     }
 
     /// What labels say about any workload; the caller adds addresses and services.
-    fn base(&self, uid: String, name: &Arc<str>, ns: &Arc<str>, labels: &Labels, workload: &Arc<str>) -> Workload {
+    pub(super) fn base(&self, uid: String, name: &Arc<str>, ns: &Arc<str>, labels: &Labels, workload: &Arc<str>) -> Workload {
         let first = |keys: &[&str]| keys.iter().find_map(|k| labels.get(k).filter(|v| !v.is_empty())).cloned();
         Workload {
             uid: uid.into(),
@@ -395,7 +395,7 @@ impl Translator {
     }
 
     /// The address part of a WorkloadEntry; `None` when it has neither address nor name.
-    fn place(w: &mut Workload, entry: &WorkloadEntry) -> Option<()> {
+    fn place(&self, w: &mut Workload, entry: &WorkloadEntry) -> Option<()> {
         match entry.ip {
             Some(ip) => w.ips = vec![ip],
             None if entry.hostname.is_empty() => return None,
@@ -403,6 +403,9 @@ impl Translator {
         }
         if let Some(n) = &entry.network {
             w.network = Network(Arc::clone(n));
+            if w.network != self.view.network {
+                w.network_gateway = self.networks.get(n).cloned().map(Box::new);
+            }
         }
         if !entry.service_account.is_empty() {
             w.service_account = Arc::clone(&entry.service_account);
@@ -422,7 +425,7 @@ impl Translator {
         let entry = &slot.obj;
         let uid = format!("{}/networking.istio.io/WorkloadEntry/{ns}/{name}", self.view.cluster);
         let mut w = self.base(uid, name, ns, &entry.labels, name);
-        if Self::place(&mut w, entry).is_none() {
+        if self.place(&mut w, entry).is_none() {
             let problem = Problem {
                 severity: Severity::Error,
                 origin: (*slot.origin).clone(),
@@ -490,7 +493,7 @@ impl Translator {
                 // Subsets select by the endpoint's own labels; names and policies go by those of the ServiceEntry.
                 w.labels = pool.labels(se.labels.iter().chain(endpoint.labels.iter()).cloned().collect());
             }
-            if Self::place(&mut w, endpoint).is_none() || out.iter().any(|have| have.uid == w.uid) {
+            if self.place(&mut w, endpoint).is_none() || out.iter().any(|have| have.uid == w.uid) {
                 problems.push(Problem {
                     severity: Severity::Warning,
                     origin: (*slot.origin).clone(),

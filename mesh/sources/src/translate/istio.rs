@@ -10,11 +10,15 @@ use super::gateway_api;
 use super::kube::{app_protocol, canary_weight, distribution, redirected, section};
 use super::object::{
     AllowedRoutes, Expression, ExpressionOp, Gateway, GatewayAddress, GatewayClass, InboundBinding, Listener, Port, Reader,
-    Resolution, ServiceEntry, Target, WaypointFor, WorkloadEntry,
+    RemoteNetwork, Resolution, ServiceEntry, Target, WaypointFor, WorkloadEntry,
 };
 use super::read::{self, Bad, Read};
+use super::waypoint::NETWORK;
 use crate::diagnostics::{Problem, Severity};
 use crate::yaml::Node;
+
+/// Class of Gateways that stand for the gateway of another network.
+const REMOTE_CLASS: &str = "istio-remote";
 
 pub(super) fn service_entry<'p>(r: &mut Reader<'_>, node: &'p Node<'p>) -> Read<'p, ServiceEntry> {
     let meta = section(node, "metadata")?;
@@ -248,14 +252,30 @@ pub(super) fn gateway<'p>(r: &mut Reader<'_>, node: &'p Node<'p>) -> Read<'p, Ga
         });
     }
     let edge = if r.layer7 { gateway_api::read_listeners(r, node, spec)? } else { Vec::new() };
+    let class = r.pool.text(read::text_or_empty(spec, "gatewayClassName")?);
     Ok(Gateway {
-        class: r.pool.text(read::text_or_empty(spec, "gatewayClassName")?),
+        leads_to: if *class == *REMOTE_CLASS { remote_network(r, meta, &listeners)? } else { None },
+        class,
         waypoint_for: waypoint_for(r, node, meta)?,
         binding: binding(r, node, meta),
         address: hostname.map(GatewayAddress::Hostname).or(ip.map(GatewayAddress::Ip)),
         listeners,
         edge,
     })
+}
+
+/// The network behind a Gateway of the class `istio-remote`: named by its label, entered by its HBONE listener.
+fn remote_network<'p>(r: &mut Reader<'_>, meta: &'p Node<'p>, listeners: &[Listener]) -> Read<'p, Option<RemoteNetwork>> {
+    let labels = read::labels(meta, "labels", r.pool)?;
+    let network = labels.get(NETWORK).filter(|network| !network.is_empty());
+    let hbone = listeners.iter().find(|listener| &*listener.protocol == "HBONE");
+    let (Some(network), Some(hbone)) = (network, hbone) else { return Ok(None) };
+    let named = read::annotation(meta, "gateway.istio.io/service-account").filter(|name| !name.is_empty());
+    let account = match named {
+        Some(name) => name.to_owned(),
+        None => format!("{}-{REMOTE_CLASS}", read::text_or_empty(meta, "name")?),
+    };
+    Ok(Some(RemoteNetwork { network: Arc::clone(network), port: hbone.port, service_account: r.pool.text(&account) }))
 }
 
 pub(super) fn allowed_routes<'p>(r: &mut Reader<'_>, root: &'p Node<'p>, listener: &'p Node<'p>) -> Read<'p, AllowedRoutes> {

@@ -441,6 +441,16 @@ pub enum GatewayAddress {
     /// By address.
     Ip(IpAddr),
 }
+/// What a Gateway of the class `istio-remote` says: another network, and who ends the tunnels to it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RemoteNetwork {
+    /// Label `topology.istio.io/network`.
+    pub network: Arc<str>,
+    /// Port of its HBONE listener.
+    pub port: u16,
+    /// Annotation `gateway.istio.io/service-account`, or the name Istio gives by itself.
+    pub service_account: Arc<str>,
+}
 /// A Gateway.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Gateway {
@@ -456,6 +466,8 @@ pub struct Gateway {
     pub listeners: Vec<Listener>,
     /// Those that face the outside; read where layer 7 is.
     pub edge: Vec<EdgeListener>,
+    /// The network it leads to, where it stands for the gateway of another one.
+    pub leads_to: Option<RemoteNetwork>,
 }
 /// An AuthorizationPolicy.
 #[derive(Clone, Debug, PartialEq, Eq)]

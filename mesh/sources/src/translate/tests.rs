@@ -808,7 +808,7 @@ fn universe() -> Vec<Vec<String>> {
                 )
             };
             all.push(vec![
-                se("{hosts: [x.com, s.a.svc.cluster.local], resolution: STATIC, endpoints: [{address: 192.0.2.9}, {address: 192.0.2.8, labels: {istio.io/use-waypoint: wp}}], ports: [{number: 80, name: http}]}"),
+                se("{hosts: [x.com, s.a.svc.cluster.local], resolution: STATIC, endpoints: [{address: 192.0.2.9, network: n2}, {address: 192.0.2.8, labels: {istio.io/use-waypoint: wp}}], ports: [{number: 80, name: http}]}"),
                 se("{hosts: [x.com, y.com], resolution: DNS, ports: [{number: 80, name: http}]}"),
                 se("{hosts: [y.com], resolution: STATIC, workloadSelector: {labels: {app: web}}, ports: [{number: 80, name: web}]}"),
             ]);
@@ -816,6 +816,12 @@ fn universe() -> Vec<Vec<String>> {
         all.push(vec![
             format!("---\n{{apiVersion: networking.istio.io/v1, kind: WorkloadEntry, metadata: {{name: w, namespace: {n}}}, spec: {{address: 10.5.0.1, labels: {{app: web}}}}}}\n"),
             format!("---\n{{apiVersion: networking.istio.io/v1, kind: WorkloadEntry, metadata: {{name: w, namespace: {n}}}, spec: {{address: vm.x, labels: {{app: db}}}}}}\n"),
+            format!("---\n{{apiVersion: networking.istio.io/v1, kind: WorkloadEntry, metadata: {{name: w, namespace: {n}}}, spec: {{address: 10.5.0.1, labels: {{app: web}}, network: n2}}}}\n"),
+        ]);
+        all.push(vec![
+            networks::tests::remote(n, "rg", "n2", "172.16.0.1"),
+            networks::tests::remote(n, "rg", "n3", "172.16.0.1"),
+            networks::tests::remote(n, "rg", "n2", "172.16.0.2").replace("HBONE", "TCP"),
         ]);
         all.push(vec![
             ap(n, "ap", "{selector: {matchLabels: {app: web}}, rules: [{}]}"),

@@ -57,8 +57,8 @@ pub(super) struct Instance {
     pub(super) tunnel: Option<ApplicationTunnel>,
 }
 
-/// On the root namespace: the network of the cluster.
-const NETWORK: &str = "topology.istio.io/network";
+/// On the root namespace: the network of the cluster. On a Gateway of the class `istio-remote`: the one it leads to.
+pub(super) const NETWORK: &str = "topology.istio.io/network";
 
 impl Translator {
     fn space_labels(&self, ns: &str) -> Option<&Labels> {
