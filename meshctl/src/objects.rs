@@ -15,9 +15,9 @@ pub struct Text {
 }
 /// Reads every file of a folder. Files that cannot be read, or are too large, have been told by the readers.
 pub fn read(root: &Path) -> Result<Vec<Text>> {
-    let (found, _) = list(root).with_context(|| format!("cannot list {}", root.display()))?;
+    let found = list(root).with_context(|| format!("cannot list {}", root.display()))?;
     let small = |path: &Path| std::fs::metadata(path).is_ok_and(|m| m.len() <= MAX_FILE);
-    let readable = found.into_iter().filter(|f| small(&f.path));
+    let readable = found.files.into_iter().filter(|f| small(&f.path));
     Ok(readable
         .filter_map(|f| Some(Text { text: std::fs::read_to_string(&f.path).ok()?, path: f.path.display().to_string() }))
         .collect())

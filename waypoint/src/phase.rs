@@ -31,7 +31,7 @@ use mesh_model::l7::compression::Coding;
 use mesh_model::l7::limit::{Limit, Taken};
 use mesh_model::l7::route::{Claims, Forward, HttpAction};
 use mesh_model::l7::treatment::Treatments;
-use mesh_model::l7::{Backend, HttpMatch, HttpRoute, RequestFacts, RouteTable};
+use mesh_model::l7::{Backend, HttpMatch, HttpRoute, RequestFacts};
 use mesh_tokens::Verified;
 use replay::Replay;
 use std::str::FromStr;
@@ -68,8 +68,8 @@ pub struct Exchange<'c> {
     pub draw: u64,
     /// The route, once `route` chose it.
     pub route: Option<Arc<HttpRoute>>,
-    /// The table and the number of the rule in it, for rewrites of the part that matched.
-    pub rule: Option<(Arc<RouteTable>, usize)>,
+    /// What the chosen rule matched by, for rewrites of the part that matched.
+    pub matched: Option<Arc<HttpMatch>>,
     /// Index of the backend within the route, once `route` drew it.
     pub backend: Option<usize>,
     /// The verified token.
@@ -149,8 +149,7 @@ impl Exchange<'_> {
     }
     /// What the chosen rule matched by.
     pub fn matched(&self) -> Option<&HttpMatch> {
-        let (table, at) = self.rule.as_ref()?;
-        table.http.get(*at).map(|r| &*r.matches)
+        self.matched.as_deref()
     }
 }
 

@@ -23,6 +23,7 @@ pub mod request_auth;
 pub mod retry;
 pub mod rewrite;
 pub mod route;
+pub mod rules;
 pub mod select;
 pub mod text;
 pub mod treatment;

@@ -1,7 +1,7 @@
 //! A folder of YAML as a source: read at start, watched, re-read by document.
 //!
-//! Owns the files and what was last good of them. Only documents whose text changed are parsed again; a document that
-//! cannot be parsed costs nothing but itself, and objects its file had before stay as they were. A document that looks
+//! Owns the files and what was last good of them. Only files that were touched are looked at where the system tells which,
+//! and of those only documents whose text changed are parsed again; a document that cannot be parsed costs nothing but itself, and objects its file had before stay as they were. A document that looks
 //! like a security policy and cannot be parsed denies in its namespace; at start, when there is no last good state,
 //! everywhere if not even the namespace can be read. Of two objects with one name the first in path order counts; of two
 //! policies with one name that differ, neither: what they bind is denied until one is left.
@@ -11,7 +11,7 @@ mod ahead;
 mod walk;
 mod watch;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::hash::BuildHasher;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -27,6 +27,15 @@ pub(crate) use walk::read as read_text;
 pub use walk::{Found, Stamp, list};
 pub use watch::FolderSource;
 pub(crate) use watch::{follow, on_thread};
+
+/// What may have changed since a folder was read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Touched {
+    /// Anything.
+    All,
+    /// What has these names, as seen from the folder, and nothing else.
+    Names(BTreeSet<PathBuf>),
+}
 
 type HashMap<K, V> = std::collections::HashMap<K, V, foldhash::fast::RandomState>;
 type HashSet<K> = std::collections::HashSet<K, foldhash::fast::RandomState>;
@@ -58,7 +67,11 @@ struct Policies(Box<[Object]>);
 struct File {
     place: Arc<str>,
     stamp: Option<Stamp>,
+    /// Hash of its text, while it could be read.
+    text: Option<u64>,
     docs: Vec<Doc>,
+    /// Some document has problems.
+    troubled: bool,
     /// Objects of documents that no longer parse, kept as they were.
     kept: Vec<ObjectId>,
     /// The file as a whole could not be read.
@@ -68,6 +81,24 @@ struct File {
 type At = (usize, usize);
 /// Objects read in this pass, by file and document.
 type Fresh = HashMap<At, Vec<Object>>;
+
+/// One reading of the folder, or of some of its files.
+#[derive(Default)]
+struct Pass {
+    /// By path.
+    files: Vec<(PathBuf, File)>,
+    fresh: Fresh,
+    /// Anything is not as it was.
+    changed: bool,
+    /// Every file still names the objects it named.
+    same: bool,
+}
+/// A file after it was read.
+enum Reading {
+    /// With the text it had.
+    Same(File),
+    Changed(File),
+}
 
 /// Which document an object in force came from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -91,12 +122,19 @@ pub struct Folder {
     root: PathBuf,
     translator: Translator,
     root_namespace: Arc<str>,
-    files: BTreeMap<PathBuf, File>,
+    /// By path.
+    files: Vec<(PathBuf, File)>,
+    /// A link is among what the folder shows: what a name means may change without it.
+    linked: bool,
     held: HashMap<ObjectId, Held>,
     hasher: foldhash::fast::FixedState,
     loaded: bool,
     /// Every object is written once and readable, as of the last reading: the files alone say who is in force.
     plain: bool,
+    /// What could not be listed.
+    unlisted: Vec<Problem>,
+    /// Of objects that are there several times.
+    doubled: Vec<Problem>,
     problems: Vec<Problem>,
 }
 
@@ -107,11 +145,14 @@ impl Folder {
             root: root.into(),
             root_namespace: Arc::clone(&view.root_namespace),
             translator: Translator::new(view, settings),
-            files: BTreeMap::new(),
+            files: Vec::new(),
+            linked: false,
             held: HashMap::default(),
             hasher: foldhash::fast::FixedState::default(),
             loaded: false,
             plain: false,
+            unlisted: Vec::new(),
+            doubled: Vec::new(),
             problems: Vec::new(),
         }
     }
@@ -126,8 +167,8 @@ impl Folder {
 
     /// Reads what changed. `None` when the folder itself cannot be listed: all stays as it is.
     pub fn reload(&mut self) -> Option<Vec<Change>> {
-        let (listing, mut walk_problems) = match list(&self.root) {
-            Ok(found) => found,
+        let listing = match list(&self.root) {
+            Ok(listing) => listing,
             Err(e) => {
                 let place: Arc<str> = self.root.display().to_string().into();
                 self.problems.retain(|p| p.code != Some("folder"));
@@ -135,45 +176,115 @@ impl Folder {
                 return None;
             }
         };
-        let mut old = std::mem::take(&mut self.files);
-        let mut files: Vec<(PathBuf, File)> = Vec::with_capacity(listing.len());
-        let mut fresh: Fresh = HashMap::default();
-        // Whether anything changed, and whether every file still names the objects it named.
-        let (mut changed, mut same) = (false, self.plain);
-        for found in listing {
+        self.unlisted = listing.problems;
+        self.linked = listing.linked;
+        let mut old: BTreeMap<PathBuf, File> = std::mem::take(&mut self.files).into_iter().collect();
+        let mut pass = Pass { same: self.plain, ..Pass::default() };
+        for found in listing.files {
             let before = old.remove(&found.path);
-            let file = match before {
-                Some(f) if f.stamp.is_some() && f.stamp == found.stamp => f,
-                before => {
-                    changed = true;
-                    let known = before.as_ref().map(File::ids);
-                    let file = self.read(&found, before.unwrap_or_default(), files.len(), &mut fresh);
-                    same &= file.problem.is_none() && file.kept.is_empty() && known.is_some_and(|known| known == file.ids());
-                    file
+            self.reread(found, before, &mut pass);
+        }
+        pass.changed |= !old.is_empty();
+        pass.same &= old.is_empty();
+        Some(self.finish(pass))
+    }
+
+    /// [`Self::reload`], when it is known what may have changed: nothing else is looked at.
+    pub fn reload_touched(&mut self, touched: &Touched) -> Option<Vec<Change>> {
+        let seen = match touched {
+            Touched::Names(names) if self.loaded && !self.linked => self.look(names),
+            _ => None,
+        };
+        let Some(seen) = seen else { return self.reload() };
+        let mut pass = Pass { same: self.plain, files: std::mem::take(&mut self.files), ..Pass::default() };
+        let at = |files: &[(PathBuf, File)], path: &Path| files.binary_search_by(|(p, _)| (**p).cmp(path));
+        // What came and what went first: a file keeps its number while files are read.
+        let mut there = Vec::new();
+        for (path, found) in seen {
+            match (at(&pass.files, &path), found) {
+                (Ok(at), None) => {
+                    pass.files.remove(at);
+                    (pass.changed, pass.same) = (true, false);
                 }
+                (Err(_), None) => {}
+                (Ok(_), Some(found)) => there.push((found, true)),
+                (Err(at), Some(found)) => {
+                    pass.files.insert(at, (path, File::default()));
+                    there.push((found, false));
+                }
+            }
+        }
+        for (found, known) in there {
+            let Ok(at) = at(&pass.files, &found.path) else { continue };
+            let Some((_, file)) = pass.files.get_mut(at) else { continue };
+            let before = std::mem::take(file);
+            let file = self.read_again(&found, known.then_some(before), at, &mut pass);
+            if let Some(place) = pass.files.get_mut(at) {
+                place.1 = file;
+            }
+        }
+        Some(self.finish(pass))
+    }
+
+    /// What stands under these names now, `None` for what is no file of ours; nothing at all when that alone does not tell
+    /// what changed. Only without links: then a hidden name is nobody's, and every file has one name.
+    fn look(&self, names: &BTreeSet<PathBuf>) -> Option<Vec<(PathBuf, Option<Found>)>> {
+        let mut out = Vec::new();
+        for name in names {
+            if walk::is_hidden(name) {
+                continue;
+            }
+            let path = self.root.join(name);
+            let holds_files = || {
+                let after = self.files.partition_point(|(p, _)| *p < path);
+                self.files.get(after..).unwrap_or_default().iter().take(2).any(|(p, _)| *p != path && p.starts_with(&path))
             };
-            files.push((found.path, file));
+            match walk::look(&path, name) {
+                walk::Seen::File(found) => out.push((path, Some(found))),
+                walk::Seen::Nothing if holds_files() => return None,
+                walk::Seen::Nothing => out.push((path, None)),
+                walk::Seen::Else => return None,
+            }
         }
-        changed |= !old.is_empty();
-        same &= old.is_empty();
-        drop(old);
-        let mut duplicates = Vec::new();
-        if changed && same {
-            self.take(&files, fresh, |_, _| true);
-        } else if changed || !self.loaded {
-            duplicates = self.settle(&mut files, fresh);
-        } else {
-            // Nothing was read, so nothing between the files changed either.
-            walk_problems.extend(self.problems.iter().filter(|p| matches!(p.code, Some("duplicate" | "conflict"))).cloned());
+        Some(out)
+    }
+
+    /// Takes a file of the listing into the pass: as it was, or read again.
+    fn reread(&mut self, found: Found, before: Option<File>, pass: &mut Pass) {
+        let at = pass.files.len();
+        let file = self.read_again(&found, before, at, pass);
+        pass.files.push((found.path, file));
+    }
+    fn read_again(&mut self, found: &Found, before: Option<File>, at: usize, pass: &mut Pass) -> File {
+        let before = match before {
+            Some(file) if file.stamp.is_some() && file.stamp == found.stamp => return file,
+            before => before,
+        };
+        let known = before.as_ref().map(File::ids);
+        match self.read(found, before.unwrap_or_default(), at, &mut pass.fresh) {
+            Reading::Same(file) => file,
+            Reading::Changed(file) => {
+                pass.changed = true;
+                pass.same &= file.problem.is_none() && file.kept.is_empty() && known.is_some_and(|known| known == file.ids());
+                file
+            }
         }
-        self.files = files.into_iter().collect();
+    }
+
+    /// Brings everything else in line with the files of this pass.
+    fn finish(&mut self, mut pass: Pass) -> Vec<Change> {
+        if pass.changed && pass.same {
+            self.take(&pass.files, pass.fresh, |_, _| true);
+        } else if pass.changed || !self.loaded {
+            self.doubled = self.settle(&mut pass.files, pass.fresh);
+        }
+        self.files = pass.files;
         let changes = self.translator.flush();
         self.loaded = true;
-        self.problems = walk_problems;
-        self.problems.extend(duplicates);
-        for f in self.files.values() {
+        self.problems = self.unlisted.iter().chain(&self.doubled).cloned().collect();
+        for (_, f) in &self.files {
             self.problems.extend(f.problem.iter().cloned());
-            for d in &f.docs {
+            for d in f.docs.iter().filter(|_| f.troubled) {
                 self.problems.extend(d.problems.iter().map(|p| {
                     let mut p = p.clone();
                     p.origin.line = p.origin.line.saturating_add(d.line).saturating_sub(d.read_line);
@@ -182,11 +293,11 @@ impl Folder {
             }
         }
         self.problems.extend(self.translator.problems().cloned());
-        Some(changes)
+        changes
     }
 
     /// Reads one file, taking over the documents that are as they were.
-    fn read(&mut self, found: &Found, before: File, index: usize, fresh: &mut Fresh) -> File {
+    fn read(&mut self, found: &Found, before: File, index: usize, fresh: &mut Fresh) -> Reading {
         let place: Arc<str> = found.path.display().to_string().into();
         let text = match walk::read(&found.path) {
             Ok(text) => text,
@@ -196,8 +307,8 @@ impl Folder {
                     &format!("the file cannot be read: {e}; what it said before stays in force"),
                     "unreadable-file",
                 );
-                let mut file =
-                    File { place: Arc::clone(&place), stamp: None, kept: before.ids(), problem: Some(problem), docs: Vec::new() };
+                let (kept, problem) = (before.ids(), Some(problem));
+                let mut file = File { place: Arc::clone(&place), kept, problem, ..File::default() };
                 if !self.loaded {
                     // It may hold policies; without a last good state nothing says what they would have refused.
                     let mut r = self.translator.reader(Arc::clone(&place));
@@ -214,15 +325,20 @@ impl Folder {
                     });
                     self.take_first(vec![object], &place, 0);
                 }
-                return file;
+                return Reading::Changed(file);
             }
         };
+        let hash = self.hasher.hash_one(&*text);
+        if before.text == Some(hash) {
+            // Touched, or read when it was so new that its date could not be relied on.
+            return Reading::Same(File { stamp: found.stamp, ..before });
+        }
         let known = before.ids();
         let mut reusable: HashMap<u64, Vec<Doc>> = HashMap::default();
         for d in before.docs.into_iter().rev().filter(|d| !d.broken) {
             reusable.entry(d.hash).or_default().push(d);
         }
-        let mut file = File { place: Arc::clone(&place), stamp: found.stamp, kept: Vec::new(), problem: None, docs: Vec::new() };
+        let mut file = File { place: Arc::clone(&place), stamp: found.stamp, text: Some(hash), ..File::default() };
         let docs = yaml::documents(&text);
         file.docs.reserve_exact(docs.len());
         // With much to take over there is little to parse.
@@ -253,7 +369,8 @@ impl Folder {
             let kept = kept.collect();
             file.kept = kept;
         }
-        file
+        file.troubled = file.docs.iter().any(|d| !d.problems.is_empty());
+        Reading::Changed(file)
     }
 
     /// The first reading: files come in path order, so whoever comes first is in force, and nothing has to wait.

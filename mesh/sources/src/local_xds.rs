@@ -132,7 +132,7 @@ impl Source for LocalXdsSource {
                     reload(sink);
                 }
                 From::File(path) => {
-                    crate::files::follow(path, probe, || reload(sink));
+                    crate::files::follow(path, probe, |_| reload(sink));
                 }
             }
         })

@@ -70,7 +70,7 @@ pub(crate) fn begin(conn: &Arc<Conn>, request: Request<Incoming>) -> Exchange<'_
         authority,
         draw: rand::random(),
         route: None,
-        rule: None,
+        matched: None,
         backend: None,
         token: None,
         cors_headers: None,

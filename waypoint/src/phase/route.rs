@@ -8,7 +8,7 @@ use mesh_model::hosts::{self, Routes, host_of};
 use mesh_model::l7::route::{Dialect, HttpAction};
 use mesh_model::l7::select::{Selected, host_matches, select};
 use mesh_model::l7::weights::choose as choose_backend;
-use mesh_model::l7::{HttpRoute, RouteTable};
+use mesh_model::l7::{HttpMatch, HttpRoute};
 use mesh_model::lb::redraw;
 use mesh_model::waypoint::Target;
 use mesh_model::{Reason, Snapshot};
@@ -40,13 +40,13 @@ pub(crate) fn choose(ex: &mut Exchange<'_>) -> Result<(), Unrouted> {
         Routes::NoHost => return Err(Unrouted::NotFound),
     };
     let facts = ex.facts();
-    let (route, rule) = match select(table, &facts) {
-        Selected::Rule(rule, at) => (Arc::clone(&rule.route), Some((Arc::clone(table), at))),
+    let (route, matched) = match select(table, &facts) {
+        Selected::Rule(rule) => (Arc::clone(&rule.route), Some(Arc::clone(&rule.matches))),
         Selected::Default => return plain(ex),
         Selected::NotFound => return Err(Unrouted::NotFound),
         Selected::Broken(why) => return Err(Unrouted::Broken(Arc::clone(why))),
     };
-    use_route(ex, route, rule)
+    use_route(ex, route, matched)
 }
 
 /// Answers 404, 500 or 503 where there is no backend.
@@ -99,7 +99,7 @@ fn plain(ex: &mut Exchange<'_>) -> Result<(), Unrouted> {
     }
 }
 
-fn use_route(ex: &mut Exchange<'_>, route: Arc<HttpRoute>, rule: Option<(Arc<RouteTable>, usize)>) -> Result<(), Unrouted> {
+fn use_route(ex: &mut Exchange<'_>, route: Arc<HttpRoute>, matched: Option<Arc<HttpMatch>>) -> Result<(), Unrouted> {
     ex.record.route = Some(Arc::clone(&route));
     if let HttpAction::Forward(forward) = &route.action {
         let chosen = choose_backend(&forward.backends, forward.total_weight, redraw(ex.draw, DRAW_BACKEND));
@@ -108,7 +108,7 @@ fn use_route(ex: &mut Exchange<'_>, route: Arc<HttpRoute>, rule: Option<(Arc<Rou
             return Err(Unrouted::NoBackend(route.dialect));
         }
     }
-    ex.rule = rule;
+    ex.matched = matched;
     ex.route = Some(route);
     Ok(())
 }

@@ -8,6 +8,7 @@ use crate::l7::route::{
     Backend, BackendRef, ClusterKey, Forward, GrpcMatch, HttpAction, HttpMatch, HttpRoute, HttpRule, PathMatch, RequestFacts,
     RouteTable, TcpRoute,
 };
+use crate::l7::rules::Rules;
 use crate::l7::select::matches;
 use crate::l7::text::StringMatch;
 use crate::lb::Endpoint;
@@ -17,8 +18,9 @@ use crate::snapshot::Snapshot;
 const PASSED_OVER: usize = 4;
 
 /// An HTTP route that was chosen.
-pub(super) fn http(snap: &Snapshot, route: &HttpRoute, chosen: Option<(&RouteTable, usize)>, req: &RequestFacts<'_>) -> Route {
-    let rule = chosen.and_then(|(table, at)| table.http.get(at));
+pub(super) fn http(snap: &Snapshot, route: &HttpRoute, chosen: Option<(&Rules, &HttpRule)>, req: &RequestFacts<'_>) -> Route {
+    let number = chosen.and_then(|(rules, rule)| rules.iter().position(|r| std::ptr::eq(r, rule)));
+    let rule = chosen.map(|(_, rule)| rule);
     let (action, destinations) = match &route.action {
         HttpAction::Forward(forward) => (forwarded(forward), destinations(snap, &forward.backends, forward.total_weight)),
         HttpAction::Redirect(r) => (format!("answered with a redirect, {}", r.status), Vec::new()),
@@ -26,12 +28,12 @@ pub(super) fn http(snap: &Snapshot, route: &HttpRoute, chosen: Option<(&RouteTab
     };
     Route {
         name: route.name.to_string(),
-        rule: chosen.map(|(_, at)| at),
+        rule: number,
         place: route.origin.as_deref().map(Place::of),
         conditions: rule.map(|r| parts(&r.matches).into_iter().map(|(_, words)| words).collect()).unwrap_or_default(),
         action,
         destinations,
-        passed_over: chosen.map(|(table, at)| passed_over(table.http.get(..at).unwrap_or_default(), req)).unwrap_or_default(),
+        passed_over: chosen.zip(number).map(|((rules, _), n)| passed_over(rules.iter().take(n), req)).unwrap_or_default(),
     }
 }
 /// A route of a connection carried as bytes.
@@ -48,11 +50,11 @@ pub(super) fn bytes(snap: &Snapshot, route: &TcpRoute, table: Option<&RouteTable
 }
 
 /// Rules that did not match, those that came closest, in their order.
-pub(super) fn passed_over(rules: &[HttpRule], req: &RequestFacts<'_>) -> Vec<PassedOver> {
+pub(super) fn passed_over<'r>(rules: impl Iterator<Item = &'r HttpRule>, req: &RequestFacts<'_>) -> Vec<PassedOver> {
     let failed = |r: &HttpRule| -> Vec<String> {
         parts(&r.matches).into_iter().filter(|(part, _)| !matches(part, req)).map(|(_, words)| words).collect()
     };
-    let mut near: Vec<(usize, Vec<String>, &HttpRule)> = rules.iter().enumerate().map(|(at, r)| (at, failed(r), r)).collect();
+    let mut near: Vec<(usize, Vec<String>, &HttpRule)> = rules.enumerate().map(|(at, r)| (at, failed(r), r)).collect();
     near.sort_by_key(|(_, failed, _)| failed.len());
     near.truncate(PASSED_OVER);
     near.sort_by_key(|(at, ..)| *at);
@@ -184,7 +186,7 @@ fn grpc(g: &GrpcMatch) -> String {
 }
 
 /// What the rule that comes closest lacks, for a request that no rule takes.
-pub(super) fn why_none(rules: &[HttpRule], req: &RequestFacts<'_>) -> Vec<String> {
-    let near = passed_over(rules, req);
+pub(super) fn why_none(rules: &Rules, req: &RequestFacts<'_>) -> Vec<String> {
+    let near = passed_over(rules.iter(), req);
     closest(near.into_iter().map(|p| p.failed)).map(|(_, failed)| failed).unwrap_or_default()
 }

@@ -239,12 +239,12 @@ impl Story<'_> {
         };
         let chosen: Option<&HttpRoute> = match selected {
             Selected::Default => plain.as_ref(),
-            Selected::Rule(rule, _) => Some(&rule.route),
+            Selected::Rule(rule) => Some(&rule.route),
             Selected::NotFound | Selected::Broken(_) => None,
         };
         step.route = chosen.map(|route| {
-            let number = if let Selected::Rule(_, number) = selected { Some(number) } else { None };
-            route::http(self.snap, route, table.map(|t| &**t).zip(number), &req)
+            let rule = if let Selected::Rule(rule) = selected { Some(rule) } else { None };
+            route::http(self.snap, route, table.map(|t| &t.http).zip(rule), &req)
         });
         if !step.passes {
             self.steps.push(step);

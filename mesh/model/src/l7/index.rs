@@ -15,7 +15,7 @@ use std::sync::Arc;
 /// Tables up to this size are scanned: the index would cost more than it saves.
 const SCANNED: usize = 8;
 
-/// Index of one table's HTTP rules; empty until [`crate::l7::RouteTable::indexed`] has built it.
+/// Index of one list of HTTP rules; empty until [`crate::l7::RouteTable::indexed`] has built it.
 ///
 /// Derived from the rules beside it: all indexes are equal to each other, so that tables compare by what they say.
 #[derive(Clone, Default)]
@@ -143,11 +143,11 @@ impl RouteIndex {
             None => rules.len() <= SCANNED,
         }
     }
-    /// The number of the first rule that matches.
-    pub fn find(&self, rules: &[HttpRule], req: &RequestFacts<'_>) -> Option<usize> {
+    /// The number of the first rule that `counts` and matches.
+    pub fn find(&self, rules: &[HttpRule], req: &RequestFacts<'_>, counts: impl Fn(u32) -> bool) -> Option<usize> {
         match &self.0 {
-            Some(files) if files.rules == rules.len() => files.find(rules, req),
-            _ => rules.iter().position(|r| matches(&r.matches, req)),
+            Some(files) if files.rules == rules.len() => files.find(rules, req, counts),
+            _ => (0..).zip(rules).position(|(number, r)| counts(number) && matches(&r.matches, req)),
         }
     }
 }
@@ -201,13 +201,13 @@ impl Files {
         out.prefix_any_case = Prefixes::of(prefix_any_case);
         out
     }
-    fn find(&self, rules: &[HttpRule], req: &RequestFacts<'_>) -> Option<usize> {
+    fn find(&self, rules: &[HttpRule], req: &RequestFacts<'_>, counts: impl Fn(u32) -> bool) -> Option<usize> {
         let mut best = u32::MAX;
         let mut ask = |span: Span| {
             let file = self.numbers.get(span.0 as usize..span.1 as usize).unwrap_or_default();
             // Ascending: once past the best there is nothing better in this file.
             for number in file.iter().copied().take_while(|n| *n < best) {
-                if rules.get(number as usize).is_some_and(|r| matches(&r.matches, req)) {
+                if rules.get(number as usize).is_some_and(|r| matches(&r.matches, req)) && counts(number) {
                     best = number;
                     return;
                 }

@@ -5,7 +5,7 @@
 //! translated. A rule has one match; objects with several produce several rules that share their [`HttpRoute`].
 use crate::gateway::ServiceKey;
 use crate::l7::headers::BothEdits;
-use crate::l7::index::RouteIndex;
+use crate::l7::rules::Rules;
 use crate::l7::text::{Pattern, StringMatch};
 use crate::origin::Origin;
 use http::header::{HeaderMap, HeaderName};
@@ -19,7 +19,7 @@ use std::time::Duration;
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RouteTable {
     /// HTTP rules, first match wins. Not empty and none matching: 404. Empty: the service itself ([`HttpRoute::plain`]).
-    pub http: Vec<HttpRule>,
+    pub http: Rules,
     /// TLS rules (by SNI), first match wins; then `tcp`.
     pub tls: Vec<TlsRule>,
     /// TCP rules, first match wins. Empty, or none matching: the service itself.
@@ -29,19 +29,17 @@ pub struct RouteTable {
     /// Set when an object for this host could not be understood: every request is answered 500 with this text, because
     /// what the object would have restricted is not known.
     pub broken: Option<Arc<str>>,
-    /// Index of `http`. Leave it to `..RouteTable::default()` and end with [`RouteTable::indexed`].
-    pub index: RouteIndex,
 }
 impl RouteTable {
     /// This table with its HTTP rules indexed: the last step of making one. Changing `http` afterwards asks for it again.
     /// (Publishing indexes what was not.)
     #[must_use]
     pub fn indexed(self) -> Self {
-        Self { index: RouteIndex::build(&self.http), ..self }
+        Self { http: self.http.indexed(), ..self }
     }
     /// Whether it is indexed, or too small to need it.
     pub fn is_indexed(&self) -> bool {
-        self.index.is_for(&self.http)
+        self.http.is_indexed()
     }
 }
 

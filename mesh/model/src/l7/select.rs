@@ -11,8 +11,8 @@ use std::sync::Arc;
 /// What a table says about a request.
 #[derive(Clone, Copy, Debug)]
 pub enum Selected<'t> {
-    /// This rule, with its number in the table.
-    Rule(&'t HttpRule, usize),
+    /// This rule.
+    Rule(&'t HttpRule),
     /// The table has no HTTP rules: the service itself is meant ([`crate::l7::HttpRoute::plain`]).
     Default,
     /// There are rules and none matches: 404.
@@ -29,11 +29,7 @@ pub fn select<'t>(table: &'t RouteTable, req: &RequestFacts<'_>) -> Selected<'t>
     if table.http.is_empty() {
         return Selected::Default;
     }
-    let found = table.index.find(&table.http, req);
-    match found.and_then(|at| table.http.get(at).map(|rule| (rule, at))) {
-        Some((rule, at)) => Selected::Rule(rule, at),
-        None => Selected::NotFound,
-    }
+    table.http.find(req).map_or(Selected::NotFound, Selected::Rule)
 }
 
 /// Whether all conditions hold. Cheap ones are asked first, patterns where they stand.

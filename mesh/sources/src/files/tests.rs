@@ -38,10 +38,17 @@ impl Dir {
     }
     /// Reloads and names what changed: `+` upserts, `-` removals.
     fn reload(&mut self) -> Vec<String> {
-        let mut out: Vec<String> = self
-            .folder
-            .reload()
-            .unwrap()
+        let changes = self.folder.reload().unwrap();
+        Self::told(changes)
+    }
+    /// The same, told that these names may have changed.
+    fn touch(&mut self, names: &[&str]) -> Vec<String> {
+        let names = names.iter().map(PathBuf::from).collect();
+        let changes = self.folder.reload_touched(&Touched::Names(names)).unwrap();
+        Self::told(changes)
+    }
+    fn told(changes: Vec<Change>) -> Vec<String> {
+        let mut out: Vec<String> = changes
             .into_iter()
             .map(|c| match c {
                 Change::Workload(w) => format!("+{}", w.name),
@@ -118,6 +125,55 @@ fn documents_change_one_by_one() {
     assert_eq!(d.reload(), ["-a/s.a.svc.cluster.local"]);
     d.put("b/pods.yaml", "");
     assert_eq!(d.reload().len(), 3);
+}
+
+#[test]
+fn only_what_was_touched_is_looked_at() {
+    let mut d = Dir::new();
+    d.put("a.yaml", &pod("a", "10.0.0.1")).put("b.yaml", &pod("b", "10.0.0.2")).put("sub/c.yaml", &pod("c", "10.0.0.3"));
+    assert_eq!(d.touch(&["a.yaml"]), ["+a", "+b", "+c"], "the first reading is of everything");
+    // One of two changes is told.
+    d.put("a.yaml", &pod("a", "10.0.1.1")).put("b.yaml", &pod("b", "10.0.1.2"));
+    assert_eq!(d.touch(&["a.yaml"]), ["+a"]);
+    assert_eq!(d.touch(&[".a.yaml.new", "notes.txt", "nowhere.yaml", ".hidden/b.yaml"]), [""; 0]);
+    assert_eq!(d.touch(&["sub/c.yaml", "b.yaml"]), ["+b"]);
+    // Files come and go.
+    d.put("0.yaml", &pod("zero", "10.0.0.9"));
+    assert_eq!(d.touch(&["0.yaml"]), ["+zero"]);
+    d.put("z.yaml", &pod("zero", "10.0.0.8"));
+    assert_eq!((d.touch(&["z.yaml"]), d.codes()), (vec![], BTreeSet::from(["duplicate"])));
+    fs::remove_file(d.dir.path().join("0.yaml")).unwrap();
+    assert_eq!((d.touch(&["0.yaml"]), d.codes()), (vec!["+zero".to_owned()], BTreeSet::new()));
+    // A mistake in one file is told until it is corrected, whatever else is touched.
+    d.put("b.yaml", "kind: [");
+    assert_eq!((d.touch(&["b.yaml"]), d.codes()), (vec![], BTreeSet::from(["yaml"])));
+    d.put("a.yaml", &pod("a", "10.0.2.1"));
+    assert_eq!((d.touch(&["a.yaml"]), d.codes()), (vec!["+a".to_owned()], BTreeSet::from(["yaml"])));
+    d.put("b.yaml", &pod("b", "10.0.1.2"));
+    assert_eq!((d.touch(&["b.yaml"]), d.codes()), (vec![], BTreeSet::new()));
+    // A folder is more than its name.
+    fs::rename(d.dir.path().join("sub"), d.dir.path().join("sup")).unwrap();
+    d.put("sup/c.yaml", &pod("c", "10.0.3.3"));
+    assert_eq!(d.touch(&["sub", "sup"]), ["+c"]);
+    fs::remove_dir_all(d.dir.path().join("sup")).unwrap();
+    assert_eq!(d.touch(&["sup"]), ["-c//Pod/a/c"]);
+    // All of that is what one reading of everything says, too.
+    assert_eq!(d.reload(), [""; 0]);
+}
+
+#[test]
+fn with_a_link_every_touch_looks_at_everything() {
+    let mut d = Dir::new();
+    d.put("..one/a.yaml", &pod("a", "10.0.0.1")).put("..two/a.yaml", &pod("a", "10.0.0.2"));
+    let at = |name: &str| d.dir.path().join(name);
+    std::os::unix::fs::symlink("..one", at("..data")).unwrap();
+    std::os::unix::fs::symlink("..data/a.yaml", at("a.yaml")).unwrap();
+    std::os::unix::fs::symlink("..two", at("..next")).unwrap();
+    let (next, data) = (at("..next"), at("..data"));
+    assert_eq!(d.touch(&["a.yaml"]), ["+a"]);
+    // As Kubernetes swaps a volume.
+    fs::rename(next, data).unwrap();
+    assert_eq!(d.touch(&["..next", "..data"]), ["+a"]);
 }
 
 #[test]

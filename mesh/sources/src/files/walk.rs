@@ -32,17 +32,65 @@ pub struct Found {
     pub stamp: Option<Stamp>,
 }
 
-/// The YAML and JSON files of a folder and its sub-folders, by path. Hidden names are skipped, which also skips
-/// Kubernetes' `..data` folders; the links beside them are followed.
-pub fn list(root: &Path) -> io::Result<(Vec<Found>, Vec<Problem>)> {
-    let (mut out, mut problems) = (Vec::new(), Vec::new());
-    let mut open: Vec<(u64, u64)> = Vec::new();
-    walk(root, &mut open, &mut out, &mut problems)?;
-    out.sort_by(|a, b| a.path.cmp(&b.path));
-    Ok((out, problems))
+/// What a folder shows.
+#[derive(Debug, Default)]
+pub struct Listing {
+    /// The YAML and JSON files of it and its sub-folders, by path.
+    pub files: Vec<Found>,
+    /// Sub-folders that cannot be listed.
+    pub problems: Vec<Problem>,
+    /// A link is among its names.
+    pub linked: bool,
 }
 
-fn walk(dir: &Path, open: &mut Vec<(u64, u64)>, out: &mut Vec<Found>, problems: &mut Vec<Problem>) -> io::Result<()> {
+/// The files of a folder. Hidden names are skipped, which also skips Kubernetes' `..data` folders; the links beside them are
+/// followed.
+pub fn list(root: &Path) -> io::Result<Listing> {
+    let mut out = Listing::default();
+    let mut open: Vec<(u64, u64)> = Vec::new();
+    walk(root, &mut open, &mut out)?;
+    out.files.sort_by(|a, b| a.path.cmp(&b.path));
+    Ok(out)
+}
+
+/// What stands under a name by itself.
+pub(super) enum Seen {
+    /// A file that counts.
+    File(Found),
+    /// Nothing, or a file that does not count.
+    Nothing,
+    /// A folder, a link: more than the name says.
+    Else,
+}
+/// Looks at one path of the folder; `name` is it as seen from the folder.
+pub(super) fn look(path: &Path, name: &Path) -> Seen {
+    match fs::symlink_metadata(path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Seen::Nothing,
+        Ok(meta) if meta.is_file() && name.components().count() <= MAX_DEPTH => {
+            if counts(path) {
+                Seen::File(found(path.to_path_buf(), &meta))
+            } else {
+                Seen::Nothing
+            }
+        }
+        Ok(_) | Err(_) => Seen::Else,
+    }
+}
+/// Whether a name seen from the folder is hidden, or below a hidden one.
+pub(super) fn is_hidden(name: &Path) -> bool {
+    name.components().any(|part| part.as_os_str().as_encoded_bytes().starts_with(b"."))
+}
+fn counts(path: &Path) -> bool {
+    path.extension().is_some_and(|e| e == "yaml" || e == "yml" || e == "json")
+}
+fn found(path: PathBuf, meta: &fs::Metadata) -> Found {
+    let modified = meta.modified().ok();
+    let settled = modified.filter(|m| SystemTime::now().duration_since(*m).is_ok_and(|age| age > RACY));
+    let stamp = settled.map(|modified| Stamp { modified, len: meta.len(), inode: meta.ino(), device: meta.dev() });
+    Found { path, stamp }
+}
+
+fn walk(dir: &Path, open: &mut Vec<(u64, u64)>, out: &mut Listing) -> io::Result<()> {
     let meta = fs::metadata(dir)?;
     let id = (meta.dev(), meta.ino());
     if open.contains(&id) || open.len() >= MAX_DEPTH {
@@ -54,19 +102,17 @@ fn walk(dir: &Path, open: &mut Vec<(u64, u64)>, out: &mut Vec<Found>, problems: 
         if entry.file_name().as_encoded_bytes().starts_with(b".") {
             continue;
         }
+        out.linked |= entry.file_type().is_ok_and(|t| t.is_symlink());
         let path = entry.path();
         // Follows links; a file that went in the meantime, or a dangling link, is simply not there.
         let Ok(meta) = fs::metadata(&path) else { continue };
         if meta.is_dir() {
-            if let Err(e) = walk(&path, open, out, problems) {
+            if let Err(e) = walk(&path, open, out) {
                 let place: Arc<str> = path.display().to_string().into();
-                problems.push(whole(&place, &format!("the folder cannot be listed: {e}"), "folder"));
+                out.problems.push(whole(&place, &format!("the folder cannot be listed: {e}"), "folder"));
             }
-        } else if meta.is_file() && path.extension().is_some_and(|e| e == "yaml" || e == "yml" || e == "json") {
-            let modified = meta.modified().ok();
-            let settled = modified.filter(|m| SystemTime::now().duration_since(*m).is_ok_and(|age| age > RACY));
-            let stamp = settled.map(|modified| Stamp { modified, len: meta.len(), inode: meta.ino(), device: meta.dev() });
-            out.push(Found { path, stamp });
+        } else if meta.is_file() && counts(&path) {
+            out.files.push(found(path, &meta));
         }
     }
     open.pop();

@@ -1,6 +1,6 @@
 //! The folder's thread: waits for changes, lets them settle, reads, hands over.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -11,19 +11,19 @@ use mesh_model::snapshot::Viewpoint;
 use notify::event::{AccessKind, AccessMode, EventKind, ModifyKind};
 use notify::{RecommendedWatcher, RecursiveMode, Watcher};
 
-use super::Folder;
+use super::{Folder, Touched};
 use crate::diagnostics::Diagnostics;
 use crate::publisher::ChangeSink;
 use crate::translate::Settings;
 use crate::{Source, SourceError};
 
 /// Quiet time after which a burst of changes counts as finished, when every file in it was closed, renamed or removed.
-const SETTLE: Duration = Duration::from_millis(3);
+const SETTLE: Duration = Duration::from_millis(1);
 /// The same while a file was written to and not closed yet: half a file must not be read as the whole.
 const WRITING: Duration = Duration::from_millis(100);
 /// Longest time a burst is waited for.
 const BURST: Duration = Duration::from_secs(1);
-/// Without any sign of change the folder is looked at this often: watches can be lost (queue overflow, network
+/// Whatever the signs of change, all of the folder is looked at this often: watches can be lost (queue overflow, network
 /// file systems). Files whose stamp is as it was are not read.
 const PATROL: Duration = Duration::from_secs(10);
 /// Changes whose texts and trees are worth giving back to the system.
@@ -53,8 +53,8 @@ impl Source for FolderSource {
         let diagnostics = self.diagnostics;
         on_thread("mesh-folder", sink, move |sink| {
             let root = folder.root().to_path_buf();
-            follow(&root, sink.closed_probe(), || {
-                let changes = folder.reload();
+            follow(&root, sink.closed_probe(), |touched| {
+                let changes = folder.reload_touched(touched);
                 diagnostics.replace(folder.problems().to_vec());
                 match changes {
                     Some(changes) if !changes.is_empty() || !sink.has_told() => {
@@ -90,8 +90,8 @@ pub(crate) async fn on_thread(
 }
 
 /// Calls `reload` now and whenever `root` (a file or folder), or something below it, may have changed, until it says to
-/// stop (`None`) or `closed`. `reload` answers whether `root` could be read.
-pub(crate) fn follow(root: &Path, closed: impl Fn() -> bool, mut reload: impl FnMut() -> Option<bool>) {
+/// stop (`None`) or `closed`. `reload` is told what may have changed, and answers whether `root` could be read.
+pub(crate) fn follow(root: &Path, closed: impl Fn() -> bool, mut reload: impl FnMut(&Touched) -> Option<bool>) {
     // As events name it; a folder that is gone while the process starts is found by looking.
     let root = &std::path::absolute(root).unwrap_or_else(|_| root.to_path_buf());
     let names = Arc::new(ArcSwap::from_pointee(names_of(root)));
@@ -109,6 +109,8 @@ pub(crate) fn follow(root: &Path, closed: impl Fn() -> bool, mut reload: impl Fn
         }
     };
     let mut watching = false;
+    let mut touched = Touched::All;
+    let mut patrol = Instant::now();
     loop {
         let now = names_of(root);
         if now != **names.load() {
@@ -118,15 +120,30 @@ pub(crate) fn follow(root: &Path, closed: impl Fn() -> bool, mut reload: impl Fn
         }
         if !watching {
             watching = watch(watcher.as_mut(), root);
+            touched = Touched::All;
         }
         let started = Instant::now();
-        let Some(readable) = reload() else { return };
+        if started >= patrol {
+            touched = Touched::All;
+        }
+        let Some(readable) = reload(&touched) else { return };
         watching &= readable;
+        if touched == Touched::All {
+            patrol = Instant::now() + if readable { PATROL } else { RETRY };
+        }
         // Under changes without end a folder is read half of the time at most.
         let rested = Instant::now() + started.elapsed();
-        if !wait(&rx, if readable { PATROL } else { RETRY }, rested, &closed) {
-            return;
-        }
+        let Some(paths) = wait(&rx, patrol, rested, &closed) else { return };
+        touched = touched_by(root, &paths);
+    }
+}
+
+/// What may have changed when these paths did; none at all says that nobody knows.
+fn touched_by(root: &Path, paths: &[PathBuf]) -> Touched {
+    let below = |path: &PathBuf| path.strip_prefix(root).ok().filter(|name| !name.as_os_str().is_empty()).map(Path::to_path_buf);
+    match paths.iter().map(below).collect::<Option<BTreeSet<PathBuf>>>() {
+        Some(names) if !names.is_empty() => Touched::Names(names),
+        _ => Touched::All,
     }
 }
 
@@ -143,7 +160,7 @@ fn names_of(root: &Path) -> Vec<PathBuf> {
     out
 }
 
-/// What an event says of the files it names.
+/// What an event says of the files it names. Without a name it says that events were lost.
 #[derive(Debug, PartialEq, Eq)]
 enum Sign {
     /// Somebody may be writing them.
@@ -153,6 +170,9 @@ enum Sign {
 }
 impl Sign {
     fn of(event: notify::Event) -> Self {
+        if event.need_rescan() {
+            return Self::Done(Vec::new());
+        }
         match event.kind {
             EventKind::Create(_) | EventKind::Modify(ModifyKind::Data(_)) => Self::Writing(event.paths),
             _ => Self::Done(event.paths),
@@ -185,41 +205,51 @@ fn watch(watcher: Option<&mut RecommendedWatcher>, root: &Path) -> bool {
     }
 }
 
-/// Waits for a burst of events to end and for `rested`, or for `most`. False when it is time to stop.
-fn wait(rx: &Receiver<Sign>, most: Duration, rested: Instant, closed: &impl Fn() -> bool) -> bool {
-    let until = Instant::now() + most;
+/// Waits for a burst of events to end and for `rested`, or until `latest`: the paths it named, none if that does not tell
+/// what changed. `None` when it is time to stop.
+fn wait(rx: &Receiver<Sign>, latest: Instant, rested: Instant, closed: &impl Fn() -> bool) -> Option<Vec<PathBuf>> {
     let first = loop {
         // Short steps, so that the thread ends soon after the process wants it to.
-        let left = until.saturating_duration_since(Instant::now()).min(Duration::from_millis(500));
+        let left = latest.saturating_duration_since(Instant::now()).min(Duration::from_millis(500));
         if closed() {
-            return false;
+            return None;
         }
         match rx.recv_timeout(left) {
             Ok(sign) => break sign,
-            Err(RecvTimeoutError::Timeout) if Instant::now() < until => {}
-            Err(RecvTimeoutError::Timeout) => return true,
+            Err(RecvTimeoutError::Timeout) if Instant::now() < latest => {}
+            Err(RecvTimeoutError::Timeout) => return Some(Vec::new()),
             Err(RecvTimeoutError::Disconnected) => std::thread::sleep(left),
         }
-        if Instant::now() >= until {
-            return true;
+        if Instant::now() >= latest {
+            return Some(Vec::new());
         }
     };
     let latest = Instant::now() + BURST;
     let mut written: HashSet<PathBuf> = HashSet::new();
+    let (mut named, mut lost) = (Vec::new(), false);
     let mut sign = first;
-    while Instant::now() < latest {
+    loop {
+        let (Sign::Writing(paths) | Sign::Done(paths)) = &sign;
+        lost |= paths.is_empty();
+        named.extend_from_slice(paths);
         match sign {
             Sign::Writing(paths) => written.extend(paths),
             Sign::Done(paths) => written.retain(|path| !paths.contains(path)),
         }
         let quiet = if written.is_empty() { SETTLE } else { WRITING };
         let quiet = quiet.max(rested.saturating_duration_since(Instant::now()).min(BURST));
-        match rx.recv_timeout(quiet) {
-            Ok(next) => sign = next,
-            Err(_) => return true,
-        }
+        sign = match rx.recv_timeout(quiet) {
+            Ok(next) if Instant::now() < latest => next,
+            Ok(next) => {
+                let (Sign::Writing(paths) | Sign::Done(paths)) = next;
+                lost |= paths.is_empty();
+                named.extend(paths);
+                break;
+            }
+            Err(_) => break,
+        };
     }
-    true
+    Some(if lost { Vec::new() } else { named })
 }
 
 #[cfg(test)]

@@ -16,6 +16,7 @@ mod l4_route;
 mod listener;
 mod reference;
 mod route;
+mod tables;
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
@@ -28,7 +29,7 @@ use mesh_model::l7::route::{BackendRef, ClusterKey, HttpMatch, HttpRoute, HttpRu
 use mesh_model::service::{Service, ServiceKey};
 
 use super::layer7::{Join, Need, Output, Touched, covers, forget, put, same_or_stand_in};
-use super::object::{AllowedRoutes, Kind, KubeService, ObjectId, Reader};
+use super::object::{AllowedRoutes, Gateway, Kind, KubeService, ObjectId, Reader};
 use super::read::Read;
 use super::{HashMap, Name, Slot, Translator};
 use crate::diagnostics::Severity;
@@ -37,8 +38,11 @@ use crate::yaml::Node;
 use backend_tls::{CaKind, TlsPolicy};
 use compile::{invalid, settle_http, settle_l4};
 pub use listener::{EdgeListener, EdgeTls, SecretRef, read_all as read_listeners};
+pub(super) use tables::Tables;
+
 use reference::{GATEWAY_GROUP, ParentKind, ParentRef, ReferenceGrant, Target, TargetKind, kind_name};
 use route::{Action, At, Rank, Route, RouteKind};
+use tables::{Age, Part, Spot};
 
 /// One object of the Gateway API, as read.
 #[derive(Clone, Debug, PartialEq)]
@@ -70,7 +74,7 @@ enum Parent {
     Gateway(GatewayKey),
 }
 /// A route of any kind, as the index names it.
-type RouteId = (RouteKind, Arc<str>, Arc<str>);
+pub(super) type RouteId = (RouteKind, Arc<str>, Arc<str>);
 
 /// The objects of the Gateway API, and their indices.
 #[derive(Debug, Default)]
@@ -172,7 +176,7 @@ impl GatewayApi {
         for p in before.iter().chain(&after) {
             match p {
                 Parent::Service(key) => touched.output(Output::Routes(key.clone())),
-                Parent::Gateway(key) => touched.output(Output::Gateway(key.clone())),
+                Parent::Gateway(key) => touched.output(Output::Attached(key.clone(), id.clone())),
                 // Of its hosts only it itself knows.
                 Parent::Entry(name) => touched.need(entry_need(name)),
             }
@@ -205,6 +209,10 @@ impl GatewayApi {
         put(&mut self.policies, name, new);
     }
 
+    /// The routes that name a Gateway.
+    pub(super) fn of_gateway(&self, key: &GatewayKey) -> impl Iterator<Item = &RouteId> {
+        self.by_parent.get(&Parent::Gateway(key.clone())).into_iter().flatten()
+    }
     /// The routes attached to something, oldest first.
     fn attached(&self, parent: &Parent) -> Vec<(&RouteId, &Slot<Route>)> {
         let ids = self.by_parent.get(parent).into_iter().flatten();
@@ -241,7 +249,7 @@ pub(super) fn add(join: &mut Join<'_>, service: &Arc<Service>, table: &mut Route
         for p in slot.obj.parents.iter().filter(|p| parent_of(p, &id.1).as_ref() == Some(&parent)) {
             // Told by the check of the route.
             let Ok(port) = scope(p, kube, service) else { continue };
-            for (rank, matches, route) in &settled.http {
+            for (rank, matches, route) in &*settled.http {
                 let matches = match port {
                     None => Arc::clone(matches),
                     Some(_) => Arc::new(HttpMatch { port, ..HttpMatch::clone(matches) }),
@@ -285,17 +293,16 @@ fn scope(p: &ParentRef, kube: Option<&KubeService>, service: &Service) -> Result
 }
 
 /// The rules of a route with their references looked up.
-#[derive(Default)]
-struct Settled<'a> {
-    http: Vec<HttpEntry<'a>>,
+struct Settled {
+    http: Arc<[HttpEntry]>,
     l4: Vec<Arc<TcpRoute>>,
 }
 /// An HTTP rule on its way into a table.
-type HttpEntry<'a> = (Rank, &'a Arc<HttpMatch>, Arc<HttpRoute>);
+type HttpEntry = (Rank, Arc<HttpMatch>, Arc<HttpRoute>);
 
 /// The rules of a route with their references looked up; complains about those that cannot be used.
-fn settle<'a>(join: &mut Join<'_>, id: &RouteId, slot: &'a Slot<Route>) -> Settled<'a> {
-    let mut out = Settled::default();
+fn settle(join: &mut Join<'_>, id: &RouteId, slot: &Slot<Route>) -> Settled {
+    let (mut http, mut l4) = (Vec::new(), Vec::new());
     for (i, rule) in slot.obj.rules.iter().enumerate() {
         let mut other = Vec::new();
         for (at, target) in &rule.targets {
@@ -323,12 +330,12 @@ fn settle<'a>(join: &mut Join<'_>, id: &RouteId, slot: &'a Slot<Route>) -> Settl
         match &rule.action {
             Action::Http(route) => {
                 let route = settle_http(route, other);
-                out.http.extend(rule.matches.iter().map(|(rank, matches)| (*rank, matches, Arc::clone(&route))));
+                http.extend(rule.matches.iter().map(|(rank, matches)| (*rank, Arc::clone(matches), Arc::clone(&route))));
             }
-            Action::L4(route) => out.l4.push(settle_l4(route, other)),
+            Action::L4(route) => l4.push(settle_l4(route, other)),
         }
     }
-    out
+    Settled { http: http.into(), l4 }
 }
 /// Whether a reference is as assumed (`None`), another service, or unusable (why, and the code of the complaint).
 fn resolve(join: &mut Join<'_>, (kind, own, _): &RouteId, to: &Target) -> Result<Option<BackendRef>, (String, &'static str)> {
@@ -540,56 +547,11 @@ fn intersection(listener: &Arc<str>, route: &Arc<str>) -> Option<Arc<str>> {
     if covers(listener, route) { Some(Arc::clone(route)) } else { covers(route, listener).then(|| Arc::clone(listener)) }
 }
 
-/// What is attached to one host of a listener.
-#[derive(Default)]
-struct Host<'a> {
-    http: Vec<HttpEntry<'a>>,
-    /// All but the HTTP rules.
-    rest: RouteTable,
-}
-impl Host<'_> {
-    /// Its table: the one it had, if that still says the same, so that a change of one host costs one table.
-    fn table(mut self, old: Option<&Arc<RouteTable>>) -> Arc<RouteTable> {
-        // Stable: equally specific rules stay in the order of their routes.
-        self.http.sort_by_key(|(rank, ..)| *rank);
-        let rest = self.rest;
-        let same = |old: &&Arc<RouteTable>| {
-            old.http.len() == self.http.len()
-                && old.http.iter().zip(&self.http).all(|(o, (_, matches, route))| o.route == *route && o.matches == **matches)
-                && (&old.tls, &old.tcp, &old.origins, &old.broken) == (&rest.tls, &rest.tcp, &rest.origins, &rest.broken)
-        };
-        if let Some(old) = old.filter(same) {
-            return Arc::clone(old);
-        }
-        let rule = |(_, matches, route): HttpEntry<'_>| HttpRule { matches: Arc::clone(matches), route };
-        Arc::new(RouteTable { http: self.http.into_iter().map(rule).collect(), ..rest }.indexed())
-    }
-}
-
-/// The listeners and routes of a Gateway that faces the outside; `None` for waypoints and unknown ones. `old` is what it was
-/// before, whose tables are kept where they say the same.
-pub(super) fn gateway(join: &mut Join<'_>, key: &GatewayKey, old: Option<&GatewayRoutes>) -> Option<GatewayRoutes> {
-    let api = &join.objects.gateway_api;
-    let attached = api.attached(&Parent::Gateway(key.clone()));
-    let slot = join.t.gateways.get(&(Arc::clone(&key.namespace), Arc::clone(&key.name)) as &Name);
-    let Some(slot) = slot.filter(|s| !s.obj.edge.is_empty()) else {
-        let why = match slot {
-            None => format!("the Gateway {key} does not exist"),
-            Some(_) => format!("the Gateway {key} is a waypoint; routes attach to the Service or ServiceEntry behind it"),
-        };
-        for (i, p, route) in parent_refs(&attached, key) {
-            let field = format!("spec.parentRefs[{i}]");
-            join.complain(Severity::Warning, (&route.origin, p.line), &field, why.clone(), "correct the reference", "parent");
-        }
-        return None;
-    };
-    let edge = &slot.obj.edge;
-    let mut hosts: Vec<BTreeMap<HostOrder, Host<'_>>> = edge.iter().map(|_| BTreeMap::new()).collect();
-    for (id, route) in &attached {
-        attach(join, key, edge, id, route, &mut hosts);
-    }
+/// A Gateway that faces the outside, without the hosts of its routes ([`Tables`]); `None` for waypoints and unknown ones.
+pub(super) fn frame(join: &mut Join<'_>, key: &GatewayKey) -> Option<GatewayRoutes> {
+    let slot = edge_of(join, key)?;
     let mut listeners = Vec::new();
-    for (l, hosts) in edge.iter().zip(hosts) {
+    for l in &slot.obj.edge {
         let (tls, broken) = match &l.broken {
             Some(why) => (None, Some(Arc::clone(why))),
             None => match terminate(join, key, &slot.origin, l) {
@@ -597,52 +559,84 @@ pub(super) fn gateway(join: &mut Join<'_>, key: &GatewayKey, old: Option<&Gatewa
                 Err(why) => (None, Some(why.into())),
             },
         };
-        let before = old.and_then(|g| g.listeners.iter().find(|b| b.name == l.name));
-        let before: HashMap<&str, &Arc<RouteTable>> =
-            before.into_iter().flat_map(|b| &b.hosts).map(|(host, table)| (&**host, table)).collect();
-        let finish = |((_, _, host), h): (HostOrder, Host<'_>)| {
-            let table = h.table(before.get(&*host).copied());
-            (host, table)
-        };
         listeners.push(Listener {
             name: Arc::clone(&l.name),
             port: l.port,
             protocol: l.protocol,
             hostname: l.hostname.clone(),
             tls,
-            hosts: hosts.into_iter().map(finish).collect(),
+            hosts: Vec::new(),
             broken,
         });
     }
     Some(GatewayRoutes { key: key.clone(), listeners, origin: Some(Arc::clone(&slot.origin)) })
 }
-/// The parentRefs of the routes that name a Gateway, with their numbers.
-fn parent_refs<'a>(
-    attached: &[(&'a RouteId, &'a Slot<Route>)],
-    key: &GatewayKey,
-) -> Vec<(usize, &'a ParentRef, &'a Slot<Route>)> {
-    let of = |(id, slot): &(&'a RouteId, &'a Slot<Route>)| {
-        let (own, slot) = (Arc::clone(&id.1), *slot);
-        let parent = Some(Parent::Gateway(key.clone()));
-        slot.obj.parents.iter().enumerate().filter(move |(_, p)| parent_of(p, &own) == parent).map(move |(i, p)| (i, p, slot))
-    };
-    attached.iter().flat_map(of).collect()
+fn edge_of<'a>(join: &Join<'a>, key: &GatewayKey) -> Option<&'a Slot<Gateway>> {
+    let slot = join.t.gateways.get(&(Arc::clone(&key.namespace), Arc::clone(&key.name)) as &Name);
+    slot.filter(|s| !s.obj.edge.is_empty())
 }
 
-/// Puts one route on the listeners it may attach to, and says why where there is none.
-fn attach<'a>(
+/// A Gateway with the hosts of its routes, unless it is `old` to the last table.
+pub(super) fn fill(frame: &GatewayRoutes, tables: &mut Tables, old: Option<&GatewayRoutes>) -> Option<GatewayRoutes> {
+    let mut new = frame.clone();
+    for (l, hosts) in new.listeners.iter_mut().zip(tables.of_listeners(frame.listeners.len())) {
+        l.hosts = hosts;
+    }
+    let hosts = |a: &Listener, b: &Listener| {
+        a.hosts.len() == b.hosts.len() && a.hosts.iter().zip(&b.hosts).all(|(a, b)| a.0 == b.0 && Arc::ptr_eq(&a.1, &b.1))
+    };
+    let listener = |(a, b): (&Listener, &Listener)| {
+        (&a.name, a.port, a.protocol, &a.hostname) == (&b.name, b.port, b.protocol, &b.hostname)
+            && (&a.tls, &a.broken) == (&b.tls, &b.broken)
+            && hosts(a, b)
+    };
+    let same = old.is_some_and(|old| {
+        old.origin == new.origin
+            && old.listeners.len() == new.listeners.len()
+            && old.listeners.iter().zip(&new.listeners).all(listener)
+    });
+    (!same).then_some(new)
+}
+
+/// Puts one route, as it is now, on the hosts of a Gateway.
+pub(super) fn place(join: &mut Join<'_>, key: &GatewayKey, id: &RouteId, tables: &mut Tables) {
+    let Some(route) = join.objects.gateway_api.routes.get(id) else { return tables.remove(id) };
+    if let Some(slot) = edge_of(join, key) {
+        let (kind, namespace, name) = id.clone();
+        let created = Arc::clone(&route.obj.created);
+        let age = Age { undated: created.is_empty(), created, namespace, name, kind };
+        let parts = attach(join, key, &slot.obj.edge, id, route);
+        return tables.put(id, age, parts);
+    }
+    tables.remove(id);
+    let why = if join.t.gateways.contains_key(&(Arc::clone(&key.namespace), Arc::clone(&key.name)) as &Name) {
+        format!("the Gateway {key} is a waypoint; routes attach to the Service or ServiceEntry behind it")
+    } else {
+        format!("the Gateway {key} does not exist")
+    };
+    for (i, p) in parent_refs(id, route, key) {
+        let field = format!("spec.parentRefs[{i}]");
+        join.complain(Severity::Warning, (&route.origin, p.line), &field, why.clone(), "correct the reference", "parent");
+    }
+}
+/// The parentRefs of a route that name a Gateway, with their numbers.
+fn parent_refs<'a>(id: &RouteId, slot: &'a Slot<Route>, key: &GatewayKey) -> impl Iterator<Item = (usize, &'a ParentRef)> {
+    let (own, parent) = (Arc::clone(&id.1), Some(Parent::Gateway(key.clone())));
+    slot.obj.parents.iter().enumerate().filter(move |(_, p)| parent_of(p, &own) == parent)
+}
+
+/// What a route says to the hosts of the listeners it may attach to; says why where there is none.
+fn attach(
     join: &mut Join<'_>,
     key: &GatewayKey,
     edge: &[EdgeListener],
     id: &RouteId,
-    route: &'a Slot<Route>,
-    hosts: &mut [BTreeMap<HostOrder, Host<'a>>],
-) {
+    route: &Slot<Route>,
+) -> BTreeMap<Spot, Part> {
     let any: Arc<str> = "*".into();
-    let mut settled: Option<Settled<'a>> = None;
-    // Hosts it is on already: several parentRefs may lead to one listener.
-    let mut done: BTreeSet<(usize, Arc<str>)> = BTreeSet::new();
-    for (i, p, _) in parent_refs(&[(id, route)], key) {
+    let mut parts: BTreeMap<Spot, Part> = BTreeMap::new();
+    let mut settled: Option<Settled> = None;
+    for (i, p) in parent_refs(id, route, key) {
         // How far it got with any listener.
         let mut got = 0;
         for (n, l) in edge.iter().enumerate() {
@@ -672,27 +666,27 @@ fn attach<'a>(
             let named = if route.obj.hostnames.is_empty() || id.0 == RouteKind::Tcp { own } else { &route.obj.hostnames };
             for host in named.iter().filter_map(|h| intersection(listener, h)) {
                 got = 5;
-                if route.obj.rules.is_empty() && route.obj.broken.is_none() {
-                    // It asks for nothing, so there is nothing to answer but 404.
+                let spot = (n, host_order(&host));
+                // Of a route that asks for nothing there is nothing to answer but 404. Several parentRefs may lead to one host.
+                if route.obj.rules.is_empty() && route.obj.broken.is_none() || parts.contains_key(&spot) {
                     continue;
                 }
-                let Some(hosts) = hosts.get_mut(n).filter(|_| done.insert((n, Arc::clone(&host)))) else { continue };
-                let at = hosts.entry(host_order(&host)).or_default();
-                at.rest.origins.push(Arc::clone(&route.origin));
-                if let Some(why) = &route.obj.broken {
-                    at.rest.broken.get_or_insert_with(|| Arc::clone(why));
-                    continue;
-                }
-                let settled = settled.get_or_insert_with(|| settle(join, id, route));
-                at.http.extend(settled.http.iter().cloned());
+                let Settled { http, l4 } = settled.get_or_insert_with(|| settle(join, id, route));
+                let mut part = Part {
+                    http: Arc::clone(http),
+                    tls: Vec::new(),
+                    tcp: Vec::new(),
+                    origin: Arc::clone(&route.origin),
+                    broken: route.obj.broken.clone(),
+                };
                 if id.0 == RouteKind::Tls && *host != *"*" {
                     let sni = [Arc::clone(&host)];
-                    let rule = |to| TlsRule { sni: sni.to_vec(), port: None, route: Arc::clone(to) };
-                    at.rest.tls.extend(settled.l4.iter().map(rule));
+                    part.tls.extend(l4.iter().map(|to| TlsRule { sni: sni.to_vec(), port: None, route: Arc::clone(to) }));
                 } else {
                     let rule = |to| TcpRule { port: None, destinations: Vec::new(), route: Arc::clone(to) };
-                    at.rest.tcp.extend(settled.l4.iter().map(rule));
+                    part.tcp.extend(l4.iter().map(rule));
                 }
+                parts.insert(spot, part);
             }
         }
         let why = match got {
@@ -706,6 +700,7 @@ fn attach<'a>(
         let message = format!("{why}; the route has no effect there");
         join.complain(Severity::Error, (&route.origin, p.line), &field, message, "correct the route or the listener", "parent");
     }
+    parts
 }
 
 /// The certificates of a listener; why it cannot terminate TLS when one is missing.

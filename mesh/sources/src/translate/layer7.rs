@@ -21,7 +21,7 @@ use mesh_model::telemetry::TelemetryRules;
 use mesh_model::{Change, Origin};
 
 use super::destination_rule::{self, DestinationRule};
-use super::gateway_api::{self, GatewayApi};
+use super::gateway_api::{self, GatewayApi, RouteId, Tables};
 use super::object::{Body, Kind, ObjectId};
 use super::pem::PemEntries;
 use super::targets::{self, Bindings, TargetedAuth};
@@ -38,8 +38,10 @@ pub(super) enum Output {
     Routes(ServiceKey),
     /// How a service is reached.
     Destination(ServiceKey),
-    /// The listeners of a Gateway and their routes.
+    /// The listeners of a Gateway, and with them all that attaches.
     Gateway(GatewayKey),
+    /// Where a route stands on a Gateway. After the Gateway.
+    Attached(GatewayKey, RouteId),
     /// Whether an object has any effect; makes problems only.
     Check(ObjectId),
 }
@@ -97,6 +99,14 @@ pub(super) struct Objects {
     mesh_config: Option<Slot<MeshConfig>>,
 }
 
+/// A Gateway in the making.
+#[derive(Debug, Default)]
+struct Edge {
+    /// All but its routes; `None` when it does not face the outside.
+    frame: Option<GatewayRoutes>,
+    tables: Tables,
+}
+
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Layer7 {
@@ -106,6 +116,7 @@ pub(super) struct Layer7 {
     needed_by: HashMap<Need, BTreeSet<Output>>,
     routes_out: HashMap<ServiceKey, Arc<RouteTable>>,
     destinations_out: HashMap<ServiceKey, Arc<Destination>>,
+    edges: HashMap<GatewayKey, Edge>,
     gateways_out: HashMap<GatewayKey, Arc<GatewayRoutes>>,
     policies: Bindings<L7Policy>,
     request_auths: Bindings<RequestAuth>,
@@ -127,6 +138,7 @@ impl Layer7 {
             needed_by: HashMap::default(),
             routes_out: HashMap::default(),
             destinations_out: HashMap::default(),
+            edges: HashMap::default(),
             gateways_out: HashMap::default(),
             policies: Bindings::default(),
             traffic: Traffic::default(),
@@ -269,6 +281,7 @@ impl Layer7 {
         all_problems.extend(of_telemetry);
         all_problems.extend(self.traffic.flush(t, dirty, changes));
         all_problems.extend(asking.iter().map(|key| targets::unasked(t, key, &self.authorizers)));
+        let mut turned: BTreeSet<GatewayKey> = BTreeSet::new();
         for output in outputs {
             let mut join = Join::new(t, &self.objects);
             match &output {
@@ -281,8 +294,13 @@ impl Layer7 {
                     replace(&mut self.destinations_out, key, new, changes, Change::Destination, Change::DestinationGone);
                 }
                 Output::Gateway(key) => {
-                    let new = gateway_api::gateway(&mut join, key, self.gateways_out.get(key).map(|g| &**g)).map(Arc::new);
-                    replace(&mut self.gateways_out, key, new, changes, Change::Gateway, Change::GatewayGone);
+                    self.edges.entry(key.clone()).or_default().frame = gateway_api::frame(&mut join, key);
+                    turned.insert(key.clone());
+                }
+                Output::Attached(key, route) => {
+                    let edge = self.edges.entry(key.clone()).or_default();
+                    gateway_api::place(&mut join, key, route, &mut edge.tables);
+                    turned.insert(key.clone());
                 }
                 Output::Check(id) => join.check(id),
             }
@@ -293,7 +311,29 @@ impl Layer7 {
             all_problems.push((output.problems_id(), problems));
             self.remember(output, needs);
         }
+        for key in turned {
+            self.gateway(key, changes);
+        }
         all_problems
+    }
+
+    /// Hands out a Gateway something of which was made again.
+    fn gateway(&mut self, key: GatewayKey, changes: &mut Vec<Change>) {
+        let Some(Edge { frame, tables }) = self.edges.get_mut(&key) else { return };
+        let Some(frame) = frame else {
+            if self.gateways_out.remove(&key).is_some() {
+                changes.push(Change::GatewayGone(key.clone()));
+            }
+            if tables.is_empty() {
+                self.edges.remove(&key);
+            }
+            return;
+        };
+        if let Some(new) = gateway_api::fill(frame, tables, self.gateways_out.get(&key).map(|old| &**old)) {
+            let new = Arc::new(new);
+            changes.push(Change::Gateway(Arc::clone(&new)));
+            self.gateways_out.insert(key, new);
+        }
     }
 
     /// Hands out the external authorizers, when they are others than before.
@@ -329,6 +369,18 @@ impl Layer7 {
 
     /// Everything to be made again, in a fixed order.
     fn outputs(&mut self, t: &Translator, dirty: &Dirty) -> BTreeSet<Output> {
+        let mut outputs = self.marked(t, dirty);
+        let gateways = outputs.iter().filter_map(|o| if let Output::Gateway(key) = o { Some(key) } else { None });
+        let attached = |key: &GatewayKey| {
+            let before = self.edges.get(key).into_iter().flat_map(|edge| edge.tables.routes());
+            let now = self.objects.gateway_api.of_gateway(key);
+            before.chain(now).map(|id| Output::Attached(key.clone(), id.clone())).collect::<Vec<_>>()
+        };
+        let attached: Vec<Output> = gateways.flat_map(attached).collect();
+        outputs.extend(attached);
+        outputs
+    }
+    fn marked(&mut self, t: &Translator, dirty: &Dirty) -> BTreeSet<Output> {
         let touched = std::mem::take(&mut self.touched);
         let mut outputs = touched.outputs;
         if dirty.all {
@@ -398,6 +450,7 @@ impl Output {
             Self::Routes(k) => of(Kind::Service, &k.namespace, "routes", &k.hostname),
             Self::Destination(k) => of(Kind::Service, &k.namespace, "destination", &k.hostname),
             Self::Gateway(k) => of(Kind::Gateway, &k.namespace, "routes", &k.name),
+            Self::Attached(gateway, (kind, namespace, name)) => of(kind.of_object(), namespace, &format!("on {gateway}"), name),
             Self::Check(id) => of(id.kind, &id.namespace, "check", &id.name),
         }
     }

@@ -1050,7 +1050,7 @@ fn the_reference_mesh_is_understood() {
             ("api", vec![("stable", 95), ("canary", 5)], 3, seconds(10)),
         ]
     );
-    let HttpAction::Forward(api) = &table.http[2].route.action else { panic!() };
+    let HttpAction::Forward(api) = &table.http.get(2).unwrap().route.action else { panic!() };
     assert_eq!(api.retry.on, RetryOn::GATEWAY_ERROR.with(RetryOn::CONNECT_FAILURE).with(RetryOn::REFUSED_STREAM));
     assert_eq!((api.retry.per_try, api.total_weight), (seconds(2), 100));
 

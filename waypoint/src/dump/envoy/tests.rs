@@ -38,7 +38,8 @@ fn routes_are_envoys() {
             rule(HttpMatch::default(), forward(vec![backend("v1", 1)])),
             rule(HttpMatch::default(), forward(vec![Backend::to(BackendRef::Invalid { status: 503, why: "no".into() })])),
             rule(HttpMatch::default(), HttpAction::Respond(DirectResponse { status: 418, body: Arc::default() })),
-        ],
+        ]
+        .into(),
         ..RouteTable::default()
     };
     let host = virtual_host("inbound|http|80", "*", &table, Some(80));

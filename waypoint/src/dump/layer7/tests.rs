@@ -47,7 +47,7 @@ fn a_rule_reads_like_what_was_written() {
         ..HttpMatch::default()
     };
     let rules = vec![HttpRule { matches: matches.into(), route: Arc::new(route) }];
-    let table = RouteTable { http: rules, ..RouteTable::default() };
+    let table = RouteTable { http: rules.into(), ..RouteTable::default() };
     let value = routes(&key(), &table);
     assert_eq!(value["service"], "shop/api.shop.svc.cluster.local");
     let rule = &value["http"][0];

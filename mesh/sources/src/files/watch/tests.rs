@@ -51,7 +51,7 @@ fn following(root: &Path, work: impl FnOnce(&mpsc::Receiver<Instant>)) {
     let (tx, rx) = mpsc::channel();
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
-        scope.spawn(|| follow(root, || stop.load(Ordering::Relaxed), || tx.send(Instant::now()).ok().map(|()| true)));
+        scope.spawn(|| follow(root, || stop.load(Ordering::Relaxed), |_| tx.send(Instant::now()).ok().map(|()| true)));
         // Stops the thread however the work ends.
         struct Stop<'a>(&'a AtomicBool);
         impl Drop for Stop<'_> {
@@ -90,6 +90,29 @@ fn a_busy_parent_causes_no_reading_and_a_swapped_link_does() {
 }
 
 #[test]
+fn what_was_touched_is_named_unless_nobody_knows() {
+    let touched = |paths: &[&str]| touched_by(Path::new("/conf"), &paths.iter().map(PathBuf::from).collect::<Vec<_>>());
+    let names = |names: &[&str]| Touched::Names(names.iter().map(PathBuf::from).collect());
+    assert_eq!(touched(&["/conf/a.yaml", "/conf/sub/b.yaml", "/conf/a.yaml"]), names(&["a.yaml", "sub/b.yaml"]));
+    for unclear in [&["/conf"][..], &["/conf/a.yaml", "/real/a.yaml"], &["/conf/a.yaml", "/conf"], &[]] {
+        assert_eq!(touched(unclear), Touched::All, "{unclear:?}");
+    }
+    // A burst names all of its files; lost events make it unclear.
+    let (tx, rx) = mpsc::channel();
+    let burst = |signs: &[&[&str]]| {
+        for paths in signs {
+            tx.send(Sign::Done(paths.iter().map(PathBuf::from).collect())).unwrap();
+        }
+        let now = Instant::now();
+        wait(&rx, now + PATROL, now, &|| false)
+    };
+    assert_eq!(burst(&[&["a"], &["b", "c"]]), Some(vec!["a".into(), "b".into(), "c".into()]));
+    assert_eq!(burst(&[&["a"], &[], &["b"]]), Some(vec![]));
+    let now = Instant::now();
+    assert_eq!(wait(&rx, now, now, &|| false), Some(vec![]), "the patrol");
+}
+
+#[test]
 fn a_file_that_is_still_written_is_waited_for_and_a_whole_one_is_not() {
     let (tx, rx) = mpsc::channel();
     let at = |name: &str| vec![PathBuf::from(name)];
@@ -98,7 +121,7 @@ fn a_file_that_is_still_written_is_waited_for_and_a_whole_one_is_not() {
             tx.send(sign).unwrap();
         }
         let start = Instant::now();
-        assert!(wait(&rx, PATROL, start, &|| false));
+        assert!(wait(&rx, start + PATROL, start, &|| false).is_some());
         start.elapsed()
     };
     assert!(took(vec![Sign::Writing(at("a")), Sign::Done(at("b"))]) >= WRITING, "`a` is not closed");

@@ -13,7 +13,7 @@ use mesh_model::l7::text::{Pattern, StringMatch};
 
 use super::super::istio::host_name;
 use super::super::kube::section;
-use super::super::object::{ObjectId, Reader};
+use super::super::object::{Kind, ObjectId, Reader};
 use super::super::read::{self, Bad, Read};
 use super::compile::Compile;
 use super::filter::{self, Filters, Place};
@@ -42,6 +42,15 @@ impl RouteKind {
             Self::Grpc => "GRPCRoute",
             Self::Tcp => "TCPRoute",
             Self::Tls => "TLSRoute",
+        }
+    }
+    /// The kind of its objects.
+    pub(in super::super) fn of_object(self) -> Kind {
+        match self {
+            Self::Http => Kind::HttpRoute,
+            Self::Grpc => Kind::GrpcRoute,
+            Self::Tcp => Kind::TcpRoute,
+            Self::Tls => Kind::TlsRoute,
         }
     }
 }

@@ -107,7 +107,8 @@ const S: &str = "a/s.a.svc.cluster.local";
 
 fn only_rule(rule: &str) -> HttpRule {
     let state = good(&with_rule(rule));
-    let [rule] = state.table(S).http.as_slice() else { panic!("{:?}", state.table(S)) };
+    let rules: Vec<&HttpRule> = state.table(S).http.iter().collect();
+    let [rule] = rules[..] else { panic!("{:?}", state.table(S)) };
     rule.clone()
 }
 fn only_match(m: &str) -> HttpMatch {
@@ -165,12 +166,14 @@ fn matches_are_compiled() {
 #[test]
 fn several_matches_share_one_route_and_none_is_everything() {
     let state = good(&with_rule("matches: [{path: {value: /a}}, {path: {value: /b}}], backendRefs: [{name: t, port: 80}]"));
-    let [a, b] = state.table(S).http.as_slice() else { panic!() };
+    let rules: Vec<&HttpRule> = state.table(S).http.iter().collect();
+    let [a, b] = rules[..] else { panic!() };
     assert!(Arc::ptr_eq(&a.route, &b.route));
     assert_eq!(a.route.name.as_ref(), "a.r.0");
     assert_eq!(a.route.origin.as_ref().unwrap().object.as_ref(), "HTTPRoute a/r");
     let state = good(&(services("a") + &route("HTTPRoute", "a", "r", TO_S)));
-    let [rule] = state.table(S).http.as_slice() else { panic!() };
+    let rules: Vec<&HttpRule> = state.table(S).http.iter().collect();
+    let [rule] = rules[..] else { panic!() };
     assert_eq!(rule.matches.path, Some(PathMatch::SegmentPrefix("/".into())));
     assert!(responds_500(&rule.route), "the default rule has no backends");
     assert_eq!(only_rule("name: mine, backendRefs: [{name: t, port: 80}]").route.name.as_ref(), "mine");
@@ -347,22 +350,22 @@ fn filters_that_are_not_available_answer_500() {
     ] {
         let (state, problems) = mesh(&with_rule(&format!("filters: [{filter}], backendRefs: [{{name: t, port: 80}}]")));
         assert_eq!(brief(&problems), [("error", "spec.rules[0].filters[0]", "unsupported-filter")], "{filter}");
-        assert!(responds_500(&state.table(S).http[0].route));
+        assert!(responds_500(&state.table(S).http.get(0).unwrap().route));
         assert_eq!(state.table(S).broken, None);
         // A redirect beside it does not make it harmless.
         let (state, _) = mesh(&with_rule(&format!("filters: [{filter}, {{type: RequestRedirect, requestRedirect: {{}}}}]")));
-        assert!(responds_500(&state.table(S).http[0].route));
+        assert!(responds_500(&state.table(S).http.get(0).unwrap().route));
         // Of a backend: its share.
         let (state, problems) =
             mesh(&with_rule(&format!("backendRefs: [{{name: t, port: 80}}, {{name: u, port: 80, filters: [{filter}]}}]")));
         assert_eq!(brief(&problems), [("error", "spec.rules[0].backendRefs[1].filters[0]", "unsupported-filter")]);
-        let HttpAction::Forward(f) = &state.table(S).http[0].route.action else { panic!() };
+        let HttpAction::Forward(f) = &state.table(S).http.get(0).unwrap().route.action else { panic!() };
         assert_eq!(f.backends[0].to, to("a", "t", 80));
         assert!(matches!(f.backends[1].to, BackendRef::Invalid { status: 500, .. }), "{f:?}");
     }
     let (state, problems) = mesh(&with_rule("sessionPersistence: {sessionName: x}, backendRefs: [{name: t, port: 80}]"));
     assert_eq!(brief(&problems), [("error", "spec.rules[0].sessionPersistence", "unsupported-field")]);
-    assert!(matches!(state.table(S).http[0].route.action, HttpAction::Forward(_)));
+    assert!(matches!(state.table(S).http.get(0).unwrap().route.action, HttpAction::Forward(_)));
 }
 
 // ---- HTTPRoute: mistakes ----
@@ -669,7 +672,7 @@ fn routes_without_dates_are_in_the_order_of_their_names_across_kinds() {
 fn grpc_matches() {
     let grpc = |m: &str| {
         let spec = format!("{TO_S}, rules: [{{matches: [{m}], backendRefs: [{{name: t, port: 80}}]}}]");
-        good(&(services("a") + &route("GRPCRoute", "a", "r", &spec))).table(S).http[0].matches.as_ref().clone()
+        good(&(services("a") + &route("GRPCRoute", "a", "r", &spec))).table(S).http.get(0).unwrap().matches.as_ref().clone()
     };
     let g = grpc("{method: {service: a.B, method: C}, headers: [{name: X, value: y}]}");
     let exact = |t: &str| Some(StringMatch::Exact(t.into()));
@@ -695,7 +698,7 @@ fn grpc_matches() {
     );
     let (state, problems) = mesh(&(services("a") + &route("GRPCRoute", "a", "r", &spec)));
     assert_eq!(brief(&problems), [("error", "spec.rules[0].filters[0]", "unsupported-filter")]);
-    assert!(responds_500(&state.table(S).http[0].route));
+    assert!(responds_500(&state.table(S).http.get(0).unwrap().route));
 }
 
 #[test]
@@ -773,7 +776,7 @@ fn references_that_cannot_be_used_answer_500_for_their_share() {
         let (state, problems) = mesh(&text);
         let codes: Vec<&str> = problems.iter().filter_map(|p| p.code).collect();
         assert_eq!(codes.join(","), code, "{backend} {more}: {problems:?}");
-        let HttpAction::Forward(f) = &state.table(S).http[0].route.action else { panic!() };
+        let HttpAction::Forward(f) = &state.table(S).http.get(0).unwrap().route.action else { panic!() };
         let invalid = matches!(f.backends[0].to, BackendRef::Invalid { status: 500, .. });
         assert_eq!((invalid, f.total_weight), (!code.is_empty(), 2), "{backend}: {f:?}");
         assert_eq!(f.backends[1].to, to("a", "u", 80), "the other share is not touched");
@@ -786,7 +789,7 @@ fn references_that_cannot_be_used_answer_500_for_their_share() {
         "filters: [{type: RequestMirror, requestMirror: {backendRef: {name: gone, port: 80}}}, {type: RequestMirror, requestMirror: {backendRef: {name: u, port: 80}}}], backendRefs: [{name: t, port: 80}]",
     ));
     assert_eq!(brief(&problems), [("error", "spec.rules[0].filters", "backend-not-found")]);
-    let HttpAction::Forward(f) = &state.table(S).http[0].route.action else { panic!() };
+    let HttpAction::Forward(f) = &state.table(S).http.get(0).unwrap().route.action else { panic!() };
     assert_eq!(f.mirrors.iter().map(|m| m.to.clone()).collect::<Vec<_>>(), [to("a", "u", 80)]);
 }
 
@@ -840,7 +843,7 @@ fn parents_scope_rules() {
     assert_eq!(ports("{name: gone}"), (None, vec![("warning", "parent")]), "an absent kind is a Gateway");
     // A port no route speaks of stays as it was.
     let state = good(&(services("a") + &route("HTTPRoute", "a", "r", &format!("parentRefs: [{}], {rules}", s(", port: 80")))));
-    let last = state.table(S).http.last().unwrap();
+    let last = state.table(S).http.iter().last().unwrap();
     assert_eq!((last.matches.port, last.route.origin.is_none()), (Some(81), true));
 }
 
@@ -1242,8 +1245,143 @@ fn tables_of_hosts_are_sorted_and_closed_alone() {
     let names = |h: &str| table(h).http.iter().map(|r| r.route.name.to_string()).collect::<Vec<_>>();
     assert_eq!((names("x.com"), names("y.com")), (vec!["a.r2.0".to_owned(), "a.r1.0".to_owned()], vec!["a.r1.0".to_owned()]));
     assert_eq!(table("x.com").origins.len(), 2, "two parentRefs to one listener attach once");
-    assert!(Arc::ptr_eq(&table("x.com").http[1].route, &table("y.com").http[0].route));
+    assert!(Arc::ptr_eq(&table("x.com").http.get(1).unwrap().route, &table("y.com").http.get(0).unwrap().route));
     assert_eq!((table("x.com").broken.is_some(), table("z.com").broken.is_some()), (false, true));
+}
+
+/// A Gateway with `count` routes of four rules each on `x.com`, and one on `y.com`.
+struct Many {
+    t: Translator,
+    objects: BTreeMap<String, String>,
+    state: State,
+}
+impl Many {
+    fn new(count: usize) -> Self {
+        let mut many = Self { t: translator(), objects: BTreeMap::new(), state: State::default() };
+        let gateway =
+            services("a") + &gateway_with("{name: l, port: 80, protocol: HTTP}") + &many_route("other", "y.com", "", "0");
+        many.objects.insert("gateway".into(), gateway);
+        for n in 0..count {
+            many.objects.insert(format!("r{n}"), many_route(&format!("r{n}"), "x.com", "", "0"));
+        }
+        // Each a file of its own, which does not move when others change.
+        let all: Vec<Object> = many.objects.values().flat_map(|text| objects(&mut many.t, text).0).collect();
+        for o in all {
+            many.t.upsert(o);
+        }
+        many.state.apply(many.t.flush());
+        many
+    }
+    fn put(&mut self, name: &str, text: String) {
+        self.take(&text);
+        self.objects.insert(name.into(), text);
+    }
+    fn remove(&mut self, name: &str) {
+        self.objects.remove(name);
+        self.t.remove(&ObjectId { kind: Kind::HttpRoute, namespace: "a".into(), name: name.into() });
+        self.state.apply(self.t.flush());
+    }
+    fn take(&mut self, text: &str) {
+        for o in objects(&mut self.t, text).0 {
+            self.t.upsert(o);
+        }
+        self.state.apply(self.t.flush());
+    }
+    fn table(&self, host: &str) -> Arc<RouteTable> {
+        let listener = &self.state.gateway("a/gw").listeners[0];
+        Arc::clone(&listener.hosts.iter().find(|(h, _)| **h == *host).unwrap().1)
+    }
+    /// The state is that of the same objects read at once.
+    #[track_caller]
+    fn is_as_new(&self) {
+        let text: String = self.objects.values().map(String::as_str).collect();
+        let new = good(&text);
+        assert_eq!(lines(self.state.gateway("a/gw")), lines(new.gateway("a/gw")));
+    }
+}
+/// All of a Gateway but the lines its objects stand in.
+fn lines(gateway: &GatewayRoutes) -> Vec<String> {
+    let hosts = gateway.listeners.iter().flat_map(|l| l.hosts.iter().map(move |host| (l, host)));
+    let rules = hosts.flat_map(|(l, (host, table))| {
+        let rule = move |r: &HttpRule| {
+            let HttpAction::Forward(forward) = &r.route.action else { panic!("{r:?}") };
+            let set = r.route.headers.request.set.iter().chain(&forward.backends[0].headers.request.set).next();
+            format!("{} {} {host} {} {:?} {set:?}", l.name, l.port, r.route.name, r.matches.path)
+        };
+        table.http.iter().map(rule)
+    });
+    rules.collect()
+}
+/// Four rules that set a header to `value`: one exact path, three prefixes of which one is everybody's.
+fn many_route(name: &str, host: &str, created: &str, value: &str) -> String {
+    let created = if created.is_empty() { String::new() } else { format!(", creationTimestamp: '{created}'") };
+    let set =
+        format!("filters: [{{type: RequestHeaderModifier, requestHeaderModifier: {{set: [{{name: x-v, value: '{value}'}}]}}}}]");
+    let rule = |path: &str| format!("{{matches: [{{path: {path}}}], {set}, backendRefs: [{{name: t, port: 80}}]}}");
+    let paths = [
+        format!("{{type: Exact, value: /{name}}}"),
+        format!("{{value: /{name}/a}}"),
+        format!("{{value: /{name}/a/b}}"),
+        "{value: /all}".into(),
+    ];
+    let rules = paths.map(|path| rule(&path)).join(", ");
+    let spec = format!("parentRefs: [{{name: gw}}], hostnames: [{host}], rules: [{rules}]");
+    object("HTTPRoute", API, "a", name, &created, &format!("spec: {{{spec}}}"))
+}
+
+/// What a version costs follows from what changed: counted in rules that are put into a list and indexed.
+#[test]
+fn a_changed_route_makes_its_own_rules_again_and_no_others() {
+    let mut many = Many::new(200);
+    let before = (many.table("x.com"), many.table("y.com"));
+    assert_eq!(before.0.http.len(), 800);
+    for (n, value) in [(7, "1"), (7, "2"), (199, "1"), (7, "3")] {
+        many.put(&format!("r{n}"), many_route(&format!("r{n}"), "x.com", "", value));
+        assert!(Arc::ptr_eq(&many.table("y.com"), &before.1), "a host nothing was said about");
+    }
+    // Of the two routes that are not as they were when all was read.
+    let now = many.table("x.com");
+    assert_eq!((now.http.len(), now.http.made_after(&before.0.http)), (800, 8));
+    many.is_as_new();
+    // As it was: nothing is different any more.
+    many.put("r7", many_route("r7", "x.com", "", "0"));
+    many.put("r199", many_route("r199", "x.com", "", "0"));
+    assert_eq!(many.table("x.com").http.made_after(&before.0.http), 0);
+    many.is_as_new();
+    // However many change one after the other, all together is done seldom.
+    let (mut made, mut last) = (0, many.table("x.com"));
+    for n in 0..200 {
+        many.put(&format!("r{n}"), many_route(&format!("r{n}"), "x.com", "", "1"));
+        let now = many.table("x.com");
+        made += now.http.made_after(&last.http);
+        last = now;
+    }
+    many.is_as_new();
+    assert!(made < 200 * 800 / 4, "{made} rules made in 200 versions of 800 rules");
+}
+
+#[test]
+fn routes_of_a_large_table_come_go_and_move() {
+    let mut many = Many::new(100);
+    let (names, hosts, dates) =
+        (["r3", "r70", "new", "r99"], ["x.com", "y.com", "'*.x.com'"], ["", "2024-01-01T00:00:00Z", "2025-01-01T00:00:00Z"]);
+    for step in 0..60_usize {
+        let name = names[step % names.len()];
+        if step % 5 == 4 {
+            many.remove(name);
+        } else {
+            many.put(name, many_route(name, hosts[step / 3 % hosts.len()], dates[step / 7 % dates.len()], &step.to_string()));
+        }
+        if step % 10 == 9 {
+            many.is_as_new();
+        }
+    }
+    // Then the Gateway itself: everything attaches anew, and stays where it says the same.
+    let before = many.table("x.com");
+    let listeners = gateway_with("{name: l, port: 81, protocol: HTTP}");
+    many.put("gateway", services("a") + &listeners + &many_route("other", "y.com", "", "0"));
+    assert!(Arc::ptr_eq(&many.table("x.com"), &before));
+    many.is_as_new();
 }
 
 // ---- BackendTLSPolicy ----

@@ -13,6 +13,7 @@ use mesh_model::l7::route::{
     Backend, BackendRef, ClusterKey, Dialect, Forward, HttpAction, HttpMatch, HttpRoute, HttpRule, Mirror, PathMatch,
     RetryPolicy, RouteTable, TcpRoute, TcpRule, TlsRule,
 };
+use mesh_model::l7::rules::Rules;
 use mesh_model::l7::text::StringMatch;
 use mesh_model::service::Service;
 
@@ -277,7 +278,7 @@ impl<'a> Making<'_, 'a, '_> {
             "write fewer matches",
             "too-many-rules",
         );
-        table.http.clear();
+        table.http = Rules::default();
         table.broken.get_or_insert_with(|| why.into());
         true
     }

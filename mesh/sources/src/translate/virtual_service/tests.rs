@@ -58,9 +58,9 @@ fn of(state: &State, key: &str) -> RouteTable {
 }
 #[track_caller]
 fn only(text: &str) -> (HttpMatch, HttpRoute) {
-    let mut t = table(text);
+    let t = table(text);
     assert_eq!(t.http.len(), 1, "{t:?}");
-    let r = t.http.remove(0);
+    let r = t.http.get(0).unwrap().clone();
     ((*r.matches).clone(), (*r.route).clone())
 }
 #[track_caller]
@@ -153,7 +153,7 @@ fn matches_are_what_they_say() {
         ),
     ] {
         let text = rule(&format!("match: [{fields}]"));
-        let got = table(&text).http.remove(0).matches;
+        let got = table(&text).http.get(0).unwrap().matches.clone();
         assert_eq!(*got, want, "{fields}");
     }
     assert!(matches!(matches("{uri: {regex: '/v[0-9]'}}").path, Some(PathMatch::Regex(p)) if p.source() == "/v[0-9]"));
@@ -164,7 +164,7 @@ fn matches_of_one_rule_share_their_route_unless_they_are_named() {
     let t = table(&rule("match: [{uri: {exact: /a}}, {uri: {exact: /b}}, {name: m, uri: {exact: /c}}]"));
     let names: Vec<&str> = t.http.iter().map(|r| &*r.route.name).collect();
     assert_eq!(names, ["r", "r", "r.m"]);
-    assert!(std::sync::Arc::ptr_eq(&t.http[0].route, &t.http[1].route));
+    assert!(std::sync::Arc::ptr_eq(&t.http.get(0).unwrap().route, &t.http.get(1).unwrap().route));
 }
 
 #[test]
@@ -303,7 +303,8 @@ fn headers_are_edited_as_istio_would() {
         rule("headers: {request: {set: {content-length: '1'}, add: {Host: x}, remove: [':path', x-envoy-attempt-count, x-ok]}}");
     let (state, problems) = mesh7(&(world() + &text));
     assert_eq!(problems.iter().map(|p| (p.severity, p.code)).collect::<Vec<_>>(), [(Severity::Warning, Some("header")); 4]);
-    let edits = &of(&state, REVIEWS).http[0].route.headers.request;
+    let table = of(&state, REVIEWS);
+    let edits = &table.http.get(0).unwrap().route.headers.request;
     assert_eq!((edits.set.len(), edits.add.len(), &*edits.remove), (0, 0, &[header("x-ok")][..]));
 }
 
@@ -363,7 +364,7 @@ fn weights_and_ports_of_destinations() {
     );
     let t = of(&state, "a/two.a.svc.cluster.local");
     assert_eq!(t.http.len(), 2);
-    assert_eq!((t.http[1].matches.port, &*t.http[1].route.name), (Some(8080), "default"));
+    assert_eq!((t.http.get(1).unwrap().matches.port, &*t.http.get(1).unwrap().route.name), (Some(8080), "default"));
 }
 
 #[test]
@@ -390,7 +391,7 @@ fn destinations_that_are_not_there() {
     ] {
         let (state, problems) = mesh7(&(world() + &rule(fields)));
         let t = of(&state, REVIEWS);
-        let HttpAction::Forward(f) = &t.http[0].route.action else { panic!() };
+        let HttpAction::Forward(f) = &t.http.get(0).unwrap().route.action else { panic!() };
         assert_eq!(targets(f), [want]);
         let [p] = problems.as_slice() else { panic!("{problems:?}") };
         assert_eq!((p.severity, p.code), (Severity::Warning, Some(code)));
@@ -705,8 +706,8 @@ fn delegates_are_merged() {
     assert_eq!(problems, []);
     let t = of(&state, REVIEWS);
     assert_eq!(t.http.len(), 3, "{t:?}");
-    assert_eq!(t.http[0].matches.path, Some(PathMatch::Exact("/api/v1".into())));
-    assert_eq!(t.http[0].matches.headers, [(header("x"), StringMatch::Exact("y".into()))]);
+    assert_eq!(t.http.get(0).unwrap().matches.path, Some(PathMatch::Exact("/api/v1".into())));
+    assert_eq!(t.http.get(0).unwrap().matches.headers, [(header("x"), StringMatch::Exact("y".into()))]);
     let forwards: Vec<(&str, Option<Duration>, Vec<String>)> = t
         .http
         .iter()
@@ -721,7 +722,9 @@ fn delegates_are_merged() {
         [("r-one", Some(Duration::from_secs(5)), other.clone()), ("r", Some(Duration::from_secs(1)), other)],
         "short names are of the delegate's namespace"
     );
-    assert!(t.http[0].route.headers.request.set.len() == 1 && t.http[0].route.dialect == Dialect::Istio);
+    assert!(
+        t.http.get(0).unwrap().route.headers.request.set.len() == 1 && t.http.get(0).unwrap().route.dialect == Dialect::Istio
+    );
     assert_eq!(t.origins.len(), 2);
 
     // Delegates that are not there, not one, not exported or broken answer for their share.
