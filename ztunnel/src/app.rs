@@ -2,6 +2,9 @@
 //!
 //! Owns the wiring, nothing else. The control thread is the caller's: sources, certificates, admin and the pod supervisor
 //! run on it; connections run on the data threads.
+use crate::cni::desk::Desk;
+use crate::cni::files::Files;
+use crate::cni::{self, Entry};
 use crate::control;
 use crate::dialer::MARK;
 use crate::dump;
@@ -39,7 +42,7 @@ use mesh_runtime::resolve::Resolver;
 use mesh_runtime::signals;
 use mesh_runtime::sockets::{probe_rights, raise_nofile};
 use mesh_runtime::threads::DataThreads;
-use mesh_sources::{Diagnostics, Mesh};
+use mesh_sources::{Diagnostics, Mesh, translate};
 use std::collections::HashSet;
 use std::convert::Infallible;
 use std::io;
@@ -47,7 +50,8 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::{Notify, mpsc, oneshot};
+use tokio::runtime::Handle;
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 /// How long data threads may take to drop what is left after the drain.
 const STOP_LIMIT: Duration = Duration::from_secs(2);
@@ -145,9 +149,11 @@ pub async fn serve(mut settings: Settings, logging: &Logging) -> Result<()> {
     // Nothing is captured before the first snapshot is in (node-agent §1.1).
     let enrols = settings.is_enrolled_by_kubernetes().then(|| (view, control::access(&settings), settings.proc_dir.clone()));
     let (asks, successor) = mpsc::channel(1);
+    let (alone, is_alone) = watch::channel(predecessor.is_none());
     let supervisor = PodSupervisor::new(Arc::clone(&shared), readiness.clone(), pods, pins, inherited);
     let control = tokio::spawn({
         let (mesh, readiness, zds) = (mesh.clone(), readiness.clone(), settings.zds.clone());
+        let settings = settings.clone();
         async move {
             let never = drained.clone();
             tokio::select! {
@@ -168,7 +174,7 @@ pub async fn serve(mut settings: Settings, logging: &Logging) -> Result<()> {
                         _ = asked_to_end.draining() => return,
                     };
                     match pods {
-                        Ok(pods) => supervisor.by_kubernetes(pods),
+                        Ok(pods) => supervisor.by_kubernetes(hold_back(pods, &settings, is_alone)),
                         Err(error) => return tracing::error!(%error, "the pods of this node cannot be followed"),
                     }
                 }
@@ -183,6 +189,7 @@ pub async fn serve(mut settings: Settings, logging: &Logging) -> Result<()> {
         readiness.ready().await;
         if let Some(predecessor) = predecessor {
             succeed(predecessor, later, &faces).await?;
+            alone.send_replace(true);
         }
         if kept {
             be_succeeded(&handover, asks, &faces).await;
@@ -233,6 +240,36 @@ async fn succeed(predecessor: Predecessor, faces: Vec<(SocketAddr, HttpServer)>,
     Ok(())
 }
 
+/// Lets pods of this node start only when they are captured, if that is wanted; from when no agent before this one does it.
+fn hold_back(pods: ByKubernetes, settings: &Settings, mut alone: watch::Receiver<bool>) -> ByKubernetes {
+    let (Some(conf_dir), Some(bin_dir)) = (settings.cni.cni_conf_dir.clone(), settings.cni.cni_bin_dir.clone()) else {
+        return pods;
+    };
+    let (arrivals, told) = mpsc::channel(16);
+    let desk = Desk { pods: pods.pods(), arrivals: arrivals.clone(), runtime: Handle::current() };
+    let socket = cni::path(&settings.run_dir, &settings.node);
+    let mut exclude_namespaces = translate::Settings::default().excluded_namespaces;
+    exclude_namespaces.push(settings.root_namespace.clone());
+    let entry = Entry {
+        r#type: cni::PLUGIN.to_owned(),
+        socket: socket.clone(),
+        unreachable: settings.cni.cni_unreachable,
+        exclude_namespaces,
+    };
+    let files = Files { conf_dir, bin_dir, entry };
+    tokio::spawn(async move {
+        if alone.wait_for(|alone| *alone).await.is_err() {
+            return;
+        }
+        // Until the pods are the next agent's.
+        let keep = || files.keep(move || !arrivals.is_closed()).context("no thread");
+        if let Err(error) = desk.open(&socket).and_then(|()| keep()) {
+            tracing::error!(error = format!("{error:#}"), socket = %socket.display(), "pods that start are not captured before they do");
+        }
+    });
+    pods.expecting(told)
+}
+
 /// Waits for the agent after this one, and leaves it the addresses for operators.
 async fn be_succeeded(path: &Path, asks: mpsc::Sender<Ask>, faces: &Drain) {
     let (released, taken) = oneshot::channel();
@@ -281,6 +318,10 @@ pub fn assemble(
 fn preflight(settings: &Settings) -> Result<(RedirectMode, Option<PinRoot>)> {
     let nameless = settings.is_enrolled_by_kubernetes() && settings.node.is_empty();
     ensure!(!nameless, "which node's pods are to be enrolled? set --node (NODE_NAME)");
+    ensure!(
+        settings.cni.cni_conf_dir.is_none() || settings.is_enrolled_by_kubernetes(),
+        "--cni-conf-dir: only pods that Kubernetes enrols can be held back by our CNI plugin"
+    );
     ensure!(
         settings.udp == Udp::Allow || (settings.zds.is_none() && settings.redirect != RedirectMode::None),
         "--udp=refuse: whoever redirects the pods decides about UDP, and that is not this agent"

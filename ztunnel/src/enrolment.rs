@@ -18,7 +18,7 @@ use std::collections::HashSet;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, oneshot, watch};
 
 /// One pod that is to be served.
 #[derive(Clone, Debug)]
@@ -109,6 +109,19 @@ impl Enrolled {
     }
 }
 
+/// A pod whose containers are about to start, as the CNI plugin tells of it ([`crate::cni`]).
+#[derive(Debug)]
+pub struct Arrival {
+    /// The Pod's own uid.
+    pub uid: Arc<str>,
+    /// Where it will be.
+    pub netns: NetnsFd,
+    /// Whether it is only asked if it is captured there.
+    pub check: bool,
+    /// How it went.
+    pub done: oneshot::Sender<Result<(), String>>,
+}
+
 /// The pods that the Kubernetes API enrols on this node.
 #[derive(Debug)]
 pub struct ByKubernetes {
@@ -116,6 +129,10 @@ pub struct ByKubernetes {
     /// Who is marked; `None` once another agent does that.
     served: Option<watch::Sender<Served>>,
     places: Arc<Mutex<Places>>,
+    /// Pods that wait to be captured; `None` where none does.
+    arrivals: Option<mpsc::Receiver<Arrival>>,
+    /// Whether there are enrolled pods without an address, of which nobody says where they are.
+    unplaced: bool,
 }
 
 impl ByKubernetes {
@@ -130,20 +147,60 @@ impl ByKubernetes {
         if ended {
             return Err(SourceError::Died);
         }
-        Ok(Self { pods, served: Some(served), places: Arc::new(Mutex::new(Places::new(proc_dir))) })
+        let places = Arc::new(Mutex::new(Places::new(proc_dir)));
+        Ok(Self { pods, served: Some(served), places, arrivals: None, unplaced: false })
     }
 
-    /// Resolves when other pods, or the same otherwise, are enrolled.
-    pub async fn changed(&mut self) {
-        if self.pods.changed().await.is_err() {
-            std::future::pending::<()>().await;
+    /// All pods of this node, as the API server tells of them.
+    pub fn pods(&self) -> watch::Receiver<Option<NodePods>> {
+        self.pods.clone()
+    }
+
+    /// Takes pods that are about to start from here.
+    #[must_use]
+    pub fn expecting(mut self, arrivals: mpsc::Receiver<Arrival>) -> Self {
+        self.arrivals = Some(arrivals);
+        self
+    }
+
+    /// Resolves when other pods, or the same otherwise, are enrolled, or with one that is about to start.
+    pub async fn next(&mut self) -> Option<Arrival> {
+        let arrival = async {
+            match &mut self.arrivals {
+                Some(arrivals) => arrivals.recv().await,
+                None => None,
+            }
+        };
+        tokio::select! {
+            Some(arrival) = arrival => Some(arrival),
+            Ok(()) = self.pods.changed() => None,
+            else => std::future::pending().await,
         }
+    }
+
+    /// The pod that is about to start in this namespace, if it is enrolled.
+    pub async fn place(&mut self, uid: &str, netns: NetnsFd) -> Option<Enrolled> {
+        let pods = self.pods.borrow().clone().unwrap_or_default();
+        let pod = pods.iter().find(|pod| *pod.uid == *uid)?;
+        self.places.lock().tell(&pod.cgroup, netns);
+        self.enrolled().await.into_iter().find(|enrolled| *enrolled.key == *uid)
+    }
+
+    /// Whether a pod may be somewhere that nobody knows of: an agent before this one may have captured it as it started.
+    pub fn has_unplaced(&self) -> bool {
+        self.unplaced && self.arrivals.is_some()
     }
 
     /// The pods enrolled now.
     pub async fn enrolled(&mut self) -> Vec<Enrolled> {
         let pods = self.pods.borrow_and_update().clone().unwrap_or_default();
-        let wanted: Vec<&NodePod> = pods.iter().filter(|pod| is_served(&pod.workload)).collect();
+        let enrolled = pods.iter().filter(|pod| is_served(&pod.workload));
+        let (wanted, unplaced): (Vec<&NodePod>, Vec<_>) = {
+            let places = self.places.lock();
+            // One without an address may not start for long: it is not looked for among all processes until then.
+            enrolled.partition(|pod| !pod.workload.ips.is_empty() || places.get(&pod.cgroup).is_some())
+        };
+        self.unplaced = !unplaced.is_empty();
         let (cgroups, places) = (wanted.iter().map(|pod| Arc::clone(&pod.cgroup)).collect(), Arc::clone(&self.places));
         // It may have to read something of every process of the machine.
         let looked = tokio::task::spawn_blocking(move || places.lock().look(&cgroups)).await;
@@ -165,13 +222,14 @@ impl ByKubernetes {
         });
     }
 
-    /// Leaves the marks to the next agent.
+    /// Leaves the marks, and the pods that start, to the next agent.
     pub fn hand_over(&mut self) {
         self.served = None;
+        self.arrivals = None;
     }
 }
 
 /// Whether the agent carries this pod's traffic.
-fn is_served(w: &Workload) -> bool {
+pub fn is_served(w: &Workload) -> bool {
     w.protocol == Protocol::Hbone && w.network_mode == NetworkMode::Standard && !w.native_tunnel
 }

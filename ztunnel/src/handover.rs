@@ -7,13 +7,13 @@
 //!
 //! Owns the protocol. Refuses peers of another user. Upstream: `app`. Downstream: `pods`, which answers what is [`Ask`]ed.
 use crate::sockets::Sockets;
+use crate::unix::{check_peer, listen_at, seqpacket};
 use anyhow::{Context, Result, bail, ensure};
 use mesh_model::workload::WorkloadUid;
-use rustix::net::sockopt::{Timeout, set_socket_timeout, socket_peercred};
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, connect, listen, recv, recvmsg, send, sendmsg,
-    socket_with,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
+    SocketAddrUnix, SocketFlags, accept_with, connect, recv, recvmsg, send, sendmsg,
 };
 use std::collections::HashMap;
 use std::io::{IoSlice, IoSliceMut};
@@ -166,30 +166,4 @@ fn receive_pod(socket: &OwnedFd) -> Result<Option<(WorkloadUid, Sockets)>> {
     let Some(uid) = body.strip_prefix(POD) else { bail!("the agent before this one speaks another protocol") };
     let uid = std::str::from_utf8(uid).context("a pod's id is not text")?;
     Ok(Some((uid.into(), Sockets::from_each(fds).context("not the sockets of a pod")?)))
-}
-
-fn seqpacket() -> rustix::io::Result<OwnedFd> {
-    socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
-}
-
-/// A socket of ours alone, in the place of what an agent before us left.
-fn listen_at(path: &Path) -> Result<OwnedFd> {
-    use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
-    if let Some(dir) = path.parent() {
-        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
-    }
-    let new = path.with_extension("new");
-    let _ = std::fs::remove_file(&new);
-    let socket = seqpacket()?;
-    bind(&socket, &SocketAddrUnix::new(&new)?)?;
-    std::fs::set_permissions(&new, std::fs::Permissions::from_mode(0o600))?;
-    listen(&socket, 4)?;
-    std::fs::rename(new, path)?;
-    Ok(socket)
-}
-
-fn check_peer(socket: &OwnedFd) -> Result<()> {
-    let (peer, own) = (socket_peercred(socket)?.uid, rustix::process::geteuid());
-    ensure!(peer == own, "the other side runs as user {}, not as {}", peer.as_raw(), own.as_raw());
-    Ok(())
 }

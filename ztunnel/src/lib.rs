@@ -8,6 +8,7 @@ mod access;
 pub mod app;
 mod carry;
 pub mod check;
+pub mod cni;
 pub mod conns;
 mod control;
 mod deliver;
@@ -33,6 +34,7 @@ mod report;
 pub mod resolv;
 pub mod settings;
 mod sockets;
+mod unix;
 pub mod zds;
 
 pub use settings::Settings;

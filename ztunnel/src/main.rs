@@ -25,9 +25,21 @@ enum Command {
     /// Print what this kernel and these rights allow, and how pods would be redirected. Fails if they could not be.
     Check(OfNode),
     /// Remove the redirection of every pod of this node, after the agent was uninstalled: their traffic is direct from then on.
-    Cleanup(OfNode),
+    Cleanup(Cleanup),
     /// Print the version as JSON.
     Version,
+}
+
+#[derive(Args)]
+struct Cleanup {
+    #[command(flatten)]
+    of: OfNode,
+    /// Remove the CNI plugin too: from this folder of network configurations...
+    #[arg(long, env = "CULVERT_CNI_CONF_DIR", value_name = "DIR", requires = "cni_bin_dir")]
+    cni_conf_dir: Option<PathBuf>,
+    /// ...and this one of plugins.
+    #[arg(long, env = "CULVERT_CNI_BIN_DIR", value_name = "DIR")]
+    cni_bin_dir: Option<PathBuf>,
 }
 
 #[derive(Args)]
@@ -73,7 +85,13 @@ fn run(command: Command) -> Result<ExitCode> {
                 return Ok(ExitCode::FAILURE);
             }
         }
-        Command::Cleanup(OfNode { node, proc_dir, pins }) => {
+        Command::Cleanup(Cleanup { of: OfNode { node, proc_dir, pins }, cni_conf_dir, cni_bin_dir }) => {
+            // First what would keep pods from starting.
+            if let (Some(configurations), Some(plugins)) = (cni_conf_dir, cni_bin_dir)
+                && ztunnel::cni::files::remove(&configurations, &plugins)?
+            {
+                println!("the CNI plugin is removed");
+            }
             let pins = pins.of_node(&node);
             // First what does not need a BPF filesystem.
             ztunnel::app::remove_rules(&pins, &proc_dir);

@@ -6,7 +6,7 @@
 //! `ebpf-loader`.
 mod start;
 
-use crate::enrolment::{ByKubernetes, Enrolled, Place};
+use crate::enrolment::{Arrival, ByKubernetes, Enrolled, Place};
 use crate::handover::{Ask, Inherited};
 use crate::pod::{Pod, Shared};
 use crate::prefilter::Prefilter;
@@ -143,10 +143,10 @@ async fn next_order(cni: Option<&mut Cni>) -> Order {
     std::future::pending().await
 }
 
-/// The next change among the pods that the Kubernetes API enrols; never, if it enrols none.
-async fn next_pods(kubernetes: Option<&mut ByKubernetes>) {
+/// The next change among the pods that the Kubernetes API enrols, or one of them that is about to start; never, if it enrols none.
+async fn next_pods(kubernetes: Option<&mut ByKubernetes>) -> Option<Arrival> {
     match kubernetes {
-        Some(kubernetes) => kubernetes.changed().await,
+        Some(kubernetes) => kubernetes.next().await,
         None => std::future::pending().await,
     }
 }
@@ -242,7 +242,9 @@ impl PodSupervisor {
                         running.drain.start(DrainMode::Graceful { deadline: UNTIL_TOLD });
                     }
                 }
-                () = next_pods(self.kubernetes.as_mut()) => {}
+                arrival = next_pods(self.kubernetes.as_mut()) => if let Some(arrival) = arrival {
+                    self.receive(arrival).await;
+                },
                 order = next_order(self.cni.as_mut()) => self.obey(order).await,
                 Some(uid) = self.changed.1.recv() => self.recapture(&uid).await,
                 Ok(()) = bundles.changed() => self.rejudge_tunnels(&bundles.borrow_and_update().clone()),
@@ -335,6 +337,27 @@ impl PodSupervisor {
         let Some(cni) = &mut self.cni else { return Err("pods are enrolled by the mesh here".into()) };
         cni.enrolled.insert(uid, enrolled.clone());
         self.ensure(&enrolled).await
+    }
+
+    /// Captures a pod before its containers start, and says so to who lets them.
+    async fn receive(&mut self, arrival: Arrival) {
+        let Arrival { uid, netns, check, done } = arrival;
+        let outcome = if check {
+            let captured = self.running.get(&uid).is_some_and(|running| running.place == Some(netns.id()));
+            if captured { Ok(()) } else { Err("it is not captured in this network namespace".to_owned()) }
+        } else {
+            let enrolled = match &mut self.kubernetes {
+                Some(kubernetes) => kubernetes.place(&uid, netns).await,
+                None => None,
+            };
+            match enrolled {
+                Some(enrolled) => self.ensure(&enrolled).await,
+                None => Err("it has just left the mesh, or this node".into()),
+            }
+        };
+        self.count();
+        // Who did not wait for the answer asks again.
+        let _ = done.send(outcome);
     }
 
     /// Who should be served now.
@@ -443,7 +466,8 @@ impl PodSupervisor {
     /// Removes the redirections an earlier agent left for pods that are no longer in the mesh. Not before every pod is
     /// served: one that is not may be among those closed.
     fn sweep(&mut self) {
-        if !self.unswept || !self.pending.is_empty() {
+        let unplaced = self.kubernetes.as_ref().is_some_and(ByKubernetes::has_unplaced);
+        if !self.unswept || !self.pending.is_empty() || unplaced {
             return;
         }
         let kept = self.running.values().filter_map(|r| r.redirect.as_ref()).map(Redirect::netns);

@@ -3,6 +3,7 @@
 //! Order: default < environment < flag. Names follow Istio's node agent where it has the setting (node-agent §1.16), else
 //! they start with `CULVERT_`.
 use crate::access::AccessLog;
+use crate::cni::Unreachable;
 use clap::Args;
 use mesh_identity::crl_file::CrlFile;
 use mesh_identity::crypto::Compliance;
@@ -186,6 +187,9 @@ pub struct Settings {
     /// Directory of the socket through which the next agent of this node takes the pods over.
     #[arg(long, env = "CULVERT_RUN_DIR", default_value = "/run/culvert", value_name = "DIR")]
     pub run_dir: PathBuf,
+    /// Whether pods are held back until they are captured.
+    #[command(flatten)]
+    pub cni: CniSettings,
     /// Which connections are told of, and what.
     #[command(flatten)]
     pub access_log: AccessLog,
@@ -287,6 +291,22 @@ fn whole_cores(text: &str) -> Result<usize, String> {
 /// Istio's own chart says the name of the cluster as node metadata.
 fn cluster() -> String {
     std::env::var("ISTIO_META_CLUSTER_ID").ok().filter(|id| !id.is_empty()).unwrap_or_else(|| "Kubernetes".into())
+}
+
+/// Settings of the CNI plugin.
+#[derive(Args, Clone, Debug)]
+pub struct CniSettings {
+    /// Hold every pod back until it is captured: a CNI plugin of ours is put on the node, chained behind the first of the network
+    /// configurations in this folder (`/etc/cni/net.d` of the node) and kept there. For pods that Kubernetes enrols.
+    #[arg(long, env = "CULVERT_CNI_CONF_DIR", value_name = "DIR", requires = "cni_bin_dir")]
+    pub cni_conf_dir: Option<PathBuf>,
+    /// Where the node's container runtime finds CNI plugins (`/opt/cni/bin` of the node).
+    #[arg(long, env = "CULVERT_CNI_BIN_DIR", value_name = "DIR")]
+    pub cni_bin_dir: Option<PathBuf>,
+    /// What a pod meets that starts while no agent answers: `refuse` keeps it from starting until one does, `allow` lets it start, direct
+    /// until it is enrolled. Namespaces that are never enrolled (`kube-system`, the root namespace) do not ask.
+    #[arg(long, env = "CULVERT_CNI_UNREACHABLE", default_value = "refuse")]
+    pub cni_unreachable: Unreachable,
 }
 
 /// Settings of the control plane.

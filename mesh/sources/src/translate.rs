@@ -73,10 +73,12 @@ pub struct Settings {
     /// Whether a control plane tells the services, workloads and policies of layer 4 ([`Translator::adopt`]): of the objects
     /// counts the rest, and what it does not tell (labels, and where something was written).
     pub told: bool,
+    /// Whether pods that have no address yet are workloads too.
+    pub unaddressed: bool,
 }
 impl Default for Settings {
     fn default() -> Self {
-        Self { excluded_namespaces: vec!["kube-system".into()], layer7: false, told: false }
+        Self { excluded_namespaces: vec!["kube-system".into()], layer7: false, told: false, unaddressed: false }
     }
 }
 
@@ -163,6 +165,7 @@ struct Dirty {
 pub struct Translator {
     view: Viewpoint,
     excluded: HashSet<Arc<str>>,
+    unaddressed: bool,
     pool: Interner,
     spaces: BTreeMap<Arc<str>, Space>,
     nodes: HashMap<Arc<str>, Locality>,
@@ -202,6 +205,7 @@ impl Translator {
             strict_key: PolicyKey::new(&view.root_namespace, STATIC_STRICT),
             own_locality: view.locality.clone(),
             excluded,
+            unaddressed: settings.unaddressed,
             pool: Interner::default(),
             spaces: BTreeMap::new(),
             nodes: HashMap::default(),

@@ -2,7 +2,8 @@
 //!
 //! The kubelet names the cgroup of a pod by the pod's uid, and its oldest process is the sandbox's, which nobody in the pod
 //! can replace. Owns what was found, and notices when the sandbox was made again. Refuses the namespace of the machine
-//! itself. Upstream: `/proc` of the machine. Downstream: [`crate::pods`].
+//! itself. Where the container runtime said it first (`cni`), its word counts until a process is there. Upstream: `/proc` of the
+//! machine. Downstream: [`crate::pods`].
 use mesh_runtime::sockets::NetnsFd;
 use std::collections::{HashMap, HashSet};
 use std::fs;
@@ -13,7 +14,8 @@ use std::sync::Arc;
 #[derive(Clone, Debug)]
 struct Found {
     netns: Arc<NetnsFd>,
-    process: Process,
+    /// `None` while only the container runtime says so.
+    process: Option<Process>,
 }
 /// A process: numbers are used again, but not with the same start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -46,11 +48,14 @@ impl Places {
         }
         let own = NetnsFd::open(self.proc_dir.join("1/ns/net")).ok().map(|machine| machine.id());
         for (uid, processes) in processes_of(&self.proc_dir, &missing) {
+            let told = self.found.get(&uid).filter(|found| found.process.is_none()).map(|found| found.netns.id());
             let open = |process: Process| {
                 let netns = NetnsFd::open(self.proc_dir.join(process.pid.to_string()).join("ns/net")).ok()?;
                 // What was opened belongs to that process only if it is still the one that was looked at.
                 let same = start_of(&self.proc_dir, process.pid) == Some(process.started);
-                (same && Some(netns.id()) != own).then(|| Found { netns: Arc::new(netns), process })
+                // A sandbox that is made again has another namespace than what is left of the one before.
+                let is_it = Some(netns.id()) != own && told.is_none_or(|told| told == netns.id());
+                (same && is_it).then(|| Found { netns: Arc::new(netns), process: Some(process) })
             };
             // A sandbox whose last process is gone is kept as it was, until it is made again or the pod goes.
             if let Some(found) = processes.into_iter().find_map(open) {
@@ -59,13 +64,19 @@ impl Places {
         }
     }
 
+    /// Takes the container runtime's word for the namespace of a pod whose first process is yet to come.
+    pub fn tell(&mut self, uid: &Arc<str>, netns: NetnsFd) {
+        self.found.insert(Arc::clone(uid), Found { netns: Arc::new(netns), process: None });
+    }
+
     /// The namespace of a pod, if it was found.
     pub fn get(&self, uid: &str) -> Option<&Arc<NetnsFd>> {
         self.found.get(uid).map(|found| &found.netns)
     }
 
     fn is_current(&self, uid: &str) -> bool {
-        self.found.get(uid).is_some_and(|f| start_of(&self.proc_dir, f.process.pid) == Some(f.process.started))
+        let process = self.found.get(uid).and_then(|found| found.process);
+        process.is_some_and(|process| start_of(&self.proc_dir, process.pid) == Some(process.started))
     }
 }
 
@@ -142,5 +153,29 @@ mod tests {
         fs::create_dir(dir.path().join("7")).unwrap();
         fs::write(dir.path().join("7/stat"), "7 (a ) b) S 1 1 1 0 -1 0 0 0 0 0 0 0 0 0 20 0 1 0 4242 0 0").unwrap();
         assert_eq!(start_of(dir.path(), 7), Some(4242));
+    }
+
+    #[test]
+    fn the_runtimes_word_counts_until_a_process_is_there() {
+        let (dir, uid) = (tempfile::tempdir().unwrap(), Arc::<str>::from(UID));
+        let pods = HashSet::from([Arc::clone(&uid)]);
+        let mut places = Places::new(dir.path().to_owned());
+        places.tell(&uid, NetnsFd::current().unwrap());
+        places.look(&pods);
+        assert!(places.get(UID).is_some());
+        let process = dir.path().join("7");
+        fs::create_dir_all(process.join("ns")).unwrap();
+        fs::write(process.join("cgroup"), format!("0::/kubepods/burstable/pod{UID}/77")).unwrap();
+        fs::write(process.join("stat"), "7 (pause) S 1 1 1 0 -1 0 0 0 0 0 0 0 0 0 20 0 1 0 4242 0 0").unwrap();
+        // A namespace of another kind stands for another network namespace: what the sandbox before left behind.
+        std::os::unix::fs::symlink("/proc/self/ns/uts", process.join("ns/net")).unwrap();
+        places.look(&pods);
+        assert!(!places.is_current(UID) && places.get(UID).is_some(), "it is not the place that the runtime named");
+        fs::remove_file(process.join("ns/net")).unwrap();
+        std::os::unix::fs::symlink("/proc/thread-self/ns/net", process.join("ns/net")).unwrap();
+        places.look(&pods);
+        assert!(places.is_current(UID), "now it is known by its process");
+        places.look(&HashSet::new());
+        assert!(places.get(UID).is_none(), "a pod that is gone is forgotten");
     }
 }

@@ -41,7 +41,7 @@ pub struct NodePod {
     pub marked: bool,
 }
 
-/// All pods of the node that have an address and are not finished.
+/// All pods of the node that are not finished; those that are about to start have no address yet.
 pub type NodePods = Arc<[NodePod]>;
 
 /// Uids of the pods that are served; `None` before all have been tried once.
@@ -83,7 +83,7 @@ async fn watch_pods(client: Client, view: Viewpoint, pods: channel::Sender<Optio
         tasks.spawn(watch::follow(client.clone(), watch.clone(), number, told.clone(), Retry::default()));
     }
     let kinds: Vec<Kind> = watches.iter().map(|w| w.kind).collect();
-    let mut cluster = Cluster::new(view, &Settings::default(), watches);
+    let mut cluster = Cluster::new(view, &Settings { unaddressed: true, ..Settings::default() }, watches);
     let mut own: HashMap<Name, Own> = HashMap::new();
     let mut workloads: BTreeMap<WorkloadUid, Arc<Workload>> = BTreeMap::new();
     while let Some(mut event) = events.recv().await {
@@ -113,7 +113,7 @@ async fn watch_pods(client: Client, view: Viewpoint, pods: channel::Sender<Optio
                 _ => {}
             }
         }
-        // Also those that a list did not name any more. One without an address is told again with it.
+        // Also those that a list did not name any more.
         let names: HashSet<Name> = workloads.values().map(|w| (Arc::clone(&w.namespace), Arc::clone(&w.name))).collect();
         own.retain(|name, _| names.contains(name));
         let known = workloads.values().filter_map(|workload| {

@@ -319,7 +319,7 @@ impl Translator {
         pool: &mut Interner,
     ) -> (Option<Workload>, Vec<Problem>) {
         let pod = &slot.obj;
-        if pod.absent {
+        if pod.finished || (pod.ips.is_empty() && !self.unaddressed) {
             return (None, Vec::new());
         }
         let uid = format!("{}//Pod/{ns}/{name}", self.view.cluster);

@@ -101,7 +101,7 @@ pub(super) fn pod<'p>(r: &mut Reader<'_>, node: &'p Node<'p>) -> Read<'p, Pod> {
         node: r.pool.text(read::text_or_empty(spec, "nodeName")?),
         netns: annotation(r, meta, "culvert.dev/netns"),
         uid: read::text(meta, "uid")?.map(uid),
-        absent: finished || ips.is_empty(),
+        finished,
         ips: ips.into(),
         ready: ready && meta.get("deletionTimestamp").is_none(),
         host_network: read::flag(spec, "hostNetwork")?,

@@ -224,8 +224,8 @@ pub struct Pod {
     pub ports: Arc<[(Arc<str>, u16)]>,
     /// `metadata.uid` as a number.
     pub uid: Option<[u8; 16]>,
-    /// Finished, or has no address yet: not a workload.
-    pub absent: bool,
+    /// It will run nothing any more: not a workload.
+    pub finished: bool,
     /// Ready and not being deleted.
     pub ready: bool,
     /// Host network.

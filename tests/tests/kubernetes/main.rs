@@ -1,6 +1,6 @@
 //! Ring 3: a node's agent that is told of its pods by the Kubernetes API. Pods are network namespaces; their processes are
 //! entries of a `/proc` made for them. Who is enrolled and who is not, the mark on the pod, leaving, a pod made again under
-//! its name, a new agent, the rights the manifests give.
+//! its name, a new agent, and pods that start, held back by the CNI plugin (`starting`).
 use std::fs;
 use std::net::SocketAddr;
 use std::os::unix::fs::symlink;
@@ -8,6 +8,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
+
+mod starting;
 
 use anyhow::{Context as _, ensure};
 use mesh_tests::agent::{Agent, AgentSpec};
@@ -38,6 +40,8 @@ struct Cluster {
     spec: AgentSpec,
     api: KubeApi,
     proc_dir: PathBuf,
+    /// The container runtime's configurations and plugins.
+    cni_dir: PathBuf,
     _server: Server,
     topology: Topology,
     _dir: TempDir,
@@ -49,7 +53,13 @@ const TESTS: &[Test<Cluster>] = &[
     test("opt_outs_are_respected", opt_outs_are_respected),
     test("a_new_agent_finds_marked_pods_and_serves_them", a_new_agent_finds_marked_pods_and_serves_them),
     test("a_pod_made_again_under_its_name_is_another_pod", a_pod_made_again_under_its_name_is_another_pod),
+    test("the_plugin_is_chained_and_stays", starting::the_plugin_is_chained_and_stays),
+    test("a_pod_is_captured_before_it_starts", starting::a_pod_is_captured_before_it_starts),
+    test("pods_outside_the_mesh_start_at_once", starting::pods_outside_the_mesh_start_at_once),
+    test("a_pod_nobody_told_of_does_not_start", starting::a_pod_nobody_told_of_does_not_start),
     test("a_label_taken_away_makes_the_pod_direct_and_unmarked", a_label_taken_away_makes_the_pod_direct_and_unmarked),
+    test("without_an_agent_pods_do_not_start", starting::without_an_agent_pods_do_not_start),
+    test("cleaning_up_removes_the_plugin_and_nothing_else", starting::cleaning_up_removes_the_plugin_and_nothing_else),
 ];
 
 fn main() -> ExitCode {
@@ -61,8 +71,12 @@ fn set_up() -> anyhow::Result<Cluster> {
     for (name, _) in UIDS {
         plan = plan.pod("node-a", "shop", name, name, &[]);
     }
+    plan = plan.pod("node-a", "shop", "starting", "starting", &[]);
     let topology = plan.build()?;
     let dir = scratch("kubernetes")?;
+    let cni_dir = dir.path().join("cni");
+    fs::create_dir(&cni_dir)?;
+    fs::write(cni_dir.join(starting::PROVIDER.0), starting::PROVIDER.1)?;
     let node = topology.node("node-a");
     let api = KubeApi::serve(node.netns.listen(SocketAddr::from(([127, 0, 0, 1], 6443)))?)?;
     let proc_dir = dir.path().join("proc");
@@ -73,11 +87,13 @@ fn set_up() -> anyhow::Result<Cluster> {
     let mut spec = AgentSpec::new("node-a", &PathBuf::new(), &PathBuf::new(), dir.path())
         .env("KUBECONFIG", &api.kubeconfig(dir.path())?.to_string_lossy())
         .env("CULVERT_CA_DIR", &dir.path().join("ca").to_string_lossy())
-        .env("CULVERT_PROC_DIR", &proc_dir.to_string_lossy());
+        .env("CULVERT_PROC_DIR", &proc_dir.to_string_lossy())
+        .env("CULVERT_CNI_CONF_DIR", &cni_dir.to_string_lossy())
+        .env("CULVERT_CNI_BIN_DIR", &cni_dir.to_string_lossy());
     spec.folders = None;
     spec.flags.push("--kubernetes".into());
     let server = Server::start(topology.pod("server"), PORT)?;
-    let mut cluster = Cluster { agent: None, spec, api, proc_dir, _server: server, topology, _dir: dir };
+    let mut cluster = Cluster { agent: None, spec, api, proc_dir, cni_dir, _server: server, topology, _dir: dir };
     for (at, (name, uid)) in UIDS.into_iter().enumerate() {
         let (cgroup, annotations) = match STATIC {
             (pod, hash) if pod == name => {
@@ -205,7 +221,8 @@ fn a_new_agent_finds_marked_pods_and_serves_them(cluster: &mut Cluster) -> anyho
     cluster.agent = Some(agent);
     let agent = cluster.agent()?;
     let mark = agent.mark();
-    cluster.call()?;
+    // What policies mean is read by another watch, which comes back in its own time; until then everything is denied.
+    wait::until_true("calls are let through", || cluster.call().is_ok())?;
     agent.wait_access("the call", mark, |record| record.to_string().contains("/sa/server"))?;
     Ok(())
 }
