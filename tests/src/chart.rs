@@ -7,11 +7,26 @@ use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
 
+/// Values with one waypoint and Istio's CA.
+pub const ISTIO_CA: &str = "caAddress: https://istiod.istio-system.svc:15012
+gateways: [ { name: wp, namespace: shop, serviceAccount: wp, replicas: 1 } ]";
+/// The same with SPIRE.
+pub const SPIRE: &str = "spire: { enabled: true }
+gateways: [ { name: wp, namespace: shop, serviceAccount: wp, replicas: 1 } ]";
+
+fn read(path: &Path) -> anyhow::Result<String> {
+    fs::read_to_string(path).with_context(|| path.display().to_string())
+}
+
 /// Renders a chart as `helm template culvert CHART -n NAMESPACE -f VALUES` does, with one `# Source:` line per template.
 pub fn render(chart: &Path, values: &Path, namespace: &str) -> anyhow::Result<String> {
-    let read = |path: &Path| fs::read_to_string(path).with_context(|| path.display().to_string());
+    render_with(chart, &read(values)?, namespace)
+}
+
+/// The same with the text of a file of values.
+pub fn render_with(chart: &Path, values: &str, namespace: &str) -> anyhow::Result<String> {
     let mut merged: Value = serde_saphyr::from_str(&read(&chart.join("values.yaml"))?)?;
-    overlay(&mut merged, serde_saphyr::from_str(&read(values)?)?);
+    overlay(&mut merged, serde_saphyr::from_str(values)?);
     let root = json!({ "Values": merged, "Release": { "Namespace": namespace, "Name": "culvert" } });
     let mut names: Vec<_> = fs::read_dir(chart.join("templates"))?.flatten().map(|entry| entry.path()).collect();
     names.sort();
@@ -25,6 +40,38 @@ pub fn render(chart: &Path, values: &Path, namespace: &str) -> anyhow::Result<St
         writeln!(out, "---\n# Source: culvert/templates/{name}\n{}", text.trim())?;
     }
     Ok(out)
+}
+
+/// A TrafficPolicy that says everything it can.
+pub fn whole_policy() -> Value {
+    let bucket = json!({ "maxTokens": 5, "tokensPerFill": 5, "fillInterval": "1m" });
+    json!({
+        "apiVersion": "culvert.dev/v1alpha1", "kind": "TrafficPolicy", "metadata": { "name": "p", "namespace": "zamaz" },
+        "spec": {
+            "targetRefs": [{ "group": "", "kind": "Service", "name": "s", "namespace": "zamaz" }],
+            "rateLimits": [{
+                "name": "all", "tokenBucket": bucket, "phase": "AfterAuthorization", "rateLimitHeaders": false,
+                "match": { "methods": ["GET"], "paths": ["/a/*"], "headers": { "x-plan": "free" } },
+                "key": [
+                    { "sourceIP": { "ipv4Prefix": 24, "ipv6Prefix": 48 } }, { "header": "x-tenant" }, { "path": {} },
+                    { "authority": {} }, { "claim": "realm.tenant" },
+                ],
+                "response": { "status": 503, "headers": { "x-limited": "true" } },
+            }],
+            "responseHeaders": { "set": { "x-a": "b" }, "add": { "x-c": "d" }, "remove": ["x-e"] },
+            "cacheControl": [{ "paths": ["/static/*"], "value": "max-age=60" }],
+            "cors": {
+                "allowOrigin": ["https://a.b"], "allowOrigins": [{ "exact": "https://c.d" }], "allowMethods": ["GET"],
+                "allowHeaders": ["x-a"], "exposeHeaders": ["x-b"], "maxAge": "24h", "allowCredentials": true,
+                "unmatchedPreflights": "IGNORE",
+            },
+            "compression": {
+                "codings": ["gzip", "br"], "minBytes": 1000, "contentTypes": ["text/html"], "keepStrongETag": true,
+                "hideAcceptEncoding": true,
+            },
+            "buffer": { "maxRequestBytes": 1_048_576 },
+        },
+    })
 }
 
 /// Maps are merged, everything else is replaced.

@@ -28,6 +28,7 @@ const MARK: &str = "ambient.istio.io/redirection";
 
 const TESTS: &[Test<Cluster>] = &[
     test("the_chart_is_taken_and_an_unknown_field_is_not", the_chart_is_taken_and_an_unknown_field_is_not),
+    test("a_traffic_policy_is_judged_by_its_schema", a_traffic_policy_is_judged_by_its_schema),
     test("the_agent_enrols_with_the_rights_of_the_chart", the_agent_enrols_with_the_rights_of_the_chart),
     test("a_waypoint_reads_everything_with_the_rights_of_the_chart", a_waypoint_reads_everything_with_the_rights_of_the_chart),
     test("a_right_that_is_missing_stops_one_kind", a_right_that_is_missing_stops_one_kind),
@@ -182,6 +183,13 @@ fn the_chart_is_taken_and_an_unknown_field_is_not(cluster: &mut Cluster) -> anyh
             cluster.api.apply(&object, true)?;
         }
     }
+    // With the other authorities. (What is in the namespace `shop` needs one.)
+    cluster.api.apply(&json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": "shop" } }), false)?;
+    for values in [chart::ISTIO_CA, chart::SPIRE] {
+        for object in documents(&chart::render_with(&workspace_dir().join("manifests/chart"), values, "istio-system")?)? {
+            cluster.api.apply(&object, true).with_context(|| values.to_owned())?;
+        }
+    }
     for (kind, at) in [("DaemonSet", "/spec/template/spec/containers/0"), ("Deployment", "/spec"), ("Gateway", "/spec")] {
         let mut object = cluster.chart.iter().find(|o| o["kind"] == kind).context("no such object")?.clone();
         *object
@@ -192,6 +200,41 @@ fn the_chart_is_taken_and_an_unknown_field_is_not(cluster: &mut Cluster) -> anyh
             .or_insert(Value::Null) = json!(1);
         let error = cluster.api.apply(&object, true).err().map(|e| e.to_string()).unwrap_or_default();
         ensure!(error.contains("nonsense"), "{kind}: {error}");
+    }
+    Ok(())
+}
+
+/// The schema takes everything the proxies read, and nothing else; with what they would refuse, the server does first.
+fn a_traffic_policy_is_judged_by_its_schema(cluster: &mut Cluster) -> anyhow::Result<()> {
+    cluster.api.apply(&chart::whole_policy(), true)?;
+    let example = fs::read_to_string(workspace_dir().join("manifests/examples/zamaz/80-traffic.yaml"))?;
+    for policy in documents(&example)?.iter().filter(|object| object["kind"] == "TrafficPolicy") {
+        cluster.api.apply(policy, true)?;
+    }
+    let nothing = json!({});
+    for (at, value, says) in [
+        ("/spec/nonsense", &nothing, "nonsense"),
+        ("/spec/rateLimits/0/nonsense", &nothing, "nonsense"),
+        ("/spec/rateLimits/0/key/2/path/nonsense", &nothing, "path"),
+        ("/spec/cors/allowOrigins/0/nonsense", &nothing, "nonsense"),
+        ("/spec/targetRefs", &json!([]), "targetRefs"),
+        ("/spec/rateLimits/0/tokenBucket/fillInterval", &json!("soon"), "fillInterval"),
+        ("/spec/rateLimits/0/key/0/sourceIP/ipv4Prefix", &json!(33), "ipv4Prefix"),
+        ("/spec/rateLimits/0/key/0/header", &json!("two-in-one"), "key"),
+        ("/spec/rateLimits/0/response/status", &json!(200), "status"),
+        ("/spec/rateLimits/0/name", &json!(""), "name"),
+        ("/spec/compression/codings/0", &json!("deflate"), "codings"),
+        ("/spec/buffer/maxRequestBytes", &json!(0), "maxRequestBytes"),
+    ] {
+        let mut policy = chart::whole_policy();
+        let (parent, key) = at.rsplit_once('/').context("no path")?;
+        let parent = policy.pointer_mut(parent).context("no such field")?;
+        match parent {
+            Value::Array(all) => all[key.parse::<usize>()?] = value.clone(),
+            object => object[key] = value.clone(),
+        }
+        let error = cluster.api.apply(&policy, true).err().map(|e| e.to_string()).unwrap_or_default();
+        ensure!(error.contains(says), "{at}: {error}");
     }
     Ok(())
 }

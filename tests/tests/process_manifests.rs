@@ -12,7 +12,7 @@ use mesh_tests::agent::{find_program, workspace_dir};
 use mesh_tests::chart;
 use mesh_tests::kube_api::{KubeApi, documents};
 use mesh_tests::{skip, wait};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 const NAMESPACE: &str = "istio-system";
 const PROFILES: [&str; 2] = ["development", "production"];
@@ -90,21 +90,24 @@ fn the_rights_of_the_agent_are_told() {
         let capabilities = &container["securityContext"]["capabilities"];
         let added: BTreeSet<&str> = capabilities["add"].as_array().unwrap().iter().map(|c| c.as_str().unwrap()).collect();
         assert_eq!(added, told);
-        assert_eq!(capabilities["drop"], serde_json::json!(["ALL"]));
+        assert_eq!(capabilities["drop"], json!(["ALL"]));
     }
 }
 
-/// With Istio's CA the agent has a token for it and no root key.
+/// With another authority nobody has the built-in one's key, and everybody has what that one asks for.
 #[test]
-fn certificates_may_come_from_istiod() {
-    let dir = tempfile::tempdir().unwrap();
-    let values = dir.path().join("values.yaml");
-    std::fs::write(&values, "caAddress: https://istiod.istio-system.svc:15012\n").unwrap();
-    let all = documents(&chart::render(&manifests().join("chart"), &values, NAMESPACE).unwrap()).unwrap();
-    let agent = find(&all, "DaemonSet", "culvert-agent");
-    check_names("ztunnel", &agent["spec"]["template"]["spec"]);
-    let text = agent.to_string();
-    assert!(text.contains("istio-token") && !text.contains("culvert-ca"), "{text}");
+fn certificates_may_come_from_others() {
+    for (authority, agent, waypoint) in
+        [(chart::ISTIO_CA, "istio-token", "istio-token"), (chart::SPIRE, "/run/spire/admin", "csi.spiffe.io")]
+    {
+        let all = documents(&chart::render_with(&manifests().join("chart"), authority, NAMESPACE).unwrap()).unwrap();
+        for (program, pod) in pods(&all) {
+            check_names(program, pod);
+            let text = pod.to_string();
+            assert!(!text.contains("culvert-ca"), "{text}");
+            assert!(text.contains(if program == "ztunnel" { agent } else { waypoint }), "{text}");
+        }
+    }
 }
 
 #[test]
@@ -186,6 +189,65 @@ fn an_upgrade_and_an_end_get_their_time() {
         // What the agent keeps for the next one is outside of the container.
         let hosts: Vec<&Value> = spec["volumes"].as_array().unwrap().iter().map(|v| &v["hostPath"]["path"]).collect();
         assert!(hosts.iter().any(|p| **p == "/run/culvert") && hosts.iter().any(|p| **p == "/sys/fs/bpf"), "{hosts:?}");
+    }
+}
+
+/// Every object of the whole policy below `at`, with the fields its schema has.
+fn objects_of(schema: &Value, value: &Value, at: &str, out: &mut Vec<(String, BTreeSet<String>)>) {
+    match value {
+        Value::Object(map) if schema["additionalProperties"].is_null() => {
+            let properties = schema["properties"].as_object().cloned().unwrap_or_default();
+            out.push((at.to_owned(), properties.keys().cloned().collect()));
+            for (key, value) in map {
+                objects_of(&properties[key], value, &format!("{at}/{key}"), out);
+            }
+        }
+        Value::Array(all) => {
+            for (number, value) in all.iter().enumerate() {
+                objects_of(&schema["items"], value, &format!("{at}/{number}"), out);
+            }
+        }
+        _ => {}
+    }
+}
+
+/// The translator tells of a field it does not know, and which it would: these are the fields of the schema.
+#[test]
+fn the_schema_of_a_traffic_policy_is_what_is_read() {
+    const UNKNOWN: &str = "zzzzzzzz";
+    let crd = documents(&std::fs::read_to_string(manifests().join("chart/crds/trafficpolicies.yaml")).unwrap()).unwrap();
+    let schema = &crd[0]["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"];
+    let mut all = Vec::new();
+    objects_of(schema, &chart::whole_policy()["spec"], "/spec", &mut all);
+    assert!(all.len() > 15, "{all:?}");
+    let folder = tempfile::tempdir().unwrap();
+    for (number, (at, _)) in all.iter().enumerate() {
+        let mut policy = chart::whole_policy();
+        policy["metadata"]["name"] = json!(format!("p{number}"));
+        policy.pointer_mut(at).unwrap()[UNKNOWN] = json!({});
+        std::fs::write(folder.path().join(format!("p{number}.yaml")), policy.to_string()).unwrap();
+    }
+    std::fs::write(folder.path().join("whole.yaml"), chart::whole_policy().to_string()).unwrap();
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let settings = translate::Settings { layer7: true, ..translate::Settings::default() };
+    let origin = Origin::Folder(folder.path().to_owned());
+    let (mesh, diagnostics) = runtime.block_on(async { mesh_sources::start_with(origin, Viewpoint::default(), &settings) });
+    wait::until_true("the folder", || mesh.is_synced()).unwrap();
+    let told = |name: &str| -> Vec<String> {
+        let of = |p: &&mesh_sources::Problem| *p.origin.object == *format!("TrafficPolicy zamaz/{name}");
+        diagnostics.list().iter().filter(of).map(|p| p.message.to_string()).filter(|m| !m.contains("does not exist")).collect()
+    };
+    assert_eq!(told("p"), [""; 0], "the whole policy is read");
+    for (number, (at, fields)) in all.iter().enumerate() {
+        let messages = told(&format!("p{number}"));
+        let [message] = &messages[..] else { panic!("{at}: {messages:?}") };
+        if fields.is_empty() {
+            assert!(message.contains("has no fields"), "{at}: {message}");
+            continue;
+        }
+        let known = message.split_once("known here: ").unwrap_or_else(|| panic!("{at}: {message}")).1;
+        let known = known.split(';').next().unwrap_or_default().split(", ").map(str::to_owned).collect();
+        assert_eq!(fields, &known, "{at}");
     }
 }
 
