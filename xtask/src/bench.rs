@@ -50,5 +50,9 @@ fn against(programs: &[&str], bench: &str, args: &[String]) -> Result<()> {
     }
     let target = Metadata::load()?.target;
     let mut command = shell::as_root(root, &target.join("dist").join(bench));
+    for program in programs {
+        // Not whichever build is the newest.
+        command.env(format!("CULVERT_{}", program.to_uppercase()), target.join("dist").join(program));
+    }
     shell::run(command.arg("--out").arg(target.join("bench")).args(args).current_dir(shell::root()))
 }

@@ -55,6 +55,7 @@ const TESTS: &[Test<Mesh>] = &[
     test("metrics_carry_istio_labels", telling::metrics_carry_istio_labels),
     test("config_dump_has_the_shape_istioctl_reads", telling::config_dump_has_the_shape_istioctl_reads),
     test("live_connections_are_listed", telling::live_connections_are_listed),
+    test("profiles_are_taken_while_it_serves", telling::profiles_are_taken_while_it_serves),
     test("a_thousand_silent_connections_stop_nobody", hostile::a_thousand_silent_connections_stop_nobody),
     test("ten_thousand_silent_connections_stop_nobody", hostile::ten_thousand_silent_connections_stop_nobody),
     test("half_made_handshakes_from_many_addresses_stop_nobody", hostile::half_made_handshakes_from_many_addresses_stop_nobody),

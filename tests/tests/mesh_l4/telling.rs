@@ -110,6 +110,28 @@ pub(crate) fn config_dump_has_the_shape_istioctl_reads(mesh: &mut Mesh) -> anyho
     Ok(())
 }
 
+/// What is in them is the business of `runtime::profile`'s own tests; here both are taken of the program, under its own allocator.
+pub(crate) fn profiles_are_taken_while_it_serves(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let agent = mesh.b();
+    ensure!(agent.admin("/debug/pprof/heap")?.status == 409, "off by itself");
+    ensure!(agent.admin("/debug/pprof/heap/profiling?activate=true")?.status == 200);
+    let of_cpu = std::thread::scope(|scope| {
+        let taking = scope.spawn(|| agent.admin("/debug/pprof/profile?seconds=1"));
+        while !taking.is_finished() {
+            mesh.call("client", WEB_VIP.into())?;
+        }
+        taking.join().map_err(|_| anyhow::anyhow!("the thread that asks panicked"))?
+    })?;
+    for (profile, name) in [(of_cpu, "profile.pb.gz"), (agent.admin("/debug/pprof/heap")?, "heap.pb.gz")] {
+        ensure!(profile.status == 200 && profile.body.starts_with('\u{1f}'), "{profile:?}");
+        let said = profile.header("content-disposition").unwrap_or_default();
+        ensure!(said.contains(name), "{said}");
+    }
+    ensure!(agent.admin("/debug/pprof/heap/profiling?activate=false")?.status == 200);
+    mesh.call("client", WEB_VIP.into())?;
+    Ok(())
+}
+
 pub(crate) fn live_connections_are_listed(mesh: &mut Mesh) -> anyhow::Result<()> {
     let web1 = mesh.pod("web1").at(PORT);
     let (open, _) = Client::who(mesh.pod("client"), web1)?;
