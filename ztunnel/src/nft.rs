@@ -149,15 +149,19 @@ impl Table {
 
     /// Whether the calling thread's namespace has the table as an agent with the same rules put it there.
     fn is_there(&self) -> io::Result<bool> {
+        let (version, told) = (self.version(), self.ask()?);
+        Ok(told.is_some_and(|table| table.windows(version.len()).any(|part| part == version.as_bytes())))
+    }
+
+    /// What the kernel says of the table in the calling thread's namespace, if it is there. No program is started for that.
+    fn ask(&self) -> io::Result<Option<Vec<u8>>> {
         let netlink = socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, Some(netlink::NETFILTER))?;
         send(&netlink, &question(GET_TABLE, 0, &self.name), SendFlags::empty())?;
         // The answer is there when `send` returns.
-        let mut answer = [0; 2048];
+        let mut answer = vec![0; 2048];
         let (length, _) = recv(&netlink, &mut answer[..], RecvFlags::DONTWAIT)?;
-        let version = self.version();
-        let told =
-            answer.get(..length).is_some_and(|answer| answer.windows(version.len()).any(|part| part == version.as_bytes()));
-        Ok(told && answer.get(4..6) == Some(&NEW_TABLE.to_ne_bytes()))
+        answer.truncate(length);
+        Ok((u16_at(&answer, 4) == Some(NEW_TABLE)).then_some(answer))
     }
 
     /// What the rules are told from others by, in the table's comment.
@@ -217,7 +221,7 @@ impl Table {
     pub fn sweep(&self, proc_dir: &Path, keep: &HashSet<NetnsId>) -> io::Result<usize> {
         let mut swept = 0;
         for (id, netns) in namespaces(proc_dir) {
-            if !keep.contains(&id) && self.is_in(&netns)? {
+            if !keep.contains(&id) && self.is_in(&netns).unwrap_or(false) {
                 self.unload(&netns)?;
                 swept += 1;
             }
@@ -226,10 +230,7 @@ impl Table {
     }
 
     fn is_in(&self, netns: &NetnsFd) -> io::Result<bool> {
-        let mut nft = Command::new("nft");
-        nft.args(["list", "table", "inet", &self.name]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        // Made inside, as a child is where its parent's thread was.
-        Ok(netns.run_in(|| nft.spawn())?.wait()?.success())
+        netns.run_in(|| Ok(self.ask()?.is_some()))
     }
 }
 

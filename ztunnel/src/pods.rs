@@ -158,6 +158,8 @@ pub struct PodSupervisor {
     running: HashMap<WorkloadUid, Running>,
     /// Where those are that are being started.
     starting: HashMap<WorkloadUid, Option<NetnsId>>,
+    /// Where the agent is.
+    own_place: Option<NetnsId>,
     pending: HashMap<WorkloadUid, ReadyTask>,
     /// Pods that are being taken down, by where they are.
     ending: HashMap<NetnsId, JoinHandle<()>>,
@@ -180,6 +182,7 @@ impl PodSupervisor {
             readiness,
             running: HashMap::new(),
             starting: HashMap::new(),
+            own_place: NetnsFd::current().ok().map(|own| own.id()),
             pending: HashMap::new(),
             ending: HashMap::new(),
             table,
@@ -398,7 +401,9 @@ impl PodSupervisor {
     async fn serve(&mut self, desired: &[Enrolled], learned: Instant) {
         let mut versions = self.shared.mesh.watch();
         versions.mark_unchanged();
-        let (mut left, mut starting) = (desired.iter(), FuturesUnordered::new());
+        // A look at those that are served takes its time too, with hundreds of them.
+        let (served, new): (Vec<_>, Vec<_>) = desired.iter().partition(|enrolled| self.running.contains_key(&enrolled.key));
+        let (mut left, mut starting) = (new.into_iter().chain(served), FuturesUnordered::new());
         loop {
             while starting.len() < AT_ONCE
                 && let Some(enrolled) = left.next()
@@ -594,7 +599,7 @@ impl PodSupervisor {
 
     /// A namespace belongs to one pod: two pods in one would carry each other's identity.
     fn check_place(&self, key: &str, netns: &NetnsFd) -> Result<(), String> {
-        if NetnsFd::current().is_ok_and(|own| own.id() == netns.id()) {
+        if self.own_place == Some(netns.id()) {
             return Err("this is the agent's own network namespace".into());
         }
         let served = self.running.iter().map(|(other, r)| (other, r.place));

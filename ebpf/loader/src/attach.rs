@@ -282,8 +282,8 @@ fn attach_programs(
     // The kernel lets every reader pass before an attachment is done: some ten milliseconds of waiting each, in which the verifier
     // has done with the next program.
     thread::scope(|scope| {
-        let egress = beside(scope, || verified(eth_egress, program::ETH_EGRESS))?;
         let lo = verified(lo_ingress, program::LO_INGRESS)?;
+        let egress = beside(scope, || verified(eth_egress, program::ETH_EGRESS))?;
         let pin = pins.map(|pins| (pins, program::LO_INGRESS));
         links.extend(attach_classifier(lo, program::LO_INGRESS, "lo", TcAttachType::Ingress, pin)?);
         links.extend(attach_lookup(steer_lookup, netns, pins)?);
