@@ -9,6 +9,8 @@ use cel::common::types::{CelBool, CelDuration, CelInt, CelMap, CelMapKey, CelStr
 use cel::common::value::{CowVal, Val};
 use cel::context::VariableResolver;
 use cel::{Context, Env};
+
+use crate::l7::text::Pattern;
 use http::HeaderMap;
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -121,6 +123,8 @@ pub const JQ_FIX: &str = "that is jq, and this field takes CEL; write for exampl
 pub struct Expression {
     source: Arc<str>,
     root: Arc<IdedExpr>,
+    /// Its regular expressions, by the numbers [`MATCHES`] is called with.
+    patterns: Arc<[Pattern]>,
     /// It looks at headers of the response.
     reads_response_headers: bool,
 }
@@ -160,7 +164,12 @@ impl Expression {
         check.expr(&mut root);
         match check.fault {
             Some(message) => Err(wrong(message)),
-            None => Ok(Self { source: source.into(), root: Arc::new(root), reads_response_headers: check.response_headers }),
+            None => Ok(Self {
+                source: source.into(),
+                root: Arc::new(root),
+                patterns: check.patterns.into(),
+                reads_response_headers: check.response_headers,
+            }),
         }
     }
     /// As it was written.
@@ -176,6 +185,13 @@ impl Expression {
         let resolver = Resolver(over);
         let mut context = Context::with_env(Arc::clone(&ENV));
         context.set_variable_resolver(&resolver);
+        if !self.patterns.is_empty() {
+            let patterns = Arc::clone(&self.patterns);
+            let found = move |text: Arc<String>, number: i64| {
+                usize::try_from(number).ok().and_then(|n| patterns.get(n)).is_some_and(|p| p.is_match(&text))
+            };
+            context.add_function(MATCHES, found).map_err(|e| EvaluationError(e.to_string()))?;
+        }
         cel::Value::resolve(&self.root, &context).map_err(|e| EvaluationError(e.to_string()))
     }
     /// Whether it is true. An error counts as no, as in Envoy.
@@ -203,18 +219,23 @@ fn looks_like_jq(source: &str) -> bool {
     source.starts_with('.') || piped || (source.starts_with("if ") && source.contains(" then "))
 }
 
+/// `matches` with a pattern that is compiled: of a text and the pattern's number. No name that can be written.
+const MATCHES: &str = "matches compiled";
+
 /// The attribute's own name.
 fn canonical(name: &str) -> &str {
     name.strip_prefix(LONG).unwrap_or(name)
 }
 
-/// Looks for names nobody knows, and replaces a look-up of one header by a name of its own, so that no map is made for it.
+/// Looks for names nobody knows, and replaces what would cost much with each evaluation: a look-up of one header by a name of
+/// its own, so that no map is made for it, and a regular expression by its number.
 #[derive(Default)]
 struct Check {
     /// Variables of macros (`exists(x, …)`).
     bound: Vec<String>,
     fault: Option<String>,
     response_headers: bool,
+    patterns: Vec<Pattern>,
 }
 impl Check {
     fn expr(&mut self, e: &mut IdedExpr) {
@@ -227,7 +248,9 @@ impl Check {
             return;
         }
         match &mut e.expr {
-            Expr::Call(CallExpr { target, args, .. }) => {
+            Expr::Call(call) => {
+                self.pattern(call);
+                let CallExpr { target, args, .. } = call;
                 for part in target.iter_mut().map(|t| &mut **t).chain(args) {
                     self.expr(part);
                 }
@@ -255,6 +278,27 @@ impl Check {
                 self.bound.truncate(depth);
             }
             Expr::Unspecified | Expr::Ident(_) | Expr::Literal(_) => {}
+        }
+    }
+    /// Compiles the pattern of `text.matches("…")`.
+    fn pattern(&mut self, call: &mut CallExpr) {
+        let CallExpr { func_name, target, args } = call;
+        if func_name != "matches" || args.len() + usize::from(target.is_some()) != 2 {
+            return;
+        }
+        let Some(IdedExpr { expr: pattern @ Expr::Literal(LiteralValue::String(_)), .. }) = args.last_mut() else { return };
+        let Expr::Literal(LiteralValue::String(text)) = &*pattern else { return };
+        match Pattern::parse_search(text.inner()) {
+            Ok(compiled) => self.patterns.push(compiled),
+            Err(e) => {
+                self.fault.get_or_insert_with(|| e.to_string());
+                return;
+            }
+        }
+        *pattern = Expr::Literal(LiteralValue::Int(CelInt::from(self.patterns.len() as i64 - 1)));
+        MATCHES.clone_into(func_name);
+        if let Some(text) = target.take() {
+            args.insert(0, *text);
         }
     }
     fn entry(&mut self, e: &mut EntryExpr) {
@@ -413,6 +457,10 @@ mod tests {
             ("response.code", "503"),
             ("connection.mtls", "true"),
             (r#"request.url_path.matches("^/api/[a-z]+/.*$") ? "api" : "other""#, "api"),
+            (r#"matches(request.method, "O") && !request.method.matches("^O") ? "in" : "out""#, "in"),
+            (r#"["^P", "^Q"].exists(p, request.method.matches(p)) ? "1" : "2""#, "1"),
+            (r#"request.headers["x-user"].matches("n{2}") ? "1" : "2""#, "1"),
+            (r#"response.code.matches("5") ? "1" : "2""#, ""),
             (r#"["a", "b"].exists(x, x == request.method.substring(0)) ? "1" : "2""#, ""),
             ("request.time", "1970-01-02T00:00:00+00:00"),
         ];
@@ -422,6 +470,14 @@ mod tests {
                 Err(why) => assert!(value.is_empty(), "{source}: {why}"),
             }
         }
+    }
+    /// Not with each request.
+    #[test]
+    fn patterns_are_compiled_when_they_are_read() {
+        let e = Expression::parse(r#"request.method.matches("^P") && !matches(request.url_path, "x")"#).expect("an expression");
+        let written: Vec<&str> = e.patterns.iter().map(Pattern::source).collect();
+        assert_eq!(written, ["^P", "x"]);
+        assert!(!format!("{:?}", e.root).contains(r#""matches""#), "{:?}", e.root);
     }
     #[test]
     fn filters_are_true_or_not() {
@@ -447,6 +503,7 @@ mod tests {
             ("request.path ==", "not a CEL expression: column"),
             ("", "not a CEL expression"),
             ("['a'].exists(y, y == z)", "unknown attribute `z`"),
+            ("request.path.matches('(')", "not a regular expression (RE2): "),
         ] {
             let error = Expression::parse(source).expect_err(source);
             assert!(error.message.contains(part) && !error.jq, "{source}: {error:?}");
