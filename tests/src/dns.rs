@@ -1,7 +1,7 @@
 //! A name server for the programs of one pod, at the address where the machine's resolver asks.
 //!
 //! Owns: a socket, its thread, an address on the pod's loopback. Refuses: anything but the questions for IPv4 and IPv6
-//! addresses; of IPv6 it knows none.
+//! addresses. What it says counts for a second.
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -20,8 +20,8 @@ pub struct Dns {
 }
 
 impl Dns {
-    /// Serves the programs of `place`; a name without an address does not exist.
-    pub fn start(place: &Place, address_of: impl Fn(&str) -> Option<Ipv4Addr> + Send + 'static) -> anyhow::Result<Self> {
+    /// Serves the programs of `place`; a name without addresses does not exist.
+    pub fn start(place: &Place, addresses_of: impl Fn(&str) -> Option<Vec<IpAddr>> + Send + 'static) -> anyhow::Result<Self> {
         let file = fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
         let named = file.lines().find_map(|line| line.strip_prefix("nameserver")?.trim().parse().ok());
         let server = named.unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
@@ -38,7 +38,7 @@ impl Dns {
             let mut piece = [0; 512];
             while !ending.load(Ordering::Relaxed) {
                 let Ok((length, from)) = socket.recv_from(&mut piece) else { continue };
-                if let Some(answer) = answer(&piece[..length], &address_of) {
+                if let Some(answer) = answer(&piece[..length], &addresses_of) {
                     let _gone = socket.send_to(&answer, from);
                 }
             }
@@ -54,7 +54,7 @@ impl Drop for Dns {
 }
 
 /// The answer to a query of one question (RFC 1035 §4).
-fn answer(query: &[u8], address_of: &dyn Fn(&str) -> Option<Ipv4Addr>) -> Option<Vec<u8>> {
+fn answer(query: &[u8], addresses_of: &dyn Fn(&str) -> Option<Vec<IpAddr>>) -> Option<Vec<u8>> {
     let (head, mut rest) = query.split_at_checked(12)?;
     let mut labels = Vec::new();
     loop {
@@ -67,16 +67,21 @@ fn answer(query: &[u8], address_of: &dyn Fn(&str) -> Option<Ipv4Addr>) -> Option
         labels.push(String::from_utf8_lossy(label).to_ascii_lowercase());
     }
     let question = query.get(12..query.len() - rest.len() + 4)?;
-    let address = address_of(&labels.join("."));
+    let addresses = addresses_of(&labels.join("."));
     // An answer, recursion wanted and there; NXDOMAIN where there is no such name.
-    let flags = if address.is_some() { [0x81, 0x80] } else { [0x81, 0x83] };
-    let found = address.filter(|_| rest.starts_with(&[0, 1]));
-    let counts = [0, 1, 0, u8::from(found.is_some()), 0, 0, 0, 0];
+    let flags = if addresses.is_some() { [0x81, 0x80] } else { [0x81, 0x83] };
+    let wanted = |ip: &IpAddr| rest.starts_with(if ip.is_ipv4() { &[0, 1] } else { &[0, 28] });
+    let found: Vec<IpAddr> = addresses.into_iter().flatten().filter(wanted).collect();
+    let counts = [0, 1, 0, u8::try_from(found.len()).ok()?, 0, 0, 0, 0];
     let mut out = [&head[..2], &flags, &counts, question].concat();
-    if let Some(ip) = found {
-        // The name of the question, A, IN, one second, four bytes.
-        out.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 1, 0, 4]);
-        out.extend(ip.octets());
+    for ip in found {
+        let (kind, bytes) = match ip {
+            IpAddr::V4(ip) => (1, ip.octets().to_vec()),
+            IpAddr::V6(ip) => (28, ip.octets().to_vec()),
+        };
+        // The name of the question, the type, IN, one second, so many bytes.
+        out.extend([0xc0, 12, 0, kind, 0, 1, 0, 0, 0, 1, 0, u8::try_from(bytes.len()).ok()?]);
+        out.extend(bytes);
     }
     Some(out)
 }

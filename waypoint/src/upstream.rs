@@ -13,6 +13,7 @@ mod cluster;
 pub mod error;
 mod fetch;
 mod host;
+mod names;
 mod pool;
 mod proxy_protocol;
 mod send;
@@ -148,7 +149,7 @@ impl Entry {
         &self,
         snap: &Snapshot,
         fits: impl Fn(&Cluster) -> bool,
-        build: impl FnOnce(&Arc<state::State>) -> Cluster,
+        build: impl FnOnce(&Arc<state::State>) -> (Cluster, Vec<build::Listed>),
     ) -> Arc<Cluster> {
         let _building = match self.building.try_lock() {
             Some(guard) => guard,
@@ -163,7 +164,8 @@ impl Entry {
         let cluster = match self.current.load_full() {
             Some(current) if fits(&current) => current,
             _ => {
-                let built = self.state.install(build(&self.state));
+                let (cluster, listed) = build(&self.state);
+                let built = self.state.install(cluster, listed);
                 self.current.store(Some(Arc::clone(&built)));
                 built
             }

@@ -82,6 +82,17 @@ pub fn family_allowed(families: IpFamilies, ip: IpAddr) -> bool {
         IpFamilies::V6 => ip.is_ipv6(),
     }
 }
+/// The addresses of an answer of DNS that are an endpoint each: once each, of a family that we (`own`) can reach and that the
+/// service is for.
+pub fn addresses_of_name(answer: &[IpAddr], own: IpFamilies, service: IpFamilies) -> Vec<IpAddr> {
+    let mut ips: Vec<IpAddr> = Vec::with_capacity(answer.len());
+    for ip in answer.iter().map(IpAddr::to_canonical) {
+        if family_allowed(own, ip) && family_allowed(service, ip) && !ips.contains(&ip) {
+            ips.push(ip);
+        }
+    }
+    ips
+}
 /// An independent draw for another decision of the same connection (splitmix64 finaliser).
 pub fn redraw(draw: u64, decision: u64) -> u64 {
     let mut z = draw.wrapping_add(decision.wrapping_mul(0x9e37_79b9_7f4a_7c15));

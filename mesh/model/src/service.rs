@@ -5,6 +5,7 @@ pub use crate::gateway::ServiceKey;
 use crate::id::SpiffeId;
 use crate::origin::Origin;
 use ipnet::IpNet;
+use std::net::IpAddr;
 use std::sync::Arc;
 
 /// What a service port carries, when declared.
@@ -55,6 +56,17 @@ pub enum IpFamilies {
     V6,
     /// Both.
     Dual,
+}
+impl IpFamilies {
+    /// Those of a workload with these addresses; nothing is known of one without.
+    pub fn of(ips: &[IpAddr]) -> Self {
+        match (ips.iter().any(IpAddr::is_ipv4), ips.iter().any(IpAddr::is_ipv6)) {
+            (true, false) => Self::V4,
+            (false, true) => Self::V6,
+            (true, true) => Self::Dual,
+            (false, false) => Self::Automatic,
+        }
+    }
 }
 /// Scope of one locality preference, widest meaning given by the client's own value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -127,6 +139,8 @@ pub struct Service {
     pub lb: LoadBalancing,
     /// Families.
     pub ip_families: IpFamilies,
+    /// The addresses of an endpoint that has a name only are one endpoint (`DNS_ROUND_ROBIN`, Envoy's LOGICAL_DNS), not one each.
+    pub logical_dns: bool,
     /// Other networks may ask our gateway for it (Istio's scope GLOBAL).
     pub global: bool,
     /// Preferred among services of one hostname (Kubernetes services, oldest ServiceEntry).
@@ -158,6 +172,7 @@ impl Service {
             waypoint_error: None,
             lb: LoadBalancing::default(),
             ip_families: IpFamilies::default(),
+            logical_dns: false,
             global: false,
             canonical: false,
             visibility: Visibility::default(),

@@ -111,6 +111,8 @@ fn service(s: &Service) -> BTreeMap<&'static str, String> {
         canonical,
         visibility,
         global,
+        // Not istiod's word: a waypoint learns it from objects, beside what istiod tells.
+        logical_dns: _,
         origin: _,
     } = s;
     [

@@ -21,6 +21,7 @@ mod outside;
 mod phases;
 mod policy;
 mod pools;
+mod resolved;
 mod routes;
 mod rules;
 mod scrape;
@@ -134,6 +135,7 @@ const TESTS: &[Test<Mesh>] = &[
     test("regions_fail_over_as_told", rules::regions_fail_over_as_told),
     test("a_changed_limit_counts_at_once", pools::a_changed_limit_counts_at_once),
     test("a_connection_that_answers_no_pings_is_replaced", pools::a_connection_that_answers_no_pings_is_replaced),
+    test("every_address_of_a_name_is_an_endpoint", resolved::every_address_of_a_name_is_an_endpoint),
     test("requests_cannot_be_smuggled", hostile::requests_cannot_be_smuggled),
     test("no_request_is_carried_under_another_identity", identities::no_request_is_carried_under_another_identity),
     test("odd_targets_are_refused_or_made_plain", hostile::odd_targets_are_refused_or_made_plain),

@@ -255,8 +255,8 @@ pub(crate) fn names_outside_are_reached_by_the_name_the_client_gives(mesh: &mut 
     let _servers = (Web::start(&outside, PORT)?, Web::start(&other, PORT)?, TlsWeb::start(&outside, SECURE_PORT, &own, None)?);
     let (first, second) = (outside.v4, other.v4);
     let _dns = Dns::start(mesh.pod("wp"), move |name| match name {
-        "one.name.example" | "a.wild.example" | "tls.wild.example" => Some(first),
-        "b.wild.example" => Some(second),
+        "one.name.example" | "a.wild.example" | "tls.wild.example" => Some(vec![first.into()]),
+        "b.wild.example" => Some(vec![second.into()]),
         _ => None,
     })?;
     let _entries = mesh.objects("outside-names", OUTSIDE)?;

@@ -113,7 +113,9 @@ fn clusters(snap: &Snapshot, chains: &[Chain<'_>], gateway: Option<&GatewayRoute
         let subsets = destination.into_iter().flat_map(|d| d.subsets.keys()).map(Some);
         let kind = match chain.service.lb.mode {
             LbMode::Passthrough => "ORIGINAL_DST",
-            _ if snap.endpoints(&chain.service.key).any(|w| w.ips.is_empty() && w.hostname.is_some()) => "STRICT_DNS",
+            _ if snap.endpoints(&chain.service.key).any(|w| w.ips.is_empty() && w.hostname.is_some()) => {
+                if chain.service.logical_dns { "LOGICAL_DNS" } else { "STRICT_DNS" }
+            }
             _ => "EDS",
         };
         let metadata = destination.and_then(|d| managed(d.origins.iter(), &["DestinationRule"]));

@@ -1,6 +1,7 @@
 //! From the mesh to a cluster: which endpoints, with which priorities and shares.
 use super::cluster::{Cluster, Placement, Source};
 use super::host::{Host, Target};
+use super::names::Named;
 use super::state::State;
 use arc_swap::ArcSwap;
 use mesh_model::Network;
@@ -11,7 +12,7 @@ use mesh_model::l7::destination::{Balance, Destination};
 use mesh_model::l7::route::ClusterKey;
 use mesh_model::labels::Labels;
 use mesh_model::lb::{Endpoint, family_allowed};
-use mesh_model::service::{AppProtocol, LbMode, Service};
+use mesh_model::service::{AppProtocol, IpFamilies, LbMode, Service};
 use mesh_model::snapshot::{Backing, Viewpoint};
 use mesh_model::workload::{Locality, Protocol, Workload};
 use parking_lot::Mutex;
@@ -26,6 +27,7 @@ pub(super) struct Own {
     network: Network,
     cluster: Arc<str>,
     node: Arc<str>,
+    families: IpFamilies,
 }
 impl Own {
     /// By our own workload, where the mesh knows it; else by what the process was told.
@@ -41,12 +43,46 @@ impl Own {
             network: view.network.clone(),
             cluster: said(|w| &w.cluster, &view.cluster),
             node: said(|w| &w.node, &view.node),
+            families: me.map(|w| IpFamilies::of(&w.ips)).unwrap_or_default(),
         }
     }
     fn place(&self) -> locality::Place<'_> {
-        let Self { locality, labels, network, cluster, node } = self;
+        let Self { locality, labels, network, cluster, node, families: _ } = self;
         locality::Place { locality, labels, network: network.as_str(), cluster, node }
     }
+}
+
+/// An endpoint as the mesh lists it: one host, or, where `named` knows its addresses, one for each.
+#[derive(Debug)]
+pub(super) struct Listed {
+    pub known: Arc<Known>,
+    pub target: Target,
+    pub weight: u32,
+    pub priority: u32,
+    pub share: u32,
+    pub named: Option<Named>,
+}
+/// The hosts of endpoints, with what they were before where they are reached as before. An endpoint whose name has no answer yet is
+/// its name, looked up by whoever dials.
+pub(super) fn hosts(state: &State, listed: &[Listed]) -> (Vec<Arc<Host>>, Vec<Placement>) {
+    let (mut hosts, mut places) = (Vec::with_capacity(listed.len()), Vec::with_capacity(listed.len()));
+    for endpoint in listed {
+        let mut put = |target: Target| {
+            let state = state.host(endpoint.known.uid(), &target);
+            places.push(Placement { priority: endpoint.priority, share: endpoint.share, key: key_of(&target) });
+            hosts.push(Arc::new(Host { known: Arc::clone(&endpoint.known), target, weight: endpoint.weight, state }));
+        };
+        match endpoint.named.as_ref().and_then(Named::addresses) {
+            None => put(endpoint.target.clone()),
+            Some(ips) => {
+                let port = endpoint.target.addr.port();
+                for ip in ips {
+                    put(Target { addr: SocketAddr::new(ip, port), name: None, ..endpoint.target.clone() });
+                }
+            }
+        }
+    }
+    (hosts, places)
 }
 
 /// The cluster of a service port.
@@ -58,7 +94,7 @@ pub(super) fn service(
     destination: Option<&Arc<Destination>>,
     plain: &Arc<TrafficPolicy>,
     own: &Own,
-) -> Cluster {
+) -> (Cluster, Vec<Listed>) {
     let subset = key.subset.as_deref();
     // A subset nobody declared would have no endpoints; `Upstreams::cluster` does not come here with one.
     let policy = match destination {
@@ -72,36 +108,39 @@ pub(super) fn service(
     let policy = policy.unwrap_or(plain);
     let rules = Rules::new(policy, service, &own.locality);
     let here = own.place();
-    let (mut hosts, mut places) = (Vec::new(), Vec::new());
+    let mut listed = Vec::new();
     for (rank, endpoint) in members {
         let Some((priority, share)) = rules.place(&here, u32::from(rank), endpoint) else { continue };
         let Some(target) = target(service, key.port, endpoint) else { continue };
-        let key = key_of(&target);
-        let state = state.host(endpoint.known().uid(), &target);
-        let weight = endpoint.workload().capacity.max(1);
-        hosts.push(Arc::new(Host { known: Arc::clone(endpoint.known()), target, weight, state }));
-        places.push(Placement { priority, share, key });
+        let name = target.name.as_ref().filter(|name| !service.logical_dns && !is_wildcard(name));
+        let named = name.map(|name| state.reach.names.follow(name, state, own.families, service.ip_families));
+        let (known, weight) = (Arc::clone(endpoint.known()), endpoint.workload().capacity.max(1));
+        listed.push(Listed { known, target, weight, priority, share, named });
     }
-    let wildcard = hosts.iter().find(|h| h.target.name.as_deref().is_some_and(|name| name.starts_with("*."))).cloned();
     let source = Source::Service { backing: Arc::clone(backing), destination: destination.cloned(), own: own.clone() };
-    Cluster {
+    let cluster = Cluster {
         policy: Arc::clone(policy),
         service: Some(Arc::clone(service)),
         protocol: service.port(key.port).map_or(AppProtocol::Unknown, |p| p.protocol),
-        hosts: hosts.into(),
-        places: places.into(),
+        listed: Box::default(),
+        members: ArcSwap::default(),
         shares: rules.shares.iter().map(|(_, weight)| *weight).collect(),
-        plan: ArcSwap::default(),
         planning: Mutex::default(),
         passthrough: policy.balance == Balance::Passthrough || service.lb.mode == LbMode::Passthrough,
-        wildcard,
+        wildcard: None,
         source,
         state: Arc::clone(state),
-    }
+    };
+    (cluster, listed)
+}
+
+/// Whether a name stands for whatever host of it the client names.
+pub(super) fn is_wildcard(name: &str) -> bool {
+    name.starts_with("*.")
 }
 
 /// The cluster of a workload addressed by itself.
-pub(super) fn workload(state: &Arc<State>, known: &Arc<Known>, port: u16, plain: &Arc<TrafficPolicy>) -> Cluster {
+pub(super) fn workload(state: &Arc<State>, known: &Arc<Known>, port: u16, plain: &Arc<TrafficPolicy>) -> (Cluster, Vec<Listed>) {
     let w = known.workload();
     let hbone = w.protocol == Protocol::Hbone;
     let ip = w.ips.first().copied();
@@ -112,25 +151,21 @@ pub(super) fn workload(state: &Arc<State>, known: &Arc<Known>, port: u16, plain:
         hbone,
         expect: Arc::clone(known.expect()),
     });
-    let host = target.map(|target| {
-        let state = state.host(known.uid(), &target);
-        Arc::new(Host { known: Arc::clone(known), target, weight: 1, state })
-    });
-    let places = host.iter().map(|h| Placement { priority: 0, share: 0, key: key_of(&h.target) }).collect();
-    Cluster {
+    let listed = |target| Listed { known: Arc::clone(known), target, weight: 1, priority: 0, share: 0, named: None };
+    let cluster = Cluster {
         policy: Arc::clone(plain),
         service: None,
         protocol: AppProtocol::Unknown,
-        hosts: host.into_iter().collect(),
-        places,
+        listed: Box::default(),
+        members: ArcSwap::default(),
         shares: Box::default(),
-        plan: ArcSwap::default(),
         planning: Mutex::default(),
         passthrough: false,
         wildcard: None,
         source: Source::Workload(Arc::clone(known)),
         state: Arc::clone(state),
-    }
+    };
+    (cluster, target.map(listed).into_iter().collect())
 }
 
 const UNKNOWN: IpAddr = IpAddr::V4(Ipv4Addr::UNSPECIFIED);

@@ -1,5 +1,5 @@
 //! A destination as one version of the mesh has it: its policy, its endpoints, and the tables a pick looks things up in.
-use super::build::Own;
+use super::build::{Listed, Own};
 use super::error::{Failure, UpstreamError};
 use super::host::{Host, HostState, Target};
 use super::state::{RequestGuard, RetryGuard, State, note};
@@ -24,13 +24,12 @@ pub struct Cluster {
     pub(super) policy: Arc<TrafficPolicy>,
     pub(super) service: Option<Arc<Service>>,
     pub(super) protocol: AppProtocol,
-    pub(super) hosts: Box<[Arc<Host>]>,
-    /// Per endpoint: priority, share, and what hashing places it by.
-    pub(super) places: Box<[Placement]>,
+    /// What the mesh lists, where names are among it whose addresses are endpoints; else nothing.
+    pub(super) listed: Box<[Listed]>,
+    /// Made when the cluster is installed, and whenever the health of an endpoint or the addresses of a name change.
+    pub(super) members: ArcSwap<Members>,
     /// Weights of localities.
     pub(super) shares: Box<[u32]>,
-    /// Made when the cluster is installed, and whenever the health of an endpoint changes.
-    pub(super) plan: ArcSwap<Plan>,
     pub(super) planning: Mutex<()>,
     /// Endpoints are what the client addressed.
     pub(super) passthrough: bool,
@@ -38,6 +37,14 @@ pub struct Cluster {
     pub(super) wildcard: Option<Arc<Host>>,
     pub(super) source: Source,
     pub(super) state: Arc<State>,
+}
+/// The endpoints, and how one is found among them.
+#[derive(Debug, Default)]
+pub(super) struct Members {
+    pub hosts: Arc<[Arc<Host>]>,
+    /// Per endpoint: priority, share, and what hashing places it by.
+    pub places: Arc<[Placement]>,
+    plan: Plan,
 }
 /// Where an endpoint stands in the tables.
 #[derive(Debug)]
@@ -106,8 +113,8 @@ impl Cluster {
         self.protocol
     }
     /// Its endpoints, ejected ones included.
-    pub fn hosts(&self) -> &[Arc<Host>] {
-        &self.hosts
+    pub fn hosts(&self) -> Arc<[Arc<Host>]> {
+        Arc::clone(&self.members.load().hosts)
     }
 
     /// Chooses an endpoint.
@@ -121,27 +128,24 @@ impl Cluster {
         if self.passthrough {
             return self.pass(ctx.dst);
         }
-        let plan = self.plan.load();
+        let members = self.members.load();
+        let Members { hosts, places, plan } = &**members;
         let turn = if plan.takes_turns() { self.state.next_turn() } else { 0 };
         let chance = Chance { draw: ctx.draw, hash: ctx.hash, turn };
         let tried = |host: &Arc<Host>| ctx.tried.iter().any(|t| t.is_same(host));
         // A host that just failed has nothing to do: that is not a reason to prefer it.
         let load_of = |h: &Arc<Host>| u64::from(if tried(h) { u32::MAX } else { h.active() });
-        let load = |at: usize| self.hosts.get(at).map_or(0, load_of);
+        let load = |at: usize| hosts.get(at).map_or(0, load_of);
         let avoid = |at: usize, draw: u64| {
-            let Some(host) = self.hosts.get(at) else { return false };
+            let Some(host) = hosts.get(at) else { return false };
             let cold = self.policy.warmup.is_some_and(|w| is_held_back(warmup_factor(&w, host.state.joined.elapsed()), draw));
             cold || tried(host)
         };
-        let before: Vec<u32> = ctx.before.iter().filter_map(|host| self.priority(host)).collect();
+        let priority = |host: &Host| hosts.iter().zip(&**places).find(|(h, _)| h.is_same(host)).map(|(_, place)| place.priority);
+        let before: Vec<u32> = ctx.before.iter().filter_map(|host| priority(host)).collect();
         let left_out = left_out(&before, |priorities| plan.is_some_left(priorities));
         let at = plan.pick_avoiding(chance, load, || self.state.next_turn(), avoid, left_out);
-        at.and_then(|at| self.hosts.get(at)).cloned().ok_or_else(|| UpstreamError::new(Failure::NoHealthy, ""))
-    }
-
-    fn priority(&self, host: &Host) -> Option<u32> {
-        let (_, place) = self.hosts.iter().zip(&self.places).find(|(h, _)| h.is_same(host))?;
-        Some(place.priority)
+        at.and_then(|at| hosts.get(at)).cloned().ok_or_else(|| UpstreamError::new(Failure::NoHealthy, ""))
     }
 
     /// The endpoint at the address the client asked for: a known one, else that address in plain.
@@ -149,7 +153,8 @@ impl Cluster {
         let Some(to) = dst else {
             return Err(UpstreamError::new(Failure::NoHealthy, "no original destination"));
         };
-        let known = self.hosts.iter().find(|h| h.target.addr.ip() == to.ip() && h.target.name.is_none());
+        let members = self.members.load();
+        let known = members.hosts.iter().find(|h| h.target.addr.ip() == to.ip() && h.target.name.is_none());
         if let Some(host) = known.filter(|h| h.target.addr == to) {
             return Ok(Arc::clone(host));
         }
@@ -254,13 +259,22 @@ impl Cluster {
     pub(super) fn plan_anew(&self) {
         // Whoever comes last sees the newest health.
         let _planning = self.planning.lock();
-        self.plan.store(Arc::new(self.plan_now()));
+        let now = self.members.load();
+        self.put(Arc::clone(&now.hosts), Arc::clone(&now.places));
     }
-    fn plan_now(&self) -> Plan {
-        let entries: Vec<Entry<'_>> = self
-            .hosts
+    /// Makes these its endpoints.
+    pub(super) fn adopt(&self, hosts: Vec<Arc<Host>>, places: Vec<Placement>) {
+        let _planning = self.planning.lock();
+        self.put(hosts.into(), places.into());
+    }
+    fn put(&self, hosts: Arc<[Arc<Host>]>, places: Arc<[Placement]>) {
+        let plan = self.plan_of(&hosts, &places);
+        self.members.store(Arc::new(Members { hosts, places, plan }));
+    }
+    fn plan_of(&self, hosts: &[Arc<Host>], places: &[Placement]) -> Plan {
+        let entries: Vec<Entry<'_>> = hosts
             .iter()
-            .zip(&self.places)
+            .zip(places)
             .map(|(h, p)| Entry { weight: h.weight, priority: p.priority, share: p.share, healthy: !h.is_ejected(), key: &p.key })
             .collect();
         let panic = self.policy.outlier.as_ref().map_or(0, |o| o.min_health_percent);

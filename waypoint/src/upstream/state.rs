@@ -1,5 +1,6 @@
 //! What traffic changes about a cluster: counts against limits, health, the queue for connections.
-use super::cluster::{Asked, Cluster};
+use super::build::{self, Listed};
+use super::cluster::{Asked, Cluster, Placement};
 use super::error::{Failure, UpstreamError};
 use super::host::{Host, HostState, Target};
 use super::pool::Shelf;
@@ -10,6 +11,7 @@ use mesh_model::l7::outlier::{self, Cause};
 use mesh_model::workload::WorkloadUid;
 use parking_lot::Mutex;
 use std::collections::{HashMap, VecDeque};
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -37,8 +39,8 @@ pub(super) struct State {
     turn: AtomicU64,
     /// Shelves with requests that wait for a connection to be allowed.
     starving: Mutex<VecDeque<Weak<Shelf>>>,
-    /// Endpoints by workload.
-    hosts: Mutex<HashMap<WorkloadUid, (Target, Arc<HostState>)>>,
+    /// Endpoints by workload and address.
+    hosts: Mutex<Hosts>,
     /// Endpoints made for original destinations.
     passed: Mutex<HashMap<Asked, Arc<Host>>>,
     /// The newest version. Also the lock under which endpoints are ejected and tables replaced.
@@ -46,6 +48,8 @@ pub(super) struct State {
     started: Instant,
     ticking: AtomicBool,
 }
+
+type Hosts = HashMap<(WorkloadUid, SocketAddr), (Target, Arc<HostState>)>;
 
 /// Events since the cluster was made.
 #[derive(Debug, Default)]
@@ -103,35 +107,33 @@ impl State {
     /// The state of an endpoint: what it was if it is reached as before, else new.
     pub fn host(&self, uid: &WorkloadUid, target: &Target) -> Arc<HostState> {
         let hosts = self.hosts.lock();
-        match hosts.get(uid) {
+        match hosts.get(&(Arc::clone(uid), target.addr)) {
             Some((before, state)) if before == target && !state.is_gone() => Arc::clone(state),
             _ => HostState::new(self.reach.threads()),
         }
     }
 
     /// Makes a freshly built version the one that counts: endpoints it does not have leave.
-    pub fn install(self: &Arc<Self>, cluster: Cluster) -> Arc<Cluster> {
-        let cluster = Arc::new(cluster);
+    pub fn install(self: &Arc<Self>, mut cluster: Cluster, listed: Vec<Listed>) -> Arc<Cluster> {
         let former = self.policy.swap(Arc::clone(&cluster.policy));
-        let now = cluster.hosts.iter().map(|h| (Arc::clone(h.known.uid()), (h.target.clone(), Arc::clone(&h.state)))).collect();
-        let before = std::mem::replace(&mut *self.hosts.lock(), now);
+        // Under the lock that ejecting and other addresses take, so that no change of either is missed.
         let mut live = self.live.lock();
-        *live = Arc::downgrade(&cluster);
-        if cluster.policy().outlier.is_none() {
-            for host in &cluster.hosts {
+        let (hosts, places) = build::hosts(self, &listed);
+        cluster.wildcard = hosts.iter().find(|h| h.target.name.as_deref().is_some_and(build::is_wildcard)).cloned();
+        if listed.iter().any(|endpoint| endpoint.named.is_some()) {
+            cluster.listed = listed.into();
+        }
+        if cluster.policy.outlier.is_none() {
+            for host in &hosts {
                 host.state.ejection.lock().pardon();
                 host.state.ejected.store(false, Relaxed);
             }
         }
-        // Under the lock that ejecting takes, so that no change of health is missed.
-        cluster.plan_anew();
+        let cluster = Arc::new(cluster);
+        *live = Arc::downgrade(&cluster);
+        self.populate(&cluster, hosts, places);
         drop(live);
         let stays = self.hosts.lock();
-        for (uid, (_, state)) in &before {
-            if !stays.get(uid).is_some_and(|(_, s)| Arc::ptr_eq(s, state)) {
-                state.leave();
-            }
-        }
         if !cluster.policy.has_connections_of(&former) {
             stays.values().for_each(|(_, state)| state.renew());
             self.passed.lock().values().for_each(|host| host.state.renew());
@@ -142,6 +144,29 @@ impl State {
             self.feed();
         }
         cluster
+    }
+
+    /// Makes these the endpoints of the newest version: those that are not among them leave.
+    fn populate(&self, cluster: &Cluster, hosts: Vec<Arc<Host>>, places: Vec<Placement>) {
+        let key = |h: &Arc<Host>| (Arc::clone(h.known.uid()), h.target.addr);
+        let now = hosts.iter().map(|h| (key(h), (h.target.clone(), Arc::clone(&h.state)))).collect();
+        cluster.adopt(hosts, places);
+        let mut stays = self.hosts.lock();
+        let before = std::mem::replace(&mut *stays, now);
+        for (key, (_, state)) in &before {
+            if !stays.get(key).is_some_and(|(_, s)| Arc::ptr_eq(s, state)) {
+                state.leave();
+            }
+        }
+    }
+
+    /// The addresses of a name among the endpoints changed.
+    pub fn readdress(&self) {
+        let live = self.live.lock();
+        if let Some(cluster) = live.upgrade().filter(|cluster| !cluster.listed.is_empty()) {
+            let (hosts, places) = build::hosts(self, &cluster.listed);
+            self.populate(&cluster, hosts, places);
+        }
     }
 
     /// The cluster is gone from the mesh.
@@ -252,8 +277,9 @@ impl State {
         if host.ejected.load(Relaxed) || host.is_gone() {
             return;
         }
-        let active = cluster.hosts.iter().filter(|h| h.is_ejected()).count();
-        if !outlier::may_eject(policy, active, cluster.hosts.len()) {
+        let hosts = cluster.hosts();
+        let active = hosts.iter().filter(|h| h.is_ejected()).count();
+        if !outlier::may_eject(policy, active, hosts.len()) {
             note(&self.counters.ejection_overflows);
             return;
         }
@@ -272,7 +298,7 @@ impl State {
         let next = live.upgrade().and_then(|cluster| {
             let policy = cluster.policy().outlier.clone()?;
             let (mut changed, mut settled) = (false, true);
-            for host in &cluster.hosts {
+            for host in cluster.hosts().iter() {
                 let mut ejection = host.state.ejection.lock();
                 if ejection.tick(&policy, self.now()) {
                     host.state.monitor.reset_all();

@@ -7,6 +7,7 @@ use super::Deps;
 use super::cluster::Cluster;
 use super::error::{Failure, UpstreamError};
 use super::host::Host;
+use super::names::Names;
 use super::pool::ShelfKey;
 use super::proxy_protocol;
 use super::state::ConnectionGuard;
@@ -46,7 +47,9 @@ pub(super) struct Reach {
     identity: SpiffeId,
     pools: Box<[Pool<AgentDialer>]>,
     peers: Arc<LivePeers>,
-    resolver: Resolver,
+    pub resolver: Resolver,
+    /// Names whose addresses are endpoints.
+    pub names: Names,
     tls: TlsCache,
     /// `baggage` that describes us, sent with every CONNECT.
     baggage: ArcSwapOption<HeaderValue>,
@@ -66,6 +69,7 @@ impl Reach {
             pools,
             peers,
             resolver: Resolver::default(),
+            names: Names::default(),
             tls: TlsCache::default(),
             baggage: ArcSwapOption::empty(),
         }

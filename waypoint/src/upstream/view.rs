@@ -98,9 +98,10 @@ pub struct Counts {
 pub(super) fn of(cluster: &Cluster) -> ClusterView {
     let (state, pool) = (&cluster.state, &cluster.policy.pool);
     let c = &state.counters;
+    let members = cluster.members.load();
     ClusterView {
         name: cluster.name().to_owned(),
-        hosts: cluster.hosts.iter().zip(&cluster.places).map(|(h, p)| host(h, p.priority)).collect(),
+        hosts: members.hosts.iter().zip(&*members.places).map(|(h, p)| host(h, p.priority)).collect(),
         limits: Limits {
             connections: pool.max_connections,
             pending: pool.max_pending,

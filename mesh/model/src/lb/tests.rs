@@ -178,3 +178,27 @@ fn grading_anew_equals_building_anew() {
         }
     }
 }
+
+#[test]
+fn an_answer_of_dns_is_an_endpoint_for_each_address_that_can_be_used() {
+    use IpFamilies::{Automatic, Dual, V4, V6};
+    let ips = |text: &str| text.split_whitespace().map(|ip| ip.parse().expect("an address")).collect::<Vec<IpAddr>>();
+    for (answer, own, service, want) in [
+        ("", Dual, Automatic, ""),
+        ("192.0.2.1", Automatic, Automatic, "192.0.2.1"),
+        ("192.0.2.1 192.0.2.2 192.0.2.1", V4, Automatic, "192.0.2.1 192.0.2.2"),
+        ("192.0.2.1 ::ffff:192.0.2.1", V4, Automatic, "192.0.2.1"),
+        ("192.0.2.1 2001:db8::1", Dual, Automatic, "192.0.2.1 2001:db8::1"),
+        ("192.0.2.1 2001:db8::1", Automatic, Dual, "192.0.2.1 2001:db8::1"),
+        ("192.0.2.1 2001:db8::1", V4, Dual, "192.0.2.1"),
+        ("192.0.2.1 2001:db8::1", V6, Dual, "2001:db8::1"),
+        ("192.0.2.1 2001:db8::1", Dual, V6, "2001:db8::1"),
+        ("192.0.2.1 2001:db8::1", V4, V6, ""),
+        ("2001:db8::1", V4, Automatic, ""),
+    ] {
+        assert_eq!(addresses_of_name(&ips(answer), own, service), ips(want), "{answer} {own:?} {service:?}");
+    }
+    for (own, families) in [("", Automatic), ("10.0.0.1", V4), ("fd00::1", V6), ("10.0.0.1 fd00::1", Dual)] {
+        assert_eq!(IpFamilies::of(&ips(own)), families, "{own}");
+    }
+}

@@ -109,6 +109,7 @@ impl Translator {
             waypoint_error: error.map(Into::into),
             lb,
             ip_families: obj.families,
+            logical_dns: false,
             global: is_global(&obj.labels),
             canonical: true,
             visibility: Visibility::Public,
@@ -161,6 +162,7 @@ impl Translator {
             waypoint_error: error.map(Into::into),
             lb,
             ip_families: IpFamilies::Automatic,
+            logical_dns: obj.resolution == Resolution::DnsRoundRobin,
             global: is_global(&obj.labels),
             canonical,
             visibility: Visibility::Public,
@@ -517,7 +519,7 @@ impl Translator {
             w.origin = Some(Arc::clone(&slot.origin));
             out.push(w);
         }
-        let by_name = matches!(se.resolution, Resolution::Dns | Resolution::DynamicDns);
+        let by_name = matches!(se.resolution, Resolution::Dns | Resolution::DnsRoundRobin | Resolution::DynamicDns);
         if by_name && se.endpoints.is_empty() && se.selector.as_ref().is_none_or(Labels::is_empty) {
             let ports = pool.ports(se.ports.iter().map(|p| (p.port, number(p))).collect());
             for host in se.hosts.iter().filter(|h| self.owns(ns, name, h)) {

@@ -65,7 +65,8 @@ pub(super) fn service_entry<'p>(r: &mut Reader<'_>, node: &'p Node<'p>) -> Read<
         Some(n) => match read::scalar(n)? {
             "NONE" => Resolution::None,
             "STATIC" => Resolution::Static,
-            "DNS" | "DNS_ROUND_ROBIN" => Resolution::Dns,
+            "DNS" => Resolution::Dns,
+            "DNS_ROUND_ROBIN" => Resolution::DnsRoundRobin,
             "DYNAMIC_DNS" => Resolution::DynamicDns,
             t => {
                 return Err(Bad::value(

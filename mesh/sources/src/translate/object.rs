@@ -303,8 +303,10 @@ pub enum Resolution {
     None,
     /// Given addresses.
     Static,
-    /// By name.
+    /// By name, each address an endpoint.
     Dns,
+    /// By name, all addresses one endpoint.
+    DnsRoundRobin,
     /// By name, wildcard hosts too.
     DynamicDns,
 }

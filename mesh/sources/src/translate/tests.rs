@@ -301,6 +301,8 @@ spec:
 ---
 {apiVersion: networking.istio.io/v1, kind: ServiceEntry, metadata: {name: dns, namespace: b}, spec: {hosts: [api.example.com], resolution: DNS, ports: [{number: 80, name: http, protocol: HTTP}]}, status: {addresses: [{value: 240.240.0.1, host: api.example.com}]}}
 ---
+{apiVersion: networking.istio.io/v1, kind: ServiceEntry, metadata: {name: one, namespace: b}, spec: {hosts: [one.example.com], resolution: DNS_ROUND_ROBIN, ports: [{number: 80, name: http, protocol: HTTP}]}}
+---
 {apiVersion: networking.istio.io/v1, kind: ServiceEntry, metadata: {name: sel, namespace: a}, spec: {hosts: [vm.example.com], resolution: STATIC, workloadSelector: {labels: {vm: x}}, ports: [{number: 80, name: http, protocol: HTTP}]}}
 ---
 {apiVersion: networking.istio.io/v1, kind: ServiceEntry, metadata: {name: none, namespace: a}, spec: {hosts: ['*.wild.com'], ports: [{number: 80, name: http, protocol: HTTP}]}}
@@ -318,6 +320,9 @@ spec:
     assert_eq!(e.services.values().next().unwrap().to_vec(), [(443, 9443)]);
     assert!(!m.workloads.keys().any(|k| k.contains("192.0.2.8")), "the younger one of a host is dropped with its endpoints");
     assert_eq!(m.w("ServiceEntry/b/dns/api.example.com").hostname.as_deref(), Some("api.example.com"));
+    let logical = ["a/api.example.com", "b/api.example.com", "b/one.example.com"].map(|key| m.s(key).logical_dns);
+    assert_eq!(logical, [false, false, true], "only DNS_ROUND_ROBIN makes one endpoint of all addresses");
+    assert_eq!(m.w("ServiceEntry/b/one/one.example.com").hostname.as_deref(), Some("one.example.com"));
     assert_eq!(m.s("a/*.wild.com").lb.mode, LbMode::Passthrough);
     let vm = m.w("WorkloadEntry/a/vm1");
     assert_eq!((vm.protocol, &*vm.service_account, vm.network.as_str()), (Protocol::Hbone, "vm", "n2"));

@@ -1,7 +1,7 @@
 //! What a control plane told of services, workloads and policies of layer 4, joined with what only objects say.
 //!
 //! Its word is the mesh: of what objects say of the same, only labels (subsets are chosen by them; istiod does not tell them),
-//! whether a service is for other networks, and the places where something was written are added, by the name both know a workload
+//! whether a service is for other networks, whether the addresses of its names are one endpoint, and the places where something was written are added, by the name both know a workload
 //! by. Workloads of other clusters have no labels here. Upstream: [`super::Translator::adopt`]. Downstream: [`super::Translator::flush`].
 
 use std::collections::BTreeSet;
@@ -58,8 +58,8 @@ impl Told {
     /// The service of a key, if it was told.
     pub(super) fn service(&self, key: &ServiceKey, own: Option<&Service>) -> Option<Service> {
         let told = self.services.get(key)?;
-        let (origin, global) = own.map(|own| (own.origin.clone(), own.global)).unwrap_or_default();
-        Some(Service { origin, global, ..Service::clone(told) })
+        let (origin, global, logical_dns) = own.map(|own| (own.origin.clone(), own.global, own.logical_dns)).unwrap_or_default();
+        Some(Service { origin, global, logical_dns, ..Service::clone(told) })
     }
 
     /// What to hand out when objects say `own`: everything that was told, with what they add; and what is theirs alone.

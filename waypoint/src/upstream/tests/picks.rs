@@ -253,23 +253,52 @@ async fn a_new_endpoint_warms_up() {
     assert!((4700..5300).contains(&grown), "{grown}");
 }
 
+/// An endpoint with this name and no address.
+fn without_address(name: &str, port: u16) -> Workload {
+    let mut w = pod("a", SocketAddr::new([0, 0, 0, 0].into(), port));
+    w.ips.clear();
+    w.hostname = Some(name.into());
+    w
+}
+
 #[tokio::test]
-async fn names_are_looked_up_when_dialled() {
+async fn a_name_is_its_addresses_once_they_are_known() {
+    use mesh_model::service::IpFamilies;
     let server = Server::open().await;
+    for logical_dns in [false, true] {
+        let mut world = World::new();
+        let mut service = Service::clone(world.snap.find_service(&key()).unwrap());
+        // `localhost` has addresses of both families on most machines.
+        (service.ip_families, service.logical_dns) = (IpFamilies::V4, logical_dns);
+        world.apply(vec![Change::Service(Arc::new(service))]);
+        world.put(without_address("localhost", server.addr.port()));
+        let cluster = world.cluster();
+        let first = pick(&cluster);
+        assert!(first.addr().ip().is_unspecified(), "not looked up yet");
+        fetch(&cluster, false).await.unwrap();
+        for _ in 0..500 {
+            if logical_dns || !pick(&cluster).is_same(&first) {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        let then = pick(&cluster);
+        assert_eq!((then.addr(), cluster.hosts().len()), (server.addr, 1));
+        assert_eq!(then.is_same(&first), logical_dns, "each address is an endpoint of its own, or they are one together");
+        // What was learned survives changes of anything else.
+        world.policy(TrafficPolicy::default());
+        let after = world.cluster();
+        assert!(pick(&after).is_same(&then));
+        fetch(&after, false).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_name_without_addresses_is_no_endpoint() {
     let mut world = World::new();
-    let mut w = pod("a", server.addr);
-    w.ips.clear();
-    w.hostname = Some("localhost".into());
-    world.put(w);
+    world.put(without_address("no such name", 1));
     let cluster = world.cluster();
-    assert!(pick(&cluster).addr().ip().is_unspecified());
-    fetch(&cluster, false).await.unwrap();
-    assert_eq!(pick(&cluster).addr(), server.addr);
-    let mut w = pod("a", server.addr);
-    w.ips.clear();
-    w.hostname = Some("no such name".into());
-    world.put(w);
-    assert_eq!(fetch(&world.cluster(), false).await.unwrap_err().failure, Failure::NoHealthy);
+    assert_eq!(fetch(&cluster, false).await.unwrap_err().failure, Failure::NoHealthy);
 }
 
 #[tokio::test]
