@@ -2,9 +2,10 @@
 //!
 //! Speaks the wire by [`crate::rpc`] and the committed messages; decides by itself what a client lacks, as istiod does (the
 //! versions a client names, an answer to every subscription, one unanswered response per type). Owns: resources with
-//! versions, an authority with its roots, what clients said. Refuses: on-demand subscriptions.
+//! versions, an authority with its roots, what clients said. A client that gives `*` up
+//! is told what it names, by name or address, the endpoints of a service with it, and what is on its node.
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -65,6 +66,10 @@ pub struct Seen {
     pub ca_headers: Vec<(String, String)>,
     /// Resources sent, by name, in order.
     pub sent: Vec<String>,
+    /// Names asked for, in order, without `*`.
+    pub asked: Vec<String>,
+    /// Those given up.
+    pub given_up: Vec<String>,
 }
 
 #[derive(Debug, Default)]
@@ -346,6 +351,54 @@ struct Held {
     unanswered: Option<String>,
     /// A subscription is answered even when there is nothing.
     owed: bool,
+    /// What it asks for, where that is not everything.
+    demand: Option<Demand>,
+}
+
+/// What a client on demand asks for.
+#[derive(Debug, Default)]
+struct Demand {
+    node: String,
+    names: BTreeSet<String>,
+    /// Of those, what was not answered yet.
+    new: BTreeSet<String>,
+}
+
+impl Demand {
+    /// What it is to be told of all there is.
+    fn of<'a>(&self, all: &'a BTreeMap<String, (u64, Vec<u8>)>) -> BTreeSet<&'a String> {
+        let decoded: Vec<(&String, workload::address::Type)> =
+            all.iter().filter_map(|(name, (_, bytes))| Some((name, Address::decode(bytes.as_slice()).ok()?.r#type?))).collect();
+        let services: BTreeSet<&String> = decoded
+            .iter()
+            .filter(|(name, it)| {
+                matches!(it, workload::address::Type::Service(_)) && names_of(name, it).iter().any(|n| self.names.contains(n))
+            })
+            .map(|(name, _)| *name)
+            .collect();
+        let is_told = |name: &String, it: &workload::address::Type| match it {
+            workload::address::Type::Service(_) => services.contains(name),
+            workload::address::Type::Workload(w) => {
+                w.node == self.node
+                    || w.services.keys().any(|service| services.contains(service))
+                    || names_of(name, it).iter().any(|n| self.names.contains(n))
+            }
+        };
+        decoded.iter().filter(|(name, it)| is_told(name, it)).map(|(name, _)| *name).collect()
+    }
+}
+
+/// A resource's name and its aliases: `network/address` of each of its addresses.
+fn names_of(name: &str, it: &workload::address::Type) -> Vec<String> {
+    let text = |network: &str, bytes: &[u8]| {
+        let ip = <[u8; 4]>::try_from(bytes).map(IpAddr::from).or_else(|_| <[u8; 16]>::try_from(bytes).map(IpAddr::from));
+        ip.map(|ip| format!("{network}/{ip}")).ok()
+    };
+    let aliases: Vec<String> = match it {
+        workload::address::Type::Workload(w) => w.addresses.iter().filter_map(|bytes| text(&w.network, bytes)).collect(),
+        workload::address::Type::Service(s) => s.addresses.iter().filter_map(|a| text(&a.network, &a.address)).collect(),
+    };
+    std::iter::once(name.to_owned()).chain(aliases).collect()
 }
 
 async fn discover(shared: &Shared, mut call: Call) -> anyhow::Result<()> {
@@ -385,7 +438,9 @@ fn next(shared: &Shared, url: &'static str, held: &mut Held) -> Option<DeltaDisc
     let all = world.resources.get(url).unwrap_or(&empty);
     let mut response = DeltaDiscoveryResponse { type_url: url.to_owned(), ..DeltaDiscoveryResponse::default() };
     let in_step = held.told.filter(|(epoch, _)| *epoch == world.epoch).and_then(|(_, told)| world.log.get(told..));
+    let told = held.demand.as_ref().map(|demand| demand.of(all));
     let names: BTreeSet<String> = match in_step {
+        _ if told.is_some() => told.iter().flatten().map(|name| (*name).clone()).chain(held.versions.keys().cloned()).collect(),
         Some(changed) => changed.iter().filter(|(of, _)| *of == url).map(|(_, name)| name.clone()).collect(),
         None => all.keys().chain(held.versions.keys()).cloned().collect(),
     };
@@ -404,6 +459,11 @@ fn next(shared: &Shared, url: &'static str, held: &mut Held) -> Option<DeltaDisc
             response.resources.push(Resource { name, version, resource: Some(any), ..Resource::default() });
         }
     }
+    if let Some(demand) = &mut held.demand {
+        // What was asked for and is not there is said to be gone.
+        let missing = |name: &String| Demand { names: [name.clone()].into(), ..Demand::default() }.of(all).is_empty();
+        response.removed_resources.extend(std::mem::take(&mut demand.new).into_iter().filter(missing));
+    }
     let sent: Vec<String> = response.resources.iter().map(|r| r.name.clone()).collect();
     world.seen.sent.extend(sent);
     (held.owed || !response.resources.is_empty() || !response.removed_resources.is_empty()).then_some(response)
@@ -413,6 +473,7 @@ fn next(shared: &Shared, url: &'static str, held: &mut Held) -> Option<DeltaDisc
 fn take(shared: &Shared, request: DeltaDiscoveryRequest, all: &mut BTreeMap<&'static str, Held>) {
     let Some(url) = [ADDRESS_TYPE, AUTHORIZATION_TYPE].into_iter().find(|url| *url == request.type_url) else { return };
     let mut world = shared.world();
+    let node = request.node.as_ref().and_then(|node| node.metadata.as_ref()).and_then(|m| m.fields.get("NODE_NAME")).cloned();
     if let Some(node) = request.node {
         let text = |value: value::Kind| match value {
             value::Kind::StringValue(text) => text,
@@ -422,8 +483,24 @@ fn take(shared: &Shared, request: DeltaDiscoveryRequest, all: &mut BTreeMap<&'st
         world.seen.metadata = fields.into_iter().map(|(key, value)| (key, value.kind.map(text).unwrap_or_default())).collect();
         world.seen.nodes.push(node.id);
     }
-    let held = all.entry(url).or_default();
-    if request.response_nonce.is_empty() {
+    let (begins, held) = (!all.contains_key(url), all.entry(url).or_default());
+    let named = |names: &[String]| names.iter().filter(|name| *name != "*").cloned().collect::<Vec<_>>();
+    let (asked, given_up) = (named(&request.resource_names_subscribe), named(&request.resource_names_unsubscribe));
+    world.seen.asked.extend(asked.iter().cloned());
+    world.seen.given_up.extend(given_up.iter().cloned());
+    if begins && request.resource_names_unsubscribe.iter().any(|name| name == "*") {
+        let node = node.and_then(|value| if let Some(value::Kind::StringValue(node)) = value.kind { Some(node) } else { None });
+        held.demand = Some(Demand { node: node.unwrap_or_default(), ..Demand::default() });
+    }
+    if let Some(demand) = &mut held.demand {
+        for name in &given_up {
+            demand.names.remove(name);
+            held.versions.remove(name);
+        }
+        demand.new.extend(asked.iter().cloned());
+        demand.names.extend(asked);
+    }
+    if begins {
         held.owed = request.resource_names_subscribe.iter().any(|name| name == "*");
         world.seen.initial.push((url.to_owned(), request.initial_resource_versions.clone()));
         held.versions = request.initial_resource_versions;

@@ -48,6 +48,7 @@ fn under_istiod(s: &Settings, address: &str, registry: &Registry) -> Result<isti
         node: node::of_environment(Role::Waypoint, &s.node, &s.cluster_id, mesh_runtime::settings::variables()),
         // Policies of layer 4 bind the endpoints' agents; here they only explain.
         missing_policy: MissingPolicy::Deny,
+        demand: None,
         metrics: istiod::Metrics::new(registry)?,
     })
 }

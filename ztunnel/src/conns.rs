@@ -5,6 +5,7 @@
 //! Upstream: `inbound`, `passthrough`, `outbound`. Downstream: the relay (through [`Cut::wait`]), admin.
 use mesh_model::authz::{Verdict, authorize};
 use mesh_model::conn::InboundConn;
+use mesh_model::workload::Workload;
 use mesh_model::{Reason, Refusal, Snapshot, SpiffeId};
 use parking_lot::Mutex;
 use std::collections::HashMap;
@@ -161,9 +162,9 @@ impl Conns {
     }
     /// Judges every inbound connection again by `snap` and cuts those it no longer allows. Returns how many were cut.
     ///
-    /// `uid` is the pod; when the mesh no longer knows it, all its connections are cut.
-    pub fn rejudge(&self, snap: &Snapshot, uid: &str) -> usize {
-        let Some(workload) = snap.find_workload(uid) else {
+    /// `workload` is the pod; when the mesh no longer knows it, all its connections are cut.
+    pub fn rejudge(&self, snap: &Snapshot, workload: Option<&Workload>) -> usize {
+        let Some(workload) = workload else {
             let n = self.len();
             self.cut_all(&Refusal::new(Reason::Revoked, "the pod left the mesh"));
             return n;

@@ -7,6 +7,7 @@ use mesh_identity::spire::{self, Api};
 use mesh_identity::{Authority, IdentityError, IdentitySource, SourceSettings};
 use mesh_runtime::control_plane::{self, ControlPlane, Roots};
 use mesh_runtime::metrics::Registry;
+use mesh_sources::demand::{Demand, Limits};
 use mesh_sources::istiod::node::Role;
 use mesh_sources::istiod::{self, MissingPolicy};
 use mesh_sources::{Origin, Viewpoint, kubernetes};
@@ -76,6 +77,7 @@ pub fn origin(s: &Settings, registry: &Registry) -> Result<Origin> {
             Missing::Deny => MissingPolicy::Deny,
             Missing::Ignore => MissingPolicy::Ignore,
         },
+        demand: c.xds_on_demand.then(|| Demand::new(Limits::default())),
         metrics: istiod::Metrics::new(registry)?,
     })))
 }

@@ -14,6 +14,7 @@ use crate::pod::Pod;
 use crate::resolv::ResolvConf;
 use answer::Asked;
 use mesh_model::names;
+use mesh_model::wanted::Wanted;
 use mesh_runtime::drain::DrainWatch;
 use mesh_runtime::sockets::BoundListener;
 use std::io;
@@ -31,6 +32,8 @@ pub const CAPTURED: u16 = 53;
 const LONGEST_DATAGRAM: usize = 4096;
 /// Pause after an error of a socket, so that one that stays does not spin.
 const AFTER_ERROR: Duration = Duration::from_millis(10);
+/// How long istiod may take to say what a name is.
+const ON_DEMAND: Duration = Duration::from_secs(1);
 /// How long a TCP connection may be silent.
 const SILENCE: Duration = Duration::from_secs(5);
 
@@ -156,9 +159,10 @@ async fn reply(pod: &Arc<Pod>, query: Vec<u8>, transport: Transport) -> Option<V
     };
     let place = pod.netns.as_ref().map(|netns| netns.id());
     let conf = pod.dns.conf(place, &pod.namespace, &pod.shared.settings).await;
+    ask_for(pod, &conf, &asked).await;
     let metrics = {
         let snap = pod.shared.mesh.load();
-        let client = snap.find_workload(&pod.uid);
+        let client = pod.workload(&snap).ok();
         let metrics = pod.shared.metrics.dns(asked.question.kind(), transport.name(), client.map(|w| &**w));
         metrics.requests.inc();
         if let Some(client) = client
@@ -172,6 +176,24 @@ async fn reply(pod: &Arc<Pod>, query: Vec<u8>, transport: Transport) -> Option<V
         metrics
     };
     Some(ask_others(pod, &conf, &query, &asked, transport, &metrics).await)
+}
+
+/// Where the mesh is told on demand: the services a name may stand for. What does not come in time is asked of name servers.
+async fn ask_for(pod: &Pod, conf: &ResolvConf, asked: &Asked) {
+    let mesh = &pod.shared.mesh;
+    let lacking = mesh.demand().map_or_else(Vec::new, |demand| {
+        let snap = mesh.load();
+        let Some(client) = pod.workload(&snap).ok().filter(|_| asked.question.family().is_some()) else { return Vec::new() };
+        match names::find_name(&snap, client, &conf.search, &asked.question.name) {
+            Some(found) => {
+                demand.touch(&Wanted::Service(found.service.key.clone()));
+                Vec::new()
+            }
+            None => names::unknown(&snap, client, &conf.search, &asked.question.name),
+        }
+    });
+    let lacking: Vec<Wanted> = lacking.into_iter().map(Wanted::Service).collect();
+    futures_util::future::join_all(lacking.iter().map(|wanted| mesh.fetch(wanted, ON_DEMAND))).await;
 }
 
 /// What the pod's name servers say, the first of them that says anything.

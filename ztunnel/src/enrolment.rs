@@ -17,7 +17,7 @@ use places::Places;
 use std::collections::HashSet;
 use std::net::IpAddr;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Once};
 use tokio::sync::{mpsc, oneshot, watch};
 
 /// One pod that is to be served.
@@ -81,9 +81,7 @@ impl Enrolled {
     /// A pod that the CNI agent enrols. Its workload is the one of this node with its names, else the one istiod will send:
     /// istiod's ids of pods are made of the same names.
     pub fn by_cni(snap: &Snapshot, key: Arc<str>, pod: Named, netns: NetnsFd) -> Self {
-        let known = snap
-            .local_workloads()
-            .find(|w| *w.name == pod.name && *w.namespace == pod.namespace && *w.service_account == pod.service_account);
+        let known = find_named(snap, &pod.namespace, &pod.name, &pod.service_account);
         let uid = || format!("{}//Pod/{}/{}", snap.view().cluster, pod.namespace, pod.name).into();
         Self {
             key,
@@ -229,7 +227,64 @@ impl ByKubernetes {
     }
 }
 
+/// The workload of this node with these names, which are all that a CNI agent says of a pod. Its cluster counts only where there are
+/// two: one of another cluster may be on a node of the same name, but where none is of ours, `CLUSTER_ID` is what is wrong.
+pub fn find_named<'a>(snap: &'a Snapshot, namespace: &str, name: &str, account: &str) -> Option<&'a Arc<Workload>> {
+    static TOLD: Once = Once::new();
+    let cluster = &snap.view().cluster;
+    let named = || {
+        let of_names = |w: &&Arc<Workload>| *w.name == *name && *w.namespace == *namespace && *w.service_account == *account;
+        snap.local_workloads().filter(of_names)
+    };
+    if let Some(ours) = named().find(|w| w.cluster == *cluster) {
+        return Some(ours);
+    }
+    let theirs = named().next()?;
+    if theirs.cluster.is_empty() {
+        return Some(theirs);
+    }
+    if snap.local_workloads().any(|w| w.cluster == *cluster) {
+        return None;
+    }
+    TOLD.call_once(|| {
+        tracing::warn!(
+            ours = %cluster, of_istiod = %theirs.cluster, node = %snap.view().node,
+            "this agent is said to be of another cluster than all pods of its node: they are served by their names; set CLUSTER_ID to istiod's"
+        );
+    });
+    Some(theirs)
+}
+
 /// Whether the agent carries this pod's traffic.
 pub fn is_served(w: &Workload) -> bool {
     w.protocol == Protocol::Hbone && w.network_mode == NetworkMode::Standard && !w.native_tunnel
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use mesh_model::Change;
+
+    fn local(cluster: &str, name: &str) -> Change {
+        let mut w = Workload::new(&format!("{cluster}//Pod/shop/{name}"), name, "shop");
+        (w.node, w.cluster, w.service_account) = ("n".into(), cluster.into(), name.into());
+        Change::Workload(Arc::new(w))
+    }
+    fn found(of: &[Change]) -> Option<Arc<str>> {
+        let view = Viewpoint { node: "n".into(), cluster: "ours".into(), ..Viewpoint::default() };
+        find_named(&Snapshot::empty(view).apply(of), "shop", "web", "web").map(|w| Arc::clone(&w.uid))
+    }
+
+    #[test]
+    fn a_pod_is_found_by_its_names_whatever_its_cluster_is_called() {
+        assert_eq!(found(&[]), None);
+        assert_eq!(found(&[local("theirs", "web"), local("ours", "web")]).as_deref(), Some("ours//Pod/shop/web"));
+        assert_eq!(found(&[local("theirs", "web"), local("theirs", "api")]).as_deref(), Some("theirs//Pod/shop/web"));
+        assert_eq!(
+            found(&[local("theirs", "web"), local("ours", "api")]),
+            None,
+            "ours is still to come, and another node has our name"
+        );
+        assert_eq!(found(&[local("theirs", "api")]), None);
+    }
 }

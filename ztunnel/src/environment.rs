@@ -40,7 +40,7 @@ pub const VARIABLES: &[(&str, Effect)] = &[
     ("XDS_ROOT_CA", Flag("xds-root-ca")),
     ("ALT_XDS_HOSTNAME", Flag("alt-xds-hostname")),
     ("XDS_HEADER_*", Read("headers of the requests to istiod", "")),
-    ("XDS_ON_DEMAND", Idle(&["", "false"], "the whole mesh is read")),
+    ("XDS_ON_DEMAND", Flag("xds-on-demand")),
     ("LOCAL_XDS_PATH", Flag("local-xds-path")),
     ("LOCAL_XDS", Read("what `LOCAL_XDS_PATH` would contain", "")),
     ("KUBERNETES_SERVICE_HOST", Read("we are in a pod of Kubernetes, so istiod has its usual address", "")),

@@ -16,12 +16,17 @@ use mesh_identity::Peer;
 use mesh_model::authz::{Verdict, authorize};
 use mesh_model::conn::InboundConn;
 use mesh_model::inbound::{InboundPlan, plan_inbound};
+use mesh_model::wanted;
 use mesh_model::workload::{ApplicationTunnel, Workload};
 use mesh_model::{HboneAuthority, Reason, Refusal, Snapshot, SpiffeId};
 use parking_lot::Mutex;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::net::TcpStream;
+
+/// How long istiod may take to say what is asked for.
+const ON_DEMAND: Duration = Duration::from_secs(5);
 
 /// Serves one connection to 15008: first byte → gate → TLS → HTTP/2, then each CONNECT as a task of its own.
 pub async fn serve_conn(pod: Arc<Pod>, accepted: Accepted) {
@@ -131,6 +136,7 @@ async fn admit(
 ) -> Result<(Admitted, TcpStream, Arc<Workload>), Refusal> {
     let authority = HboneAuthority::parse(authority)
         .ok_or_else(|| Refusal::new(Reason::BadRequest, format!("authority {authority:?} is neither ip:port nor host:port")))?;
+    ask_for(pod, local, &authority).await;
     let (plan, workload, live) = {
         let snap = pod.shared.mesh.load();
         let workload = Arc::clone(pod.workload(&snap)?);
@@ -153,6 +159,18 @@ async fn admit(
     };
     let upstream = connect(pod, &plan, client, &proof.id, &authority).await?;
     Ok((live, upstream, workload))
+}
+
+/// Where the mesh is told on demand: what it takes to know what is asked for. What does not come in time is refused as unknown.
+async fn ask_for(pod: &Pod, local: SocketAddr, authority: &HboneAuthority) {
+    let mesh = &pod.shared.mesh;
+    let lacking = mesh.demand().and_then(|_| {
+        let snap = mesh.load();
+        wanted::of_inbound(&snap, pod.workload(&snap).ok()?, local, authority)
+    });
+    if let Some(lacking) = lacking {
+        mesh.fetch(&lacking, ON_DEMAND).await;
+    }
 }
 
 /// Connects to the application, plainly or through its application tunnel.

@@ -13,15 +13,22 @@ use crate::report;
 use mesh_hbone::{ConnectRequest, headers};
 use mesh_model::conn::OutboundConn;
 use mesh_model::plan::{Dial, OutboundPlan, plan_outbound};
+use mesh_model::wanted::{self, Wanted};
 use mesh_model::workload::Workload;
-use mesh_model::{ClientAddr, HboneAuthority, OrigDst, Reason, Refusal, SpiffeId};
+use mesh_model::{ClientAddr, HboneAuthority, NetworkAddr, OrigDst, Reason, Refusal, SpiffeId};
 use mesh_runtime::sockets::reset_on_close;
+use mesh_sources::demand::Fetched;
 use parking_lot::Mutex;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Endpoints tried for one connection before giving up. Only failures that say another one may help are tried again.
 const ATTEMPTS: usize = 3;
+/// Parts of the mesh that one plan may lack, one after the other: a service, its waypoint, that one's gateway.
+const LACKING: usize = 5;
+/// How long istiod may take to say what a destination is.
+const ON_DEMAND: Duration = Duration::from_secs(5);
 
 /// Serves one captured connection: capture → plan → dial → relay → report.
 pub async fn serve_conn(pod: Arc<Pod>, accepted: Accepted) {
@@ -90,13 +97,7 @@ async fn plan_and_dial(pod: &Arc<Pod>, client: SocketAddr, dst: SocketAddr, reco
     let mut last = None;
     for _ in 0..ATTEMPTS {
         let draw = rand::random();
-        let (plan, source) = {
-            let snap = pod.shared.mesh.load();
-            let source = Arc::clone(pod.workload(&snap)?);
-            record.source = Some(Arc::clone(&source));
-            let conn = OutboundConn { source: &source, client: ClientAddr::from(client), dst: OrigDst::from(dst), draw };
-            (plan_outbound(&snap, &conn)?, source)
-        };
+        let (plan, source) = plan(pod, client, dst, draw, record).await?;
         record.service.clone_from(&plan.service);
         record.destination.clone_from(&plan.workload);
         record.around.clone_from(&plan.around);
@@ -113,6 +114,44 @@ async fn plan_and_dial(pod: &Arc<Pod>, client: SocketAddr, dst: SocketAddr, reco
         }
     }
     Err(last.unwrap_or_else(|| Refusal::new(Reason::Internal, "no attempt was made")))
+}
+
+/// Plans by one snapshot (I1). Where the mesh is told on demand, what the plan lacks is asked for first: a destination nobody has
+/// spoken of may belong to the mesh, and must not be reached around it (I2).
+async fn plan(
+    pod: &Arc<Pod>,
+    client: SocketAddr,
+    dst: SocketAddr,
+    draw: u64,
+    record: &mut Record,
+) -> Result<(OutboundPlan, Arc<Workload>), Refusal> {
+    for _ in 0..LACKING {
+        let (outcome, source, lacking) = {
+            let snap = pod.shared.mesh.load();
+            let source = Arc::clone(pod.workload(&snap)?);
+            record.source = Some(Arc::clone(&source));
+            let conn = OutboundConn { source: &source, client: ClientAddr::from(client), dst: OrigDst::from(dst), draw };
+            let outcome = plan_outbound(&snap, &conn);
+            let lacking = pod.shared.mesh.demand().and_then(|demand| {
+                demand.touch(&Wanted::Address(NetworkAddr { network: snap.view().network.clone(), ip: conn.dst.ip() }));
+                if let Ok(OutboundPlan { service: Some(service), .. }) = &outcome {
+                    demand.touch(&Wanted::Service(service.key.clone()));
+                }
+                wanted::of_outbound(&snap, &conn, &outcome)
+            });
+            (outcome, source, lacking)
+        };
+        let Some(lacking) = lacking else { return outcome.map(|plan| (plan, source)) };
+        match pod.shared.mesh.fetch(&lacking, ON_DEMAND).await {
+            Fetched::Found => {}
+            Fetched::Absent => return outcome.map(|plan| (plan, source)),
+            Fetched::Unanswered => {
+                let detail = format!("istiod did not say what {lacking} is (XDS_ON_DEMAND)");
+                return Err(Refusal::new(Reason::UnknownWorkload, detail));
+            }
+        }
+    }
+    Err(Refusal::new(Reason::UnknownWorkload, format!("{dst}: what istiod tells of it refers to ever more")))
 }
 
 /// Another endpoint can only be drawn where the connection was addressed to a service.

@@ -4,7 +4,7 @@
 //! directions hold it for as long as a connection lives.
 use crate::conns::Conns;
 use crate::dialer::PodDialer;
-use crate::enrolment::Enrolled;
+use crate::enrolment::{Enrolled, find_named};
 use crate::metrics::Metrics;
 use crate::node::Node;
 use crate::resolv::PodDns;
@@ -14,6 +14,7 @@ use http::HeaderValue;
 use mesh_hbone::{Pool, headers};
 use mesh_identity::live::LivePeers;
 use mesh_identity::{SvidCache, SvidHandle};
+use mesh_model::wanted::Wanted;
 use mesh_model::workload::{Workload, WorkloadUid};
 use mesh_model::{Reason, Refusal, Snapshot, SpiffeId};
 use mesh_runtime::drain::DrainWatch;
@@ -99,6 +100,8 @@ pub struct Pod {
     /// What it shares.
     pub shared: Arc<Shared>,
     baggage: ArcSwapOption<(Arc<Workload>, HeaderValue)>,
+    /// The id it has in the mesh, where it is not the one it was enrolled by.
+    told: ArcSwapOption<WorkloadUid>,
 }
 
 impl Pod {
@@ -130,26 +133,49 @@ impl Pod {
             drain,
             shared: Arc::clone(shared),
             baggage: ArcSwapOption::empty(),
+            told: ArcSwapOption::empty(),
         })
     }
 
     /// This pod in `snap`, or the refusal that says it left.
     pub fn workload<'a>(&self, snap: &'a Snapshot) -> Result<&'a Arc<Workload>, Refusal> {
-        snap.find_workload(&self.uid)
+        self.find(snap)
             // A pod that was made again under its name with another account is not the one of before.
             .filter(|w| *w.service_account == *self.identity.service_account())
             .ok_or_else(|| Refusal::new(Reason::UnknownWorkload, format!("pod {} is not in the mesh", self.uid)))
     }
 
+    /// By its id; one that a CNI agent named, whose id is a guess, also by its names.
+    fn find<'a>(&self, snap: &'a Snapshot) -> Option<&'a Arc<Workload>> {
+        if let Some(workload) = snap.find_workload(&self.uid) {
+            return Some(workload);
+        }
+        if !self.early {
+            return None;
+        }
+        if let Some(workload) = self.told.load().as_deref().and_then(|uid| snap.find_workload(uid)) {
+            return Some(workload);
+        }
+        let workload = find_named(snap, &self.namespace, &self.name, self.identity.service_account())?;
+        self.told.store(Some(Arc::new(Arc::clone(&workload.uid))));
+        Some(workload)
+    }
+
     /// Waits until the mesh knows a pod that was served before: a pod's first connection is often quicker than istiod. What is
     /// not known in time is refused by the look-up that follows.
     pub async fn known(&self) {
-        if !self.early || self.shared.mesh.load().find_workload(&self.uid).is_some() {
+        let mesh = &self.shared.mesh;
+        let is_known = || self.find(&mesh.load()).is_some();
+        if !self.early || is_known() {
             return;
         }
-        let mut versions = self.shared.mesh.watch();
-        let known =
-            async { while self.shared.mesh.load().find_workload(&self.uid).is_none() && versions.changed().await.is_ok() {} };
+        let mut versions = mesh.watch();
+        let known = async {
+            if mesh.demand().is_some() {
+                mesh.fetch(&Wanted::Workload(Arc::clone(&self.uid)), KNOWN_WITHIN).await;
+            }
+            while !is_known() && versions.changed().await.is_ok() {}
+        };
         let _ = tokio::time::timeout(KNOWN_WITHIN, known).await;
     }
 

@@ -429,7 +429,7 @@ impl PodSupervisor {
             if running.counts().is_none() {
                 continue;
             }
-            let workload = snap.find_workload(&running.pod.uid).filter(|_| self.shared.settings.prefilter);
+            let workload = running.pod.workload(&snap).ok().filter(|_| self.shared.settings.prefilter);
             let denied = workload.map_or_else(|| Arc::new([]) as Arc<[_]>, |workload| prefilter.of(workload));
             if running.denied.as_ref() == Some(&denied) {
                 continue;
@@ -663,7 +663,7 @@ impl PodSupervisor {
     fn rejudge(&self) {
         let snap = self.shared.mesh.load_full();
         for running in self.running.values() {
-            let cut = running.pod.conns.rejudge(&snap, &running.pod.uid);
+            let cut = running.pod.conns.rejudge(&snap, running.pod.workload(&snap).ok().map(|w| &**w));
             if cut > 0 {
                 self.shared.metrics.cut.add(cut as u64);
                 tracing::info!(pod = %running.pod.uid, cut, version = snap.version(), "connections closed due to policy change");

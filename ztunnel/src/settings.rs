@@ -340,6 +340,10 @@ pub struct ControlSettings {
     /// A pod is asked for by `k8s:ns` and `k8s:sa`, and its entry must say `spiffe://<trust domain>/ns/<namespace>/sa/<account>`.
     #[arg(long, env = "CULVERT_SPIRE_ADMIN_SOCKET", value_name = "SOCKET", conflicts_with = "ca_address")]
     pub spire_admin_socket: Option<String>,
+    /// istiod is asked only for what is needed: the pods of this node, and the destinations they call. The first connection to each
+    /// waits for istiod's answer.
+    #[arg(long, env = "XDS_ON_DEMAND", default_value_t = false, action = clap::ArgAction::Set)]
+    pub xds_on_demand: bool,
     /// What a policy means that a workload names and that does not come within a second: `deny` refuses the workload's
     /// connections until it comes, `ignore` leaves it out as istio/ztunnel does.
     #[arg(long, env = "CULVERT_MISSING_POLICY", default_value = "deny")]

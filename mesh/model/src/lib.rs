@@ -31,6 +31,7 @@ pub mod shard;
 pub mod snapshot;
 pub mod telemetry;
 pub mod view;
+pub mod wanted;
 pub mod waypoint;
 pub mod workload;
 

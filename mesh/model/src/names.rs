@@ -2,7 +2,7 @@
 //!
 //! Owns the order in which a name is looked for. Refuses nothing: what the mesh does not know is somebody else's to answer.
 //! Upstream: snapshots. Downstream: the agent's DNS proxy.
-use crate::service::{IpFamilies, Service};
+use crate::service::{IpFamilies, Service, ServiceKey};
 use crate::snapshot::Snapshot;
 use crate::workload::Workload;
 use std::net::IpAddr;
@@ -44,6 +44,40 @@ fn find<'a>(snap: &'a Snapshot, client: &Workload, search: &[Box<str>], name: &'
     exact.or_else(|| Some(Found { service: by_wildcard(snap, client, name)?, alias_of: None })).or_else(|| {
         stripped().find_map(|short| Some(Found { service: by_wildcard(snap, client, short)?, alias_of: Some(short) }))
     })
+}
+
+/// Services that `name` may stand for and that are not known: what to ask for where the mesh is told on demand. A host of no
+/// Kubernetes service is looked for in the client's namespace and in the preferred one; of wildcards nobody can be asked.
+pub fn unknown(snap: &Snapshot, client: &Workload, search: &[Box<str>], name: &str) -> Vec<ServiceKey> {
+    let view = snap.view();
+    let mut keys = Vec::new();
+    let stripped = search.iter().filter_map(|domain| name.strip_suffix(&**domain)?.strip_suffix('.'));
+    let kubernetes = |service: &str, namespace: &str| {
+        ServiceKey::new(namespace, &format!("{service}.{namespace}.svc.{}", view.cluster_domain))
+    };
+    for name in std::iter::once(name).chain(stripped.filter(|short| !short.is_empty())) {
+        let full = name.strip_suffix(&*view.cluster_domain).and_then(|rest| rest.strip_suffix(".svc."));
+        let short = full.or_else(|| name.strip_suffix(".svc")).unwrap_or(name);
+        let mut labels = short.split('.');
+        match (labels.next(), labels.next(), labels.next()) {
+            (Some(service), Some(namespace), None) => {
+                keys.push(kubernetes(service, namespace));
+                if short != name {
+                    // It can be nothing else.
+                    break;
+                }
+            }
+            (Some(service), None, _) if short == name => keys.push(kubernetes(service, &client.namespace)),
+            _ => {}
+        }
+        if short == name {
+            keys.extend([&client.namespace, &view.preferred_namespace].map(|namespace| ServiceKey::new(namespace, name)));
+        }
+    }
+    keys.retain(|key| !key.namespace.is_empty() && snap.find_service(key).is_none());
+    keys.sort_unstable();
+    keys.dedup();
+    keys
 }
 
 /// The addresses of one family of a service that was found, rotated by `draw`: its virtual addresses on the client's network, or

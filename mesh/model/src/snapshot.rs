@@ -456,6 +456,10 @@ impl Snapshot {
     pub fn find_known_by_ip(&self, network: &Network, ip: IpAddr) -> Option<&Arc<Known>> {
         self.by_ip.get(&AddrRef(network, ip.to_canonical()))?.all().first()
     }
+    /// Whether a workload or a service has this very address, whoever may see it.
+    pub fn has_address(&self, at: &NetworkAddr) -> bool {
+        self.by_ip.get(at).is_some() || self.by_vip.get(at).is_some()
+    }
     /// Service by key.
     pub fn find_service(&self, key: &ServiceKey) -> Option<&Arc<Service>> {
         self.services.get(key)?.service.as_ref()

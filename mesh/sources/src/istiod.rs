@@ -5,6 +5,7 @@
 //! response is one version. When the stream ends, the last state serves, and the next stream resumes from the versions held.
 //! A response after which a workload newly names a policy that is not there waits [`PATIENCE`] for it: istiod sends the two
 //! types apart, and cutting live connections in between would be an outage. Large responses are converted on a helper thread.
+//! On demand ([`Settings::demand`]) addresses are told as somebody asks for them, and those of our own node; policies are told all.
 //! Upstream: istiod, through [`mesh_runtime::control_plane`]. Downstream: [`crate::publisher`].
 
 mod convert;
@@ -29,6 +30,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tonic::Code;
 use tonic_prost::ProstCodec;
 
+use crate::demand::Demand;
 use crate::diagnostics::Diagnostics;
 use crate::publisher::{ChangeSink, Closed};
 use crate::translate::at_most;
@@ -47,6 +49,8 @@ const GOOD_LIFE: Duration = Duration::from_secs(5);
 const MOST_BYTES: usize = 200 << 20;
 /// Resources above which a response is converted on a helper thread.
 const LARGE: usize = 500;
+/// How often what nobody uses is looked for.
+const SWEEP: Duration = Duration::from_secs(1);
 /// Answers a server may leave unread.
 const UNREAD: usize = 1024;
 const PATH: &str = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources";
@@ -70,6 +74,8 @@ pub struct Settings {
     pub node: Node,
     /// What a policy that does not come means.
     pub missing_policy: MissingPolicy,
+    /// What is asked for, where addresses are told on demand; `None`: all are told.
+    pub demand: Option<Demand>,
     /// What is counted.
     pub metrics: Metrics,
 }
@@ -83,6 +89,7 @@ pub struct Metrics {
     refused: Family<Counter>,
     connected: Arc<Gauge>,
     missing: Arc<Gauge>,
+    demanded: Arc<Gauge>,
 }
 
 impl Metrics {
@@ -99,6 +106,7 @@ impl Metrics {
             refused: counter("culvert_xds_refused_total", "Resources refused (NACK)", &["url"])?,
             connected: gauge("culvert_xds_connected", "1 while the control plane is heard; the last state serves otherwise")?,
             missing: gauge("culvert_xds_missing_policies", "Policies that workloads name and that are not there")?,
+            demanded: gauge("culvert_xds_demanded", "Names asked for, where the mesh is told on demand")?,
         })
     }
 }
@@ -120,11 +128,11 @@ impl Source for IstiodSource {
     }
 
     async fn run(self, sink: ChangeSink) -> Result<(), SourceError> {
-        let node = Arc::clone(&self.view.node);
+        let (node, on_demand) = (Arc::clone(&self.view.node), self.settings.demand.is_some());
         let mut session = Session {
             source: self,
             sink,
-            state: State::new(node),
+            state: State::new(node, on_demand),
             told: BTreeSet::new(),
             pending: Vec::new(),
             until: None,
@@ -214,19 +222,12 @@ impl Session {
     }
 
     async fn try_stream(&mut self) -> Result<(), Lost> {
-        let Settings { control_plane, node, metrics, .. } = self.source.settings.clone();
+        let Settings { control_plane, metrics, demand, .. } = self.source.settings.clone();
         let channel = control_plane.connect().await?;
         let (requests, outgoing) = mpsc::channel(UNREAD);
         for kind in Kind::ALL {
-            let first = DeltaDiscoveryRequest {
-                node: Some(node.clone()),
-                type_url: kind.url().to_owned(),
-                resource_names_subscribe: vec!["*".to_owned()],
-                initial_resource_versions: self.state.versions(kind),
-                ..DeltaDiscoveryRequest::default()
-            };
             // The queue has room for more than these.
-            let _ = requests.try_send(first);
+            let _ = requests.try_send(self.first(kind));
         }
         let outgoing = futures_util::stream::unfold(outgoing, |mut outgoing| async {
             outgoing.recv().await.map(|request: DeltaDiscoveryRequest| (request, outgoing))
@@ -239,11 +240,24 @@ impl Session {
         let opening = grpc.streaming(request, PathAndQuery::from_static(PATH), ProstCodec::default());
         let mut incoming = timeout(FIRST_ANSWERS, opening).await.map_err(|_| late())??.into_inner();
         let (mut answered, answers_by) = (BTreeSet::new(), Instant::now() + FIRST_ANSWERS);
+        let unread = |_| Lost::Ended("Error", "it does not read what it is answered".into());
+        let mut sweep = tokio::time::interval(SWEEP);
         loop {
             let until = self.until;
             let response: Option<DeltaDiscoveryResponse> = tokio::select! {
                 message = incoming.message() => message?,
-                () = sleep_until(answers_by), if answered.len() < Kind::ALL.len() => return Err(late()),
+                () = sleep_until(answers_by), if !self.is_all(&answered) => return Err(late()),
+                names = asked(demand.as_ref()) => {
+                    requests.try_send(address(names, Vec::new())).map_err(unread)?;
+                    continue;
+                }
+                _ = sweep.tick(), if demand.is_some() => {
+                    let names = self.sweep().await?;
+                    if !names.is_empty() {
+                        requests.try_send(address(Vec::new(), names)).map_err(unread)?;
+                    }
+                    continue;
+                }
                 () = sleep_until(until.unwrap_or(answers_by)), if until.is_some() => {
                     self.flush().await?;
                     continue;
@@ -255,13 +269,60 @@ impl Session {
                 continue;
             };
             metrics.connected.set(1);
-            if answered.insert(kind) && answered.len() == Kind::ALL.len() {
+            if answered.insert(kind) && self.is_all(&answered) {
                 tracing::info!(address = control_plane.address(), "the control plane is heard");
             }
             let answer = self.receive(kind, response).await?;
-            let unread = |_| Lost::Ended("Error", "it does not read what it is answered".into());
             requests.try_send(answer).map_err(unread)?;
         }
+    }
+
+    /// What a stream begins with: everything is asked for, or what was asked for before. That both `*` is subscribed to and given up
+    /// is how istiod learns that nothing else is wanted; a subscription to nothing would mean everything.
+    fn first(&self, kind: Kind) -> DeltaDiscoveryRequest {
+        let Settings { node, demand, .. } = &self.source.settings;
+        let everything = "*".to_owned();
+        let (subscribe, give_up) = match demand {
+            Some(demand) if kind == Kind::Address => ([demand.resume(), vec![everything.clone()]].concat(), vec![everything]),
+            _ => (vec![everything], Vec::new()),
+        };
+        DeltaDiscoveryRequest {
+            node: Some(node.clone()),
+            type_url: kind.url().to_owned(),
+            resource_names_subscribe: subscribe,
+            resource_names_unsubscribe: give_up,
+            initial_resource_versions: self.state.versions(kind),
+            ..DeltaDiscoveryRequest::default()
+        }
+    }
+
+    /// Whether every type is among these that is told without being asked for.
+    fn is_all(&self, told: &BTreeSet<Kind>) -> bool {
+        let on_demand = self.source.settings.demand.is_some();
+        Kind::ALL.iter().all(|kind| told.contains(kind) || (on_demand && *kind == Kind::Address))
+    }
+
+    /// On demand: forgets what nobody uses. Gives the names that need not be told any more.
+    async fn sweep(&mut self) -> Result<Vec<String>, Closed> {
+        let Settings { demand, metrics, .. } = &self.source.settings;
+        let Some(demand) = demand else { return Ok(Vec::new()) };
+        let mut stale = demand.stale();
+        if !stale.is_empty() {
+            // Nobody touches a waypoint by its name.
+            let gateways = self.state.gateways();
+            stale.retain(|wanted| !gateways.contains(wanted));
+        }
+        demand.give_up(&stale);
+        metrics.demanded.set(demand.count() as i64);
+        if stale.is_empty() {
+            return Ok(Vec::new());
+        }
+        let (names, changes) = self.state.forget(|wanted| demand.has(wanted));
+        self.pending.extend(changes);
+        if self.until.is_none() && !self.pending.is_empty() {
+            self.flush().await?;
+        }
+        Ok(stale.iter().map(ToString::to_string).chain(names).collect())
     }
 
     /// Takes a response in; gives the answer to it.
@@ -271,7 +332,7 @@ impl Session {
         metrics.messages.get(&[kind.url()]).inc();
         metrics.bytes.get(&[kind.url()]).add(sizes.sum());
         let (begun, nonce) = (Instant::now(), response.nonce.clone());
-        let Received { changes, refused, count } = if response.resources.len() > LARGE {
+        let Received { changes, refused, count, present, absent, unknown } = if response.resources.len() > LARGE {
             let mut state = std::mem::take(&mut self.state);
             let converting = tokio::task::spawn_blocking(move || {
                 let received = state.receive(kind, response);
@@ -288,7 +349,10 @@ impl Session {
         self.source.diagnostics.replace(self.state.problems());
         self.told.insert(kind);
         self.pending.extend(changes);
-        if self.told.len() == Kind::ALL.len() {
+        if let (Some(demand), Kind::Address) = (&self.source.settings.demand, kind) {
+            demand.settle(&present, &absent, unknown.iter().map(String::as_str));
+        }
+        if self.is_all(&self.told) {
             if self.state.missing().is_subset(&self.accepted) {
                 self.flush().await?;
             } else {
@@ -333,6 +397,24 @@ impl Session {
         self.source.settings.metrics.missing.set(missing.len() as i64);
         self.accepted.clone_from(missing);
         self.sink.send(std::mem::take(&mut self.pending)).await
+    }
+}
+
+/// The names of new questions; never, where everything is told.
+async fn asked(demand: Option<&Demand>) -> Vec<String> {
+    match demand {
+        Some(demand) => demand.asked().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// A change of what addresses are asked for.
+fn address(subscribe: Vec<String>, give_up: Vec<String>) -> DeltaDiscoveryRequest {
+    DeltaDiscoveryRequest {
+        type_url: Kind::Address.url().to_owned(),
+        resource_names_subscribe: subscribe,
+        resource_names_unsubscribe: give_up,
+        ..DeltaDiscoveryRequest::default()
     }
 }
 

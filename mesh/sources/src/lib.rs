@@ -6,6 +6,7 @@
 //! is in [`Diagnostics`]. Another source (Consul) is another [`Source`] and nothing else.
 #![forbid(unsafe_code)]
 
+pub mod demand;
 pub mod diagnostics;
 pub mod files;
 pub mod istiod;
@@ -72,6 +73,10 @@ pub fn start(origin: Origin, view: Viewpoint) -> (Mesh, Diagnostics) {
 pub fn start_with(origin: Origin, view: Viewpoint, settings: &translate::Settings) -> (Mesh, Diagnostics) {
     let diagnostics = Diagnostics::new();
     let (mesh, publisher, sinks) = publisher::channel(view.clone(), 1);
+    let mesh = match &origin {
+        Origin::Istiod(settings) => mesh.on_demand(settings.demand.clone()),
+        _ => mesh,
+    };
     for sink in sinks {
         let diagnostics = diagnostics.clone();
         match &origin {

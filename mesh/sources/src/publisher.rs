@@ -9,9 +9,12 @@ use std::time::Duration;
 
 use arc_swap::{ArcSwap, Guard};
 use mesh_model::snapshot::Viewpoint;
+use mesh_model::wanted::Wanted;
 use mesh_model::{Change, Snapshot, Version};
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
+
+use crate::demand::{Demand, Fetched, Noted};
 
 /// Least time between two versions: what changes meanwhile becomes one. A change after a quiet time is published at once.
 const COALESCE: Duration = Duration::from_millis(10);
@@ -26,6 +29,7 @@ pub struct Mesh {
     current: Arc<ArcSwap<Snapshot>>,
     version: watch::Receiver<Version>,
     synced: watch::Receiver<bool>,
+    demand: Option<Demand>,
 }
 impl Mesh {
     /// The current version, for the data path: no reference count is touched. Never hold it across an `.await`.
@@ -51,6 +55,40 @@ impl Mesh {
             std::future::pending::<()>().await;
         }
     }
+    /// The same, of which parts are told on demand only.
+    #[must_use]
+    pub fn on_demand(self, demand: Option<Demand>) -> Self {
+        Self { demand, ..self }
+    }
+    /// What was asked for, where the mesh is told on demand; `None` where all of it is.
+    pub fn demand(&self) -> Option<&Demand> {
+        self.demand.as_ref()
+    }
+    /// Asks for a part of the mesh, unless somebody has, and waits until it is there or known not to be, for `limit` at most.
+    pub async fn fetch(&self, wanted: &Wanted, limit: Duration) -> Fetched {
+        let Some(demand) = &self.demand else { return Fetched::Absent };
+        let (mut versions, mut settled) = (self.version.clone(), demand.settled());
+        let answered = async {
+            loop {
+                versions.mark_unchanged();
+                settled.mark_unchanged();
+                if wanted.is_in(&self.load()) {
+                    return Fetched::Found;
+                }
+                match demand.ask(wanted) {
+                    Noted::Wait => {}
+                    Noted::Absent => return Fetched::Absent,
+                    Noted::Full => return Fetched::Unanswered,
+                }
+                tokio::select! {
+                    Ok(()) = versions.changed() => {}
+                    Ok(()) = settled.changed() => {}
+                    else => return Fetched::Unanswered,
+                }
+            }
+        };
+        tokio::time::timeout(limit, answered).await.unwrap_or(Fetched::Unanswered)
+    }
     /// A mesh that never changes, for tests and tools.
     pub fn fixed(snapshot: Snapshot) -> Self {
         let version = snapshot.version();
@@ -58,6 +96,7 @@ impl Mesh {
             current: Arc::new(ArcSwap::from_pointee(snapshot)),
             version: watch::channel(version).1,
             synced: watch::channel(true).1,
+            demand: None,
         }
     }
 }
@@ -146,7 +185,7 @@ pub fn channel(view: Viewpoint, sources: usize) -> (Mesh, Publisher, Vec<ChangeS
     let (synced, synced_rx) = watch::channel(sources == 0);
     let (tx, rx) = mpsc::channel(16);
     let sinks = (0..sources).map(|_| ChangeSink { tx: tx.clone(), told: false }).collect();
-    let mesh = Mesh { current: Arc::clone(&current), version: version_rx, synced: synced_rx };
+    let mesh = Mesh { current: Arc::clone(&current), version: version_rx, synced: synced_rx, demand: None };
     (mesh, Publisher { current, version, synced, rx, waiting: sources, previous: None }, sinks)
 }
 

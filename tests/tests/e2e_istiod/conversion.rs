@@ -66,6 +66,7 @@ impl Both {
                     [("POD_NAME".to_owned(), "ztunnel".to_owned())],
                 ),
                 missing_policy: MissingPolicy::Deny,
+                demand: None,
                 metrics: istiod::Metrics::new(&registry)?,
             };
             let (told, refused) = mesh_sources::start(Origin::Istiod(Box::new(settings)), view(files));

@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use bytes::Bytes;
-use mesh_proto::AUTHORIZATION_TYPE;
 use mesh_proto::istio::security::{self, Authorization, Group, Match, Rules, StringMatch, string_match::MatchType};
 use mesh_proto::istio::workload::{NetworkAddress, Port, PortList, Service, TunnelProtocol, Workload};
+use mesh_proto::{ADDRESS_TYPE, AUTHORIZATION_TYPE};
 use mesh_tests::agent::{Agent, AgentSpec, find_program};
 use mesh_tests::cni::{self, CniAgent, CniPod, Connection};
 use mesh_tests::istiod::{CaManner, Istiod};
@@ -22,6 +22,8 @@ use mesh_tests::{netns, skip, wait};
 use tempfile::TempDir;
 
 const PORT: u16 = 8080;
+/// Where pods listen that have a server of HTTP on the other.
+const ALSO: u16 = 8081;
 const VIP: ([u8; 4], u16) = ([10, 96, 0, 20], 80);
 /// The port of istiod.
 const CONTROL: u16 = 15012;
@@ -37,6 +39,8 @@ const TESTS: &[Test<World>] = &[
     test("a_certificate_taken_back_ends_its_tunnels_both_ways", a_certificate_taken_back_ends_its_tunnels_both_ways),
     test("without_a_control_plane_all_goes_on", without_a_control_plane_all_goes_on),
     test("short_lived_certificates_change_under_load", short_lived_certificates_change_under_load),
+    test("on_demand_what_is_called_is_asked_for", on_demand_what_is_called_is_asked_for),
+    test("a_wrong_cluster_id_is_told_and_keeps_nobody_out", a_wrong_cluster_id_is_told_and_keeps_nobody_out),
     test("a_restarted_agent_waits_for_the_control_plane", a_restarted_agent_waits_for_the_control_plane),
     test("a_waypoint_of_istiods_template_serves", waypoint::a_waypoint_of_istiods_template_serves),
     test("istioctl_finds_what_it_reads", waypoint::istioctl_finds_what_it_reads),
@@ -366,6 +370,87 @@ fn short_lived_certificates_change_under_load(world: &mut World) -> anyhow::Resu
     println!("{total} calls, {asked} requests for certificates of {} s", life.as_secs());
     world.istiod.lifetime(Duration::from_hours(1));
     Ok(())
+}
+
+/// An agent that knows the pods of its node only, until somebody calls others: by name, by address; and who is none of the mesh.
+fn on_demand_what_is_called_is_asked_for(world: &mut World) -> anyhow::Result<()> {
+    world.a = None;
+    let cni = CniAgent::listen(&world.files.path().join("node-a.sock"))?;
+    let agent = world.spec("node-a").env("XDS_ON_DEMAND", "true").start(world.topology.node("node-a"))?;
+    world.a = Some(world.enrol("node-a", agent, cni, &["client", "other"])?);
+    let knows = |world: &World, name: &str| -> anyhow::Result<bool> {
+        let dump = world.agent("node-a")?.config_dump()?;
+        Ok(dump["workloads"].as_array().into_iter().flatten().any(|w| w["name"] == name))
+    };
+    ensure!(knows(world, "client")? && !knows(world, "web")?, "it knows its own pods");
+    let before = world.istiod.seen().asked.len();
+    let answer = ask(world.topology.pod("client"), "web.t.svc.cluster.local")?;
+    ensure!(answer.ends_with(&VIP.0), "the answer is {answer:?}");
+    ensure!(knows(world, "web")? && !knows(world, "v1")?, "a service comes with its endpoints, and with nothing else");
+    ensure!(world.call("client", VIP.into())? == "web" && world.call("other", world.web()).is_err());
+    let outside = world.topology.host("outside");
+    let _plain = Server::start(outside, PORT)?;
+    ensure!(world.call("client", outside.at(PORT))? == "outside", "what is not of the mesh is reached as it is");
+    let mark = world.agent("node-a")?.mark();
+    let v1 = world.topology.pod("v1");
+    let _server = Server::start(v1, ALSO)?;
+    ensure!(world.call("client", v1.at(ALSO))? == "v1");
+    world.agent("node-a")?.wait_access("a tunnel", mark, |record| {
+        record["direction"] == "outbound" && record["dst.identity"] == "spiffe://cluster.local/ns/t/sa/v1"
+    })?;
+    let asked = world.istiod.seen().asked.split_off(before);
+    for name in ["t/web.t.svc.cluster.local".to_owned(), format!("/{}", outside.v4), format!("/{}", v1.v4)] {
+        ensure!(asked.iter().filter(|asked| **asked == name).count() == 1, "{name} once: {asked:?}");
+    }
+    ensure!(!knows(world, "v2")?, "nobody called it");
+    // Nobody answers: a destination that may be of the mesh is not reached around it.
+    world.istiod.stall(true);
+    let mark = world.agent("node-a")?.mark();
+    ensure!(world.call("client", world.topology.pod("v2").at(PORT)).is_err());
+    world.agent("node-a")?.wait_access("the refusal", mark, |record| record["reason"] == "unknown_workload")?;
+    world.istiod.stall(false);
+    world.a = None;
+    world.a = Some(world.start("node-a", &["client", "other"])?);
+    Ok(())
+}
+
+/// A CNI agent says a pod's names only, and istiod may be later than that: the pod is the one of these names, whatever cluster the agent
+/// was told it is in.
+fn a_wrong_cluster_id_is_told_and_keeps_nobody_out(world: &mut World) -> anyhow::Result<()> {
+    let v1 = world.topology.pod("v1");
+    let _server = Server::start(v1, ALSO)?;
+    world.a = None;
+    world.istiod.remove(ADDRESS_TYPE, "c1//Pod/t/other");
+    let cni = CniAgent::listen(&world.files.path().join("node-a.sock"))?;
+    let agent = world.spec("node-a").env("CLUSTER_ID", "wrong").start(world.topology.node("node-a"))?;
+    world.a = Some(world.enrol("node-a", agent, cni, &["client", "other"])?);
+    let other = Workload { cluster_id: "c1".into(), ..workload(world.topology.pod("other"), "node-a") };
+    world.istiod.workload(other);
+    wait::until_true("the pod to be served", || world.call("other", world.topology.pod("v1").at(ALSO)).is_ok())?;
+    let log = world.agent("node-a")?.whole_log();
+    let told: Vec<&str> = log.lines().filter(|line| line.contains("set CLUSTER_ID to istiod's")).collect();
+    ensure!(matches!(told.as_slice(), [line] if line.contains("wrong") && line.contains("c1")), "{told:?}");
+    world.a = None;
+    world.istiod.workload(workload(world.topology.pod("other"), "node-a"));
+    world.a = Some(world.start("node-a", &["client", "other"])?);
+    Ok(())
+}
+
+/// What the pod's own name server answers to a question for IPv4 addresses (RFC 1035 §4).
+fn ask(place: &Place, name: &str) -> anyhow::Result<Vec<u8>> {
+    let mut query = vec![0x12, 0x34, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0];
+    for label in name.split('.') {
+        query.push(u8::try_from(label.len())?);
+        query.extend(label.as_bytes());
+    }
+    query.extend([0, 0, 1, 0, 1]);
+    let socket = place.netns.enter(|| std::net::UdpSocket::bind("127.0.0.1:0"))?;
+    socket.set_read_timeout(Some(Duration::from_secs(5)))?;
+    socket.send_to(&query, "127.0.0.1:15053")?;
+    let mut answer = vec![0; 512];
+    let length = socket.recv(&mut answer).context("no answer of the name server")?;
+    answer.truncate(length);
+    Ok(answer)
 }
 
 fn a_restarted_agent_waits_for_the_control_plane(world: &mut World) -> anyhow::Result<()> {

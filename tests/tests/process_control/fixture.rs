@@ -10,6 +10,7 @@ use mesh_proto::istio::security::{self, Authorization, Group};
 use mesh_proto::istio::workload::{NetworkAddress, Port, PortList, Service, TunnelProtocol, Workload};
 use mesh_runtime::control_plane::{ControlPlane, Roots, Settings, Token};
 use mesh_runtime::metrics::Registry;
+use mesh_sources::demand::Demand;
 use mesh_sources::istiod::{self, MissingPolicy};
 use mesh_sources::{Diagnostics, Mesh, Origin, Viewpoint};
 use mesh_tests::istiod::Istiod;
@@ -31,6 +32,7 @@ pub(crate) struct Fixture {
 pub(crate) struct Wish {
     pub(crate) missing: MissingPolicy,
     pub(crate) foreign_roots: bool,
+    pub(crate) demand: Option<Demand>,
 }
 
 impl Fixture {
@@ -52,6 +54,7 @@ impl Fixture {
                 [("POD_NAME".to_owned(), "zt".to_owned())],
             ),
             missing_policy: wish.missing,
+            demand: wish.demand,
             metrics: istiod::Metrics::new(&registry).unwrap(),
         };
         let (mesh, diagnostics) = mesh_sources::start(Origin::Istiod(Box::new(settings)), view);

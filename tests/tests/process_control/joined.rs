@@ -38,6 +38,7 @@ fn over(istiod: &Istiod, api: &KubeApi, namespace: &str) -> Joined {
         control_plane: control_plane(istiod, &files),
         node: istiod::node::of_environment(Role::Waypoint, "node-1", "c1", env.map(|(k, v)| (k.to_owned(), v.to_owned()))),
         missing_policy: MissingPolicy::Deny,
+        demand: None,
         metrics: istiod::Metrics::new(&registry).unwrap(),
     };
     let scope = Scope {

@@ -5,12 +5,14 @@
 //! others of its response count. Upstream: the stream. Downstream: [`crate::publisher`], through changes.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use mesh_model::policy::{Policy, PolicyKey, Scope};
-use mesh_model::service::ServiceKey;
-use mesh_model::workload::{Locality, WorkloadUid};
-use mesh_model::{Change, Origin};
+use mesh_model::service::{Service, ServiceKey};
+use mesh_model::wanted::Wanted;
+use mesh_model::workload::{Locality, NetworkMode, Workload};
+use mesh_model::{Change, Network, NetworkAddr, Origin};
 use mesh_proto::envoy::service::discovery::v3::{DeltaDiscoveryResponse, Resource};
 use mesh_proto::istio::security::Authorization;
 use mesh_proto::istio::workload::{Address, address};
@@ -52,9 +54,43 @@ enum What {
     /// Refused, and nothing was good before.
     #[default]
     Nothing,
-    Workload(WorkloadUid, Arc<[PolicyKey]>),
-    Service(ServiceKey),
+    Workload(Arc<Workload>),
+    Service(Arc<Service>),
     Policy(PolicyKey),
+}
+
+impl What {
+    /// By what it can be asked for.
+    fn wanted(&self) -> Vec<Wanted> {
+        let at =
+            |network: &Network, ip: &IpAddr| Wanted::Address(NetworkAddr { network: network.clone(), ip: ip.to_canonical() });
+        match self {
+            // One on the host's network is nobody's by its address.
+            Self::Workload(w) if w.network_mode == NetworkMode::HostNetwork => vec![Wanted::Workload(Arc::clone(&w.uid))],
+            Self::Workload(w) => {
+                let addresses = w.ips.iter().map(|ip| at(&w.network, ip));
+                addresses.chain([Wanted::Workload(Arc::clone(&w.uid))]).collect()
+            }
+            Self::Service(s) => {
+                let addresses = s.vips.iter().map(|vip| at(&vip.network, &vip.ip));
+                addresses.chain([Wanted::Service(s.key.clone())]).collect()
+            }
+            Self::Policy(_) | Self::Nothing => Vec::new(),
+        }
+    }
+
+    /// The waypoints and gateways it refers to.
+    fn gateways(&self) -> impl Iterator<Item = Wanted> {
+        let (workload, service) = match self {
+            Self::Workload(w) => (Some(w), None),
+            Self::Service(s) => (None, Some(s)),
+            Self::Policy(_) | Self::Nothing => (None, None),
+        };
+        let of_workload =
+            workload.into_iter().flat_map(|w| w.waypoint.as_deref().into_iter().chain(w.network_gateway.as_deref()));
+        let of_service = service.into_iter().flat_map(|s| s.waypoints.iter().map(|w| &w.waypoint));
+        of_workload.chain(of_service).map(Wanted::from)
+    }
 }
 
 /// One resource as it was last told.
@@ -77,6 +113,8 @@ pub(super) struct State {
     /// The node we are on, and where it is: as its workloads say.
     node: Arc<str>,
     locality: Locality,
+    /// Whether addresses are told on demand.
+    on_demand: bool,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -93,12 +131,16 @@ pub(super) struct Received {
     pub(super) refused: Vec<(Box<str>, Bad)>,
     /// Resources and removals in the response.
     pub(super) count: usize,
+    /// On demand: what it brought, what it took, and the names of what there is not.
+    pub(super) present: Vec<Wanted>,
+    pub(super) absent: Vec<Wanted>,
+    pub(super) unknown: Vec<String>,
 }
 
 impl State {
     /// Nothing told, for an agent of this node.
-    pub(super) fn new(node: Arc<str>) -> Self {
-        Self { node, ..Self::default() }
+    pub(super) fn new(node: Arc<str>, on_demand: bool) -> Self {
+        Self { node, on_demand, ..Self::default() }
     }
 
     /// Takes one response in.
@@ -107,12 +149,29 @@ impl State {
         let mut out = Received { count, ..Received::default() };
         out.changes.reserve(count);
         for name in response.removed_resources {
-            self.remove(kind, &name, &mut out.changes);
+            let gone = self.remove(kind, &name, &mut out.changes);
+            if self.on_demand {
+                match gone {
+                    Some(what) => out.absent.extend(what.wanted()),
+                    None => out.unknown.push(name),
+                }
+            }
         }
         for resource in response.resources {
             let name: Box<str> = resource.name.as_str().into();
             match self.put(kind, resource, &mut out.changes) {
-                Ok(()) => drop(self.problems.remove(&(kind, name))),
+                Ok(()) => {
+                    if self.on_demand {
+                        out.present.extend(
+                            self.held
+                                .get(&kind)
+                                .and_then(|held| held.get(&name))
+                                .map(|held| held.what.wanted())
+                                .unwrap_or_default(),
+                        );
+                    }
+                    self.problems.remove(&(kind, name));
+                }
                 Err(why) => {
                     self.problems.insert((kind, name.clone()), problem(kind, &name, &why));
                     out.refused.push((name, why));
@@ -127,6 +186,35 @@ impl State {
     pub(super) fn versions(&self, kind: Kind) -> BTreeMap<String, String> {
         let held = self.held.get(&kind).into_iter().flatten();
         held.map(|(name, held)| (name.to_string(), held.version.to_string())).collect()
+    }
+
+    /// On demand: the waypoints and gateways that what is held refers to.
+    pub(super) fn gateways(&self) -> HashSet<Wanted> {
+        self.held.get(&Kind::Address).into_iter().flatten().flat_map(|(_, held)| held.what.gateways()).collect()
+    }
+
+    /// On demand: forgets every address that nobody asks for, that is of no service somebody asks for, and that is not on our own
+    /// node. Gives the names of what went, and what follows.
+    pub(super) fn forget(&mut self, is_asked_for: impl Fn(&Wanted) -> bool) -> (Vec<String>, Vec<Change>) {
+        let asked = |what: &What| what.wanted().iter().any(&is_asked_for);
+        let held = || self.held.get(&Kind::Address).into_iter().flatten();
+        let services: HashSet<&ServiceKey> = held()
+            .filter_map(|(_, held)| match &held.what {
+                What::Service(s) if asked(&held.what) => Some(&s.key),
+                _ => None,
+            })
+            .collect();
+        let stays = |what: &What| match what {
+            What::Workload(w) => *w.node == *self.node || w.services.keys().any(|key| services.contains(key)) || asked(what),
+            What::Service(s) => services.contains(&s.key),
+            What::Policy(_) | What::Nothing => false,
+        };
+        let gone: Vec<String> = held().filter(|(_, held)| !stays(&held.what)).map(|(name, _)| name.to_string()).collect();
+        let mut changes = Vec::new();
+        for name in &gone {
+            self.remove(Kind::Address, name, &mut changes);
+        }
+        (gone, changes)
     }
 
     /// The refused resources.
@@ -186,9 +274,9 @@ impl State {
                             self.locality = w.locality.clone();
                             changes.push(Change::OwnLocality(w.locality.clone()));
                         }
-                        What::Workload(Arc::clone(&w.uid), Arc::clone(&w.policies))
+                        What::Workload(Arc::clone(w))
                     }
-                    Change::Service(s) => What::Service(s.key.clone()),
+                    Change::Service(s) => What::Service(Arc::clone(s)),
                     _ => What::Nothing,
                 };
                 self.hold(kind, &name, &version, what, changes);
@@ -225,8 +313,8 @@ impl State {
         self.count(&what, true);
         let held = self.held.entry(kind).or_default().entry(name.into()).or_default();
         let same = match (&held.what, &what) {
-            (What::Workload(a, _), What::Workload(b, _)) => a == b,
-            (What::Service(a), What::Service(b)) => a == b,
+            (What::Workload(a), What::Workload(b)) => a.uid == b.uid,
+            (What::Service(a), What::Service(b)) => a.key == b.key,
             (What::Policy(a), What::Policy(b)) => a == b,
             _ => false,
         };
@@ -237,18 +325,19 @@ impl State {
         self.uncount(&old, same);
     }
 
-    fn remove(&mut self, kind: Kind, name: &str, changes: &mut Vec<Change>) {
+    /// Forgets a resource; gives what it was.
+    fn remove(&mut self, kind: Kind, name: &str, changes: &mut Vec<Change>) -> Option<What> {
         self.problems.remove(&(kind, name.into()));
-        if let Some(held) = self.held.get_mut(&kind).and_then(|held| held.remove(name)) {
-            changes.extend(gone(&held.what));
-            self.uncount(&held.what, false);
-        }
+        let held = self.held.get_mut(&kind).and_then(|held| held.remove(name))?;
+        changes.extend(gone(&held.what));
+        self.uncount(&held.what, false);
+        Some(held.what)
     }
 
     fn count(&mut self, what: &What, there: bool) {
         match what {
-            What::Workload(_, policies) => {
-                for key in policies.iter() {
+            What::Workload(w) => {
+                for key in w.policies.iter() {
                     self.named(key, |named| named.users += 1);
                 }
             }
@@ -260,8 +349,8 @@ impl State {
     /// Takes back what counted for `what`; `replaced`: by another of the same key, which has been counted.
     fn uncount(&mut self, what: &What, replaced: bool) {
         match what {
-            What::Workload(_, policies) => {
-                for key in policies.iter() {
+            What::Workload(w) => {
+                for key in w.policies.iter() {
                     self.named(key, |named| named.users = named.users.saturating_sub(1));
                 }
             }
@@ -288,8 +377,8 @@ impl State {
 fn gone(what: &What) -> Option<Change> {
     match what {
         What::Nothing => None,
-        What::Workload(uid, _) => Some(Change::WorkloadGone(Arc::clone(uid))),
-        What::Service(key) => Some(Change::ServiceGone(key.clone())),
+        What::Workload(w) => Some(Change::WorkloadGone(Arc::clone(&w.uid))),
+        What::Service(s) => Some(Change::ServiceGone(s.key.clone())),
         What::Policy(key) => Some(Change::PolicyGone(key.clone())),
     }
 }

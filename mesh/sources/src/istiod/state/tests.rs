@@ -123,7 +123,7 @@ fn policies_are_missing_while_somebody_names_them_and_they_are_not_there() {
 #[test]
 fn the_locality_of_the_node_is_what_its_workloads_say() {
     use mesh_proto::istio::workload::Locality as There;
-    let mut state = State::new("here".into());
+    let mut state = State::new("here".into(), false);
     let at = |uid: &str, node: &str, zone: &str| {
         let w = Workload {
             uid: uid.into(),
