@@ -60,16 +60,17 @@ pub(crate) fn authority(s: &Settings, view: &Viewpoint) -> Result<Arc<dyn Identi
     let socket = s.spiffe_socket.clone().or_else(istio).filter(|socket| !socket.is_empty());
     // Who tells a part of the mesh issues the certificate, unless somebody else is named.
     let address = some(c.ca_address.as_ref().or(c.xds_address.as_ref()));
-    let (authority, which) = match (socket, address) {
-        (Some(socket), _) => {
+    let (authority, which) = match (&s.certificate_dir, socket, address) {
+        (Some(dir), ..) => (Authority::Mounted(dir.clone()), format!("the certificate in {}", dir.display())),
+        (None, Some(socket), _) => {
             let agent = spire::reach(&socket, &s.compliance.into()).context("SPIFFE_ENDPOINT_SOCKET")?;
             (Authority::Spire(Api::Workload, agent), format!("certificates from SPIRE at {socket}"))
         }
-        (None, Some(address)) => {
+        (None, None, Some(address)) => {
             let control_plane = reach(s, address, &c.ca_root_ca, c.alt_ca_hostname.as_ref(), "CA_HEADER_")?;
             (Authority::Istio(control_plane), format!("certificates from {address}"))
         }
-        (None, None) => (Authority::Development(s.ca_dir.clone()), format!("development CA in {}", s.ca_dir.display())),
+        (None, None, None) => (Authority::Development(s.ca_dir.clone()), format!("development CA in {}", s.ca_dir.display())),
     };
     authority.open(SourceSettings::of(view, s.secret_ttl)).context(which)
 }

@@ -51,6 +51,10 @@ pub struct Settings {
     /// absent.
     #[arg(long, env = "CULVERT_CA_DIR", default_value = "/var/lib/culvert/ca", value_name = "DIR")]
     pub ca_dir: PathBuf,
+    /// Somebody else issues the certificate, and puts it here: `tls.crt`, `tls.key` and `ca.crt` (PEM), as cert-manager and its CSI driver
+    /// do. Looked at every second; it must be for this pod's service account. Wins over every authority.
+    #[arg(long, env = "CULVERT_CERTIFICATE_DIR", value_name = "DIR")]
+    pub certificate_dir: Option<PathBuf>,
     /// SPIRE issues the certificate: the socket of the SPIFFE Workload API, `unix:///path`. By itself Istio's,
     /// `/var/run/secrets/workload-spiffe-uds/socket`, where there is one; empty: not SPIRE.
     #[arg(long, env = "SPIFFE_ENDPOINT_SOCKET", value_name = "SOCKET")]

@@ -61,7 +61,7 @@ const REFUSED: &[(&str, &str)] = &[
 /// done here anyway.
 const VARIABLES: &[(&str, &[&str], &str)] = &[
     ("CA_PROVIDER", &["", "Citadel"], "only istiod's certificate API is spoken"),
-    ("FILE_MOUNTED_CERTS", &["", "false"], "certificates come from the authority, not from files"),
+    ("FILE_MOUNTED_CERTS", &["", "false"], "name their folder by CULVERT_CERTIFICATE_DIR instead"),
     ("PROV_CERT", &[""], "istiod is asked with the pod's token, not with a certificate"),
     ("OUTPUT_CERTS", &[""], "keys are not written to files"),
     ("JWT_POLICY", &["", "third-party-jwt"], "the token of istiod's audience is used, not the pod's own"),

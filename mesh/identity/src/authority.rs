@@ -12,6 +12,7 @@ use crate::crypto::TlsSettings;
 use crate::error::IdentityError;
 use crate::istio_ca::IstioCa;
 use crate::local_ca::{LocalCa, LocalCaSettings};
+use crate::mounted::Mounted;
 use crate::source::{IdentitySource, SourceSettings};
 use crate::spire::{Api, Spire};
 
@@ -22,6 +23,8 @@ pub enum Authority {
     Development(PathBuf),
     /// istiod, reached like this.
     Istio(ControlPlane),
+    /// Somebody else, who puts the one certificate of this process into a folder ([`crate::mounted`]).
+    Mounted(PathBuf),
     /// SPIRE, whose agent is reached like this ([`crate::spire::reach`]).
     Spire(Api, ControlPlane),
 }
@@ -44,6 +47,7 @@ impl Authority {
                 };
                 Arc::new(LocalCa::open(&settings, clock)?)
             }
+            Self::Mounted(directory) => Arc::new(Mounted::start(directory, settings, clock, &Handle::current())?),
             Self::Istio(control_plane) => Arc::new(IstioCa::new(settings, control_plane, &TlsSettings::default(), clock)?),
             Self::Spire(api, control_plane) => Arc::new(Spire::start(api, control_plane, settings, clock, Handle::current())?),
         })

@@ -3,8 +3,8 @@
 //! A byte stream goes in ([`tls::connect`], [`tls::accept`]), an authenticated stream and a [`tls::Peer`] come out; what is
 //! tunnelled inside is nobody's business here. Every refusal carries a [`mesh_model::Reason`].
 //!
-//! Upstream: an [`source::IdentitySource`], made by [`authority`] (the built-in [`local_ca`], or the client of istiod's, [`istio_ca`], or of
-//! SPIRE's agent, [`spire`]) issues certificates and publishes trust bundles. Downstream: the proxies keep a
+//! Upstream: an [`source::IdentitySource`], made by [`authority`] (the built-in [`local_ca`], the client of istiod's, [`istio_ca`], or of
+//! SPIRE's agent, [`spire`], or a folder that somebody else fills, [`mounted`]) issues certificates and publishes trust bundles. Downstream: the proxies keep a
 //! [`cache::SvidHandle`] per pod and hand the [`svid::Svid`] it holds to `connect` and `accept`.
 //!
 //! One TLS state machine (rustls), two crypto libraries under it ([`crypto::Provider`]). Signing of the development
@@ -25,6 +25,7 @@ pub mod error;
 pub mod istio_ca;
 pub mod live;
 pub mod local_ca;
+pub mod mounted;
 mod pem;
 mod read_ahead;
 pub mod revocation;

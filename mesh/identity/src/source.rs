@@ -1,4 +1,4 @@
-//! The one seam to certificate authorities: the built-in development CA, istiod's, SPIRE's agent.
+//! The one seam to certificate authorities: the built-in development CA, istiod's, SPIRE's agent, mounted files.
 //!
 //! A source only issues and publishes. Caching, rotation, retries, priorities and time limits are [`crate::cache`]'s.
 
