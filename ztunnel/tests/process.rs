@@ -35,7 +35,7 @@ use ztunnel::pods::{PodState, PodSupervisor, PodTable};
 use ztunnel::{Settings, app, outbound};
 
 /// Longest any step may take.
-const LIMIT: Duration = Duration::from_secs(10);
+const LIMIT: Duration = Duration::from_secs(30);
 
 #[derive(Parser)]
 struct Flags {
@@ -90,9 +90,9 @@ impl Lab {
             "--worker-threads",
             "2",
             "--handshake-timeout",
-            "2s",
+            "10s",
             "--connect-timeout",
-            "2s",
+            "10s",
         ];
         let settings = Flags::parse_from(args.iter().chain(flags)).settings;
         let said = Said::default();

@@ -50,8 +50,8 @@ fn threads_that_ask_together_get_exactly_the_bucket() {
 #[test]
 fn over_time_threads_get_the_rate_and_no_more() {
     let limits = Limits::default();
-    // Takes half a second to fill: a machine that is busy for less loses nothing.
-    let limit = limit(1000, 2000, Duration::from_secs(1), by_address());
+    // Takes five seconds to fill: a machine that is busy for less loses nothing.
+    let limit = limit(10_000, 2000, Duration::from_secs(1), by_address());
     let started = Instant::now();
     let run = Duration::from_millis(500);
     let mut through: u32 = thread::scope(|scope| {
@@ -65,10 +65,10 @@ fn over_time_threads_get_the_rate_and_no_more() {
         let threads: Vec<_> = (0..4).map(|_| scope.spawn(ask)).collect();
         threads.into_iter().map(|t| t.join().expect("a thread")).sum()
     });
-    let ideal = |time: Duration| 1000.0 + time.as_secs_f64() * 2000.0;
+    let ideal = |time: Duration| 10_000.0 + time.as_secs_f64() * 2000.0;
     let least = ideal(started.elapsed()) * 0.99;
     // What came back since the last of them asked.
-    through += allowed(&limits, &limit, client(1), 2000);
+    through += allowed(&limits, &limit, client(1), 20_000);
     let most = ideal(started.elapsed());
     assert!((least..=most).contains(&f64::from(through)), "{through}, not {least} to {most}");
 }

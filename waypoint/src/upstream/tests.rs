@@ -20,6 +20,7 @@ use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+use std::time::Instant;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 
@@ -39,6 +40,8 @@ struct World {
 }
 
 const PORT: u16 = 80;
+/// How long anything may take on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 fn key() -> ServiceKey {
     ServiceKey::new("shop", "web.shop.svc.cluster.local")
@@ -131,12 +134,14 @@ async fn fetch(cluster: &Arc<Cluster>, http2: bool) -> Result<(StatusCode, Bytes
     let body = response.into_body().collect().await.map_err(|e| UpstreamError::new(Failure::Reset, e.to_string()))?;
     Ok((status, body.to_bytes()))
 }
-/// Lets everything that is ready run.
+/// Lets everything that is ready run. Each pause is a look at the sockets: what matters is their number, not the time.
 async fn settle() {
-    for _ in 0..50 {
-        tokio::task::yield_now().await;
+    for _ in 0..8 {
+        for _ in 0..10 {
+            tokio::task::yield_now().await;
+        }
+        tokio::time::sleep(Duration::from_millis(1)).await;
     }
-    tokio::time::sleep(Duration::from_millis(5)).await;
 }
 
 /// An HTTP server that counts connections and requests, and answers when it is let.
@@ -211,7 +216,8 @@ impl Server {
         self.end.send_replace(false);
     }
     async fn until(&self, what: impl Fn(&Self) -> bool) {
-        for _ in 0..1000 {
+        let end = Instant::now() + PATIENCE;
+        while Instant::now() < end {
             if what(self) {
                 return;
             }

@@ -266,9 +266,9 @@ async fn a_half_closed_connection_that_lives_is_left_alone() {
 #[tokio::test]
 async fn half_closed_silence_counts_from_the_half_close() {
     // Silent for longer than `half_closed` before: the half close alone must not end it.
-    let timeouts = Timeouts { idle: Some(Duration::from_secs(4)), half_closed: Some(Duration::from_millis(1200)) };
+    let timeouts = Timeouts { idle: Some(Duration::from_secs(8)), half_closed: Some(Duration::from_secs(2)) };
     let mut path = path(&Settings::default(), None, timeouts).await;
-    assert!(timeout(Duration::from_secs(2), &mut path.near).await.is_err());
+    assert!(timeout(Duration::from_millis(2500), &mut path.near).await.is_err());
     path.app.shutdown().await.unwrap();
     assert!(timeout(Duration::from_secs(1), &mut path.near).await.is_err(), "given up too early");
     assert_eq!(end(path.near).await.how, How::Idle);

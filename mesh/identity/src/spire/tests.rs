@@ -4,13 +4,17 @@ use mesh_proto::spiffe::delegated::{SpiffeId as Named, X509svid, X509svidWithKey
 use mesh_proto::spiffe::workload;
 
 use super::*;
-use crate::clock::SystemClock;
+use crate::clock::{SystemClock, TokioClock};
 use crate::testing::{TestCa, hours, id, leaf_params};
 
 const WEB: &str = "spiffe://cluster.local/ns/shop/sa/web";
 const OURS: &str = "spiffe://cluster.local";
 
 fn shared() -> (Shared, mpsc::UnboundedReceiver<SpiffeId>) {
+    shared_by(Arc::new(SystemClock))
+}
+
+fn shared_by(clock: Arc<dyn Clock>) -> (Shared, mpsc::UnboundedReceiver<SpiffeId>) {
     let settings = SourceSettings {
         trust_domain: TrustDomain::default(),
         trust_domain_aliases: vec![TrustDomain::parse("old.local").unwrap()],
@@ -18,7 +22,7 @@ fn shared() -> (Shared, mpsc::UnboundedReceiver<SpiffeId>) {
     };
     let (renewed, renewals) = mpsc::unbounded_channel();
     let nobody = TrustBundles::new(TrustDomain::default(), Vec::new()).unwrap();
-    let (clock, bundles) = (Arc::new(SystemClock), watch::Sender::new(Arc::new(nobody)));
+    let bundles = watch::Sender::new(Arc::new(nobody));
     (Shared { settings, clock, known: Mutex::default(), bundles, renewed }, renewals)
 }
 
@@ -67,20 +71,20 @@ fn only_what_was_asked_for_is_taken() {
     assert_eq!(renewals.try_recv().unwrap(), id(WEB), "who was refused before is told");
 }
 
-#[test]
-fn news_are_told_once_and_failures_spare_what_is_good() {
-    let (shared, mut renewals) = shared();
+#[tokio::test(start_paused = true)]
+async fn news_are_told_once_and_failures_spare_what_is_good() {
+    let (shared, mut renewals) = shared_by(Arc::new(TokioClock::starting_at(SystemTime::now())));
     let (said, ca) = (known(&shared), TestCa::new("spire"));
-    let first = told(&ca, WEB, WEB, Duration::from_secs(2));
+    let first = told(&ca, WEB, WEB, hours(2));
     for _ in 0..2 {
         shared.delegated(&id(WEB), first.clone()).unwrap();
     }
     assert!(renewals.try_recv().is_err(), "who asked waits for the first, and the second was the same");
-    shared.delegated(&id(WEB), told(&ca, WEB, WEB, Duration::from_secs(1))).unwrap();
+    shared.delegated(&id(WEB), told(&ca, WEB, WEB, hours(1))).unwrap();
     assert_eq!(renewals.try_recv().unwrap(), id(WEB));
     shared.fail_all(&IdentityError::Unavailable("away".into()));
     assert_eq!(error(&said), "issued");
-    std::thread::sleep(Duration::from_millis(1100));
+    tokio::time::advance(hours(1)).await;
     shared.fail_all(&IdentityError::Unavailable("away".into()));
     assert!(error(&said).contains("away"));
 }

@@ -73,12 +73,15 @@ async fn process() -> Running {
     Running { spans, _threads: threads, _dir: dir }
 }
 fn to(port: u16, over: Otlp) -> Arc<Collector> {
+    within(Duration::from_secs(20), port, over)
+}
+fn within(timeout: Duration, port: u16, over: Otlp) -> Arc<Collector> {
     Arc::new(Collector {
         host: "127.0.0.1".into(),
         namespace: None,
         port,
         over,
-        timeout: Duration::from_millis(400),
+        timeout,
         headers: [(HeaderName::from_static("x-key"), HeaderValue::from_static("secret"))].into(),
         resource: [("deployment.environment".into(), "test".into())].into(),
     })
@@ -150,12 +153,12 @@ async fn a_collector_that_is_not_there_or_does_not_answer_loses_spans_only() {
     let ports = [&silent, &gone].map(|l| l.local_addr().expect("its address").port());
     drop(gone);
     for port in ports {
-        let to = to(port, Otlp::Grpc);
+        let to = within(Duration::from_millis(400), port, Otlp::Grpc);
         let begin = std::time::Instant::now();
         for _ in 0..5000 {
             process.spans.send(&to, span("x"));
         }
-        assert!(begin.elapsed() < Duration::from_secs(2), "nobody waited");
+        assert!(begin.elapsed() < Duration::from_secs(10), "nobody waited");
         assert!(process.count(&to, "queue_full") >= (5000 - QUEUE - 2 * BATCH) as u64);
         process.wait(&to, "failed", BATCH as u64).await;
         assert_eq!(process.count(&to, "sent"), 0);

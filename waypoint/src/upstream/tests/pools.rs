@@ -68,7 +68,7 @@ async fn requests_per_connection_and_idle_time_end_connections() {
     world.endpoint("a", server.addr);
     let pool = PoolLimits {
         max_requests_per_connection: 2,
-        http_idle_timeout: Some(Duration::from_millis(50)),
+        http_idle_timeout: Some(Duration::from_millis(700)),
         ..PoolLimits::default()
     };
     world.policy(TrafficPolicy { pool, ..TrafficPolicy::default() });
