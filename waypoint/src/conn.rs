@@ -6,6 +6,7 @@ use crate::settings::Settings;
 use crate::telemetry::Telemetry;
 use crate::token::source::Sources;
 use crate::upstream::Upstreams;
+use http::HeaderValue;
 use mesh_identity::SvidHandle;
 use mesh_identity::live::LivePeers;
 use mesh_model::authz_l7::PolicyScope;
@@ -19,8 +20,8 @@ use mesh_runtime::gate::Gate;
 use mesh_runtime::threads::DataThreads;
 use mesh_sources::Mesh;
 use std::ops::Deref;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -77,11 +78,20 @@ pub struct Conn {
     pub drain: DrainWatch,
     /// Whether it is in use, for its limits of time.
     pub(crate) activity: Activity,
+    client_cert: OnceLock<Option<HeaderValue>>,
 }
 impl Conn {
     /// A connection of which this is known.
     pub fn new(shared: Arc<Shared>, facts: Facts, drain: DrainWatch) -> Self {
-        Self { shared, facts, drain, activity: Activity::default() }
+        Self { shared, facts, drain, activity: Activity::default(), client_cert: OnceLock::new() }
+    }
+    /// What its requests carry as `x-forwarded-client-cert`, where the client has an identity and it is to be told.
+    pub(crate) fn client_cert(&self) -> Option<&HeaderValue> {
+        let make = || {
+            let id = self.facts.identity.as_ref().filter(|_| self.shared.settings.forward_client_identity)?;
+            HeaderValue::try_from(format!("By={};URI={id}", self.shared.identity)).ok()
+        };
+        self.client_cert.get_or_init(make).as_ref()
     }
     /// What is to be told of its traffic, by this version of the mesh.
     pub fn told(&self, snap: &Snapshot) -> Option<Arc<Told>> {

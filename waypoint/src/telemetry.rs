@@ -18,14 +18,14 @@ pub use flags::{Flag, Flags};
 pub(crate) use grpc::grpc_of_http;
 pub use grpc::{Messages, Received};
 pub(crate) use record::ORIGINAL_PATH;
-pub use record::{Call, Noted, Record, TcpRecord};
+pub use record::{Call, Noted, Operation, Record, Said, TcpRecord};
 pub use span::Process;
 
 use crate::facts::{Facts, Scope};
 use crate::upstream::{Cluster, Host};
 use access::{Access, Line, Told};
 use arc_swap::ArcSwapOption;
-use cache::{AnswerKey, Cache, Key};
+use cache::{AnswerKey, Cache, Key, PolicyCount};
 use export::Spans;
 use mesh_hbone::relay::Counters;
 use mesh_model::metric_labels::Ends;
@@ -195,13 +195,25 @@ impl Telemetry {
     /// A policy that enforces nothing would have: `result` is `allowed`, `denied` or `audited`; no policy is the lack of an
     /// ALLOW that matches, or of anything that denies.
     pub fn shadow(&self, policy: Option<&PolicyKey>, result: &'static str) {
-        let policy = policy.map(ToString::to_string).unwrap_or_default();
-        self.inner.metrics.shadow.get(&[&policy, result]).inc();
+        self.policy_counter(PolicyCount::Shadow(policy.cloned(), result));
     }
 
     /// What the dry-run policies of an action say of a request, as Istio counts it.
     pub fn dry_run(&self, action: &'static str, result: &'static str) {
-        self.inner.metrics.dry_run.get(&[action, result]).inc();
+        self.policy_counter(PolicyCount::DryRun(action, result));
+    }
+    fn policy_counter(&self, key: PolicyCount) {
+        let metrics = &self.inner.metrics;
+        CACHE.with_borrow_mut(|cache| {
+            let counter = cache.policy(self.inner.id, key, |key| match key {
+                PolicyCount::Shadow(policy, result) => {
+                    let policy = policy.as_ref().map(ToString::to_string).unwrap_or_default();
+                    metrics.shadow.get(&[&policy, result])
+                }
+                PolicyCount::DryRun(action, result) => metrics.dry_run.get(&[action, result]),
+            });
+            counter.inc();
+        });
     }
 
     /// A connection carried as bytes reached its endpoint.

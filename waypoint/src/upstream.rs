@@ -38,10 +38,10 @@ use mesh_identity::{SvidHandle, TrustBundles};
 use mesh_model::known::Known;
 use mesh_model::l7::TrafficPolicy;
 use mesh_model::l7::route::ClusterKey;
+use mesh_model::shard::Shards;
 use mesh_model::workload::WorkloadUid;
 use mesh_model::{Snapshot, SpiffeId};
 use parking_lot::Mutex;
-use std::collections::HashMap;
 use std::hash::Hash;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -77,15 +77,17 @@ pub struct Upstreams {
     workloads: Registry<(WorkloadUid, u16)>,
 }
 
-/// Clusters by key. Read without a lock; written when a cluster is first used or forgotten.
+/// Clusters by key. Read without a lock; written when a cluster is first used or forgotten, at the cost of one entry: a client
+/// names as many as it likes.
 #[derive(Debug)]
 struct Registry<K> {
-    entries: ArcSwap<HashMap<K, Arc<Entry>, foldhash::fast::RandomState>>,
-    writing: Mutex<()>,
+    entries: ArcSwap<Shards<K, Arc<Entry>>>,
+    /// At how many entries those that nobody uses are forgotten next.
+    full: Mutex<usize>,
 }
 impl<K> Default for Registry<K> {
     fn default() -> Self {
-        Self { entries: ArcSwap::default(), writing: Mutex::default() }
+        Self { entries: ArcSwap::default(), full: Mutex::default() }
     }
 }
 
@@ -107,7 +109,7 @@ impl<K: Hash + Eq + Clone> Registry<K> {
         self.entries.load().get(key).map(Arc::clone)
     }
     fn get_or_insert(&self, key: &K, make: impl FnOnce() -> Arc<state::State>, most: usize) -> Arc<Entry> {
-        let _writing = self.writing.lock();
+        let mut full = self.full.lock();
         if let Some(entry) = self.get(key) {
             return entry;
         }
@@ -117,25 +119,30 @@ impl<K: Hash + Eq + Clone> Registry<K> {
             seen: AtomicU64::new(0),
             building: Mutex::default(),
         });
-        let mut next = HashMap::clone(&self.entries.load());
-        if next.len() >= most {
-            next.retain(|_, entry| entry.is_used());
+        let mut next = Shards::clone(&self.entries.load());
+        if next.len() >= most.max(*full) {
+            let unused: Vec<K> = next.iter().filter(|(_, entry)| !entry.is_used()).map(|(key, _)| key.clone()).collect();
+            for key in &unused {
+                next.remove(key);
+            }
+            // With all of them in use, not looked at again with each that comes.
+            *full = next.len() * 2;
         }
         next.insert(key.clone(), Arc::clone(&entry));
         self.entries.store(Arc::new(next));
         entry
     }
     fn retain(&self, keep: impl Fn(&K) -> bool) {
-        let _writing = self.writing.lock();
+        let _writing = self.full.lock();
         let now = self.entries.load();
-        if now.keys().all(&keep) {
-            return;
-        }
-        let next = now.iter().filter(|(key, _)| keep(key)).map(|(key, entry)| (key.clone(), Arc::clone(entry))).collect();
-        for entry in now.iter().filter(|(key, _)| !keep(key)).map(|(_, entry)| entry) {
+        let mut next = Shards::clone(&now);
+        for (key, entry) in now.iter().filter(|(key, _)| !keep(key)) {
             entry.state.leave();
+            next.remove(key);
         }
-        self.entries.store(Arc::new(next));
+        if next.len() < now.len() {
+            self.entries.store(Arc::new(next));
+        }
     }
 }
 impl Entry {
@@ -246,11 +253,11 @@ impl Upstreams {
         };
         self.clusters.retain(known);
         self.workloads.retain(|(uid, _)| snap.find_known(uid).is_some());
-        for key in self.clusters.entries.load().keys() {
+        for (key, _) in self.clusters.entries.load().iter() {
             // A destination that became unusable is refused when it is asked for.
             let _ = self.cluster(snap, key);
         }
-        for (uid, port) in self.workloads.entries.load().keys() {
+        for ((uid, port), _) in self.workloads.entries.load().iter() {
             if let Some(known) = snap.find_known(uid) {
                 self.workload(snap, known, *port);
             }

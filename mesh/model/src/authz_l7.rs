@@ -12,10 +12,11 @@ use crate::l7::gateway::GatewayKey;
 use crate::l7::policy::{Condition, HeaderKey, L7Action, L7Body, L7Policies, L7Policy, L7Rule, L7Source, Operation, TargetRef};
 use crate::l7::request_auth::RequestAuths;
 use crate::l7::route::Claims;
-use crate::policy::{TextMatch, Values};
+use crate::policy::{PolicyKey, TextMatch, Values};
 use crate::reason::{Reason, Refusal};
 use crate::snapshot::Snapshot;
 use http::header::{HeaderMap, HeaderName};
+use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 
 /// What a request or connection is for: decides which policies bind it.
@@ -186,11 +187,33 @@ pub struct Matched<'s> {
     pub rule: Option<usize>,
 }
 impl Matched<'_> {
-    /// The name istiod gives it: `ns[foo]-policy[httpbin]-rule[0]`.
-    pub fn id(&self) -> String {
-        let key = &self.policy.key;
-        let rule = self.rule.map(|rule| format!("-rule[{rule}]")).unwrap_or_default();
-        format!("ns[{}]-policy[{}]{rule}", key.namespace, key.name)
+    /// Which it was, to be kept.
+    pub fn id(&self) -> MatchedId {
+        MatchedId { policy: self.policy.key.clone(), rule: self.rule }
+    }
+}
+/// The policy that decided something, and its rule. Shown by the name istiod gives it: `ns[foo]-policy[httpbin]-rule[0]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MatchedId {
+    policy: PolicyKey,
+    rule: Option<usize>,
+}
+impl fmt::Display for MatchedId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ns[{}]-policy[{}]", self.policy.namespace, self.policy.name)?;
+        self.rule.map_or(Ok(()), |rule| write!(f, "-rule[{rule}]"))
+    }
+}
+/// Envoy's response code details of a refusal with the policy names istiod gives:
+/// `rbac_access_denied_matched_policy[ns[foo]-policy[httpbin]-rule[0]]`, or `[none]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeniedBy(pub Option<MatchedId>);
+impl fmt::Display for DeniedBy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.0 {
+            Some(matched) => write!(f, "rbac_access_denied_matched_policy[{matched}]"),
+            None => f.write_str("rbac_access_denied_matched_policy[none]"),
+        }
     }
 }
 /// A refusal: why, and by which policy, if one matched.
@@ -202,11 +225,13 @@ pub struct Denial<'s> {
     pub matched: Option<Matched<'s>>,
 }
 impl Denial<'_> {
-    /// Envoy's response code details with the policy names istiod gives:
-    /// `rbac_access_denied_matched_policy[ns[foo]-policy[httpbin]-rule[0]]`, or `[none]`.
+    /// Envoy's response code details.
     pub fn details(&self) -> String {
-        let matched = self.matched.map_or_else(|| "none".to_owned(), |matched| matched.id());
-        format!("rbac_access_denied_matched_policy[{matched}]")
+        self.by().to_string()
+    }
+    /// The same, to be kept.
+    pub fn by(&self) -> DeniedBy {
+        DeniedBy(self.matched.map(|matched| matched.id()))
     }
     /// The refusal with its particulars, for logs.
     pub fn refusal(&self) -> Refusal {

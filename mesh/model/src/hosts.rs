@@ -5,6 +5,8 @@ use crate::l7::gateway::{GatewayKey, Listener, ListenerProtocol};
 use crate::l7::route::RouteTable;
 use crate::l7::select::host_matches;
 use crate::snapshot::Snapshot;
+use std::borrow::Cow;
+use std::cmp::Reverse;
 use std::sync::Arc;
 
 /// The routes a request falls under.
@@ -48,10 +50,34 @@ pub fn best<'s>(
         .max_by_key(|(fit, _)| *fit)
         .map(|(_, l)| l)
 }
-/// The routes of a listener for a host.
+/// The order of a listener's hosts ([`Listener::hosts`]): exact names, then wildcards, then `*`; of each the longer first.
+pub fn order(host: &str) -> (u8, Reverse<usize>, &str) {
+    let class = if host == "*" { 2 } else { u8::from(host.starts_with('*')) };
+    (class, Reverse(host.len()), host)
+}
+/// The routes of a listener for a host: its own, or those of the longest wildcard above it. A look-up per label, however many
+/// hosts there are.
 fn hosts<'s>(listener: &'s Listener, host: &str) -> Option<&'s Arc<RouteTable>> {
-    let fitting = listener.hosts.iter().filter_map(|(pattern, table)| Some((fits(pattern, host)?, table)));
-    fitting.max_by_key(|(fit, _)| *fit).map(|(_, table)| table)
+    let lower = if host.bytes().any(|b| b.is_ascii_uppercase()) { Cow::Owned(host.to_ascii_lowercase()) } else { host.into() };
+    let own = find(&listener.hosts, (0, Reverse(lower.len()), &lower), "");
+    let wildcard = |(at, _): (usize, char)| {
+        let suffix = lower.get(at..).filter(|_| at > 0)?;
+        find(&listener.hosts, (1, Reverse(suffix.len() + 1), suffix), "*")
+    };
+    let above = || lower.char_indices().filter(|(_, c)| *c == '.').find_map(wildcard);
+    own.or_else(above).or_else(|| listener.hosts.last().filter(|(host, _)| **host == *"*").map(|(_, table)| table))
+}
+/// The table whose host is `star` and the text of `wanted`, which has its place in the order.
+fn find<'s>(
+    hosts: &'s [(Arc<str>, Arc<RouteTable>)],
+    wanted: (u8, Reverse<usize>, &str),
+    star: &str,
+) -> Option<&'s Arc<RouteTable>> {
+    let found = hosts.binary_search_by(|(host, _)| {
+        let (class, len, host) = order(host);
+        (class, len, host.strip_prefix(star).unwrap_or(host)).cmp(&wanted)
+    });
+    found.ok().and_then(|at| hosts.get(at)).map(|(_, table)| table)
 }
 
 /// The HTTP routes of a request to a gateway. `listener`: what TLS chose; a request for a host of another listener gets no
@@ -104,12 +130,17 @@ mod tests {
             protocol: *protocol,
             hostname: hostname.map(Into::into),
             tls: None,
-            hosts: hosts.iter().map(|host| ((*host).into(), table(name, host))).collect(),
+            hosts: sorted(hosts).map(|host| (host.into(), table(name, host))).collect(),
             broken: name.starts_with("broken").then(|| "a reason".into()),
         });
         let key = GatewayKey::new("a", "gw");
         let routes = GatewayRoutes { key, listeners: listeners.collect(), origin: None };
         Snapshot::empty(view()).apply(&[crate::change::Change::Gateway(Arc::new(routes))])
+    }
+    fn sorted<'h>(hosts: &[&'h str]) -> impl Iterator<Item = &'h str> {
+        let mut hosts = hosts.to_vec();
+        hosts.sort_by_key(|host| order(host));
+        hosts.into_iter()
     }
     fn told(table: Option<&Arc<RouteTable>>) -> Option<&str> {
         table.and_then(|t| t.broken.as_deref())
@@ -162,6 +193,26 @@ mod tests {
             assert_eq!(found, want, "{port} {listener:?} {secure} {authority}");
         }
         assert!(matches!(table(&GatewayKey::new("a", "none"), &snap, 80, None, false, "a.com"), Routes::NoHost));
+    }
+    /// As asking every pattern how well it fits.
+    #[test]
+    fn a_host_is_found_as_by_asking_all() {
+        let labels = ["a", "b", "c"];
+        let names = |n: usize| labels.iter().cycle().skip(n % 3).take(1 + n % 4).copied().collect::<Vec<_>>().join(".");
+        let all: Vec<String> = (0..24).flat_map(|n| [names(n), format!("*.{}", names(n / 2))]).chain(["*".into()]).collect();
+        for step in 1..all.len() {
+            let mut patterns: Vec<&str> = all.iter().step_by(step).map(String::as_str).collect();
+            patterns.sort_unstable();
+            patterns.dedup();
+            let snap = gateway(&[("l", 80, ListenerProtocol::Http, None, &[])]);
+            let mut listener = snap.find_gateway(&GatewayKey::new("a", "gw")).unwrap().listeners[0].clone();
+            listener.hosts = sorted(&patterns).map(|host| (host.into(), Arc::default())).collect();
+            for host in all.iter().map(|h| h.replace('*', "X")).chain([String::new(), ".a".into(), "A.B".into(), "..b".into()]) {
+                let asked = listener.hosts.iter().filter_map(|(pattern, t)| Some((fits(pattern, &host)?, t)));
+                let want = asked.max_by_key(|(fit, _)| *fit).map(|(_, t)| Arc::as_ptr(t));
+                assert_eq!(hosts(&listener, &host).map(Arc::as_ptr), want, "{host} of {patterns:?}");
+            }
+        }
     }
     #[test]
     fn bytes_go_by_the_name_in_tls() {

@@ -140,11 +140,8 @@ pub(crate) fn check(ex: &mut Exchange<'_>) -> Flow {
     ex.scheme = if edge { ex.conn.scheme() } else { scheme(ex) };
     clean(&mut ex.parts, &ex.authority);
     let headers = &mut ex.parts.headers;
-    if ex.conn.shared.settings.forward_client_identity
-        && let Some(id) = &ex.conn.identity
-        && let Ok(value) = HeaderValue::try_from(format!("By={};URI={id}", ex.conn.shared.identity))
-    {
-        headers.insert(CLIENT_CERT, value);
+    if let Some(value) = ex.conn.client_cert() {
+        headers.insert(CLIENT_CERT, value.clone());
     }
     if ex.conn.shared.settings.forward_client_address {
         append_client(headers, ex.conn.client.ip());

@@ -5,7 +5,7 @@
 use crate::conn::Conn;
 use crate::phase::admit::upgrade_of;
 use crate::phase::{Exchange, Flow, respond};
-use crate::telemetry::{Noted, Telemetry};
+use crate::telemetry::{Noted, Said, Telemetry};
 use http::{HeaderMap, Method, StatusCode};
 use mesh_model::authz_l7::{Denial, HttpFacts, InScope, Judgement, L7Facts, L7Verdict, Shadow, Token, remote_address};
 use mesh_model::l7::policy::{L7Action, L7Body};
@@ -157,21 +157,21 @@ pub(crate) fn note(conn: &Conn, judgement: &Judgement<'_>) -> Noted {
             L7Verdict::Allow(by) => telemetry.shadow(by.map(|p| &p.key), "allowed"),
             L7Verdict::Deny(denial) => {
                 telemetry.shadow(denial.matched.map(|m| &m.policy.key), "denied");
-                noted.dry_run = Some(denial.details().into());
+                noted.dry_run = Some(denial.by());
             }
         }
         noted.dry_run_tags = dry_run_tags(telemetry, shadow);
     }
     if let Some(policy) = judgement.audited {
         telemetry.shadow(Some(&policy.key), "audited");
-        noted.audit = Some(policy.key.to_string().into());
+        noted.audit = Some(policy.key.clone());
     }
     noted
 }
 
 /// What Istio tells of dry runs in spans, and counts: of each action whether its policies alone would let the request pass, and
 /// which of them matched.
-fn dry_run_tags(telemetry: &Telemetry, shadow: &Shadow<'_>) -> Vec<(&'static str, String)> {
+fn dry_run_tags(telemetry: &Telemetry, shadow: &Shadow<'_>) -> Vec<(&'static str, Said)> {
     const ALLOW: [&str; 2] = ["istio.authorization.dry_run.allow_policy.name", "istio.authorization.dry_run.allow_policy.result"];
     const DENY: [&str; 2] = ["istio.authorization.dry_run.deny_policy.name", "istio.authorization.dry_run.deny_policy.result"];
     let mut tags = Vec::new();
@@ -179,11 +179,11 @@ fn dry_run_tags(telemetry: &Telemetry, shadow: &Shadow<'_>) -> Vec<(&'static str
         if !said.any {
             continue;
         }
-        tags.extend(said.first.map(|matched| (name, matched.id())));
+        tags.extend(said.first.map(|matched| (name, Said::Matched(matched.id()))));
         let passes = said.first.is_some() == (action == "allow");
         let answer = if passes { "allowed" } else { "denied" };
         telemetry.dry_run(action, answer);
-        tags.push((result, answer.to_owned()));
+        tags.push((result, Said::Answer(answer)));
     }
     tags
 }

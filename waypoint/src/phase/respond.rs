@@ -12,6 +12,7 @@ use mesh_model::l7::HttpMatch;
 use mesh_model::l7::rewrite::redirect_location;
 use mesh_model::l7::route::HttpAction;
 use std::borrow::Cow;
+use std::sync::Arc;
 use tokio::io::AsyncWriteExt as _;
 
 /// What Envoy calls itself in Istio; clients and tests look for it.
@@ -110,7 +111,7 @@ pub(crate) fn direct(ex: &mut Exchange<'_>) -> Flow {
             answer
         }
         HttpAction::Respond(respond) => {
-            let mut answer = Response::new(Body::full(Bytes::copy_from_slice(&respond.body)));
+            let mut answer = Response::new(Body::full(Bytes::from_owner(Arc::clone(&respond.body))));
             *answer.status_mut() = StatusCode::from_u16(respond.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
             if !respond.body.is_empty() {
                 answer.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain"));

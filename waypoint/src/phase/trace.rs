@@ -3,11 +3,17 @@
 //! As Envoy without spans of its own for attempts: all of them carry the one span, and every request has one, told of or not.
 use crate::facts::Scope;
 use crate::phase::Exchange;
+use crate::telemetry::Operation;
+use foldhash::fast::FixedState;
+use hashbrown::HashMap;
 use http::Request;
-use http::header::{HeaderMap, HeaderName, HeaderValue};
+use http::header::{HeaderMap, HeaderName};
+use mesh_model::l7::{HttpMatch, HttpRoute};
 use mesh_model::lb::redraw;
 pub(crate) use mesh_model::telemetry::context::Context as Span;
 use mesh_model::telemetry::tracing::{FORCE_TRACE, operation};
+use std::cell::RefCell;
+use std::sync::Arc;
 
 const DRAW_SAMPLE: u64 = 13;
 /// `x-envoy-decorator-operation`: what a waypoint calls the span, for the client's own proxy.
@@ -29,7 +35,33 @@ pub(crate) fn name(ex: &mut Exchange<'_>) {
     if ex.record.trace.is_some()
         && let Some(route) = &ex.record.route
     {
-        ex.record.operation = Some(operation(route, ex.matched(), ex.conn.port()).into());
+        ex.record.operation = Some(NAMES.with_borrow_mut(|names| names.get(route, ex.matched.as_ref(), ex.conn.port())));
+    }
+}
+
+thread_local! {
+    static NAMES: RefCell<Names> = RefCell::default();
+}
+/// The most names a thread remembers.
+const MOST: usize = 1024;
+/// Names of spans that were made lately. Routes and matches count by their address: an entry holds on to them.
+#[derive(Default)]
+struct Names(HashMap<(usize, usize, u16), Name, FixedState>);
+struct Name {
+    _of: (Arc<HttpRoute>, Option<Arc<HttpMatch>>),
+    operation: Operation,
+}
+impl Names {
+    fn get(&mut self, route: &Arc<HttpRoute>, matched: Option<&Arc<HttpMatch>>, port: u16) -> Operation {
+        let key = (Arc::as_ptr(route).addr(), matched.map_or(0, |m| Arc::as_ptr(m).addr()), port);
+        if self.0.len() >= MOST && !self.0.contains_key(&key) {
+            self.0.clear();
+        }
+        let name = self.0.entry(key).or_insert_with(|| Name {
+            _of: (Arc::clone(route), matched.cloned()),
+            operation: operation(route, matched.map(|m| &**m), port).into(),
+        });
+        name.operation.clone()
     }
 }
 
@@ -67,8 +99,8 @@ fn propagates(ex: &Exchange<'_>) -> bool {
 /// Tells the client's proxy what the span is called.
 pub(crate) fn answer(ex: &Exchange<'_>, headers: &mut HeaderMap) {
     if matches!(ex.conn.scope, Scope::Mesh(_))
-        && let Some(Ok(value)) = ex.record.operation.as_deref().map(HeaderValue::from_str)
+        && let Some(value) = ex.record.operation.as_ref().and_then(|operation| operation.header.as_ref())
     {
-        headers.insert(OPERATION, value);
+        headers.insert(OPERATION, value.clone());
     }
 }

@@ -5,12 +5,14 @@
 use super::Flags;
 use super::metrics::RequestHandles;
 use foldhash::fast::FixedState;
-use hashbrown::HashTable;
+use hashbrown::{HashMap, HashTable};
 use mesh_model::SpiffeId;
 use mesh_model::metric_labels::Ends;
+use mesh_model::policy::PolicyKey;
 use mesh_model::service::Service;
 use mesh_model::telemetry::Telemetry;
 use mesh_model::workload::Workload;
+use mesh_runtime::metrics::Counter;
 use std::hash::{BuildHasher as _, Hash, Hasher as _};
 use std::sync::Arc;
 
@@ -85,6 +87,15 @@ impl Entry {
     }
 }
 
+/// What is counted of policies that enforce nothing.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) enum PolicyCount {
+    /// The policy, and what it would have done.
+    Shadow(Option<PolicyKey>, &'static str),
+    /// An action, and what its dry runs together say.
+    DryRun(&'static str, &'static str),
+}
+
 /// The table of one thread.
 #[derive(Debug, Default)]
 pub(super) struct Cache {
@@ -92,14 +103,25 @@ pub(super) struct Cache {
     owner: u64,
     round: u32,
     table: HashTable<Entry>,
+    /// As many as there are policies, and let go of at once.
+    policies: HashMap<PolicyCount, Arc<Counter>, FixedState>,
 }
 impl Cache {
-    /// The handles for a key, looked up by `find` when they are not here. `owner` tells one set of metrics from another.
-    pub fn get(&mut self, owner: u64, key: &Key<'_>, find: impl FnOnce() -> RequestHandles) -> &RequestHandles {
+    fn belong_to(&mut self, owner: u64) {
         if self.owner != owner {
             self.table.clear();
+            self.policies.clear();
             self.owner = owner;
         }
+    }
+    /// The counter for a key, looked up by `find` when it is not here.
+    pub fn policy(&mut self, owner: u64, key: PolicyCount, find: impl FnOnce(&PolicyCount) -> Arc<Counter>) -> &Counter {
+        self.belong_to(owner);
+        self.policies.entry(key).or_insert_with_key(find)
+    }
+    /// The handles for a key, looked up by `find` when they are not here. `owner` tells one set of metrics from another.
+    pub fn get(&mut self, owner: u64, key: &Key<'_>, find: impl FnOnce() -> RequestHandles) -> &RequestHandles {
+        self.belong_to(owner);
         let hash = key.hash();
         if self.table.len() >= MOST && self.table.find(hash, |e| e.is(key)).is_none() {
             self.shrink();
@@ -137,6 +159,7 @@ impl Cache {
     }
     /// Lets go of what was not used since the last call.
     pub fn tidy(&mut self) {
+        self.policies.clear();
         let round = self.round;
         self.table.retain(|e| e.used == round);
         self.table.shrink_to(2 * self.table.len(), |e| e.hash);

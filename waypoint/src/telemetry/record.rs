@@ -2,27 +2,60 @@
 use super::grpc::grpc_of_http;
 use super::{Flags, Messages, Received};
 use crate::upstream::{Cluster, Host};
-use http::{HeaderMap, HeaderName, Method, Version};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Version};
+use mesh_model::authz_l7::{DeniedBy, MatchedId};
 use mesh_model::l7::HttpRoute;
+use mesh_model::policy::PolicyKey;
 use mesh_model::telemetry::Telemetry;
 use mesh_model::telemetry::context::Context;
 use mesh_model::telemetry::tracing::Tracing;
 use std::borrow::Cow;
+use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 /// `x-envoy-original-path`: the path before a rewrite.
 pub(crate) const ORIGINAL_PATH: HeaderName = HeaderName::from_static("x-envoy-original-path");
 
-/// What policies said that are only to be told.
+/// What policies said that are only to be told. Put into words where it is told.
 #[derive(Debug, Default)]
 pub struct Noted {
-    /// How the dry-run policies alone would have refused it, in the words of `details`.
-    pub dry_run: Option<Box<str>>,
+    /// How the dry-run policies alone would have refused it.
+    pub dry_run: Option<DeniedBy>,
     /// The AUDIT policy that matched.
-    pub audit: Option<Box<str>>,
+    pub audit: Option<PolicyKey>,
     /// What Istio tells of dry runs in spans, by the names of its tags.
-    pub dry_run_tags: Vec<(&'static str, String)>,
+    pub dry_run_tags: Vec<(&'static str, Said)>,
+}
+/// What is told of dry runs.
+#[derive(Debug)]
+pub enum Said {
+    /// Which rule matched.
+    Matched(MatchedId),
+    /// `allowed` or `denied`.
+    Answer(&'static str),
+}
+impl fmt::Display for Said {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Matched(id) => id.fmt(f),
+            Self::Answer(answer) => f.write_str(answer),
+        }
+    }
+}
+
+/// What a span is called.
+#[derive(Clone, Debug)]
+pub struct Operation {
+    /// The name.
+    pub name: Arc<str>,
+    /// The same as the value of a header, if it can be one.
+    pub header: Option<HeaderValue>,
+}
+impl From<String> for Operation {
+    fn from(name: String) -> Self {
+        Self { header: HeaderValue::from_str(&name).ok(), name: name.into() }
+    }
 }
 
 /// A call made for a request that is told of: a span under the request's.
@@ -72,7 +105,7 @@ pub struct Record {
     /// Its span, where requests are traced.
     pub trace: Option<Context>,
     /// What its span is called.
-    pub operation: Option<Box<str>>,
+    pub operation: Option<Operation>,
     /// Calls made for it, where its span is told of.
     pub calls: Vec<Call>,
     /// It is gRPC.

@@ -54,13 +54,13 @@ pub(super) fn of(
         tags.peer("istio.destination_", record.host.as_ref().map(|h| &**h.workload()));
     }
     for (key, value) in &record.noted.dry_run_tags {
-        tags.put(key, value.as_str());
+        tags.put(key, value.to_string());
     }
     tags.custom(line, record, &tracing.tags);
     Span {
         trace_state: cut(header(&record.headers, "tracestate").unwrap_or_default().to_owned(), LONGEST),
         name: match &record.operation {
-            Some(operation) => operation.to_string(),
+            Some(operation) => operation.name.to_string(),
             // Refused before it had a route: Envoy's words for both directions.
             None if mesh => "ingress".to_owned(),
             None => cut(format!("egress {}", record.authority), LONGEST),

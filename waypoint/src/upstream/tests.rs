@@ -239,3 +239,23 @@ async fn answer(request: Request<Incoming>, count: &AtomicUsize, gate: &Semaphor
     let text = format!("{} {host} {:?}", request.uri().path(), request.version());
     Ok(Response::new(Full::new(text.into())))
 }
+
+/// A client that names every port of a workload costs what each of them does: nothing is copied or looked through with each.
+#[tokio::test]
+async fn ports_a_client_names_are_kept_while_they_are_used_and_bounded_otherwise() {
+    let mut world = World::new();
+    world.endpoint("a", "127.0.0.1:1".parse().unwrap());
+    let known = Arc::clone(world.snap.find_known(&uid("a")).unwrap());
+    let used = world.upstreams.workload(&world.snap, &known, 7).admit().unwrap();
+    let registry = &world.upstreams.workloads;
+    let (mut most, mut forgotten) = (0, 0);
+    for port in 1000..=u16::MAX {
+        let before = registry.entries.load().len();
+        world.upstreams.workload(&world.snap, &known, port);
+        let now = registry.entries.load().len();
+        (most, forgotten) = (most.max(now), forgotten + usize::from(now < before));
+    }
+    assert_eq!((most, forgotten), (IDLE_WORKLOADS, 15), "all that nobody uses go at once, or each new one would look at all");
+    assert!(registry.get(&(uid("a"), 7)).is_some());
+    drop(used);
+}

@@ -664,7 +664,7 @@ fn dry_runs_and_audits_are_told_and_change_nothing() {
     let scope = PolicyScope { service: None, namespace: None, gateway: None, waypoint: true };
     Asked::default().with(|facts| {
         let shadow = InScope::of(&snap, &scope).judge(&snap, facts).shadow.expect("dry runs");
-        assert_eq!(shadow.deny.first.map(|m| m.id()).as_deref(), Some("ns[shop]-policy[a]-rule[0]"));
+        assert_eq!(shadow.deny.first.map(|m| m.id().to_string()).as_deref(), Some("ns[shop]-policy[a]-rule[0]"));
         assert!(shadow.deny.any && shadow.allow.any && shadow.allow.first.is_none());
     });
     // An AUDIT policy that does not match says nothing.

@@ -64,7 +64,7 @@ pub struct Listener {
     pub hostname: Option<Arc<str>>,
     /// TLS, for HTTPS and TLS listeners.
     pub tls: Option<ListenerTls>,
-    /// Routes by host name of the route: exact, `*.suffix`, or `*`; most specific first.
+    /// Routes by host name of the route in lower case: exact, `*.suffix`, or `*`; in the order of [`crate::hosts::order`].
     pub hosts: Vec<(Arc<str>, Arc<RouteTable>)>,
     /// Cannot be used (missing certificate, protocol unknown, port taken by another protocol): not listened on.
     pub broken: Option<Arc<str>>,

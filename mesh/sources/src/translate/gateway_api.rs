@@ -536,11 +536,11 @@ fn upstream_tls(join: &mut Join<'_>, ns: &Arc<str>, slot: &Slot<TlsPolicy>) -> U
 
 const CERTIFICATE_LINE: &str = "-----BEGIN CERTIFICATE-----";
 
-/// Host names of a listener, most specific first: exact, then the longer wildcard, then `*`.
+/// Host names of a listener in the order of [`mesh_model::hosts::order`].
 type HostOrder = (u8, Reverse<usize>, Arc<str>);
 fn host_order(host: &Arc<str>) -> HostOrder {
-    let class = if **host == *"*" { 2 } else { u8::from(host.starts_with("*.")) };
-    (class, Reverse(host.len()), Arc::clone(host))
+    let (class, length, _) = mesh_model::hosts::order(host);
+    (class, length, Arc::clone(host))
 }
 /// What a listener's host name and a route's have in common: the narrower one, if one covers the other.
 fn intersection(listener: &Arc<str>, route: &Arc<str>) -> Option<Arc<str>> {

@@ -63,8 +63,8 @@ pub(super) fn value<'a>(of: &'a Of, line: &Line<'a>) -> Value<'a> {
         Of::DownstreamLocalUriSan => facts.identity.as_ref().map_or(Value::Absent, |_| id(line.own)),
         Of::RequestedServerName => facts.sni.as_deref().map_or(Value::Absent, text),
         Of::Reason => line.reason().map_or(Value::Absent, |r| Value::Text(r.as_str())),
-        Of::DryRun => line.noted().dry_run.as_deref().map_or(Value::Absent, text),
-        Of::Audit => line.noted().audit.as_deref().map_or(Value::Absent, text),
+        Of::DryRun => line.noted().dry_run.as_ref().map_or(Value::Absent, made),
+        Of::Audit => line.noted().audit.as_ref().map_or(Value::Absent, made),
         Of::Cel(expression) => expression.text(line).map_or(Value::Absent, |t| Value::Owned(t.into())),
         _ => match line.told {
             Told::Request(record) => of_request(of, line, record),
@@ -78,6 +78,10 @@ pub(super) fn value<'a>(of: &'a Of, line: &Line<'a>) -> Value<'a> {
     }
 }
 
+/// Put into words for this line.
+fn made<'a>(what: &impl ToString) -> Value<'a> {
+    Value::Owned(what.to_string().into())
+}
 /// A request does not end its connection: it has no `CONNECTION_TERMINATION_DETAILS`.
 fn of_request<'a>(of: &'a Of, line: &Line<'a>, r: &'a Record) -> Value<'a> {
     match of {

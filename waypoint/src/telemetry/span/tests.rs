@@ -65,7 +65,7 @@ fn span(world: &World, facts: &crate::facts::Facts, record: &Record, tracing: &T
 async fn a_request_is_told_in_the_words_of_envoy_and_istio() {
     let world = World::new();
     let mut record = world.answered("api");
-    record.operation = Some("api.shop.svc.cluster.local:80/*".into());
+    record.operation = Some("api.shop.svc.cluster.local:80/*".to_owned().into());
     record.headers.insert("tracestate", HeaderValue::from_static("a=1"));
     let (span, tags) = span(&world, &world.facts(), &record, &tracing(Vec::new()));
     assert_eq!(*span.trace_id, 0x0af7_6519_16cd_43dd_8448_eb21_1c80_319c_u128.to_be_bytes());
