@@ -280,8 +280,10 @@ fn a_waypoint_reads_everything_with_the_rights_of_the_chart(cluster: &mut Cluste
     // Istio's CRDs are not there; nothing else is missing.
     let istio = ["serviceentries", "workloadentries", "authorizationpolicies", "peerauthentications", "virtualservices"];
     let istio = [&istio[..], &["destinationrules", "envoyfilters", "requestauthentications", "telemetries"]].concat();
-    let missing = waypoint.watches(false);
-    ensure!(missing.iter().all(|resource| istio.contains(&resource.as_str())), "{missing:?}");
+    // On a busy machine some are followed later than those above.
+    let missing = || waypoint.watches(false);
+    wait::until_true("nothing else is missing", || missing().iter().all(|resource| istio.contains(&resource.as_str())))
+        .with_context(|| format!("{:?}", missing()))?;
     ensure!(waypoint.has_pod("server"));
     Ok(())
 }
