@@ -56,6 +56,12 @@ impl Followed {
     fn wait_problem(&self, code: &str, resource: &str) {
         wait::until_true(&format!("{code} about {resource}"), || self.has_problem(code, resource)).unwrap();
     }
+    /// Metrics are set beside the mesh, not with it.
+    #[track_caller]
+    fn wait_metric(&self, line: &str, value: &str) {
+        let held = wait::until_true(&format!("{line} {value}"), || self.metric(line).as_deref() == Some(value));
+        held.unwrap_or_else(|e| panic!("{e:#}: it is {:?}", self.metric(line)));
+    }
     fn has_problem(&self, code: &str, object: &str) -> bool {
         self.diagnostics.list().iter().any(|p| p.code == Some(code) && p.origin.object.contains(object))
     }
@@ -153,8 +159,8 @@ fn changes_are_followed_and_what_they_touch_only() {
     cluster.wait("the namespace left the mesh", |s| s.workloads().all(|w| w.protocol == Protocol::Tcp));
     assert!(api.delete("pods", "shop", "web"));
     cluster.wait("the pod is gone", |s| !has(s, "web"));
-    assert_eq!(cluster.metric("culvert_kubernetes_objects{resource=\"pods\"}").as_deref(), Some("1"));
-    assert_eq!(cluster.metric("culvert_kubernetes_watch_up{resource=\"pods\"}").as_deref(), Some("1"));
+    cluster.wait_metric("culvert_kubernetes_objects{resource=\"pods\"}", "1");
+    cluster.wait_metric("culvert_kubernetes_watch_up{resource=\"pods\"}", "1");
     assert_eq!(api.lists("pods"), 1, "nothing was listed twice");
 }
 
@@ -198,8 +204,7 @@ fn a_forgotten_place_means_a_new_list_and_what_is_not_in_it_is_gone() {
     });
     cluster.wait("what nobody told", |s| has(s, "new") && !has(s, "old") && has(s, "web"));
     assert!(api.lists("pods") >= 2);
-    let expired = cluster.metric("culvert_kubernetes_watch_failures_total{resource=\"pods\",reason=\"expired\"}");
-    assert_eq!(expired.as_deref(), Some("1"));
+    cluster.wait_metric("culvert_kubernetes_watch_failures_total{resource=\"pods\",reason=\"expired\"}", "1");
 }
 
 #[test]
@@ -215,7 +220,7 @@ fn a_missing_right_stops_that_kind_only_and_heals() {
     cluster.wait_problem("forbidden", "serviceentries.networking.istio.io");
     assert!(has(&cluster.mesh.load_full(), "web"));
     assert!(!is_closed(&cluster.mesh.load_full()), "nothing it could say would refuse anything");
-    assert_eq!(cluster.metric("culvert_kubernetes_watch_up{resource=\"serviceentries\"}").as_deref(), Some("0"));
+    cluster.wait_metric("culvert_kubernetes_watch_up{resource=\"serviceentries\"}", "0");
     api.apply(pod("api", "10.0.0.2", json!({})));
     cluster.wait("the others go on", |s| has(s, "api"));
     api.refuse("serviceentries", 0);
@@ -261,8 +266,11 @@ fn a_missing_crd_is_waited_for_and_its_end_takes_nothing_away() {
     let cluster = follow(&api, Reach::Agent).synced();
     assert!(policy(&cluster.mesh.load_full()).is_empty());
     assert!(!is_closed(&cluster.mesh.load_full()), "without the CRD there are no policies");
-    let notes = cluster.diagnostics.list();
-    let told = notes.iter().find(|p| &*p.origin.object == "authorizationpolicies.security.istio.io").expect("it is told");
+    let told = || {
+        let notes = cluster.diagnostics.list();
+        notes.iter().find(|p| &*p.origin.object == "authorizationpolicies.security.istio.io").cloned()
+    };
+    let told = wait::until("it to be told", wait::PATIENCE, told).unwrap();
     assert_eq!((told.severity, told.code), (Severity::Note, Some("not-served")));
     api.serve_resource("authorizationpolicies", true);
     cluster.wait("the CRD is installed", |s| policy(s).contains("sa/one"));
@@ -292,7 +300,7 @@ fn an_object_that_cannot_be_read_keeps_what_it_said() {
     cluster.wait("a policy that is not understood denies", |s| policy(s).contains("Unusable"));
     api.apply(pod("web", "10.0.0.9", json!({})));
     cluster.wait("it is corrected", |s| s.workloads().any(|w| w.ips == ["10.0.0.9".parse::<std::net::IpAddr>().unwrap()]));
-    assert!(!cluster.has_problem("bad-value", "Pod shop/web"));
+    wait::until_true("the complaint to go", || !cluster.has_problem("bad-value", "Pod shop/web")).unwrap();
 }
 
 #[test]
@@ -326,8 +334,8 @@ fn a_waypoint_reads_secrets_of_its_own_namespace_only() {
         }));
     }
     let cluster = follow(&api, Reach::Waypoint { namespace: "shop".into() }).synced();
-    assert_eq!(cluster.metric("culvert_kubernetes_objects{resource=\"secrets in shop\"}").as_deref(), Some("1"));
-    assert_eq!(cluster.metric("culvert_kubernetes_objects{resource=\"configmaps in istio-system\"}").as_deref(), Some("1"));
+    cluster.wait_metric("culvert_kubernetes_objects{resource=\"secrets in shop\"}", "1");
+    cluster.wait_metric("culvert_kubernetes_objects{resource=\"configmaps in istio-system\"}", "1");
     let agent = follow(&api, Reach::Agent).synced();
     assert!(!agent.registry.encode().contains("secrets"), "an agent reads no Secrets");
     assert!(!agent.registry.encode().contains("virtualservices"));
