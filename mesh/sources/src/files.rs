@@ -176,17 +176,35 @@ impl Folder {
                 return None;
             }
         };
-        self.unlisted = listing.problems;
         self.linked = listing.linked;
+        let found = self.with_unseen(listing.files, &listing.unseen);
+        self.unlisted = listing.unseen.into_iter().map(|(_, problem)| problem).collect();
         let mut old: BTreeMap<PathBuf, File> = std::mem::take(&mut self.files).into_iter().collect();
         let mut pass = Pass { same: self.plain, ..Pass::default() };
-        for found in listing.files {
+        for found in found {
             let before = old.remove(&found.path);
             self.reread(found, before, &mut pass);
         }
         pass.changed |= !old.is_empty();
         pass.same &= old.is_empty();
         Some(self.finish(pass))
+    }
+
+    /// What was found, with what was known below a place that cannot be looked at now: it stays in force. At start that place
+    /// itself stands for it, as a file that cannot be read: it may hold policies.
+    fn with_unseen(&self, mut found: Vec<Found>, unseen: &[(PathBuf, Problem)]) -> Vec<Found> {
+        if unseen.is_empty() {
+            return found;
+        }
+        let before = self.files.iter().filter(|(path, _)| unseen.iter().any(|(place, _)| path.starts_with(place)));
+        found.extend(before.map(|(path, file)| Found { path: path.clone(), stamp: file.stamp }));
+        if !self.loaded {
+            found.extend(unseen.iter().map(|(place, _)| Found { path: place.clone(), stamp: None }));
+        }
+        // Of two the one that was found, which comes first.
+        found.sort_by(|a, b| a.path.cmp(&b.path));
+        found.dedup_by(|a, b| a.path == b.path);
+        found
     }
 
     /// [`Self::reload`], when it is known what may have changed: nothing else is looked at.

@@ -341,6 +341,37 @@ fn files_that_cannot_be_read_fail_closed_at_start_only() {
     assert!(gone.reload().is_none() && !gone.is_loaded() && gone.problems()[0].code == Some("folder"));
 }
 
+/// A link to itself is what the system refuses to look at, whoever asks.
+#[test]
+fn a_folder_that_cannot_be_looked_at_takes_nothing_away_and_closes_at_start() {
+    let mut d = Dir::new();
+    let (place, aside) = (d.dir.path().join("more"), d.dir.path().join(".aside"));
+    d.put("a.yaml", &pod("a", "10.0.0.1")).put("more/deep/p.yaml", &ap("p", "{}"));
+    assert_eq!(d.reload(), ["+a", "+a/p"]);
+    // Sixteen are as many as may be above each other.
+    for _ in 0..20 {
+        fs::rename(&place, &aside).unwrap();
+        std::os::unix::fs::symlink(&place, &place).unwrap();
+        assert_eq!(d.reload(), [""; 0], "what it said stays in force");
+        assert!(d.codes().contains("folder"), "{:?}", d.codes());
+        fs::remove_file(&place).unwrap();
+        fs::rename(&aside, &place).unwrap();
+        assert_eq!(d.reload(), [""; 0]);
+        assert_eq!(d.codes(), BTreeSet::new());
+    }
+    fs::rename(&place, &aside).unwrap();
+    std::os::unix::fs::symlink(&place, &place).unwrap();
+    let mut late = Folder::new(d.dir.path(), view(), &Settings::default());
+    assert_eq!(Dir::told(late.reload().unwrap()), ["!Global istio-system", "+a"], "nobody knows what it holds");
+    assert!(late.reload().unwrap().is_empty(), "still nobody knows");
+    fs::remove_file(&place).unwrap();
+    fs::rename(&aside, &place).unwrap();
+    let now = Dir::told(late.reload().unwrap());
+    assert!(now.iter().any(|c| c == "+a/p") && now.iter().any(|c| c == "-! istio-system"), "{now:?}");
+    fs::remove_dir_all(&place).unwrap();
+    assert_eq!(d.reload(), ["-a/p"]);
+}
+
 #[test]
 fn policies_that_contradict_each_other_deny_until_one_is_left() {
     let (allow, deny) = (ap("x", "{rules: [{}]}"), ap("x", "{action: DENY, rules: [{}]}"));

@@ -37,8 +37,8 @@ pub struct Found {
 pub struct Listing {
     /// The YAML and JSON files of it and its sub-folders, by path.
     pub files: Vec<Found>,
-    /// Sub-folders that cannot be listed.
-    pub problems: Vec<Problem>,
+    /// What cannot be looked at, sub-folders as a rule, and why: nobody knows what is there.
+    pub unseen: Vec<(PathBuf, Problem)>,
     /// A link is among its names.
     pub linked: bool,
 }
@@ -93,29 +93,41 @@ fn found(path: PathBuf, meta: &fs::Metadata) -> Found {
 fn walk(dir: &Path, open: &mut Vec<(u64, u64)>, out: &mut Listing) -> io::Result<()> {
     let meta = fs::metadata(dir)?;
     let id = (meta.dev(), meta.ino());
-    if open.contains(&id) || open.len() >= MAX_DEPTH {
+    if open.contains(&id) {
         return Ok(());
     }
-    open.push(id);
-    for entry in fs::read_dir(dir)? {
-        let entry = entry?;
-        if entry.file_name().as_encoded_bytes().starts_with(b".") {
-            continue;
-        }
-        out.linked |= entry.file_type().is_ok_and(|t| t.is_symlink());
-        let path = entry.path();
-        // Follows links; a file that went in the meantime, or a dangling link, is simply not there.
-        let Ok(meta) = fs::metadata(&path) else { continue };
-        if meta.is_dir() {
-            if let Err(e) = walk(&path, open, out) {
-                let place: Arc<str> = path.display().to_string().into();
-                out.problems.push(whole(&place, &format!("the folder cannot be listed: {e}"), "folder"));
-            }
-        } else if meta.is_file() && counts(&path) {
-            out.files.push(found(path, &meta));
-        }
+    if open.len() >= MAX_DEPTH {
+        return Err(io::Error::other(format!("it is deeper than {MAX_DEPTH} folders")));
     }
+    open.push(id);
+    let listed = fs::read_dir(dir).and_then(|mut entries| entries.try_for_each(|entry| below(&entry?, open, out)));
     open.pop();
+    listed
+}
+fn below(entry: &fs::DirEntry, open: &mut Vec<(u64, u64)>, out: &mut Listing) -> io::Result<()> {
+    if entry.file_name().as_encoded_bytes().starts_with(b".") {
+        return Ok(());
+    }
+    out.linked |= entry.file_type()?.is_symlink();
+    let path = entry.path();
+    // Follows links.
+    let seen = fs::metadata(&path).and_then(|meta| {
+        if meta.is_dir() {
+            walk(&path, open, out)?;
+        } else if meta.is_file() && counts(&path) {
+            out.files.push(found(path.clone(), &meta));
+        }
+        Ok(())
+    });
+    match seen {
+        // What went in the meantime, or a dangling link, is simply not there.
+        Err(e) if e.kind() != io::ErrorKind::NotFound => {
+            let place: Arc<str> = path.display().to_string().into();
+            let problem = whole(&place, &format!("it cannot be listed: {e}; what it said before stays in force"), "folder");
+            out.unseen.push((path, problem));
+        }
+        Ok(()) | Err(_) => {}
+    }
     Ok(())
 }
 

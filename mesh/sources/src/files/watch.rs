@@ -111,6 +111,8 @@ pub(crate) fn follow(root: &Path, closed: impl Fn() -> bool, mut reload: impl Fn
     let mut watching = false;
     let mut touched = Touched::All;
     let mut patrol = Instant::now();
+    // Whether somebody changed something, or only time passed.
+    let mut changed = false;
     loop {
         let now = names_of(root);
         if now != **names.load() {
@@ -131,9 +133,11 @@ pub(crate) fn follow(root: &Path, closed: impl Fn() -> bool, mut reload: impl Fn
         if touched == Touched::All {
             patrol = Instant::now() + if readable { PATROL } else { RETRY };
         }
-        // Under changes without end a folder is read half of the time at most.
-        let rested = Instant::now() + started.elapsed();
+        // Under changes without end a folder is read half of the time at most. The first change after a start or a look waits
+        // for nothing.
+        let rested = Instant::now() + if changed { started.elapsed() } else { Duration::ZERO };
         let Some(paths) = wait(&rx, patrol, rested, &closed) else { return };
+        changed = !paths.is_empty();
         touched = touched_by(root, &paths);
     }
 }
