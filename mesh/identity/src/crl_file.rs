@@ -5,22 +5,18 @@
 //! leaves those it had in force.
 //! Upstream: the operator, a source. Downstream: whoever asks the source for its bundles.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
 
 use mesh_model::SpiffeId;
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
-use tokio::time::MissedTickBehavior;
 
 use crate::bundle::TrustBundles;
 use crate::error::IdentityError;
+use crate::look::{Stamp, looks, stamp};
 use crate::revocation::{Revocation, Unknown};
 use crate::source::{BoxFuture, IdentitySource, IssuedSvid};
-
-/// How often the file is looked at. Kubernetes swaps links where it renews a mounted file, so its folder tells nothing.
-const LOOK: Duration = Duration::from_secs(1);
 
 /// Where lists are read.
 #[derive(Clone, Debug)]
@@ -63,15 +59,6 @@ impl IdentitySource for Revoking {
     }
 }
 
-/// What tells one content of a file from another without reading it.
-type Stamp = Option<(SystemTime, u64, u64)>;
-
-fn stamp(path: &Path) -> Stamp {
-    use std::os::unix::fs::MetadataExt;
-    let found = std::fs::metadata(path).ok()?;
-    Some((found.modified().ok()?, found.len(), found.ino()))
-}
-
 /// The lists of the file; `None`, and a word in the log, where they cannot be read.
 fn read(file: &CrlFile) -> Option<Revocation> {
     let read = std::fs::read(&file.path).map_err(|error| error.to_string());
@@ -103,8 +90,7 @@ impl Follow {
 
     /// Until nobody asks any more, or the source is gone.
     async fn run(mut self, mut bundles: watch::Receiver<Arc<TrustBundles>>, sender: watch::Sender<Arc<TrustBundles>>) {
-        let mut tick = tokio::time::interval(LOOK);
-        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut tick = looks();
         loop {
             tokio::select! {
                 () = sender.closed() => return,

@@ -25,6 +25,7 @@ pub mod error;
 pub mod istio_ca;
 pub mod live;
 pub mod local_ca;
+mod look;
 pub mod mounted;
 mod pem;
 mod read_ahead;

@@ -7,10 +7,9 @@
 
 use std::fmt;
 use std::fs;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use mesh_model::SpiffeId;
 use parking_lot::Mutex;
@@ -20,20 +19,18 @@ use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
-use tokio::time::MissedTickBehavior;
 
 use crate::bundle::TrustBundles;
 use crate::clock::Clock;
 use crate::crypto::TlsSettings;
 use crate::error::IdentityError;
+use crate::look::{Stamp, looks, stamp};
 use crate::source::{BoxFuture, IdentitySource, IssuedSvid, SourceSettings};
 use crate::verify::leaf_of;
 
 const CHAIN: &str = "tls.crt";
 const KEY: &str = "tls.key";
 const ROOTS: &str = "ca.crt";
-/// How often the files are looked at.
-const LOOK: Duration = Duration::from_secs(1);
 /// Larger files are not certificates.
 const MOST_BYTES: u64 = 1 << 20;
 
@@ -61,9 +58,6 @@ struct State {
     wanted: Option<SpiffeId>,
     stamps: [Stamp; 3],
 }
-
-/// What tells one content of a file from another without reading it.
-type Stamp = Option<(SystemTime, u64, u64)>;
 
 struct Kept {
     id: SpiffeId,
@@ -103,8 +97,7 @@ impl Mounted {
 }
 
 async fn follow(shared: Weak<Shared>) {
-    let mut tick = tokio::time::interval(LOOK);
-    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut tick = looks();
     loop {
         tick.tick().await;
         let Some(shared) = shared.upgrade() else { return };
@@ -195,11 +188,6 @@ impl Shared {
             Err(why) => Err(unusable(format!("{}: {why}", self.directory.display()))),
         }
     }
-}
-
-fn stamp(path: &Path) -> Stamp {
-    let found = fs::metadata(path).ok()?;
-    Some((found.modified().ok()?, found.len(), found.ino()))
 }
 
 fn content(path: &Path) -> Result<Vec<u8>, String> {

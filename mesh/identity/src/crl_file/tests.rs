@@ -1,3 +1,5 @@
+use std::time::{Duration, SystemTime};
+
 use mesh_model::{Reason, TrustDomain};
 use rcgen::{CertificateRevocationListParams, KeyIdMethod, RevokedCertParams, SerialNumber};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
@@ -7,6 +9,7 @@ use super::*;
 use crate::clock::SystemClock;
 use crate::crypto::TlsSettings;
 use crate::live::LivePeers;
+use crate::look::LOOK;
 use crate::svid::{Svid, TlsContext};
 use crate::testing::{Bundles, TestCa, hours, id, leaf_params};
 use crate::tls::{ClientStream, Peer, ServerStream, TlsError, accept, connect};

@@ -9,6 +9,7 @@ use crate::pem;
 use crate::svid::{Svid, TlsContext};
 use crate::testing::{TestCa, hours, id, leaf_params};
 use crate::tls::{accept, connect};
+use std::time::Duration;
 
 const WP: &str = "spiffe://cluster.local/ns/shop/sa/wp";
 const OTHER: &str = "spiffe://cluster.local/ns/shop/sa/other";
