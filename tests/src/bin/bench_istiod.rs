@@ -13,12 +13,13 @@ use mesh_proto::istio::workload::{
 };
 use mesh_proto::{ADDRESS_TYPE, Message};
 use mesh_tests::agent::{Agent, AgentSpec};
+use mesh_tests::bench::benchmark::Benchmark;
 use mesh_tests::bench::flags::Flags;
 use mesh_tests::bench::process::{self, Pressure};
 use mesh_tests::cni::CniAgent;
 use mesh_tests::istiod::Istiod;
 use mesh_tests::topology::Plan;
-use mesh_tests::{netns, skip, wait};
+use mesh_tests::{netns, wait};
 
 const HELP: &str = "\
 bench_istiod [flags]
@@ -31,31 +32,28 @@ bench_istiod [flags]
 const CONTROL: u16 = 15012;
 
 fn main() -> ExitCode {
-    match bench() {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
-        }
+    Benchmark { name: "bench_istiod", help: HELP, switches: &[], read: Run::from_flags, go: bench }.main()
+}
+
+/// What is measured.
+struct Run {
+    addresses: usize,
+    rate: usize,
+    seconds: usize,
+    out: Option<PathBuf>,
+}
+impl Run {
+    fn from_flags(mut flags: Flags) -> anyhow::Result<Self> {
+        let mut number = |name, default| anyhow::Ok(flags.optional(name)?.unwrap_or(default));
+        let (addresses, rate, seconds) = (number("addresses", 100_000)?, number("rate", 1000)?, number("seconds", 20)?);
+        let out = flags.optional("out")?;
+        flags.end()?;
+        Ok(Self { addresses, rate, seconds, out })
     }
 }
 
-fn bench() -> anyhow::Result<()> {
-    let args: Vec<String> = std::env::args().skip(1).collect();
-    if args.iter().any(|arg| arg == "--help" || arg == "-h") {
-        println!("{HELP}");
-        return Ok(());
-    }
-    let mut flags = Flags::parse(args, &[])?;
-    let mut number = |name, default| anyhow::Ok(flags.optional(name)?.unwrap_or(default));
-    let (addresses, rate, seconds): (usize, usize, usize) =
-        (number("addresses", 100_000)?, number("rate", 1000)?, number("seconds", 20)?);
-    let out: Option<PathBuf> = flags.optional("out")?;
-    flags.end()?;
-    if let Some(why) = skip::netns_unavailable() {
-        skip::skipped("bench_istiod", &why);
-        return Ok(());
-    }
+fn bench(run: Run) -> anyhow::Result<()> {
+    let Run { addresses, rate, seconds, out } = run;
     let files = netns::scratch("bench-istiod")?;
     let topology = Plan::default().node("node-a", "zone-1").host("control").build()?;
     let control = topology.host("control");

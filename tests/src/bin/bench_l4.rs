@@ -11,13 +11,14 @@ use std::process::ExitCode;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, ensure};
+use mesh_tests::bench::benchmark::Benchmark;
 use mesh_tests::bench::case::{self, Case};
 use mesh_tests::bench::field::{Carrier, Field, Peer};
 use mesh_tests::bench::flags::Flags;
 use mesh_tests::bench::parts::Settings;
 use mesh_tests::bench::process::{self, Pressure};
 use mesh_tests::bench::report::{Memory, Report, Sample};
-use mesh_tests::{netns, skip};
+use mesh_tests::netns;
 use serde_json::json;
 
 const HELP: &str = "\
@@ -38,29 +39,12 @@ const REST: Duration = Duration::from_secs(3);
 const SETTLE: Duration = Duration::from_millis(100);
 
 fn main() -> ExitCode {
-    match bench() {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
-}
-
-fn bench() -> anyhow::Result<()> {
-    let args: Vec<String> = std::env::args().skip(1).collect();
-    if args.iter().any(|arg| arg == "--help" || arg == "-h") {
-        println!("{HELP}");
-        return Ok(());
-    }
-    let run = Run::from_flags(Flags::parse(args, &["quick"])?)?;
-    if let Some(why) = skip::netns_unavailable() {
-        skip::skipped("bench_l4", &why);
-        return Ok(());
-    }
-    process::raise_open_files();
-    netns::sweep_leftovers();
-    run.go()
+    let go = |run: Run| {
+        process::raise_open_files();
+        netns::sweep_leftovers();
+        run.go()
+    };
+    Benchmark { name: "bench_l4", help: HELP, switches: &["quick"], read: Run::from_flags, go }.main()
 }
 
 struct Run {

@@ -10,13 +10,14 @@ use std::process::ExitCode;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, ensure};
+use mesh_tests::bench::benchmark::Benchmark;
 use mesh_tests::bench::flags::Flags;
 use mesh_tests::bench::parts::Settings;
 use mesh_tests::bench::process::{self, Pressure};
 use mesh_tests::bench::report::Sample;
 use mesh_tests::bench::row::{self, HOST, Peer, Program, Row, Shape, Size};
 use mesh_tests::bench::versus::{Fact, IDLE_MUST, LARGE_MUST, Versus};
-use mesh_tests::{envoy, netns, skip};
+use mesh_tests::{envoy, netns};
 use serde_json::json;
 
 mod live;
@@ -46,29 +47,12 @@ const LARGE: Size = Size { routes: 10_000, endpoints: 10_000, tokens: 0 };
 const MANY_TOKENS: usize = 8000;
 
 fn main() -> ExitCode {
-    match bench() {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
-}
-
-fn bench() -> anyhow::Result<()> {
-    let args: Vec<String> = std::env::args().skip(1).collect();
-    if args.iter().any(|arg| arg == "--help" || arg == "-h") {
-        println!("{HELP}");
-        return Ok(());
-    }
-    let run = Run::from_flags(Flags::parse(args, &["quick", "alone"])?)?;
-    if let Some(why) = skip::netns_unavailable() {
-        skip::skipped("bench_l7", &why);
-        return Ok(());
-    }
-    process::raise_open_files();
-    netns::sweep_leftovers();
-    run.go()
+    let go = |run: Run| {
+        process::raise_open_files();
+        netns::sweep_leftovers();
+        run.go()
+    };
+    Benchmark { name: "bench_l7", help: HELP, switches: &["quick", "alone"], read: Run::from_flags, go }.main()
 }
 
 /// What is put through a proxy.
