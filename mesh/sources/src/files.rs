@@ -8,6 +8,7 @@
 //! Upstream: the operator. Downstream: [`crate::translate`].
 
 mod ahead;
+mod few;
 mod walk;
 mod watch;
 
@@ -90,8 +91,10 @@ struct Pass {
     fresh: Fresh,
     /// Anything is not as it was.
     changed: bool,
-    /// Every file still names the objects it named.
-    same: bool,
+    /// Numbers of the files that say something else than before.
+    read: Vec<usize>,
+    /// The objects that these named before, and those that are gone.
+    before: Vec<ObjectId>,
 }
 /// A file after it was read.
 enum Reading {
@@ -129,8 +132,11 @@ pub struct Folder {
     held: HashMap<ObjectId, Held>,
     hasher: foldhash::fast::FixedState,
     loaded: bool,
-    /// Every object is written once and readable, as of the last reading: the files alone say who is in force.
+    /// Every object is written once and readable, as of the last reading, and in force as written: what changes follows from
+    /// the files that did.
     plain: bool,
+    /// How many names of objects the last reading compared.
+    compared: usize,
     /// What could not be listed.
     unlisted: Vec<Problem>,
     /// Of objects that are there several times.
@@ -151,6 +157,7 @@ impl Folder {
             hasher: foldhash::fast::FixedState::default(),
             loaded: false,
             plain: false,
+            compared: 0,
             unlisted: Vec::new(),
             doubled: Vec::new(),
             problems: Vec::new(),
@@ -180,13 +187,14 @@ impl Folder {
         let found = self.with_unseen(listing.files, &listing.unseen);
         self.unlisted = listing.unseen.into_iter().map(|(_, problem)| problem).collect();
         let mut old: BTreeMap<PathBuf, File> = std::mem::take(&mut self.files).into_iter().collect();
-        let mut pass = Pass { same: self.plain, ..Pass::default() };
+        let mut pass = Pass::default();
         for found in found {
             let before = old.remove(&found.path);
             self.reread(found, before, &mut pass);
         }
-        pass.changed |= !old.is_empty();
-        pass.same &= old.is_empty();
+        for file in old.values() {
+            pass.lose(file);
+        }
         Some(self.finish(pass))
     }
 
@@ -214,15 +222,15 @@ impl Folder {
             _ => None,
         };
         let Some(seen) = seen else { return self.reload() };
-        let mut pass = Pass { same: self.plain, files: std::mem::take(&mut self.files), ..Pass::default() };
+        let mut pass = Pass { files: std::mem::take(&mut self.files), ..Pass::default() };
         let at = |files: &[(PathBuf, File)], path: &Path| files.binary_search_by(|(p, _)| (**p).cmp(path));
         // What came and what went first: a file keeps its number while files are read.
         let mut there = Vec::new();
         for (path, found) in seen {
             match (at(&pass.files, &path), found) {
                 (Ok(at), None) => {
-                    pass.files.remove(at);
-                    (pass.changed, pass.same) = (true, false);
+                    let (_, file) = pass.files.remove(at);
+                    pass.lose(&file);
                 }
                 (Err(_), None) => {}
                 (Ok(_), Some(found)) => there.push((found, true)),
@@ -278,12 +286,14 @@ impl Folder {
             Some(file) if file.stamp.is_some() && file.stamp == found.stamp => return file,
             before => before,
         };
-        let known = before.as_ref().map(File::ids);
-        match self.read(found, before.unwrap_or_default(), at, &mut pass.fresh) {
+        let before = before.unwrap_or_default();
+        let known = before.ids();
+        match self.read(found, before, at, &mut pass.fresh) {
             Reading::Same(file) => file,
             Reading::Changed(file) => {
                 pass.changed = true;
-                pass.same &= file.problem.is_none() && file.kept.is_empty() && known.is_some_and(|known| known == file.ids());
+                pass.read.push(at);
+                pass.before.extend(known);
                 file
             }
         }
@@ -291,10 +301,15 @@ impl Folder {
 
     /// Brings everything else in line with the files of this pass.
     fn finish(&mut self, mut pass: Pass) -> Vec<Change> {
-        if pass.changed && pass.same {
-            self.take(&pass.files, pass.fresh, |_, _| true);
-        } else if pass.changed || !self.loaded {
-            self.doubled = self.settle(&mut pass.files, pass.fresh);
+        self.compared = 0;
+        if pass.changed || !self.loaded {
+            match self.few(&pass) {
+                Some(gone) => {
+                    self.forget(&gone);
+                    self.take(&pass.files, pass.fresh, |_, _| true);
+                }
+                None => self.doubled = self.settle(&mut pass.files, pass.fresh),
+            }
         }
         self.files = pass.files;
         let changes = self.translator.flush();
@@ -453,6 +468,22 @@ impl Folder {
         (Doc { hash, read_line: doc.line, line: doc.line, ids, problems, refused, policies, broken }, objects)
     }
 
+    /// What goes, when the files that changed tell it ([`few::gone`]).
+    fn few(&mut self, pass: &Pass) -> Option<Vec<ObjectId>> {
+        if !self.plain {
+            return None;
+        }
+        let now = || pass.read.iter().filter_map(|at| pass.files.get(*at)).map(|(_, file)| file);
+        self.compared = pass.before.len() + now().map(|file| file.docs.iter().map(|d| d.ids.len()).sum::<usize>()).sum::<usize>();
+        few::gone(&pass.before, now(), |id| self.held.contains_key(id))
+    }
+    fn forget(&mut self, gone: &[ObjectId]) {
+        for id in gone {
+            self.translator.remove(id);
+            self.held.remove(id);
+        }
+    }
+
     /// Brings the translator in line with what the files say; returns the problems of objects that are there twice.
     fn settle(&mut self, files: &mut [(PathBuf, File)], mut fresh: Fresh) -> Vec<Problem> {
         // Which document of which file an object is taken from: the first in path order; kept ones come last.
@@ -509,6 +540,7 @@ impl Folder {
             .collect();
         again.sort_unstable();
         again.dedup();
+        self.compared += winners.len();
         let gone: Vec<ObjectId> = self.held.keys().filter(|id| !winners.contains_key(*id)).cloned().collect();
         let taken: HashMap<ObjectId, At> = winners
             .iter()
@@ -519,19 +551,19 @@ impl Folder {
             .collect();
         drop(winners);
         self.plain = problems.is_empty() && conflicts.is_empty() && files.iter().all(|(_, file)| file.kept.is_empty());
-        for id in gone {
-            self.translator.remove(&id);
-            self.held.remove(&id);
-        }
+        self.forget(&gone);
         for at in again {
             let Some((path, file)) = files.get(at.0) else { continue };
-            let Some(line) = file.docs.get(at.1).map(|d| d.line) else { continue };
-            let Ok(text) = walk::read(path) else { continue };
+            let Some((line, hash)) = file.docs.get(at.1).map(|d| (d.line, d.hash)) else { continue };
             let place = Arc::clone(&file.place);
-            if let Some(doc) = yaml::documents(&text).into_iter().find(|d| d.line == line) {
-                let hash = self.hasher.hash_one(doc.text);
+            let text = walk::read(path).unwrap_or_default();
+            let doc = yaml::documents(&text).into_iter().find(|d| d.line == line && self.hasher.hash_one(d.text) == hash);
+            if let Some(doc) = doc {
                 let (_, objects) = self.parse(doc, None, hash, &place);
                 fresh.insert(at, objects);
+            } else {
+                // It is another text by now, which nobody has told of yet.
+                self.plain = false;
             }
         }
         // A list can name an object twice.
@@ -607,6 +639,13 @@ impl Folder {
     }
 }
 
+impl Pass {
+    /// A file is no more.
+    fn lose(&mut self, file: &File) {
+        self.changed = true;
+        self.before.extend(file.ids());
+    }
+}
 impl File {
     fn ids(&self) -> Vec<ObjectId> {
         self.docs.iter().flat_map(|d| d.ids.iter()).chain(&self.kept).cloned().collect()
