@@ -10,6 +10,7 @@ mod demo;
 mod deny;
 mod e2e;
 mod ebpf;
+mod image;
 mod libtest;
 mod licence;
 mod metadata;
@@ -37,6 +38,11 @@ cargo xtask COMMAND
   deny            licences, banned and duplicated crates, sources, as deny.toml says
   ebpf [--check]  build the kernel programs with the pinned toolchain, or check the committed object against its sources
   proto [--check] make the protobuf modules from `proto/defs`, or check the committed ones
+  image           build the programs as they ship and make the container image of them, an OCI archive (`docker load`, `ctr image import`,
+                  `skopeo`), with no engine and no base image (needs Debian)
+                    --programs DIR  take these programs, build nothing
+                    --output FILE   `image.tar` in the build folder if not given
+                    --tag NAME:TAG  its name
   bench l4        two agents against the direct path: CPU per unit, rates, latencies, memory, targets
                     --peer PATH    another agent with the same contract, in the same run
                     --quick        a look, not a measurement; `bench l4 --help` for the rest
@@ -64,6 +70,7 @@ fn main() -> ExitCode {
         "ebpf" => ebpf::run(rest),
         "proto" => proto::run(rest),
         "demo" => demo::run(rest),
+        "image" => image::run(rest),
         "bench" => bench::run(rest),
         other => Err(anyhow::anyhow!("no such command: {other} (see `cargo xtask help`)")),
     };

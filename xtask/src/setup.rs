@@ -53,6 +53,17 @@ pub const NETWORK: &[Need] = &[
     Need { probe: Probe::Python("venv, ensurepip"), package: "python3-venv", why: "environments for those applications" },
 ];
 
+/// What of the image is not ours, and what puts it together.
+pub const IMAGE: &[Need] = &[
+    Need { probe: Probe::Program("nft"), package: "nftables", why: "part of the image" },
+    Need {
+        probe: Probe::Program("update-ca-certificates"),
+        package: "ca-certificates",
+        why: "roots of trust, part of the image",
+    },
+    Need { probe: Probe::Program("strip"), package: "binutils", why: "leaves debug information out" },
+];
+
 /// Who else reads our metrics.
 pub const METRICS: &[Need] =
     &[Need { probe: Probe::Program("promtool"), package: "prometheus", why: "Prometheus's own check of the metrics" }];

@@ -50,6 +50,11 @@ pub fn run(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
+/// Runs a command without a word of it; an exit code other than zero is an error.
+pub fn run_quietly(command: &mut Command) -> Result<()> {
+    output(command).map(drop)
+}
+
 /// Runs a command quietly and gives its standard output.
 pub fn output(command: &mut Command) -> Result<String> {
     let output = command

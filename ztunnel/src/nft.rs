@@ -47,7 +47,7 @@ const TCP: &str = r#"
     tcp flags & (syn | ack | rst) == syn counter name outbound_captured meta mark set meta mark & 0xfffff000 | 0x53a accept
     meta l4proto tcp counter name outbound_owned meta mark set meta mark & 0xfffff000 | 0x53a accept
     # udp out
-    meta l4proto { icmp, igmp, ipv6-icmp } counter name other_passed accept
+    meta l4proto { icmp, igmp, icmpv6 } counter name other_passed accept
     counter name refused_protocol drop
   }
   chain in {
@@ -63,7 +63,7 @@ const TCP: &str = r#"
     meta l4proto tcp tproxy to :15006 counter name inbound_assigned accept
     meta l4proto tcp counter name inbound_no_listener drop
     # udp in
-    meta l4proto { icmp, igmp, ipv6-icmp } counter name other_passed accept
+    meta l4proto { icmp, igmp, icmpv6 } counter name other_passed accept
     counter name refused_protocol drop
   }
 "#;
@@ -318,4 +318,21 @@ fn run(netns: &NetnsFd, flags: &[&str], rules: &str) -> io::Result<()> {
         return Ok(());
     }
     Err(io::Error::other(format!("nft: {}", String::from_utf8_lossy(&out.stderr).lines().next().unwrap_or_default())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::TCP;
+
+    /// An image has no `/etc/protocols`.
+    #[test]
+    fn protocols_have_the_names_that_nft_knows_by_itself() {
+        let named = TCP.split("l4proto ").skip(1).flat_map(|rest| match rest.strip_prefix("{ ") {
+            Some(set) => set.split_once(" }").unwrap().0.split(", ").collect::<Vec<_>>(),
+            None => rest.split(' ').take(1).collect(),
+        });
+        for name in named {
+            assert!(["tcp", "udp", "icmp", "igmp", "icmpv6"].contains(&name), "{name}");
+        }
+    }
 }

@@ -1,0 +1,153 @@
+//! `cargo xtask image`: the archive that comes out, read as a runtime reads it, and that `manifests/Containerfile` makes the same image.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "a suite")]
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use mesh_tests::agent::{find_program, workspace_dir};
+use mesh_tests::skip;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+const PROGRAMS: [&str; 4] = ["ztunnel", "waypoint", "meshctl", "culvert-cni"];
+
+/// Runs where there is what the image is made of.
+fn skipped(name: &str) -> bool {
+    let missing = ["nft", "strip", "ldd", "tar", "sha256sum"].into_iter().find_map(skip::command_missing);
+    let roots = || (!Path::new("/usr/share/ca-certificates/mozilla").is_dir()).then(|| "no Debian's roots of trust".to_owned());
+    let why = missing.or_else(roots);
+    if let Some(why) = &why {
+        skip::skipped(&format!("process_image::{name}"), why);
+    }
+    why.is_some()
+}
+
+/// An image of small programs in the place of ours, unpacked.
+struct Image {
+    dir: TempDir,
+    manifest: Value,
+    digest: String,
+}
+
+impl Image {
+    fn make() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let (programs, archive) = (dir.path().join("programs"), dir.path().join("image.tar"));
+        fs::create_dir(&programs).unwrap();
+        for name in PROGRAMS {
+            fs::copy("/bin/true", programs.join(name)).unwrap();
+        }
+        let mut command = Command::new(find_program("xtask").unwrap());
+        command.args(["image", "--tag", "culvert:test", "--programs"]).arg(&programs).arg("--output").arg(&archive);
+        let out = command.output().unwrap();
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        unpack(&archive, &dir.path().join("image"));
+        let index = read(&dir.path().join("image/index.json"));
+        let digest = index["manifests"][0]["digest"].as_str().unwrap().to_owned();
+        assert!(String::from_utf8(out.stdout).unwrap().contains(&digest));
+        assert_eq!(index["manifests"][0]["annotations"]["io.containerd.image.name"], "docker.io/library/culvert:test");
+        let mut image = Self { dir, manifest: Value::Null, digest };
+        image.manifest = read(&image.blob(&index["manifests"][0]));
+        image
+    }
+
+    /// The file of a descriptor, which is what its digest and size say.
+    fn blob(&self, descriptor: &Value) -> PathBuf {
+        let hex = descriptor["digest"].as_str().unwrap().strip_prefix("sha256:").unwrap();
+        let file = self.dir.path().join("image/blobs/sha256").join(hex);
+        assert_eq!(descriptor["size"], fs::metadata(&file).unwrap().len());
+        let out = Command::new("sha256sum").arg(&file).output().unwrap();
+        assert!(String::from_utf8(out.stdout).unwrap().starts_with(hex));
+        file
+    }
+
+    fn configuration(&self) -> Value {
+        read(&self.blob(&self.manifest["config"]))
+    }
+
+    /// The tree that a container sees.
+    fn root(&self) -> PathBuf {
+        let root = self.dir.path().join("root");
+        for layer in self.manifest["layers"].as_array().unwrap() {
+            unpack(&self.blob(layer), &root);
+        }
+        root
+    }
+}
+
+fn read(file: &Path) -> Value {
+    serde_json::from_str(&fs::read_to_string(file).unwrap()).unwrap()
+}
+
+fn unpack(archive: &Path, into: &Path) {
+    fs::create_dir_all(into).unwrap();
+    let status = Command::new("tar").arg("-xf").arg(archive).arg("-C").arg(into).status().unwrap();
+    assert!(status.success());
+}
+
+#[test]
+fn the_same_programs_make_the_same_image() {
+    if skipped("the_same_programs_make_the_same_image") {
+        return;
+    }
+    let (one, other) = (Image::make(), Image::make());
+    assert_eq!(one.digest, other.digest);
+    let layers: Vec<&Value> = one.manifest["layers"].as_array().unwrap().iter().map(|layer| &layer["digest"]).collect();
+    assert_eq!(json!(layers), one.configuration()["rootfs"]["diff_ids"]);
+    // What an older Docker reads names the same files.
+    let docker = read(&one.dir.path().join("image/manifest.json"));
+    assert_eq!(docker[0]["RepoTags"], json!(["culvert:test"]));
+    for file in docker[0]["Layers"].as_array().unwrap().iter().chain([&docker[0]["Config"]]) {
+        assert!(one.dir.path().join("image").join(file.as_str().unwrap()).is_file());
+    }
+}
+
+/// In its own root nothing is found but what is in the image.
+#[test]
+fn everything_in_it_finds_its_libraries() {
+    if skipped("everything_in_it_finds_its_libraries") {
+        return;
+    }
+    if !nix::unistd::Uid::effective().is_root() {
+        return skip::skipped("process_image::everything_in_it_finds_its_libraries", "chroot needs root");
+    }
+    let image = Image::make();
+    let root = image.root();
+    for program in PROGRAMS {
+        let status = Command::new("chroot").arg(&root).arg(format!("/usr/local/bin/{program}")).status().unwrap();
+        assert!(status.success(), "{program}");
+    }
+    let out = Command::new("chroot").arg(&root).args(["/usr/sbin/nft", "--version"]).output().unwrap();
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    let roots = fs::read_to_string(root.join("etc/ssl/certs/ca-certificates.crt")).unwrap();
+    assert!(roots.lines().filter(|line| *line == "-----BEGIN CERTIFICATE-----").count() > 50, "each begins on a line of its own");
+    let passwd = fs::read_to_string(root.join("etc/passwd")).unwrap();
+    assert!(passwd.contains("nonroot:x:65532:65532:"), "the user of the chart's waypoints");
+}
+
+/// What an engine makes of the Containerfile and what we make are one thing.
+#[test]
+fn the_containerfile_says_the_same() {
+    if skipped("the_containerfile_says_the_same") {
+        return;
+    }
+    let text = fs::read_to_string(workspace_dir().join("manifests/Containerfile")).unwrap();
+    let last = text.rsplit("\nFROM ").next().unwrap();
+    let said: BTreeMap<&str, &str> = last.lines().filter_map(|line| line.split_once(' ')).collect();
+    let image = Image::make();
+    let config = &image.configuration()["config"];
+    assert_eq!(config["Entrypoint"], serde_json::from_str::<Value>(said["ENTRYPOINT"]).unwrap());
+    assert_eq!(config["User"], said["USER"]);
+    assert_eq!(config["WorkingDir"], said["WORKDIR"]);
+    assert_eq!(config["Env"], json!(said["ENV"].split(' ').collect::<Vec<_>>()));
+    let (copied, into) = said["COPY"].rsplit_once(' ').unwrap();
+    let mut programs: Vec<&str> = copied.split(' ').skip(1).map(|path| path.rsplit('/').next().unwrap()).collect();
+    programs.sort_unstable();
+    let folder = image.root().join(into.trim_matches('/'));
+    let mut there: Vec<String> =
+        fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    there.sort_unstable();
+    assert_eq!(there, programs);
+}
