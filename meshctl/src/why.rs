@@ -52,10 +52,10 @@ pub struct Args {
     /// Admin address of a running agent or waypoint, which answers by what it knows at this moment; goes before --mesh-dir.
     #[arg(long, value_name = "ADDR")]
     pub admin: Option<String>,
-    /// How the waypoint normalises paths: `none`, `base`, `merge-slashes` or `decode-and-merge-slashes` (a running process knows
-    /// itself).
-    #[arg(long, env = "CULVERT_PATH_NORMALIZATION", default_value = "base")]
-    pub path_normalization: PathNormalization,
+    /// How the waypoint normalises paths: `none`, `base`, `merge-slashes` or `decode-and-merge-slashes`, where it is not MeshConfig
+    /// that says so (a running process knows itself).
+    #[arg(long, env = "CULVERT_PATH_NORMALIZATION")]
+    pub path_normalization: Option<PathNormalization>,
     /// A token (JWT) the request carries as `Authorization: Bearer`, to be looked at as the waypoint would.
     #[arg(long, value_name = "FILE")]
     pub jwt: Option<PathBuf>,

@@ -44,8 +44,10 @@ impl Tally {
         self.statuses.values().sum::<usize>() + self.errors.len()
     }
 
-    /// Everything was answered 200, and there were `at_least` so many.
-    pub fn all_well(&self, at_least: usize) -> anyhow::Result<()> {
+    /// Everything was answered 200, there were `at_least` so many, and at most so many were sent again because a kept connection
+    /// had been closed without an answer.
+    pub fn all_well(&self, at_least: usize, again: usize) -> anyhow::Result<()> {
+        ensure!(self.again <= again, "{} requests had to be sent again: {self:?}", self.again);
         let good = self.statuses.get(&200).copied().unwrap_or_default();
         ensure!(good == self.requests(), "{} of {} failed: {self:?}", self.requests() - good, self.requests());
         ensure!(good >= at_least, "only {good} requests were made: {self:?}");

@@ -143,9 +143,17 @@ impl Exchange<'_> {
     pub(crate) fn body_is_whole(&self) -> bool {
         self.replay.as_ref().is_none_or(Replay::is_whole)
     }
-    /// The request's body from its beginning; `None` when it was sent already and not kept.
+    /// Takes the request's body back from the attempt that had it: whether that can be, because all of it was kept.
+    pub(crate) fn take_body_back(&self) -> bool {
+        self.replay.as_ref().is_none_or(Replay::take_back)
+    }
+    /// The request's body from its beginning, for an attempt; `None` when it was sent already and not kept.
     pub(crate) fn read_body(&self) -> Option<Body> {
         self.replay.as_ref().map_or(Some(Body::Empty), Replay::reader)
+    }
+    /// The same, for a copy of the request.
+    pub(crate) fn copy_body(&self) -> Option<Body> {
+        self.replay.as_ref().map_or(Some(Body::Empty), Replay::copy)
     }
     /// What the chosen rule matched by.
     pub fn matched(&self) -> Option<&HttpMatch> {

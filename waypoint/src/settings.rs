@@ -171,9 +171,10 @@ pub struct Settings {
     /// `ambient.istio.io/xfcc-include-client-identity`). What the client sent under that name is removed either way.
     #[arg(long, env = "CULVERT_FORWARD_CLIENT_IDENTITY", default_value_t = false, action = clap::ArgAction::Set)]
     pub forward_client_identity: bool,
-    /// Path normalisation before routing and policy: `none`, `base`, `merge-slashes` or `decode-and-merge-slashes`.
-    #[arg(long, env = "CULVERT_PATH_NORMALIZATION", default_value = "base")]
-    pub path_normalization: PathNormalization,
+    /// Path normalisation before routing and policy: `none`, `base`, `merge-slashes` or `decode-and-merge-slashes`. Left out: what
+    /// MeshConfig says (`pathNormalization`), else `base`.
+    #[arg(long, env = "CULVERT_PATH_NORMALIZATION")]
+    pub path_normalization: Option<PathNormalization>,
     /// Time between two fetches of the same JWKS; a token with an unknown key id is reason for one in between.
     #[arg(long = "jwks-refresh-interval", env = "PILOT_JWT_PUB_KEY_REFRESH_INTERVAL", default_value = "20m", value_parser = duration)]
     pub jwks_refresh: Duration,

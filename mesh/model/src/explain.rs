@@ -44,8 +44,8 @@ use std::sync::Arc;
 pub struct Settings<'a> {
     /// Routes and policies of layer 7 are in the snapshot. Without, a call to a waypoint is followed up to it.
     pub layer7: bool,
-    /// How paths are normalised.
-    pub normalization: PathNormalization,
+    /// How paths are normalised; `None`: as the mesh wants it.
+    pub normalization: Option<PathNormalization>,
     /// Proxies in front of the waypoint that are believed about the client (`numTrustedProxies`).
     pub trusted_proxies: usize,
     /// Who looks at the token of a request; `None`: nobody.
@@ -69,7 +69,7 @@ pub enum Believed {
 }
 impl Default for Settings<'_> {
     fn default() -> Self {
-        Self { layer7: true, normalization: PathNormalization::default(), trusted_proxies: 0, verify: None }
+        Self { layer7: true, normalization: None, trusted_proxies: 0, verify: None }
     }
 }
 

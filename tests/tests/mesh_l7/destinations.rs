@@ -204,7 +204,7 @@ pub(crate) fn a_newcomer_warms_up(mesh: &mut Mesh) -> anyhow::Result<()> {
     load.wait(start + 100)?;
     let (all, warm) = (load.done() - start, mesh.web["web2"].requests() - of_it);
     ensure!(warm * 100 > all * 40, "{warm} of {all} when it is warm");
-    load.finish(0)?.all_well(100)
+    load.finish(0)?.all_well(100, 0)
 }
 
 pub(crate) fn tls_is_originated(mesh: &mut Mesh) -> anyhow::Result<()> {

@@ -34,7 +34,7 @@ fn beside(mesh: &Mesh, slack: u64, attack: impl FnOnce() -> anyhow::Result<()>) 
     let attacked = attack();
     let tally = bystanders.finish(20)?;
     attacked?;
-    tally.all_well(20).context("those who did nothing wrong")?;
+    tally.all_well(20, 0).context("those who did nothing wrong")?;
     ensure!(tally.slowest < Duration::from_secs(8), "bystanders waited: {tally:?}");
     for (name, before) in ["wp", "gw"].into_iter().zip(before) {
         let proxy = mesh.proxy(name);

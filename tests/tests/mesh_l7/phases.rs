@@ -223,6 +223,14 @@ pub(crate) fn mirrors_get_a_copy_of_their_own(mesh: &mut Mesh) -> anyhow::Result
     ensure!(copy["headers"]["x-envoy-internal"] == "true", "{copy}");
     ensure!(copy["headers"]["x-request-id"] == got.echo()?["headers"]["x-request-id"], "{copy}");
     ensure!(mesh.web["web1"].seen("/mirrored").len() == 1, "none of the copies that are switched off");
+    // However large it is and however slow the copy: the request itself arrives whole.
+    let large = mesh.logs.path().join("large");
+    std::fs::write(&large, "x".repeat(300_000))?;
+    let data = format!("@{}", large.display());
+    for _ in 0..10 {
+        let got = mesh.call(&["--data-binary", &data, "-H", "expect:", &at("/mirrored/large")])?;
+        ensure!(got.status == 200 && got.echo()?["body"].as_str().map(str::len) == Some(300_000), "{}", got.head);
+    }
     Ok(())
 }
 

@@ -1,11 +1,15 @@
 //! How endpoints are used: retries, ejection, timeouts.
+use std::io::Write as _;
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use anyhow::ensure;
+use mesh_tests::raw::Raw;
+use mesh_tests::rude::Rude;
 use mesh_tests::wait;
 use mesh_tests::web::Web;
 
-use crate::mesh::{Kept, Mesh, OTHER, WEB};
+use crate::mesh::{Kept, Mesh, OTHER, RUDE, RUDE_PORT, WEB};
 
 pub(crate) fn failures_are_retried_as_the_route_says(mesh: &mut Mesh) -> anyhow::Result<()> {
     // Istio's default does not retry an answered 503.
@@ -31,6 +35,36 @@ spec:
     ensure!(got.status == 200 && got.echo()?["body"] == "the order", "{got:?}");
     let got = mesh.call(&[&format!("http://{OTHER}/fail/9/never")])?;
     ensure!(got.status == 503, "{got:?}");
+    Ok(())
+}
+
+pub(crate) fn an_early_refusal_is_retried_with_the_whole_body(mesh: &mut Mesh) -> anyhow::Result<()> {
+    // Much more than is kept for another attempt, and it comes while the first one, already answered, still could read it.
+    const LENGTH: usize = 300_000;
+    let _retries = mesh.objects(
+        "early",
+        r#"
+apiVersion: networking.istio.io/v1
+kind: VirtualService
+metadata: { name: early, namespace: t }
+spec:
+  hosts: [ rude ]
+  http:
+  - retries: { attempts: 3, retryOn: "503", backoff: 300ms }
+    route: [ { destination: { host: rude } } ]
+"#,
+    )?;
+    let server = Rude::start(mesh.pod("web1"), RUDE_PORT, |request, stream| {
+        let early = request.len() < LENGTH;
+        let status = if early { "503 Service Unavailable" } else { "200 OK" };
+        write!(stream, "HTTP/1.1 {status}\r\ncontent-length: 0\r\n\r\n")
+    })?;
+    let head = format!("POST /early HTTP/1.1\r\nhost: rude\r\ncontent-length: {LENGTH}\r\n\r\n");
+    let mut client = Raw::say(mesh.pod("client"), SocketAddr::new(RUDE.parse()?, 80), head.as_bytes())?;
+    wait::until_true("the first attempt", || server.text().contains("/early"))?;
+    client.send(format!("{}\r\n\r\n", "x".repeat(LENGTH - 4)).as_bytes())?;
+    let answer = client.answer()?;
+    ensure!(answer.status == 200, "{answer:?}");
     Ok(())
 }
 

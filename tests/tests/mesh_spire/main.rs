@@ -230,7 +230,7 @@ fn certificates_rotate_under_load(world: &mut World) -> anyhow::Result<()> {
     }
     let seconds = usize::try_from(begun.elapsed().as_secs())?;
     let tally = load.finish(seconds * 10)?;
-    tally.all_well(seconds * 10).with_context(|| world.spire.logs())?;
+    tally.all_well(seconds * 10, 0).with_context(|| world.spire.logs())?;
     // Client, server and waypoint; on node A the pod `late` has one that lasts.
     let least = 1 + 3 * (1 + usize::try_from(lives)?);
     ensure!(serials.len() >= least, "{} certificates in {seconds} s, of {} s", serials.len(), life.as_secs());

@@ -149,13 +149,7 @@ async fn attempts(
             }
         };
         drop(retrying.take());
-        cluster.report(
-            &host,
-            match &result {
-                Ok(response) => Observed::Status(blamed(ex.grpc, response)),
-                Err(error) => Observed::Failed(error.failure),
-            },
-        );
+        cluster.report(&host, observed(ex.grpc, &result));
         let worth = policy.attempts > 0 && retry::worth_retry(policy, &outcome_of(&result));
         let again = worth
             && repeatable
@@ -166,13 +160,15 @@ async fn attempts(
         let wait = || retry::backoff(policy, attempt, redraw(ex.draw, DRAW_BACKOFF + u64::from(attempt)));
         if let Some(wait) = again.then(wait).filter(|wait| deadline(ex).is_none_or(|d| Instant::now() + *wait < d)) {
             match cluster.admit_retry() {
-                Some(guard) => {
+                // The body of an attempt that answered early went on; from here on it does not.
+                Some(guard) if ex.take_body_back() => {
                     retrying = Some(guard);
                     tried.push(host);
                     drop(result);
                     sleep(wait).await;
                     continue;
                 }
+                Some(_) => {}
                 None => ex.record.flags.set(Flag::UpstreamOverflow),
             }
         } else if worth && attempt > policy.attempts {
@@ -230,10 +226,15 @@ impl Limit {
     }
 }
 
-/// The status that counts for the endpoint's health: of a gRPC call that failed at once, what its status stands for.
-fn blamed(grpc: bool, response: &Response<Incoming>) -> u16 {
-    let status = if grpc { grpc_status(response.headers()) } else { None };
-    status.map_or(response.status().as_u16(), http_of_grpc)
+/// What counts for the endpoint's health: of a gRPC call that failed at once, what its status stands for.
+pub(super) fn observed(grpc: bool, result: &Result<Response<Incoming>, UpstreamError>) -> Observed {
+    match result {
+        Ok(response) => {
+            let status = if grpc { grpc_status(response.headers()) } else { None };
+            Observed::Status(status.map_or(response.status().as_u16(), http_of_grpc))
+        }
+        Err(error) => Observed::Failed(error.failure),
+    }
 }
 
 /// How long the exchange may take: the route's limit; a gRPC call may ask for less, or for any time where there is none.

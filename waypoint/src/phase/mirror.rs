@@ -1,17 +1,18 @@
 //! Copies of requests to somewhere else, whose answers nobody waits for (spec/waypoint §3.1, §10).
 //!
-//! A copy reads the same body as the request itself, up to what is kept for retries; a larger body ends its copy.
+//! A copy gets the body as the request itself is sent, and never holds that up: one that falls further behind than what is
+//! kept for retries ends. What becomes of copies counts for the health of their endpoints, as in Envoy.
 use crate::phase::Exchange;
-use crate::phase::attempt::{outgoing, speaks_http2};
+use crate::phase::attempt::{observed, outgoing, speaks_http2};
 use crate::phase::trace;
-use crate::upstream::{self, PickContext, SendOptions};
-use http::HeaderValue;
+use crate::upstream::{self, Failure, PickContext, SendOptions, UpstreamError};
+use http::{HeaderValue, Response};
 use http_body_util::BodyExt as _;
 use mesh_model::hosts::host_of;
 use mesh_model::l7::route::{BackendRef, HttpAction, Mirror};
 use mesh_model::lb::redraw;
-use std::sync::Arc;
 use std::time::Duration;
+use tokio::time::timeout;
 
 const DRAW_MIRROR: u64 = 100;
 /// A copy that takes longer is given up: nobody waits for it, but it holds a connection.
@@ -35,26 +36,24 @@ fn one(ex: &Exchange<'_>, mirror: &Mirror, draw: u64) {
     let name = Some(host_of(&ex.authority));
     let pick = PickContext { draw, hash: None, tried: &[], before: &[], dst: ex.conn.asked(), name };
     let (Ok(host), Ok(guard)) = (cluster.pick(&pick), cluster.admit()) else { return };
-    let Some(body) = ex.read_body() else { return };
+    let Some(body) = ex.copy_body() else { return };
     let http2 = speaks_http2(ex, &cluster);
     let Ok(mut request) = outgoing(ex, body, &shadow(&ex.authority), 1, http2) else { return };
     trace::forward_copy(ex, request.headers_mut());
     request.headers_mut().insert("x-envoy-internal", HeaderValue::from_static("true"));
     let client = Some(ex.conn.client);
+    let grpc = ex.grpc;
     tokio::spawn(async move {
-        let exchange = async {
-            if let Ok(response) =
-                upstream::send(&cluster, &host, request, SendOptions { http2, upgrade: false, client, guard: Some(&guard) }).await
-            {
-                let mut body = response.into_body();
-                // Read to its end, so that the connection can be used again.
-                while let Some(Ok(_)) = body.frame().await {}
-            }
-        };
-        if tokio::time::timeout(LIMIT, exchange).await.is_err() {
-            tracing::debug!(cluster = cluster.name(), "mirrored request given up");
+        let options = SendOptions { http2, upgrade: false, client, guard: Some(&guard) };
+        let sent = timeout(LIMIT, upstream::send(&cluster, &host, request, options)).await;
+        let sent = sent.unwrap_or_else(|_| Err(UpstreamError::new(Failure::Timeout, "")));
+        cluster.report(&host, observed(grpc, &sent));
+        // Read to its end, so that the connection can be used again.
+        let Ok(mut body) = sent.map(Response::into_body) else { return };
+        let rest = async { while let Some(Ok(_)) = body.frame().await {} };
+        if timeout(LIMIT, rest).await.is_err() {
+            tracing::debug!(cluster = cluster.name(), "the answer to a mirrored request was given up");
         }
-        drop((guard, Arc::clone(&host)));
     });
 }
 

@@ -98,7 +98,6 @@ fn configure(tls: &UpstreamTls, http2: Option<bool>) -> Result<ClientConfig, Str
             builder.with_client_auth_cert(chain, key).map_err(|e| format!("client certificate: {e}"))?
         }
     };
-    config.enable_sni = tls.sni.is_some() || tls.sans.is_empty();
     config.alpn_protocols = match http2 {
         _ if !tls.alpn.is_empty() => tls.alpn.iter().map(|p| p.as_bytes().to_vec()).collect(),
         Some(true) => vec![b"h2".to_vec()],

@@ -26,6 +26,7 @@ pub(super) struct State {
     own: Option<Locality>,
     telemetry: Arc<mesh_model::telemetry::TelemetryRules>,
     authorizers: Arc<mesh_model::l7::authorizer::Authorizers>,
+    path_normalization: mesh_model::l7::path::PathNormalization,
 }
 impl State {
     pub(super) fn apply(&mut self, changes: Vec<Change>) {
@@ -51,6 +52,7 @@ impl State {
                 Change::Treatment(to, t) => drop(self.treatments.insert(to.to_string(), t)),
                 Change::TreatmentGone(to) => drop(self.treatments.remove(&to.to_string())),
                 Change::Authorizers(all) => self.authorizers = all,
+                Change::PathNormalization(mode) => self.path_normalization = mode,
                 Change::OwnLocality(l) => self.own = Some(l),
             }
         }

@@ -189,6 +189,13 @@ async fn without_a_name_of_its_own_the_requests_host_is_the_name() {
     assert_eq!(seen.lock().sni.as_deref(), Some("web.example"));
     // Not on the connection of the first.
     assert_eq!(ask("other.example").await.unwrap_err().failure, Failure::Connect);
+    // Whose certificate is believed is another question.
+    let tls = UpstreamTls { sni: None, sans: vec!["web.example".into()], ..simple(&ca) };
+    world.policy(TrafficPolicy { tls: Some(Arc::new(tls)), ..TrafficPolicy::default() });
+    let request = Request::get("/").header("host", "tenant.example").body(Body::Empty).unwrap();
+    let cluster = world.cluster();
+    send(&cluster, &pick(&cluster), request, SendOptions::default()).await.unwrap();
+    assert_eq!(seen.lock().sni.as_deref(), Some("tenant.example"));
 }
 
 #[tokio::test]

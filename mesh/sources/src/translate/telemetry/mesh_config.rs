@@ -1,10 +1,12 @@
-//! The parts of MeshConfig that speak of telemetry and of external authorizers: ConfigMap `istio` of the root namespace, entry `mesh`.
+//! The parts of MeshConfig that speak of telemetry, of external authorizers and of how paths are normalised: ConfigMap `istio` of
+//! the root namespace, entry `mesh`.
 //!
 //! All else in it is for the control plane. A section that is wrong is left out and reported; the others count.
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use mesh_model::l7::authorizer::Authorizers;
+use mesh_model::l7::path::PathNormalization;
 use mesh_model::telemetry::format::{Format, Json, Object, Template};
 use mesh_model::telemetry::tracing::Collector;
 
@@ -23,7 +25,7 @@ pub(super) const ENVOY: &str = "envoy";
 /// The only file lines go to: ours are written by one thread, to one place.
 const STDOUT: &str = "/dev/stdout";
 
-/// What MeshConfig says of telemetry, and of whom CUSTOM policies ask.
+/// What MeshConfig says of telemetry, of whom CUSTOM policies ask, and of paths.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct MeshConfig {
     /// `accessLogFile` names standard output.
@@ -36,6 +38,8 @@ pub struct MeshConfig {
     pub(super) tracing: Defaults,
     /// `extensionProviders` that are asked whether a request may pass.
     pub(in crate::translate) authorizers: Arc<Authorizers>,
+    /// `pathNormalization.normalization`.
+    pub(in crate::translate) path_normalization: PathNormalization,
 }
 /// One of `extensionProviders`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -82,6 +86,7 @@ pub(in crate::translate) fn read<'p>(r: &mut Reader<'_>, node: &'p Node<'p>) -> 
     for p in read::list(&mesh, "extensionProviders").unwrap_or_default() {
         section(provider(p, &mut collect));
     }
+    section(paths(&mesh, &mut collect));
     collect.authorizers = Arc::new(authorizers::read(r, &mesh));
     out = collect;
     Ok(out)
@@ -125,6 +130,25 @@ fn defaults<'p>(mesh: &'p Node<'p>, out: &mut MeshConfig) -> Read<'p, ()> {
     };
     out.default_access = names("accessLogging")?;
     out.default_tracing = names("tracing")?;
+    Ok(())
+}
+
+/// What cannot be read counts as the most that can be done: whatever a policy names, no other way to write it gets past.
+fn paths<'p>(mesh: &'p Node<'p>, out: &mut MeshConfig) -> Read<'p, ()> {
+    let Some(paths) = mesh.get("pathNormalization") else { return Ok(()) };
+    out.path_normalization = PathNormalization::DecodeAndMergeSlashes;
+    read::only(paths, &["normalization"])?;
+    out.path_normalization = match read::text(paths, "normalization")? {
+        None | Some("DEFAULT" | "BASE") => PathNormalization::Base,
+        Some("NONE") => PathNormalization::None,
+        Some("MERGE_SLASHES") => PathNormalization::MergeSlashes,
+        Some("DECODE_AND_MERGE_SLASHES") => PathNormalization::DecodeAndMergeSlashes,
+        Some(_) => {
+            let at = paths.get("normalization").unwrap_or(paths);
+            let fix = "write NONE, BASE, MERGE_SLASHES or DECODE_AND_MERGE_SLASHES; until then it is the last of them";
+            return Err(Bad::value(at, "not a normalization", fix));
+        }
+    };
     Ok(())
 }
 

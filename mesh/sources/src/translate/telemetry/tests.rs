@@ -3,6 +3,7 @@ use crate::diagnostics::{Problem, Severity};
 use http::{HeaderName, HeaderValue};
 use mesh_model::Change;
 use mesh_model::l7::gateway::GatewayKey;
+use mesh_model::l7::path::PathNormalization;
 use mesh_model::service::Service;
 use mesh_model::snapshot::Viewpoint;
 use mesh_model::telemetry::format::{Format, Json};
@@ -11,6 +12,11 @@ use mesh_model::telemetry::{Metric, Place, Sides, TelemetryRules};
 use std::sync::Arc;
 
 fn rules(text: &str) -> (Arc<TelemetryRules>, Vec<Problem>) {
+    let (changes, problems) = changes(text);
+    let rules = changes.into_iter().rev().find_map(|c| if let Change::Telemetry(rules) = c { Some(rules) } else { None });
+    (rules.unwrap_or_default(), problems)
+}
+fn changes(text: &str) -> (Vec<Change>, Vec<Problem>) {
     let mut t = Translator::new(Viewpoint::default(), &Settings { layer7: true, ..Settings::default() });
     let mut problems = Vec::new();
     for doc in crate::yaml::documents(text) {
@@ -22,14 +28,9 @@ fn rules(text: &str) -> (Arc<TelemetryRules>, Vec<Problem>) {
             t.upsert(object);
         }
     }
-    let mut rules = Arc::default();
-    for change in t.flush() {
-        if let Change::Telemetry(new) = change {
-            rules = new;
-        }
-    }
+    let changes = t.flush();
     problems.extend(t.problems().cloned());
-    (rules, problems)
+    (changes, problems)
 }
 fn good(text: &str) -> Arc<TelemetryRules> {
     let (rules, problems) = rules(text);
@@ -94,6 +95,28 @@ fn what_is_wrong_in_mesh_config_is_told_with_its_line_and_the_rest_counts() {
     assert_eq!(told[0], (9, "accessLogFormat", "there is no operator %NOPE%, or not here"));
     assert_eq!((told[1].0, told[1].1), (12, "extensionProviders[0].envoyFileAccessLog.path"));
     assert_eq!(filters(of_shop(&rules)), Some(vec![""]), "in Istio's format");
+}
+
+#[test]
+fn mesh_config_says_how_paths_are_normalised() {
+    use PathNormalization::{Base, DecodeAndMergeSlashes, MergeSlashes, None as Off};
+    let of = |value: &str| {
+        let (changes, problems) = changes(&mesh_config(&format!("pathNormalization: {value}")));
+        let mode = changes.iter().find_map(|c| if let Change::PathNormalization(mode) = c { Some(*mode) } else { None });
+        (mode.unwrap_or_default(), problems.into_iter().map(|p| (p.origin.line, p.field)).collect::<Vec<_>>())
+    };
+    for (value, want) in [
+        ("{}", Base),
+        ("{ normalization: DEFAULT }", Base),
+        ("{ normalization: NONE }", Off),
+        ("{ normalization: MERGE_SLASHES }", MergeSlashes),
+        ("{ normalization: DECODE_AND_MERGE_SLASHES }", DecodeAndMergeSlashes),
+    ] {
+        assert_eq!(of(value), (want, Vec::new()), "{value}");
+    }
+    // What is not understood lets no path past a policy.
+    assert_eq!(of("{ normalization: MERGE }"), (DecodeAndMergeSlashes, vec![(8, "pathNormalization.normalization".into())]));
+    assert_eq!(of("{ normalisation: NONE }").0, DecodeAndMergeSlashes);
 }
 
 #[test]
