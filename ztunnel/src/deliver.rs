@@ -1,7 +1,7 @@
 //! Handing a connection to the application inside the pod, with the client's own address as source.
 //!
 //! Upstream: `inbound`, `passthrough`. Downstream: sockets in the pod's namespace.
-use crate::dialer::{MARK, connect_refusal};
+use crate::dialer::{connect_refusal, local_mark};
 use crate::pod::Pod;
 use mesh_model::Refusal;
 use mesh_runtime::sockets::{ConnectOptions, connect};
@@ -24,7 +24,7 @@ pub async fn local(pod: &Pod, dst: SocketAddr) -> Result<TcpStream, Refusal> {
 async fn from(pod: &Pod, source: Option<IpAddr>, dst: SocketAddr) -> Result<TcpStream, Refusal> {
     let options = ConnectOptions {
         netns: pod.netns.clone(),
-        mark: pod.netns.is_some().then_some(MARK),
+        mark: pod.netns.is_some().then(|| local_mark(&pod.shared.settings)),
         // Ports no client uses for its own connections: see the loader's contract.
         ports: source.map(|_| ebpf_loader::DELIVERY_PORTS),
         source,

@@ -16,8 +16,13 @@ use std::time::Duration;
 use tokio::net::TcpStream;
 use tokio::time::Instant;
 
-/// SO_MARK of every agent socket in a pod's namespace (I12).
+/// SO_MARK of the agent's sockets in a pod's namespace (I12).
 pub const MARK: u32 = ebpf_loader::MARK_AGENT;
+
+/// That of those which only talk to the pod's application. The rules of Istio's CNI agent know one mark only.
+pub fn local_mark(settings: &Settings) -> u32 {
+    if settings.zds.is_some() { MARK } else { ebpf_loader::MARK_LOCAL }
+}
 
 /// Dials for one pod.
 #[derive(Clone, Debug)]

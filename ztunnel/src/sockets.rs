@@ -1,4 +1,5 @@
 //! The agent's own sockets in one pod.
+use crate::dialer::{MARK, local_mark};
 use crate::dns;
 use crate::enrolment::Enrolled;
 use crate::pod::ports;
@@ -66,20 +67,20 @@ impl Sockets {
         };
         let reuse_port = settings.zds.is_some() && settings.inpod_port_reuse;
         let bind = || {
-            let listener = |port, transparent| {
+            let listener = |port, transparent, mark| {
                 let mut options = ListenerOptions::new(SocketAddr::new(ip, port));
                 options.stream = settings.tcp.stream_options();
                 if netns.is_some() {
-                    options.mark = Some(crate::dialer::MARK);
+                    options.mark = Some(mark);
                     options.transparent = transparent;
                     options.reuse_port = reuse_port;
                 }
                 options.bind()
             };
             Ok(Self {
-                outbound: listener(ports::OUTBOUND, true)?,
-                plain: listener(ports::INBOUND_PLAIN, true)?,
-                hbone: listener(ports::HBONE, false)?,
+                outbound: listener(ports::OUTBOUND, true, local_mark(settings))?,
+                plain: listener(ports::INBOUND_PLAIN, true, MARK)?,
+                hbone: listener(ports::HBONE, false, MARK)?,
                 dns: if netns.is_some() && settings.dns_capture { bind_dns(reuse_port, settings.ipv6)? } else { Vec::new() },
             })
         };
@@ -95,7 +96,7 @@ fn bind_dns(reuse_port: bool, ipv6: bool) -> io::Result<Vec<DnsSockets>> {
     let at = |ip: IpAddr| -> io::Result<DnsSockets> {
         let addr = SocketAddr::new(ip, dns::PORT);
         let mut options = ListenerOptions::new(addr);
-        options.mark = Some(crate::dialer::MARK);
+        options.mark = Some(MARK);
         options.reuse_port = reuse_port;
         Ok(DnsSockets { udp: bind_udp(addr, options.mark, reuse_port)?, tcp: options.bind()? })
     };

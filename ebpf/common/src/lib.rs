@@ -27,16 +27,19 @@ pub mod program {
     pub const ETH_EGRESS: &str = "eth_egress";
     /// tc ingress of every interface of the pod.
     pub const ETH_INGRESS: &str = "eth_ingress";
-    /// tc ingress of the pod's loopback interface.
-    pub const LO_INGRESS: &str = "lo_ingress";
+    /// Keeps a tc hook of an interface while the others are made ready: every packet passes.
+    pub const IDLE: &str = "idle";
     /// `sk_lookup` of the pod's network namespace.
     pub const STEER_LOOKUP: &str = "steer_lookup";
 }
 
 /// Mark of every socket of the agent: its packets are never captured. Istio uses the same number.
 pub const MARK_AGENT: u32 = 0x539;
-/// Mark that `eth_egress` puts on a packet it hands to `lo`; the pod's routing rule delivers it locally.
+/// Mark of a packet that `eth_egress` turned around; the pod's routing rule delivers it locally.
 pub const MARK_CAPTURE: u32 = 0x53a;
+/// Mark of those of the agent's sockets that talk to the pod's application: where the kernel copies it to the application's answers
+/// (`tcp_fwmark_accept`, `fwmark_reflect`) they are captured all the same.
+pub const MARK_LOCAL: u32 = 0x53b;
 /// The bits of a mark that are ours; the others belong to whoever set them.
 pub const MARK_MASK: u32 = 0xfff;
 
@@ -82,7 +85,7 @@ pub const fn source_bits(address: core::net::IpAddr) -> [u8; 16] {
 pub struct Config {
     flags: u32,
     hbone_port: u16,
-    reserved: u16,
+    token: u16,
 }
 
 const _: () = assert!(size_of::<Config>() == 8 && align_of::<Config>() == 4);
@@ -95,7 +98,7 @@ const REFUSE_UDP: u32 = 1 << 4;
 
 impl Config {
     /// The defaults: no listener means drop, exotic traffic is refused, older connections live on, DNS is left alone.
-    pub const DEFAULT: Self = Self { flags: REFUSE_EXOTIC, hbone_port: HBONE_PORT, reserved: 0 };
+    pub const DEFAULT: Self = Self { flags: REFUSE_EXOTIC, hbone_port: HBONE_PORT, token: 0 };
 
     const fn with(mut self, flag: u32, on: bool) -> Self {
         if on {
@@ -146,6 +149,18 @@ impl Config {
     pub const fn with_hbone_port(mut self, port: u16) -> Self {
         self.hbone_port = port;
         self
+    }
+
+    /// What captured packets carry beside [`MARK_CAPTURE`], so that no packet is taken for one by chance.
+    #[must_use]
+    pub const fn with_token(mut self, token: u16) -> Self {
+        self.token = token;
+        self
+    }
+
+    /// The whole mark of a captured packet.
+    pub const fn capture_mark(&self) -> u32 {
+        MARK_CAPTURE | (self.token as u32) << 12
     }
 
     /// See [`Config::with_fail_open`].
@@ -263,7 +278,7 @@ counters! {
     OutboundNoListener = "outbound_no_listener",
     /// Egress: a connection attempt passed around the absent agent (`fail_open`).
     OutboundFailOpen = "outbound_fail_open",
-    /// Loopback: a connection attempt assigned to the outbound listener.
+    /// Ingress: a connection attempt that was turned around, assigned to the outbound listener.
     OutboundAssigned = "outbound_assigned",
     /// Ingress: a connection attempt assigned to the inbound listener.
     InboundAssigned = "inbound_assigned",
@@ -302,7 +317,8 @@ counters! {
     RefusedProtocol = "refused_protocol",
     /// Dropped: a frame that is not IPv4, IPv6 or ARP, or has a VLAN tag.
     RefusedFrame = "refused_frame",
-    /// Dropped: TCP from or to a loopback address on a real interface.
+    /// Dropped: what has no place on a real interface: TCP from or to a loopback address, TCP and UDP over IPv4 from the very address
+    /// it goes to, a delivery of the agent's.
     LoopbackOnWire = "loopback_on_wire",
     /// Passed: DNS over UDP that nobody captured.
     DnsPassed = "dns_passed",

@@ -1,8 +1,9 @@
 //! One pod's redirection, from attaching to detaching.
 //!
-//! The order matters. Attaching: routes, then listeners in their slots, then the receiving end on `lo`, then what sends
-//! traffic there, and what makes the agent deliver to the application last, so that no packet is ever handed to a place that
-//! does not know it. Detaching is the reverse.
+//! The order matters. Attaching: routes, then listeners in their slots, then every place on a hook, taken by a program that passes
+//! everything; then the programs proper in its place, first what receives, then what turns packets around, so that no packet is ever
+//! handed to a place that does not know it. Detaching is the reverse. To take a place has the kernel wait for all its readers,
+//! some ten milliseconds each; to replace a program does not, so both ends are put in force at one moment.
 use std::{
     io,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
@@ -10,8 +11,12 @@ use std::{
     thread,
 };
 
-use aya::programs::{LinkOrder, SchedClassifier, SkLookup, TcAttachType, links::FdLink, tc::TcAttachOptions};
-use ebpf_common::{Config, Slot, map, program};
+use aya::programs::{
+    LinkOrder, ProgramError, SchedClassifier, SkLookup, TcAttachType,
+    links::FdLink,
+    tc::{SchedClassifierLink, TcAttachOptions},
+};
+use ebpf_common::{Config, MARK_AGENT, MARK_LOCAL, Slot, map, program};
 
 use crate::{
     error::{RedirectError, map_error, program_error},
@@ -20,7 +25,7 @@ use crate::{
     netns::{self, beside, joined},
     object::{self, Instance, Maps, Programs, Source, Traffic},
     pins::{Hook, PinRoot, PodPins},
-    plumbing::{Interface, LO_INDEX, Plumbing, interfaces},
+    plumbing::{Interface, LO_INDEX, Plumbing, Setting, interfaces},
 };
 
 /// The pod to capture.
@@ -72,7 +77,9 @@ impl CaptureRoutes {
     /// Makes them in a pod's namespace, or takes over those an earlier agent made.
     pub fn install(netns: BorrowedFd<'_>) -> Result<Self, RedirectError> {
         let own = netns.try_clone_to_owned().map_err(RedirectError::Namespace)?;
-        let plumbing = netns::within(netns, || Plumbing::install(&mut open_netlink()?))?;
+        // Rules reroute what the pod sends to `lo`, where IPv4 may want to see the mark before it believes the source.
+        let lo = [(LO_INDEX, Setting::AcceptLocal), (LO_INDEX, Setting::SourceByMark)];
+        let plumbing = netns::within(netns, || Plumbing::install(&mut open_netlink()?, &lo))?;
         Ok(Self { plumbing, netns: own })
     }
 
@@ -110,8 +117,10 @@ impl Redirect {
             let chosen = choose(interfaces(&mut netlink)?, spec.interfaces.as_deref())?;
             let pins = spec.pins.map(|root| root.pod(cookie));
             let found = pins.as_ref().map(PodPins::create).transpose()?.unwrap_or(false);
-            let plumbing = Plumbing::install(&mut netlink)?;
-            match attach_programs(netns.as_fd(), spec.config, listeners, &chosen, pins.as_ref()) {
+            // What is turned around comes in with the pod's own address.
+            let settings: Vec<_> = chosen.iter().map(|interface| (interface.index, Setting::AcceptLocal)).collect();
+            let plumbing = Plumbing::install(&mut netlink, &settings)?;
+            match attach_programs(netns.as_fd(), spec.config.with_token(cookie.token()), listeners, &chosen, pins.as_ref()) {
                 Ok((links, maps)) => {
                     let attachment = pins.map_or(Attachment::Held { _links: links }, Attachment::Pinned);
                     let (indexes, interfaces) = chosen.into_iter().map(|i| (i.index, i.name)).unzip();
@@ -139,7 +148,7 @@ impl Redirect {
 
     /// Changes what the programs do, from the next packet on.
     pub fn set_config(&mut self, config: Config) -> Result<(), RedirectError> {
-        self.maps.set_config(config)
+        self.maps.set_config(config.with_token(self.cookie.token()))
     }
 
     /// Drops what comes from these, from the next connection attempt on, in the place of what was said before (also by an agent
@@ -205,8 +214,10 @@ impl Drop for Redirect {
 }
 
 fn check(listeners: Listeners<'_>, cookie: NetnsCookie) -> Result<(), RedirectError> {
-    for (which, listener) in [("outbound", listeners.outbound), ("inbound", listeners.inbound)] {
-        listener::check(listener, cookie).map_err(|fault| RedirectError::Listener { which, fault })?;
+    let both: [(_, _, &[u32]); 2] =
+        [("outbound", listeners.outbound, &[MARK_LOCAL, MARK_AGENT]), ("inbound", listeners.inbound, &[MARK_AGENT])];
+    for (which, listener, marks) in both {
+        listener::check(listener, marks, cookie).map_err(|fault| RedirectError::Listener { which, fault })?;
     }
     Ok(())
 }
@@ -242,15 +253,17 @@ fn choose(all: Vec<Interface>, wanted: Option<&[String]>) -> Result<Vec<Interfac
     if chosen.is_empty() { Err(RedirectError::NoInterface) } else { Ok(chosen) }
 }
 
-/// Every hook of the classifiers, and the name of its link's pin.
+/// Every hook, in the order in which programs are put in force: all that receive, then all that turn packets around.
 fn hooks(interfaces: &[Interface]) -> Vec<Hook<'_>> {
-    let ends = [(program::ETH_EGRESS, TcAttachType::Egress), (program::ETH_INGRESS, TcAttachType::Ingress)];
-    let of = |interface: &'_ Interface| ends.map(|(name, direction)| (format!("{name}-{}", interface.index), direction));
-    let lo = Hook { pin: program::LO_INGRESS.to_owned(), interface: "lo", direction: TcAttachType::Ingress };
-    let others = interfaces
-        .iter()
-        .flat_map(|interface| of(interface).map(|(pin, direction)| Hook { pin, interface: &interface.name, direction }));
-    std::iter::once(lo).chain(others).collect()
+    let ends = [(program::ETH_INGRESS, TcAttachType::Ingress), (program::ETH_EGRESS, TcAttachType::Egress)];
+    let of = |(name, direction)| {
+        interfaces.iter().map(move |interface| Hook {
+            pin: format!("{name}-{}", interface.index),
+            interface: &interface.name,
+            direction,
+        })
+    };
+    ends.into_iter().flat_map(of).collect()
 }
 
 /// Attaches, or takes over, every program. The links come in the order of detaching; pinned ones stay out.
@@ -261,8 +274,9 @@ fn attach_programs(
     interfaces: &[Interface],
     pins: Option<&PodPins>,
 ) -> Result<(Vec<FdLink>, Maps), RedirectError> {
+    let hooks = hooks(interfaces);
     if let Some(pins) = pins
-        && pins.are_whole(object::digest(), &hooks(interfaces))
+        && pins.are_whole(object::digest(), &hooks)
     {
         // The very programs, where they belong: the verifier has nothing to say that it did not say before.
         let mut maps = Maps::pinned(pins)?;
@@ -278,23 +292,29 @@ fn attach_programs(
     fill_slots(&mut maps, listeners)?;
 
     let mut links = Vec::new();
-    let Programs { lo_ingress, steer_lookup, eth_egress, eth_ingress } = instance.programs()?;
-    // The kernel lets every reader pass before an attachment is done: some ten milliseconds of waiting each, in which the verifier
-    // has done with the next program.
+    let Programs { idle, steer_lookup, eth_egress, eth_ingress } = instance.programs()?;
     thread::scope(|scope| {
-        let lo = verified(lo_ingress, program::LO_INGRESS)?;
-        let egress = beside(scope, || verified(eth_egress, program::ETH_EGRESS))?;
-        let pin = pins.map(|pins| (pins, program::LO_INGRESS));
-        links.extend(attach_classifier(lo, program::LO_INGRESS, "lo", TcAttachType::Ingress, pin)?);
+        // The verifier has its time while the kernel waits.
+        let ready = beside(scope, move || {
+            Ok::<_, RedirectError>((verified(eth_ingress, program::ETH_INGRESS)?, verified(eth_egress, program::ETH_EGRESS)?))
+        })?;
+        let idle = verified(idle, program::IDLE)?;
+        let places = hooks.iter().map(|hook| take_place(idle, hook, pins)).collect::<Result<Vec<_>, _>>()?;
         links.extend(attach_lookup(steer_lookup, netns, pins)?);
-        let egress = joined(egress)?;
-        let ingress = beside(scope, || verified(eth_ingress, program::ETH_INGRESS))?;
-        links.extend(attach_all(egress, program::ETH_EGRESS, TcAttachType::Egress, interfaces, pins)?);
-        // Ingress last: what the application answers to the agent's deliveries must already find its way back.
-        links.extend(attach_all(joined(ingress)?, program::ETH_INGRESS, TcAttachType::Ingress, interfaces, pins)?);
+        let (ingress, egress) = joined(ready)?;
+        for (hook, place) in hooks.iter().zip(places) {
+            let (classifier, name) = match hook.direction {
+                TcAttachType::Ingress => (&mut *ingress, program::ETH_INGRESS),
+                _ => (&mut *egress, program::ETH_EGRESS),
+            };
+            let link = put_in_force(classifier, name, place)?;
+            // Our descriptor of a pinned one may close.
+            links.extend(pins.is_none().then_some(link));
+        }
         Ok::<_, RedirectError>(())
     })?;
     if let Some(pins) = pins {
+        pins.keep_only(&hooks)?;
         pins.mark(object::digest())?;
     }
     links.reverse();
@@ -307,22 +327,6 @@ fn verified<'a>(classifier: &'a mut SchedClassifier, name: &'static str) -> Resu
     Ok(classifier)
 }
 
-/// Attaches to, or takes over on, every interface.
-fn attach_all(
-    classifier: &mut SchedClassifier,
-    name: &'static str,
-    direction: TcAttachType,
-    interfaces: &[Interface],
-    pins: Option<&PodPins>,
-) -> Result<Vec<FdLink>, RedirectError> {
-    let mut links = Vec::new();
-    for interface in interfaces {
-        let pin = format!("{name}-{}", interface.index);
-        links.extend(attach_classifier(classifier, name, &interface.name, direction, pins.map(|p| (p, &*pin)))?);
-    }
-    Ok(links)
-}
-
 /// The link, unless it is pinned.
 fn attach_lookup(lookup: &mut SkLookup, netns: BorrowedFd<'_>, pins: Option<&PodPins>) -> Result<Option<FdLink>, RedirectError> {
     let failed = program_error(program::STEER_LOOKUP);
@@ -331,33 +335,42 @@ fn attach_lookup(lookup: &mut SkLookup, netns: BorrowedFd<'_>, pins: Option<&Pod
     let link = FdLink::from(lookup.take_link(id).map_err(&failed)?);
     match pins {
         // A namespace may have several; the old one goes when the new one takes its name.
-        Some(pins) => pins.pin(link, program::STEER_LOOKUP).map(|()| None),
+        Some(pins) => pins.pin(link, program::STEER_LOOKUP).map(|_| None),
         None => Ok(Some(link)),
     }
 }
 
-/// Attaches before any other program on the hook: one of those could pass a packet on for good. The link, unless it is pinned.
-fn attach_classifier(
-    classifier: &mut SchedClassifier,
-    name: &'static str,
-    interface: &str,
-    direction: TcAttachType,
-    pin: Option<(&PodPins, &str)>,
-) -> Result<Option<FdLink>, RedirectError> {
-    if let Some((pins, pin)) = pin
-        && pins.take_over(classifier, pin).map_err(program_error(name))?
-    {
-        return Ok(None);
+/// The place that an earlier agent has on the hook, with its program, or a new one for `idle`: before any other program, as one of
+/// those could pass a packet on for good.
+fn take_place(idle: &mut SchedClassifier, hook: &Hook<'_>, pins: Option<&PodPins>) -> Result<SchedClassifierLink, RedirectError> {
+    let failed = program_error(program::IDLE);
+    if let Some(link) = pins.and_then(|pins| pins.link(hook)) {
+        return SchedClassifierLink::try_from(link).map_err(|e| failed(io::Error::other(e).into()));
     }
     let options = TcAttachOptions::TcxOrder(LinkOrder::first());
-    let id = classifier.attach_with_options(interface, direction, options).map_err(program_error(name))?;
-    let link = classifier.take_link(id).map_err(program_error(name))?;
-    // Only the older way of attaching, which `LinkOrder` excludes, gives anything else.
-    let link = FdLink::try_from(link).map_err(|e| program_error(name)(io::Error::other(e).into()))?;
-    match pin {
-        Some((pins, pin)) => pins.pin(link, pin).map(|()| None),
-        None => Ok(Some(link)),
-    }
+    let id = idle.attach_with_options(hook.interface, hook.direction, options).map_err(&failed)?;
+    let link = idle.take_link(id).map_err(&failed)?;
+    let Some(pins) = pins else { return Ok(link) };
+    let pinned = pins.pin(fd_link(link).map_err(&failed)?, &hook.pin)?;
+    SchedClassifierLink::try_from(pinned).map_err(|e| failed(io::Error::other(e).into()))
+}
+
+/// Puts the program in the place of the one that is in the link, from the next packet on.
+fn put_in_force(
+    classifier: &mut SchedClassifier,
+    name: &'static str,
+    place: SchedClassifierLink,
+) -> Result<FdLink, RedirectError> {
+    let put = |classifier: &mut SchedClassifier| {
+        let id = classifier.attach_to_link(place)?;
+        fd_link(classifier.take_link(id)?)
+    };
+    put(classifier).map_err(program_error(name))
+}
+
+/// Only the older way of attaching, which `LinkOrder` excludes, gives anything else.
+fn fd_link(link: SchedClassifierLink) -> Result<FdLink, ProgramError> {
+    FdLink::try_from(link).map_err(|e| io::Error::other(e).into())
 }
 
 fn fill_slots(maps: &mut Maps, listeners: Listeners<'_>) -> Result<(), RedirectError> {
@@ -371,16 +384,16 @@ fn fill_slots(maps: &mut Maps, listeners: Listeners<'_>) -> Result<(), RedirectE
 pub(crate) fn rehearse(netns: BorrowedFd<'_>) -> Result<(), RedirectError> {
     let mut netlink = Netlink::open().map_err(|source| RedirectError::Netlink { what: "open a netlink socket", source })?;
     crate::plumbing::raise_lo(&mut netlink)?;
-    let plumbing = Plumbing::install(&mut netlink)?;
+    let lo = [Interface::loopback()];
+    let plumbing = Plumbing::install(&mut netlink, &[(LO_INDEX, Setting::AcceptLocal)])?;
     let (mut instance, mut maps) = Instance::load(None)?;
     maps.set_config(Config::DEFAULT)?;
-    let Programs { lo_ingress, steer_lookup, eth_egress, eth_ingress } = instance.programs()?;
-    for (classifier, name, direction) in [
-        (lo_ingress, program::LO_INGRESS, TcAttachType::Ingress),
-        (eth_ingress, program::ETH_INGRESS, TcAttachType::Ingress),
-        (eth_egress, program::ETH_EGRESS, TcAttachType::Egress),
-    ] {
-        drop(attach_classifier(verified(classifier, name)?, name, "lo", direction, None)?);
+    let Programs { idle, steer_lookup, eth_egress, eth_ingress } = instance.programs()?;
+    let idle = verified(idle, program::IDLE)?;
+    for ((classifier, name), hook) in
+        [(eth_ingress, program::ETH_INGRESS), (eth_egress, program::ETH_EGRESS)].into_iter().zip(hooks(&lo))
+    {
+        drop(put_in_force(verified(classifier, name)?, name, take_place(idle, &hook, None)?)?);
     }
     drop(attach_lookup(steer_lookup, netns, None)?);
     plumbing.remove(&mut netlink)

@@ -102,7 +102,7 @@ pub enum ListenerFault {
     #[error("is not listening")]
     NotListening,
     /// Its connections would be captured again.
-    #[error("does not carry the agent's mark (SO_MARK 0x539)")]
+    #[error("does not carry the mark it must (SO_MARK 0x539; only what accepts the pod's dials may have 0x53b)")]
     Unmarked,
     /// It could not answer from foreign addresses.
     #[error("is not transparent (IP_TRANSPARENT)")]

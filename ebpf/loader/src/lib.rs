@@ -7,7 +7,8 @@
 //!
 //! # What the agent must do
 //! All its sockets for a pod are made *in the pod's network namespace* and carry `SO_MARK` = [`MARK_AGENT`] before they
-//! bind, connect or listen. Without the mark the agent's own dials are captured again, for ever.
+//! bind, connect or listen. Without the mark the agent's own dials are captured again, for ever. Those that only talk to the pod's
+//! application, the outbound listener and deliveries, carry [`MARK_LOCAL`] instead, which exempts nobody.
 //!
 //! * **Captured outbound and inbound listeners** (two sockets): `AF_INET6` with `IPV6_V6ONLY` off, `IPV6_TRANSPARENT`
 //!   (one flag for both families), the mark, bound to `[::]` and any port (the port is never dialled), never `SO_REUSEPORT` (the kernel
@@ -23,7 +24,7 @@
 //!   application's socket for (client address, our port) must not be the agent's socket for (client address, client's port),
 //!   and on one node the kernel walks both sequences alike, so that they do meet; the client's SYN then ends in a socket that
 //!   does not answer it (counter `tuple_in_use`). `IP_LOCAL_PORT_RANGE` does not help, it cannot widen the namespace's range.
-//! * **Before [`Redirect::detach`]** close the captured connections: once detached, what the application still sends on
+//! * **Before [`Redirect::detach`]** close the listeners and the captured connections: once detached, what the application still sends on
 //!   them goes to the network as it is.
 //! * **When the pod goes**, drop everything of it: any socket and the [`Redirect`] keep its namespace alive.
 //!
@@ -39,6 +40,7 @@
 //! # Limits
 //! * Interfaces that appear after [`Redirect::attach`] are not covered until it is called again, on pins, when [`watch_links`] tells of a
 //!   change and [`Redirect::is_outdated`].
+//! * Under strict `rp_filter` what an application sends from one interface's address out of another's interface is dropped.
 //! * A process in the pod that may set packet marks (`CAP_NET_ADMIN`, `CAP_NET_RAW`) can pass for the agent, as in Istio.
 //! * UDP is not captured, so neither is TCP in a tunnel inside UDP; [`Config::with_refuse_udp`] refuses both.
 //! * Frames that a process with `CAP_NET_RAW` hands to the device itself (packet sockets with `PACKET_QDISC_BYPASS`, `AF_XDP`)
@@ -65,7 +67,7 @@ mod probe;
 use std::ops::RangeInclusive;
 
 pub use attach::{CaptureRoutes, Listeners, PodSpec, Redirect};
-pub use ebpf_common::{Config, Counter, HBONE_PORT, MARK_AGENT, MARK_CAPTURE, MARK_MASK, MAX_SOURCES, Tally};
+pub use ebpf_common::{Config, Counter, HBONE_PORT, MARK_AGENT, MARK_CAPTURE, MARK_LOCAL, MARK_MASK, MAX_SOURCES, Tally};
 pub use error::{ListenerFault, RedirectError, Unsupported};
 pub use listener::NetnsCookie;
 pub use netlink::watch_links;

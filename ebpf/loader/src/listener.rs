@@ -4,7 +4,7 @@ use std::{
     os::fd::{AsRawFd, BorrowedFd},
 };
 
-use ebpf_common::{MARK_AGENT, MARK_MASK};
+use ebpf_common::MARK_MASK;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
 use crate::error::ListenerFault;
@@ -20,6 +20,11 @@ impl fmt::Display for NetnsCookie {
 }
 
 impl NetnsCookie {
+    /// What captured packets carry beside the mark that all pods' have.
+    pub(crate) fn token(self) -> u16 {
+        self.0 as u16
+    }
+
     /// The calling thread's namespace.
     pub(crate) fn current() -> io::Result<Self> {
         use std::os::fd::AsFd;
@@ -33,8 +38,8 @@ impl NetnsCookie {
     }
 }
 
-/// Checks one listener against the contract and the pod's namespace.
-pub(crate) fn check(listener: BorrowedFd<'_>, netns: NetnsCookie) -> Result<(), ListenerFault> {
+/// Checks one listener against the contract and the pod's namespace; it may have one of these marks.
+pub(crate) fn check(listener: BorrowedFd<'_>, marks: &[u32], netns: NetnsCookie) -> Result<(), ListenerFault> {
     let number = |level, option| get::<libc::c_int>(listener, level, option).map_err(ListenerFault::Unreadable);
     let require = |kept, fault| if kept { Ok(()) } else { Err(fault) };
 
@@ -45,7 +50,7 @@ pub(crate) fn check(listener: BorrowedFd<'_>, netns: NetnsCookie) -> Result<(), 
     require(number(libc::SOL_SOCKET, libc::SO_ACCEPTCONN)? == 1, ListenerFault::NotListening)?;
     require(number(libc::SOL_SOCKET, libc::SO_REUSEPORT)? == 0, ListenerFault::ReusePort)?;
     let mark = number(libc::SOL_SOCKET, libc::SO_MARK)?.cast_unsigned();
-    require(mark & MARK_MASK == MARK_AGENT, ListenerFault::Unmarked)?;
+    require(marks.contains(&(mark & MARK_MASK)), ListenerFault::Unmarked)?;
     // One bit in the kernel for both families.
     require(number(libc::SOL_IPV6, libc::IPV6_TRANSPARENT)? == 1, ListenerFault::NotTransparent)?;
     let cookie = NetnsCookie::of(listener).map_err(ListenerFault::Unreadable)?;

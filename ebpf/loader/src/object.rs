@@ -21,7 +21,7 @@ use ebpf_common::{ASK, COUNTERS, Config, Counter, DENIED, Tally, map, program, s
 
 use crate::{
     error::{RedirectError, map_error, program_error},
-    pins::PodPins,
+    pins::{MAPS, PodPins},
 };
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!("../obj/redirect.bpf.o");
@@ -214,7 +214,7 @@ impl Instance {
             None => lock(&LOADER).load(OBJECT),
             Some(pins) => {
                 let mut loader = lock(&PINNING_LOADER);
-                for name in [map::SOCKS, map::CONFIG, map::TRAFFIC, map::STEER, map::SOURCES] {
+                for name in MAPS {
                     loader.map_pin_path(name, pins.map(name));
                 }
                 loader.load(OBJECT)
@@ -243,7 +243,7 @@ impl Instance {
         }
         let mut all: HashMap<&str, &mut Program> = self.ebpf.programs_mut().collect();
         Ok(Programs {
-            lo_ingress: of(&mut all, program::LO_INGRESS)?,
+            idle: of(&mut all, program::IDLE)?,
             steer_lookup: of(&mut all, program::STEER_LOOKUP)?,
             eth_egress: of(&mut all, program::ETH_EGRESS)?,
             eth_ingress: of(&mut all, program::ETH_INGRESS)?,
@@ -253,7 +253,7 @@ impl Instance {
 
 /// The programs of an instance, by where they belong. Loading one is the verifier's work: some milliseconds.
 pub(crate) struct Programs<'a> {
-    pub(crate) lo_ingress: &'a mut SchedClassifier,
+    pub(crate) idle: &'a mut SchedClassifier,
     pub(crate) steer_lookup: &'a mut SkLookup,
     pub(crate) eth_egress: &'a mut SchedClassifier,
     pub(crate) eth_ingress: &'a mut SchedClassifier,

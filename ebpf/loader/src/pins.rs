@@ -4,7 +4,7 @@
 //! gone the pinned programs find no listener and drop every new connection; the next agent fills the listeners in and puts
 //! its own programs in the place of the old ones, link by link, without a moment in which neither is there.
 //!
-//! A pod's directory holds its maps under their own names, its links as `lo_ingress`, `steer_lookup` and
+//! A pod's directory holds its maps under their own names, its links as `steer_lookup`,
 //! `eth_egress-<interface>`, `eth_ingress-<interface>`, and `object-<digest>` once all of them are attached: the next agent with that
 //! very object need not load and replace what is there. Names in a BPF filesystem have no dots.
 use std::{
@@ -16,9 +16,8 @@ use std::{
 use aya::{
     maps::MapData,
     programs::{
-        ProgramError, SchedClassifier, TcAttachType,
+        SchedClassifier, TcAttachType,
         links::{FdLink, PinnedLink},
-        tc::SchedClassifierLink,
     },
 };
 use ebpf_common::{map, program};
@@ -96,6 +95,9 @@ impl PinRoot {
     }
 }
 
+/// The maps of a pod, by the names of their pins.
+pub(crate) const MAPS: [&str; 5] = [map::SOCKS, map::CONFIG, map::TRAFFIC, map::STEER, map::SOURCES];
+
 /// Begins the name of the mark that says of which object the programs in the links are.
 const OBJECT: &str = "object-";
 
@@ -128,19 +130,21 @@ impl PodPins {
         self.dir.join(name)
     }
 
+    /// The pinned link of a hook, if its program is where it belongs. (That of an interface that is gone stays, and has none.)
+    pub(crate) fn link(&self, hook: &Hook<'_>) -> Option<FdLink> {
+        let link = FdLink::from(PinnedLink::from_pin(self.dir.join(&hook.pin)).ok()?);
+        let program = link.info().ok()?.program_id();
+        let (_, there) = SchedClassifier::query_tcx(hook.interface, hook.direction).ok()?;
+        there.iter().any(|at| at.id() == program).then_some(link)
+    }
+
     /// Whether every link is of the object `digest` and its program is where it belongs. What cannot be told is not so.
     pub(crate) fn are_whole(&self, digest: &str, hooks: &[Hook<'_>]) -> bool {
-        let is_attached = |hook: &Hook<'_>| {
-            let link = PinnedLink::from_pin(self.dir.join(&hook.pin)).ok().and_then(|link| FdLink::from(link).info().ok());
-            let there = SchedClassifier::query_tcx(hook.interface, hook.direction).map(|(_, programs)| programs);
-            link.is_some_and(|link| there.is_ok_and(|there| there.iter().any(|program| program.id() == link.program_id())))
-        };
         let there = |name: &str| self.dir.join(name).exists();
-        let maps = [map::SOCKS, map::CONFIG, map::TRAFFIC, map::STEER, map::SOURCES];
         there(&format!("{OBJECT}{digest}"))
             && there(program::STEER_LOOKUP)
-            && maps.into_iter().all(there)
-            && hooks.iter().all(is_attached)
+            && MAPS.into_iter().all(there)
+            && hooks.iter().all(|hook| self.link(hook).is_some())
     }
 
     /// Says that every link is of the object `digest`. (A BPF filesystem holds nothing but maps, links and programs.)
@@ -156,31 +160,28 @@ impl PodPins {
         marks.try_for_each(|entry| fs::remove_file(entry.path())).map_err(|e| self.error("remove from", e))
     }
 
-    /// Puts `classifier` in the place of the pinned link `name`, if there is one that still stands. The interface of one that
-    /// does not is gone; its pin is removed.
-    pub(crate) fn take_over(&self, classifier: &mut SchedClassifier, name: &str) -> Result<bool, ProgramError> {
-        let path = self.dir.join(name);
-        let Ok(pinned) = PinnedLink::from_pin(&path) else { return Ok(false) };
-        let Ok(link) = SchedClassifierLink::try_from(FdLink::from(pinned)) else { return Ok(false) };
-        match classifier.attach_to_link(link) {
-            // Our descriptor may close, the pin keeps it.
-            Ok(id) => classifier.take_link(id).map(|_| true),
-            Err(ProgramError::SyscallError(e)) if e.io_error.raw_os_error() == Some(libc::ENOLINK) => {
-                // The kernel gives an interface's number again only after it went around.
-                let _ = fs::remove_file(path);
-                Ok(false)
-            }
-            Err(e) => Err(e),
-        }
-    }
-
     /// Pins `link` as `name`, in the place of what is there.
-    pub(crate) fn pin(&self, link: FdLink, name: &str) -> Result<(), RedirectError> {
+    pub(crate) fn pin(&self, link: FdLink, name: &str) -> Result<FdLink, RedirectError> {
         let (path, new) = (self.dir.join(name), self.dir.join(format!("{name}-new")));
         // From an agent that died between the two steps below.
         let _ = fs::remove_file(&new);
-        link.pin(&new).map_err(|e| self.error("pin a link in", io::Error::other(e)))?;
-        fs::rename(new, path).map_err(|e| self.error("pin a link in", e))
+        let pinned = link.pin(&new).map_err(|e| self.error("pin a link in", io::Error::other(e)))?;
+        fs::rename(new, path).map_err(|e| self.error("pin a link in", e))?;
+        Ok(pinned.into())
+    }
+
+    /// Removes what is neither of these hooks nor of the pod as such: hooks of interfaces that are gone, and what agents of other
+    /// versions had.
+    pub(crate) fn keep_only(&self, hooks: &[Hook<'_>]) -> Result<(), RedirectError> {
+        let listing = fs::read_dir(&self.dir).map_err(|e| self.error("list", e))?;
+        for entry in listing.filter_map(Result::ok) {
+            let name = entry.file_name();
+            let known = hooks.iter().any(|hook| name == *hook.pin) || MAPS.iter().any(|map| name == **map);
+            if !known && name != program::STEER_LOOKUP {
+                fs::remove_file(entry.path()).map_err(|e| self.error("remove from", e))?;
+            }
+        }
+        Ok(())
     }
 
     /// Detaches and removes everything, in the order of [`crate::attach`]. What is no longer there is as it should be.
@@ -191,7 +192,7 @@ impl PodPins {
             Err(e) => return Err(self.error("list", e)),
         };
         let mut names: Vec<_> = listing.filter_map(Result::ok).map(|entry| entry.file_name()).collect();
-        let order = [program::ETH_INGRESS, program::ETH_EGRESS, program::STEER_LOOKUP, program::LO_INGRESS];
+        let order = [program::ETH_EGRESS, program::ETH_INGRESS, program::STEER_LOOKUP];
         names.sort_by_key(|name| {
             let name = name.to_string_lossy();
             order.iter().position(|program| name.starts_with(program)).unwrap_or(order.len())

@@ -1,9 +1,9 @@
-//! What the pod's namespace needs besides programs: one routing rule and one route per family, and two settings of `lo`.
+//! What the pod's namespace needs besides programs: one routing rule and one route per family, and settings of interfaces.
 //!
-//! `eth_egress` puts a packet back on `lo` with [`MARK_CAPTURE`]. Its destination is somewhere else, so the rule sends
+//! `eth_egress` turns a packet around with [`MARK_CAPTURE`]. Its destination is somewhere else, so the rule sends
 //! marked packets to a table whose one route says "everything is local". Its source is the pod's own address, which IPv4
-//! refuses on input unless `accept_local` is set, and refuses under strict `rp_filter` unless the check may see the mark
-//! (`src_valid_mark`). Both are set on `lo` only, by netlink: `/proc/sys` is read-only in many containers.
+//! refuses on input unless `accept_local` is set (by netlink: `/proc/sys` is read-only in many containers). What others send
+//! with that source is still refused, by the programs.
 use std::io;
 
 use ebpf_common::{MARK_CAPTURE, MARK_MASK};
@@ -32,8 +32,6 @@ const ARPHRD_ETHER: u16 = 1;
 const IFLA_IFNAME: u16 = 3;
 const IFLA_AF_SPEC: u16 = 26;
 const IFLA_INET_CONF: u16 = 1;
-const IPV4_DEVCONF_ACCEPT_LOCAL: u16 = 23;
-const IPV4_DEVCONF_SRC_VMARK: u16 = 24;
 
 /// An interface as far as the redirection cares.
 #[derive(Debug)]
@@ -45,6 +43,12 @@ pub(crate) struct Interface {
 }
 
 impl Interface {
+    /// `lo`.
+    pub(crate) fn loopback() -> Self {
+        const ARPHRD_LOOPBACK: u16 = 772;
+        Self { index: LO_INDEX, name: "lo".to_owned(), up: true, kind: ARPHRD_LOOPBACK }
+    }
+
     /// Fails where the programs could not read the frames.
     pub(crate) fn require_ethernet(&self) -> Result<(), RedirectError> {
         if self.ethernet() {
@@ -78,19 +82,30 @@ pub(crate) fn interfaces(netlink: &mut Netlink) -> Result<Vec<Interface>, Redire
         .collect())
 }
 
+/// A setting of an interface, by its number in the kernel.
+#[derive(Clone, Copy, Debug)]
+#[repr(u16)]
+pub(crate) enum Setting {
+    /// `accept_local`.
+    AcceptLocal = 23,
+    /// `src_valid_mark`: strict `rp_filter` looks a source up with the packet's mark.
+    SourceByMark = 24,
+}
+
 /// What was made in a namespace, to be unmade.
 #[derive(Debug)]
 pub(crate) struct Plumbing {
     ipv6: bool,
-    accept_local: u32,
-    src_valid_mark: u32,
+    /// Settings that were turned on, of interfaces by their numbers, and what they were.
+    settings: Vec<(u32, Setting, u32)>,
 }
 
 impl Plumbing {
-    /// Makes rules, routes and settings. What an agent that died left behind is taken over.
-    pub(crate) fn install(netlink: &mut Netlink) -> Result<Self, RedirectError> {
-        let (accept_local, src_valid_mark) = lo_settings(netlink)?;
-        let mut made = Self { ipv6: true, accept_local, src_valid_mark };
+    /// Makes rules and routes, and turns these settings on. What an agent that died left behind is taken over.
+    pub(crate) fn install(netlink: &mut Netlink, on: &[(u32, Setting)]) -> Result<Self, RedirectError> {
+        let read = |&(index, which): &(u32, Setting)| Ok((index, which, setting(netlink, index, which)?));
+        let settings = on.iter().map(read).collect::<Result<_, RedirectError>>()?;
+        let mut made = Self { ipv6: true, settings };
         let result = made.make(netlink);
         if result.is_err() {
             // The first error is the one worth telling; this is best effort.
@@ -102,8 +117,8 @@ impl Plumbing {
     fn make(&mut self, netlink: &mut Netlink) -> Result<(), RedirectError> {
         let left_over = !create(netlink, rule(RTM_NEWRULE, NLM_F_CREATE_EXCLUSIVE, AF_INET), "add the IPv4 routing rule")?;
         if left_over {
-            // The settings found are an agent's, not the pod's; these are the kernel's defaults.
-            (self.accept_local, self.src_valid_mark) = (0, 0);
+            // The settings found are an agent's, not the pod's; this is the kernel's default.
+            self.settings.iter_mut().for_each(|(.., value)| *value = 0);
         }
         create(netlink, route(RTM_NEWROUTE, NLM_F_CREATE_EXCLUSIVE, AF_INET), "add the IPv4 route")?;
         match netlink.ask(route(RTM_NEWROUTE, NLM_F_CREATE_EXCLUSIVE, AF_INET6)) {
@@ -117,7 +132,7 @@ impl Plumbing {
                 create(netlink, rule(RTM_NEWRULE, NLM_F_CREATE_EXCLUSIVE, AF_INET6), "add the IPv6 routing rule")?;
             }
         }
-        set_lo(netlink, 1, 1)
+        self.settings.iter().try_for_each(|(index, which, _)| set(netlink, *index, *which, 1))
     }
 
     /// Unmakes everything, going on after an error; the first error is returned.
@@ -130,7 +145,7 @@ impl Plumbing {
             results.push(delete(netlink, rule(RTM_DELRULE, 0, AF_INET6), "remove the IPv6 routing rule"));
             results.push(delete(netlink, route(RTM_DELROUTE, 0, AF_INET6), "remove the IPv6 route"));
         }
-        results.push(set_lo(netlink, self.accept_local, self.src_valid_mark));
+        results.extend(self.settings.iter().map(|(index, which, value)| set(netlink, *index, *which, *value)));
         results.into_iter().collect()
     }
 }
@@ -189,35 +204,34 @@ fn ifinfomsg(index: u32) -> [u8; IFINFOMSG_LEN] {
     body
 }
 
-/// `accept_local` and `src_valid_mark` of `lo`.
-fn lo_settings(netlink: &mut Netlink) -> Result<(u32, u32), RedirectError> {
-    const WHAT: &str = "read the settings of lo";
-    let error = |source| RedirectError::Netlink { what: WHAT, source };
-    let links = netlink.ask(Request::new(RTM_GETLINK, 0, &ifinfomsg(LO_INDEX))).map_err(error)?;
+/// What a setting of an interface is.
+fn setting(netlink: &mut Netlink, index: u32, which: Setting) -> Result<u32, RedirectError> {
+    let error = |source| RedirectError::Netlink { what: "read the settings of an interface", source };
+    let links = netlink.ask(Request::new(RTM_GETLINK, 0, &ifinfomsg(index))).map_err(error)?;
     let read = || {
-        let attributes_of_lo = links.first()?.get(IFINFOMSG_LEN..)?;
-        let families = find_attribute(attributes_of_lo, IFLA_AF_SPEC)?;
+        let of_link = links.first()?.get(IFINFOMSG_LEN..)?;
+        let families = find_attribute(of_link, IFLA_AF_SPEC)?;
         let inet = find_attribute(families, u16::from(AF_INET))?;
         let (_, values) = attributes(inet).find(|(kind, _)| *kind == IFLA_INET_CONF)?;
         // An array of all settings; number n is at n - 1.
-        let value = |number: u16| u32_at(values, (usize::from(number) - 1) * 4);
-        Some((value(IPV4_DEVCONF_ACCEPT_LOCAL)?, value(IPV4_DEVCONF_SRC_VMARK)?))
+        u32_at(values, (which as usize - 1) * 4)
     };
     read().ok_or_else(|| error(io::ErrorKind::InvalidData.into()))
 }
 
-fn set_lo(netlink: &mut Netlink, accept_local: u32, src_valid_mark: u32) -> Result<(), RedirectError> {
+fn set(netlink: &mut Netlink, index: u32, which: Setting, value: u32) -> Result<(), RedirectError> {
     let mut settings = Vec::new();
-    push_attribute(&mut settings, IPV4_DEVCONF_ACCEPT_LOCAL, &accept_local.to_ne_bytes());
-    push_attribute(&mut settings, IPV4_DEVCONF_SRC_VMARK, &src_valid_mark.to_ne_bytes());
+    push_attribute(&mut settings, which as u16, &value.to_ne_bytes());
     let mut inet = Vec::new();
     push_attribute(&mut inet, IFLA_INET_CONF, &settings);
     let mut families = Vec::new();
     push_attribute(&mut families, u16::from(AF_INET), &inet);
-    let request = Request::new(RTM_SETLINK, 0, &ifinfomsg(LO_INDEX)).attribute(IFLA_AF_SPEC, &families);
+    let request = Request::new(RTM_SETLINK, 0, &ifinfomsg(index)).attribute(IFLA_AF_SPEC, &families);
     match netlink.ask(request) {
         Ok(_) => Ok(()),
-        Err(source) => Err(RedirectError::Netlink { what: "set accept_local and src_valid_mark on lo", source }),
+        // The interface went, and its settings with it.
+        Err(e) if e.raw_os_error() == Some(libc::ENODEV) => Ok(()),
+        Err(source) => Err(RedirectError::Netlink { what: "change a setting of an interface", source }),
     }
 }
 

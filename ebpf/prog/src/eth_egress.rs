@@ -1,15 +1,16 @@
 //! tc egress of the pod's interfaces: what the pod sends.
 //!
-//! A connection attempt goes to `lo`, where [`crate::lo_ingress`] gives it to the agent; so do the later segments of a
+//! A connection attempt is turned around, to where [`crate::captured`] gives it to the agent; so are the later segments of a
 //! connection the agent owns, both the application's side of a captured dial and its answers to the agent's delivery with the
-//! client's address. Everything else that is TCP is older than the enrolment.
+//! client's address. Everything else that is TCP is older than the enrolment. The way back is the interface's own: a hook of `lo`
+//! would do as well, but to attach to one more has the kernel wait for all its readers once more.
 use aya_ebpf::{
     bindings::{BPF_F_INGRESS, TC_ACT_SHOT, TC_ACT_UNSPEC},
     helpers::bpf_redirect,
     macros::classifier,
     programs::TcContext,
 };
-use ebpf_common::{Counter, MARK_AGENT, MARK_CAPTURE, MARK_MASK, Slot};
+use ebpf_common::{Counter, MARK_AGENT, MARK_LOCAL, MARK_MASK, Slot};
 
 use crate::{
     assign::{Owner, owner},
@@ -18,13 +19,11 @@ use crate::{
     udp,
 };
 
-/// The loopback interface has this index in every network namespace.
-const LO_IFINDEX: u32 = 1;
-
 #[classifier]
 pub fn eth_egress(ctx: TcContext) -> i32 {
     // SAFETY: the kernel hands every classifier a valid `__sk_buff`.
-    if unsafe { (*ctx.skb.skb).mark } & MARK_MASK == MARK_AGENT {
+    let mark = unsafe { (*ctx.skb.skb).mark } & MARK_MASK;
+    if mark == MARK_AGENT {
         count(&ctx, Counter::AgentEgress);
         return TC_ACT_UNSPEC;
     }
@@ -42,8 +41,13 @@ pub fn eth_egress(ctx: TcContext) -> i32 {
             return TC_ACT_SHOT;
         }
     };
+    if segment.opens() && mark == MARK_LOCAL {
+        // To deliver to an address that the pod does not have would begin anew with its capture.
+        count(&ctx, Counter::LoopbackOnWire);
+        return TC_ACT_SHOT;
+    }
     if segment.opens() {
-        // Looked for here, not only on `lo`: from there the packet could no longer leave (`fail_open`).
+        // Looked for here too: once turned around the packet could no longer leave (`fail_open`).
         let Some(listener) = Listener::find(Slot::Out) else {
             return if config.fail_open() {
                 count(&ctx, Counter::OutboundFailOpen);
@@ -63,7 +67,7 @@ pub fn eth_egress(ctx: TcContext) -> i32 {
         count(&ctx, Counter::OutboundExisting);
         return TC_ACT_UNSPEC;
     }
-    ctx.set_mark(MARK_CAPTURE);
-    // SAFETY: plain numbers.
-    unsafe { bpf_redirect(LO_IFINDEX, u64::from(BPF_F_INGRESS)) as i32 }
+    ctx.set_mark(config.capture_mark());
+    // SAFETY: the kernel hands every classifier a valid `__sk_buff`; the rest are plain numbers.
+    unsafe { bpf_redirect((*ctx.skb.skb).ifindex, u64::from(BPF_F_INGRESS)) as i32 }
 }

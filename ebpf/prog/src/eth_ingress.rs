@@ -1,4 +1,4 @@
-//! tc ingress of the pod's interfaces: what others send to the pod.
+//! tc ingress of the pod's interfaces: what others send to the pod, and what [`crate::eth_egress`] turned around.
 //!
 //! A connection attempt goes to the agent's inbound listener, keeping both addresses; HBONE has a listener of its own and is
 //! left alone. What policy denies for its source alone is dropped before that. Segments of known connections pass to their sockets.
@@ -7,10 +7,11 @@ use aya_ebpf::{
     macros::classifier,
     programs::TcContext,
 };
-use ebpf_common::{Counter, MARK_AGENT, MARK_CAPTURE, MARK_MASK, Slot};
+use ebpf_common::{Counter, MARK_AGENT, MARK_CAPTURE, MARK_LOCAL, MARK_MASK, Slot};
 
 use crate::{
     assign::{Outcome, Owner, open, owner, stray},
+    captured,
     maps::{config, count, is_denied},
     parse::{Packet, classify},
     udp,
@@ -19,12 +20,13 @@ use crate::{
 #[classifier]
 pub fn eth_ingress(ctx: TcContext) -> i32 {
     // SAFETY: the kernel hands every classifier a valid `__sk_buff`.
-    let mark = unsafe { (*ctx.skb.skb).mark } & MARK_MASK;
+    let mark = unsafe { (*ctx.skb.skb).mark };
+    let config = config();
+    let turned_around = mark == config.capture_mark();
     // A mark from outside the pod (a node that redirects straight into it) must not pass for ours.
-    if mark == MARK_AGENT || mark == MARK_CAPTURE {
+    if !turned_around && matches!(mark & MARK_MASK, MARK_AGENT | MARK_CAPTURE | MARK_LOCAL) {
         ctx.set_mark(0);
     }
-    let config = config();
     let segment = match classify(&ctx, &config) {
         Packet::Tcp(segment) => segment,
         Packet::Udp(tuple) => return udp::arriving(&ctx, &config, &tuple),
@@ -38,6 +40,9 @@ pub fn eth_ingress(ctx: TcContext) -> i32 {
             return TC_ACT_SHOT;
         }
     };
+    if turned_around {
+        return captured::deliver(&ctx, &config, &segment);
+    }
     let hbone = segment.tuple.dport() == config.hbone_port();
     let outcome = if segment.opens() {
         // Whoever it is and whatever it wants: the address alone decides, for tunnels too, whose source is their own.

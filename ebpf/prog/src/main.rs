@@ -1,4 +1,4 @@
-//! The kernel side of the redirection: four programs in one pod's network namespace, one file each.
+//! The kernel side of the redirection: programs in one pod's network namespace, one file each.
 //!
 //! Upstream: the pod's packets. Downstream: the agent's listeners in `SOCKS`. The contract is `ebpf-common`; the reasoning
 //! behind the hooks is in each file's first lines. What cannot be decided is dropped and counted, never passed around the agent.
@@ -6,9 +6,10 @@
 #![no_main]
 
 mod assign;
+mod captured;
 mod eth_egress;
 mod eth_ingress;
-mod lo_ingress;
+mod idle;
 mod maps;
 mod parse;
 mod steer_lookup;

@@ -74,6 +74,13 @@ impl Tuple {
             loopback4(w[0]) || loopback4(w[1])
         }
     }
+
+    /// Whether it goes where it comes from. The kernel's IPv4 refuses such packets, but not where `accept_local` is set, as captured
+    /// ones need it.
+    #[inline(always)]
+    fn to_itself(&self) -> bool {
+        !self.v6 && self.words[0] == self.words[1]
+    }
 }
 
 #[inline(always)]
@@ -156,7 +163,8 @@ fn ipv4(ctx: &TcContext, config: &Config) -> Packet {
         TCP => Packet::Drop(Counter::OddTcp4),
         UDP if plain => {
             let Ok(ports) = ctx.load::<u32>(ETH_LEN + IP4_LEN) else { return Packet::OddUdp };
-            Packet::Udp(Tuple { words: [ip[3], ip[4], ports, 0, 0, 0, 0, 0, 0], v6: false })
+            let tuple = Tuple { words: [ip[3], ip[4], ports, 0, 0, 0, 0, 0, 0], v6: false };
+            if tuple.to_itself() { Packet::Drop(Counter::LoopbackOnWire) } else { Packet::Udp(tuple) }
         }
         UDP if fragment & 0x1fff == 0 && dns(ctx, ETH_LEN + (version_and_length & 0x0f) as usize * 4) => {
             Packet::Drop(Counter::OddDns)
@@ -237,7 +245,7 @@ fn extended(ctx: &TcContext, config: &Config, first: u8) -> Packet {
 
 #[inline(always)]
 fn segment(tuple: Tuple, offset_flags_window: u32) -> Packet {
-    if tuple.touches_loopback() {
+    if tuple.touches_loopback() || tuple.to_itself() {
         return Packet::Drop(Counter::LoopbackOnWire);
     }
     Packet::Tcp(Segment { tuple, flags: (u32::from_be(offset_flags_window) >> 16) as u8 })

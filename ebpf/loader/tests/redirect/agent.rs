@@ -49,7 +49,7 @@ impl Agent {
     }
 
     fn start_whole(pod: &Netns, config: Config, pins: Option<&PinRoot>) -> Result<Self, RedirectError> {
-        let (out, inbound) = pod.run(|| (sock::listen(sock::GOOD, 15001), sock::listen(sock::GOOD, 15006)));
+        let (out, inbound) = pod.run(|| (sock::listen(sock::TO_APPLICATION, 15001), sock::listen(sock::GOOD, 15006)));
         let (out, inbound) = (out.expect("listen"), inbound.expect("listen"));
         let (sender, captured) = channel();
         for (listener, direction) in [(&out, Direction::Out), (&inbound, Direction::In)] {

@@ -16,7 +16,7 @@ use crate::{
     capture::{Client, echo_server},
     net::{Netns, POD4, POD6, SERVICE4, SERVICE6, Topology, eventually, ip, timed_out},
     require_root,
-    sock::{self, GOOD, ListenerKind},
+    sock::{self, GOOD, ListenerKind, TO_APPLICATION},
 };
 
 /// Everything the redirection could leave in a namespace, as text.
@@ -27,7 +27,7 @@ fn remains(pod: &Netns) -> String {
         found += &pod.ip(&format!("{family} route show table all"));
     }
     for key in ["accept_local", "src_valid_mark"] {
-        found += &pod.read_sysctl(&format!("net/ipv4/conf/lo/{key}"));
+        found += &pod.read_sysctl(&format!("net/ipv4/conf/eth0/{key}"));
         found += "\n";
     }
     let programs = pod.run(|| {
@@ -117,7 +117,7 @@ fn detaching_leaves_nothing_and_restores_direct_traffic() {
     for dropped in [false, true] {
         let mut agent = Agent::start(&net.pod);
         let during = remains(&net.pod);
-        assert!(during.contains("fwmark 0x53a/0xfff") && during.contains("programs=[1, 1, 1]"), "{during}");
+        assert!(during.contains("fwmark 0x53a/0xfff") && during.contains("programs=[0, 1, 1]"), "{during}");
         let redirect = agent.redirect.take().expect("attached");
         assert_eq!(redirect.interfaces(), ["eth0"]);
         if dropped {
@@ -147,7 +147,7 @@ fn without_pins_a_killed_agent_takes_its_programs_along_and_the_next_takes_over_
     echo_server(&net.host, 8080);
     let before = remains(&net.pod);
     let mut child = start_child(NAME, &net.pod, None);
-    assert!(remains(&net.pod).contains("programs=[1, 1, 1]"));
+    assert!(remains(&net.pod).contains("programs=[0, 1, 1]"));
     Client::connect(&net.pod, SocketAddr::new(ip(SERVICE4), 8080)).expect("captured").finish();
     child.kill().expect("kill");
     child.wait().expect("wait");
@@ -244,7 +244,7 @@ fn forget_object(pins: &PinRoot) {
 /// The kernel's numbers of the links on the pod's hooks; they stay when a program is replaced in a link.
 fn hooks(pod: &Netns) -> Vec<(u64, usize)> {
     pod.run(|| {
-        [("lo", TcAttachType::Ingress), ("eth0", TcAttachType::Ingress), ("eth0", TcAttachType::Egress)]
+        [("eth0", TcAttachType::Ingress), ("eth0", TcAttachType::Egress)]
             .map(|(device, direction)| {
                 let (revision, programs) = SchedClassifier::query_tcx(device, direction).expect("query");
                 (revision, programs.len())
@@ -287,7 +287,7 @@ fn with_pins_a_killed_agent_leaves_its_pod_closed_and_the_next_takes_over() {
     old.echo("older than the enrolment");
     assert_eq!(
         pinned(&pins.0),
-        ["CONFIG", "SOCKS", "SOURCES", "STEER", "TRAFFIC", "eth_egress-2", "eth_ingress-2", "lo_ingress", "steer_lookup"]
+        ["CONFIG", "SOCKS", "SOURCES", "STEER", "TRAFFIC", "eth_egress-2", "eth_ingress-2", "steer_lookup"]
     );
 
     let mut agent = Agent::start_pinned(&net.pod, &pins.0);
@@ -379,12 +379,12 @@ fn an_agent_killed_while_it_attaches_opens_nothing() {
     }
     // The same for one that dies before all its links are pinned: what it made is taken over or made anew.
     // An agent of before had no map of sources.
-    for gone in ["SOURCES", "eth_ingress-2", "eth_egress-2", "steer_lookup", "lo_ingress"] {
+    for gone in ["SOURCES", "eth_ingress-2", "eth_egress-2", "steer_lookup"] {
         let pod = std::fs::read_dir(pins.0.dir()).expect("list").next().expect("the pod's").expect("entry").path();
         std::fs::remove_file(pod.join(gone)).expect("a pin");
         std::fs::File::open(&pod).expect("the pod's pins stay");
         drop(Agent::start_pinned(&net.pod, &pins.0));
-        assert_eq!(pinned(&pins.0).len(), 9, "without {gone}: {:?}", pinned(&pins.0));
+        assert_eq!(pinned(&pins.0).len(), 8, "without {gone}: {:?}", pinned(&pins.0));
     }
     let mut agent = Agent::start_pinned(&net.pod, &pins.0);
     assert!(hooks(&net.pod).iter().all(|(_, programs)| *programs == 1), "one program each: {:?}", hooks(&net.pod));
@@ -483,16 +483,14 @@ fn the_same_programs_are_not_loaded_again() {
     echo_server(&net.pod, 9090);
     let programs = || {
         net.pod.run(|| {
-            [("lo", TcAttachType::Ingress), ("eth0", TcAttachType::Ingress), ("eth0", TcAttachType::Egress)].map(
-                |(device, way)| {
-                    SchedClassifier::query_tcx(device, way)
-                        .expect("query")
-                        .1
-                        .iter()
-                        .map(aya::programs::ProgramInfo::id)
-                        .collect::<Vec<_>>()
-                },
-            )
+            [("eth0", TcAttachType::Ingress), ("eth0", TcAttachType::Egress)].map(|(device, way)| {
+                SchedClassifier::query_tcx(device, way)
+                    .expect("query")
+                    .1
+                    .iter()
+                    .map(aya::programs::ProgramInfo::id)
+                    .collect::<Vec<_>>()
+            })
         })
     };
     drop(Agent::start_pinned(&net.pod, &pins.0));
@@ -522,6 +520,10 @@ fn the_same_programs_are_not_loaded_again() {
     drop(Agent::start_pinned(&net.pod, &pins.0));
     let on_new = net.pod.run(|| SchedClassifier::query_tcx("eth1", TcAttachType::Egress).expect("query").1.len());
     assert_eq!(on_new, 1, "the new interface is captured");
+    net.pod.ip("link del eth1");
+    forget_object(&pins.0);
+    drop(Agent::start_pinned(&net.pod, &pins.0));
+    assert!(!pinned(&pins.0).iter().any(|name| name.ends_with(&format!("-{number}"))), "{:?}", pinned(&pins.0));
 }
 
 #[test]
@@ -538,7 +540,7 @@ fn pins_nobody_holds_are_swept() {
     // The kernel detaches a moment after the last reference is gone.
     assert!(eventually(|| hooks(&net.pod).iter().all(|(_, programs)| *programs == 0)));
     Client::connect(&net.pod, SocketAddr::new(ip(SERVICE4), 8080)).expect("direct").finish();
-    assert_eq!(pinned(&pins.0).len(), 9);
+    assert_eq!(pinned(&pins.0).len(), 8);
     // A namespace that went with its programs attached leaves pins, and they are no obstacle to remove.
     let redirect = agent.redirect.take();
     drop((redirect, agent, other));
@@ -595,6 +597,7 @@ fn listeners_that_break_the_contract_are_refused() {
     let good = net.pod.run(|| sock::listen(GOOD, 0)).expect("listen");
     let bad = |kind: ListenerKind| net.pod.run(move || sock::listen(kind, 0)).expect("listen");
     assert!(matches!(fault(&bad(ListenerKind { mark: 0, ..GOOD }), &good), ListenerFault::Unmarked));
+    assert!(matches!(fault(&good, &bad(TO_APPLICATION)), ListenerFault::Unmarked));
     assert!(matches!(fault(&good, &bad(ListenerKind { transparent: false, ..GOOD })), ListenerFault::NotTransparent));
     assert!(matches!(fault(&bad(ListenerKind { reuse_port: true, ..GOOD }), &good), ListenerFault::ReusePort));
     assert!(matches!(fault(&bad(ListenerKind { v6_only: true, ..GOOD }), &good), ListenerFault::V6Only));

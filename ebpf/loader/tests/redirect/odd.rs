@@ -470,6 +470,49 @@ fn loopback_addresses_do_not_leave() {
     }
 }
 
+/// The kernel's IPv4 would refuse such packets, but for a setting that what is turned around needs.
+#[test]
+fn nobody_passes_for_the_pod_itself() {
+    require_root!("nobody_passes_for_the_pod_itself");
+    let net = Topology::new();
+    let socket = net.pod.run(|| std::net::UdpSocket::bind((POD4, 5000))).expect("bind");
+    socket.set_read_timeout(Some(Duration::from_millis(300))).expect("a limit");
+    let link = net.pod.ip("-o link show dev eth0");
+    let hardware = link.split("link/ether ").nth(1).and_then(|rest| rest.split(' ').next()).expect("an address");
+    let hardware: Vec<u8> = hardware.split(':').map(|byte| u8::from_str_radix(byte, 16).expect("a byte")).collect();
+    let agent = Agent::start(&net.pod);
+    let send = |source: &str| {
+        let mut udp = Vec::new();
+        udp.extend([0x13, 0x88, 0x13, 0x88, 0, 12, 0, 0]);
+        udp.extend(b"self");
+        let mut frame = hardware.clone();
+        frame.extend([2, 0, 0, 0, 0, 1, 8, 0]);
+        frame.extend(packet(ip(source), ip(POD4), 17, None, &udp));
+        net.host.run(move || send_frame(&frame)).expect("send");
+    };
+    send(HOST4);
+    assert_eq!(socket.recv_from(&mut [0; 16]).expect("another source passes").0, 4);
+    let before = agent.count("loopback_on_wire");
+    send(POD4);
+    assert!(timed_out(&socket.recv_from(&mut [0; 16]).expect_err("it cannot be the pod's")));
+    assert_eq!(agent.count("loopback_on_wire"), before + 1);
+}
+
+/// An agent that delivers where the pod has no such address must not meet its own capture.
+#[test]
+fn a_delivery_does_not_leave_the_pod() {
+    require_root!("a_delivery_does_not_leave_the_pod");
+    let net = Topology::new();
+    echo_server(&net.host, 8080);
+    let agent = Agent::start(&net.pod);
+    let before = agent.count("loopback_on_wire");
+    let stranger = SocketAddr::new(ip(SERVICE4), 8080);
+    let result = net.pod.run(move || sock::dial_as(ip(HOST4), stranger));
+    assert!(result.is_err(), "reached {stranger}");
+    assert!(agent.count("loopback_on_wire") > before);
+    assert!(agent.nothing_captured());
+}
+
 /// Sends an Ethernet frame from eth0.
 fn send_frame(frame: &[u8]) -> io::Result<()> {
     // SAFETY: plain numbers; the result is checked.

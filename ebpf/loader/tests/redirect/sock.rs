@@ -95,6 +95,9 @@ pub struct ListenerKind {
 
 pub const GOOD: ListenerKind = ListenerKind { mark: 0x539, transparent: true, reuse_port: false, v6_only: false };
 
+/// That of what the pod dials, which only talks to the application.
+pub const TO_APPLICATION: ListenerKind = ListenerKind { mark: 0x53b, ..GOOD };
+
 pub fn listen(kind: ListenerKind, port: u16) -> io::Result<TcpListener> {
     let socket = socket(true, libc::SOCK_STREAM, 0)?;
     set_number(&socket, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)?;
@@ -137,7 +140,7 @@ pub fn dial_as(client: IpAddr, to: SocketAddr) -> io::Result<TcpStream> {
 
 fn dial_from(from: SocketAddr, to: SocketAddr) -> io::Result<TcpStream> {
     let socket = socket(to.is_ipv6(), libc::SOCK_STREAM, 0)?;
-    set_number(&socket, libc::SOL_SOCKET, libc::SO_MARK, 0x539)?;
+    set_number(&socket, libc::SOL_SOCKET, libc::SO_MARK, 0x53b)?;
     set_number(&socket, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)?;
     let (level, option) =
         if to.is_ipv6() { (libc::SOL_IPV6, libc::IPV6_TRANSPARENT) } else { (libc::SOL_IP, libc::IP_TRANSPARENT) };
