@@ -66,6 +66,8 @@ struct Store {
     /// Statuses instead of answers.
     refused: BTreeMap<&'static str, u16>,
     missing: BTreeSet<&'static str>,
+    /// Whose watches are told nothing for now.
+    held: BTreeSet<&'static str>,
     /// Counts up when all watches are to end.
     dropped: u64,
     /// Requests for lists, by resource.
@@ -180,6 +182,17 @@ impl KubeApi {
             store.missing.insert(plural)
         };
         store.dropped += 1;
+        self.state.changed.notify_all();
+    }
+
+    /// Watches of a resource are told nothing from now on, or again, as when a server's cache is behind; lists have everything.
+    pub fn hold(&self, plural: &'static str, held: bool) {
+        let mut store = self.state.lock();
+        if held {
+            store.held.insert(plural)
+        } else {
+            store.held.remove(plural)
+        };
         self.state.changed.notify_all();
     }
 
@@ -511,6 +524,9 @@ fn watch(state: &State, out: &mut TcpStream, asked: &Asked) -> io::Result<bool> 
     }
     let born = store.dropped;
     loop {
+        while store.held.contains(plural) && store.dropped == born && !store.stopped {
+            store = state.changed.wait(store).unwrap_or_else(PoisonError::into_inner);
+        }
         let lines: Vec<String> = store
             .log
             .iter()

@@ -42,6 +42,7 @@ use mesh_runtime::resolve::Resolver;
 use mesh_runtime::signals;
 use mesh_runtime::sockets::{probe_rights, raise_nofile};
 use mesh_runtime::threads::DataThreads;
+use mesh_sources::kubernetes::Lookup;
 use mesh_sources::{Diagnostics, Mesh, translate};
 use std::collections::HashSet;
 use std::convert::Infallible;
@@ -169,12 +170,16 @@ pub async fn serve(mut settings: Settings, logging: &Logging) -> Result<()> {
             let supervisor = match enrols {
                 Some((view, access, proc_dir)) => {
                     let asked_to_end = drained.clone();
+                    let lookup = match Lookup::new(&access, view.clone()) {
+                        Ok(lookup) => lookup,
+                        Err(error) => return tracing::error!(%error, "the pods of this node cannot be asked about"),
+                    };
                     let pods = tokio::select! {
                         pods = ByKubernetes::follow(&access, view, proc_dir) => pods,
                         _ = asked_to_end.draining() => return,
                     };
                     match pods {
-                        Ok(pods) => supervisor.by_kubernetes(hold_back(pods, &settings, is_alone)),
+                        Ok(pods) => supervisor.by_kubernetes(hold_back(pods, lookup, &settings, is_alone)),
                         Err(error) => return tracing::error!(%error, "the pods of this node cannot be followed"),
                     }
                 }
@@ -241,12 +246,12 @@ async fn succeed(predecessor: Predecessor, faces: Vec<(SocketAddr, HttpServer)>,
 }
 
 /// Lets pods of this node start only when they are captured, if that is wanted; from when no agent before this one does it.
-fn hold_back(pods: ByKubernetes, settings: &Settings, mut alone: watch::Receiver<bool>) -> ByKubernetes {
+fn hold_back(pods: ByKubernetes, lookup: Lookup, settings: &Settings, mut alone: watch::Receiver<bool>) -> ByKubernetes {
     let (Some(conf_dir), Some(bin_dir)) = (settings.cni.cni_conf_dir.clone(), settings.cni.cni_bin_dir.clone()) else {
         return pods;
     };
     let (arrivals, told) = mpsc::channel(16);
-    let desk = Desk { pods: pods.pods(), arrivals: arrivals.clone(), runtime: Handle::current() };
+    let desk = Desk { pods: pods.pods(), arrivals: arrivals.clone(), lookup, runtime: Handle::current() };
     let socket = cni::path(&settings.run_dir, &settings.node);
     let mut exclude_namespaces = translate::Settings::default().excluded_namespaces;
     exclude_namespaces.push(settings.root_namespace.clone());

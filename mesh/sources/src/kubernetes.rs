@@ -32,7 +32,7 @@ use client::Client;
 use cluster::Cluster;
 pub use kinds::Reach;
 pub use metrics::Watches;
-pub use nodes::{NodePod, NodePods, Served, follow as follow_node};
+pub use nodes::{Lookup, NodePod, NodePods, Served, follow as follow_node};
 
 /// Events taken in before what they change is published.
 const BATCH: usize = 10_000;

@@ -56,6 +56,7 @@ const TESTS: &[Test<Cluster>] = &[
     test("the_plugin_is_chained_and_stays", starting::the_plugin_is_chained_and_stays),
     test("a_pod_is_captured_before_it_starts", starting::a_pod_is_captured_before_it_starts),
     test("pods_outside_the_mesh_start_at_once", starting::pods_outside_the_mesh_start_at_once),
+    test("a_label_as_young_as_the_pod_counts", starting::a_label_as_young_as_the_pod_counts),
     test("a_pod_nobody_told_of_does_not_start", starting::a_pod_nobody_told_of_does_not_start),
     test("a_label_taken_away_makes_the_pod_direct_and_unmarked", a_label_taken_away_makes_the_pod_direct_and_unmarked),
     test("without_an_agent_pods_do_not_start", starting::without_an_agent_pods_do_not_start),

@@ -157,6 +157,34 @@ pub(crate) fn pods_outside_the_mesh_start_at_once(cluster: &mut Cluster) -> anyh
     Ok(())
 }
 
+/// The label is there when the runtime calls, and the agent's watch has not told of it: the pod does not start as if there were none.
+pub(crate) fn a_label_as_young_as_the_pod_counts(cluster: &mut Cluster) -> anyhow::Result<()> {
+    let namespace =
+        |labels: Value| json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": "shop", "labels": labels } });
+    let ambient = json!({ "istio.io/dataplane-mode": "ambient" });
+    cluster.api.apply(namespace(json!({})));
+    cluster.wait_marked(STARTING.0, false)?;
+    cluster.api.hold("namespaces", true);
+    cluster.api.apply(namespace(ambient));
+    let out = std::thread::scope(|scope| {
+        let call = scope.spawn(|| cluster.call_plugin("ADD", "shop", STARTING, |_| {}));
+        std::thread::sleep(Duration::from_millis(500));
+        let early = call.is_finished();
+        cluster.api.hold("namespaces", false);
+        let out = call.join().unwrap_or_else(|_| Err(anyhow::anyhow!("the caller panicked")))?;
+        ensure!(!early, "the pod was let start: {out:?}");
+        anyhow::Ok(out)
+    })?;
+    is_let_go(&out).with_context(|| cluster.agent().map(|a| a.log_tail(20)).unwrap_or_default())?;
+    let check = cluster.call_plugin("CHECK", "shop", STARTING, |_| {})?;
+    ensure!(check.status.success(), "{check:?}");
+    // A server that does not say whether the pod is enrolled has nobody start; the kubelet tries again.
+    cluster.api.refuse("namespaces", 500);
+    let out = cluster.call_plugin("ADD", "shop", super::UIDS[2], |_| {});
+    cluster.api.refuse("namespaces", 0);
+    is_refused(&out?, 11)
+}
+
 pub(crate) fn a_pod_nobody_told_of_does_not_start(cluster: &mut Cluster) -> anyhow::Result<()> {
     // Its name is known, of the pod before it.
     let again = (STARTING.0, STRANGER.1);

@@ -8,7 +8,7 @@ use crate::enrolment::{Arrival, is_served};
 use crate::unix::{check_peer, listen_at};
 use anyhow::{Context, Result, ensure};
 use mesh_runtime::sockets::NetnsFd;
-use mesh_sources::kubernetes::{NodePod, NodePods};
+use mesh_sources::kubernetes::{Lookup, NodePod, NodePods};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendFlags, SocketFlags, accept_with, recvmsg, send,
@@ -34,6 +34,8 @@ const LONGEST: usize = 4096;
 pub struct Desk {
     /// The pods of this node.
     pub pods: watch::Receiver<Option<NodePods>>,
+    /// Where it is asked about one that is not enrolled, as far as was told.
+    pub lookup: Lookup,
     /// The supervisor.
     pub arrivals: mpsc::Sender<Arrival>,
     /// Where there is a clock.
@@ -86,16 +88,21 @@ impl Desk {
 
     fn answer(&self, request: &Request, netns: NetnsFd) -> Answer {
         let refused = |why: String, later| Answer::Refused { why, later };
-        let mut pods = self.pods.clone();
-        let known = async {
-            let pods = pods.wait_for(|pods| find(pods.as_ref(), request).is_some()).await.ok()?;
-            find(pods.as_ref(), request).cloned()
-        };
-        let Ok(Some(pod)) = self.runtime.block_on(async { tokio::time::timeout(KNOWN_WITHIN, known).await }) else {
-            return refused(format!("the API server has not told of it within {} s", KNOWN_WITHIN.as_secs()), true);
-        };
+        let within =
+            |what: &str| refused(format!("the API server has not told {what} within {} s", KNOWN_WITHIN.as_secs()), true);
+        let Some(mut pod) = self.known(request, |_| true) else { return within("of it") };
         if !is_served(&pod.workload) {
-            return Answer::NotEnrolled;
+            // The label of its namespace may be younger than what the watch has told.
+            match self.now(request) {
+                Ok(Some(true)) => {}
+                Ok(Some(false)) => return Answer::NotEnrolled,
+                Ok(None) => return refused("it is not of this node any more".into(), true),
+                Err(why) => return refused(format!("whether it is enrolled: {why}"), true),
+            }
+            let Some(enrolled) = self.known(request, |pod| is_served(&pod.workload)) else {
+                return within("that it is enrolled");
+            };
+            pod = enrolled;
         }
         let (done, outcome) = oneshot::channel();
         let arrival = Arrival { uid: Arc::clone(&pod.uid), netns, check: request.check, done };
@@ -111,13 +118,35 @@ impl Desk {
     }
 }
 
+impl Desk {
+    /// The pod, once it is told of and is as `wanted`; `None` where that takes too long.
+    fn known(&self, request: &Request, wanted: impl Fn(&NodePod) -> bool) -> Option<NodePod> {
+        let mut pods = self.pods.clone();
+        let found = async {
+            let pods = pods.wait_for(|pods| find(pods.as_ref(), request).is_some_and(&wanted)).await.ok()?;
+            find(pods.as_ref(), request).cloned()
+        };
+        self.runtime.block_on(async { tokio::time::timeout(KNOWN_WITHIN, found).await }).ok()?
+    }
+
+    /// Whether the pod is enrolled, by the API server's own word; `None` where it has no such pod.
+    fn now(&self, request: &Request) -> Result<Option<bool>, String> {
+        let asked = self.lookup.pod(&request.namespace, &request.name);
+        let answer = self.runtime.block_on(async { tokio::time::timeout(KNOWN_WITHIN, asked).await });
+        let pod = answer.map_err(|_| "the API server does not answer".to_owned())??;
+        Ok(pod.filter(|pod| is_meant(pod, request)).map(|pod| is_served(&pod.workload)))
+    }
+}
+
 /// The pod that is meant, as the API server tells of it. Of one that was made again under its name the object before does not count.
 fn find<'p>(pods: Option<&'p NodePods>, request: &Request) -> Option<&'p NodePod> {
-    pods.into_iter().flat_map(|pods| pods.iter()).find(|pod| {
-        *pod.workload.namespace == *request.namespace
-            && *pod.workload.name == *request.name
-            && request.uid.as_ref().is_none_or(|uid| *pod.cgroup == **uid)
-    })
+    pods.into_iter().flat_map(|pods| pods.iter()).find(|pod| is_meant(pod, request))
+}
+
+fn is_meant(pod: &NodePod, request: &Request) -> bool {
+    *pod.workload.namespace == *request.namespace
+        && *pod.workload.name == *request.name
+        && request.uid.as_ref().is_none_or(|uid| *pod.cgroup == **uid)
 }
 
 fn hear(peer: &OwnedFd) -> Result<(Request, NetnsFd)> {

@@ -64,6 +64,65 @@ pub fn follow(
     Ok(told)
 }
 
+/// Asks the API server itself about one pod of the node: what a watch tells may be a moment old.
+#[derive(Clone, Debug)]
+pub struct Lookup {
+    client: Client,
+    view: Viewpoint,
+}
+
+impl Lookup {
+    /// Asks about pods of the view's node.
+    ///
+    /// # Errors
+    /// There is no way to the API server.
+    pub fn new(access: &Access, view: Viewpoint) -> Result<Self, SourceError> {
+        Ok(Self { client: Client::new(access).map_err(SourceError::Access)?, view })
+    }
+
+    /// The pod, by what it and its namespace are now: lists without a `resourceVersion` are of the latest, and need no other right
+    /// than the watches. `None`: no such pod is to run on the node.
+    ///
+    /// # Errors
+    /// What the server answers instead, or why it does not.
+    pub async fn pod(&self, namespace: &str, name: &str) -> Result<Option<NodePod>, String> {
+        let mut watches = kinds::of_node(&self.view.node);
+        for watch in &mut watches {
+            let only = if watch.kind == Kind::Namespace { namespace } else { name };
+            let fields = watch.fields.take().into_iter().chain([format!("metadata.name={only}")]);
+            watch.fields = Some(fields.collect::<Vec<_>>().join(","));
+            if watch.kind == Kind::Pod {
+                watch.namespace = Some(namespace.to_owned());
+            }
+        }
+        let mut cluster =
+            Cluster::new(self.view.clone(), &Settings { unaddressed: true, ..Settings::default() }, watches.clone());
+        let mut own: HashMap<Name, Own> = HashMap::new();
+        for (number, watch) in watches.iter().enumerate() {
+            let Some(version) = watch.versions.first() else { continue };
+            let mut page = self.client.get(&watch.path(version, "limit=1")).await.map_err(|failure| failure.message)?;
+            let items = match page["items"].take() {
+                Value::Array(items) => items,
+                _ => Vec::new(),
+            };
+            let mut tell = |what| cluster.take(Told { watch: number, what });
+            tell(What::Restarted);
+            for object in items {
+                let mut what = What::Listed(Box::new(object), version);
+                if watch.kind == Kind::Pod {
+                    note(&mut own, &mut what);
+                }
+                tell(what);
+            }
+            tell(What::Complete);
+        }
+        Ok(cluster.flush().into_iter().find_map(|change| match change {
+            Change::Workload(workload) => node_pod(&own, &workload),
+            _ => None,
+        }))
+    }
+}
+
 /// Namespace and name of a pod.
 type Name = (Arc<str>, Arc<str>);
 
@@ -116,16 +175,17 @@ async fn watch_pods(client: Client, view: Viewpoint, pods: channel::Sender<Optio
         // Also those that a list did not name any more.
         let names: HashSet<Name> = workloads.values().map(|w| (Arc::clone(&w.namespace), Arc::clone(&w.name))).collect();
         own.retain(|name, _| names.contains(name));
-        let known = workloads.values().filter_map(|workload| {
-            let own = own.get(&(Arc::clone(&workload.namespace), Arc::clone(&workload.name)))?;
-            let (uid, cgroup) = (Arc::clone(&own.uid), Arc::clone(&own.cgroup));
-            Some(NodePod { uid, cgroup, workload: Arc::clone(workload), marked: own.marked })
-        });
-        let known: NodePods = known.collect();
+        let known: NodePods = workloads.values().filter_map(|workload| node_pod(&own, workload)).collect();
         if pods.send(Some(known)).is_err() {
             return;
         }
     }
+}
+
+fn node_pod(own: &HashMap<Name, Own>, workload: &Arc<Workload>) -> Option<NodePod> {
+    let own = own.get(&(Arc::clone(&workload.namespace), Arc::clone(&workload.name)))?;
+    let (uid, cgroup) = (Arc::clone(&own.uid), Arc::clone(&own.cgroup));
+    Some(NodePod { uid, cgroup, workload: Arc::clone(workload), marked: own.marked })
 }
 
 /// Takes what is not the translator's out of an event: it would call a pod enrolled because it is marked.
