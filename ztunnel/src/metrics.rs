@@ -109,7 +109,7 @@ impl Metrics {
                     "culvert_pod_start_seconds",
                     "Time from learning that a pod is to be served until it was captured, in seconds",
                     &[],
-                    &[0.001, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.075, 0.1, 0.2, 0.5, 1.0, 5.0],
+                    &[0.001, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.075, 0.1, 0.2, 0.5, 1.0, 5.0, 10.0, 20.0],
                 ))?
                 .pin(&[]),
             config_problems: gauge("culvert_config_problems", "Configuration objects refused, now")?,

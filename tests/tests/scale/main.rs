@@ -100,7 +100,8 @@ impl Scale {
         Ok(self.agent()?.metrics()?.sum("workload_manager_active_proxy_count", &[]))
     }
     fn starts(&self) -> anyhow::Result<Starts> {
-        const STEPS: [&str; 12] = ["0.01", "0.02", "0.03", "0.04", "0.05", "0.06", "0.075", "0.1", "0.2", "0.5", "1", "5"];
+        const STEPS: [&str; 14] =
+            ["0.01", "0.02", "0.03", "0.04", "0.05", "0.06", "0.075", "0.1", "0.2", "0.5", "1", "5", "10", "20"];
         let page = self.agent()?.metrics()?;
         let of = |suffix: &str, labels: &[(&str, &str)]| page.sum(&format!("culvert_pod_start_seconds{suffix}"), labels);
         let within = STEPS.iter().map(|le| Ok((le.parse()?, of("_bucket", &[("le", le)]))));
