@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
+use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
@@ -161,7 +162,11 @@ impl AgentSpec {
             command.arg("--mesh-dir").arg(mesh).arg("--ca-dir").arg(ca);
         }
         command.args(&self.flags).envs(&self.env).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
-        let enter = || self.confinement.as_ref().map_or(Ok(()), |to| to.enter(&binary));
+        let enter = || {
+            self.confinement.as_ref().map_or(Ok(()), |to| to.enter(&binary))?;
+            // Numbers of processes are its own, as in a container: what is outside has none there.
+            Ok(unshare(CloneFlags::CLONE_NEWPID)?)
+        };
         let child = place.netns.spawn_after(enter, &mut command).with_context(|| format!("start {}", binary.display()))?;
         Ok(Agent { child: Mutex::new(child), place: place.clone(), spec: self })
     }

@@ -29,7 +29,8 @@ pub fn render_with(chart: &Path, values: &str, namespace: &str) -> anyhow::Resul
     overlay(&mut merged, serde_saphyr::from_str(values)?);
     let root = json!({ "Values": merged, "Release": { "Namespace": namespace, "Name": "culvert" } });
     let mut names: Vec<_> = fs::read_dir(chart.join("templates"))?.flatten().map(|entry| entry.path()).collect();
-    names.sort();
+    // Helm sorts by kinds; what counts is that namespaces are there before what is in them.
+    names.sort_by_key(|path| (!path.ends_with("namespaces.yaml"), path.clone()));
     let mut out = String::new();
     for path in names {
         let pieces = pieces(&read(&path)?).with_context(|| path.display().to_string())?;

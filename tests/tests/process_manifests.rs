@@ -59,6 +59,22 @@ fn the_plain_files_are_what_the_chart_renders() {
     }
 }
 
+/// `kubectl apply` makes one object after the other.
+#[test]
+fn namespaces_come_before_what_is_in_them() {
+    for profile in PROFILES {
+        let plain = std::fs::read_to_string(manifests().join(format!("plain/{profile}.yaml"))).unwrap();
+        let mut there = BTreeSet::new();
+        for object in documents(&plain).unwrap() {
+            if object["kind"] == "Namespace" {
+                there.insert(object["metadata"]["name"].to_string());
+            } else if !object["metadata"]["namespace"].is_null() {
+                assert!(there.contains(&object["metadata"]["namespace"].to_string()), "{}", object["metadata"]);
+            }
+        }
+    }
+}
+
 #[test]
 fn helm_renders_the_same() {
     if let Some(why) = skip::command_missing("helm") {

@@ -13,7 +13,7 @@ use crate::prefilter::Prefilter;
 use crate::settings::RedirectMode;
 use crate::sockets::Sockets;
 use crate::zds::{Named, Order};
-use ebpf_loader::{CaptureRoutes, PinRoot, Redirect, Tally};
+use ebpf_loader::{CaptureRoutes, PinRoot, Redirect, RedirectError, Tally};
 use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
 use mesh_hbone::Pool;
@@ -276,6 +276,8 @@ impl PodSupervisor {
                 let dns = running.rules.as_ref().is_some_and(|rules| rules.table.dns);
                 attach(netns, sockets, Some(pins), programs(&self.shared.settings, dns)).await
             }
+            // So the runtime leaves the network of a pod that ended. What is captured stays so, and has no way while `lo` is down.
+            Err(RedirectError::LoopbackDown) => return,
             Err(error) => Err(error.to_string()),
         };
         match outcome {

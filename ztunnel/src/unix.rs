@@ -1,6 +1,6 @@
 //! Unix sockets between processes of one user on one node: one message is one packet, and nobody else may speak.
 use anyhow::{Result, ensure};
-use rustix::net::sockopt::socket_peercred;
+use mesh_runtime::sockets::peer_user;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -29,7 +29,7 @@ pub fn listen_at(path: &Path) -> Result<OwnedFd> {
 
 /// Refuses another user.
 pub fn check_peer(socket: &OwnedFd) -> Result<()> {
-    let (peer, own) = (socket_peercred(socket)?.uid, rustix::process::geteuid());
-    ensure!(peer == own, "the other side runs as user {}, not as {}", peer.as_raw(), own.as_raw());
+    let (peer, own) = (peer_user(socket)?, rustix::process::geteuid().as_raw());
+    ensure!(peer == own, "the other side runs as user {peer}, not as {own}");
     Ok(())
 }

@@ -22,4 +22,4 @@ pub use listen::{BoundListener, Listener, ListenerOptions, RawAccepted, accept_p
 pub use netns::{NetnsFd, NetnsId};
 pub use options::{Keepalive, MissingRight, StreamOptions, probe_rights, raise_nofile, reset_on_close};
 pub use owner::SocketTable;
-pub use query::{TcpInfo, canonical, is_reset, original_dst, rtt, tcp_info};
+pub use query::{TcpInfo, canonical, is_reset, original_dst, peer_user, rtt, tcp_info};

@@ -83,11 +83,13 @@ impl Places {
 /// The processes of these pods, each pod's oldest first.
 fn processes_of(proc_dir: &Path, pods: &HashSet<&str>) -> HashMap<Arc<str>, Vec<Process>> {
     let mut all: HashMap<Arc<str>, Vec<Process>> = HashMap::new();
+    let first = fs::read_to_string(proc_dir.join("1/cgroup")).unwrap_or_default();
+    let root = first.lines().filter_map(path_of).map(steps_up).max().unwrap_or_default();
     for entry in fs::read_dir(proc_dir).into_iter().flatten().flatten() {
         let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
         // A process that ends meanwhile is none.
         let Ok(cgroups) = fs::read_to_string(entry.path().join("cgroup")) else { continue };
-        let Some(uid) = pod_of(&cgroups).filter(|uid| pods.contains(uid.as_str())) else { continue };
+        let Some(uid) = pod_of(&cgroups, root).filter(|uid| pods.contains(uid.as_str())) else { continue };
         if let Some(started) = start_of(proc_dir, pid) {
             all.entry(uid.into()).or_default().push(Process { started, pid });
         }
@@ -100,7 +102,10 @@ fn processes_of(proc_dir: &Path, pods: &HashSet<&str>) -> HashMap<Arc<str>, Vec<
 
 /// The uid of the pod whose cgroup a process is in: `…/kubepods-burstable-podUID.slice/…`, with `_` for `-` (systemd), or
 /// `…/kubepods/burstable/podUID/…` (cgroupfs). A mirror pod's uid is 32 hexadecimal digits without dashes.
-fn pod_of(cgroups: &str) -> Option<String> {
+///
+/// In a cgroup namespace of its own, which a container has with the second version of cgroups, a reader is shown where others are from
+/// where it is itself: `/../../podUID/…`. So many steps up as there are to the machine's `root` it would leave the kubelet's cgroups.
+fn pod_of(cgroups: &str, root: usize) -> Option<String> {
     let of_part = |part: &str| {
         let part = part.strip_suffix(".slice").unwrap_or(part);
         let uid = part.rsplit_once("-pod").map_or_else(|| part.strip_prefix("pod"), |(_, uid)| Some(uid))?;
@@ -108,13 +113,18 @@ fn pod_of(cgroups: &str) -> Option<String> {
         let is_uid = matches!(uid.len(), 32 | 36) && uid.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-');
         is_uid.then_some(uid)
     };
-    // `hierarchy:controllers:path`; the path may hold colons.
-    let path_of = |line: &'_ str| line.splitn(3, ':').nth(2).map(str::to_owned);
-    cgroups
-        .lines()
-        .filter_map(path_of)
-        .filter(|path| path.contains("kubepods"))
-        .find_map(|path| path.split(['/', ':']).find_map(of_part))
+    let of_kubelet = |path: &&str| path.contains("kubepods") || (1..root).contains(&steps_up(path));
+    cgroups.lines().filter_map(path_of).filter(of_kubelet).find_map(|path| path.split(['/', ':']).find_map(of_part))
+}
+
+/// Of `hierarchy:controllers:path`; the path may hold colons.
+fn path_of(line: &str) -> Option<&str> {
+    line.splitn(3, ':').nth(2)
+}
+
+/// How far above the reader's own cgroup a path begins.
+fn steps_up(path: &str) -> usize {
+    path.split('/').skip(1).take_while(|part| *part == "..").count()
 }
 
 /// When a process started: field 22 of `stat`, whose second field may hold anything but ends with the last `)`.
@@ -137,14 +147,34 @@ mod tests {
             "11:memory:/kubepods/besteffort/pod0a1b2c3d-1111-2222-3333-444455556666/77",
             "1:name=systemd:/system.slice/containerd.service/kubepods-besteffort-pod0a1b2c3d_1111_2222_3333_444455556666.slice:cri-containerd:77",
         ] {
-            assert_eq!(pod_of(line).as_deref(), Some(UID), "{line}");
+            assert_eq!(pod_of(line, 0).as_deref(), Some(UID), "{line}");
         }
         assert_eq!(
-            pod_of("0::/user.slice/pod0a1b2c3d-1111-2222-3333-444455556666"),
+            pod_of("0::/user.slice/pod0a1b2c3d-1111-2222-3333-444455556666", 0),
             None,
             "outside kubepods anybody may name a cgroup"
         );
-        assert_eq!(pod_of("0::/kubepods/podsomething-else"), None);
+        assert_eq!(pod_of("0::/kubepods/podsomething-else", 0), None);
+    }
+
+    /// As a container in `/kubepods/burstable/podX/Y` sees them.
+    #[test]
+    fn a_pod_is_known_from_within_a_cgroup_namespace() {
+        let (dir, uid) = (tempfile::tempdir().unwrap(), UID);
+        let process = |pid: u32, cgroup: String| {
+            let of = dir.path().join(pid.to_string());
+            fs::create_dir(&of).unwrap();
+            fs::write(of.join("cgroup"), cgroup).unwrap();
+            fs::write(of.join("stat"), format!("{pid} (x) S 1 1 1 0 -1 0 0 0 0 0 0 0 0 0 20 0 1 0 {pid} 0 0")).unwrap();
+        };
+        process(1, "0::/../../../../init.scope\n".into());
+        process(2, format!("0::/../../pod{uid}/77\n"));
+        process(3, format!("0::/../../../besteffort/pod{uid}/78\n"));
+        process(4, format!("0::/../../../pod{uid}/79\n"));
+        process(5, format!("0::/../../../../user.slice/pod{uid}\n"));
+        let found = processes_of(dir.path(), &HashSet::from([uid]));
+        let pids: Vec<u32> = found[uid].iter().map(|process| process.pid).collect();
+        assert_eq!(pids, [2, 3, 4], "outside of the kubelet's anybody may name a cgroup");
     }
 
     #[test]

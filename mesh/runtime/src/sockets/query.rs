@@ -30,6 +30,15 @@ pub fn original_dst(socket: &impl AsFd, local: SocketAddr) -> SocketAddr {
     tracked.ok().and_then(|addr| addr.as_socket()).map_or(local, canonical)
 }
 
+/// The user at the other side of a Unix socket. Not its process: that has the number 0 where it is in a namespace of processes that is not
+/// ours, as another container or the node is.
+///
+/// # Errors
+/// The socket is none.
+pub fn peer_user(socket: &impl AsFd) -> io::Result<u32> {
+    Ok(nix::sys::socket::getsockopt(socket, nix::sys::socket::sockopt::PeerCredentials)?.uid())
+}
+
 /// Whether an I/O error means that the peer (or the network) cut the connection rather than ending it: to be passed on
 /// as a reset.
 pub fn is_reset(error: &io::Error) -> bool {
