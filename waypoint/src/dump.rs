@@ -128,7 +128,7 @@ fn settings(shared: &Shared) -> Value {
         "readinessAddr": s.readiness_addr,
         "numWorkerThreads": shared.threads.workers().len(),
         "terminationDrainDuration": format!("{:?}", s.termination_deadline),
-        "pathNormalization": format!("{:?}", s.path_normalization.unwrap_or_else(|| shared.mesh.load().path_normalization())),
+        "pathNormalization": format!("{:?}", s.path_normalization.unwrap_or_else(|| shared.mesh.load().defaults().path_normalization)),
         "accessLog": s.access_log,
     })
 }

@@ -1,8 +1,8 @@
 //! Changes: the only way knowledge enters the model.
+use crate::defaults::MeshDefaults;
 use crate::l7::authorizer::Authorizers;
 use crate::l7::destination::Destination;
 use crate::l7::gateway::{GatewayKey, GatewayRoutes};
-use crate::l7::path::PathNormalization;
 use crate::l7::policy::{L7Policies, PolicyTarget};
 use crate::l7::request_auth::RequestAuths;
 use crate::l7::route::RouteTable;
@@ -57,8 +57,8 @@ pub enum Change {
     TreatmentGone(PolicyTarget),
     /// All external authorizers, in place of those before.
     Authorizers(Arc<Authorizers>),
-    /// How paths are normalised, from now on.
-    PathNormalization(PathNormalization),
+    /// What the mesh's configuration says for all requests, in place of what it said before.
+    Defaults(Arc<MeshDefaults>),
     /// The locality of our own node became known or changed (endpoint preferences are ranked from it).
     OwnLocality(Locality),
 }

@@ -10,6 +10,7 @@ pub mod authz;
 pub mod authz_l7;
 pub mod change;
 pub mod conn;
+pub mod defaults;
 pub mod explain;
 pub mod gateway;
 pub mod hosts;

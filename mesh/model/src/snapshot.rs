@@ -6,12 +6,12 @@
 //! Downstream: `plan`, `inbound`, `authz`, and the proxies' DNS, admin and redirection.
 use crate::addr::{Network, NetworkAddr};
 use crate::change::Change;
+use crate::defaults::MeshDefaults;
 use crate::id::{SpiffeId, TrustDomain};
 use crate::known::Known;
 use crate::l7::authorizer::{Authorizer, Authorizers};
 use crate::l7::destination::Destination;
 use crate::l7::gateway::{GatewayKey, GatewayRoutes};
-use crate::l7::path::PathNormalization;
 use crate::l7::policy::{L7Policies, PolicyTarget, TargetRef};
 use crate::l7::request_auth::RequestAuths;
 use crate::l7::route::RouteTable;
@@ -72,7 +72,7 @@ pub struct Snapshot {
     treatments: Shards<PolicyTarget, Arc<Treatment>>,
     /// External authorizers by name.
     authorizers: Arc<Authorizers>,
-    path_normalization: PathNormalization,
+    defaults: Arc<MeshDefaults>,
 }
 /// Trust domain, namespace, service account.
 type Account = (TrustDomain, Arc<str>, Arc<str>);
@@ -226,7 +226,7 @@ impl Snapshot {
             telemetry: Arc::default(),
             treatments: Shards::default(),
             authorizers: Arc::default(),
-            path_normalization: PathNormalization::default(),
+            defaults: Arc::default(),
         }
     }
     /// Its version.
@@ -291,7 +291,7 @@ impl Snapshot {
                     next.treatments.remove(target);
                 }
                 Change::Authorizers(all) => next.authorizers = Arc::clone(all),
-                Change::PathNormalization(mode) => next.path_normalization = *mode,
+                Change::Defaults(new) => next.defaults = Arc::clone(new),
                 Change::OwnLocality(l) => {
                     if next.view.locality != *l {
                         Arc::make_mut(&mut next.view).locality = l.clone();
@@ -567,9 +567,9 @@ impl Snapshot {
     pub fn find_authorizer(&self, name: &str) -> Option<&Result<Arc<Authorizer>, Arc<str>>> {
         self.authorizers.get(name)
     }
-    /// How the mesh wants paths normalised before anything looks at them (`meshConfig.pathNormalization`).
-    pub fn path_normalization(&self) -> PathNormalization {
-        self.path_normalization
+    /// What the mesh's configuration says for all requests.
+    pub fn defaults(&self) -> &MeshDefaults {
+        &self.defaults
     }
     /// Whether any layer 7 policy is bound to anything.
     pub fn has_l7_policies(&self) -> bool {
@@ -649,7 +649,7 @@ impl Snapshot {
         lines.extend(self.telemetry.targets.iter().map(|(target, sides)| format!("telemetry of {target:?} {sides:?}")));
         lines.extend(self.treatments.iter().map(|(target, t)| format!("treatment of {target} {t:?}")));
         lines.push(format!("authorizers {:?}", self.authorizers));
-        lines.push(format!("path normalization {:?}", self.path_normalization));
+        lines.push(format!("defaults {:?}", self.defaults));
         self.policies.dump(&mut lines);
         lines.sort_unstable();
         lines.join("\n")

@@ -40,6 +40,7 @@ const TESTS: &[Test<Mesh>] = &[
     test("a_route_change_is_live_and_drops_nothing", routes::a_route_change_is_live_and_drops_nothing),
     test("a_broken_route_closes_its_host_only", routes::a_broken_route_closes_its_host_only),
     test("failures_are_retried_as_the_route_says", upstream::failures_are_retried_as_the_route_says),
+    test("mesh_config_counts_where_no_object_does", upstream::mesh_config_counts_where_no_object_does),
     test("an_early_refusal_is_retried_with_the_whole_body", upstream::an_early_refusal_is_retried_with_the_whole_body),
     test("a_breaker_opens_and_heals", upstream::a_breaker_opens_and_heals),
     test("a_slow_upstream_is_timed_out", upstream::a_slow_upstream_is_timed_out),

@@ -10,6 +10,7 @@ use mesh_tests::wait;
 use mesh_tests::web::Web;
 
 use crate::mesh::{Kept, Mesh, OTHER, RUDE, RUDE_PORT, WEB};
+use crate::policy::{of_web, refused};
 
 pub(crate) fn failures_are_retried_as_the_route_says(mesh: &mut Mesh) -> anyhow::Result<()> {
     // Istio's default does not retry an answered 503.
@@ -36,6 +37,29 @@ spec:
     let got = mesh.call(&[&format!("http://{OTHER}/fail/9/never")])?;
     ensure!(got.status == 503, "{got:?}");
     Ok(())
+}
+
+pub(crate) fn mesh_config_counts_where_no_object_does(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let _deny = of_web(mesh, "deny", "action: DENY, rules: [{ to: [{ operation: { paths: [/refused/*] } }] }]")?;
+    let fails = |name: &str| mesh.call(&[&format!("http://{OTHER}/fail/2/{name}")]);
+    let twice = format!("http://{WEB}//refused/x");
+    ensure!(fails("before")?.status == 503 && mesh.call(&[&twice])?.status == 200);
+    let _config = mesh.objects(
+        "mesh-config",
+        r#"
+apiVersion: v1
+kind: ConfigMap
+metadata: { name: istio, namespace: istio-system }
+data:
+  mesh: |
+    accessLogFile: /dev/stdout
+    defaultHttpRetryPolicy: { attempts: 2, retryOn: "503" }
+    pathNormalization: { normalization: MERGE_SLASHES }
+"#,
+    )?;
+    let got = fails("with")?;
+    ensure!(got.status == 200 && got.echo()?["headers"]["x-envoy-attempt-count"] == "3", "{got:?}");
+    refused(&mesh.call(&[&twice])?, "policy_denied")
 }
 
 pub(crate) fn an_early_refusal_is_retried_with_the_whole_body(mesh: &mut Mesh) -> anyhow::Result<()> {

@@ -186,7 +186,7 @@ fn forward(f: &Forward) -> Value {
         "backends": f.backends.iter().map(|b| backend(b, f.total_weight)).collect::<Vec<_>>(),
         "rewrite": f.rewrite.as_ref().map(rewrite),
         "timeout": f.timeout.map(time),
-        "retries": retries(&f.retry),
+        "retries": f.retry.as_deref().map_or(json!("mesh default"), retries),
         "mirrors": f.mirrors.iter()
             .map(|m| json!({ "to": target(&m.to), "percent": f64::from(m.fraction.per_million) / 10_000.0 }))
             .collect::<Vec<_>>(),

@@ -131,7 +131,7 @@ pub(crate) fn check(ex: &mut Exchange<'_>) -> Flow {
         }
         return Flow::Answer(respond::closing(ex, status, text, details));
     }
-    let normalization = ex.conn.shared.settings.path_normalization.unwrap_or_else(|| ex.snap.path_normalization());
+    let normalization = ex.conn.shared.settings.path_normalization.unwrap_or_else(|| ex.snap.defaults().path_normalization);
     match normalize(normalization, ex.parts.uri.path()) {
         Ok(path) => ex.path = path.into_owned(),
         Err(_) => return Flow::Answer(respond::closing(ex, StatusCode::BAD_REQUEST, "", "path_normalization_failed")),

@@ -102,7 +102,8 @@ async fn attempts(
     hash: Option<u64>,
     guard: &RequestGuard,
 ) -> (Response<Body>, Option<Instant>) {
-    let policy = &forward.retry;
+    let snap = Arc::clone(&ex.snap);
+    let policy = forward.retries(&snap.defaults().retry);
     let upgrade = upgrade_of(&ex.parts.headers).is_some();
     let client_upgrade = ex.parts.extensions.remove::<OnUpgrade>().filter(|_| upgrade);
     let repeatable = policy.attempts > 0 && !upgrade;

@@ -25,7 +25,11 @@ pub(crate) fn prepare(ex: &mut Exchange<'_>) {
     ex.replay = match std::mem::take(&mut ex.body) {
         Body::Empty => None,
         body => {
-            let keep = if forward.retry.attempts > 0 || mirrored { ex.conn.shared.settings.retry_buffer } else { 0 };
+            let keep = if forward.retries(&ex.snap.defaults().retry).attempts > 0 || mirrored {
+                ex.conn.shared.settings.retry_buffer
+            } else {
+                0
+            };
             Some(Replay::new(body, keep, Arc::clone(&ex.record.received)))
         }
     };

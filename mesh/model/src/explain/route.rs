@@ -22,7 +22,7 @@ pub(super) fn http(snap: &Snapshot, route: &HttpRoute, chosen: Option<(&Rules, &
     let number = chosen.and_then(|(rules, rule)| rules.iter().position(|r| std::ptr::eq(r, rule)));
     let rule = chosen.map(|(_, rule)| rule);
     let (action, destinations) = match &route.action {
-        HttpAction::Forward(forward) => (forwarded(forward), destinations(snap, &forward.backends, forward.total_weight)),
+        HttpAction::Forward(forward) => (forwarded(snap, forward), destinations(snap, &forward.backends, forward.total_weight)),
         HttpAction::Redirect(r) => (format!("answered with a redirect, {}", r.status), Vec::new()),
         HttpAction::Respond(r) => (format!("answered with {}", r.status), Vec::new()),
     };
@@ -67,10 +67,10 @@ pub(super) fn passed_over<'r>(rules: impl Iterator<Item = &'r HttpRule>, req: &R
     near.into_iter().map(told).collect()
 }
 
-fn forwarded(forward: &Forward) -> String {
+fn forwarded(snap: &Snapshot, forward: &Forward) -> String {
     let mut all = vec!["forwarded".to_owned()];
     all.extend(forward.timeout.map(|t| format!("timeout {t:?}")));
-    all.push(match forward.retry.attempts {
+    all.push(match forward.retries(&snap.defaults().retry).attempts {
         0 => "never tried again".into(),
         n => format!("up to {n} retries"),
     });

@@ -174,7 +174,7 @@ impl Story<'_> {
     fn ask(&mut self, http: &HttpQuestion, at: &str, me: &Arc<Workload>, asked_for: &For) -> Result<Outcome, Unanswerable> {
         let port = asked_for.port();
         let host = if port == 80 { self.target.host.clone() } else { format!("{}:{port}", self.target.host) };
-        let normalization = self.settings.normalization.unwrap_or_else(|| self.snap.path_normalization());
+        let normalization = self.settings.normalization.unwrap_or_else(|| self.snap.defaults().path_normalization);
         let asked = Asked::of(http, asked_for.scheme(), &host, normalization)?;
         self.request = Some(asked.told());
         Ok(self.as_request(at, me, asked_for, &asked))

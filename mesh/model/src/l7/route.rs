@@ -164,22 +164,26 @@ pub struct Forward {
     pub rewrite: Option<Rewrite>,
     /// From the first byte of the request to the last of the response; `None`: no limit.
     pub timeout: Option<Duration>,
-    /// Retries.
-    pub retry: Arc<RetryPolicy>,
+    /// Retries; `None`: as the mesh's configuration says ([`Self::retries`]).
+    pub retry: Option<Arc<RetryPolicy>>,
     /// Copies.
     pub mirrors: Vec<Mirror>,
 }
 impl Forward {
-    /// To one backend, without a time limit, with Istio's default retries.
+    /// To one backend, without a time limit, with the mesh's retries.
     pub fn to(backend: BackendRef) -> Self {
         Self {
             backends: vec![Backend::to(backend)],
             total_weight: 1,
             rewrite: None,
             timeout: None,
-            retry: Arc::new(RetryPolicy::istio_default()),
+            retry: None,
             mirrors: Vec::new(),
         }
+    }
+    /// How it is tried again, in a mesh with this default.
+    pub fn retries<'a>(&'a self, of_mesh: &'a RetryPolicy) -> &'a RetryPolicy {
+        self.retry.as_deref().unwrap_or(of_mesh)
     }
 }
 /// One backend.

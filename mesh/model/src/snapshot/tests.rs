@@ -308,7 +308,7 @@ fn final_set(changes: &[Change]) -> Vec<Change> {
             Change::Treatment(target, _) => (format!("t{target}"), true),
             Change::TreatmentGone(target) => (format!("t{target}"), false),
             Change::Authorizers(_) => ("authorizers".into(), true),
-            Change::PathNormalization(_) => ("path normalization".into(), true),
+            Change::Defaults(_) => ("defaults".into(), true),
             Change::OwnLocality(_) => ("locality".into(), true),
         };
         last.insert(key, keep.then(|| c.clone()));

@@ -83,7 +83,7 @@ impl Dir {
                 Change::Treatment(target, _) => format!("treatment of {target}"),
                 Change::TreatmentGone(target) => format!("-treatment of {target}"),
                 Change::Authorizers(_) => "authorizers".into(),
-                Change::PathNormalization(_) => "path normalization".into(),
+                Change::Defaults(_) => "defaults".into(),
                 Change::OwnLocality(_) => "locality".into(),
             })
             .collect();

@@ -9,10 +9,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use mesh_model::defaults::MeshDefaults;
 use mesh_model::l7::authorizer::Authorizers;
 use mesh_model::l7::destination::Destination;
 use mesh_model::l7::gateway::{GatewayKey, GatewayRoutes};
-use mesh_model::l7::path::PathNormalization;
 use mesh_model::l7::policy::L7Policy;
 use mesh_model::l7::request_auth::RequestAuth;
 use mesh_model::l7::route::{HttpMatch, HttpRoute, HttpRule, RouteTable};
@@ -127,7 +127,7 @@ pub(super) struct Layer7 {
     traffic: Traffic,
     /// Of MeshConfig.
     authorizers: Arc<Authorizers>,
-    path_normalization: PathNormalization,
+    defaults: Arc<MeshDefaults>,
 }
 
 impl Layer7 {
@@ -147,7 +147,7 @@ impl Layer7 {
             request_auths: Bindings::default(),
             telemetry_out: TelemetryRules::default(),
             authorizers: Arc::default(),
-            path_normalization: PathNormalization::default(),
+            defaults: Arc::default(),
             root,
         }
     }
@@ -276,7 +276,7 @@ impl Layer7 {
             std::mem::take(&mut self.touched.request_auths)
         };
         let outputs = self.outputs(t, dirty);
-        self.normalize(changes);
+        self.defaults(changes);
         let policies = if dirty.all { targets::all_policies(t) } else { dirty.policies.clone() };
         let asking = if self.authorizers(changes) { targets::all_policies(t) } else { policies.clone() };
         let mut all_problems = self.policies.flush(t, dirty, policies, |key| targets::policy(t, key), changes);
@@ -351,12 +351,12 @@ impl Layer7 {
         others
     }
 
-    /// Hands out how paths are normalised, when it is otherwise than before.
-    fn normalize(&mut self, changes: &mut Vec<Change>) {
-        let now = self.objects.mesh_config.as_ref().map(|m| m.obj.path_normalization).unwrap_or_default();
-        if self.path_normalization != now {
-            changes.push(Change::PathNormalization(now));
-            self.path_normalization = now;
+    /// Hands out what counts for all requests, when it is otherwise than before.
+    fn defaults(&mut self, changes: &mut Vec<Change>) {
+        let now = self.objects.mesh_config.as_ref().map(|m| Arc::clone(&m.obj.defaults)).unwrap_or_default();
+        if self.defaults != now {
+            changes.push(Change::Defaults(Arc::clone(&now)));
+            self.defaults = now;
         }
     }
 

@@ -26,7 +26,7 @@ pub(super) struct State {
     own: Option<Locality>,
     telemetry: Arc<mesh_model::telemetry::TelemetryRules>,
     authorizers: Arc<mesh_model::l7::authorizer::Authorizers>,
-    path_normalization: mesh_model::l7::path::PathNormalization,
+    defaults: Arc<mesh_model::defaults::MeshDefaults>,
 }
 impl State {
     pub(super) fn apply(&mut self, changes: Vec<Change>) {
@@ -52,7 +52,7 @@ impl State {
                 Change::Treatment(to, t) => drop(self.treatments.insert(to.to_string(), t)),
                 Change::TreatmentGone(to) => drop(self.treatments.remove(&to.to_string())),
                 Change::Authorizers(all) => self.authorizers = all,
-                Change::PathNormalization(mode) => self.path_normalization = mode,
+                Change::Defaults(new) => self.defaults = new,
                 Change::OwnLocality(l) => self.own = Some(l),
             }
         }
@@ -1045,7 +1045,7 @@ fn the_reference_mesh_is_understood() {
                 BackendRef::Service(c) => (c.subset.as_deref().unwrap(), b.weight),
                 BackendRef::Invalid { why, .. } => panic!("{why}"),
             });
-            (&*r.route.name, backends.collect(), f.retry.attempts, f.timeout)
+            (&*r.route.name, backends.collect(), f.retries(&state.defaults.retry).attempts, f.timeout)
         })
         .collect();
     let seconds = |s| Some(Duration::from_secs(s));
@@ -1058,8 +1058,9 @@ fn the_reference_mesh_is_understood() {
         ]
     );
     let HttpAction::Forward(api) = &table.http.get(2).unwrap().route.action else { panic!() };
-    assert_eq!(api.retry.on, RetryOn::GATEWAY_ERROR.with(RetryOn::CONNECT_FAILURE).with(RetryOn::REFUSED_STREAM));
-    assert_eq!((api.retry.per_try, api.total_weight), (seconds(2), 100));
+    let retries = api.retries(&state.defaults.retry);
+    assert_eq!(retries.on, RetryOn::GATEWAY_ERROR.with(RetryOn::CONNECT_FAILURE).with(RetryOn::REFUSED_STREAM));
+    assert_eq!((retries.per_try, api.total_weight), (seconds(2), 100));
 
     let d = &state.destinations["zamaz/zamaz-api-service.zamaz.svc.cluster.local"];
     let want = PoolLimits {

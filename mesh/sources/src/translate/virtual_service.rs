@@ -826,7 +826,8 @@ fn percent<'p>(n: &'p Node<'p>, key: &str) -> Read<'p, Option<Fraction>> {
     }
 }
 
-fn retries<'p>(n: &'p Node<'p>) -> Read<'p, RetryPolicy> {
+/// An `HTTPRetry`.
+pub(super) fn retries<'p>(n: &'p Node<'p>) -> Read<'p, RetryPolicy> {
     read::only(n, &["attempts", "perTryTimeout", "retryOn", "retryRemoteLocalities", "retryIgnorePreviousHosts", "backoff"])?;
     let mut out = RetryPolicy::istio_default();
     // None and a negative number switch retries off, as in Istio.

@@ -30,7 +30,7 @@ fn a_rule_reads_like_what_was_written() {
             total_weight: 100,
             rewrite: Some(Rewrite { path: Some(PathRewrite::TextPrefix("/".into())), authority: None }),
             timeout: Some(Duration::from_millis(1500)),
-            retry: Arc::new(RetryPolicy::istio_default()),
+            retry: Some(Arc::new(RetryPolicy::istio_default())),
             mirrors: vec![Mirror {
                 to: BackendRef::Invalid { status: 503, why: "unknown".into() },
                 fraction: Fraction::percent(12.5),

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use mesh_model::l7::route::{GrpcMatch, HttpMatch, RetryPolicy};
+use mesh_model::l7::route::{GrpcMatch, HttpMatch};
 
 use super::super::object::Reader;
 use super::super::read::{self, Bad, Read};
@@ -34,8 +34,7 @@ pub(super) fn rule<'p>(r: &mut Reader<'_>, object: Owner<'_, 'p>, rule: &'p Node
         };
         r.report(object.root, &bad, Severity::Error);
     }
-    let retry = Arc::new(RetryPolicy::istio_default());
-    Ok(Written { name: route::rule_name(r, rule)?, matches, filters, backends, timeout: None, retry })
+    Ok(Written { name: route::rule_name(r, rule)?, matches, filters, backends, timeout: None, retry: None })
 }
 
 /// A match, ranked like the path it stands for: `/service/method` exact, `/service/` a prefix, all else a pattern.

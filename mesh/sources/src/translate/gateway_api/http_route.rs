@@ -53,8 +53,8 @@ fn everything() -> (Rank, Arc<HttpMatch>) {
 }
 /// The rule of a route that has none.
 pub(super) fn default_rule() -> Written {
-    let retry = Arc::new(RetryPolicy::istio_default());
-    Written { name: None, matches: vec![everything()], filters: Filters::default(), backends: Vec::new(), timeout: None, retry }
+    let (matches, backends) = (vec![everything()], Vec::new());
+    Written { name: None, matches, filters: Filters::default(), backends, timeout: None, retry: None }
 }
 
 const METHODS: &[&str] = &["GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"];
@@ -129,7 +129,7 @@ fn path<'p>(r: &mut Reader<'_>, p: &'p Node<'p>) -> Read<'p, (PathKind, usize, P
 }
 
 /// Timeout of the request and its retries. Without retries the limit of one attempt is the limit of the request.
-fn limits<'p>(rule: &'p Node<'p>) -> Read<'p, (Option<Duration>, Arc<RetryPolicy>)> {
+fn limits<'p>(rule: &'p Node<'p>) -> Read<'p, (Option<Duration>, Option<Arc<RetryPolicy>>)> {
     let set = |d: Duration| (d > Duration::ZERO).then_some(d);
     let (mut total, mut attempt) = (None, None);
     if let Some(t) = read::map(rule, "timeouts")? {
@@ -143,7 +143,7 @@ fn limits<'p>(rule: &'p Node<'p>) -> Read<'p, (Option<Duration>, Arc<RetryPolicy
         }
     }
     let Some(retry) = read::map(rule, "retry")? else {
-        return Ok((attempt.or(total), Arc::new(RetryPolicy::istio_default())));
+        return Ok((attempt.or(total), None));
     };
     read::only(retry, &["codes", "attempts", "backoff"])?;
     let mut policy = RetryPolicy { per_try: attempt, ..RetryPolicy::istio_default() };
@@ -175,5 +175,5 @@ fn limits<'p>(rule: &'p Node<'p>) -> Read<'p, (Option<Duration>, Arc<RetryPolicy
         }
         (policy.base_backoff, policy.max_backoff) = (base, base.saturating_mul(10));
     }
-    Ok((total, Arc::new(policy)))
+    Ok((total, Some(Arc::new(policy))))
 }

@@ -1,9 +1,5 @@
 //! Rules of TCPRoute and TLSRoute: weighted backends and nothing else.
 
-use std::sync::Arc;
-
-use mesh_model::l7::route::RetryPolicy;
-
 use super::super::object::Reader;
 use super::super::read::{self, Read};
 use super::filter::Filters;
@@ -20,6 +16,6 @@ pub(super) fn rule<'p>(r: &mut Reader<'_>, object: Owner<'_, 'p>, rule: &'p Node
         filters: Filters::default(),
         backends: route::backends(r, object, rule, None, false)?,
         timeout: None,
-        retry: Arc::new(RetryPolicy::none()),
+        retry: None,
     })
 }

@@ -106,7 +106,7 @@ pub(super) struct Written {
     /// Those of weight 0 too.
     pub(super) backends: Vec<WrittenBackend>,
     pub(super) timeout: Option<Duration>,
-    pub(super) retry: Arc<RetryPolicy>,
+    pub(super) retry: Option<Arc<RetryPolicy>>,
 }
 /// A backend as written.
 pub(super) struct WrittenBackend {

@@ -7,7 +7,8 @@ use mesh_model::Change;
 use mesh_model::l7::destination::Destination;
 use mesh_model::l7::gateway::ListenerProtocol;
 use mesh_model::l7::route::{
-    Forward, Fraction, HttpAction, HttpMatch, HttpRoute, PathMatch, PathRewrite, Redirect, RedirectPort, RetryOn, Rewrite,
+    Forward, Fraction, HttpAction, HttpMatch, HttpRoute, PathMatch, PathRewrite, Redirect, RedirectPort, RetryOn, RetryPolicy,
+    Rewrite,
 };
 use mesh_model::l7::text::StringMatch;
 use mesh_model::snapshot::Viewpoint;
@@ -189,6 +190,10 @@ fn weights() {
     }
 }
 
+/// In a mesh without configuration.
+fn retries(forward: &Forward) -> RetryPolicy {
+    forward.retries(&RetryPolicy::istio_default()).clone()
+}
 #[test]
 fn timeouts_and_retries() {
     let ms = Duration::from_millis;
@@ -211,16 +216,16 @@ fn timeouts_and_retries() {
     ] {
         let (_, f) = forward(&format!("{text}{}backendRefs: [{{name: t, port: 80}}]", if text.is_empty() { "" } else { ", " }));
         assert_eq!(
-            (f.timeout, f.retry.per_try, f.retry.attempts, f.retry.statuses.as_slice()),
+            (f.timeout, retries(&f).per_try, retries(&f).attempts, retries(&f).statuses.as_slice()),
             (timeout, per_try, attempts, statuses),
             "{text}"
         );
         let named = text.contains("retry");
-        assert_eq!(f.retry.on.has(RetryOn::STATUS_CODES), !named || !statuses.is_empty(), "{text}");
-        assert!(f.retry.on.has(default.0), "{text}");
+        assert_eq!(retries(&f).on.has(RetryOn::STATUS_CODES), !named || !statuses.is_empty(), "{text}");
+        assert!(retries(&f).on.has(default.0), "{text}");
     }
     let (_, f) = forward("retry: {backoff: 100ms}, backendRefs: [{name: t, port: 80}]");
-    assert_eq!((f.retry.base_backoff, f.retry.max_backoff), (ms(100), ms(1000)));
+    assert_eq!((retries(&f).base_backoff, retries(&f).max_backoff), (ms(100), ms(1000)));
 }
 /// What is retried in any case.
 struct RetryOnDefault(RetryOn);

@@ -1,21 +1,23 @@
-//! The parts of MeshConfig that speak of telemetry, of external authorizers and of how paths are normalised: ConfigMap `istio` of
-//! the root namespace, entry `mesh`.
+//! The parts of MeshConfig that speak of telemetry, of external authorizers and of all requests: ConfigMap `istio` of the root
+//! namespace, entry `mesh`.
 //!
 //! All else in it is for the control plane. A section that is wrong is left out and reported; the others count.
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use mesh_model::defaults::MeshDefaults;
 use mesh_model::l7::authorizer::Authorizers;
 use mesh_model::l7::path::PathNormalization;
+use mesh_model::l7::route::RetryPolicy;
 use mesh_model::telemetry::format::{Format, Json, Object, Template};
 use mesh_model::telemetry::tracing::Collector;
 
 use super::Named;
 use super::tracing::{self, Defaults};
 use crate::diagnostics::Severity;
-use crate::translate::authorizers;
 use crate::translate::object::Reader;
 use crate::translate::read::{self, Bad, Read};
+use crate::translate::{authorizers, virtual_service};
 use crate::yaml::{self, Document, Node, Value};
 
 /// Name of the ConfigMap.
@@ -25,7 +27,7 @@ pub(super) const ENVOY: &str = "envoy";
 /// The only file lines go to: ours are written by one thread, to one place.
 const STDOUT: &str = "/dev/stdout";
 
-/// What MeshConfig says of telemetry, of whom CUSTOM policies ask, and of paths.
+/// What MeshConfig says of telemetry, of whom CUSTOM policies ask, and of all requests.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct MeshConfig {
     /// `accessLogFile` names standard output.
@@ -38,8 +40,8 @@ pub struct MeshConfig {
     pub(super) tracing: Defaults,
     /// `extensionProviders` that are asked whether a request may pass.
     pub(in crate::translate) authorizers: Arc<Authorizers>,
-    /// `pathNormalization.normalization`.
-    pub(in crate::translate) path_normalization: PathNormalization,
+    /// What requests follow where no object says otherwise.
+    pub(in crate::translate) defaults: Arc<MeshDefaults>,
 }
 /// One of `extensionProviders`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -86,7 +88,11 @@ pub(in crate::translate) fn read<'p>(r: &mut Reader<'_>, node: &'p Node<'p>) -> 
     for p in read::list(&mesh, "extensionProviders").unwrap_or_default() {
         section(provider(p, &mut collect));
     }
-    section(paths(&mesh, &mut collect));
+    let mut defaults = MeshDefaults::default();
+    section(paths(&mesh, &mut defaults));
+    section(retry(&mesh, &mut defaults));
+    section(traffic(&mesh));
+    collect.defaults = Arc::new(defaults);
     collect.authorizers = Arc::new(authorizers::read(r, &mesh));
     out = collect;
     Ok(out)
@@ -134,7 +140,7 @@ fn defaults<'p>(mesh: &'p Node<'p>, out: &mut MeshConfig) -> Read<'p, ()> {
 }
 
 /// What cannot be read counts as the most that can be done: whatever a policy names, no other way to write it gets past.
-fn paths<'p>(mesh: &'p Node<'p>, out: &mut MeshConfig) -> Read<'p, ()> {
+fn paths<'p>(mesh: &'p Node<'p>, out: &mut MeshDefaults) -> Read<'p, ()> {
     let Some(paths) = mesh.get("pathNormalization") else { return Ok(()) };
     out.path_normalization = PathNormalization::DecodeAndMergeSlashes;
     read::only(paths, &["normalization"])?;
@@ -150,6 +156,22 @@ fn paths<'p>(mesh: &'p Node<'p>, out: &mut MeshConfig) -> Read<'p, ()> {
         }
     };
     Ok(())
+}
+
+/// What cannot be read means none: whatever it would have allowed, a request sent twice may be an order placed twice.
+fn retry<'p>(mesh: &'p Node<'p>, out: &mut MeshDefaults) -> Read<'p, ()> {
+    let Some(policy) = mesh.get("defaultHttpRetryPolicy") else { return Ok(()) };
+    out.retry = Arc::new(RetryPolicy::none());
+    out.retry = Arc::new(virtual_service::retries(policy)?);
+    Ok(())
+}
+fn traffic<'p>(mesh: &'p Node<'p>) -> Read<'p, ()> {
+    let Some(at) = mesh.get("defaultTrafficPolicy") else { return Ok(()) };
+    Err(Bad::value(
+        at,
+        "not read: limits and ejection for all destinations have no effect",
+        "write a DestinationRule for each host",
+    ))
 }
 
 fn provider<'p>(p: &'p Node<'p>, out: &mut MeshConfig) -> Read<'p, ()> {

@@ -2,8 +2,10 @@ use super::super::{Settings, Translator};
 use crate::diagnostics::{Problem, Severity};
 use http::{HeaderName, HeaderValue};
 use mesh_model::Change;
+use mesh_model::defaults::MeshDefaults;
 use mesh_model::l7::gateway::GatewayKey;
 use mesh_model::l7::path::PathNormalization;
+use mesh_model::l7::route::{RetryOn, RetryPolicy};
 use mesh_model::service::Service;
 use mesh_model::snapshot::Viewpoint;
 use mesh_model::telemetry::format::{Format, Json};
@@ -97,13 +99,32 @@ fn what_is_wrong_in_mesh_config_is_told_with_its_line_and_the_rest_counts() {
     assert_eq!(filters(of_shop(&rules)), Some(vec![""]), "in Istio's format");
 }
 
+fn defaults(changes: &[Change]) -> MeshDefaults {
+    let new = changes.iter().find_map(|c| if let Change::Defaults(new) = c { Some(&**new) } else { None });
+    new.cloned().unwrap_or_default()
+}
+#[test]
+fn mesh_config_says_what_is_tried_again() {
+    let of = |value: &str| {
+        let (changes, problems) = changes(&mesh_config(value));
+        let retry = RetryPolicy::clone(&defaults(&changes).retry);
+        (retry, problems.into_iter().map(|p| (p.origin.line, p.field)).collect::<Vec<_>>())
+    };
+    let (none, default) = (RetryPolicy::none(), RetryPolicy::istio_default());
+    assert_eq!(of("accessLogFile: ''"), (default.clone(), vec![]));
+    assert_eq!(of("defaultHttpRetryPolicy: { attempts: 0 }"), (none.clone(), vec![]));
+    let four = RetryPolicy { attempts: 4, on: RetryOn::FIVE_XX, ..default.clone() };
+    assert_eq!(of("defaultHttpRetryPolicy: { attempts: 4, retryOn: 5xx }"), (four, vec![]));
+    let told = vec![(8, "defaultHttpRetryPolicy.retryOn".into())];
+    assert_eq!(of("defaultHttpRetryPolicy: { attempts: 4, retryOn: 5xy }"), (none, told));
+    assert_eq!(of("defaultTrafficPolicy: {}"), (default, vec![(8, "defaultTrafficPolicy".into())]));
+}
 #[test]
 fn mesh_config_says_how_paths_are_normalised() {
     use PathNormalization::{Base, DecodeAndMergeSlashes, MergeSlashes, None as Off};
     let of = |value: &str| {
         let (changes, problems) = changes(&mesh_config(&format!("pathNormalization: {value}")));
-        let mode = changes.iter().find_map(|c| if let Change::PathNormalization(mode) = c { Some(*mode) } else { None });
-        (mode.unwrap_or_default(), problems.into_iter().map(|p| (p.origin.line, p.field)).collect::<Vec<_>>())
+        (defaults(&changes).path_normalization, problems.into_iter().map(|p| (p.origin.line, p.field)).collect::<Vec<_>>())
     };
     for (value, want) in [
         ("{}", Base),

@@ -325,7 +325,7 @@ impl<'a> Making<'_, 'a, '_> {
                     backends,
                     rewrite: entry.rewrite.clone(),
                     timeout: entry.timeout.and_then(|Timeout(t)| t),
-                    retry: entry.retry.clone().unwrap_or_else(|| Arc::new(RetryPolicy::istio_default())),
+                    retry: entry.retry.clone(),
                     mirrors,
                 })
             }
@@ -461,7 +461,7 @@ fn refusing(entry: &HttpEntry, origin: Arc<Origin>, status: u16, why: Arc<str>) 
 }
 fn unusable(status: u16, why: Arc<str>) -> HttpAction {
     let forward = Forward::to(BackendRef::Invalid { status, why });
-    HttpAction::Forward(Forward { retry: Arc::new(RetryPolicy::none()), ..forward })
+    HttpAction::Forward(Forward { retry: Some(Arc::new(RetryPolicy::none())), ..forward })
 }
 
 /// The edits of a route, then those of its only destination, as one list. A rewritten authority is nobody's to change.

@@ -171,14 +171,14 @@ fn matches_of_one_rule_share_their_route_unless_they_are_named() {
 fn actions_and_settings_are_what_they_say() {
     // Timeout, retries.
     let f = forward("");
-    assert_eq!((f.timeout, &*f.retry), (None, &RetryPolicy::istio_default()));
+    assert_eq!((f.timeout, &f.retry), (None, &None));
     assert_eq!(targets(&f), ["outbound|80||reviews.a.svc.cluster.local*1"]);
     assert_eq!(forward("timeout: 1.5s").timeout, Some(Duration::from_millis(1500)));
     assert_eq!(forward("timeout: 0s").timeout, None);
-    assert_eq!(forward("retries: {attempts: 0}").retry.attempts, 0);
-    assert_eq!(forward("retries: {}").retry.attempts, 0);
-    assert_eq!(forward("retries: {attempts: -1}").retry.attempts, 0);
-    assert_eq!(*forward("retries: {attempts: 5}").retry, RetryPolicy { attempts: 5, ..RetryPolicy::istio_default() });
+    assert_eq!(forward("retries: {attempts: 0}").retry.unwrap().attempts, 0);
+    assert_eq!(forward("retries: {}").retry.unwrap().attempts, 0);
+    assert_eq!(forward("retries: {attempts: -1}").retry.unwrap().attempts, 0);
+    assert_eq!(*forward("retries: {attempts: 5}").retry.unwrap(), RetryPolicy { attempts: 5, ..RetryPolicy::istio_default() });
     let r = forward(
         "retries: {attempts: 3, perTryTimeout: 2s, retryOn: '5xx, reset,503,502', retryRemoteLocalities: true, retryIgnorePreviousHosts: false, backoff: 100ms}",
     );
@@ -192,7 +192,7 @@ fn actions_and_settings_are_what_they_say() {
         other_hosts: false,
         other_localities: true,
     };
-    assert_eq!(*r.retry, want);
+    assert_eq!(*r.retry.unwrap(), want);
 
     // Rewrite.
     let rewrite = |fields: &str| forward(&format!("rewrite: {fields}")).rewrite.unwrap();
