@@ -18,23 +18,19 @@ const ALL: Duration = Duration::from_secs(4);
 const PLAIN_UDP: usize = 512;
 
 /// Addresses and the least lifetime of the records that lead to them; none where a server says that there are none.
-type Told = Option<(Vec<IpAddr>, u32)>;
+pub(super) type Told = Option<(Vec<IpAddr>, u32)>;
 
-/// What the first of `servers` that answers says of `host`.
-pub(super) async fn addresses(host: &str, servers: &[SocketAddr]) -> Result<Told, String> {
-    let mut name = Name::from_ascii(host).map_err(|e| format!("{host}: {e}"))?;
-    name.set_fqdn(true);
-    let of = |kind| of_kind(Query::query(name.clone(), kind), servers);
-    match tokio::join!(of(RecordType::A), of(RecordType::AAAA)) {
-        (Ok(Some((mut ips, ttl))), Ok(Some((more, other)))) => {
-            ips.extend(more);
-            Ok(Some((ips, ttl.min(other))))
+/// What the first of `servers` that answers says of each family of `host`, or why none did: IPv4, IPv6.
+pub(super) async fn addresses(host: &str, servers: &[SocketAddr]) -> [Result<Told, String>; 2] {
+    let name = match Name::from_ascii(host) {
+        Ok(mut name) => {
+            name.set_fqdn(true);
+            name
         }
-        // A server that does not answer for one family has the other.
-        (Ok(Some(told)), _) | (_, Ok(Some(told))) => Ok(Some(told)),
-        (Ok(None), Ok(None)) => Ok(None),
-        (Err(why), _) | (_, Err(why)) => Err(format!("{host}: {why}")),
-    }
+        Err(error) => return [0, 1].map(|_| Err(format!("{host}: {error}"))),
+    };
+    let of = async |kind| of_kind(Query::query(name.clone(), kind), servers).await.map_err(|why| format!("{host}: {why}"));
+    tokio::join!(of(RecordType::A), of(RecordType::AAAA)).into()
 }
 
 async fn of_kind(query: Query, servers: &[SocketAddr]) -> Result<Told, String> {

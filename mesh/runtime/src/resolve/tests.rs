@@ -36,6 +36,9 @@ async fn an_address_resolves_to_itself_and_nonsense_does_not() {
     assert!(resolver.lookup(&"no such name".into()).await.is_err());
 }
 
+/// Of these a server fails to say what is not in its zone; all others do not exist.
+const FAILING: [&str; 3] = ["broken.example.", "half.example.", "localhost."];
+
 /// What a server says: of a name and type its records and their lifetimes.
 type Zone = HashMap<(&'static str, RecordType), Vec<(u32, RData)>>;
 
@@ -49,6 +52,8 @@ fn zone() -> Zone {
         // One family only; through another name that is forgotten sooner.
         (("b.example.", RecordType::A), vec![(7, alias), (300, a(3))]),
         (("b.example.", RecordType::AAAA), vec![]),
+        // The other fails.
+        (("half.example.", RecordType::A), vec![(50, a(9))]),
         (("none.example.", RecordType::A), vec![]),
         (("none.example.", RecordType::AAAA), vec![]),
         // More than a datagram holds.
@@ -69,7 +74,7 @@ fn answer(query: &[u8], zone: &Zone, most: usize) -> Vec<u8> {
                 message.add_answer(Record::from_rdata(asked.name.clone(), *ttl, data.clone()));
             }
         }
-        None if name.starts_with("broken") => message.metadata.response_code = ResponseCode::ServFail,
+        None if FAILING.contains(&name.as_str()) => message.metadata.response_code = ResponseCode::ServFail,
         None => message.metadata.response_code = ResponseCode::NXDomain,
     }
     let bytes = message.to_vec().unwrap();
@@ -77,14 +82,15 @@ fn answer(query: &[u8], zone: &Zone, most: usize) -> Vec<u8> {
 }
 
 /// A name server on loopback, over both transports.
-async fn server() -> SocketAddr {
+async fn server(zone: Arc<Mutex<Zone>>) -> SocketAddr {
     let tcp = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let on = tcp.local_addr().unwrap();
     let udp = UdpSocket::bind(on).await.unwrap();
+    let of_udp = Arc::clone(&zone);
     tokio::spawn(async move {
         let mut buffer = [0; 512];
         while let Ok((length, from)) = udp.recv_from(&mut buffer).await {
-            let told = answer(&buffer[..length], &zone(), 512);
+            let told = answer(&buffer[..length], &of_udp.lock(), 512);
             // What somebody else might send in its place comes first.
             let mut forged = told.clone();
             forged[0] ^= 1;
@@ -96,7 +102,7 @@ async fn server() -> SocketAddr {
         while let Ok((mut stream, _)) = tcp.accept().await {
             let mut query = vec![0; usize::from(stream.read_u16().await.unwrap())];
             stream.read_exact(&mut query).await.unwrap();
-            let told = answer(&query, &zone(), usize::from(u16::MAX));
+            let told = answer(&query, &zone.lock(), usize::from(u16::MAX));
             stream.write_u16(told.len() as u16).await.unwrap();
             stream.write_all(&told).await.unwrap();
         }
@@ -106,19 +112,100 @@ async fn server() -> SocketAddr {
 
 #[tokio::test]
 async fn name_servers_say_addresses_and_how_long_they_count() {
-    let server = server().await;
+    let server = server(Arc::new(Mutex::new(zone()))).await;
     // One that is not there is passed over.
     let gone = UdpSocket::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
     let servers = [gone, server];
-    let told = |host: &'static str| async move { ask::addresses(host, &servers).await };
+    let told = |host: &'static str| async move { asked(host, &servers).await };
+    let whole = |ips: Vec<IpAddr>, ttl| Ok(Some(Found { ips, lifetime: Duration::from_secs(ttl), untold: None }));
     for (host, ips, ttl) in [("a.example", "192.0.2.1 192.0.2.2 2001:db8::1", 20), ("b.example", "192.0.2.3", 7)] {
-        let ips: Vec<IpAddr> = ips.split_whitespace().map(|ip| ip.parse().unwrap()).collect();
-        assert_eq!(told(host).await, Ok(Some((ips, ttl))), "{host}");
+        assert_eq!(told(host).await, whole(addresses(ips), ttl), "{host}");
     }
-    let (many, ttl) = told("many.example").await.unwrap().unwrap();
-    assert_eq!((many.len(), ttl), (100, 9), "what does not fit comes over TCP");
+    let many = told("many.example").await.unwrap().unwrap();
+    assert_eq!((many.ips.len(), many.lifetime.as_secs()), (100, 9), "what does not fit comes over TCP");
     assert_eq!(told("none.example").await, Ok(None), "no addresses is an answer");
     assert_eq!(told("unknown.example").await, Ok(None), "no name too");
     let error = told("broken.example").await.unwrap_err();
     assert!(error.starts_with("broken.example: "), "{error}");
+    let half = told("half.example").await.unwrap().unwrap();
+    let (family, why) = half.untold.unwrap();
+    assert_eq!((half.ips, half.lifetime.as_secs(), family), (addresses("192.0.2.9"), 50, Family::V6));
+    assert!(why.starts_with("half.example: "), "{why}");
+}
+
+fn addresses(text: &str) -> Vec<IpAddr> {
+    text.split_whitespace().map(|ip| ip.parse().unwrap()).collect()
+}
+
+/// Look-ups of one name, one after another.
+#[test]
+fn what_was_known_of_a_family_outlives_servers_that_fail() {
+    let (resolver, host) = (Resolver::default(), Arc::<str>::from("a.example"));
+    let found = |ips: &str, untold: Option<Family>| {
+        Ok(Found {
+            ips: addresses(ips),
+            lifetime: Duration::from_mins(1),
+            untold: untold.map(|family| (family, "why".to_owned())),
+        })
+    };
+    let fails = || Err("all fail".to_owned());
+    // What is found, what is then known, for how many seconds, and whether it is what a failure left.
+    let steps = [
+        (fails(), Err("all fail"), 0, false),
+        (found("", Some(Family::V6)), Err("why"), 0, false),
+        (found("192.0.2.1", Some(Family::V6)), Ok("192.0.2.1"), 5, false),
+        (found("2001:db8::1", Some(Family::V4)), Ok("192.0.2.1 2001:db8::1"), 5, false),
+        (found("192.0.2.2", Some(Family::V6)), Ok("192.0.2.2 2001:db8::1"), 5, false),
+        (fails(), Ok("192.0.2.2 2001:db8::1"), 5, true),
+        // That there are none of one family is said; of the other nothing is.
+        (found("", Some(Family::V6)), Ok("2001:db8::1"), 5, false),
+        (found("192.0.2.3", None), Ok("192.0.2.3"), 60, false),
+        // No such name.
+        (found("", None), Ok(""), 60, false),
+        (fails(), Err("all fail"), 0, false),
+    ];
+    for (n, (found, want, seconds, failing)) in steps.into_iter().enumerate() {
+        let begun = Instant::now();
+        let got = resolver.learn(&host, found);
+        match want {
+            Err(why) => assert_eq!(got, Err(why.to_owned()), "step {n}"),
+            Ok(ips) => {
+                let got = got.unwrap();
+                assert_eq!(*got.ips, *addresses(ips), "step {n}");
+                let lifetime = (got.until - begun).as_secs_f64();
+                assert!((lifetime - f64::from(seconds)).abs() < 1.0, "step {n}: {lifetime}");
+                assert_eq!(resolver.known.lock()[&host].failing, failing, "step {n}");
+            }
+        }
+    }
+}
+
+/// A real server that answers for both families, then for one, then for neither.
+#[tokio::test]
+async fn a_family_whose_servers_fail_keeps_its_addresses() {
+    let a = |last| RData::A(A([192, 0, 2, last].into()));
+    let aaaa = RData::AAAA(AAAA("2001:db8::1".parse().unwrap()));
+    let says = Arc::new(Mutex::new(Zone::default()));
+    let server = server(Arc::clone(&says)).await;
+    // A name of this machine, too, for when it is asked instead of the server.
+    let (resolver, host) = (Resolver::default(), Arc::<str>::from("localhost"));
+    let look = async || {
+        let found = asked(&host, &[server]).await.map(|found| found.unwrap_or_else(|| Found::whole(Vec::new())));
+        resolver.learn(&host, found).map(|answer| answer.ips.to_vec())
+    };
+    says.lock().extend([(("localhost.", RecordType::A), vec![(9, a(1))]), (("localhost.", RecordType::AAAA), vec![(9, aaaa)])]);
+    assert_eq!(look().await, Ok(addresses("192.0.2.1 2001:db8::1")));
+    *says.lock() = Zone::from([(("localhost.", RecordType::A), vec![(9, a(2))])]);
+    assert_eq!(look().await, Ok(addresses("192.0.2.2 2001:db8::1")), "one family fails");
+    says.lock().clear();
+    assert_eq!(look().await, Ok(addresses("192.0.2.2 2001:db8::1")), "both fail");
+    // Nobody waits now, also when the time of what is known is over; meanwhile it is looked up again.
+    resolver.known.lock().get_mut(&host).unwrap().answer.until = Instant::now();
+    assert_eq!(resolver.lookup(&host).await.unwrap().to_vec(), addresses("192.0.2.2 2001:db8::1"));
+    let own = async || {
+        while !resolver.lookup(&host).await.unwrap()[0].is_loopback() {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), own()).await.expect("the new answer");
 }
