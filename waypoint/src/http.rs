@@ -35,16 +35,18 @@ pub enum Version {
 const HEAD: usize = 60 << 10;
 /// Most header fields (Envoy's default).
 const FIELDS: usize = 100;
-/// Receive window of one HTTP/2 stream: what a request that nobody reads may cost.
-const WINDOW: u32 = 256 << 10;
+/// Receive window of one HTTP/2 stream: what of a request may lie here that nobody reads. With what is on its way to the endpoint
+/// ([`crate::upstream`]: as much again as [`SEND_BUFFER`], and a tunnel's buffers on both sides) less than the 256 KiB that a
+/// peer which does not read may cost.
+const WINDOW: u32 = 128 << 10;
 /// Receive window of one HTTP/2 connection.
 const CONNECTION_WINDOW: u32 = 1 << 20;
 /// Streams of one HTTP/2 connection.
 const STREAMS: u32 = 1000;
 /// When to look again where nothing is limited.
 const FAR: Duration = Duration::from_hours(24);
-/// Send buffer of one HTTP/2 stream.
-const SEND_BUFFER: usize = 256 << 10;
+/// Send buffer of one HTTP/2 stream: what of an answer may wait for its client, but for the last piece of it.
+const SEND_BUFFER: usize = 48 << 10;
 
 /// Serves one connection to its end: client gone, drained, or the protocol broken.
 pub async fn serve<IO>(conn: Arc<Conn>, io: IO, version: Version)

@@ -82,7 +82,10 @@ pub struct Upstreams {
 #[derive(Debug)]
 struct Registry<K> {
     entries: ArcSwap<Shards<K, Arc<Entry>>>,
-    /// At how many entries those that nobody uses are forgotten next.
+    /// At how many entries those that nobody uses are forgotten next. Where more than the limit are in use, at twice as many as
+    /// were at the last look: what is in use cannot be forgotten and is bounded by the connections it serves, and each look
+    /// walks over all of them, so looking at every newcomer would cost as much again for each. What is kept unused is thus
+    /// never more than was in use at once.
     full: Mutex<usize>,
 }
 impl<K> Default for Registry<K> {

@@ -81,6 +81,34 @@ pub(crate) fn turns_and_draws_reach_everybody(mesh: &mut Mesh) -> anyhow::Result
 }
 
 /// The waypoint is in zone 2 with `web1`; `web3` is in zone 1.
+/// `trafficDistribution`: near is near the waypoint (in `node-b`, `zone-2`), not the client.
+pub(crate) fn services_prefer_what_is_near_the_waypoint(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let mesh: &Mesh = mesh;
+    let read = |file: &str| std::fs::read_to_string(mesh.dir.path().join(file));
+    let (base, nodes, pod) = (read("00-base.yaml")?, read("01-nodes.yaml")?, read("pod-web1.yaml")?);
+    let reached = || names(mesh, 20, |_| vec![format!("http://{SPAN}/")]);
+    let expect = |what: &str, want: &[&str]| -> anyhow::Result<()> {
+        let got = reached()?;
+        ensure!(different(&got) == want.iter().copied().collect(), "{what}: {got:?}");
+        Ok(())
+    };
+    expect("nothing said", &["web1", "web3"])?;
+    let named = "metadata: { name: span, namespace: t, labels: { istio.io/use-waypoint: wp } }\nspec:\n";
+    ensure!(base.contains(named) && nodes.contains("zone-1") && pod.contains("status: \"True\""), "written otherwise");
+    for how in ["PreferClose", "PreferSameZone", "PreferSameNode"] {
+        let _service = mesh.instead("00-base.yaml", &base.replace(named, &format!("{named}  trafficDistribution: {how}\n")))?;
+        expect(how, &["web1"])?;
+        {
+            let _pod = mesh.instead("pod-web1.yaml", &pod.replace("status: \"True\"", "status: \"False\""))?;
+            expect("none is near", &["web3"])?;
+        }
+        // Both nodes in one zone.
+        let _nodes = mesh.instead("01-nodes.yaml", &nodes.replace("zone-1", "zone-2"))?;
+        expect(how, if how == "PreferSameNode" { &["web1"] } else { &["web1", "web3"] })?;
+    }
+    expect("nothing said any more", &["web1", "web3"])
+}
+
 pub(crate) fn locality_failover_and_shares(mesh: &mut Mesh) -> anyhow::Result<()> {
     let outlier =
         "    outlierDetection: { consecutive5xxErrors: 2, interval: 300ms, baseEjectionTime: 1500ms, maxEjectionPercent: 100 }\n";

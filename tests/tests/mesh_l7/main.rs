@@ -25,6 +25,7 @@ mod resolved;
 mod routes;
 mod rules;
 mod scrape;
+mod stalled;
 mod tokens;
 mod traces;
 mod traffic;
@@ -116,6 +117,7 @@ const TESTS: &[Test<Mesh>] = &[
     test("consistent_hashing_keeps_clients_where_they_are", destinations::consistent_hashing_keeps_clients_where_they_are),
     test("turns_and_draws_reach_everybody", destinations::turns_and_draws_reach_everybody),
     test("locality_failover_and_shares", destinations::locality_failover_and_shares),
+    test("services_prefer_what_is_near_the_waypoint", destinations::services_prefer_what_is_near_the_waypoint),
     test("limits_overflow_as_envoy_says", destinations::limits_overflow_as_envoy_says),
     test("a_retry_budget_is_kept", destinations::a_retry_budget_is_kept),
     test("a_newcomer_warms_up", destinations::a_newcomer_warms_up),
@@ -137,6 +139,7 @@ const TESTS: &[Test<Mesh>] = &[
     test("regions_fail_over_as_told", rules::regions_fail_over_as_told),
     test("a_changed_limit_counts_at_once", pools::a_changed_limit_counts_at_once),
     test("a_connection_that_answers_no_pings_is_replaced", pools::a_connection_that_answers_no_pings_is_replaced),
+    test("a_peer_that_does_not_read_costs_little", stalled::a_peer_that_does_not_read_costs_little),
     test("every_address_of_a_name_is_an_endpoint", resolved::every_address_of_a_name_is_an_endpoint),
     test("requests_cannot_be_smuggled", hostile::requests_cannot_be_smuggled),
     test("no_request_is_carried_under_another_identity", identities::no_request_is_carried_under_another_identity),

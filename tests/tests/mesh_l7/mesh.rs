@@ -338,7 +338,10 @@ impl Mesh {
                 name => (name, name, name),
             };
             let spec = AgentSpec::waypoint(("t", pod), account, gateway, self.dir.path(), self.ca.path(), self.logs.path());
-            (spec, self.topology.pod(pod))
+            // As in the pods of a cluster: locality preferences count from there.
+            let here = self.topology.plan().pods.iter().find(|known| known.name == pod);
+            let node = here.with_context(|| format!("no pod {pod}"))?.node.as_str();
+            (spec.env("NODE_NAME", node), self.topology.pod(pod))
         };
         let spec = env.iter().fold(spec, |spec, (key, value)| spec.env(key, value));
         let roots = self.ca.path().join("outside.pem").display().to_string();

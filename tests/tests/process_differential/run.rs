@@ -27,6 +27,8 @@ use crate::differences::{DIFFERENCES, EVERYWHERE};
 use crate::istiod;
 use crate::sides::{Side, Tunnels};
 
+/// Cases that must have been compared where nobody chose among them.
+const LEAST: usize = 120;
 /// Scenarios under way at once.
 const AT_ONCE: usize = 6;
 
@@ -99,7 +101,11 @@ async fn run(
         out.push((verdict, ran.took_ours.max(ran.took_theirs) as f64 / 1000.0));
     }
     let chosen_cases: Vec<&str> = chosen.iter().filter_map(|&test| names.get(test)).map(String::as_str).collect();
-    println!("{} cases; listed differences from Envoy {}:", chosen_cases.len(), envoy::VERSION);
+    let both = results.values().filter(|ran| !ran.ours.is_empty() && !ran.theirs.is_empty()).count();
+    println!("{both} of {} cases ran on both sides; listed differences from Envoy {}:", chosen_cases.len(), envoy::VERSION);
+    if chosen.len() == names.len() + EVERYWHERE.len() && both < LEAST {
+        bail!("only {both} cases were compared, {LEAST} are the least");
+    }
     for one in DIFFERENCES {
         let here: Vec<&str> = one.cases.iter().copied().filter(|name| chosen_cases.contains(name)).collect();
         if !here.is_empty() {

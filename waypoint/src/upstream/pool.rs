@@ -152,12 +152,13 @@ type Sent = Result<Response<Incoming>, TrySendError<Request<Body>>>;
 
 /// Largest buffer of an HTTP/1 connection, and so its largest response head.
 const H1_BUFFER: usize = 64 << 10;
-/// What a stalled reader of one HTTP/2 response costs.
-const H2_STREAM_WINDOW: u32 = 256 << 10;
-/// Enough for 64 stalled readers before they hold up the others of their connection.
+/// What of one HTTP/2 response may lie here that its client does not read: with the buffers towards the client, and those of
+/// tunnels, less than the 256 KiB that such a client may cost.
+const H2_STREAM_WINDOW: u32 = 128 << 10;
+/// Enough for 128 stalled readers before they hold up the others of their connection.
 const H2_CONNECTION_WINDOW: u32 = 16 << 20;
-/// What one HTTP/2 stream may have queued towards the endpoint.
-const H2_SEND_BUFFER: usize = 256 << 10;
+/// What one HTTP/2 stream may have queued towards the endpoint, but for the last piece of it.
+const H2_SEND_BUFFER: usize = 48 << 10;
 /// Largest response head over HTTP/2.
 const H2_HEADER_LIST: u32 = 64 << 10;
 
