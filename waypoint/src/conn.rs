@@ -85,6 +85,11 @@ impl Conn {
     pub fn new(shared: Arc<Shared>, facts: Facts, drain: DrainWatch) -> Self {
         Self { shared, facts, drain, activity: Activity::default(), client_cert: OnceLock::new() }
     }
+    /// The same, of a client whose certificate was verified beside the mesh: its requests carry this as
+    /// `x-forwarded-client-cert`.
+    pub(crate) fn presenting(self, certificate: HeaderValue) -> Self {
+        Self { client_cert: OnceLock::from(Some(certificate)), ..self }
+    }
     /// What its requests carry as `x-forwarded-client-cert`, where the client has an identity and it is to be told.
     pub(crate) fn client_cert(&self) -> Option<&HeaderValue> {
         let make = || {

@@ -22,6 +22,7 @@ pub mod clock;
 pub mod crl_file;
 pub mod crypto;
 pub mod error;
+pub mod forwarded;
 pub mod istio_ca;
 pub mod live;
 pub mod local_ca;

@@ -134,7 +134,7 @@ pub fn spiffe_id_of(der: &[u8]) -> Result<SpiffeId, VerifyError> {
     id_of(&parse(der)?)
 }
 
-fn parse(der: &[u8]) -> Result<X509Certificate<'_>, VerifyError> {
+pub(crate) fn parse(der: &[u8]) -> Result<X509Certificate<'_>, VerifyError> {
     match X509Certificate::from_der(der) {
         Ok(([], certificate)) => Ok(certificate),
         Ok((rest, _)) => Err(VerifyError::Unreadable(format!("{} bytes follow it", rest.len()))),

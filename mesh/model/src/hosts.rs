@@ -130,6 +130,7 @@ mod tests {
             protocol: *protocol,
             hostname: hostname.map(Into::into),
             tls: None,
+            clients: None,
             hosts: sorted(hosts).map(|host| (host.into(), table(name, host))).collect(),
             broken: name.starts_with("broken").then(|| "a reason".into()),
         });

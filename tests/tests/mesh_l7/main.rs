@@ -9,6 +9,7 @@ mod authorizer;
 mod binding;
 mod bytes;
 mod change;
+mod clients;
 mod destinations;
 mod explained;
 mod frames;
@@ -91,6 +92,7 @@ const TESTS: &[Test<Mesh>] = &[
     test("an_unreadable_authentication_closes_its_service", tokens::an_unreadable_authentication_closes_its_service),
     test("the_gateway_lets_its_hosts_in", outside::the_gateway_lets_its_hosts_in),
     test("the_gateway_ends_tls", outside::the_gateway_ends_tls),
+    test("the_gateway_asks_clients_for_certificates", clients::the_gateway_asks_clients_for_certificates),
     test("an_endpoint_is_removed_and_comes_back", change::an_endpoint_is_removed_and_comes_back),
     test("an_endpoint_dies_unannounced", change::an_endpoint_dies_unannounced),
     test("a_route_is_replaced_and_removed", change::a_route_is_replaced_and_removed),

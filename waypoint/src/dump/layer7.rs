@@ -396,6 +396,7 @@ pub(super) fn gateway(g: &GatewayRoutes) -> Value {
                     ListenerTls::Terminate(pairs) => json!({ "terminate": pairs.len() }),
                     ListenerTls::Files { chain, .. } => json!({ "terminate": chain }),
                 }),
+                "clientCertificates": l.clients.as_ref().map(|c| if c.required { "required" } else { "optional" }),
                 "broken": l.broken,
                 "hosts": l.hosts.iter().map(|(host, t)| (host.to_string(), table(t))).collect::<Map<_, _>>(),
             })

@@ -1,15 +1,18 @@
 //! Certificates of a gateway's listeners: from Secrets as they come with the mesh, or from files that are renewed in place.
 //!
 //! Owns the TLS configurations, built on the control thread. Refuses a key that does not fit its certificate: the listener
-//! then answers nobody rather than with the wrong certificate. Upstream: `listen::gateway`.
+//! then answers nobody rather than with the wrong certificate; and to keep a configuration that asks clients for other
+//! certificates than it should. Upstream: `listen::gateway`.
 use arc_swap::ArcSwap;
 use mesh_model::l7::destination::KeyPair;
-use mesh_model::l7::gateway::{Listener, ListenerTls};
-use rustls::ServerConfig;
-use rustls::server::ResolvesServerCertUsingSni;
+use mesh_model::l7::gateway::{ClientCertificates, Listener, ListenerTls};
+use rustls::crypto::CryptoProvider;
+use rustls::server::danger::ClientCertVerifier;
+use rustls::server::{NoServerSessionStorage, ResolvesServerCertUsingSni, WebPkiClientVerifier};
 use rustls::sign::CertifiedKey;
+use rustls::{RootCertStore, ServerConfig};
 use rustls_pki_types::pem::PemObject as _;
-use rustls_pki_types::{CertificateDer, PrivateKeyDer};
+use rustls_pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer};
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -22,6 +25,7 @@ pub struct Certificates {
 struct Ready {
     /// What it was made from.
     pairs: Arc<[KeyPair]>,
+    clients: Option<Arc<ClientCertificates>>,
     config: Arc<ServerConfig>,
 }
 
@@ -30,9 +34,14 @@ impl Certificates {
     pub fn find(&self, listener: &str) -> Option<Arc<ServerConfig>> {
         self.ready.load().get(listener).map(|r| Arc::clone(&r.config))
     }
-    /// Builds what changed. A file that cannot be read, or a pair that does not fit, keeps what was there before.
+    /// Builds what changed. A file that cannot be read, or a pair that does not fit, keeps what was there before, as long as it
+    /// asks the same of clients.
     pub fn load(&self, listeners: &[Listener]) {
         let old = self.ready.load_full();
+        let kept = |l: &Listener| {
+            let before = old.get(&l.name).filter(|before| before.clients == l.clients)?;
+            Some((Arc::clone(&l.name), before.clone()))
+        };
         let mut new = HashMap::new();
         for l in listeners {
             let pairs: Arc<[KeyPair]> = match &l.tls {
@@ -42,23 +51,23 @@ impl Certificates {
                     (Ok(chain), Ok(key)) => [KeyPair { chain, key }].into(),
                     (Err(error), _) | (_, Err(error)) => {
                         tracing::error!(listener = %l.name, error, "certificate file");
-                        new.extend(old.get(&l.name).map(|r| (Arc::clone(&l.name), r.clone())));
+                        new.extend(kept(l));
                         continue;
                     }
                 },
             };
-            if let Some(same) = old.get(&l.name).filter(|r| r.pairs == pairs) {
-                new.insert(Arc::clone(&l.name), same.clone());
+            if let Some(same) = kept(l).filter(|(_, before)| before.pairs == pairs) {
+                new.extend([same]);
                 continue;
             }
-            match config(&pairs) {
+            match config(&pairs, l.clients.as_deref()) {
                 Ok(config) => {
                     tracing::info!(listener = %l.name, "certificate loaded");
-                    new.insert(Arc::clone(&l.name), Ready { pairs, config: Arc::new(config) });
+                    new.insert(Arc::clone(&l.name), Ready { pairs, clients: l.clients.clone(), config: Arc::new(config) });
                 }
                 Err(error) => {
                     tracing::error!(listener = %l.name, error, "certificate cannot be used");
-                    new.extend(old.get(&l.name).map(|r| (Arc::clone(&l.name), r.clone())));
+                    new.extend(kept(l));
                 }
             }
         }
@@ -71,20 +80,46 @@ fn read(path: &str) -> Result<Arc<str>, String> {
 }
 
 /// A server configuration that offers HTTP/2 and HTTP/1.1, TLS 1.2 and 1.3.
-fn config(pairs: &[KeyPair]) -> Result<ServerConfig, String> {
+fn config(pairs: &[KeyPair], clients: Option<&ClientCertificates>) -> Result<ServerConfig, String> {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let builder = ServerConfig::builder_with_provider(Arc::clone(&provider))
         .with_safe_default_protocol_versions()
-        .map_err(|e| e.to_string())?
-        .with_no_client_auth();
+        .map_err(|e| e.to_string())?;
+    let builder = match clients {
+        None => builder.with_no_client_auth(),
+        Some(clients) => builder.with_client_cert_verifier(verifier(clients, &provider)?),
+    };
     let keys = pairs.iter().map(|pair| certified(pair, &provider)).collect::<Result<Vec<_>, _>>()?;
     let resolver = Chosen::new(keys)?;
     let mut config = builder.with_cert_resolver(Arc::new(resolver));
     config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+    if clients.is_some() {
+        // A session that is resumed is not verified anew.
+        config.session_storage = Arc::new(NoServerSessionStorage {});
+        config.send_tls13_tickets = 0;
+    }
     Ok(config)
 }
 
-fn certified(pair: &KeyPair, provider: &rustls::crypto::CryptoProvider) -> Result<Arc<CertifiedKey>, String> {
+/// Believes certificates of clients that come from these authorities.
+fn verifier(clients: &ClientCertificates, provider: &Arc<CryptoProvider>) -> Result<Arc<dyn ClientCertVerifier>, String> {
+    let mut roots = RootCertStore::empty();
+    for root in CertificateDer::pem_slice_iter(clients.roots.as_bytes()) {
+        let root = root.map_err(|e| format!("authority of clients: {e}"))?;
+        roots.add(root).map_err(|e| format!("authority of clients: {e}"))?;
+    }
+    let mut builder = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(provider));
+    if let Some(crl) = &clients.crl {
+        let lists = CertificateRevocationListDer::pem_slice_iter(crl.as_bytes()).collect::<Result<Vec<_>, _>>();
+        builder = builder.with_crls(lists.map_err(|e| format!("revocation list: {e}"))?).enforce_revocation_expiration();
+    }
+    if !clients.required {
+        builder = builder.allow_unauthenticated();
+    }
+    builder.build().map_err(|e| format!("authorities of clients: {e}"))
+}
+
+fn certified(pair: &KeyPair, provider: &CryptoProvider) -> Result<Arc<CertifiedKey>, String> {
     let chain: Vec<CertificateDer<'static>> = CertificateDer::pem_slice_iter(pair.chain.as_bytes())
         .collect::<Result<_, _>>()
         .map_err(|e| format!("certificate: {e}"))?;

@@ -8,7 +8,9 @@ use crate::http::{self, Version};
 use crate::listen::accept_all;
 use crate::listen::certificates::Certificates;
 use crate::tcp;
+use ::http::HeaderValue;
 use mesh_hbone::relay::endpoint::Bytewise;
+use mesh_identity::forwarded::forwarded;
 use mesh_model::hosts::best;
 use mesh_model::l7::gateway::ListenerTls;
 use mesh_model::l7::gateway::{Listener, ListenerProtocol};
@@ -155,23 +157,33 @@ async fn serve(
                     .map(|l| (Arc::clone(&l.name), l.protocol, matches!(l.tls, Some(ListenerTls::Passthrough))))
             };
             let Some((name, protocol, passthrough)) = found else { return refuse("no listener for this name") };
-            let conn = Arc::new(conn(Some(Arc::clone(&name)), true, sni.clone()));
+            let conn = conn(Some(Arc::clone(&name)), true, sni.clone());
             if passthrough {
                 return tcp::serve_outside(&conn, tcp).await;
             }
             let Some(config) = certificates.find(&name) else { return refuse("the listener has no usable certificate") };
             let handshake = tokio::time::timeout(shared.settings.handshake_timeout, TlsAcceptor::from(config).accept(tcp));
-            let Ok(Ok(tls)) = handshake.await else {
-                tracing::debug!(%client, listener = %name, "TLS handshake failed");
-                return;
+            let tls = match handshake.await {
+                Ok(Ok(tls)) => tls,
+                Ok(Err(error)) => return tracing::debug!(%client, listener = %name, %error, "TLS handshake failed"),
+                Err(_) => return tracing::debug!(%client, listener = %name, "TLS handshake took too long"),
             };
+            let Ok(conn) = presented(conn, tls.get_ref().1) else { return refuse("the client's certificate cannot be told of") };
             if protocol == ListenerProtocol::Tls {
                 return tcp::serve_outside(&conn, Bytewise::new(tls)).await;
             }
             let version = if tls.get_ref().1.alpn_protocol() == Some(b"h2") { Version::Http2 } else { Version::Http1 };
-            http::serve(conn, tls, version).await;
+            http::serve(Arc::new(conn), tls, version).await;
         }
     }
+}
+
+/// The connection with what is to be told of the certificate its client proved, if it was asked for one. (Always, as Istio's
+/// gateways do; identities of the mesh are another matter.)
+fn presented(conn: Conn, tls: &rustls::ServerConnection) -> Result<Conn, ()> {
+    let Some(certificate) = tls.peer_certificates().and_then(<[_]>::first) else { return Ok(conn) };
+    let told = forwarded(certificate).ok().and_then(|text| HeaderValue::try_from(text).ok());
+    told.map(|told| conn.presenting(told)).ok_or(())
 }
 
 /// What a client's first bytes say, left in the socket.

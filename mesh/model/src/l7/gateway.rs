@@ -64,6 +64,8 @@ pub struct Listener {
     pub hostname: Option<Arc<str>>,
     /// TLS, for HTTPS and TLS listeners.
     pub tls: Option<ListenerTls>,
+    /// Certificates of clients, where they are asked for.
+    pub clients: Option<Arc<ClientCertificates>>,
     /// Routes by host name of the route in lower case: exact, `*.suffix`, or `*`; in the order of [`crate::hosts::order`].
     pub hosts: Vec<(Arc<str>, Arc<RouteTable>)>,
     /// Cannot be used (missing certificate, protocol unknown, port taken by another protocol): not listened on.
@@ -80,6 +82,17 @@ pub enum ListenerProtocol {
     Tls,
     /// TCP.
     Tcp,
+}
+/// Whose certificates clients of a listener have (mutual TLS). A client with any other is refused.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ClientCertificates {
+    /// PEM of the authorities that issue them.
+    pub roots: Arc<str>,
+    /// PEM of their revocation lists; where there are any, each certificate of a chain must be on none of them, and each issuer
+    /// must have one that is in date (Envoy: `crl`).
+    pub crl: Option<Arc<str>>,
+    /// A client without a certificate is refused too; else it is served without one (Istio: `OPTIONAL_MUTUAL`).
+    pub required: bool,
 }
 /// TLS of a listener.
 #[derive(Clone, Debug, PartialEq, Eq)]

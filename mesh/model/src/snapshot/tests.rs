@@ -246,6 +246,7 @@ fn any_gateway() -> impl Strategy<Value = GatewayRoutes> {
             protocol: ListenerProtocol::Http,
             hostname: None,
             tls: None,
+            clients: None,
             hosts: tables.into_iter().enumerate().map(|(i, t)| (Arc::from(format!("h{i}")), Arc::new(t))).collect(),
             broken: None,
         }],

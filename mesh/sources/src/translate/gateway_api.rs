@@ -24,20 +24,21 @@ use std::sync::Arc;
 
 use mesh_model::Origin;
 use mesh_model::l7::destination::{KeyPair, Roots, UpstreamTls};
-use mesh_model::l7::gateway::{GatewayKey, GatewayRoutes, Listener, ListenerTls};
+use mesh_model::l7::gateway::{ClientCertificates, GatewayKey, GatewayRoutes, Listener, ListenerTls};
 use mesh_model::l7::route::{BackendRef, ClusterKey, HttpMatch, HttpRoute, HttpRule, RouteTable, TcpRoute, TcpRule, TlsRule};
 use mesh_model::service::{Service, ServiceKey};
 
 use super::layer7::{Join, Need, Output, Touched, covers, forget, put, same_or_stand_in};
 use super::object::{AllowedRoutes, Gateway, Kind, KubeService, ObjectId, Reader};
+use super::pem::PemEntries;
 use super::read::Read;
 use super::{HashMap, Name, Slot, Translator};
 use crate::diagnostics::Severity;
 use crate::yaml::Node;
 
-use backend_tls::{CaKind, TlsPolicy};
+use backend_tls::{CaKind, CaRef, TlsPolicy};
 use compile::{invalid, settle_http, settle_l4};
-pub use listener::{EdgeListener, EdgeTls, SecretRef, read_all as read_listeners};
+pub use listener::{EdgeClients, EdgeListener, EdgeTls, SecretRef, read_all as read_listeners};
 pub(super) use tables::Tables;
 
 use reference::{GATEWAY_GROUP, ParentKind, ParentRef, ReferenceGrant, Target, TargetKind, kind_name};
@@ -552,11 +553,11 @@ pub(super) fn frame(join: &mut Join<'_>, key: &GatewayKey) -> Option<GatewayRout
     let slot = edge_of(join, key)?;
     let mut listeners = Vec::new();
     for l in &slot.obj.edge {
-        let (tls, broken) = match &l.broken {
-            Some(why) => (None, Some(Arc::clone(why))),
-            None => match terminate(join, key, &slot.origin, l) {
-                Ok(tls) => (tls, None),
-                Err(why) => (None, Some(why.into())),
+        let (tls, clients, broken) = match &l.broken {
+            Some(why) => (None, None, Some(Arc::clone(why))),
+            None => match (terminate(join, key, &slot.origin, l), clients(join, key, &slot.origin, l)) {
+                (Ok(tls), Ok(clients)) => (tls, clients, None),
+                (Err(why), _) | (_, Err(why)) => (None, None, Some(why.into())),
             },
         };
         listeners.push(Listener {
@@ -565,6 +566,7 @@ pub(super) fn frame(join: &mut Join<'_>, key: &GatewayKey) -> Option<GatewayRout
             protocol: l.protocol,
             hostname: l.hostname.clone(),
             tls,
+            clients,
             hosts: Vec::new(),
             broken,
         });
@@ -587,7 +589,7 @@ pub(super) fn fill(frame: &GatewayRoutes, tables: &mut Tables, old: Option<&Gate
     };
     let listener = |(a, b): (&Listener, &Listener)| {
         (&a.name, a.port, a.protocol, &a.hostname) == (&b.name, b.port, b.protocol, &b.hostname)
-            && (&a.tls, &a.broken) == (&b.tls, &b.broken)
+            && (&a.tls, &a.clients, &a.broken) == (&b.tls, &b.clients, &b.broken)
             && hosts(a, b)
     };
     let same = old.is_some_and(|old| {
@@ -731,6 +733,101 @@ fn terminate(join: &mut Join<'_>, key: &GatewayKey, origin: &Origin, l: &EdgeLis
         None => Ok(Some(ListenerTls::Terminate(pairs))),
         Some(why) => Err(why),
     }
+}
+/// Who issues the certificates of a listener's clients; why it cannot be listened on when that is missing.
+fn clients(
+    join: &mut Join<'_>,
+    key: &GatewayKey,
+    origin: &Origin,
+    l: &EdgeListener,
+) -> Result<Option<Arc<ClientCertificates>>, String> {
+    let (mut roots, mut lists) = (String::new(), String::new());
+    let mut take = |entries: &PemEntries, root: &Arc<str>| {
+        roots.push_str(root.trim_end());
+        roots.push('\n');
+        if let Some(crl) = entries.get("ca.crl") {
+            lists.push_str(crl.trim_end());
+            lists.push('\n');
+        }
+    };
+    let own = &key.namespace;
+    let (found, required, at) = match (&l.clients, &l.tls) {
+        (None, _) => return Ok(None),
+        (Some(EdgeClients::BesideCertificate { required }), Some(EdgeTls::Secrets(secrets))) => {
+            let found = secrets.iter().try_for_each(|secret| {
+                let ns = secret.namespace.as_ref().unwrap_or(own);
+                let (entries, root) = beside(join, own, ns, &secret.name)?;
+                take(entries, root);
+                Ok::<(), String>(())
+            });
+            (found, *required, (format!("spec.listeners[{}].tls.options", l.number), l.line))
+        }
+        (Some(EdgeClients::Refs { refs, field }), _) => {
+            let mut at = (field.to_string(), l.line);
+            let found = refs.iter().enumerate().try_for_each(|(i, (ca, namespace))| {
+                at = (format!("{field}[{i}]"), ca.line);
+                let (entries, root) = authority(join, own, namespace.as_ref().unwrap_or(own), ca)?;
+                take(entries, root);
+                Ok::<(), String>(())
+            });
+            (found, true, at)
+        }
+        (Some(EdgeClients::BesideCertificate { .. }), _) => {
+            (Err("the listener has no Secret with authorities".to_owned()), true, (String::from("spec.listeners"), l.line))
+        }
+    };
+    match found {
+        Ok(()) => {
+            let crl = (!lists.is_empty()).then(|| lists.into());
+            Ok(Some(Arc::new(ClientCertificates { roots: roots.into(), crl, required })))
+        }
+        Err(why) => {
+            let message = format!("{why}; port {} is not listened on", l.port);
+            join.complain(Severity::Error, (origin, at.1), &at.0, message, "create, correct or permit it", "ca");
+            Err(why)
+        }
+    }
+}
+/// The authorities of the Secret of a certificate, or of the one beside it, as Istio names it.
+fn beside<'a>(
+    join: &mut Join<'a>,
+    own: &Arc<str>,
+    ns: &Arc<str>,
+    name: &Arc<str>,
+) -> Result<(&'a PemEntries, &'a Arc<str>), String> {
+    let other = format!("{name}-cacert");
+    for name in [&**name, &other] {
+        let open = ns == own || granted(join, &kind_name(GATEWAY_GROUP, "Gateway"), own, "Secret", ns, name);
+        let entries = join.find_secret(ns, name).filter(|_| open);
+        if let Some(found) = entries.and_then(|entries| Some((entries, root_of(entries)?))) {
+            return Ok(found);
+        }
+    }
+    Err(format!("neither Secret {ns}/{name} nor {ns}/{other} has a certificate in `ca.crt` that clients' come from"))
+}
+/// The authorities of an object that is named.
+fn authority<'a>(
+    join: &mut Join<'a>,
+    own: &Arc<str>,
+    ns: &Arc<str>,
+    ca: &CaRef,
+) -> Result<(&'a PemEntries, &'a Arc<str>), String> {
+    let kind = match &ca.kind {
+        CaKind::ConfigMap => "ConfigMap",
+        CaKind::Secret => "Secret",
+        CaKind::Other(kind) => return Err(format!("a CA bundle cannot come from a {kind}")),
+    };
+    let name = &ca.name;
+    if ns != own && !granted(join, &kind_name(GATEWAY_GROUP, "Gateway"), own, kind, ns, name) {
+        return Err(format!("{kind} {ns}/{name} is not open to Gateways of {own} (RefNotPermitted)"));
+    }
+    let entries = if ca.kind == CaKind::ConfigMap { join.find_config_map(ns, name) } else { join.find_secret(ns, name) };
+    let entries = entries.ok_or_else(|| format!("{kind} {ns}/{name} does not exist"))?;
+    let root = root_of(entries).ok_or_else(|| format!("{kind} {ns}/{name} has no certificate in `ca.crt`"))?;
+    Ok((entries, root))
+}
+fn root_of(entries: &PemEntries) -> Option<&Arc<str>> {
+    entries.get("ca.crt").or_else(|| entries.get("cacert")).filter(|text| text.contains(CERTIFICATE_LINE))
 }
 fn key_pair(join: &mut Join<'_>, gateway: &GatewayKey, secret: &SecretRef) -> Result<KeyPair, (String, &'static str)> {
     let (own, name) = (&gateway.namespace, &secret.name);

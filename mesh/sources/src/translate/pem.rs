@@ -8,8 +8,8 @@ use std::sync::Arc;
 use super::read::{self, Bad, Read};
 use crate::yaml::Node;
 
-/// Entries kept: those of `kubernetes.io/tls`, and the older names Istio reads.
-const KEPT: &[&str] = &["tls.crt", "tls.key", "ca.crt", "cert", "key", "cacert"];
+/// Entries kept: those of `kubernetes.io/tls`, revocation lists, and the older names Istio reads.
+const KEPT: &[&str] = &["tls.crt", "tls.key", "ca.crt", "cert", "key", "cacert", "ca.crl"];
 
 /// The PEM entries of one object, by name.
 #[derive(Clone, Default, PartialEq, Eq)]

@@ -101,6 +101,7 @@ fn keys_are_never_shown() {
         protocol: ListenerProtocol::Https,
         hostname: Some("*.example.com".into()),
         tls: Some(ListenerTls::Terminate(vec![pair])),
+        clients: None,
         hosts: vec![("shop.example.com".into(), Arc::default())],
         broken: None,
     };

@@ -139,15 +139,7 @@ fn rest<'p>(r: &mut Reader<'_>, node: &'p Node<'p>, spec: &'p Node<'p>) -> Read<
     }
     let mut roots = Vec::new();
     for c in read::list(v, "caCertificateRefs")? {
-        read::only(c, &["group", "kind", "name"])?;
-        let Some(kind) = read::text(c, "kind")? else { return Err(Bad::missing(c, "kind", "a reference has a kind")) };
-        let kind = match (read::text_or_empty(c, "group")?, kind) {
-            ("", "ConfigMap") => CaKind::ConfigMap,
-            ("", "Secret") => CaKind::Secret,
-            (g, k) => CaKind::Other(r.pool.text(&kind_name(g, k))),
-        };
-        let name = r.pool.text(reference::name(c, "a reference has a name")?);
-        roots.push(CaRef { kind, name, line: c.line });
+        roots.push(ca_ref(r, c, &["group", "kind", "name"])?);
     }
     match (v.get("wellKnownCACertificates"), roots.is_empty()) {
         (None, false) => {}
@@ -165,6 +157,18 @@ fn rest<'p>(r: &mut Reader<'_>, node: &'p Node<'p>, spec: &'p Node<'p>) -> Read<
         },
     }
     Ok(Validation { hostname, sans, roots })
+}
+
+/// A reference to a CA bundle, of which these fields are known.
+pub(super) fn ca_ref<'p>(r: &mut Reader<'_>, c: &'p Node<'p>, fields: &[&str]) -> Read<'p, CaRef> {
+    read::only(c, fields)?;
+    let Some(kind) = read::text(c, "kind")? else { return Err(Bad::missing(c, "kind", "a reference has a kind")) };
+    let kind = match (read::text_or_empty(c, "group")?, kind) {
+        ("", "ConfigMap") => CaKind::ConfigMap,
+        ("", "Secret") => CaKind::Secret,
+        (g, k) => CaKind::Other(r.pool.text(&kind_name(g, k))),
+    };
+    Ok(CaRef { kind, name: r.pool.text(reference::name(c, "a reference has a name")?), line: c.line })
 }
 
 fn san<'p>(r: &mut Reader<'_>, s: &'p Node<'p>) -> Read<'p, Arc<str>> {

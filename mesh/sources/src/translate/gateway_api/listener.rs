@@ -8,6 +8,7 @@ use mesh_model::l7::gateway::ListenerProtocol;
 use super::super::istio::{allowed_routes, host_name};
 use super::super::object::{AllowedRoutes, Reader};
 use super::super::read::{self, Bad, Read};
+use super::backend_tls::{self, CaRef};
 use super::reference::{self, GATEWAY_GROUP, kind_name};
 use super::route::RouteKind;
 use crate::diagnostics::Severity;
@@ -33,6 +34,8 @@ pub struct EdgeListener {
     pub hostname: Option<Arc<str>>,
     /// TLS.
     pub tls: Option<EdgeTls>,
+    /// Certificates of clients.
+    pub clients: Option<EdgeClients>,
     /// Whose routes may attach.
     pub allowed: AllowedRoutes,
     /// Kinds that may attach.
@@ -57,6 +60,23 @@ pub enum EdgeTls {
         chain: Arc<str>,
         /// Key.
         key: Arc<str>,
+    },
+}
+/// Where it is written who issues certificates of clients.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum EdgeClients {
+    /// Beside the listener's own certificate: `ca.crt` of its Secret, or of the Secret NAME-cacert (Istio's
+    /// `tls-terminate-mode`).
+    BesideCertificate {
+        /// A client without one is refused.
+        required: bool,
+    },
+    /// In objects of their own (`caCertificateRefs`).
+    Refs {
+        /// The objects, and the namespace where written.
+        refs: Vec<(CaRef, Option<Arc<str>>)>,
+        /// The list, as a path in the object.
+        field: Arc<str>,
     },
 }
 /// Reference to a Secret.
@@ -89,6 +109,7 @@ pub fn read_all<'p>(r: &mut Reader<'_>, node: &'p Node<'p>, spec: &'p Node<'p>) 
             protocol: ListenerProtocol::Tcp,
             hostname: None,
             tls: None,
+            clients: None,
             allowed: AllowedRoutes::Nobody,
             kinds: Vec::new(),
             broken: None,
@@ -102,7 +123,7 @@ pub fn read_all<'p>(r: &mut Reader<'_>, node: &'p Node<'p>, spec: &'p Node<'p>) 
         out.push(listener);
     }
     if !out.is_empty()
-        && let Err(bad) = whole(r, node, spec)
+        && let Err(bad) = whole(r, node, spec, &mut out)
     {
         r.report(node, &bad, Severity::Error);
         let why: Arc<str> = bad.message.into();
@@ -114,8 +135,8 @@ pub fn read_all<'p>(r: &mut Reader<'_>, node: &'p Node<'p>, spec: &'p Node<'p>) 
     Ok(out)
 }
 
-/// The Gateway beside its listeners.
-fn whole<'p>(r: &mut Reader<'_>, node: &'p Node<'p>, spec: &'p Node<'p>) -> Read<'p, ()> {
+/// The Gateway beside its listeners, and what it says for all of them.
+fn whole<'p>(r: &mut Reader<'_>, node: &'p Node<'p>, spec: &'p Node<'p>, all: &mut [EdgeListener]) -> Read<'p, ()> {
     read::only(node, &["apiVersion", "kind", "metadata", "spec", "status"])?;
     read::only(
         spec,
@@ -133,9 +154,8 @@ fn whole<'p>(r: &mut Reader<'_>, node: &'p Node<'p>, spec: &'p Node<'p>) -> Read
     let tls = read::map(spec, "tls")?;
     if let Some(tls) = tls {
         read::only(tls, &["frontend", "backend"])?;
-        if let Some(at) = tls.get("frontend") {
-            let message = "certificates of clients cannot be asked for yet; nothing is listened on";
-            return Err(Bad::value(at, message, "remove it"));
+        if let Some(frontend) = read::map(tls, "frontend")? {
+            of_frontend(r, frontend, all)?;
         }
     }
     let unused = [
@@ -155,6 +175,58 @@ fn whole<'p>(r: &mut Reader<'_>, node: &'p Node<'p>, spec: &'p Node<'p>) -> Read
         return Err(Bad::value(at, "default gateways are not available here", "remove it"));
     }
     Ok(())
+}
+
+/// `spec.tls.frontend`: certificates of the clients of HTTPS listeners, by port or for all.
+fn of_frontend<'p>(r: &mut Reader<'_>, frontend: &'p Node<'p>, all: &mut [EdgeListener]) -> Read<'p, ()> {
+    read::only(frontend, &["default", "perPort"])?;
+    let mut validation = |tls: Option<&'p Node<'p>>, field: &str| -> Read<'p, Option<EdgeClients>> {
+        let Some(tls) = tls else { return Ok(None) };
+        read::only(tls, &["validation"])?;
+        let Some(v) = read::map(tls, "validation")? else { return Ok(None) };
+        authorities(r, v, &format!("spec.tls.frontend.{field}.validation")).map(Some)
+    };
+    let default = validation(read::map(frontend, "default")?, "default")?;
+    let mut of_ports = Vec::new();
+    for (n, p) in read::list(frontend, "perPort")?.iter().enumerate() {
+        read::only(p, &["port", "tls"])?;
+        let port = read::port_at(p, "port")?;
+        of_ports.push((port, validation(read::map(p, "tls")?, &format!("perPort[{n}].tls"))?));
+    }
+    for l in all.iter_mut().filter(|l| l.protocol == ListenerProtocol::Https) {
+        let said = of_ports.iter().find(|(port, _)| *port == l.port).map_or(&default, |(_, said)| said);
+        if said.is_some() && l.clients.is_some() {
+            let message = format!("the listener {} says itself whose certificates its clients have", l.name);
+            return Err(Bad::value(frontend, message, "say it in one place"));
+        }
+        if let Some(said) = said {
+            l.clients = Some(said.clone());
+        }
+    }
+    Ok(())
+}
+
+/// Authorities that certificates of clients come from.
+fn authorities<'p>(r: &mut Reader<'_>, v: &'p Node<'p>, field: &str) -> Read<'p, EdgeClients> {
+    read::only(v, &["caCertificateRefs", "mode"])?;
+    if let Some(mode) = v.get("mode") {
+        match read::scalar(mode)? {
+            "AllowValidOnly" => {}
+            t => {
+                let message = format!("`{t}` is not available: a client without a valid certificate is refused");
+                return Err(Bad::value(mode, message, "write AllowValidOnly or remove it"));
+            }
+        }
+    }
+    let mut refs = Vec::new();
+    for c in read::list(v, "caCertificateRefs")? {
+        let namespace = read::text(c, "namespace")?.filter(|t| !t.is_empty()).map(|t| r.pool.text(t));
+        refs.push((backend_tls::ca_ref(r, c, &["group", "kind", "name", "namespace"])?, namespace));
+    }
+    if refs.is_empty() {
+        return Err(Bad::missing(v, "caCertificateRefs", "who issues the certificates of clients is needed"));
+    }
+    Ok(EdgeClients::Refs { refs, field: format!("{field}.caCertificateRefs").into() })
 }
 
 fn one<'p>(r: &mut Reader<'_>, node: &'p Node<'p>, l: &'p Node<'p>, out: &mut EdgeListener) -> Read<'p, ()> {
@@ -184,7 +256,10 @@ fn one<'p>(r: &mut Reader<'_>, node: &'p Node<'p>, l: &'p Node<'p>, out: &mut Ed
         }
         (ListenerProtocol::Http | ListenerProtocol::Tcp, None) => {}
         (_, None) => return Err(Bad::missing(l, "tls", "a listener with TLS says how it is terminated")),
-        (protocol, Some(at)) => out.tls = Some(tls_of(r, at, protocol)?),
+        (protocol, Some(at)) => {
+            out.tls = Some(tls_of(r, at, protocol)?);
+            out.clients = clients_of(r, at, out)?;
+        }
     }
     if let Some(allowed) = read::map(l, "allowedRoutes")? {
         read::only(allowed, &["namespaces", "kinds"])?;
@@ -228,9 +303,6 @@ fn kinds<'p>(r: &mut Reader<'_>, node: &'p Node<'p>, l: &'p Node<'p>, possible: 
 
 fn tls_of<'p>(r: &mut Reader<'_>, tls: &'p Node<'p>, protocol: ListenerProtocol) -> Read<'p, EdgeTls> {
     read::only(tls, &["mode", "certificateRefs", "frontendValidation", "options"])?;
-    if let Some(at) = tls.get("frontendValidation") {
-        return Err(Bad::value(at, "certificates of clients cannot be asked for yet; this is not listened on", "remove it"));
-    }
     let (mut chain, mut key) = (None, None);
     if let Some(options) = read::map(tls, "options")? {
         for e in read::entries(options)? {
@@ -238,10 +310,11 @@ fn tls_of<'p>(r: &mut Reader<'_>, tls: &'p Node<'p>, protocol: ListenerProtocol)
             match &*e.key {
                 CERTIFICATE => chain = Some(r.pool.text(value)),
                 KEY => key = Some(r.pool.text(value)),
-                ISTIO_MODE if value == "SIMPLE" => {}
+                // Of clients' certificates: `clients_of`.
+                ISTIO_MODE if matches!(value, "SIMPLE" | "MUTUAL" | "OPTIONAL_MUTUAL") => {}
                 ISTIO_MODE => {
-                    let message = format!("`{value}` is not available: certificates of clients cannot be asked for yet");
-                    return Err(Bad::value(&e.node, message, "write SIMPLE or remove it"));
+                    let message = format!("`{value}` is not available for listeners with certificates of their own");
+                    return Err(Bad::value(&e.node, message, "write SIMPLE, MUTUAL or OPTIONAL_MUTUAL"));
                 }
                 k => return Err(Bad::value(&e.node, format!("the option `{k}` is not known here"), "remove it")),
             }
@@ -289,6 +362,28 @@ fn tls_of<'p>(r: &mut Reader<'_>, tls: &'p Node<'p>, protocol: ListenerProtocol)
             format!("`{CERTIFICATE}` and `{KEY}` are needed together"),
             "add the other one",
         )),
+    }
+}
+
+/// What a listener says of its clients' certificates.
+fn clients_of<'p>(r: &mut Reader<'_>, tls: &'p Node<'p>, l: &EdgeListener) -> Read<'p, Option<EdgeClients>> {
+    let options = read::map(tls, "options")?;
+    let mode = options.and_then(|o| o.get(ISTIO_MODE)).filter(|mode| mode.text() != Some("SIMPLE"));
+    let validation = read::map(tls, "frontendValidation")?;
+    let Some(at) = mode.or(validation) else { return Ok(None) };
+    if mode.is_some() && validation.is_some() {
+        return Err(Bad::value(at, "whose certificates clients have is said twice", "keep one of them"));
+    }
+    match (&l.tls, validation) {
+        (Some(EdgeTls::Passthrough) | None, _) => {
+            Err(Bad::value(at, "TLS that is passed through shows no certificates of clients", "remove it, or terminate TLS"))
+        }
+        (_, Some(v)) => authorities(r, v, &format!("spec.listeners[{}].tls.frontendValidation", l.number)).map(Some),
+        (Some(EdgeTls::Files { .. }), None) => {
+            let message = "where certificates come from files, who issues those of clients is to be named";
+            Err(Bad::value(at, message, "use frontendValidation, or a Secret"))
+        }
+        (Some(EdgeTls::Secrets(_)), None) => Ok(Some(EdgeClients::BesideCertificate { required: at.text() == Some("MUTUAL") })),
     }
 }
 

@@ -1009,15 +1009,35 @@ fn mistakes_in_listeners_close_the_listener_alone() {
         (format!("{{name: x, port: 80, protocol: HTTPS, tls: {{mode: Mutual, {c1}}}}}"), "tls.mode", "`Mutual`"),
         (
             format!("{{name: x, port: 80, protocol: HTTPS, tls: {{{c1}, frontendValidation: {{caCertificateRefs: []}}}}}}"),
-            "tls.frontendValidation",
+            "tls.frontendValidation.caCertificateRefs",
             "certificates of clients",
         ),
         (
             format!(
-                "{{name: x, port: 80, protocol: HTTPS, tls: {{{c1}, options: {{gateway.istio.io/tls-terminate-mode: MUTUAL}}}}}}"
+                "{{name: x, port: 80, protocol: HTTPS, tls: {{{c1}, options: {{gateway.istio.io/tls-terminate-mode: ISTIO_MUTUAL}}}}}}"
             ),
             "tls.options[\"gateway.istio.io/tls-terminate-mode\"]",
-            "certificates of clients",
+            "`ISTIO_MUTUAL` is not available",
+        ),
+        (
+            "{name: x, port: 80, protocol: TLS, tls: {mode: Passthrough, options: {gateway.istio.io/tls-terminate-mode: MUTUAL}}}".into(),
+            "tls.options[\"gateway.istio.io/tls-terminate-mode\"]",
+            "passed through",
+        ),
+        (
+            "{name: x, port: 80, protocol: HTTPS, tls: {options: {culvert.dev/tls-certificate: /c, culvert.dev/tls-key: /k, gateway.istio.io/tls-terminate-mode: MUTUAL}}}".into(),
+            "tls.options[\"gateway.istio.io/tls-terminate-mode\"]",
+            "is to be named",
+        ),
+        (
+            format!("{{name: x, port: 80, protocol: HTTPS, tls: {{{c1}, frontendValidation: {{mode: AllowInsecureFallback, caCertificateRefs: [{{kind: ConfigMap, name: ca}}]}}}}}}"),
+            "tls.frontendValidation.mode",
+            "`AllowInsecureFallback` is not available",
+        ),
+        (
+            format!("{{name: x, port: 80, protocol: HTTPS, tls: {{{c1}, options: {{gateway.istio.io/tls-terminate-mode: MUTUAL}}, frontendValidation: {{caCertificateRefs: [{{kind: ConfigMap, name: ca}}]}}}}}}"),
+            "tls.options[\"gateway.istio.io/tls-terminate-mode\"]",
+            "said twice",
         ),
         (
             format!("{{name: x, port: 80, protocol: HTTPS, tls: {{{c1}, options: {{ciphers: x}}}}}}"),
@@ -1064,7 +1084,9 @@ fn mistakes_in_listeners_close_the_listener_alone() {
     }
     for (spec, broken, field) in [
         ("frontendTLS: {}", true, "spec.frontendTLS"),
-        ("tls: {frontend: {default: {}}}", true, "spec.tls.frontend"),
+        ("tls: {frontend: {default: {validation: {}}}}", true, "spec.tls.frontend.default.validation.caCertificateRefs"),
+        ("tls: {frontend: {perPort: [{tls: {}}]}}", true, "spec.tls.frontend.perPort[0].port"),
+        ("tls: {frontend: {default: {mode: x}}}", true, "spec.tls.frontend.default.mode"),
         ("defaultScope: All", true, "spec.defaultScope"),
         ("tls: {backend: {clientCertificateRef: {name: x}}}", false, "spec.tls.backend"),
         ("allowedListeners: {namespaces: {from: All}}", false, "spec.allowedListeners"),
@@ -1081,6 +1103,99 @@ fn mistakes_in_listeners_close_the_listener_alone() {
         assert_eq!(brief(&problems)[0].1, field, "{spec}");
         assert_eq!(state.gateway("a/gw").listeners[0].broken.is_some(), broken, "{spec}");
     }
+}
+
+#[test]
+fn certificates_of_clients_are_asked_for() {
+    let ca = |kind: &str, ns: &str, name: &str, data: &str| object(kind, "v1", ns, name, "", data);
+    let pem = "'-----BEGIN CERTIFICATE----- A'";
+    let with_ca = |name: &str, more: &str| ca("Secret", "a", name, &format!("stringData: {{ca.crt: {pem}{more}}}"));
+    let mode = |mode: &str| {
+        gateway_with(&format!(
+            "{{name: x, port: 443, protocol: HTTPS, tls: {{certificateRefs: [{{name: c}}], options: {{gateway.istio.io/tls-terminate-mode: {mode}}}}}}}"
+        ))
+    };
+    let named = |r: &str| {
+        gateway_with(&format!(
+            "{{name: x, port: 443, protocol: HTTPS, tls: {{certificateRefs: [{{name: c}}], frontendValidation: {{caCertificateRefs: [{r}]}}}}}}"
+        ))
+    };
+    let grants = grant("b", "{group: gateway.networking.k8s.io, kind: Gateway, namespace: a}", "{kind: ConfigMap}");
+    let map = |ns: &str| ca("ConfigMap", ns, "m", &format!("data: {{ca.crt: {pem}}}"));
+    let elsewhere = named("{kind: ConfigMap, namespace: b, name: m}");
+    // What is asked for: `None` nothing, else whether it is required; or why it is not listened on.
+    for (what, text, want) in [
+        ("simple", mode("SIMPLE"), Ok(None)),
+        ("no authority", mode("MUTUAL"), Err("neither Secret a/c nor a/c-cacert")),
+        ("beside", mode("MUTUAL") + &with_ca("c-cacert", ""), Ok(Some(true))),
+        ("optional", mode("OPTIONAL_MUTUAL") + &with_ca("c-cacert", ""), Ok(Some(false))),
+        ("no certificate", mode("MUTUAL") + &ca("Secret", "a", "c-cacert", "stringData: {ca.crt: x}"), Err("neither Secret")),
+        ("a map", named("{kind: ConfigMap, name: m}") + &map("a"), Ok(Some(true))),
+        ("no map", named("{kind: ConfigMap, name: m}"), Err("ConfigMap a/m does not exist")),
+        ("a Secret", named("{kind: Secret, name: s}") + &with_ca("s", ""), Ok(Some(true))),
+        ("something", named("{group: x, kind: Y, name: s}"), Err("cannot come from a x/Y")),
+        ("elsewhere", elsewhere.clone() + &map("b"), Err("RefNotPermitted")),
+        ("permitted", elsewhere + &map("b") + &grants, Ok(Some(true))),
+        ("one of two", named("{kind: ConfigMap, name: m}, {kind: ConfigMap, name: n}") + &map("a"), Err("ConfigMap a/n")),
+    ] {
+        let (state, problems) = mesh(&(text + &tls_secret("a", "c")));
+        let l = &state.gateway("a/gw").listeners[0];
+        match want {
+            Ok(required) => {
+                assert_eq!((l.clients.as_ref().map(|c| c.required), l.broken.as_ref()), (required, None), "{what}: {problems:?}");
+                assert!(problems.is_empty(), "{what}: {problems:?}");
+            }
+            Err(why) => {
+                assert!(l.broken.as_ref().is_some_and(|b| b.contains(why)) && l.tls.is_none(), "{what}: {l:?}");
+                let [p] = problems.as_slice() else { panic!("{what}: {problems:?}") };
+                assert!(p.message.contains("443 is not listened on"), "{what}: {p}");
+            }
+        }
+    }
+    // All of what is named counts, and revocation lists with it.
+    let crl = ", ca.crl: '-----BEGIN X509 CRL----- L'";
+    let state = good(
+        &(named("{kind: Secret, name: s}, {kind: ConfigMap, name: m}") + &with_ca("s", crl) + &map("a") + &tls_secret("a", "c")),
+    );
+    let clients = state.gateway("a/gw").listeners[0].clients.clone().unwrap();
+    assert_eq!(clients.roots.matches("BEGIN CERTIFICATE").count(), 2);
+    assert!(clients.crl.as_ref().is_some_and(|crl| crl.contains("X509 CRL")));
+}
+
+/// `spec.tls.frontend` is for HTTPS listeners, by port or for all.
+#[test]
+fn a_gateway_asks_for_certificates_of_clients_by_port() {
+    let listener = |name: &str, port: u16, protocol: &str, more: &str| {
+        format!("{{name: {name}, port: {port}, protocol: {protocol}, tls: {{certificateRefs: [{{name: c}}]{more}}}}}")
+    };
+    let gateway = |listeners: &str, frontend: &str| {
+        let spec = format!("spec: {{listeners: [{listeners}], tls: {{frontend: {frontend}}}}}");
+        let map = |name: &str| {
+            object("ConfigMap", "v1", "a", name, "", &format!("data: {{ca.crt: '-----BEGIN CERTIFICATE----- {name}'}}"))
+        };
+        mesh(&(object("Gateway", API, "a", "gw", "", &spec) + &map("one") + &map("two") + &tls_secret("a", "c")))
+    };
+    let of =
+        |name: &str| format!("{{validation: {{mode: AllowValidOnly, caCertificateRefs: [{{kind: ConfigMap, name: {name}}}]}}}}");
+    let all = [
+        listener("a", 443, "HTTPS", ""),
+        listener("b", 444, "HTTPS", ""),
+        listener("c", 445, "HTTPS", ""),
+        listener("d", 446, "TLS", ""),
+    ]
+    .join(", ");
+    let frontend = format!("{{default: {}, perPort: [{{port: 444, tls: {}}}, {{port: 445, tls: {{}}}}]}}", of("one"), of("two"));
+    let (state, problems) = gateway(&all, &frontend);
+    assert!(problems.is_empty(), "{problems:?}");
+    let got: Vec<_> =
+        state.gateway("a/gw").listeners.iter().map(|l| l.clients.as_ref().map(|c| c.roots.trim().to_owned())).collect();
+    let want = |name: &str| Some(format!("-----BEGIN CERTIFICATE----- {name}"));
+    assert_eq!(got, [want("one"), want("two"), None, None]);
+    // Said twice is said by nobody.
+    let own = listener("a", 443, "HTTPS", ", frontendValidation: {caCertificateRefs: [{kind: ConfigMap, name: one}]}");
+    let (state, problems) = gateway(&own, &format!("{{default: {}}}", of("two")));
+    assert_eq!(brief(&problems)[0].1, "spec.tls.frontend");
+    assert!(state.gateway("a/gw").listeners[0].broken.as_ref().is_some_and(|b| b.contains("says itself")));
 }
 
 #[test]
