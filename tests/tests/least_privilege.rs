@@ -2,7 +2,8 @@
 //! carry, what they cannot do, and that none of the rights is named in vain.
 use std::collections::BTreeMap;
 use std::fs::{self, Permissions};
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Write as _};
+use std::net::SocketAddr;
 use std::os::unix::fs::{PermissionsExt as _, chown};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
@@ -14,15 +15,15 @@ use mesh_identity::clock::SystemClock;
 use mesh_identity::local_ca::{LocalCa, LocalCaSettings};
 use mesh_tests::agent::{Agent, AgentSpec, find_program, workspace_dir};
 use mesh_tests::confine::Confinement;
-use mesh_tests::kube_api::documents;
+use mesh_tests::kube_api::{KubeApi, documents};
 use mesh_tests::mesh_dir::MeshDir;
 use mesh_tests::name_server::{A, ask};
 use mesh_tests::program::{Client, Server};
 use mesh_tests::suite::{self, CannotRun, Test, test};
 use mesh_tests::topology::{Plan, Topology};
 use mesh_tests::web::Web;
-use mesh_tests::{chart, http, netns, skip};
-use serde_json::Value;
+use mesh_tests::{chart, http, netns, skip, wait};
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 const PORT: u16 = 8080;
@@ -65,6 +66,7 @@ const TESTS: &[Test<Mesh>] = &[
     test("a_pod_is_enrolled_and_left_alone_again", a_pod_is_enrolled_and_left_alone_again),
     test("the_next_agent_takes_over", the_next_agent_takes_over),
     test("no_right_is_named_in_vain", no_right_is_named_in_vain),
+    test("the_cni_plugin_is_put_on_the_node_by_the_same_rights", the_cni_plugin_is_put_on_the_node_by_the_same_rights),
 ];
 
 /// Dropped in this order.
@@ -74,6 +76,8 @@ struct Mesh {
     _web: Web,
     topology: Topology,
     dir: MeshDir,
+    /// The development CA's folder.
+    ca: PathBuf,
     rights: [Confinement; 2],
     _dirs: [TempDir; 2],
 }
@@ -124,17 +128,20 @@ fn set_up() -> anyhow::Result<Mesh> {
     let topology = Plan::default()
         .node("node-a", "zone-1")
         .node("node-b", "zone-1")
+        .node("node-c", "zone-1")
         .pod("node-a", "t", "client", "client", &[])
         .pod("node-a", "t", "late", "late", &["istio.io/dataplane-mode=none"])
         .pod("node-b", "t", "web", "web", &[])
         .pod("node-b", "t", "wp", "wp", &proxy)
+        .pod("node-c", "k", "starting", "starting", &[])
         .host("outside")
         .build()?;
     let (dir, ca, logs) = (MeshDir::empty()?, netns::scratch("ca")?, netns::scratch("logs")?);
     fs::set_permissions(dir.path(), Permissions::from_mode(0o755))?;
     dir.put("00-base.yaml", OBJECTS)?;
     dir.put("01-nodes.yaml", &topology.nodes_yaml())?;
-    for pod in &topology.plan().pods {
+    // The others' are told by an API server.
+    for pod in topology.plan().pods.iter().filter(|pod| pod.namespace == "t") {
         dir.put(&format!("pod-{}.yaml", pod.name), &topology.pod_yaml(&pod.name, &[]))?;
     }
     let rights = named()?;
@@ -154,7 +161,7 @@ fn set_up() -> anyhow::Result<Mesh> {
     for proxy in proxies.values() {
         proxy.wait_ready(Duration::from_secs(30))?;
     }
-    Ok(Mesh { proxies, _servers: servers, _web: web, topology, dir, rights, _dirs: [ca, logs] })
+    Ok(Mesh { proxies, _servers: servers, _web: web, topology, dir, ca: folder, rights, _dirs: [ca, logs] })
 }
 
 impl Mesh {
@@ -288,4 +295,83 @@ fn no_right_is_named_in_vain(mesh: &mut Mesh) -> anyhow::Result<()> {
         ensure!(found != named, "nothing is missing without {capability}");
     }
     Ok(())
+}
+
+/// The agent of a cluster that holds pods back: two folders of the node may be written beside the rest, and no right is added.
+fn the_cni_plugin_is_put_on_the_node_by_the_same_rights(mesh: &mut Mesh) -> anyhow::Result<()> {
+    const OURS: &str = "00-culvert.conflist";
+    let (node, host) = (mesh.topology.node("node-c"), netns::scratch("host")?);
+    let (configurations, plugins) = (host.path().join("net.d"), host.path().join("bin"));
+    for folder in [&configurations, &plugins] {
+        fs::create_dir(folder)?;
+    }
+    fs::write(
+        configurations.join("10-provider.conflist"),
+        r#"{ "cniVersion": "1.0.0", "name": "pods", "plugins": [{ "type": "provider" }] }"#,
+    )?;
+    let rights = with_cni(&configurations, &plugins)?;
+    ensure!(rights.capabilities == mesh.rights[0].capabilities, "{:?}", rights.capabilities);
+    let api = KubeApi::serve(node.netns.listen(SocketAddr::from(([127, 0, 0, 1], 6443)))?)?;
+    let labels = json!({ "istio.io/dataplane-mode": "ambient" });
+    api.apply(json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": "k", "labels": labels } }));
+    api.apply(json!({ "apiVersion": "v1", "kind": "Node", "metadata": { "name": "node-c" } }));
+    api.apply(json!({
+        "apiVersion": "v1", "kind": "Pod", "metadata": { "name": "starting", "namespace": "k", "uid": "u1" },
+        "spec": { "nodeName": "node-c", "serviceAccountName": "starting" }, "status": { "phase": "Pending" },
+    }));
+    let mut spec = AgentSpec::new("node-c", &PathBuf::new(), &PathBuf::new(), host.path())
+        .env("KUBECONFIG", &api.kubeconfig(host.path())?.to_string_lossy())
+        .env("CULVERT_CA_DIR", &mesh.ca.to_string_lossy())
+        .env("TRUST_DOMAIN", "test.local")
+        .env("CULVERT_CNI_CONF_DIR", &configurations.to_string_lossy())
+        .env("CULVERT_CNI_BIN_DIR", &plugins.to_string_lossy());
+    spec.folders = None;
+    spec.flags.push("--kubernetes".into());
+    let agent = spec.confined(rights).start(node)?;
+    agent.wait_ready(Duration::from_secs(30))?;
+    let chained = || configurations.join(OURS).exists() && plugins.join("culvert-cni").exists();
+    wait::until_true("the plugin is chained", chained).with_context(|| agent.log_tail(20))?;
+    let out = add(&configurations.join(OURS), &plugins.join("culvert-cni"), &mesh.topology.pod("starting").netns.path())?;
+    ensure!(out.status.success(), "{}{}", String::from_utf8_lossy(&out.stdout), agent.log_tail(20));
+    // Root without CAP_DAC_OVERRIDE writes where root is the owner, and says so where it is not.
+    let mark = agent.mark();
+    chown(&configurations, Some(1000), Some(1000))?;
+    fs::remove_file(configurations.join(OURS))?;
+    wait::until_true("it is told", || agent.log_since(mark).contains("the CNI plugin is not as it should be"))?;
+    chown(&configurations, Some(0), Some(0))?;
+    wait::until_true("the plugin is chained again", chained)?;
+    agent.terminate(Duration::from_secs(20))?;
+    Ok(())
+}
+
+/// What the chart gives an agent that holds pods back; nothing but these volumes may be written.
+fn with_cni(configurations: &Path, plugins: &Path) -> anyhow::Result<Confinement> {
+    let folder = workspace_dir().join("manifests/chart");
+    let objects = documents(&chart::render_with(&folder, "agent: { cni: { enabled: true } }", "culvert-system")?)?;
+    let pod =
+        objects.iter().find(|o| o["kind"] == "DaemonSet").map(|o| &o["spec"]["template"]["spec"]).context("no DaemonSet")?;
+    let container = &pod["containers"][0];
+    let mounts = container["volumeMounts"].as_array().into_iter().flatten();
+    let writable: Vec<_> = mounts.filter(|m| m["readOnly"] != true).filter_map(|m| m["mountPath"].as_str()).collect();
+    ensure!(writable == ["/sys/fs/bpf", "/run/culvert", "/host/cni/net.d", "/host/cni/bin"], "{writable:?}");
+    let volumes = [Path::new("/sys/fs/bpf"), Path::new(netns::RUN_DIR), configurations, plugins];
+    Ok(Confinement::of_container(container, pod, &volumes))
+}
+
+/// Calls the plugin as a container runtime does for a pod that starts.
+fn add(configuration: &Path, plugin: &Path, netns: &Path) -> anyhow::Result<std::process::Output> {
+    let list: Value = serde_json::from_str(&fs::read_to_string(configuration)?)?;
+    let mut config = list["plugins"].as_array().and_then(|all| all.last()).context("no plugins")?.clone();
+    config["cniVersion"] = list["cniVersion"].clone();
+    config["prevResult"] = json!({ "cniVersion": "1.0.0", "interfaces": [], "ips": [], "dns": {} });
+    let mut call = Command::new(plugin)
+        .env_clear()
+        .envs([("CNI_COMMAND", "ADD"), ("CNI_CONTAINERID", "c1"), ("CNI_IFNAME", "eth0")])
+        .envs([("CNI_ARGS", "K8S_POD_NAMESPACE=k;K8S_POD_NAME=starting;K8S_POD_UID=u1")])
+        .env("CNI_NETNS", netns)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()?;
+    call.stdin.take().context("a pipe")?.write_all(config.to_string().as_bytes())?;
+    Ok(call.wait_with_output()?)
 }
