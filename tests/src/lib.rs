@@ -35,6 +35,7 @@ pub mod program;
 pub mod raw;
 pub mod real_istiod;
 pub mod real_kubernetes;
+pub mod real_node;
 pub mod real_spire;
 pub mod rpc;
 pub mod rude;

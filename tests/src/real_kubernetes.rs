@@ -14,10 +14,8 @@ use crate::skip::find_peer;
 use crate::topology::Place;
 use crate::wait;
 
-/// Its URL.
-const URL: &str = "https://127.0.0.1:6443";
 /// Who may do everything.
-const ADMIN: &str = "admin";
+pub const ADMIN: &str = "admin";
 
 /// Why it cannot be had, if it cannot.
 pub fn missing() -> Option<String> {
@@ -31,10 +29,14 @@ pub struct KubeServer {
     dir: PathBuf,
     etcd: Child,
     api: Option<Child>,
+    /// What makes objects of objects, and gives pods a node.
+    controllers: Vec<Child>,
+    real_accounts: bool,
 }
 
 impl KubeServer {
-    /// Starts it in `place`, empty. `accounts`: namespace and name of the service accounts that have a token, which is their name.
+    /// Starts it in `place`, empty. `accounts`: namespace and name of the service accounts that have a token, which is their name;
+    /// with none they are given out as in a cluster, and pods need one.
     ///
     /// # Errors
     /// It is not installed, or not ready in time.
@@ -51,9 +53,35 @@ impl KubeServer {
         let mut etcd = Command::new(find_peer("etcd").map_err(anyhow::Error::msg)?);
         etcd.arg("--data-dir").arg(dir.join("etcd")).args(["--unsafe-no-fsync", "--log-level=error"]);
         let etcd = run(place, &dir, "etcd", &mut etcd)?;
-        let mut server = Self { place: Arc::clone(place), dir, etcd, api: None };
+        let mut server =
+            Self { place: Arc::clone(place), dir, etcd, api: None, controllers: Vec::new(), real_accounts: accounts.is_empty() };
         server.resume()?;
         Ok(server)
+    }
+
+    /// Starts the controllers and the scheduler: a cluster that waits for nodes, which take [`Self::kubeconfig`] of [`ADMIN`].
+    ///
+    /// # Errors
+    /// They are not installed.
+    pub fn control(&mut self) -> anyhow::Result<()> {
+        let kubeconfig = self.kubeconfig(ADMIN)?;
+        for (name, flags) in [
+            (
+                "kube-controller-manager",
+                &["--service-account-private-key-file=accounts.key", "--root-ca-file=certs/apiserver.crt"][..],
+            ),
+            ("kube-scheduler", &[]),
+        ] {
+            let mut command = Command::new(find_peer(name).map_err(anyhow::Error::msg)?);
+            command.current_dir(&self.dir).args(flags).args(["--leader-elect=false", "--bind-address=127.0.0.1"]);
+            command.arg("--kubeconfig").arg(&kubeconfig);
+            self.controllers.push(run(&self.place, &self.dir, name, &mut command)?);
+        }
+        Ok(())
+    }
+
+    fn url(&self) -> String {
+        format!("https://{}:6443", self.place.v4)
     }
 
     /// Starts the API server again on what is stored.
@@ -63,9 +91,12 @@ impl KubeServer {
     pub fn resume(&mut self) -> anyhow::Result<()> {
         let mut api = Command::new(find_peer("kube-apiserver").map_err(anyhow::Error::msg)?);
         let key = self.dir.join("accounts.key");
-        api.args(["--etcd-servers=http://127.0.0.1:2379", "--bind-address=127.0.0.1", "--advertise-address=127.0.0.1"])
+        api.arg("--etcd-servers=http://127.0.0.1:2379")
+            .arg(format!("--bind-address={}", self.place.v4))
+            .arg(format!("--advertise-address={}", self.place.v4))
             .args(["--authorization-mode=RBAC", "--service-account-issuer=https://kubernetes.default.svc"])
-            .args(["--service-cluster-ip-range=10.96.0.0/16", "--disable-admission-plugins=ServiceAccount"])
+            // Names of nodes are known to nobody.
+            .args(["--service-cluster-ip-range=10.96.0.0/16", "--kubelet-preferred-address-types=InternalIP"])
             .arg("--cert-dir")
             .arg(self.dir.join("certs"))
             .arg("--token-auth-file")
@@ -74,6 +105,9 @@ impl KubeServer {
             .arg(self.dir.join("accounts.pub"))
             .arg("--service-account-signing-key-file")
             .arg(&key);
+        if !self.real_accounts {
+            api.arg("--disable-admission-plugins=ServiceAccount");
+        }
         self.api = Some(run(&self.place, &self.dir, "kube-apiserver", &mut api)?);
         let ready = || self.curl("GET", "/readyz", None).is_ok_and(|out| out.0 == 200).then_some(());
         wait::until("the API server", Duration::from_secs(90), ready).with_context(|| self.log())
@@ -96,8 +130,9 @@ impl KubeServer {
     pub fn kubeconfig(&self, account: &str) -> anyhow::Result<PathBuf> {
         let path = self.dir.join(format!("{account}.kubeconfig"));
         let text = format!(
-            "apiVersion: v1\nkind: Config\ncurrent-context: it\nclusters:\n- name: it\n  cluster: {{ server: \"{URL}\", certificate-authority: certs/apiserver.crt }}\n\
-             contexts:\n- name: it\n  context: {{ cluster: it, user: it }}\nusers:\n- name: it\n  user: {{ token: {account} }}\n"
+            "apiVersion: v1\nkind: Config\ncurrent-context: it\nclusters:\n- name: it\n  cluster: {{ server: \"{}\", certificate-authority: certs/apiserver.crt }}\n\
+             contexts:\n- name: it\n  context: {{ cluster: it, user: it }}\nusers:\n- name: it\n  user: {{ token: {account} }}\n",
+            self.url()
         );
         fs::write(&path, text)?;
         Ok(path)
@@ -107,7 +142,10 @@ impl KubeServer {
     fn curl(&self, method: &str, path: &str, body: Option<(&str, &Value)>) -> anyhow::Result<(u16, String)> {
         let mut command = Command::new("curl");
         command.args(["-sS", "--noproxy", "*", "--max-time", "20", "-X", method, "-w", "\n%{http_code}", "--cacert"]);
-        command.arg(self.dir.join("certs/apiserver.crt")).args(["-H", "authorization: Bearer admin"]).arg(format!("{URL}{path}"));
+        command
+            .arg(self.dir.join("certs/apiserver.crt"))
+            .args(["-H", "authorization: Bearer admin"])
+            .arg(format!("{}{path}", self.url()));
         if let Some((kind, body)) = body {
             let file = self.dir.join("body.json");
             fs::write(&file, body.to_string())?;
@@ -153,6 +191,37 @@ impl KubeServer {
         Ok(serde_json::from_str(&body)?)
     }
 
+    /// Removes an object, as `kubectl delete` does; what is of it goes after it.
+    ///
+    /// # Errors
+    /// It is not there.
+    pub fn delete(&self, object: &Value) -> anyhow::Result<()> {
+        let (status, body) = self.curl("DELETE", &self.path(object)?, None)?;
+        ensure!(status < 300, "{status} {body}");
+        Ok(())
+    }
+
+    /// What the pods are that match a query (`labelSelector=app%3Dztunnel`) in a namespace.
+    ///
+    /// # Errors
+    /// The server says something against it.
+    pub fn pods(&self, namespace: &str, query: &str) -> anyhow::Result<Vec<Value>> {
+        let (status, body) = self.curl("GET", &format!("/api/v1/namespaces/{namespace}/pods?{query}"), None)?;
+        ensure!(status == 200, "{status} {body}");
+        let mut list: Value = serde_json::from_str(&body)?;
+        Ok(list["items"].as_array_mut().map(std::mem::take).unwrap_or_default())
+    }
+
+    /// What a pod's container wrote.
+    ///
+    /// # Errors
+    /// Nothing can be had of it.
+    pub fn output(&self, namespace: &str, pod: &str) -> anyhow::Result<String> {
+        let (status, body) = self.curl("GET", &format!("/api/v1/namespaces/{namespace}/pods/{pod}/log"), None)?;
+        ensure!(status == 200, "{status} {body}");
+        Ok(body)
+    }
+
     /// Where an object is, by what the server says of its kind.
     fn path(&self, object: &Value) -> anyhow::Result<String> {
         let (version, kind) = (object["apiVersion"].as_str().unwrap_or_default(), object["kind"].as_str().unwrap_or_default());
@@ -177,6 +246,9 @@ impl KubeServer {
 
 impl Drop for KubeServer {
     fn drop(&mut self) {
+        for child in self.controllers.drain(..) {
+            end(Some(child));
+        }
         self.stop();
         let _gone = self.etcd.kill();
         let _gone = self.etcd.wait();

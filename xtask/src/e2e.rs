@@ -15,22 +15,39 @@ struct Peer {
     name: &'static str,
     /// Called with the folder for its programs.
     script: &'static str,
+    /// What follows the folder.
+    more: &'static [&'static str],
     programs: &'static [&'static str],
     /// The test target that needs it.
     suite: &'static str,
 }
 
 const PEERS: &[Peer] = &[
-    Peer { name: "SPIRE", script: "tests/spire/install.sh", programs: &["spire-server", "spire-agent"], suite: "mesh_spire" },
+    Peer {
+        name: "SPIRE",
+        script: "tests/spire/install.sh",
+        more: &[],
+        programs: &["spire-server", "spire-agent"],
+        suite: "mesh_spire",
+    },
     Peer {
         name: "Kubernetes",
         script: "tests/kubernetes/install.sh",
+        more: &[],
         programs: &["etcd", "kube-apiserver"],
         suite: "mesh_kubernetes",
     },
     Peer {
+        name: "a node",
+        script: "tests/kubernetes/install.sh",
+        more: &["node"],
+        programs: &["kubelet", "kube-proxy", "kube-controller-manager", "kube-scheduler"],
+        suite: "mesh_cluster",
+    },
+    Peer {
         name: "istiod",
         script: "tests/istiod/install.sh",
+        more: &[],
         programs: &["istiod-fed", "istioctl-ztunnel"],
         suite: "e2e_istiod",
     },
@@ -44,8 +61,10 @@ pub fn run(args: &[String]) -> Result<()> {
     options.peers = Some(folder.clone());
     let mut laps = Laps::default();
     if options.setup {
-        if let Err(error) = setup::ensure(setup::NETWORK) {
-            eprintln!("note: {error:#}; what needs it will be skipped");
+        for needs in [setup::NETWORK, setup::IMAGE, setup::NODE] {
+            if let Err(error) = setup::ensure(needs) {
+                eprintln!("note: {error:#}; what needs it will be skipped");
+            }
         }
         for peer in PEERS {
             if let Err(error) = laps.time(peer.name, || install(peer, &folder)) {
@@ -79,5 +98,5 @@ fn install(peer: &Peer, folder: &Path) -> Result<()> {
     }
     let go = shell::find_program("go").context("Go is not installed")?;
     eprintln!("building {} with {} (many minutes, once)", peer.name, go.display());
-    shell::run(Command::new(shell::root().join(peer.script)).arg(folder))
+    shell::run(Command::new(shell::root().join(peer.script)).arg(folder).args(peer.more))
 }

@@ -64,6 +64,14 @@ pub const IMAGE: &[Need] = &[
     Need { probe: Probe::Program("strip"), package: "binutils", why: "leaves debug information out" },
 ];
 
+/// What a node of a cluster runs that is not Kubernetes' own.
+pub const NODE: &[Need] = &[
+    Need { probe: Probe::Program("containerd"), package: "containerd", why: "runs pods" },
+    Need { probe: Probe::Program("runc"), package: "runc", why: "runs their containers" },
+    Need { probe: Probe::Library("host-local"), package: "containernetworking-plugins", why: "the network of pods" },
+    Need { probe: Probe::Program("busybox"), package: "busybox-static", why: "an image for pods" },
+];
+
 /// Who else reads our metrics.
 pub const METRICS: &[Need] =
     &[Need { probe: Probe::Program("promtool"), package: "prometheus", why: "Prometheus's own check of the metrics" }];

@@ -109,7 +109,7 @@ pub fn run_all(options: &Options, laps: &mut Laps) -> Result<Tally> {
 
 /// Builds test targets of the harness, with the programs, and runs one after the other.
 pub fn run_targets(metadata: &Metadata, targets: &[&str], options: &Options, laps: &mut Laps) -> Result<Vec<Tally>> {
-    let mut what = vec!["-p", "mesh-tests", "-p", "ztunnel", "-p", "waypoint", "--bins"];
+    let mut what = vec!["-p", "mesh-tests", "-p", "ztunnel", "-p", "waypoint", "-p", "meshctl", "-p", "xtask", "--bins"];
     what.extend(targets.iter().flat_map(|target| ["--test", target]));
     // One build: nothing that runs is replaced under it.
     let binaries = laps.time("build", || build(metadata, &what))?;
