@@ -25,17 +25,19 @@ use crate::translate::{Object, ObjectId, Reader, Settings, Translator, conflict}
 use crate::yaml::{self, Document, Node, YamlError};
 
 pub(crate) use walk::read as read_text;
-pub use walk::{Found, Stamp, list};
+pub use walk::{Found, Listing, Stamp, list};
 pub use watch::FolderSource;
-pub(crate) use watch::{follow, on_thread};
+pub(crate) use watch::{Outcome, follow, on_thread};
 
 /// What may have changed since a folder was read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Touched {
     /// Anything.
     All,
-    /// What has these names, as seen from the folder, and nothing else.
+    /// What has these names, as seen from the folder, and nothing else. None at all: what a listing left to be looked at.
     Names(BTreeSet<PathBuf>),
+    /// What is not as this listing of the folder says.
+    Listed(Listing),
 }
 
 type HashMap<K, V> = std::collections::HashMap<K, V, foldhash::fast::RandomState>;
@@ -43,6 +45,9 @@ type HashSet<K> = std::collections::HashSet<K, foldhash::fast::RandomState>;
 
 /// Documents from which on a file is worth several threads.
 const MANY: usize = 512;
+/// Files that are looked at in one go because a listing shows them otherwise than they were read: a change that is told of
+/// meanwhile waits for no more.
+const FEW: usize = 64;
 /// Largest file read.
 pub const MAX_FILE: u64 = 64 << 20;
 
@@ -129,6 +134,8 @@ pub struct Folder {
     files: Vec<(PathBuf, File)>,
     /// A link is among what the folder shows: what a name means may change without it.
     linked: bool,
+    /// Names of what a listing showed otherwise than it was read, and that was not looked at again yet.
+    doubtful: BTreeSet<PathBuf>,
     held: HashMap<ObjectId, Held>,
     hasher: foldhash::fast::FixedState,
     loaded: bool,
@@ -153,6 +160,7 @@ impl Folder {
             translator: Translator::new(view, settings),
             files: Vec::new(),
             linked: false,
+            doubtful: BTreeSet::new(),
             held: HashMap::default(),
             hasher: foldhash::fast::FixedState::default(),
             loaded: false,
@@ -171,6 +179,10 @@ impl Folder {
     pub fn is_loaded(&self) -> bool {
         self.loaded
     }
+    /// Whether there is something left to be looked at of what a listing showed.
+    pub fn is_behind(&self) -> bool {
+        !self.doubtful.is_empty()
+    }
 
     /// Reads what changed. `None` when the folder itself cannot be listed: all stays as it is.
     pub fn reload(&mut self) -> Option<Vec<Change>> {
@@ -184,6 +196,7 @@ impl Folder {
             }
         };
         self.linked = listing.linked;
+        self.doubtful.clear();
         let found = self.with_unseen(listing.files, &listing.unseen);
         self.unlisted = listing.unseen.into_iter().map(|(_, problem)| problem).collect();
         let mut old: BTreeMap<PathBuf, File> = std::mem::take(&mut self.files).into_iter().collect();
@@ -218,8 +231,14 @@ impl Folder {
     /// [`Self::reload`], when it is known what may have changed: nothing else is looked at.
     pub fn reload_touched(&mut self, touched: &Touched) -> Option<Vec<Change>> {
         let seen = match touched {
-            Touched::Names(names) if self.loaded && !self.linked => self.look(names),
-            _ => None,
+            _ if !self.loaded || self.linked => None,
+            Touched::Names(names) if !names.is_empty() => self.look(names),
+            Touched::Names(_) => self.look_at_some(),
+            Touched::Listed(listing) if self.unlisted.is_empty() && listing.is_plain() => {
+                self.doubtful = self.others(listing);
+                self.look_at_some()
+            }
+            Touched::Listed(_) | Touched::All => None,
         };
         let Some(seen) = seen else { return self.reload() };
         let mut pass = Pass { files: std::mem::take(&mut self.files), ..Pass::default() };
@@ -250,6 +269,34 @@ impl Folder {
             }
         }
         Some(self.finish(pass))
+    }
+
+    /// The names of which a listing says something else than they were read with. It may be older than that: they are doubtful,
+    /// no more.
+    fn others(&self, listing: &Listing) -> BTreeSet<PathBuf> {
+        let mut out = BTreeSet::new();
+        let mut doubt = |path: &Path| out.extend(path.strip_prefix(&self.root).ok().map(Path::to_path_buf));
+        // Both are in the order of paths.
+        let mut known = self.files.iter().peekable();
+        for found in &listing.files {
+            while let Some((path, _)) =
+                known.next_if(|(path, _)| path.as_os_str() != found.path.as_os_str() && *path < found.path)
+            {
+                doubt(path);
+            }
+            match known.next_if(|(path, _)| path.as_os_str() == found.path.as_os_str()) {
+                Some((_, file)) if file.stamp.is_some() && file.stamp == found.stamp => {}
+                _ => doubt(&found.path),
+            }
+        }
+        known.for_each(|(path, _)| doubt(path));
+        out
+    }
+    /// [`Self::look`] for some of what is doubtful.
+    fn look_at_some(&mut self) -> Option<Vec<(PathBuf, Option<Found>)>> {
+        let rest = self.doubtful.iter().nth(FEW).cloned().map(|first| self.doubtful.split_off(&first));
+        let some = std::mem::replace(&mut self.doubtful, rest.unwrap_or_default());
+        self.look(&some)
     }
 
     /// What stands under these names now, `None` for what is no file of ours; nothing at all when that alone does not tell

@@ -26,7 +26,7 @@ use mesh_model::workload::{
 use mesh_model::{Change, Origin};
 
 use crate::diagnostics::{Diagnostics, Problem, Severity};
-use crate::files::read_text;
+use crate::files::{Outcome, read_text};
 use crate::publisher::ChangeSink;
 use crate::translate::read::{self, Bad, Read};
 use crate::yaml::{self, Node, Value};
@@ -93,7 +93,7 @@ impl Source for LocalXdsSource {
         crate::files::on_thread("mesh-local-xds", sink, move |sink| {
             let mut current = Parsed::default();
             let (mut seen, probe) = (None, sink.closed_probe());
-            let mut reload = |sink: &mut ChangeSink| -> Option<bool> {
+            let mut reload = |sink: &mut ChangeSink| -> Option<Outcome> {
                 let (place, text) = match &from {
                     From::Text(t) => (Arc::from("LOCAL_XDS"), Ok(t.clone())),
                     From::File(path) => (Arc::from(path.display().to_string()), read_text(path)),
@@ -104,14 +104,14 @@ impl Source for LocalXdsSource {
                         // So that the complaint goes when the same text is back.
                         seen = None;
                         diagnostics.replace(vec![problem(&place, 0, "file", &format!("it cannot be read: {e}"))]);
-                        return Some(false);
+                        return Some(Outcome::Unreadable);
                     }
                 };
                 let mut h = DefaultHasher::new();
                 text.hash(&mut h);
                 let hash = h.finish();
                 if seen == Some(hash) {
-                    return Some(true);
+                    return Some(Outcome::Read);
                 }
                 seen = Some(hash);
                 match parse(&text, &place, &view) {
@@ -119,11 +119,11 @@ impl Source for LocalXdsSource {
                         diagnostics.replace(new.problems.clone());
                         let changes = new.changes_since(&current);
                         current = new;
-                        sink.send_blocking(changes).is_ok().then_some(true)
+                        sink.send_blocking(changes).is_ok().then_some(Outcome::Read)
                     }
                     Err(p) => {
                         diagnostics.replace(vec![*p]);
-                        Some(true)
+                        Some(Outcome::Read)
                     }
                 }
             };

@@ -163,6 +163,43 @@ fn only_what_was_touched_is_looked_at() {
 }
 
 #[test]
+fn what_a_listing_shows_is_looked_at_a_few_at_a_time() {
+    let mut d = Dir::new();
+    let name = |n: usize| format!("{n:03}.yaml");
+    let put = |d: &Dir, n: usize, version: u8| {
+        d.put(&name(n), &pod(&name(n), &format!("10.0.{version}.{}", n % 256)));
+    };
+    let all = 3 * FEW;
+    (0..all).for_each(|n| put(&d, n, 1));
+    d.reload();
+    let old = list(d.dir.path()).unwrap();
+    (0..all).for_each(|n| put(&d, n, 2));
+    fs::remove_file(d.dir.path().join(name(0))).unwrap();
+    d.put("zz.yaml", &pod("new", "10.0.9.9"));
+    let now = list(d.dir.path()).unwrap();
+    let listed = |d: &mut Dir, listing: &Listing| {
+        let changes = d.folder.reload_touched(&Touched::Listed(listing.clone())).unwrap();
+        Dir::told(changes)
+    };
+    let first = listed(&mut d, &now);
+    assert!(first.len() == FEW && first.contains(&format!("-c//Pod/a/{}", name(0))) && d.folder.is_behind(), "{first:?}");
+    // Whoever is told of does not wait for the rest, and stays as it is when its turn comes.
+    put(&d, all - 1, 3);
+    assert_eq!(d.touch(&[&name(all - 1)]), [format!("+{}", name(all - 1))]);
+    let mut rest = 0;
+    while d.folder.is_behind() {
+        rest += d.touch(&[]).len();
+    }
+    assert_eq!(rest, all + 1 - FEW - 1);
+    // A listing that is older than what was read takes nothing back.
+    assert_eq!((listed(&mut d, &old), d.folder.is_behind()), (vec![], true));
+    while d.folder.is_behind() {
+        assert_eq!(d.touch(&[]), [""; 0]);
+    }
+    assert_eq!(d.reload(), [""; 0]);
+}
+
+#[test]
 fn with_a_link_every_touch_looks_at_everything() {
     let mut d = Dir::new();
     d.put("..one/a.yaml", &pod("a", "10.0.0.1")).put("..two/a.yaml", &pod("a", "10.0.0.2"));

@@ -33,7 +33,7 @@ pub struct Found {
 }
 
 /// What a folder shows.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Listing {
     /// The YAML and JSON files of it and its sub-folders, by path.
     pub files: Vec<Found>,
@@ -41,6 +41,12 @@ pub struct Listing {
     pub unseen: Vec<(PathBuf, Problem)>,
     /// A link is among its names.
     pub linked: bool,
+}
+impl Listing {
+    /// Whether all of the folder could be looked at, and each file has one name.
+    pub(super) fn is_plain(&self) -> bool {
+        self.unseen.is_empty() && !self.linked
+    }
 }
 
 /// The files of a folder. Hidden names are skipped, which also skips Kubernetes' `..data` folders; the links beside them are

@@ -1,9 +1,11 @@
-//! The folder's thread: waits for changes, lets them settle, reads, hands over.
+//! The folder's thread: waits for changes, lets them settle, reads, hands over. What only looks for changes nobody told of is
+//! done beside it.
 
 use std::collections::{BTreeSet, HashSet};
+use std::io;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
@@ -11,7 +13,7 @@ use mesh_model::snapshot::Viewpoint;
 use notify::event::{AccessKind, AccessMode, EventKind, ModifyKind};
 use notify::{RecommendedWatcher, RecursiveMode, Watcher};
 
-use super::{Folder, Touched};
+use super::{Folder, Listing, Touched, list};
 use crate::diagnostics::Diagnostics;
 use crate::publisher::ChangeSink;
 use crate::translate::Settings;
@@ -56,18 +58,19 @@ impl Source for FolderSource {
             follow(&root, sink.closed_probe(), |touched| {
                 let changes = folder.reload_touched(touched);
                 diagnostics.replace(folder.problems().to_vec());
+                let read = Some(if folder.is_behind() { Outcome::Behind } else { Outcome::Read });
                 match changes {
                     Some(changes) if !changes.is_empty() || !sink.has_told() => {
                         let large = changes.len() > LARGE;
-                        let sent = sink.send_blocking(changes).is_ok().then_some(true);
+                        let sent = sink.send_blocking(changes).ok().and(read);
                         if large {
                             // Texts and trees of a large load are several times what stays.
                             mesh_runtime::allocator::return_free_pages();
                         }
                         sent
                     }
-                    Some(_) => Some(true),
-                    None => Some(false),
+                    Some(_) => read,
+                    None => Some(Outcome::Unreadable),
                 }
             });
         })
@@ -89,25 +92,29 @@ pub(crate) async fn on_thread(
     ended.await.map_err(|_| SourceError::Died)
 }
 
+/// What a reading came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    /// It was read.
+    Read,
+    /// There is more to be looked at, when nothing else is to be done.
+    Behind,
+    /// It cannot be read.
+    Unreadable,
+}
+
 /// Calls `reload` now and whenever `root` (a file or folder), or something below it, may have changed, until it says to
-/// stop (`None`) or `closed`. `reload` is told what may have changed, and answers whether `root` could be read.
-pub(crate) fn follow(root: &Path, closed: impl Fn() -> bool, mut reload: impl FnMut(&Touched) -> Option<bool>) {
+/// stop (`None`) or `closed`. `reload` is told what may have changed, and answers what came of it.
+pub(crate) fn follow(root: &Path, closed: impl Fn() -> bool, reload: impl FnMut(&Touched) -> Option<Outcome>) {
+    follow_every(PATROL, root, closed, reload);
+}
+fn follow_every(every: Duration, root: &Path, closed: impl Fn() -> bool, mut reload: impl FnMut(&Touched) -> Option<Outcome>) {
+    let (tx, rx) = channel();
+    let mut lookout = Lookout { root: root.to_path_buf(), wake: tx.clone(), under_way: None };
     // As events name it; a folder that is gone while the process starts is found by looking.
     let root = &std::path::absolute(root).unwrap_or_else(|_| root.to_path_buf());
     let names = Arc::new(ArcSwap::from_pointee(names_of(root)));
-    let (tx, rx) = channel();
-    let told = Arc::clone(&names);
-    let mut watcher = match notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
-        if event.as_ref().map_or(true, |e| concerns(e, &told.load())) {
-            let _ = tx.send(event.map_or(Sign::Done(Vec::new()), Sign::of));
-        }
-    }) {
-        Ok(w) => Some(w),
-        Err(e) => {
-            tracing::warn!(error = %e, "no file watching; changes are found by looking every {PATROL:?}");
-            None
-        }
-    };
+    let mut watcher = watcher(tx, Arc::clone(&names));
     let mut watching = false;
     let mut touched = Touched::All;
     let mut patrol = Instant::now();
@@ -125,20 +132,88 @@ pub(crate) fn follow(root: &Path, closed: impl Fn() -> bool, mut reload: impl Fn
             touched = Touched::All;
         }
         let started = Instant::now();
-        if started >= patrol {
-            touched = Touched::All;
-        }
-        let Some(readable) = reload(&touched) else { return };
-        watching &= readable;
-        if touched == Touched::All {
-            patrol = Instant::now() + if readable { PATROL } else { RETRY };
+        let Some(outcome) = reload(&touched) else { return };
+        watching &= outcome != Outcome::Unreadable;
+        if outcome == Outcome::Unreadable {
+            patrol = Instant::now() + RETRY.min(every);
+        } else if touched == Touched::All {
+            patrol = Instant::now() + every;
         }
         // Under changes without end a folder is read half of the time at most. The first change after a start or a look waits
         // for nothing.
         let rested = Instant::now() + if changed { started.elapsed() } else { Duration::ZERO };
-        let Some(paths) = wait(&rx, patrol, rested, &closed) else { return };
-        changed = !paths.is_empty();
-        touched = touched_by(root, &paths);
+        changed = false;
+        touched = loop {
+            if let Some(seen) = lookout.seen() {
+                break seen;
+            }
+            let now = Instant::now();
+            if now >= patrol {
+                patrol = now + every;
+                if outcome == Outcome::Unreadable || !lookout.start() {
+                    break Touched::All;
+                }
+            }
+            match wait(&rx, if outcome == Outcome::Behind { now } else { patrol }, rested, &closed) {
+                None => return,
+                Some(Woken::Changed(paths)) => {
+                    changed = !paths.is_empty();
+                    break touched_by(root, &paths);
+                }
+                Some(Woken::Idle) if outcome == Outcome::Behind => break Touched::Names(BTreeSet::new()),
+                Some(Woken::Idle) => {}
+            }
+        };
+    }
+}
+
+/// Tells of the changes of what has these names; `None` where that does not work.
+fn watcher(tx: Sender<Sign>, names: Arc<ArcSwap<Vec<PathBuf>>>) -> Option<RecommendedWatcher> {
+    let made = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
+        if event.as_ref().map_or(true, |e| concerns(e, &names.load())) {
+            let _ = tx.send(event.map_or(Sign::Done(Vec::new()), Sign::of));
+        }
+    });
+    match made {
+        Ok(w) => Some(w),
+        Err(e) => {
+            tracing::warn!(error = %e, "no file watching; changes are found by looking every {PATROL:?}");
+            None
+        }
+    }
+}
+
+/// Looks at all of a folder on a thread of its own: of ten thousand files that takes longer than a change may wait.
+struct Lookout {
+    root: PathBuf,
+    wake: Sender<Sign>,
+    under_way: Option<Receiver<io::Result<Listing>>>,
+}
+impl Lookout {
+    /// Begins to look, or leaves it at the look under way; whether there is one.
+    fn start(&mut self) -> bool {
+        if self.under_way.is_some() {
+            return true;
+        }
+        let (done, seen) = channel();
+        let (root, wake) = (self.root.clone(), self.wake.clone());
+        let started = std::thread::Builder::new().name("mesh-folder-look".into()).spawn(move || {
+            let _ = done.send(list(&root));
+            let _ = wake.send(Sign::Looked);
+        });
+        self.under_way = started.is_ok().then_some(seen);
+        started.is_ok()
+    }
+    /// What was seen, once it was.
+    fn seen(&mut self) -> Option<Touched> {
+        let seen = match self.under_way.as_ref()?.try_recv() {
+            Err(TryRecvError::Empty) => return None,
+            Ok(Ok(listing)) => Touched::Listed(listing),
+            // No folder, or none that can be listed: whoever reads it knows what to say.
+            Ok(Err(_)) | Err(TryRecvError::Disconnected) => Touched::All,
+        };
+        self.under_way = None;
+        Some(seen)
     }
 }
 
@@ -167,6 +242,8 @@ fn names_of(root: &Path) -> Vec<PathBuf> {
 /// What an event says of the files it names. Without a name it says that events were lost.
 #[derive(Debug, PartialEq, Eq)]
 enum Sign {
+    /// The look at all of them is over.
+    Looked,
     /// Somebody may be writing them.
     Writing(Vec<PathBuf>),
     /// They are as they are meant to be, for now.
@@ -209,51 +286,62 @@ fn watch(watcher: Option<&mut RecommendedWatcher>, root: &Path) -> bool {
     }
 }
 
-/// Waits for a burst of events to end and for `rested`, or until `latest`: the paths it named, none if that does not tell
-/// what changed. `None` when it is time to stop.
-fn wait(rx: &Receiver<Sign>, latest: Instant, rested: Instant, closed: &impl Fn() -> bool) -> Option<Vec<PathBuf>> {
-    let first = loop {
+/// Why there is something to do.
+#[derive(Debug, PartialEq, Eq)]
+enum Woken {
+    /// These changed; none at all: nobody knows what.
+    Changed(Vec<PathBuf>),
+    /// Nothing did, and it is late enough, or a look is over.
+    Idle,
+}
+
+/// Waits for a burst of events to end and for `rested`, or until `latest`. `None` when it is time to stop.
+fn wait(rx: &Receiver<Sign>, latest: Instant, rested: Instant, closed: &impl Fn() -> bool) -> Option<Woken> {
+    let mut sign = loop {
         // Short steps, so that the thread ends soon after the process wants it to.
         let left = latest.saturating_duration_since(Instant::now()).min(Duration::from_millis(500));
         if closed() {
             return None;
         }
         match rx.recv_timeout(left) {
+            Ok(Sign::Looked) => return Some(Woken::Idle),
             Ok(sign) => break sign,
-            Err(RecvTimeoutError::Timeout) if Instant::now() < latest => {}
-            Err(RecvTimeoutError::Timeout) => return Some(Vec::new()),
+            Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => std::thread::sleep(left),
         }
         if Instant::now() >= latest {
-            return Some(Vec::new());
+            return Some(Woken::Idle);
         }
     };
     let latest = Instant::now() + BURST;
     let mut written: HashSet<PathBuf> = HashSet::new();
     let (mut named, mut lost) = (Vec::new(), false);
-    let mut sign = first;
     loop {
-        let (Sign::Writing(paths) | Sign::Done(paths)) = &sign;
-        lost |= paths.is_empty();
-        named.extend_from_slice(paths);
+        let over = Instant::now() >= latest;
         match sign {
-            Sign::Writing(paths) => written.extend(paths),
-            Sign::Done(paths) => written.retain(|path| !paths.contains(path)),
+            Sign::Looked => {}
+            Sign::Writing(paths) => {
+                lost |= paths.is_empty();
+                named.extend_from_slice(&paths);
+                written.extend(paths);
+            }
+            Sign::Done(paths) => {
+                lost |= paths.is_empty();
+                written.retain(|path| !paths.contains(path));
+                named.extend(paths);
+            }
+        }
+        if over {
+            break;
         }
         let quiet = if written.is_empty() { SETTLE } else { WRITING };
         let quiet = quiet.max(rested.saturating_duration_since(Instant::now()).min(BURST));
         sign = match rx.recv_timeout(quiet) {
-            Ok(next) if Instant::now() < latest => next,
-            Ok(next) => {
-                let (Sign::Writing(paths) | Sign::Done(paths)) = next;
-                lost |= paths.is_empty();
-                named.extend(paths);
-                break;
-            }
+            Ok(next) => next,
             Err(_) => break,
         };
     }
-    Some(if lost { Vec::new() } else { named })
+    Some(Woken::Changed(if lost { Vec::new() } else { named }))
 }
 
 #[cfg(test)]

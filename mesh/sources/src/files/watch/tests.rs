@@ -51,7 +51,7 @@ fn following(root: &Path, work: impl FnOnce(&mpsc::Receiver<Instant>)) {
     let (tx, rx) = mpsc::channel();
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
-        scope.spawn(|| follow(root, || stop.load(Ordering::Relaxed), |_| tx.send(Instant::now()).ok().map(|()| true)));
+        scope.spawn(|| follow(root, || stop.load(Ordering::Relaxed), |_| tx.send(Instant::now()).ok().map(|()| Outcome::Read)));
         // Stops the thread however the work ends.
         struct Stop<'a>(&'a AtomicBool);
         impl Drop for Stop<'_> {
@@ -106,10 +106,17 @@ fn what_was_touched_is_named_unless_nobody_knows() {
         let now = Instant::now();
         wait(&rx, now + PATROL, now, &|| false)
     };
-    assert_eq!(burst(&[&["a"], &["b", "c"]]), Some(vec!["a".into(), "b".into(), "c".into()]));
-    assert_eq!(burst(&[&["a"], &[], &["b"]]), Some(vec![]));
+    assert_eq!(burst(&[&["a"], &["b", "c"]]), Some(Woken::Changed(vec!["a".into(), "b".into(), "c".into()])));
+    assert_eq!(burst(&[&["a"], &[], &["b"]]), Some(Woken::Changed(vec![])));
     let now = Instant::now();
-    assert_eq!(wait(&rx, now, now, &|| false), Some(vec![]), "the patrol");
+    assert_eq!(wait(&rx, now, now, &|| false), Some(Woken::Idle));
+    // A look that is over is no change, and takes nothing from one.
+    tx.send(Sign::Looked).unwrap();
+    assert_eq!(wait(&rx, now + PATROL, now, &|| false), Some(Woken::Idle));
+    for sign in [Sign::Done(vec!["a".into()]), Sign::Looked, Sign::Done(vec!["b".into()])] {
+        tx.send(sign).unwrap();
+    }
+    assert_eq!(wait(&rx, now + PATROL, now, &|| false), Some(Woken::Changed(vec!["a".into(), "b".into()])));
 }
 
 #[test]
@@ -144,4 +151,33 @@ fn a_file_written_in_two_goes_is_read_when_it_is_closed() {
         drop(file);
         rx.recv_timeout(PATROL / 2).expect("a reading once it was closed");
     });
+}
+
+/// What nobody told of is looked for beside the thread that reads, which then goes on in pieces for as long as it is behind; a
+/// change in between is read before the next piece.
+#[test]
+fn a_patrol_is_a_listing_and_a_change_does_not_wait_for_what_it_leaves() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("a.yaml"), "1").unwrap();
+    let stop = AtomicBool::new(false);
+    let mut told = Vec::new();
+    follow_every(
+        Duration::from_millis(20),
+        dir.path(),
+        || stop.load(Ordering::Relaxed),
+        |touched| {
+            told.push(touched.clone());
+            if told.len() == 2 {
+                fs::write(dir.path().join("b.yaml"), "2").unwrap();
+                std::thread::sleep(Duration::from_millis(100));
+            }
+            let piece = *touched == Touched::Names(BTreeSet::new());
+            stop.store(piece || told.len() > 1000, Ordering::Relaxed);
+            Some(if told.len() == 1 || piece { Outcome::Read } else { Outcome::Behind })
+        },
+    );
+    let Touched::Listed(listing) = &told[1] else { panic!("{told:?}") };
+    assert_eq!((&told[0], listing.files.len()), (&Touched::All, 1));
+    assert_eq!(told[2], Touched::Names([PathBuf::from("b.yaml")].into()), "{told:?}");
+    assert!(told.contains(&Touched::Names(BTreeSet::new())) && !told[1..].contains(&Touched::All), "{told:?}");
 }
