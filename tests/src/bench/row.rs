@@ -61,12 +61,15 @@ pub struct Peer {
     pub program: Program,
 }
 
-/// How large the mesh is, beside what traffic needs. Only in [`Shape::Plain`].
+/// How large the mesh is, beside what traffic needs.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Size {
-    /// Rules, each with a path of its own, before the one that matches everything.
+    /// Rules, each with a path of its own, before the one that matches everything: on the Gateway, or in [`Shape::Hbone`] on the
+    /// service itself.
     pub routes: usize,
-    /// Endpoints of the service; all of them are the one server.
+    /// Further services with a route each, behind the same waypoint. Only in [`Shape::Hbone`].
+    pub services: usize,
+    /// Endpoints of the service; all of them are the one server. Only in [`Shape::Plain`].
     pub endpoints: usize,
     /// Tokens of RS256 there are. If any, every request must bear one that a policy allows, and is logged as JSON.
     pub tokens: usize,
@@ -113,7 +116,7 @@ impl Row {
         let mesh = MeshDir::empty()?;
         let authority = netns::scratch("ca")?;
         mesh.put("mesh.yaml", &mesh_yaml(shape, &client, &server))?;
-        for (name, yaml) in large_yaml(size) {
+        for (name, yaml) in large_yaml(shape, size) {
             mesh.put(&name, &yaml)?;
         }
         let filters = (size.tokens > 0).then(|| Filters::make(size.tokens)).transpose()?;
@@ -312,22 +315,51 @@ fn mesh_yaml(shape: Shape, client: &Netns, server: &Netns) -> String {
         pod_yaml(NAME, PROXY, &proxy, "", "node-proxy"),
     );
     if shape == Shape::Plain {
-        yaml += &route_yaml("all", "  - backendRefs: [ { name: server, port: 80 } ]\n");
+        yaml += &route_yaml(shape, "all", EVERYTHING);
     }
     yaml
 }
 
-/// An HTTPRoute on the proxy with these rules.
-pub fn route_yaml(name: &str, rules: &str) -> String {
+/// The rule for requests no other rule is for.
+const EVERYTHING: &str = "  - backendRefs: [ { name: server, port: 80 } ]\n";
+
+/// An HTTPRoute with these rules: on the proxy as a Gateway, or on the service behind it as a waypoint.
+pub fn route_yaml(shape: Shape, name: &str, rules: &str) -> String {
+    let parent = match shape {
+        Shape::Plain => format!("  parentRefs: [ {{ name: {NAME} }} ]\n  hostnames: [ {HOST} ]\n"),
+        Shape::Hbone => service_parent("server"),
+    };
+    http_route(name, &parent, rules)
+}
+fn service_parent(service: &str) -> String {
+    format!("  parentRefs: [ {{ kind: Service, group: \"\", name: {service} }} ]\n")
+}
+fn http_route(name: &str, parent: &str, rules: &str) -> String {
     format!(
         "---\napiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {{ name: {name}, namespace: bench }}\n\
-         spec:\n  parentRefs: [ {{ name: {NAME} }} ]\n  hostnames: [ {HOST} ]\n  rules:\n{rules}"
+         spec:\n{parent}  rules:\n{rules}"
+    )
+}
+/// A service behind the waypoint with a route of its own.
+fn service_yaml(n: usize) -> String {
+    let name = format!("s{n}");
+    let rules = format!("  - backendRefs: [ {{ name: {name}, port: 80 }} ]\n");
+    format!(
+        "apiVersion: v1\nkind: Service\nmetadata: {{ name: {name}, namespace: bench, labels: {{ istio.io/use-waypoint: {NAME} }} }}\n\
+         spec: {{ clusterIP: 10.97.{}.{}, ports: [ {{ name: http, port: 80 }} ] }}\n{}",
+        n >> 8,
+        n & 255,
+        http_route(&name, &service_parent(&name), &rules)
     )
 }
 
 /// The files of a large mesh.
-fn large_yaml(size: Size) -> Vec<(String, String)> {
+fn large_yaml(shape: Shape, size: Size) -> Vec<(String, String)> {
     let mut files = Vec::new();
+    if shape == Shape::Hbone && size.routes + size.services > 0 {
+        files.push(("all.yaml".into(), route_yaml(shape, "all", EVERYTHING)));
+    }
+    files.extend((0..size.services).map(|n| (format!("service-{n}.yaml"), service_yaml(n))));
     for (file, from) in (0..size.routes).step_by(RULES).enumerate() {
         let mut rules = String::new();
         for n in from..(from + RULES).min(size.routes) {
@@ -337,7 +369,7 @@ fn large_yaml(size: Size) -> Vec<(String, String)> {
                 path(n)
             );
         }
-        files.push((format!("route-{file}.yaml"), route_yaml(&format!("r{file}"), &rules)));
+        files.push((format!("route-{file}.yaml"), route_yaml(shape, &format!("r{file}"), &rules)));
     }
     if size.endpoints > 0 {
         files.push(("pods.yaml".into(), pods_yaml("server", 1, size.endpoints)));

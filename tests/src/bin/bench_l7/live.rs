@@ -4,10 +4,31 @@ use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
-use mesh_tests::bench::row::{HOST, Shape, route_yaml};
+use mesh_tests::bench::row::{HOST, Shape, Size, route_yaml};
 use mesh_tests::bench::versus::{Fact, Versus};
 
 use crate::{LARGE, Run};
+
+/// What else there is when a route changes.
+#[derive(Clone, Copy, Debug)]
+pub enum Among {
+    /// 10 000 rules on the Gateway it is on.
+    Gateway,
+    /// 10 000 rules on the service it is on, in objects of 16.
+    Service,
+    /// 10 000 services with a rule each, in a file each.
+    Services,
+}
+impl Among {
+    fn mesh(self) -> (Shape, Size, &'static str) {
+        let one = Size::default();
+        match self {
+            Self::Gateway => (Shape::Plain, LARGE, "rules of a Gateway"),
+            Self::Service => (Shape::Hbone, Size { routes: LARGE.routes, ..one }, "rules of a service"),
+            Self::Services => (Shape::Hbone, Size { services: LARGE.routes, ..one }, "services with a rule each"),
+        }
+    }
+}
 
 /// Milliseconds a change may take.
 const MUST: f64 = 20.0;
@@ -20,10 +41,11 @@ const PATH: &str = "/changing";
 const FILE: &str = "changing.yaml";
 const VERSION: &str = "x-version";
 
-pub fn measure(run: &Run, versus: &mut Versus) -> anyhow::Result<()> {
+pub fn measure(run: &Run, among: Among, versus: &mut Versus) -> anyhow::Result<()> {
     let changes = if run.quick { 20 } else { 200 };
     let peer = run.waypoint()?;
-    let row = run.row(peer, Shape::Plain, LARGE)?;
+    let (shape, size, others) = among.mesh();
+    let row = run.row(peer, shape, size)?;
     let held = row.client().enter(|| TcpStream::connect(row.target()))?;
     let mut client = Client { stream: held, answer: vec![0; 4096] };
     // The first one right after the start, while files are so new that their dates say nothing.
@@ -34,7 +56,7 @@ pub fn measure(run: &Run, versus: &mut Versus) -> anyhow::Result<()> {
             row.mesh().remove(FILE);
             client.until(|head| !head.contains(VERSION))?;
         }
-        row.mesh().put(FILE, &yaml(version))?;
+        row.mesh().put(FILE, &yaml(shape, version))?;
         let start = Instant::now();
         let wanted = format!("{VERSION}: {version}\r\n");
         client.until(|head| head.contains(&wanted))?;
@@ -47,14 +69,14 @@ pub fn measure(run: &Run, versus: &mut Versus) -> anyhow::Result<()> {
     let of = |q: f64| took[((took.len() - 1) as f64 * q) as usize];
     let facts = [(first, "the first after the start"), (of(0.5), "median"), (of(0.9), "ninth tenth"), (of(1.0), "most")];
     for (value, name) in facts {
-        let what = format!("route change live among 10 k rules, {name} of {changes}");
+        let what = format!("route change live among 10 k {others}, {name} of {changes}");
         versus.facts.push(Fact { peer: peer.name, what, value, unit: "ms", must: Some(MUST) });
     }
     Ok(())
 }
 
 /// A route of up to 16 rules; how many follows from the version.
-fn yaml(version: u64) -> String {
+fn yaml(shape: Shape, version: u64) -> String {
     let set = format!(
         "{{ type: ResponseHeaderModifier, responseHeaderModifier: {{ set: [ {{ name: {VERSION}, value: \"{version}\" }} ] }} }}"
     );
@@ -64,7 +86,7 @@ fn yaml(version: u64) -> String {
         )
     };
     let rules: String = (0..15 - version % 3).map(|n| rule(&format!("/more-{n}"))).chain([rule(PATH)]).collect();
-    route_yaml("changing", &rules)
+    route_yaml(shape, "changing", &rules)
 }
 
 struct Client {

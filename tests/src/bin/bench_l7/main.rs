@@ -23,14 +23,17 @@ use serde_json::json;
 mod live;
 mod scale;
 
+use live::Among;
+
 const HELP: &str = "\
 bench_l7 [flags]
   --quick          smaller runs, two rounds: a look, not a measurement
   --rounds N       default 6
   --only A,B       only these: cases (http1 http16 http64 rate2000 hbone1 hbone16 hbone64 hrate1000; with RBAC, an RS256
                    token and a JSON log line for each request: filters16 hfilters16; the same with tokens nobody
-                   remembers: tokens16 htokens16), `memory`, `live` (a route change among 10 000 rules), `streams`,
-                   `connections`, `slow`, `flat` (a million requests under churn)
+                   remembers: tokens16 htokens16), `memory`, `live` (a route change among 10 000 rules of a Gateway), `live-service` (of a
+                   service), `live-services` (among 10 000 services), `streams`, `connections`, `slow`, `flat` (a
+                   million requests under churn)
   --workers N      worker threads of every proxy, default 1
   --waypoint PATH  our waypoint; default: the `waypoint` beside this program
   --agent PATH     our agent, at both ends of the HBONE shape; default: the `ztunnel` beside this program
@@ -42,7 +45,7 @@ const REST: Duration = Duration::from_secs(4);
 /// How long proxies get to finish the books of a run before their CPU time is read.
 const SETTLE: Duration = Duration::from_millis(100);
 /// The size the targets speak of.
-const LARGE: Size = Size { routes: 10_000, endpoints: 10_000, tokens: 0 };
+const LARGE: Size = Size { routes: 10_000, services: 0, endpoints: 10_000, tokens: 0 };
 /// More tokens than a waypoint remembers (2 MiB a data thread).
 const MANY_TOKENS: usize = 8000;
 
@@ -88,7 +91,7 @@ fn cases(quick: bool) -> Vec<Case> {
 }
 
 /// What is measured beside the cases.
-const FACTS: [&str; 6] = ["memory", "live", "streams", "connections", "slow", "flat"];
+const FACTS: [&str; 8] = ["memory", "live", "live-service", "live-services", "streams", "connections", "slow", "flat"];
 
 struct Run {
     peers: Vec<Peer>,
@@ -168,7 +171,9 @@ impl Run {
         for fact in &self.facts {
             let measured = match *fact {
                 "memory" => self.memory(&mut versus),
-                "live" => live::measure(self, &mut versus),
+                "live" => live::measure(self, Among::Gateway, &mut versus),
+                "live-service" => live::measure(self, Among::Service, &mut versus),
+                "live-services" => live::measure(self, Among::Services, &mut versus),
                 "streams" => scale::streams(self, &mut versus),
                 "connections" => scale::connections(self, &mut versus),
                 "slow" => scale::slow(self, &mut versus),

@@ -101,7 +101,7 @@ fn churn(row: &Row, over: &AtomicBool) -> anyhow::Result<u64> {
         let rule = format!(
             "  - matches: [ {{ path: {{ value: /churn-{changes} }} }} ]\n    backendRefs: [ {{ name: server, port: 80 }} ]\n"
         );
-        row.mesh().put("churn.yaml", &route_yaml("churn", &rule))?;
+        row.mesh().put("churn.yaml", &route_yaml(Shape::Plain, "churn", &rule))?;
         row.mesh().put("endpoints.yaml", &row.endpoints_yaml(changes as usize % 8))?;
         changes += 1;
         std::thread::sleep(Duration::from_millis(100));
