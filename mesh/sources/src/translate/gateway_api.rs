@@ -25,7 +25,7 @@ use std::sync::Arc;
 use mesh_model::Origin;
 use mesh_model::l7::destination::{KeyPair, Roots, UpstreamTls};
 use mesh_model::l7::gateway::{ClientCertificates, GatewayKey, GatewayRoutes, Listener, ListenerTls};
-use mesh_model::l7::route::{BackendRef, ClusterKey, HttpMatch, HttpRoute, HttpRule, RouteTable, TcpRoute, TcpRule, TlsRule};
+use mesh_model::l7::route::{BackendRef, ClusterKey, HttpMatch, HttpRoute, RouteTable, TcpRoute, TcpRule, TlsRule};
 use mesh_model::service::{Service, ServiceKey};
 
 use super::layer7::{Join, Need, Output, Touched, covers, forget, put, same_or_stand_in};
@@ -176,7 +176,7 @@ impl GatewayApi {
         }
         for p in before.iter().chain(&after) {
             match p {
-                Parent::Service(key) => touched.output(Output::Routes(key.clone())),
+                Parent::Service(key) => touched.output(Output::OnService(key.clone(), id.clone())),
                 Parent::Gateway(key) => touched.output(Output::Attached(key.clone(), id.clone())),
                 // Of its hosts only it itself knows.
                 Parent::Entry(name) => touched.need(entry_need(name)),
@@ -214,12 +214,9 @@ impl GatewayApi {
     pub(super) fn of_gateway(&self, key: &GatewayKey) -> impl Iterator<Item = &RouteId> {
         self.by_parent.get(&Parent::Gateway(key.clone())).into_iter().flatten()
     }
-    /// The routes attached to something, oldest first.
-    fn attached(&self, parent: &Parent) -> Vec<(&RouteId, &Slot<Route>)> {
-        let ids = self.by_parent.get(parent).into_iter().flatten();
-        let mut all: Vec<_> = ids.filter_map(|id| self.routes.get_key_value(id)).collect();
-        all.sort_by_key(|((kind, ns, name), slot)| (slot.obj.created.is_empty(), &slot.obj.created, ns, name, *kind));
-        all
+    /// The routes that name a Kubernetes Service.
+    pub(super) fn of_service(&self, key: &ServiceKey) -> impl Iterator<Item = &RouteId> {
+        self.by_parent.get(&Parent::Service(key.clone())).into_iter().flatten()
     }
 }
 
@@ -228,53 +225,83 @@ fn kube_service<'t>(t: &'t Translator, key: &ServiceKey) -> Option<&'t KubeServi
     t.kube_service(&key.hostname).filter(|s| s.key.namespace == key.namespace).map(|s| &s.obj)
 }
 
-/// Adds the rules of the routes attached to a service, in the order of the Gateway API, behind what is there.
-pub(super) fn add(join: &mut Join<'_>, service: &Arc<Service>, table: &mut RouteTable) {
-    let kube = kube_service(join.t, &service.key);
-    let parent = if kube.is_some() {
-        Parent::Service(service.key.clone())
+/// Adds the rules of the routes attached to a service, in the order of the Gateway API, behind what is there. `tables`: of those
+/// that name it as a Kubernetes Service ([`place_on_service`]).
+pub(super) fn add(join: &mut Join<'_>, service: &Arc<Service>, tables: &mut Tables, table: &mut RouteTable) {
+    let mut of_entry = Tables::default();
+    let tables = if kube_service(join.t, &service.key).is_some() {
+        tables
     } else {
         let entry = (Arc::clone(&service.key.namespace), Arc::clone(&service.name));
         join.need(entry_need(&entry));
-        Parent::Entry(entry)
-    };
-    let api = &join.objects.gateway_api;
-    let (mut rules, mut tls, mut tcp) = (Vec::new(), Vec::new(), Vec::new());
-    for (id, slot) in api.attached(&parent) {
-        table.origins.push(Arc::clone(&slot.origin));
-        if let Some(why) = &slot.obj.broken {
-            table.broken.get_or_insert_with(|| Arc::clone(why));
-            continue;
+        let (parent, api) = (Parent::Entry(entry), &join.objects.gateway_api);
+        for id in api.by_parent.get(&parent).into_iter().flatten() {
+            put_on(join, service, &parent, id, &mut of_entry);
         }
-        let settled = settle(join, id, slot);
-        for p in slot.obj.parents.iter().filter(|p| parent_of(p, &id.1).as_ref() == Some(&parent)) {
-            // Told by the check of the route.
-            let Ok(port) = scope(p, kube, service) else { continue };
-            for (rank, matches, route) in &*settled.http {
-                let matches = match port {
-                    None => Arc::clone(matches),
-                    Some(_) => Arc::new(HttpMatch { port, ..HttpMatch::clone(matches) }),
-                };
-                rules.push((*rank, HttpRule { matches, route: Arc::clone(route) }));
-            }
-            if id.0 == RouteKind::Tls {
-                let own = std::slice::from_ref(&service.key.hostname);
-                let sni = if slot.obj.hostnames.is_empty() { own } else { &slot.obj.hostnames };
-                for (host, to) in sni.iter().flat_map(|h| settled.l4.iter().map(move |to| (h, to))) {
-                    let rule = TlsRule { sni: vec![Arc::clone(host)], port, route: Arc::clone(to) };
-                    tls.push((host_order(host), rule));
-                }
-            } else {
-                tcp.extend(settled.l4.iter().map(|to| TcpRule { port, destinations: Vec::new(), route: Arc::clone(to) }));
-            }
+        &mut of_entry
+    };
+    let Some(own) = tables.only() else { return };
+    table.origins.extend(own.origins.iter().cloned());
+    if table.broken.is_none() {
+        table.broken.clone_from(&own.broken);
+    }
+    if table.http.is_empty() {
+        // A large table stays shared with the version before, but for what changed.
+        table.http = own.http.clone();
+    } else {
+        table.http.extend(own.http.iter().cloned());
+    }
+    let mut tls = own.tls.clone();
+    // Stable: equally specific rules stay in the order of their routes.
+    tls.sort_by_cached_key(|rule| rule.sni.first().map(host_order));
+    table.tls.append(&mut tls);
+    table.tcp.extend(own.tcp.iter().cloned());
+}
+/// Puts one route, as it is now, on a Kubernetes Service.
+pub(super) fn place_on_service(join: &mut Join<'_>, key: &ServiceKey, id: &RouteId, tables: &mut Tables) {
+    match join.t.services_out.get(key) {
+        Some(service) if kube_service(join.t, key).is_some() => put_on(join, service, &Parent::Service(key.clone()), id, tables),
+        _ => tables.remove(id),
+    }
+}
+fn put_on(join: &mut Join<'_>, service: &Arc<Service>, parent: &Parent, id: &RouteId, tables: &mut Tables) {
+    let Some(route) = join.objects.gateway_api.routes.get(id) else { return tables.remove(id) };
+    let refs: Vec<&ParentRef> = route.obj.parents.iter().filter(|p| parent_of(p, &id.1).as_ref() == Some(parent)).collect();
+    if refs.is_empty() {
+        return tables.remove(id);
+    }
+    let part = on_service(join, service, &refs, id, route);
+    tables.put(id, age_of(id, route), BTreeMap::from([((0, host_order(&service.key.hostname)), part)]));
+}
+/// What a route says to a service.
+fn on_service(join: &mut Join<'_>, service: &Arc<Service>, refs: &[&ParentRef], id: &RouteId, route: &Slot<Route>) -> Part {
+    let (mut http, mut tls, mut tcp) = (Vec::new(), Vec::new(), Vec::new());
+    let (origin, broken) = (Arc::clone(&route.origin), route.obj.broken.clone());
+    if broken.is_some() {
+        return Part { http: http.into(), tls, tcp, origin, broken };
+    }
+    let kube = kube_service(join.t, &service.key);
+    let settled = settle(join, id, route);
+    for p in refs {
+        // Told by the check of the route.
+        let Ok(port) = scope(p, kube, service) else { continue };
+        for (rank, matches, action) in &*settled.http {
+            let matches = match port {
+                None => Arc::clone(matches),
+                Some(_) => Arc::new(HttpMatch { port, ..HttpMatch::clone(matches) }),
+            };
+            http.push((*rank, matches, Arc::clone(action)));
+        }
+        if id.0 == RouteKind::Tls {
+            let own = std::slice::from_ref(&service.key.hostname);
+            let sni = if route.obj.hostnames.is_empty() { own } else { &route.obj.hostnames };
+            let rule = |host: &Arc<str>, to: &Arc<TcpRoute>| TlsRule { sni: vec![Arc::clone(host)], port, route: Arc::clone(to) };
+            tls.extend(sni.iter().flat_map(|host| settled.l4.iter().map(move |to| rule(host, to))));
+        } else {
+            tcp.extend(settled.l4.iter().map(|to| TcpRule { port, destinations: Vec::new(), route: Arc::clone(to) }));
         }
     }
-    // Stable: equally specific rules stay in the order of their routes.
-    rules.sort_by_key(|(rank, _)| *rank);
-    table.http.extend(rules.into_iter().map(|(_, rule)| rule));
-    tls.sort_by(|(a, _), (b, _)| a.cmp(b));
-    table.tls.extend(tls.into_iter().map(|(_, rule)| rule));
-    table.tcp.append(&mut tcp);
+    Part { http: http.into(), tls, tcp, origin, broken }
 }
 
 /// A parentRef names a port its service does not have.
@@ -604,11 +631,8 @@ pub(super) fn fill(frame: &GatewayRoutes, tables: &mut Tables, old: Option<&Gate
 pub(super) fn place(join: &mut Join<'_>, key: &GatewayKey, id: &RouteId, tables: &mut Tables) {
     let Some(route) = join.objects.gateway_api.routes.get(id) else { return tables.remove(id) };
     if let Some(slot) = edge_of(join, key) {
-        let (kind, namespace, name) = id.clone();
-        let created = Arc::clone(&route.obj.created);
-        let age = Age { undated: created.is_empty(), created, namespace, name, kind };
         let parts = attach(join, key, &slot.obj.edge, id, route);
-        return tables.put(id, age, parts);
+        return tables.put(id, age_of(id, route), parts);
     }
     tables.remove(id);
     let why = if join.t.gateways.contains_key(&(Arc::clone(&key.namespace), Arc::clone(&key.name)) as &Name) {
@@ -620,6 +644,10 @@ pub(super) fn place(join: &mut Join<'_>, key: &GatewayKey, id: &RouteId, tables:
         let field = format!("spec.parentRefs[{i}]");
         join.complain(Severity::Warning, (&route.origin, p.line), &field, why.clone(), "correct the reference", "parent");
     }
+}
+fn age_of((kind, namespace, name): &RouteId, route: &Slot<Route>) -> Age {
+    let created = Arc::clone(&route.obj.created);
+    Age { undated: created.is_empty(), created, namespace: Arc::clone(namespace), name: Arc::clone(name), kind: *kind }
 }
 /// The parentRefs of a route that name a Gateway, with their numbers.
 fn parent_refs<'a>(id: &RouteId, slot: &'a Slot<Route>, key: &GatewayKey) -> impl Iterator<Item = (usize, &'a ParentRef)> {

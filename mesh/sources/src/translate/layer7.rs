@@ -35,6 +35,8 @@ use crate::diagnostics::{Problem, Severity};
 /// Something made here from several objects.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) enum Output {
+    /// What a Gateway API route says of a service. Before the routes of the service.
+    OnService(ServiceKey, RouteId),
     /// The routes of a service.
     Routes(ServiceKey),
     /// How a service is reached.
@@ -118,6 +120,8 @@ pub(super) struct Layer7 {
     routes_out: HashMap<ServiceKey, Arc<RouteTable>>,
     destinations_out: HashMap<ServiceKey, Arc<Destination>>,
     edges: HashMap<GatewayKey, Edge>,
+    /// What Gateway API routes say of each service that has many of them.
+    behind: HashMap<ServiceKey, Tables>,
     gateways_out: HashMap<GatewayKey, Arc<GatewayRoutes>>,
     policies: Bindings<L7Policy>,
     request_auths: Bindings<RequestAuth>,
@@ -141,6 +145,7 @@ impl Layer7 {
             routes_out: HashMap::default(),
             destinations_out: HashMap::default(),
             edges: HashMap::default(),
+            behind: HashMap::default(),
             gateways_out: HashMap::default(),
             policies: Bindings::default(),
             traffic: Traffic::default(),
@@ -289,8 +294,15 @@ impl Layer7 {
         for output in outputs {
             let mut join = Join::new(t, &self.objects);
             match &output {
+                Output::OnService(key, route) => {
+                    gateway_api::place_on_service(&mut join, key, route, self.behind.entry(key.clone()).or_default());
+                }
                 Output::Routes(key) => {
-                    let new = join.routes(key).map(Arc::new);
+                    let mut tables = self.behind.remove(key).unwrap_or_default();
+                    let new = join.routes(key, &mut tables).map(Arc::new);
+                    if tables.are_many() {
+                        self.behind.insert(key.clone(), tables);
+                    }
                     replace(&mut self.routes_out, key, new, changes, |t| Change::Routes(key.clone(), t), Change::RoutesGone);
                 }
                 Output::Destination(key) => {
@@ -383,6 +395,7 @@ impl Layer7 {
     /// Everything to be made again, in a fixed order.
     fn outputs(&mut self, t: &Translator, dirty: &Dirty) -> BTreeSet<Output> {
         let mut outputs = self.marked(t, dirty);
+        self.add_routes_of_services(&mut outputs);
         let gateways = outputs.iter().filter_map(|o| if let Output::Gateway(key) = o { Some(key) } else { None });
         let attached = |key: &GatewayKey| {
             let before = self.edges.get(key).into_iter().flat_map(|edge| edge.tables.routes());
@@ -392,6 +405,27 @@ impl Layer7 {
         let attached: Vec<Output> = gateways.flat_map(attached).collect();
         outputs.extend(attached);
         outputs
+    }
+    /// With the routes of a service those that are on it, and with any of these its routes. One is enough where the others are
+    /// kept.
+    fn add_routes_of_services(&self, outputs: &mut BTreeSet<Output>) {
+        let whole = |output: &Output| match output {
+            Output::Routes(key) => Some(key.clone()),
+            Output::OnService(key, _) if !self.behind.contains_key(key) => Some(key.clone()),
+            _ => None,
+        };
+        let whole: BTreeSet<ServiceKey> = outputs.iter().filter_map(whole).collect();
+        for key in whole {
+            let before = self.behind.get(&key).into_iter().flat_map(Tables::routes);
+            let all = before.chain(self.objects.gateway_api.of_service(&key));
+            outputs.extend(all.map(|id| Output::OnService(key.clone(), id.clone())));
+        }
+        let of_route = |output: &Output| match output {
+            Output::OnService(key, _) => Some(Output::Routes(key.clone())),
+            _ => None,
+        };
+        let services: Vec<Output> = outputs.iter().filter_map(of_route).collect();
+        outputs.extend(services);
     }
     fn marked(&mut self, t: &Translator, dirty: &Dirty) -> BTreeSet<Output> {
         let touched = std::mem::take(&mut self.touched);
@@ -460,6 +494,9 @@ impl Output {
             name: format!("{what}:{name}").into(),
         };
         match self {
+            Self::OnService(service, (kind, namespace, name)) => {
+                of(kind.of_object(), namespace, &format!("on service {service}"), name)
+            }
             Self::Routes(k) => of(Kind::Service, &k.namespace, "routes", &k.hostname),
             Self::Destination(k) => of(Kind::Service, &k.namespace, "destination", &k.hostname),
             Self::Gateway(k) => of(Kind::Gateway, &k.namespace, "routes", &k.name),
@@ -617,11 +654,11 @@ impl<'a> Join<'a> {
     }
 
     /// The routes of a service: VirtualServices, then the Gateway API.
-    fn routes(&mut self, key: &ServiceKey) -> Option<RouteTable> {
+    fn routes(&mut self, key: &ServiceKey, tables: &mut Tables) -> Option<RouteTable> {
         let service = self.t.services_out.get(key)?;
         let mut table = RouteTable::default();
         virtual_service::add(self, service, &mut table);
-        gateway_api::add(self, service, &mut table);
+        gateway_api::add(self, service, tables, &mut table);
         if table.origins.is_empty() {
             return None;
         }

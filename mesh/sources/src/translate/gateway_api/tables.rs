@@ -1,4 +1,4 @@
-//! The tables of a Gateway's hosts, kept from one version to the next.
+//! The tables of a Gateway's hosts, and of a service with many routes, kept from one version to the next.
 //!
 //! Owns which route stands where, and in which order their rules are tried: by rank, then the older route, then as written. A
 //! route that changed is taken out and put in; a table of many rules shares with the version before all that stayed. Upstream:
@@ -16,6 +16,8 @@ use super::{HashMap, HostOrder, HttpEntry, RouteId};
 
 /// Tables up to this size are made anew.
 const SMALL: usize = 256;
+/// Routes on one service up to which none is kept.
+const FEW: usize = 16;
 
 /// The order of routes: older first, those without a date last; then by name.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -92,6 +94,14 @@ impl Tables {
         if host.parts.is_empty() {
             self.hosts.remove(&spot);
         }
+    }
+    /// Whether so many routes stand here that looking at all of them again costs more than keeping what they say.
+    pub(in super::super) fn are_many(&self) -> bool {
+        self.placed.len() > FEW
+    }
+    /// The table of the only host there is; `None` when no route stands there.
+    pub(super) fn only(&mut self) -> Option<Arc<RouteTable>> {
+        self.hosts.values_mut().next().map(Host::table)
     }
     /// The hosts of each of so many listeners, most specific first, with their tables.
     pub(super) fn of_listeners(&mut self, listeners: usize) -> Vec<Vec<(Arc<str>, Arc<RouteTable>)>> {

@@ -7,8 +7,8 @@ use mesh_model::Change;
 use mesh_model::l7::destination::Destination;
 use mesh_model::l7::gateway::ListenerProtocol;
 use mesh_model::l7::route::{
-    Forward, Fraction, HttpAction, HttpMatch, HttpRoute, PathMatch, PathRewrite, Redirect, RedirectPort, RetryOn, RetryPolicy,
-    Rewrite,
+    Forward, Fraction, HttpAction, HttpMatch, HttpRoute, HttpRule, PathMatch, PathRewrite, Redirect, RedirectPort, RetryOn,
+    RetryPolicy, Rewrite,
 };
 use mesh_model::l7::text::StringMatch;
 use mesh_model::snapshot::Viewpoint;
@@ -1478,6 +1478,69 @@ fn a_changed_route_makes_its_own_rules_again_and_no_others() {
     }
     many.is_as_new();
     assert!(made < 200 * 800 / 4, "{made} rules made in 200 versions of 800 rules");
+}
+
+/// The same of a service: its routes are on it as on a Gateway's host.
+#[test]
+fn a_changed_route_of_a_service_makes_its_own_rules_again() {
+    const T: &str = "a/t.a.svc.cluster.local";
+    let on = |n: usize, value: &str| {
+        let route = many_route(&format!("r{n:03}"), "", "", value);
+        route.replace("{name: gw}", "{kind: Service, group: '', name: t}").replace("hostnames: [], ", "")
+    };
+    let id = |kind: Kind, name: String| ObjectId { kind, namespace: "a".into(), name: name.into() };
+    let rules = |state: &State| -> Vec<String> {
+        state.table(T).http.iter().map(|r| format!("{} {:?} {:?}", r.route.name, r.matches, r.route.headers)).collect()
+    };
+    let mut texts: BTreeMap<usize, String> = (0..100).map(|n| (n, on(n, "0"))).collect();
+    let (mut t, mut state) = (translator(), State::default());
+    let put = |t: &mut Translator, state: &mut State, text: &str| {
+        objects(t, text).0.into_iter().for_each(|o| t.upsert(o));
+        state.apply(t.flush());
+    };
+    let take = |t: &mut Translator, state: &mut State, id: &ObjectId| {
+        t.remove(id);
+        state.apply(t.flush());
+    };
+    let as_new = |state: &State, texts: &BTreeMap<usize, String>| {
+        let new = good(&(services("a") + &texts.values().map(String::as_str).collect::<String>()));
+        assert_eq!(rules(state), rules(&new));
+    };
+    put(&mut t, &mut state, &(services("a") + &texts.values().map(String::as_str).collect::<String>()));
+    let before = Arc::clone(&state.routes[T]);
+    for (n, value) in [(7, "1"), (99, "1"), (7, "2"), (100, "0")] {
+        texts.insert(n, on(n, value));
+        put(&mut t, &mut state, &texts[&n]);
+        as_new(&state, &texts);
+    }
+    // Two that are not as they were, and one that came.
+    let now = &state.table(T).http;
+    assert_eq!((before.http.len(), now.len(), now.made_after(&before.http)), (400, 404, 12));
+    take(&mut t, &mut state, &id(Kind::HttpRoute, "r100".into()));
+    texts.remove(&100);
+    as_new(&state, &texts);
+    // With the service all of it goes, and with it it comes back.
+    take(&mut t, &mut state, &id(Kind::Service, "t".into()));
+    assert!(!state.routes.contains_key(T));
+    put(&mut t, &mut state, &services("a"));
+    as_new(&state, &texts);
+    // A VirtualService comes before them.
+    let first = "---
+{apiVersion: networking.istio.io/v1, kind: VirtualService, metadata: {name: v, namespace: a},                  spec: {hosts: [t], http: [{match: [{uri: {exact: /v}}], route: [{destination: {host: t}}]}]}}
+";
+    put(&mut t, &mut state, first);
+    assert_eq!(state.table(T).http.len(), 401);
+    texts.insert(7, on(7, "3"));
+    put(&mut t, &mut state, &texts[&7]);
+    take(&mut t, &mut state, &id(Kind::VirtualService, "v".into()));
+    as_new(&state, &texts);
+    // Down to a few, which are looked at together.
+    for n in 3..100 {
+        take(&mut t, &mut state, &id(Kind::HttpRoute, format!("r{n:03}")));
+        texts.remove(&n);
+    }
+    as_new(&state, &texts);
+    assert_eq!((state.table(T).http.len(), t.problems().count()), (12, 0));
 }
 
 #[test]
