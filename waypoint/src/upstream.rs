@@ -38,6 +38,7 @@ use mesh_identity::{SvidHandle, TrustBundles};
 use mesh_model::known::Known;
 use mesh_model::l7::TrafficPolicy;
 use mesh_model::l7::route::ClusterKey;
+use mesh_model::plan;
 use mesh_model::shard::Shards;
 use mesh_model::workload::WorkloadUid;
 use mesh_model::{Snapshot, SpiffeId};
@@ -228,8 +229,10 @@ impl Upstreams {
         let make = || state::State::new(key.to_string().into(), Arc::clone(&self.reach));
         let entry = entry.unwrap_or_else(|| self.clusters.get_or_insert(key, make, usize::MAX));
         let own = build::Own::of(self.me.find(snap), snap.view());
-        let fits = |c: &Cluster| c.was_built_from(backing, destination, &own);
-        Ok(entry.follow(snap, fits, |state| build::service(state, key, backing, service, destination, &self.plain, &own)))
+        let ways = plan::ways_beyond(snap, service, backing.endpoints(), key.port, own.family());
+        let basis = build::Basis { backing: Arc::clone(backing), destination: destination.cloned(), own, ways };
+        let fits = |c: &Cluster| c.was_built_from(&basis);
+        Ok(entry.follow(snap, fits, |state| build::service(state, key, service, &self.plain, basis.clone())))
     }
 
     /// A workload addressed by itself (waypoint-for workload).

@@ -3,7 +3,7 @@
 //! Owns how each kind of plan is carried out. Upstream: `outbound`. Downstream: `dialer`, the pools of the pod.
 use crate::dialer::PodDialer;
 use crate::pod::Pod;
-use mesh_hbone::{ConnectRequest, HboneError, HboneStream, PoolKey, Tunnel};
+use mesh_hbone::{ConnectRequest, HboneError, HboneStream, Pool, PoolKey};
 use mesh_model::plan::{Dial, Hop, NamedDial};
 use mesh_model::{DialAddr, HboneAuthority, Reason, Refusal, SpiffeId};
 use mesh_runtime::resolve;
@@ -56,29 +56,25 @@ pub async fn reach(
     match dial {
         Dial::Passthrough(to) | Dial::Plain(to) => Ok(Reached::Tcp(dialer.tcp(to.0).await.map_err(HboneError::from)?)),
         Dial::Hbone(hop) => {
-            let (stream, _) = open(pod, hop, client, &request(&hop.authority)).await?;
+            let (stream, _) = pool(pod)?.open(&key(pod, hop, client), &request(&hop.authority)).await?;
             Ok(Reached::Tunnel(stream))
         }
         Dial::DoubleHbone { outer, inner } => {
             // The inner tunnel is made for this connection alone: pooled, all connections would stick to one remote
             // workload behind the gateway (node-agent §1.4 G).
-            let (stream, _) = open(pod, outer, client, &request(&outer.authority)).await?;
-            let (tls, peer) = dialer.tls(stream.into_io(), &inner.expect).await.map_err(HboneError::from)?;
-            let tunnel = Tunnel::handshake(tls, Arc::clone(&pod.shared.hbone), || {}).await?;
-            let (stream, head) = tunnel.open(&request(&inner.authority)).await?;
-            Ok(Reached::Beyond { stream, peer, baggage: head.baggage().cloned() })
+            let (key, through) = (key(pod, outer, client), request(&outer.authority));
+            let secure = |io| dialer.tls(io, &inner.expect);
+            let nested = pool(pod)?.open_within(&key, &through, secure, &request(&inner.authority)).await?;
+            Ok(Reached::Beyond { stream: nested.stream, peer: nested.peer, baggage: nested.head.baggage().cloned() })
         }
         Dial::Name { host, .. } => Err(HboneError::new(Reason::Internal, format!("{host} was not resolved before dialling"))),
     }
 }
 
-async fn open(
-    pod: &Pod,
-    hop: &Hop,
-    client: IpAddr,
-    request: &ConnectRequest,
-) -> Result<(HboneStream, mesh_hbone::ResponseHead), HboneError> {
-    let pool = pod.pool().ok_or_else(|| HboneError::new(Reason::Internal, "not on a data thread"))?;
-    let key = PoolKey::new(pod.identity.clone(), Arc::clone(&hop.expect), client, hop.dial.0);
-    pool.open(&key, request).await
+fn pool(pod: &Pod) -> Result<&Pool<PodDialer>, HboneError> {
+    pod.pool().ok_or_else(|| HboneError::new(Reason::Internal, "not on a data thread"))
+}
+
+fn key(pod: &Pod, hop: &Hop, client: IpAddr) -> PoolKey {
+    PoolKey::new(pod.identity.clone(), Arc::clone(&hop.expect), client, hop.dial.0)
 }

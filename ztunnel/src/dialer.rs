@@ -14,7 +14,6 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpStream;
-use tokio::time::Instant;
 
 /// SO_MARK of the agent's sockets in a pod's namespace (I12).
 pub const MARK: u32 = ebpf_loader::MARK_AGENT;
@@ -55,16 +54,12 @@ impl PodDialer {
         connect(to, &options).await.map_err(|e| connect_refusal(to, &e))
     }
 
-    /// A TLS stream to `to` whose peer proved one of `expect` (I4); it ends when that proof counts no longer.
-    pub async fn tls<IO>(&self, io: IO, expect: &[SpiffeId]) -> Result<(Held<ClientStream<IO>>, SpiffeId), Refusal>
+    /// A TLS stream over `io` whose peer proved one of `expect` (I4); it ends when that proof counts no longer.
+    pub async fn tls<IO>(&self, io: IO, expect: &[SpiffeId]) -> Result<(Held<ClientStream<IO>>, SpiffeId), HboneError>
     where
         IO: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
     {
-        let svid = self.svid.fetch().await.map_err(Refusal::from)?;
-        let deadline = Instant::now() + self.handshake_timeout;
-        let (stream, peer) = mesh_identity::tls::connect(&svid, io, expect, deadline).await.map_err(Refusal::from)?;
-        let id = peer.id.clone();
-        Ok((self.peers.hold(stream, peer, self.svid.cache().tls())?, id))
+        Ok(self.peers.connect(&self.svid, io, expect, self.handshake_timeout).await?)
     }
 }
 
@@ -73,7 +68,7 @@ impl Dialer for PodDialer {
 
     async fn dial(&self, key: &PoolKey) -> Result<Self::Io, HboneError> {
         let tcp = self.tcp(key.dial()).await.map_err(HboneError::from)?;
-        self.tls(tcp, key.expect()).await.map(|(stream, _)| stream).map_err(HboneError::from)
+        self.tls(tcp, key.expect()).await.map(|(stream, _)| stream)
     }
 }
 

@@ -20,7 +20,7 @@ mod tunnel;
 
 pub use client::{ConnectRequest, ResponseHead, Tunnel};
 pub use error::HboneError;
-pub use pool::{Dialer, Pool, PoolKey};
+pub use pool::{Dialer, Nested, Pool, PoolKey};
 pub use relay::{RelayEnd, relay, relay_tcp};
 pub use server::{Incoming, serve};
 pub use settings::Settings;

@@ -23,7 +23,7 @@ use tokio::sync::watch;
 use crate::client::{ConnectRequest, EndHandle, ResponseHead, Slot, Tunnel};
 use crate::error::HboneError;
 use crate::settings::Settings;
-use crate::stream::HboneStream;
+use crate::stream::{HboneIo, HboneStream};
 
 /// What makes two connections share a tunnel. The hash is computed once; clones are two reference counts.
 #[derive(Clone)]
@@ -185,6 +185,19 @@ pub struct KeyStats {
     pub dialing: bool,
 }
 
+/// A stream in a tunnel in a tunnel.
+#[derive(Debug)]
+pub struct Nested<P> {
+    /// The stream.
+    pub stream: HboneStream,
+    /// How it was answered.
+    pub head: ResponseHead,
+    /// Who answered.
+    pub peer: P,
+    /// Its tunnel, and the one around that.
+    pub tunnels: [Tunnel; 2],
+}
+
 /// What [`Inner::find`] decided.
 enum Found {
     Slot(Tunnel, Slot),
@@ -246,6 +259,28 @@ impl<D: Dialer> Pool<D> {
             }
         }
         Err(HboneError::new(Reason::Overloaded, "no tunnel with a free stream"))
+    }
+
+    /// A tunnel inside a tunnel (double HBONE): asks the gateway at `key` for a stream by `outer`, makes of it by `secure` (TLS) a
+    /// stream to whoever the gateway leads to, and opens in that a tunnel for the one stream that `inner` asks for.
+    ///
+    /// The inner tunnel is never shared: else all streams would stick to one workload behind the gateway.
+    pub async fn open_within<IO, P, F>(
+        &self,
+        key: &PoolKey,
+        outer: &ConnectRequest,
+        secure: impl FnOnce(HboneIo) -> F,
+        inner: &ConnectRequest,
+    ) -> Result<Nested<P>, HboneError>
+    where
+        IO: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+        F: Future<Output = Result<(IO, P), HboneError>>,
+    {
+        let ((stream, _), around) = self.open_on(key, outer).await?;
+        let (io, peer) = secure(stream.into_io()).await?;
+        let tunnel = Tunnel::handshake(io, Arc::clone(&self.0.settings), || {}).await?;
+        let (stream, head) = tunnel.open(inner).await?;
+        Ok(Nested { stream, head, peer, tunnels: [tunnel, around] })
     }
 
     /// Ends at once every tunnel and dial whose key matches (revoked certificate, deleted pod). Their streams see

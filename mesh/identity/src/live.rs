@@ -1,8 +1,9 @@
 //! Peers that are connected now, and the switch that ends each of their connections: a root that is withdrawn, or a certificate
 //! that is taken back, takes with it what was accepted by it.
 
-use crate::{Peer, TlsContext, TrustBundles};
-use mesh_model::{Reason, Refusal};
+use crate::tls::{self, ClientStream};
+use crate::{Peer, SvidHandle, TlsContext, TrustBundles};
+use mesh_model::{Reason, Refusal, SpiffeId};
 use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::io;
@@ -10,8 +11,10 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
+use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::{Notify, futures::OwnedNotified};
+use tokio::time::Instant;
 
 /// The proof a peer gave, and the switch of its connection.
 type Live = (Arc<Peer>, Arc<Notify>);
@@ -55,6 +58,26 @@ impl LivePeers {
         let held = Held { io, cut: Some(Box::pin(cut.notified_owned())), id, peers: Arc::clone(self) };
         // Whoever judges by later bundles finds the peer in the list.
         if peer.is_trusted(&tls.trusted()) { Ok(held) } else { Err(Refusal::new(Reason::Revoked, NO_LONGER)) }
+    }
+    /// TLS over `io`, proving `svid`: a stream to a peer that proved one of `expect` within `limit` (I4), held as
+    /// [`LivePeers::hold`] says, and who the peer is.
+    ///
+    /// # Errors
+    /// We have no certificate, or the peer did not prove it.
+    pub async fn connect<IO>(
+        self: &Arc<Self>,
+        svid: &SvidHandle,
+        io: IO,
+        expect: &[SpiffeId],
+        limit: Duration,
+    ) -> Result<(Held<ClientStream<IO>>, SpiffeId), Refusal>
+    where
+        IO: AsyncRead + AsyncWrite + Unpin,
+    {
+        let own = svid.fetch().await.map_err(Refusal::from)?;
+        let (stream, peer) = tls::connect(&own, io, expect, Instant::now() + limit).await.map_err(Refusal::from)?;
+        let id = peer.id.clone();
+        Ok((self.hold(stream, peer, svid.cache().tls())?, id))
     }
 }
 

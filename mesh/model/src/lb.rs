@@ -130,6 +130,10 @@ impl Group {
         let open = open_ports(service, &traits, declared);
         Self { rank, traits, declared: declared.into(), open, bag: Bag::default() }
     }
+    /// Whether a pick for a port (`None`: for any) may choose from it.
+    fn is_choosable(&self, port: Option<u16>) -> bool {
+        (self.rank < RANK_STRICT_MISS || self.rank == RANK_NO_GATEWAY) && port.is_none_or(|p| self.open.binary_search(&p).is_ok())
+    }
     fn key(&self) -> (u8, &Traits, &[u16]) {
         (self.rank, &self.traits, &self.declared)
     }
@@ -202,9 +206,13 @@ impl EndpointSet {
     }
     /// Chooses an endpoint that answers on `port` (`None`: on any) by a uniform draw: best rank first, then by weight.
     pub fn pick(&self, port: Option<u16>, draw: u64) -> Option<&Endpoint> {
-        self.pick_of(draw, |g| {
-            (g.rank < RANK_STRICT_MISS || g.rank == RANK_NO_GATEWAY) && port.is_none_or(|p| g.open.binary_search(&p).is_ok())
-        })
+        self.pick_of(draw, |g| g.is_choosable(port))
+    }
+    /// Those among which [`Self::pick`] draws.
+    pub fn best(&self, port: Option<u16>) -> impl Iterator<Item = &Endpoint> {
+        let best = self.groups.iter().find(|g| g.is_choosable(port)).map(|g| g.rank);
+        let of_best = self.groups.iter().filter(move |g| Some(g.rank) == best && g.is_choosable(port));
+        of_best.flat_map(|g| g.bag.iter())
     }
     /// The same among those on our own network.
     pub fn pick_here(&self, port: u16, draw: u64) -> Option<&Endpoint> {
@@ -242,6 +250,11 @@ impl EndpointSet {
     pub fn open_on(&self, port: u16) -> impl Iterator<Item = (u8, &Endpoint)> {
         let open = move |g: &&Group| g.rank < RANK_STRICT_MISS && g.open.binary_search(&port).is_ok();
         self.groups.iter().filter(open).flat_map(|g| g.bag.iter().map(|e| (g.rank, e)))
+    }
+    /// Of [`Self::open_on`] those on other networks. Costs nothing per endpoint of ours.
+    pub fn open_beyond(&self, port: u16) -> impl Iterator<Item = &Endpoint> {
+        let open = move |g: &&Group| !g.traits.same_network && g.rank < RANK_STRICT_MISS && g.open.binary_search(&port).is_ok();
+        self.groups.iter().filter(open).flat_map(|g| g.bag.iter())
     }
     /// Whether a workload is a member, usable or not.
     pub fn contains(&self, uid: &str) -> bool {

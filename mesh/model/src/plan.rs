@@ -1,21 +1,23 @@
 //! Outbound: what to do with a captured connection (node-agent §1.4). Pure; the shell dials what comes out.
+mod beyond;
 mod crossing;
 
-use crate::addr::{DialAddr, HboneAuthority, Network};
+use crate::addr::{DialAddr, HboneAuthority};
 use crate::conn::OutboundConn;
 use crate::id::SpiffeId;
 use crate::inbound::{AGENT_PORTS, is_instance};
 use crate::known::Known;
-use crate::lb::{EndpointSet, below, family_allowed, redraw};
+use crate::lb::{Endpoint, below, family_allowed, redraw};
 use crate::reason::{Reason, Refusal};
 use crate::service::{IpFamilies, LbMode, Service};
 use crate::snapshot::{MissingWaypoint, Snapshot};
 use crate::workload::{GatewayDestination, GatewayRef, Protocol, Workload};
-use std::borrow::Cow;
+use beyond::{expected_beyond, through_gateway};
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
+pub use beyond::{Beyond, Entrance, ways_beyond};
 pub use crossing::{Crossing, plan_crossing};
 
 /// What to do with an outbound connection.
@@ -257,53 +259,6 @@ fn through_waypoint(
     Ok(plan(dial))
 }
 
-/// Whom the service's endpoints on another network may prove to be: those its `sans` name, else those that are known one by one.
-/// Somebody without an address stands for endpoints that are not known, and says nothing of who they are.
-fn expected_beyond<'s>(service: &'s Service, set: &EndpointSet, network: &Network) -> Cow<'s, [SpiffeId]> {
-    if !service.sans.is_empty() {
-        return Cow::Borrowed(&service.sans);
-    }
-    let mut known = Vec::new();
-    for endpoint in set.usable().filter(|e| e.workload().network == *network && !e.workload().ips.is_empty()) {
-        known.extend(endpoint.known().expect().iter().filter(|id| !known.contains(*id)).cloned().collect::<Vec<_>>());
-    }
-    known.into()
-}
-
-/// Through the gateway in front of `upstream`'s network: an outer tunnel to the gateway and an inner one, both asking
-/// for the service by name. What ends the inner one is unknown here, so it must prove one of the service's `sans`.
-fn through_gateway(
-    snap: &Snapshot,
-    conn: &OutboundConn<'_>,
-    upstream: &Workload,
-    service: &Service,
-    sans: &[SpiffeId],
-) -> Result<Dial, Refusal> {
-    let refuse = |what: String| Refusal::new(Reason::NoGateway, what);
-    let network = upstream.network.as_str();
-    let gateway = upstream
-        .network_gateway
-        .as_ref()
-        .ok_or_else(|| refuse(format!("network {network:?} of {} has no gateway", upstream.uid)))?;
-    let at = resolve(snap, conn, gateway, DRAW_GATEWAY_ENDPOINT)
-        .map_err(|u| refuse(format!("{} {}", u.as_str(), GatewayName(gateway))))?;
-    let families = at.service.map_or(IpFamilies::Automatic, |s| s.ip_families);
-    let ip = choose_ip(at.known.workload(), families, conn.dst.ip())
-        .ok_or_else(|| refuse(format!("no address of {}", GatewayName(gateway))))?;
-    if at.expect.is_empty() {
-        return Err(refuse(format!("no identity to expect of {}", GatewayName(gateway))));
-    }
-    if sans.is_empty() {
-        return Err(refuse(format!("no subjectAltNames to verify {} behind network {network:?}", service.key)));
-    }
-    let dial: DialAddr = SocketAddr::new(ip, at.port).into();
-    let authority = HboneAuthority::Name { host: Arc::clone(&service.key.hostname), port: conn.dst.port() };
-    Ok(Dial::DoubleHbone {
-        outer: Hop { dial, authority: authority.clone(), expect: at.expect, role: HopRole::Gateway },
-        inner: Hop { dial, authority, expect: sans.into(), role: HopRole::Endpoint },
-    })
-}
-
 /// One instance of a waypoint or gateway.
 struct Instance<'a> {
     known: &'a Arc<Known>,
@@ -311,6 +266,12 @@ struct Instance<'a> {
     /// Port of its HBONE listener.
     port: u16,
     expect: Arc<[SpiffeId]>,
+}
+impl<'a> Instance<'a> {
+    /// A workload that is the gateway by itself.
+    fn alone(known: &'a Arc<Known>, port: u16) -> Self {
+        Self { known, service: None, port, expect: Arc::clone(known.expect()) }
+    }
 }
 /// Why a reference has no instance.
 enum Unresolved {
@@ -350,13 +311,16 @@ fn resolve<'a>(
         // A waypoint service that does not list its HBONE port is still reached there.
         let port = service.port(gateway.hbone_port).map(|p| p.port);
         let endpoint = set.pick(port, redraw(conn.draw, decision)).ok_or(Unresolved::NoEndpoint)?;
-        let target = port.and_then(|p| endpoint.target_port(service, p)).unwrap_or(gateway.hbone_port);
-        let expect = endpoint.expect(service);
-        return Ok(Instance { known: endpoint.known(), service: Some(service), port: target, expect });
+        return Ok(instance(service, endpoint, gateway.hbone_port));
     }
     let GatewayDestination::Address(network, ip) = &gateway.destination else { return Err(Unresolved::Unknown) };
     let known = snap.find_known_by_ip(network, *ip).ok_or(Unresolved::Unknown)?;
-    Ok(Instance { known, service: None, port: gateway.hbone_port, expect: Arc::clone(known.expect()) })
+    Ok(Instance::alone(known, gateway.hbone_port))
+}
+/// An endpoint of a gateway's service.
+fn instance<'a>(service: &'a Arc<Service>, endpoint: &'a Endpoint, hbone_port: u16) -> Instance<'a> {
+    let port = endpoint.target_port(service, hbone_port).unwrap_or(hbone_port);
+    Instance { known: endpoint.known(), service: Some(service), port, expect: endpoint.expect(service) }
 }
 
 /// Straight to an endpoint. `None` when it has neither an address nor a name, or HBONE without an identity to expect.

@@ -1,7 +1,8 @@
 //! Ring 3: two networks and the gateway between them. Pods of one node are told of the other network by a control plane, as Istio
 //! does: a service, somebody behind a gateway, no addresses. Those of another node read it in a folder: ServiceEntries with
 //! endpoints on the other network, and a Gateway of the class `istio-remote`. What is between is two tunnels, one inside the other;
-//! only the gateway and the endpoint know the other network.
+//! only the gateway and the endpoint know the other network. A waypoint of the folder's network goes the same way.
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::net::{IpAddr, SocketAddr};
 use std::process::ExitCode;
@@ -36,6 +37,7 @@ const TESTS: &[Test<World>] = &[
     test("the_endpoint_judges_who_is_behind_the_gateway", the_endpoint_judges_who_is_behind_the_gateway),
     test("what_is_not_meant_for_others_is_refused", what_is_not_meant_for_others_is_refused),
     test("policies_of_the_gateway_hold_and_cut", policies_of_the_gateway_hold_and_cut),
+    test("a_waypoint_chooses_endpoints_of_both_networks", a_waypoint_chooses_endpoints_of_both_networks),
     test("the_waypoint_of_the_other_network_is_not_gone_around", the_waypoint_of_the_other_network_is_not_gone_around),
 ];
 
@@ -114,11 +116,13 @@ struct World {
     far: Agent,
     gateway: Agent,
     waypoint: Agent,
+    near_waypoint: Agent,
+    _near_web: Server,
     _cni: (CniAgent, Connection),
     _web: Server,
     _istiod: Istiod,
     dir: MeshDir,
-    _near_dir: MeshDir,
+    near_dir: MeshDir,
     topology: Topology,
     _files: TempDir,
 }
@@ -136,6 +140,8 @@ fn set_up() -> anyhow::Result<World> {
         .pod("node-a", "t", "other", "other", &[])
         .pod("node-c", "t", "client-c", "client", &[])
         .pod("node-c", "t", "other-c", "other", &[])
+        .pod("node-c", "t", "web-c", "web", &[])
+        .pod("node-c", "t", "wp-c", "wp", &["gateway.networking.k8s.io/gateway-name=wp", plain])
         .pod("node-b", "t", "web", "web", &[])
         .pod("node-b", "t", "gw", "gw", &["gateway.networking.k8s.io/gateway-name=eastwest", plain])
         .pod("node-b", "t", "wp", "wp", &["gateway.networking.k8s.io/gateway-name=wp", plain])
@@ -192,9 +198,14 @@ fn set_up() -> anyhow::Result<World> {
     near.wait_ready(Duration::from_secs(40)).with_context(|| near.log_tail(20))?;
     let near_dir = MeshDir::empty()?;
     near_dir.put("mesh.yaml", &beyond(&topology))?;
-    for pod in ["client-c", "other-c"] {
+    near_dir.put("gateway.yaml", &remote(&topology, HBONE))?;
+    for pod in ["client-c", "other-c", "web-c", "wp-c"] {
         near_dir.put(&format!("pod-{pod}.yaml"), &topology.pod_yaml(pod, &[]))?;
     }
+    let near_web = Server::start(topology.pod("web-c"), PORT)?;
+    let near_waypoint =
+        AgentSpec::waypoint(("t", "wp-c"), "wp", "wp", near_dir.path(), &ca, files.path()).start(topology.pod("wp-c"))?;
+    near_waypoint.wait_ready(Duration::from_secs(40)).with_context(|| near_waypoint.log_tail(20))?;
     let by_folder = AgentSpec::new("node-c", near_dir.path(), &ca, files.path()).start(topology.node("node-c"))?;
     by_folder.wait_ready(Duration::from_secs(40)).with_context(|| by_folder.log_tail(20))?;
     Ok(World {
@@ -202,26 +213,38 @@ fn set_up() -> anyhow::Result<World> {
         far,
         gateway,
         waypoint,
+        near_waypoint,
+        _near_web: near_web,
         _cni: (cni, connection),
         _web: web,
         _istiod: istiod,
         dir,
-        _near_dir: near_dir,
+        near_dir,
         topology,
         _files: files,
     })
 }
 
-/// What a folder says of the other network.
-fn beyond(topology: &Topology) -> String {
-    let mut yaml = format!(
-        "apiVersion: v1\nkind: Namespace\nmetadata: {{ name: t, labels: {{ istio.io/dataplane-mode: ambient }} }}\n---\n\
-         apiVersion: gateway.networking.k8s.io/v1\nkind: Gateway\n\
+/// Where a folder says the other network is entered.
+fn remote(topology: &Topology, port: u16) -> String {
+    format!(
+        "apiVersion: gateway.networking.k8s.io/v1\nkind: Gateway\n\
          metadata:\n  name: west\n  namespace: t\n  labels: {{ topology.istio.io/network: {WEST} }}\n  \
          annotations: {{ gateway.istio.io/service-account: gw }}\n\
          spec:\n  gatewayClassName: istio-remote\n  addresses: [ {{ type: IPAddress, value: {} }} ]\n  \
-         listeners: [ {{ name: mesh, port: {HBONE}, protocol: HBONE }} ]\n",
+         listeners: [ {{ name: mesh, port: {port}, protocol: HBONE }} ]\n",
         topology.pod("gw").v4
+    )
+}
+
+/// What else a folder says of the other network.
+fn beyond(topology: &Topology) -> String {
+    let mut yaml = format!(
+        "apiVersion: v1\nkind: Namespace\nmetadata: {{ name: t, labels: {{ istio.io/dataplane-mode: ambient }} }}\n---\n\
+         apiVersion: gateway.networking.k8s.io/v1\nkind: Gateway\nmetadata: {{ name: wp, namespace: t }}\nspec:\n  \
+         gatewayClassName: istio-waypoint\n  listeners: [ {{ name: mesh, port: {HBONE}, protocol: HBONE }} ]\n\
+         status: {{ addresses: [ {{ type: IPAddress, value: {} }} ] }}\n",
+        topology.pod("wp-c").v4
     );
     for (name, [a, b, c, d]) in SERVICES {
         // The waypoint there may end the inner tunnel too, and only the service can say so.
@@ -384,6 +407,58 @@ fn policies_of_the_gateway_hold_and_cut(world: &mut World) -> anyhow::Result<()>
     wait::until_true("all as before", || world.call(0, "client", 0).is_ok())
 }
 
+/// A service with an endpoint on each network, and a waypoint on that of the caller.
+fn a_waypoint_chooses_endpoints_of_both_networks(world: &mut World) -> anyhow::Result<()> {
+    let world = &*world;
+    let (here, there) = (world.topology.pod("web-c").v4, world.topology.pod("web").v4);
+    let both = |endpoints: &str| {
+        format!(
+            "apiVersion: networking.istio.io/v1\nkind: ServiceEntry\n\
+             metadata: {{ name: both, namespace: t, labels: {{ istio.io/use-waypoint: wp }} }}\n\
+             spec:\n  hosts: [ both.t.svc.cluster.local ]\n  addresses: [ 10.96.0.30 ]\n  resolution: STATIC\n  \
+             ports: [ {{ name: tcp, number: 80, targetPort: {PORT}, protocol: TCP }} ]\n  endpoints:\n{endpoints}"
+        )
+    };
+    let near = format!("  - {{ address: {here}, serviceAccount: web, labels: {{ app: web }} }}\n");
+    let far = format!("  - {{ address: {there}, network: {WEST}, serviceAccount: web, weight: 3 }}\n");
+    let _far_both =
+        world.dir.put_for_now("02-both.yaml", &web_yaml("").replace("name: web", "name: both").replace("0.20", "0.30"))?;
+    let call = || {
+        let (client, who) = Client::who(world.topology.pod("client-c"), SocketAddr::from(([10, 96, 0, 30], 80)))?;
+        drop(client);
+        anyhow::Ok(who.name)
+    };
+    let names = |calls: usize| (0..calls).map(|_| call().unwrap_or_else(|_| "none".into())).collect::<BTreeSet<_>>();
+
+    let only_far = world.near_dir.put_for_now("both.yaml", &both(&far))?;
+    let mark = world.far.mark();
+    wait::until_true("the other network's endpoint", || call().is_ok_and(|name| name == "web"))?;
+    let came = world.far.wait_access("the way in", mark, |r| starts(r, "dst.hbone_addr", "both.t.svc.cluster.local:80"))?;
+    ensure!(came["src.identity"] == "spiffe://cluster.local/ns/t/sa/wp", "{came}");
+    drop(only_far);
+
+    let _both = world.near_dir.put_for_now("both.yaml", &both(&(near + &far)))?;
+    let each = BTreeSet::from(["web".to_owned(), "web-c".to_owned()]);
+    wait::until_true("both endpoints", || names(12) == each)?;
+    // Envoy's shape: the gateway is the endpoint, with what is behind it weighs.
+    let text = world.near_waypoint.admin("/clusters")?.body;
+    let gateway = format!("::{}:{HBONE}::weight::3", world.topology.pod("gw").v4);
+    ensure!(text.contains(&gateway) && text.contains(&format!("::{here}:{PORT}::weight::1")), "{text}");
+
+    // A gateway that nobody answers at: what is drawn to it is refused, with the reason.
+    world.near_dir.put("gateway.yaml", &remote(&world.topology, 15999))?;
+    let refused = || {
+        let page = world.near_waypoint.metrics();
+        page.map_or(0.0, |page| page.sum("culvert_refused_total", &[("reason", "connect_failed")]))
+    };
+    wait::until_true("the refusal", || call().is_err() && refused() > 0.0)?;
+    // One that is gone: the endpoint of our own network has all of it.
+    world.near_dir.remove("gateway.yaml");
+    wait::until_true("all to be at home", || names(12) == BTreeSet::from(["web-c".to_owned()]))?;
+    world.near_dir.put("gateway.yaml", &remote(&world.topology, HBONE))?;
+    wait::until_true("both endpoints again", || names(12) == each)
+}
+
 fn the_waypoint_of_the_other_network_is_not_gone_around(world: &mut World) -> anyhow::Result<()> {
     world.dir.put("01-web.yaml", &web_yaml(", istio.io/use-waypoint: wp"))?;
     let labels = [("reporter", "waypoint"), ("source_principal", "spiffe://cluster.local/ns/t/sa/client")];
@@ -411,7 +486,7 @@ fn the_waypoint_of_the_other_network_is_not_gone_around(world: &mut World) -> an
     drop(denied);
     wait::until_true("all as before", || world.call(0, "client", 0).is_ok())?;
     let [by_istiod, by_folder] = &world.near;
-    for agent in [by_istiod, by_folder, &world.far, &world.gateway, &world.waypoint] {
+    for agent in [by_istiod, by_folder, &world.far, &world.gateway, &world.waypoint, &world.near_waypoint] {
         ensure!(!agent.whole_log().contains("panicked"), "{} panicked", agent.node());
     }
     Ok(())

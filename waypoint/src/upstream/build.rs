@@ -1,4 +1,6 @@
 //! From the mesh to a cluster: which endpoints, with which priorities and shares.
+mod beyond;
+
 use super::cluster::{Cluster, Placement, Source};
 use super::host::{Host, Target};
 use super::names::Named;
@@ -12,11 +14,12 @@ use mesh_model::l7::destination::{Balance, Destination};
 use mesh_model::l7::route::ClusterKey;
 use mesh_model::labels::Labels;
 use mesh_model::lb::{Endpoint, family_allowed};
+use mesh_model::plan::Beyond;
 use mesh_model::service::{AppProtocol, IpFamilies, LbMode, Service};
 use mesh_model::snapshot::{Backing, Viewpoint};
 use mesh_model::workload::{Locality, Protocol, Workload};
 use parking_lot::Mutex;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
 /// What of ourselves counts when endpoints are ranked.
@@ -46,9 +49,37 @@ impl Own {
             families: me.map(|w| IpFamilies::of(&w.ips)).unwrap_or_default(),
         }
     }
+    /// An address of the family we have, the first of both.
+    pub fn family(&self) -> IpAddr {
+        match self.families {
+            IpFamilies::V6 => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+            IpFamilies::V4 | IpFamilies::Dual | IpFamilies::Automatic => UNKNOWN,
+        }
+    }
     fn place(&self) -> locality::Place<'_> {
         let Self { locality, labels, network, cluster, node, families: _ } = self;
         locality::Place { locality, labels, network: network.as_str(), cluster, node }
+    }
+}
+
+/// What of the mesh a service's cluster is built from.
+#[derive(Clone, Debug)]
+pub(super) struct Basis {
+    pub backing: Arc<Backing>,
+    pub destination: Option<Arc<Destination>>,
+    pub own: Own,
+    /// To its endpoints on other networks.
+    pub ways: Vec<Beyond>,
+}
+impl Basis {
+    /// Whether both are the same objects of the mesh.
+    pub fn is_same(&self, other: &Self) -> bool {
+        let same = match (&self.destination, &other.destination) {
+            (Some(a), Some(b)) => Arc::ptr_eq(a, b),
+            (None, None) => true,
+            _ => false,
+        };
+        same && Arc::ptr_eq(&self.backing, &other.backing) && self.own == other.own && self.ways == other.ways
     }
 }
 
@@ -69,7 +100,7 @@ pub(super) fn hosts(state: &State, listed: &[Listed]) -> (Vec<Arc<Host>>, Vec<Pl
     for endpoint in listed {
         let mut put = |target: Target| {
             let state = state.host(endpoint.known.uid(), &target);
-            places.push(Placement { priority: endpoint.priority, share: endpoint.share, key: key_of(&target) });
+            places.push(Placement { priority: endpoint.priority, share: endpoint.share, key: key_of(&target, &endpoint.known) });
             hosts.push(Arc::new(Host { known: Arc::clone(&endpoint.known), target, weight: endpoint.weight, state }));
         };
         match endpoint.named.as_ref().and_then(Named::addresses) {
@@ -89,12 +120,12 @@ pub(super) fn hosts(state: &State, listed: &[Listed]) -> (Vec<Arc<Host>>, Vec<Pl
 pub(super) fn service(
     state: &Arc<State>,
     key: &ClusterKey,
-    backing: &Arc<Backing>,
     service: &Arc<Service>,
-    destination: Option<&Arc<Destination>>,
     plain: &Arc<TrafficPolicy>,
-    own: &Own,
+    basis: Basis,
 ) -> (Cluster, Vec<Listed>) {
+    let Basis { backing, destination, own, ways } = &basis;
+    let destination = destination.as_ref();
     let subset = key.subset.as_deref();
     // A subset nobody declared would have no endpoints; `Upstreams::cluster` does not come here with one.
     let policy = match destination {
@@ -102,22 +133,28 @@ pub(super) fn service(
         None => subset.is_none().then_some(plain),
     };
     let wanted = subset.and_then(|name| destination?.subsets.get(name)).map(|s| &s.labels);
-    let members = backing.endpoints().open_on(key.port).filter(|(_, e)| {
-        policy.is_some() && e.workload().network == own.network && wanted.is_none_or(|labels| labels.select(&e.workload().labels))
-    });
+    let members = backing
+        .endpoints()
+        .open_on(key.port)
+        .filter(|(_, e)| policy.is_some() && wanted.is_none_or(|labels| labels.select(&e.workload().labels)));
     let policy = policy.unwrap_or(plain);
     let rules = Rules::new(policy, service, &own.locality);
     let here = own.place();
     let mut listed = Vec::new();
+    let mut far = beyond::Far::new(service, key.port, ways, &own.network);
     for (rank, endpoint) in members {
         let Some((priority, share)) = rules.place(&here, u32::from(rank), endpoint) else { continue };
+        if endpoint.workload().network != own.network {
+            far.add(endpoint, priority, share);
+            continue;
+        }
         let Some(target) = target(service, key.port, endpoint) else { continue };
         let name = target.name.as_ref().filter(|name| !service.logical_dns && !is_wildcard(name));
         let named = name.map(|name| state.reach.names.follow(name, state, own.families, service.ip_families));
-        let (known, weight) = (Arc::clone(endpoint.known()), endpoint.workload().capacity.max(1));
+        let (known, weight) = (Arc::clone(endpoint.known()), far.weigh(endpoint.workload()));
         listed.push(Listed { known, target, weight, priority, share, named });
     }
-    let source = Source::Service { backing: Arc::clone(backing), destination: destination.cloned(), own: own.clone() };
+    listed.extend(far.listed());
     let cluster = Cluster {
         policy: Arc::clone(policy),
         service: Some(Arc::clone(service)),
@@ -128,7 +165,7 @@ pub(super) fn service(
         planning: Mutex::default(),
         passthrough: policy.balance == Balance::Passthrough || service.lb.mode == LbMode::Passthrough,
         wildcard: None,
-        source,
+        source: Source::Service(basis),
         state: Arc::clone(state),
     };
     (cluster, listed)
@@ -150,6 +187,7 @@ pub(super) fn workload(state: &Arc<State>, known: &Arc<Known>, port: u16, plain:
         name: if ip.is_none() { w.hostname.clone() } else { None },
         hbone,
         expect: Arc::clone(known.expect()),
+        beyond: None,
     });
     let listed = |target| Listed { known: Arc::clone(known), target, weight: 1, priority: 0, share: 0, named: None };
     let cluster = Cluster {
@@ -176,13 +214,15 @@ fn target(service: &Service, port: u16, endpoint: &Endpoint) -> Option<Target> {
     let ip = w.ips.iter().copied().find(|ip| family_allowed(service.ip_families, *ip));
     let name = if ip.is_none() { Some(w.hostname.clone()?) } else { None };
     let hbone = w.protocol == Protocol::Hbone;
-    Some(Target { addr: SocketAddr::new(ip.unwrap_or(UNKNOWN), port), name, hbone, expect: endpoint.expect(service) })
+    let addr = SocketAddr::new(ip.unwrap_or(UNKNOWN), port);
+    Some(Target { addr, name, hbone, expect: endpoint.expect(service), beyond: None })
 }
 
-/// What consistent hashing places an endpoint by (Envoy: its address as text, or its host name).
-fn key_of(target: &Target) -> Box<str> {
+/// What consistent hashing places an endpoint by (Envoy: its address as text, or its host name). One gateway leads to several.
+fn key_of(target: &Target, known: &Known) -> Box<str> {
     match &target.name {
         Some(name) => format!("{name}:{}", target.addr.port()).into(),
+        None if target.beyond.is_some() => format!("{} {}", target.addr, known.uid()).into(),
         None => target.addr.to_string().into(),
     }
 }

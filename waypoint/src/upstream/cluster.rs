@@ -1,18 +1,18 @@
 //! A destination as one version of the mesh has it: its policy, its endpoints, and the tables a pick looks things up in.
-use super::build::{Listed, Own};
+use super::build::{Basis, Listed};
 use super::error::{Failure, UpstreamError};
 use super::host::{Host, HostState, Target};
 use super::state::{RequestGuard, RetryGuard, State, note};
 use arc_swap::ArcSwap;
+use mesh_model::Refusal;
 use mesh_model::known::Known;
 use mesh_model::l7::TrafficPolicy;
 use mesh_model::l7::balance::{Chance, Entry, Plan, is_held_back, warmup_factor};
-use mesh_model::l7::destination::{Balance, Destination};
+use mesh_model::l7::destination::Balance;
 use mesh_model::l7::outlier::Seen;
 use mesh_model::l7::retry::left_out;
 use mesh_model::l7::select::host_matches;
 use mesh_model::service::{AppProtocol, Service};
-use mesh_model::snapshot::Backing;
 use mesh_model::workload::Workload;
 use parking_lot::Mutex;
 use std::net::SocketAddr;
@@ -56,8 +56,15 @@ pub(super) struct Placement {
 /// What a cluster was built from, to see whether it still stands.
 #[derive(Debug)]
 pub(super) enum Source {
-    Service { backing: Arc<Backing>, destination: Option<Arc<Destination>>, own: Own },
+    Service(Basis),
     Workload(Arc<Known>),
+}
+impl Source {
+    /// Why endpoints on other networks are not among them, if there are such.
+    fn closed(&self) -> String {
+        let Self::Service(basis) = self else { return String::new() };
+        basis.ways.iter().find_map(|way| way.entrances.as_ref().err()).map(Refusal::brief).unwrap_or_default()
+    }
 }
 
 /// What a pick goes by.
@@ -145,7 +152,7 @@ impl Cluster {
         let before: Vec<u32> = ctx.before.iter().filter_map(|host| priority(host)).collect();
         let left_out = left_out(&before, |priorities| plan.is_some_left(priorities));
         let at = plan.pick_avoiding(chance, load, || self.state.next_turn(), avoid, left_out);
-        at.and_then(|at| hosts.get(at)).cloned().ok_or_else(|| UpstreamError::new(Failure::NoHealthy, ""))
+        at.and_then(|at| hosts.get(at)).cloned().ok_or_else(|| UpstreamError::new(Failure::NoHealthy, self.source.closed()))
     }
 
     /// The endpoint at the address the client asked for: a known one, else that address in plain.
@@ -154,7 +161,8 @@ impl Cluster {
             return Err(UpstreamError::new(Failure::NoHealthy, "no original destination"));
         };
         let members = self.members.load();
-        let known = members.hosts.iter().find(|h| h.target.addr.ip() == to.ip() && h.target.name.is_none());
+        let known =
+            members.hosts.iter().find(|h| h.target.addr.ip() == to.ip() && h.target.name.is_none() && h.target.beyond.is_none());
         if let Some(host) = known.filter(|h| h.target.addr == to) {
             return Ok(Arc::clone(host));
         }
@@ -164,7 +172,7 @@ impl Cluster {
             } else {
                 let mut stranger = Workload::new(&to.to_string(), "", "");
                 stranger.ips = vec![to.ip()];
-                let target = Target { addr: to, name: None, hbone: false, expect: Arc::default() };
+                let target = Target { addr: to, name: None, hbone: false, expect: Arc::default(), beyond: None };
                 (Arc::new(Known::new(Arc::new(stranger))), target)
             };
             Arc::new(Host { known, target, weight: 1, state: HostState::new(self.state.reach.threads()) })
@@ -227,18 +235,8 @@ impl Cluster {
         }
     }
 
-    pub(super) fn was_built_from(&self, backing: &Arc<Backing>, destination: Option<&Arc<Destination>>, now: &Own) -> bool {
-        match &self.source {
-            Source::Service { backing: b, destination: d, own } => {
-                let same = match (d, destination) {
-                    (Some(a), Some(b)) => Arc::ptr_eq(a, b),
-                    (None, None) => true,
-                    _ => false,
-                };
-                Arc::ptr_eq(b, backing) && same && own == now
-            }
-            Source::Workload(_) => false,
-        }
+    pub(super) fn was_built_from(&self, now: &Basis) -> bool {
+        matches!(&self.source, Source::Service(basis) if basis.is_same(now))
     }
     pub(super) fn is_of_workload(&self, known: &Arc<Known>) -> bool {
         matches!(&self.source, Source::Workload(k) if Arc::ptr_eq(k, known))

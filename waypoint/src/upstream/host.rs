@@ -1,9 +1,10 @@
 //! One endpoint of a cluster: what the mesh says of it, and what traffic taught.
 use super::pool::{Shelf, ShelfKey};
-use mesh_model::SpiffeId;
+use http::HeaderValue;
 use mesh_model::known::Known;
 use mesh_model::l7::outlier::{Ejection, Monitor};
 use mesh_model::workload::Workload;
+use mesh_model::{HboneAuthority, SpiffeId};
 use parking_lot::Mutex;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
@@ -30,6 +31,19 @@ pub(super) struct Target {
     pub hbone: bool,
     /// Who may answer there.
     pub expect: Arc<[SpiffeId]>,
+    /// Set where that is the gateway of another network: what is asked for there.
+    pub beyond: Option<Arc<Beyond>>,
+}
+
+/// A service on another network: reached in a tunnel within the one to the gateway.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Beyond {
+    /// What both tunnels ask for: the service by name.
+    pub authority: HboneAuthority,
+    /// Who may end the inner one.
+    pub expect: Arc<[SpiffeId]>,
+    /// Our own network, which both ends are told.
+    pub from: Option<HeaderValue>,
 }
 
 /// What traffic changes about an endpoint.
@@ -125,9 +139,12 @@ impl Host {
             _ => self.target.addr,
         }
     }
-    /// Who it must prove to be; `None` when it is reached in plain.
+    /// Who it must prove to be; `None` when it is reached in plain, and behind a gateway where it may be one of several.
     pub fn identity(&self) -> Option<&SpiffeId> {
-        self.target.hbone.then(|| self.target.expect.first()).flatten()
+        match &self.target.beyond {
+            None => self.target.hbone.then(|| self.target.expect.first()).flatten(),
+            Some(beyond) => beyond.expect.first().filter(|_| beyond.expect.len() == 1),
+        }
     }
     /// Whether it is reached through a tunnel.
     pub fn is_hbone(&self) -> bool {

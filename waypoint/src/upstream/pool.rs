@@ -12,13 +12,12 @@ use super::cluster::Cluster;
 use super::error::{Failure, UpstreamError};
 use super::host::{Host, HostState};
 use super::state::{ConnectionGuard, InFlight, Pending};
-use super::transport;
+use super::transport::{self, Tunnels};
 use crate::body::Body;
 use http::{Request, Response};
 use hyper::body::Incoming;
 use hyper::client::conn::{TrySendError, http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use mesh_hbone::Tunnel;
 use mesh_model::l7::destination::{Http2Keepalive, PoolLimits, ProxyVersion, UpstreamTls};
 use parking_lot::Mutex;
 use std::collections::VecDeque;
@@ -111,7 +110,7 @@ pub(super) struct OwnConn {
     /// Too old for another request.
     retired: AtomicBool,
     /// What it is in.
-    tunnel: Option<Tunnel>,
+    tunnels: Tunnels,
 }
 
 /// An HTTP/1 connection that is ours for one request; given back when it is not used.
@@ -133,7 +132,7 @@ pub(super) struct SharedConn {
     /// When the last stream ended.
     idle_since: Mutex<Instant>,
     /// What it is in.
-    tunnel: Option<Tunnel>,
+    tunnels: Tunnels,
 }
 
 /// A stream's place on a shared connection.
@@ -211,11 +210,11 @@ impl Shelf {
     fn take(inner: &mut Inner) -> Option<Lease> {
         while let Some(Idle { sender, conn, .. }) = inner.idle.pop() {
             // A connection the peer closed is noticed by its task; this is for the moment before it ran.
-            if sender.is_ready() && !conn.retired.load(Relaxed) && !is_leaving(conn.tunnel.as_ref()) {
+            if sender.is_ready() && !conn.retired.load(Relaxed) && !conn.tunnels.are_leaving() {
                 return Some(Lease::Own(OwnLease(Some((sender, conn)))));
             }
         }
-        inner.shared.retain(|conn| !conn.sender.is_closed() && !conn.is_spent() && !is_leaving(conn.tunnel.as_ref()));
+        inner.shared.retain(|conn| !conn.sender.is_closed() && !conn.is_spent() && !conn.tunnels.are_leaving());
         inner.shared.iter().find_map(StreamSlot::of).map(Lease::Shared)
     }
 
@@ -484,7 +483,7 @@ async fn make(
 ) -> Result<Made, UpstreamError> {
     let policy = cluster.state.policy.load_full();
     let limits = &policy.pool;
-    let (io, tunnel) = transport::dial(cluster, host, &shelf.key(), transport::Purpose::Pooled, permit).await?;
+    let (io, tunnels) = transport::dial(cluster, host, &shelf.key(), transport::Purpose::Pooled, permit).await?;
     let io = TokioIo::new(io);
     if shelf.http2 {
         let (mut sender, conn) =
@@ -498,7 +497,7 @@ async fn make(
             limit: limits.max_concurrent_streams.max(1),
             peer_limit: Arc::new(AtomicU32::new(streams_allowed(&conn))),
             idle_since: Mutex::new(Instant::now()),
-            tunnel,
+            tunnels,
         });
         tokio::spawn(drive_shared(
             Arc::clone(&shared.peer_limit),
@@ -517,18 +516,12 @@ async fn make(
         served: AtomicU32::new(0),
         most: limits.max_requests_per_connection,
         retired: AtomicBool::new(false),
-        tunnel,
+        tunnels,
     });
     tokio::spawn(drive_own(conn, Arc::clone(&own), Clock::new(limits)));
     // From here on the connection's own task counts it: an error now must not be counted as a failed dial.
     let _ = sender.ready().await;
     Ok(Made::Own(sender, own))
-}
-
-/// Whether the endpoint's agent said that it will go (GOAWAY): what is in its tunnel ends well, and nothing is begun there
-/// that the agent's deadline would cut.
-fn is_leaving(tunnel: Option<&Tunnel>) -> bool {
-    tunnel.is_some_and(|tunnel| !tunnel.is_open())
 }
 
 fn http2_builder(limits: &PoolLimits) -> http2::Builder<TokioExecutor> {

@@ -24,6 +24,7 @@ use std::time::Instant;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 
+mod beyond;
 mod hbone;
 mod limits;
 mod picks;

@@ -23,7 +23,7 @@ use mesh_identity::{SvidHandle, TrustBundles};
 use mesh_model::l7::destination::{PoolLimits, TcpKeepalive};
 use mesh_model::plan::HBONE_PORT;
 use mesh_model::workload::Workload;
-use mesh_model::{HboneAuthority, Reason, Refusal, SpiffeId};
+use mesh_model::{HboneAuthority, Reason, SpiffeId};
 use mesh_runtime::resolve::{self, Resolver};
 use mesh_runtime::sockets::{ConnectOptions, Keepalive, StreamOptions};
 use std::future::poll_fn;
@@ -35,7 +35,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf, Take};
 use tokio::net::TcpStream;
-use tokio::time::{Instant, timeout};
+use tokio::time::timeout;
 use tokio_rustls::client::TlsStream;
 
 /// Tells a gateway or agent what kind of proxy opened the stream (spec/waypoint §1.9).
@@ -45,6 +45,7 @@ const ISTIO_SOURCE: HeaderName = HeaderName::from_static("x-istio-source");
 #[derive(Debug)]
 pub(super) struct Reach {
     identity: SpiffeId,
+    dialer: AgentDialer,
     pools: Box<[Pool<AgentDialer>]>,
     peers: Arc<LivePeers>,
     pub resolver: Resolver,
@@ -66,6 +67,7 @@ impl Reach {
         let pools = (0..deps.threads.max(1)).map(|_| Pool::new(dialer.clone(), Arc::clone(&deps.hbone))).collect();
         Self {
             identity: deps.identity,
+            dialer,
             pools,
             peers,
             resolver: Resolver::default(),
@@ -107,10 +109,26 @@ impl Dialer for AgentDialer {
             let reason = if e.kind() == io::ErrorKind::TimedOut { Reason::ConnectTimeout } else { Reason::ConnectFailed };
             HboneError::new(reason, connect_detail(&e))
         })?;
-        let svid = self.svid.fetch().await.map_err(Refusal::from)?;
-        let deadline = Instant::now() + self.handshake_timeout;
-        let (stream, peer) = mesh_identity::tls::connect(&svid, tcp, key.expect(), deadline).await.map_err(Refusal::from)?;
-        Ok(self.peers.hold(stream, peer, self.svid.cache().tls())?)
+        Ok(self.secure(tcp, key.expect()).await?.0)
+    }
+}
+impl AgentDialer {
+    async fn secure<IO>(&self, io: IO, expect: &[SpiffeId]) -> Result<(Held<ClientStream<IO>>, SpiffeId), HboneError>
+    where
+        IO: AsyncRead + AsyncWrite + Unpin,
+    {
+        Ok(self.peers.connect(&self.svid, io, expect, self.handshake_timeout).await?)
+    }
+}
+
+/// The tunnels a connection is in: one to an endpoint's agent; two, the inner one first, to another network; or none.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Tunnels([Option<Tunnel>; 2]);
+impl Tunnels {
+    /// Whether a peer said that it will go (GOAWAY): what is in its tunnel ends well, and nothing is begun there that the peer's
+    /// deadline would cut.
+    pub fn are_leaving(&self) -> bool {
+        self.0.iter().flatten().any(|tunnel| !tunnel.is_open())
     }
 }
 
@@ -185,7 +203,7 @@ pub(super) async fn dial(
     key: &ShelfKey<'_>,
     purpose: Purpose,
     guard: ConnectionGuard,
-) -> Result<(Io, Option<Tunnel>), UpstreamError> {
+) -> Result<(Io, Tunnels), UpstreamError> {
     let (stream, tunnel) = open(cluster, host, key, purpose, guard).await?;
     Ok((stream.into_io(), tunnel))
 }
@@ -197,7 +215,7 @@ pub(super) async fn open(
     key: &ShelfKey<'_>,
     purpose: Purpose,
     guard: ConnectionGuard,
-) -> Result<(Stream, Option<Tunnel>), UpstreamError> {
+) -> Result<(Stream, Tunnels), UpstreamError> {
     let pool = &cluster.state.policy.load_full().pool;
     match timeout(pool.connect_timeout, layers(cluster, host, key, purpose, guard, pool)).await {
         Ok(result) => result,
@@ -212,7 +230,7 @@ async fn layers(
     purpose: Purpose,
     guard: ConnectionGuard,
     pool: &PoolLimits,
-) -> Result<(Stream, Option<Tunnel>), UpstreamError> {
+) -> Result<(Stream, Tunnels), UpstreamError> {
     let reach = &cluster.state.reach;
     let client = match purpose {
         Purpose::Pooled => key.client,
@@ -229,7 +247,7 @@ async fn layers(
     };
     let header = key.proxy.map(|version| proxy_protocol::header(version, client, to));
     if host.target.hbone {
-        let (mut stream, tunnel) = tunnel(reach, cluster, host, to, client).await?;
+        let (mut stream, tunnels) = tunnel(reach, cluster, host, to, client).await?;
         if let Some(header) = header {
             write(&mut stream, header).await?;
         }
@@ -237,7 +255,7 @@ async fn layers(
             None => Stream::Hbone(stream, guard),
             Some((config, name)) => handshake(config, name, Bare::Hbone(stream.into_io()), guard).await?,
         };
-        return Ok((stream, Some(tunnel)));
+        return Ok((stream, tunnels));
     }
     let mut stream = tcp(to, pool.keepalive, pool.connect_timeout).await?;
     if let Some(header) = header {
@@ -247,7 +265,7 @@ async fn layers(
         None => Stream::Tcp(stream, guard),
         Some((config, name)) => handshake(config, name, Bare::Tcp(stream), guard).await?,
     };
-    Ok((stream, None))
+    Ok((stream, Tunnels::default()))
 }
 
 /// Where the endpoint is now.
@@ -269,27 +287,43 @@ async fn tunnel(
     host: &Host,
     to: SocketAddr,
     client: Option<SocketAddr>,
-) -> Result<(HboneStream, Tunnel), UpstreamError> {
+) -> Result<(HboneStream, Tunnels), UpstreamError> {
     let thread = mesh_runtime::threads::current().unwrap_or_default();
     let pool = reach.pools.get(thread).or(reach.pools.first());
     let pool = pool.ok_or_else(|| UpstreamError::new(Failure::Connect, "not on a data thread"))?;
     let any = if to.is_ipv4() { IpAddr::V4(Ipv4Addr::UNSPECIFIED) } else { IpAddr::V6(std::net::Ipv6Addr::UNSPECIFIED) };
     // All clients share the waypoint's tunnels: they are its own, with its own address.
-    let dial = SocketAddr::new(to.ip(), HBONE_PORT);
-    let key = PoolKey::new(reach.identity.clone(), Arc::clone(&host.target.expect), any, dial);
-    let mut request = ConnectRequest::to(HboneAuthority::Addr(to));
-    request.baggage = reach.baggage.load().as_deref().cloned();
-    request.forwarded = client.and_then(|client| headers::forwarded(client, cluster.service.as_ref().map(|s| &*s.key.hostname)));
-    request.traceparent = headers::random_traceparent();
-    request.extra.push((ISTIO_SOURCE, HeaderValue::from_static("waypoint")));
-    let ((stream, _), tunnel) = pool.open_on(&key, &request).await.map_err(|e| {
-        let failure = match e.reason {
-            Reason::ConnectTimeout | Reason::HandshakeTimeout => Failure::ConnectTimeout,
-            _ => Failure::Connect,
-        };
-        UpstreamError::new(failure, if e.detail.is_empty() { e.reason.as_str().to_owned() } else { e.to_string() })
-    })?;
-    Ok((stream, tunnel))
+    let key = |dial| PoolKey::new(reach.identity.clone(), Arc::clone(&host.target.expect), any, dial);
+    let request = |authority| {
+        let mut request = ConnectRequest::to(authority);
+        request.baggage = reach.baggage.load().as_deref().cloned();
+        request.forwarded =
+            client.and_then(|client| headers::forwarded(client, cluster.service.as_ref().map(|s| &*s.key.hostname)));
+        request.traceparent = headers::random_traceparent();
+        request.extra.push((ISTIO_SOURCE, HeaderValue::from_static("waypoint")));
+        request
+    };
+    let Some(beyond) = &host.target.beyond else {
+        let (key, request) = (key(SocketAddr::new(to.ip(), HBONE_PORT)), request(HboneAuthority::Addr(to)));
+        let ((stream, _), tunnel) = pool.open_on(&key, &request).await.map_err(|e| failed(&e))?;
+        return Ok((stream, Tunnels([Some(tunnel), None])));
+    };
+    let request = || {
+        let mut request = request(beyond.authority.clone());
+        request.extra.extend(beyond.from.clone().map(|network| (headers::FORWARDED_NETWORK, network)));
+        request
+    };
+    let secure = |io| reach.dialer.secure(io, &beyond.expect);
+    let nested = pool.open_within(&key(to), &request(), secure, &request()).await.map_err(|e| failed(&e))?;
+    Ok((nested.stream, Tunnels(nested.tunnels.map(Some))))
+}
+
+fn failed(e: &HboneError) -> UpstreamError {
+    let failure = match e.reason {
+        Reason::ConnectTimeout | Reason::HandshakeTimeout => Failure::ConnectTimeout,
+        _ => Failure::Connect,
+    };
+    UpstreamError::new(failure, if e.detail.is_empty() { e.reason.as_str().to_owned() } else { e.to_string() })
 }
 
 async fn write(stream: &mut HboneStream, bytes: Vec<u8>) -> Result<(), UpstreamError> {

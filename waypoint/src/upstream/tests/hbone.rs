@@ -10,11 +10,11 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
 /// A node agent on an address of its own; delivers to servers on the same address.
-struct Agent {
-    ip: IpAddr,
+pub(super) struct Agent {
+    pub ip: IpAddr,
     /// Tunnels accepted, and the CONNECTs in them.
-    tunnels: Arc<AtomicUsize>,
-    connects: Arc<Mutex<Vec<(String, HeaderMap)>>>,
+    pub tunnels: Arc<AtomicUsize>,
+    pub connects: Arc<Mutex<Vec<(String, HeaderMap)>>>,
     task: tokio::task::JoinHandle<()>,
     _drain: drain::Drain,
 }
@@ -24,6 +24,10 @@ impl Drop for Agent {
     }
 }
 async fn agent(world: &World, id: &str, refuse: Option<Reason>) -> Agent {
+    leading(world, id, refuse, None).await
+}
+/// The same, which also delivers what asks for a name, to `named`.
+pub(super) async fn leading(world: &World, id: &str, refuse: Option<Reason>, named: Option<SocketAddr>) -> Agent {
     static NEXT: AtomicU8 = AtomicU8::new(1);
     // Port 15008 is the agents'; addresses of this process's own.
     let ip = IpAddr::V4(Ipv4Addr::new(127, 77, std::process::id() as u8, NEXT.fetch_add(1, SeqCst)));
@@ -47,7 +51,11 @@ async fn agent(world: &World, id: &str, refuse: Option<Reason>) -> Agent {
                     if let Some(reason) = refuse {
                         return incoming.refuse(&Refusal::new(reason, "test"));
                     }
-                    let Some(HboneAuthority::Addr(to)) = HboneAuthority::parse(incoming.authority()) else { return };
+                    let to = match HboneAuthority::parse(incoming.authority()) {
+                        Some(HboneAuthority::Addr(to)) => to,
+                        Some(HboneAuthority::Name { .. }) => named.unwrap(),
+                        None => return,
+                    };
                     let app = TcpStream::connect(to).await.unwrap();
                     let stream = incoming.accept([]).unwrap();
                     relay(stream, app, (), std::future::pending(), Timeouts::default()).await;
@@ -60,9 +68,9 @@ async fn agent(world: &World, id: &str, refuse: Option<Reason>) -> Agent {
 }
 use std::time::Instant;
 
-const WEB: &str = "spiffe://cluster.local/ns/shop/sa/web";
+pub(super) const WEB: &str = "spiffe://cluster.local/ns/shop/sa/web";
 
-fn meshed(name: &str, at: SocketAddr) -> Workload {
+pub(super) fn meshed(name: &str, at: SocketAddr) -> Workload {
     let mut w = pod(name, at);
     w.protocol = Protocol::Hbone;
     w
