@@ -9,7 +9,7 @@ use mesh_runtime::control_plane::{self, ControlPlane, Roots};
 use mesh_runtime::metrics::Registry;
 use mesh_sources::istiod::node::{self, Role};
 use mesh_sources::istiod::{self, MissingPolicy};
-use mesh_sources::{Origin, kubernetes};
+use mesh_sources::{Origin, consul, kubernetes};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -23,12 +23,21 @@ fn some(value: Option<&String>) -> Option<&str> {
 
 /// What describes the mesh.
 pub(crate) fn origin(s: &Settings, registry: &Registry) -> Result<Origin> {
+    let said = s.mesh_dir.is_some() || s.kubernetes || some(s.control.xds_address.as_ref()).is_some();
+    if s.consul.consul.is_some() && said {
+        bail!("--consul excludes --mesh-dir, --kubernetes and XDS_ADDRESS: one of them describes the mesh");
+    }
+    if s.consul.consul.is_some() || (!said && s.consul.is_there()) {
+        let metrics = consul::Metrics::default();
+        metrics.expose(registry)?;
+        return Ok(Origin::Consul(Box::new(s.consul.scope(metrics).map_err(anyhow::Error::msg)?)));
+    }
     if let Some(dir) = &s.mesh_dir {
         return Ok(Origin::Folder(dir.clone()));
     }
     let istiod = some(s.control.xds_address.as_ref()).map(|address| under_istiod(s, address, registry)).transpose()?;
     if !s.kubernetes && istiod.is_none() {
-        bail!("nothing describes the mesh: set --mesh-dir (CULVERT_MESH_DIR), --kubernetes or XDS_ADDRESS");
+        bail!("nothing describes the mesh: set --mesh-dir (CULVERT_MESH_DIR), --kubernetes, --consul or XDS_ADDRESS");
     }
     let watches = kubernetes::Watches::default();
     watches.expose(registry)?;

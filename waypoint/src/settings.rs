@@ -25,6 +25,9 @@ pub struct Settings {
     /// Kubeconfig file, of which the current context is used, for processes outside a pod.
     #[arg(long, env = "KUBECONFIG", value_name = "FILE")]
     pub kubeconfig: Option<PathBuf>,
+    /// Or Consul does.
+    #[command(flatten)]
+    pub consul: mesh_sources::consul::Flags,
     /// A control plane tells a part of it, and issues certificates.
     #[command(flatten)]
     pub control: ControlSettings,

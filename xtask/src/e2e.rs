@@ -51,6 +51,7 @@ const PEERS: &[Peer] = &[
         programs: &["istiod-fed", "istioctl-ztunnel"],
         suite: "e2e_istiod",
     },
+    Peer { name: "Consul", script: "tests/consul/install.sh", more: &[], programs: &["consul"], suite: "e2e_consul" },
 ];
 
 /// `cargo xtask e2e`.

@@ -30,7 +30,7 @@ cargo xtask COMMAND
                     --ring N       only that ring (0 pure, 1 memory, 2 process, 3 network namespaces)
                     --no-setup     install nothing; what cannot run is counted as skipped
                     --no-variants  leave out the suites of optional build features (tls-boring)
-  e2e [FILTER]    ring 4: build real peers (SPIRE, Kubernetes' API server, istiod) with the scripts of `tests/`, needs Go, and run their suites in the long form;
+  e2e [FILTER]    ring 4: build real peers (SPIRE, Kubernetes' API server, istiod, Consul) with the scripts of `tests/`, needs Go, and run their suites in the long form;
                   without it they run, shorter, only where the peers are installed (`CULVERT_PEERS` or `target/peers`)
                     --no-setup     build and install nothing
   ci              everything a change must pass: fmt, tidy, deny, ebpf --check, proto --check, clippy, then test

@@ -10,7 +10,7 @@ use mesh_runtime::metrics::Registry;
 use mesh_sources::demand::{Demand, Limits};
 use mesh_sources::istiod::node::Role;
 use mesh_sources::istiod::{self, MissingPolicy};
-use mesh_sources::{Origin, Viewpoint, kubernetes};
+use mesh_sources::{Origin, Viewpoint, consul, kubernetes};
 use std::sync::Arc;
 
 /// istiod's address in its own cluster.
@@ -36,12 +36,18 @@ pub fn origin(s: &Settings, registry: &Registry) -> Result<Origin> {
         text.as_ref().map(|_| "LOCAL_XDS"),
         s.kubernetes.then_some("--kubernetes"),
         xds.map(|_| "XDS_ADDRESS"),
+        s.consul.consul.as_ref().map(|_| "--consul"),
     ]
     .into_iter()
     .flatten()
     .collect();
     if said.len() > 1 {
         bail!("{} exclude each other: one of them describes the mesh", said.join(" and "));
+    }
+    if s.consul.consul.is_some() || (said.is_empty() && s.consul.is_there()) {
+        let metrics = consul::Metrics::default();
+        metrics.expose(registry)?;
+        return Ok(Origin::Consul(Box::new(s.consul.scope(metrics).map_err(anyhow::Error::msg)?)));
     }
     if s.kubernetes {
         let watches = kubernetes::Watches::default();
@@ -65,7 +71,7 @@ pub fn origin(s: &Settings, registry: &Registry) -> Result<Origin> {
     }
     let Some(address) = xds.or(in_kubernetes()) else {
         bail!(
-            "nothing describes the mesh: set --mesh-dir (CULVERT_MESH_DIR), --kubernetes, LOCAL_XDS_PATH, LOCAL_XDS or XDS_ADDRESS"
+            "nothing describes the mesh: set --mesh-dir (CULVERT_MESH_DIR), --kubernetes, --consul, LOCAL_XDS_PATH, LOCAL_XDS or XDS_ADDRESS"
         )
     };
     let c = &s.control;

@@ -34,6 +34,9 @@ pub struct Settings {
     /// Kubeconfig file, of which the current context is used, for processes outside a pod.
     #[arg(long, env = "KUBECONFIG", value_name = "FILE")]
     pub kubeconfig: Option<PathBuf>,
+    /// Or Consul does.
+    #[command(flatten)]
+    pub consul: mesh_sources::consul::Flags,
     /// Or a control plane does.
     #[command(flatten)]
     pub control: ControlSettings,

@@ -9,6 +9,7 @@
 
 mod ahead;
 mod few;
+mod shelf;
 mod walk;
 mod watch;
 
@@ -23,6 +24,7 @@ use mesh_model::{Change, Origin};
 use crate::diagnostics::{Problem, Severity};
 use crate::translate::{Object, ObjectId, Reader, Settings, Translator, conflict};
 use crate::yaml::{self, Document, Node, YamlError};
+use shelf::Shelf;
 
 pub(crate) use walk::read as read_text;
 pub use walk::{Found, Listing, Stamp, list};
@@ -127,7 +129,7 @@ impl Held {
 /// The folder as a state machine without watching and threads.
 #[derive(Debug)]
 pub struct Folder {
-    root: PathBuf,
+    shelf: Shelf,
     translator: Translator,
     root_namespace: Arc<str>,
     /// By path.
@@ -154,8 +156,15 @@ pub struct Folder {
 impl Folder {
     /// A folder not read yet.
     pub fn new(root: impl Into<PathBuf>, view: Viewpoint, settings: &Settings) -> Self {
+        Self::of(Shelf::Disk(root.into()), view, settings)
+    }
+    /// A folder whose texts are handed over ([`Self::put`]).
+    pub(crate) fn in_memory(view: Viewpoint, settings: &Settings) -> Self {
+        Self::of(Shelf::Memory(BTreeMap::new()), view, settings)
+    }
+    fn of(shelf: Shelf, view: Viewpoint, settings: &Settings) -> Self {
         Self {
-            root: root.into(),
+            shelf,
             root_namespace: Arc::clone(&view.root_namespace),
             translator: Translator::new(view, settings),
             files: Vec::new(),
@@ -186,10 +195,10 @@ impl Folder {
 
     /// Reads what changed. `None` when the folder itself cannot be listed: all stays as it is.
     pub fn reload(&mut self) -> Option<Vec<Change>> {
-        let listing = match list(&self.root) {
+        let listing = match self.shelf.list() {
             Ok(listing) => listing,
             Err(e) => {
-                let place: Arc<str> = self.root.display().to_string().into();
+                let place: Arc<str> = self.root().display().to_string().into();
                 self.problems.retain(|p| p.code != Some("folder"));
                 self.problems.push(whole(&place, &format!("the folder cannot be listed: {e}"), "folder"));
                 return None;
@@ -275,7 +284,8 @@ impl Folder {
     /// no more.
     fn others(&self, listing: &Listing) -> BTreeSet<PathBuf> {
         let mut out = BTreeSet::new();
-        let mut doubt = |path: &Path| out.extend(path.strip_prefix(&self.root).ok().map(Path::to_path_buf));
+        let root = self.root();
+        let mut doubt = |path: &Path| out.extend(path.strip_prefix(root).ok().map(Path::to_path_buf));
         // Both are in the order of paths.
         let mut known = self.files.iter().peekable();
         for found in &listing.files {
@@ -304,15 +314,12 @@ impl Folder {
     fn look(&self, names: &BTreeSet<PathBuf>) -> Option<Vec<(PathBuf, Option<Found>)>> {
         let mut out = Vec::new();
         for name in names {
-            if walk::is_hidden(name) {
-                continue;
-            }
-            let path = self.root.join(name);
+            let Some((path, seen)) = self.shelf.look(name) else { continue };
             let holds_files = || {
                 let after = self.files.partition_point(|(p, _)| *p < path);
                 self.files.get(after..).unwrap_or_default().iter().take(2).any(|(p, _)| *p != path && p.starts_with(&path))
             };
-            match walk::look(&path, name) {
+            match seen {
                 walk::Seen::File(found) => out.push((path, Some(found))),
                 walk::Seen::Nothing if holds_files() => return None,
                 walk::Seen::Nothing => out.push((path, None)),
@@ -379,7 +386,7 @@ impl Folder {
     /// Reads one file, taking over the documents that are as they were.
     fn read(&mut self, found: &Found, before: File, index: usize, fresh: &mut Fresh) -> Reading {
         let place: Arc<str> = found.path.display().to_string().into();
-        let text = match walk::read(&found.path) {
+        let text = match self.shelf.read(&found.path) {
             Ok(text) => text,
             Err(e) => {
                 let problem = whole(
@@ -603,7 +610,7 @@ impl Folder {
             let Some((path, file)) = files.get(at.0) else { continue };
             let Some((line, hash)) = file.docs.get(at.1).map(|d| (d.line, d.hash)) else { continue };
             let place = Arc::clone(&file.place);
-            let text = walk::read(path).unwrap_or_default();
+            let text = self.shelf.read(path).unwrap_or_default();
             let doc = yaml::documents(&text).into_iter().find(|d| d.line == line && self.hasher.hash_one(d.text) == hash);
             if let Some(doc) = doc {
                 let (_, objects) = self.parse(doc, None, hash, &place);
@@ -682,7 +689,13 @@ impl Folder {
     }
     /// The folder.
     pub fn root(&self) -> &Path {
-        &self.root
+        self.shelf.root()
+    }
+    /// Takes in texts by their names and forgets what is no text any more, of a folder in memory: what that changes.
+    pub(crate) fn put(&mut self, texts: Vec<(PathBuf, Option<Result<String, String>>)>) -> Vec<Change> {
+        let touched = self.shelf.put(texts);
+        let changes = if touched.is_empty() && self.loaded { None } else { self.reload_touched(&Touched::Names(touched)) };
+        changes.unwrap_or_default()
     }
 }
 

@@ -1,13 +1,15 @@
-//! Where mesh knowledge comes from: a folder of YAML, the Kubernetes API or istiod; every source ends in changes for one
-//! publisher.
+//! Where mesh knowledge comes from: a folder of YAML, the Kubernetes API, Consul or istiod; every source ends in changes for
+//! one publisher.
 //!
 //! The flow is `source → translate → ChangeSink → publisher → Mesh`. A source owns what it reads and what was last good
 //! of it; the translator owns the join of objects; the publisher is the only writer of the mesh. What a source refuses
-//! is in [`Diagnostics`]. Another source (Consul) is another [`Source`] and nothing else.
+//! is in [`Diagnostics`]. Another source is another [`Source`] and nothing else.
 #![forbid(unsafe_code)]
 
+pub mod consul;
 pub mod demand;
 pub mod diagnostics;
+mod dial;
 pub mod files;
 pub mod istiod;
 pub mod kubernetes;
@@ -41,6 +43,9 @@ pub enum SourceError {
     /// Nothing to reach the API server with.
     #[error("no access to the Kubernetes API: {0}")]
     Access(String),
+    /// Nothing to reach Consul with.
+    #[error("no access to Consul: {0}")]
+    Consul(String),
     /// Its thread died; the mesh stays as it was.
     #[error("the source's thread died (a defect); the mesh stays as it last was")]
     Died,
@@ -57,6 +62,8 @@ pub enum Origin {
     LocalXdsText(String),
     /// The objects of a cluster, by its API.
     Kubernetes(Box<kubernetes::Scope>),
+    /// Consul's catalog, and objects in its key-value store.
+    Consul(Box<consul::Scope>),
     /// istiod, over delta ADS.
     Istiod(Box<istiod::Settings>),
     /// Services, workloads and policies of layer 4 from istiod, everything else from the objects of a cluster.
@@ -103,6 +110,10 @@ pub fn start_with(origin: Origin, view: Viewpoint, settings: &translate::Setting
                     diagnostics,
                     told: None,
                 },
+                sink,
+            ),
+            Origin::Consul(scope) => spawn(
+                consul::ConsulSource { scope: (**scope).clone(), view: view.clone(), settings: settings.clone(), diagnostics },
                 sink,
             ),
             Origin::IstiodAndKubernetes(istiod, scope) => {

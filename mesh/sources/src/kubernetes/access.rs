@@ -3,14 +3,12 @@
 //! Owns the reading of both. Refuses what it does not do (credential plugins, password files, servers whose certificate is
 //! not to be checked) rather than going on without it. Downstream: [`super::client`].
 
-use std::fmt;
-use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use http::Uri;
 
+use crate::dial::{Server, Text};
 use crate::yaml::{self, Document, Node};
 
 /// Where Kubernetes mounts a pod's token and the roots of the API server.
@@ -21,47 +19,6 @@ const ACCOUNT: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
 pub struct Access {
     /// A kubeconfig file, of which the current context is used; without one, the service account of this pod.
     pub kubeconfig: Option<PathBuf>,
-}
-
-/// A text that is there, or that a file has whenever it is needed: Kubernetes replaces tokens and roots in place.
-#[derive(Clone, PartialEq, Eq)]
-pub(super) enum Text {
-    Here(String),
-    File(PathBuf),
-}
-impl Text {
-    pub fn read(&self) -> Result<String, String> {
-        match self {
-            Self::Here(text) => Ok(text.clone()),
-            Self::File(path) => std::fs::read_to_string(path).map_err(|e| format!("{}: {e}", path.display())),
-        }
-    }
-}
-impl fmt::Debug for Text {
-    /// Without the text: it may be a token or a key.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Here(_) => f.write_str("Here"),
-            Self::File(path) => f.debug_tuple("File").field(path).finish(),
-        }
-    }
-}
-
-/// An API server and our identity there.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Server {
-    pub host: String,
-    pub port: u16,
-    /// Before every path, without a slash at its end.
-    pub prefix: String,
-    pub tls: bool,
-    /// Other name in its certificate.
-    pub name: Option<String>,
-    /// PEM; the machine's when absent.
-    pub roots: Option<Text>,
-    pub token: Option<Text>,
-    /// Certificate chain and key, PEM.
-    pub certificate: Option<(Text, Text)>,
 }
 
 impl Access {
@@ -113,12 +70,6 @@ fn from_kubeconfig(text: &str, folder: &Path) -> Result<Server, String> {
         return Err("`insecure-skip-tls-verify` is refused: name the roots of the server in `certificate-authority`".into());
     }
     let server = string(cluster, "server").ok_or("the cluster names no server")?;
-    let uri: Uri = server.parse().map_err(|e| format!("server {server}: {e}"))?;
-    let tls = match uri.scheme_str() {
-        Some("https") => true,
-        Some("http") => false,
-        _ => return Err(format!("server {server}: neither http nor https")),
-    };
     let (chain, key) = (inline(user, "client-certificate", folder)?, inline(user, "client-key", folder)?);
     let token = match (string(user, "token"), string(user, "tokenFile")) {
         (Some(token), _) => Some(Text::Here(token.to_owned())),
@@ -126,14 +77,11 @@ fn from_kubeconfig(text: &str, folder: &Path) -> Result<Server, String> {
         (None, None) => None,
     };
     Ok(Server {
-        host: uri.host().ok_or("the server has no host")?.trim_matches(['[', ']']).to_owned(),
-        port: uri.port_u16().unwrap_or(if tls { 443 } else { 80 }),
-        prefix: uri.path().trim_end_matches('/').to_owned(),
-        tls,
         name: string(cluster, "tls-server-name").map(str::to_owned),
         roots: inline(cluster, "certificate-authority", folder)?,
         token,
         certificate: chain.zip(key),
+        ..Server::at(server)?
     })
 }
 
@@ -157,16 +105,6 @@ fn inline(node: &Node<'_>, key: &str, folder: &Path) -> Result<Option<Text>, Str
         return decoded.map(|text| Some(Text::Here(text))).ok_or_else(|| format!("`{data}` is not base64 of a text"));
     }
     Ok(string(node, key).map(|file| Text::File(folder.join(file))))
-}
-
-impl Server {
-    /// Host and port, as in a URL.
-    pub fn authority(&self) -> String {
-        match self.host.parse::<IpAddr>() {
-            Ok(IpAddr::V6(ip)) => format!("[{ip}]:{}", self.port),
-            _ => format!("{}:{}", self.host, self.port),
-        }
-    }
 }
 
 #[cfg(test)]

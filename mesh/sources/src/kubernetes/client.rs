@@ -9,24 +9,18 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use http::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HOST, USER_AGENT};
-use http::{HeaderValue, Method, Request, Response, StatusCode};
+use http::{Method, Request, Response, StatusCode};
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use rustls::{ClientConfig, RootCertStore};
-use rustls_pki_types::pem::PemObject;
-use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls_pki_types::ServerName;
 use serde_json::Value;
-use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::TcpStream;
 use tokio::sync::Mutex;
-use tokio_rustls::TlsConnector;
 
-use super::access::{Access, Server};
+use super::access::Access;
+use crate::dial::{self, AGENT, Server, chain, next_frame};
 
-/// Limit for a connection, and again for TLS.
-const CONNECT: Duration = Duration::from_secs(10);
 /// Limit for the head of an answer, and for each piece of a list.
 const ANSWER: Duration = Duration::from_mins(1);
 /// HTTP/2 pings, and how long one may stay unanswered: a server that is gone must not look like one with nothing to say.
@@ -105,17 +99,11 @@ struct Inner {
 #[derive(Clone, Debug)]
 pub struct Client(Arc<Inner>);
 
-/// A connection, as far as it got.
-trait Stream: AsyncRead + AsyncWrite + Unpin + Send {}
-impl<T: AsyncRead + AsyncWrite + Unpin + Send> Stream for T {}
-
 impl Client {
     /// A client for that server, which is not asked yet.
     pub fn new(access: &Access) -> Result<Self, String> {
         let server = access.server()?;
-        let name = server.name.clone().unwrap_or_else(|| server.host.clone());
-        let named = || ServerName::try_from(name.clone()).map_err(|_| format!("{name} is no name of a server"));
-        let tls = server.tls.then(named).transpose()?;
+        let tls = server.tls_name()?;
         Ok(Self(Arc::new(Inner { server, tls, shared: Mutex::new(None) })))
     }
 
@@ -159,7 +147,8 @@ impl Client {
             let request = self.request(path, patch, true)?;
             return h2.send_request(request).await.map_err(|e| chain(&e));
         }
-        let (stream, is_h2) = self.connect().await?;
+        let Inner { server, tls, .. } = &*self.0;
+        let (stream, is_h2) = server.dial(tls.as_ref(), &[b"h2", b"http/1.1"]).await?;
         let request = self.request(path, patch, is_h2)?;
         let io = TokioIo::new(stream);
         if is_h2 {
@@ -183,7 +172,7 @@ impl Client {
     }
 
     fn request(&self, path: &str, patch: Option<Bytes>, is_h2: bool) -> Result<Request<Full<Bytes>>, String> {
-        let Server { prefix, token, .. } = &self.0.server;
+        let Server { prefix, .. } = &self.0.server;
         let authority = self.0.server.authority();
         // HTTP/2 makes its pseudo-headers of a whole URL; in HTTP/1.1 that would be a request to a proxy.
         let request = if is_h2 {
@@ -191,94 +180,20 @@ impl Client {
         } else {
             Request::builder().uri(format!("{prefix}{path}")).header(HOST, authority)
         };
-        let mut request =
-            request.header(ACCEPT, "application/json").header(USER_AGENT, concat!("culvert/", env!("CARGO_PKG_VERSION")));
-        if let Some(token) = token {
-            let text = token.read().map_err(|e| format!("our token: {e}"))?;
-            let mut value = HeaderValue::try_from(format!("Bearer {}", text.trim())).map_err(|_| "our token is no token")?;
-            value.set_sensitive(true);
-            request = request.header(AUTHORIZATION, value);
+        let mut request = request.header(ACCEPT, "application/json").header(USER_AGENT, AGENT);
+        if let Some(token) = self.0.server.bearer()? {
+            request = request.header(AUTHORIZATION, token);
         }
         if patch.is_some() {
             request = request.method(Method::PATCH).header(CONTENT_TYPE, "application/merge-patch+json");
         }
         request.body(Full::new(patch.unwrap_or_default())).map_err(|e| e.to_string())
     }
-
-    /// A connection, and whether it speaks HTTP/2.
-    async fn connect(&self) -> Result<(Box<dyn Stream>, bool), String> {
-        let Inner { server, tls, .. } = &*self.0;
-        let authority = server.authority();
-        let late = |_| format!("{authority}: no connection in {CONNECT:?}");
-        let connecting = TcpStream::connect((server.host.as_str(), server.port));
-        let tcp = tokio::time::timeout(CONNECT, connecting).await.map_err(late)?.map_err(|e| format!("{authority}: {e}"))?;
-        let _ = tcp.set_nodelay(true);
-        let Some(name) = tls else { return Ok((Box::new(tcp), false)) };
-        let connector = TlsConnector::from(Arc::new(tls_config(server)?));
-        let handshake = tokio::time::timeout(CONNECT, connector.connect(name.clone(), tcp)).await;
-        let stream = handshake.map_err(late)?.map_err(|e| format!("{authority}: {e}"))?;
-        let is_h2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
-        Ok((Box::new(stream), is_h2))
-    }
-}
-
-/// Made for every connection: files of roots and keys are replaced in place.
-fn tls_config(server: &Server) -> Result<ClientConfig, String> {
-    let mut roots = RootCertStore::empty();
-    match &server.roots {
-        Some(text) => {
-            let pem = text.read().map_err(|e| format!("roots of the API server: {e}"))?;
-            for root in CertificateDer::pem_slice_iter(pem.as_bytes()) {
-                let root = root.map_err(|e| format!("roots of the API server: {e}"))?;
-                roots.add(root).map_err(|e| format!("roots of the API server: {e}"))?;
-            }
-        }
-        None => return Err("whom to believe that it is the API server? name its roots in `certificate-authority`".into()),
-    }
-    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let builder = ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .map_err(|e| e.to_string())?
-        .with_root_certificates(roots);
-    let mut config = match &server.certificate {
-        None => builder.with_no_client_auth(),
-        Some((chain, key)) => {
-            let bad = |e: &dyn std::fmt::Display| format!("our client certificate: {e}");
-            let (chain, key) = (chain.read().map_err(|e| bad(&e))?, key.read().map_err(|e| bad(&e))?);
-            let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(chain.as_bytes()).collect();
-            let key = PrivateKeyDer::from_pem_slice(key.as_bytes()).map_err(|e| bad(&e))?;
-            builder.with_client_auth_cert(chain.map_err(|e| bad(&e))?, key).map_err(|e| bad(&e))?
-        }
-    };
-    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
-    Ok(config)
 }
 
 async fn read(response: Response<Incoming>) -> Result<Value, Failure> {
-    let mut body = response.into_body();
-    let mut whole = BytesMut::new();
-    while let Some(frame) = next_frame(&mut body, ANSWER).await? {
-        if whole.len() + frame.len() > LARGEST_LIST {
-            return Err(Failure::other(format!("an answer is larger than {LARGEST_LIST} bytes")));
-        }
-        whole.extend_from_slice(&frame);
-    }
+    let whole = dial::whole(response.into_body(), LARGEST_LIST, ANSWER).await.map_err(Failure::other)?;
     serde_json::from_slice(&whole).map_err(|e| Failure::other(format!("an answer is not JSON: {e}")))
-}
-
-async fn next_frame(body: &mut Incoming, limit: Duration) -> Result<Option<Bytes>, Failure> {
-    loop {
-        let frame = tokio::time::timeout(limit, body.frame()).await;
-        let frame = frame.map_err(|_| Failure::other(format!("nothing came for {limit:?}")))?;
-        match frame.transpose().map_err(|e| Failure::other(chain(&e)))? {
-            None => return Ok(None),
-            Some(frame) => {
-                if let Ok(data) = frame.into_data() {
-                    return Ok(Some(data));
-                }
-            }
-        }
-    }
 }
 
 /// The events of a watch, a line of JSON each.
@@ -307,22 +222,11 @@ impl Events {
             if self.scanned > LARGEST_EVENT {
                 return Err(Failure::other(format!("an event is larger than {LARGEST_EVENT} bytes")));
             }
-            match next_frame(&mut self.body, self.silence).await? {
+            match next_frame(&mut self.body, self.silence).await.map_err(Failure::other)? {
                 Some(frame) => self.rest.extend_from_slice(&frame),
                 // What is left is half an event: the next watch brings the whole.
                 None => return Ok(None),
             }
         }
     }
-}
-
-/// An error with what is behind it.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
-    text
 }

@@ -4,6 +4,7 @@
 //! about connections of the whole cluster, a waypoint also routes and what requests meet, and Secrets and ConfigMaps of its
 //! own namespace only. The rights a process needs are the same table (`manifests/`). Downstream: [`super::watch`].
 
+use crate::dial::escaped;
 use crate::translate::{Kind, MESH_CONFIG};
 
 const ISTIO: &[&str] = &["v1", "v1beta1", "v1alpha3"];
@@ -134,18 +135,4 @@ pub fn of_node(node: &str) -> Vec<Watch> {
         Watch { fields, ..Watch::everywhere(row) }
     })
     .collect()
-}
-
-/// As it may stand in a query.
-pub fn escaped(text: &str) -> String {
-    use std::fmt::Write as _;
-    let mut out = String::with_capacity(text.len());
-    for b in text.bytes() {
-        if b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.' | b'~') {
-            out.push(char::from(b));
-        } else {
-            let _ = write!(out, "%{b:02X}");
-        }
-    }
-    out
 }

@@ -4,7 +4,6 @@
 //! by page, resumes a watch that ended where it was, lists anew when the server has forgotten that place (410). Upstream:
 //! [`super::client`]. Downstream: [`super::cluster`].
 
-use std::hash::{BuildHasher, RandomState};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -12,7 +11,8 @@ use tokio::sync::mpsc;
 
 use super::Retry;
 use super::client::{Client, Failure, Why};
-use super::kinds::{Watch, escaped};
+use super::kinds::Watch;
+use crate::dial::{escaped, spread};
 
 /// Objects of one page.
 const PAGE: usize = 500;
@@ -201,10 +201,4 @@ impl Follower {
         }
         Ok(Ok(()))
     }
-}
-
-/// Between half and all of a pause: processes that lost one server do not come back at one time.
-fn spread(pause: Duration) -> Duration {
-    let drawn = (RandomState::new().hash_one(0) % 1000) as u32;
-    pause / 2 + pause / 2 * drawn / 1000
 }

@@ -440,6 +440,13 @@ impl Translator {
         }
         Self::set_protocol(&mut w, &entry.labels, entry.redirected);
         w.policies = self.bound_policies(ns, &entry.labels, pool);
+        if !entry.healthy {
+            w.health = Health::Unhealthy;
+        }
+        if let Some(node) = &entry.node {
+            w.node = Arc::clone(node);
+        }
+        w.netns.clone_from(&entry.netns);
         w.origin = Some(Arc::clone(&slot.origin));
         if let Some(space) = self.spaces.get(ns) {
             let mut services = Vec::new();

@@ -7,7 +7,7 @@ use mesh_model::Origin;
 use mesh_model::workload::Locality;
 
 use super::gateway_api;
-use super::kube::{app_protocol, canary_weight, distribution, redirected, section};
+use super::kube::{annotation, app_protocol, canary_weight, distribution, redirected, section};
 use super::object::{
     AllowedRoutes, Expression, ExpressionOp, Gateway, GatewayAddress, GatewayClass, InboundBinding, Listener, Port, Reader,
     RemoteNetwork, Resolution, ServiceEntry, Target, WaypointFor, WorkloadEntry,
@@ -146,6 +146,17 @@ pub(super) fn workload_entry_object<'p>(r: &mut Reader<'_>, node: &'p Node<'p>) 
     let merged = r.pool.labels(outer.iter().chain(inner.iter()).cloned().collect());
     let mut entry = workload_entry(r, spec, merged)?;
     entry.redirected = redirected(meta);
+    entry.node = annotation(r, meta, "culvert.dev/node");
+    entry.netns = annotation(r, meta, "culvert.dev/netns");
+    if read::annotation(meta, "proxy.istio.io/health-checks-enabled") == Some("true") {
+        // As in Istio, nothing is healthy before somebody says so.
+        entry.healthy = false;
+        for c in read::list(section(node, "status")?, "conditions")? {
+            if read::text_or_empty(c, "type")? == "Healthy" {
+                entry.healthy = read::text_or_empty(c, "status")? == "True";
+            }
+        }
+    }
     Ok(entry)
 }
 
@@ -184,6 +195,9 @@ fn workload_entry<'p>(r: &mut Reader<'_>, spec: &'p Node<'p>, labels: super::int
         weight: read::number(spec, "weight")?.unwrap_or(0),
         service_account: r.pool.text(read::text_or_empty(spec, "serviceAccount")?),
         redirected: false,
+        healthy: true,
+        node: None,
+        netns: None,
     })
 }
 

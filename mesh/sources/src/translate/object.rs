@@ -331,6 +331,12 @@ pub struct WorkloadEntry {
     pub service_account: Arc<str>,
     /// Annotation `ambient.istio.io/redirection=enabled`.
     pub redirected: bool,
+    /// Condition `Healthy`, where the annotation `proxy.istio.io/health-checks-enabled` says that it counts.
+    pub healthy: bool,
+    /// `culvert.dev/node`: whose agent carries its traffic.
+    pub node: Option<Arc<str>>,
+    /// `culvert.dev/netns`: where it is on that node.
+    pub netns: Option<Arc<str>>,
 }
 /// A ServiceEntry.
 #[derive(Clone, Debug, PartialEq, Eq)]
