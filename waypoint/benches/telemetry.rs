@@ -73,6 +73,7 @@ fn telling(c: &mut Criterion) {
         local: "10.96.0.1:80".parse().unwrap(),
         identity: client.identity().ok(),
         source: Some(client),
+        trace: None,
         sni: None,
         plain: None,
     };

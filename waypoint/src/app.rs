@@ -11,8 +11,7 @@ use crate::listen::gateway::Listeners;
 use crate::me::Me;
 use crate::phase::authenticate;
 use crate::settings::Settings;
-use crate::telemetry::export::Spans;
-use crate::telemetry::{Process, Telemetry, scrape};
+use crate::telemetry::{Telemetry, scrape};
 use crate::token::source::Sources;
 use crate::upstream::{Deps, Fetcher, Upstreams};
 use ::http::{Method, StatusCode};
@@ -40,6 +39,8 @@ use mesh_runtime::signals;
 use mesh_runtime::sockets::{BoundListener, ListenerOptions, raise_nofile};
 use mesh_runtime::threads::{DataThreads, cores, worker_count};
 use mesh_sources::Diagnostics;
+use mesh_spans::tags::Process;
+use mesh_spans::{Spans, Way};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::Notify;
@@ -273,9 +274,10 @@ fn assemble(
     });
     let fetcher = Fetcher::new(mesh.clone(), Arc::clone(&upstreams), threads.pick(None).clone(), &settings.namespace);
     let fetcher = Arc::new(fetcher);
-    let spans = Spans::new(registry, Arc::clone(&fetcher), process_of(&settings))?;
+    let process = process_of(&settings);
+    let spans = Spans::new(registry, Arc::clone(&fetcher) as Arc<dyn Way>, process.service_name(None))?;
     Ok(Arc::new(Shared {
-        telemetry: Telemetry::new(registry, access, Some(spans), identity.clone())?,
+        telemetry: Telemetry::new(registry, access, Some((spans, process)), identity.clone())?,
         tokens: Sources::new(fetcher, settings.jwks_refresh, control),
         gate: Gate::new(settings.max_handshakes),
         mesh,

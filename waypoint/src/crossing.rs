@@ -67,6 +67,7 @@ fn plan(
         identity: Some(proof.id.clone()),
         // Its address is another network's.
         source: None,
+        trace: None,
         sni: None,
         plain: None,
     };

@@ -2,6 +2,7 @@
 use mesh_model::SpiffeId;
 use mesh_model::l7::HttpRoute;
 use mesh_model::service::Service;
+use mesh_model::telemetry::context::TraceParent;
 use mesh_model::waypoint::Target;
 use mesh_model::workload::Workload;
 use std::net::SocketAddr;
@@ -43,6 +44,8 @@ pub struct Facts {
     pub identity: Option<SpiffeId>,
     /// Its workload, for labels.
     pub source: Option<Arc<Workload>>,
+    /// The span of the connection, if whoever opened it tells of it (`traceparent` of a CONNECT).
+    pub trace: Option<TraceParent>,
     /// SNI, when it spoke TLS to us or through us.
     pub sni: Option<Arc<str>>,
     /// The route of what was addressed, for when none was written.

@@ -229,7 +229,7 @@ async fn reach(conn: &Conn, record: &mut TcpRecord) -> Result<Reached, Unreached
     };
     record.cluster = Some(Arc::clone(&cluster));
     record.host = Some(Arc::clone(&host));
-    let connected = upstream::connect(&cluster, &host, Some(conn.client)).await;
+    let connected = upstream::connect(&cluster, &host, Some(conn.client), conn.trace).await;
     if let Err(error) = &connected {
         cluster.report(&host, upstream::Observed::Failed(error.failure));
     }

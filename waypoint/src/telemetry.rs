@@ -5,7 +5,6 @@
 
 pub mod access;
 mod cache;
-pub mod export;
 mod flags;
 mod grpc;
 mod labels;
@@ -19,14 +18,12 @@ pub(crate) use grpc::grpc_of_http;
 pub use grpc::{Messages, Received};
 pub(crate) use record::ORIGINAL_PATH;
 pub use record::{Call, Noted, Operation, Record, Said, TcpRecord};
-pub use span::Process;
 
 use crate::facts::{Facts, Scope};
 use crate::upstream::{Cluster, Host};
 use access::{Access, Line, Told};
 use arc_swap::ArcSwapOption;
 use cache::{AnswerKey, Cache, Key, PolicyCount};
-use export::Spans;
 use mesh_hbone::relay::Counters;
 use mesh_model::metric_labels::Ends;
 use mesh_model::policy::PolicyKey;
@@ -35,6 +32,8 @@ use mesh_model::workload::Workload;
 use mesh_model::{Refusal, SpiffeId};
 use mesh_runtime::logging::AccessLog;
 use mesh_runtime::metrics::{MetricError, Registry};
+use mesh_spans::Spans;
+use mesh_spans::tags::Process;
 use metrics::{ConnectionHandles, Metrics, add, observe};
 use std::cell::RefCell;
 use std::net::SocketAddr;
@@ -56,7 +55,7 @@ struct Inner {
     id: u64,
     metrics: Metrics,
     access: Option<Access>,
-    spans: Option<Spans>,
+    spans: Option<(Spans, Process)>,
     /// The workload this process is.
     own: ArcSwapOption<Workload>,
     own_identity: SpiffeId,
@@ -65,11 +64,11 @@ struct Inner {
 }
 impl Telemetry {
     /// Registers all metrics. `access`, `spans`: where lines about requests and connections, and spans of requests, go, if
-    /// anywhere. `own_identity`: ours.
+    /// anywhere; the latter with what they say of this process. `own_identity`: ours.
     pub fn new(
         registry: &Registry,
         access: Option<AccessLog>,
-        spans: Option<Spans>,
+        spans: Option<(Spans, Process)>,
         own_identity: SpiffeId,
     ) -> Result<Self, MetricError> {
         static NEXT: AtomicU64 = AtomicU64::new(1);
@@ -95,14 +94,14 @@ impl Telemetry {
     /// The mesh says which workload this process is: what a gateway reports as.
     pub fn set_own(&self, own: Option<&Arc<Workload>>) {
         self.inner.own.store(own.cloned());
-        if let Some(spans) = self.spans() {
-            spans.set_own(own.map(|own| &**own));
+        if let Some((spans, process)) = &self.inner.spans {
+            spans.set_name(process.service_name(own.map(|own| &**own)));
         }
     }
 
     /// Where spans go.
     pub fn spans(&self) -> Option<&Spans> {
-        self.inner.spans.as_ref()
+        self.inner.spans.as_ref().map(|(spans, _)| spans)
     }
 
     /// Lets go of handles this thread did not use since the last call, so that series nobody counts in can expire. To be
@@ -124,9 +123,9 @@ impl Telemetry {
 
     fn trace(&self, line: &Line<'_>, record: &Record) {
         let Some(trace) = record.trace.as_ref().filter(|t| t.sampled) else { return };
-        let (Some(tracing), Some(spans)) = (record.tracing(), self.spans()) else { return };
+        let (Some(tracing), Some((spans, process))) = (record.tracing(), &self.inner.spans) else { return };
         let own = self.inner.own.load();
-        spans.send(&tracing.collector, span::of(line, record, (tracing, trace), own.as_deref(), spans.process()));
+        spans.send(&tracing.collector, span::of(line, record, (tracing, trace), own.as_deref(), process));
         for call in &record.calls {
             spans.send(&tracing.collector, span::of_call(call));
         }

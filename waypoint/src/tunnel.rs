@@ -21,7 +21,7 @@ use tokio::time::Instant;
 
 /// Serves one CONNECT, on the data thread that has least to do: the streams of one tunnel spread over all cores.
 pub async fn serve_stream(shared: Arc<Shared>, proof: Arc<Peer>, client: SocketAddr, incoming: Incoming, drain: DrainWatch) {
-    let (conn, protocol) = match plan(&shared, &proof, client, incoming.authority(), drain) {
+    let (conn, protocol) = match plan(&shared, &proof, client, &incoming, drain) {
         Ok(planned) => planned,
         Err(why) => {
             shared.telemetry.tunnel_refused(client, Some(&proof.id), &why);
@@ -55,10 +55,10 @@ fn plan(
     shared: &Arc<Shared>,
     proof: &Peer,
     client: SocketAddr,
-    authority: &str,
+    incoming: &Incoming,
     drain: DrainWatch,
 ) -> Result<(Conn, AppProtocol), Refusal> {
-    let authority = asked(authority)?;
+    let authority = asked(incoming.authority())?;
     let snap = shared.mesh.load();
     let me = shared.me(&snap)?;
     let target = plan_tunnel(&snap, me, proof.id.namespace(), &authority)?;
@@ -89,6 +89,7 @@ fn plan(
         local,
         identity: Some(proof.id.clone()),
         source,
+        trace: incoming.traceparent().filter(|span| span.is_sampled()),
         sni: None,
         plain: Some(Arc::new(plain)),
     };

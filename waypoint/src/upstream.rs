@@ -25,7 +25,6 @@ mod view;
 pub use cluster::{Cluster, Observed, PickContext};
 pub use error::{Failure, UpstreamError};
 pub use fetch::Fetcher;
-pub(crate) use fetch::Target;
 pub use host::Host;
 pub use send::{SendOptions, connect, send};
 pub use state::{ConnectionGuard, RequestGuard, RetryGuard};

@@ -17,6 +17,7 @@ use crate::node::Node;
 use crate::pod::Shared;
 use crate::pods::{PodSupervisor, PodTable};
 use crate::settings::{OnAgentDeath, RedirectMode, Settings, Udp};
+use crate::spans::Tracing;
 use crate::zds;
 use anyhow::{Context, Result, ensure};
 use ebpf_loader::PinRoot;
@@ -99,7 +100,6 @@ pub async fn serve(mut settings: Settings, logging: &Logging) -> Result<()> {
     let stop = signals::shutdown().context("installing signal handlers")?;
     let readiness = Readiness::new();
     let registry = Registry::new();
-    let metrics = Metrics::new(&registry)?;
     registry.process()?;
     registry.build_info("ztunnel", env!("CARGO_PKG_VERSION"))?;
 
@@ -112,7 +112,7 @@ pub async fn serve(mut settings: Settings, logging: &Logging) -> Result<()> {
     let first_snapshot = readiness.pending("mesh configuration");
     let (mesh, diagnostics) = mesh_sources::start(origin, view.clone());
 
-    let shared = assemble(&settings, mesh.clone(), source, metrics, logging)?;
+    let shared = assemble(&settings, mesh.clone(), source, &registry, logging)?;
     let workers = shared.threads.workers().len();
 
     // Faces: addresses are bound before anything is promised.
@@ -218,6 +218,9 @@ pub async fn serve(mut settings: Settings, logging: &Logging) -> Result<()> {
         tracing::warn!(left, "servers closed at the deadline");
     }
     upkeep.abort();
+    if let Some(tracing) = &shared.tracing {
+        tracing.close(STOP_LIMIT).await;
+    }
     if !shared.threads.stop(STOP_LIMIT).await {
         tracing::warn!("a data thread did not stop in time");
     }
@@ -293,7 +296,7 @@ pub fn assemble(
     settings: &Settings,
     mesh: Mesh,
     source: Arc<dyn IdentitySource>,
-    metrics: Metrics,
+    registry: &Registry,
     logging: &Logging,
 ) -> Result<Arc<Shared>> {
     let workers = settings.workers.count()?;
@@ -304,6 +307,7 @@ pub fn assemble(
     };
     let tls = TlsContext::new(&settings.compliance.into(), source.as_ref(), Arc::new(SystemClock))?;
     let budget = Budget::new(settings.window_budget);
+    let threads = DataThreads::start(workers).context("starting data threads")?;
     Ok(Arc::new(Shared {
         gate: Gate::new(settings.max_handshakes),
         hbone: Arc::new(hbone_settings(settings, &budget)),
@@ -312,9 +316,10 @@ pub fn assemble(
         access: logging.access.clone(),
         settings: settings.clone(),
         mesh,
-        threads: DataThreads::start(workers).context("starting data threads")?,
+        tracing: Tracing::start(settings, threads.pick(None), registry)?,
+        threads,
         svids: SvidCache::start(source, tls, &CacheSettings::default(), &control),
-        metrics,
+        metrics: Metrics::new(registry)?,
         budget,
     }))
 }

@@ -83,6 +83,7 @@ pub async fn serve_conn(pod: Arc<Pod>, accepted: Accepted) {
 async fn serve_stream(pod: Arc<Pod>, proof: Arc<Peer>, client: SocketAddr, local: SocketAddr, mut incoming: Incoming) {
     let mut record = Record::new(Direction::Inbound, client, local);
     record.hbone = Some(incoming.authority().into());
+    record.trace = pod.shared.tracing.as_ref().and_then(|tracing| tracing.under(incoming.traceparent()));
     record.source_id = Some(proof.id.clone());
     record.destination_id = Some(pod.identity.clone());
 

@@ -34,6 +34,8 @@ mod report;
 pub mod resolv;
 pub mod settings;
 mod sockets;
+mod spans;
+mod trace;
 mod unix;
 pub mod zds;
 

@@ -10,6 +10,7 @@ use crate::dns;
 use crate::pod::Pod;
 use crate::record::Record;
 use crate::report;
+use crate::spans::Tracing;
 use mesh_hbone::{ConnectRequest, headers};
 use mesh_model::conn::OutboundConn;
 use mesh_model::plan::{Dial, OutboundPlan, plan_outbound};
@@ -39,6 +40,7 @@ pub async fn serve_conn(pod: Arc<Pod>, accepted: Accepted) {
         return Box::pin(dns::serve_tcp(&pod, accepted.tcp)).await;
     }
     let mut record = Record::new(Direction::Outbound, accepted.peer, dst);
+    record.trace = pod.shared.tracing.as_ref().and_then(Tracing::draw);
 
     // In the table from here on: whoever drains or ends the pod counts a connection that is still being dialled.
     let live = pod.conns.admit(Facts {
@@ -215,7 +217,7 @@ fn connect_request(
     let mut request = ConnectRequest::to(authority.clone());
     request.baggage = pod.baggage(source);
     request.forwarded = headers::forwarded(client, record.service.as_ref().map(|s| &*s.key.hostname));
-    request.traceparent = headers::random_traceparent();
+    request.traceparent = record.trace.as_ref().map_or_else(headers::random_traceparent, |trace| trace.header());
     if matches!(authority, HboneAuthority::Name { .. })
         && let Ok(network) = http::HeaderValue::from_str(pod.shared.settings.network.as_str())
     {

@@ -11,6 +11,7 @@ use crate::inbound::{judge, source_of};
 use crate::pod::{Pod, is_own_port};
 use crate::record::Record;
 use crate::report;
+use crate::spans::Tracing;
 use mesh_model::{Reason, Refusal};
 use mesh_runtime::sockets::reset_on_close;
 use parking_lot::Mutex;
@@ -22,6 +23,7 @@ use tokio::net::TcpStream;
 pub async fn serve_conn(pod: Arc<Pod>, accepted: Accepted) {
     let dst = accepted.original_dst;
     let mut record = Record::new(Direction::Inbound, accepted.peer, dst);
+    record.trace = pod.shared.tracing.as_ref().and_then(Tracing::draw);
     let live = pod.conns.admit(Facts {
         direction: Direction::Inbound,
         src: accepted.peer,

@@ -9,6 +9,7 @@ use crate::metrics::Metrics;
 use crate::node::Node;
 use crate::resolv::PodDns;
 use crate::settings::Settings;
+use crate::spans::Tracing;
 use arc_swap::ArcSwapOption;
 use http::HeaderValue;
 use mesh_hbone::{Pool, headers};
@@ -56,6 +57,8 @@ pub struct Shared {
     pub metrics: Metrics,
     /// Access log.
     pub access: AccessLog,
+    /// Spans, where somebody is told of them.
+    pub tracing: Option<Tracing>,
     /// Handshakes in progress.
     pub gate: Gate,
     /// The node's own processes.

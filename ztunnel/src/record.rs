@@ -3,6 +3,7 @@
 //! Owns the mapping of facts to Istio's words (node-agent §1.12, §1.13). Upstream: the three directions fill it in as
 //! they learn. Downstream: `metrics` and the access log. Nothing here is on the path of a byte.
 use crate::conns::Direction;
+use crate::trace::Trace;
 use mesh_model::metric_labels::{self, COMMON, Ends, NAMES, UNKNOWN};
 use mesh_model::service::Service;
 use mesh_model::workload::Workload;
@@ -39,6 +40,8 @@ pub struct Record {
     pub around: Option<Arc<str>>,
     /// Policies refused it, and it is of a process of the node.
     pub of_node: bool,
+    /// Its span, if it is told of.
+    pub trace: Option<Box<Trace>>,
 }
 impl Record {
     /// A record with only the addresses known.
@@ -56,6 +59,7 @@ impl Record {
             service: None,
             around: None,
             of_node: false,
+            trace: None,
         }
     }
     /// Whether both ends proved who they are.
@@ -106,7 +110,7 @@ pub fn labels<'a>(r: &'a Record, response_flags: &'a str) -> [&'a str; LABELS.le
 }
 
 /// Names of the fields of an access log line, in Istio's order, and ours.
-pub const FIELDS: [&str; 19] = [
+pub const FIELDS: [&str; 21] = [
     "src.addr",
     "src.workload",
     "src.namespace",
@@ -120,6 +124,8 @@ pub const FIELDS: [&str; 19] = [
     "dst.identity",
     "dst.cluster",
     "waypoint.bypassed",
+    "trace_id",
+    "span_id",
     "direction",
     "bytes_sent",
     "bytes_recv",
@@ -166,6 +172,10 @@ pub fn fields(r: &Record, sent: u64, received: u64, end: &Ending<'_>, mut field:
     cluster(r.destination.as_ref(), "dst.cluster", f);
     if let Some(why) = &r.around {
         f("waypoint.bypassed", Value::Text(why));
+    }
+    if let Some(trace) = &r.trace {
+        f("trace_id", Value::Text(&format!("{:032x}", trace.context.trace)));
+        f("span_id", Value::Text(&format!("{:016x}", trace.context.span)));
     }
     f("direction", Value::Text(r.direction.as_str()));
     f("bytes_sent", Value::Number(sent));

@@ -1,6 +1,6 @@
-//! Telling about connections: one access log line and the counters, called explicitly at the end of a connection.
+//! Telling about connections: one access log line, a span, and the counters, called explicitly at the end of a connection.
 //!
-//! Downstream: the access log writer and `metrics`. Never called from a destructor.
+//! Downstream: the access log writer, `spans` and `metrics`. Never called from a destructor.
 use crate::metrics::TcpHandles;
 use crate::pod::Shared;
 use crate::record::{Ending, Record, Value, fields};
@@ -10,7 +10,7 @@ use tracing::Level;
 /// A connection was refused before it was established: counted by reason and flag, logged as an error.
 pub fn refused(shared: &Shared, record: &Record, why: &Refusal) {
     shared.metrics.failed(record, why.reason);
-    line(shared, record, 0, 0, &Ending::Failed(why));
+    tell(shared, record, 0, 0, &Ending::Failed(why));
 }
 
 /// A connection was turned away before anything was known of it: counted, and logged at debug level only.
@@ -29,7 +29,14 @@ pub fn ended(shared: &Shared, record: &Record, handles: &TcpHandles, why: Option
     if let Some(why) = why {
         shared.metrics.refused(record.direction, why.reason);
     }
-    line(shared, record, sent, received, &why.map_or(Ending::Complete, Ending::Failed));
+    tell(shared, record, sent, received, &why.map_or(Ending::Complete, Ending::Failed));
+}
+
+fn tell(shared: &Shared, record: &Record, sent: u64, received: u64, end: &Ending<'_>) {
+    if let (Some(tracing), Some(trace)) = (&shared.tracing, &record.trace) {
+        tracing.tell(record, trace, (sent, received), end);
+    }
+    line(shared, record, sent, received, end);
 }
 
 fn line(shared: &Shared, record: &Record, sent: u64, received: u64, end: &Ending<'_>) {

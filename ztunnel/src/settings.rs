@@ -4,6 +4,7 @@
 //! they start with `CULVERT_`.
 use crate::access::AccessLog;
 use crate::cni::Unreachable;
+use crate::trace::TracingSettings;
 use clap::Args;
 use mesh_identity::crl_file::CrlFile;
 use mesh_identity::crypto::Compliance;
@@ -196,6 +197,9 @@ pub struct Settings {
     /// Which connections are told of, and what.
     #[command(flatten)]
     pub access_log: AccessLog,
+    /// Which connections are told of as spans, and to whom.
+    #[command(flatten)]
+    pub tracing: TracingSettings,
     /// Where redirections are kept.
     #[command(flatten)]
     pub pins: Pins,
@@ -449,7 +453,7 @@ fn duration(s: &str) -> Result<Duration, String> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use clap::Parser;
 
@@ -458,7 +462,7 @@ mod tests {
         #[command(flatten)]
         settings: Settings,
     }
-    fn parse(args: &[&str]) -> Result<Settings, String> {
+    pub(crate) fn parse(args: &[&str]) -> Result<Settings, String> {
         let args = std::iter::once("ztunnel").chain(args.iter().copied());
         Flags::try_parse_from(args).map(|flags| flags.settings).map_err(|e| e.to_string())
     }

@@ -29,7 +29,6 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout};
 use ztunnel::accept::Accepted;
 use ztunnel::handover::Inherited;
-use ztunnel::metrics::Metrics;
 use ztunnel::pod::{Pod, Shared};
 use ztunnel::pods::{PodState, PodSupervisor, PodTable};
 use ztunnel::{Settings, app, outbound};
@@ -106,8 +105,7 @@ impl Lab {
         let ca = LocalCaSettings { directory: dir.path().join("ca"), ..LocalCaSettings::default() };
         let ca = Arc::new(LocalCa::open(&ca, Arc::new(mesh_identity::clock::SystemClock))?);
         let registry = Registry::new();
-        let metrics = Metrics::new(&registry)?;
-        let shared = app::assemble(&settings, mesh.clone(), Arc::clone(&ca) as Arc<dyn IdentitySource>, metrics, &logging)?;
+        let shared = app::assemble(&settings, mesh.clone(), Arc::clone(&ca) as Arc<dyn IdentitySource>, &registry, &logging)?;
         sink.send(changes(&|host| Self::address(net, host))).await?;
         timeout(LIMIT, mesh.synced()).await?;
         let pods = PodTable::default();

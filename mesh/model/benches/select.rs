@@ -131,7 +131,7 @@ fn each_request(c: &mut Criterion) {
     headers.insert("x-request-id", HeaderValue::from_static("9b1deb4d-3b7d-4bad-9bdd-2b0d7b3dcb6d"));
     c.bench_function("trace/not_sampled", |b| {
         b.iter(|| {
-            let trace = tracing.begin(black_box(&mut headers), (7, 9), 3);
+            let trace = tracing.begin(black_box(&mut headers), None, (7, 9), 3);
             let name = operation(black_box(&route), Some(&matches), 80);
             trace.inject(&mut headers);
             headers.remove("traceparent");

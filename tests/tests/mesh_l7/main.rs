@@ -162,6 +162,7 @@ const TESTS: &[Test<Mesh>] = &[
     test("alerts_fire_as_they_should", scrape::alerts_fire_as_they_should),
     test("a_share_of_requests_is_told", traces::a_share_of_requests_is_told),
     test("a_collector_that_fails_costs_spans_only", traces::a_collector_that_fails_costs_spans_only),
+    test("connections_are_spans_around_their_requests", traces::connections_are_spans_around_their_requests),
 ];
 
 fn main() -> ExitCode {

@@ -1,14 +1,19 @@
-//! Traces: a request's span between its caller's and its endpoint's, told to a collector that is a service of the mesh.
+//! Traces: a request's span between its caller's and its endpoint's, told to a collector that is a service of the mesh; and the
+//! spans of the connections around it, told by the agents.
 use std::collections::BTreeSet;
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
+use mesh_tests::agent::is_clean;
 use mesh_tests::otlp::{Collector, Span};
+use mesh_tests::program::{Client, Server};
 use mesh_tests::wait;
 use mesh_tests::web::Web;
 use serde_json::Value;
 
-use crate::mesh::{MORE, Mesh, WEB};
+use crate::bytes::vip;
+use crate::mesh::{BYTES, MORE, Mesh, WEB};
 
 const PORT: u16 = 4317;
 const TRACE: &str = "0af7651916cd43dd8448eb211c80319c";
@@ -310,4 +315,121 @@ pub(crate) fn a_collector_that_fails_costs_spans_only(mesh: &mut Mesh) -> anyhow
         collector.spans().into_iter().find(|s| s.tag("http.url").ends_with("/back"))
     })?;
     Ok(())
+}
+
+/// Another agent with these variables takes the pods of a node over.
+fn replace(mesh: &mut Mesh, node: &'static str, env: &[(&str, &str)]) -> anyhow::Result<()> {
+    let mark = mesh.proxy(node).mark();
+    let next = mesh.start_with(node, env)?;
+    wait::until_true("the next agent to take over", || next.log_since(mark).contains("took over from the agent"))?;
+    next.wait_ready(Duration::from_secs(40))?;
+    let status = mesh.proxy(node).terminate(Duration::from_secs(30))?;
+    ensure!(is_clean(status), "{status}");
+    mesh.proxies.insert(node, next);
+    Ok(())
+}
+/// The one span with these tags, below `parent`.
+fn below(collector: &Collector, parent: &str, tags: &[(&str, &str)]) -> anyhow::Result<Span> {
+    let is_it = |s: &Span| s.parent == parent && tags.iter().all(|(key, value)| s.tag(key) == *value);
+    wait::until(&format!("a span below {parent:?} with {tags:?}"), wait::PATIENCE, || {
+        collector.spans().into_iter().find(|s| is_it(s))
+    })
+    .with_context(|| format!("{:#?}", collector.spans()))
+}
+
+/// Agents tell of connections. The span of the client's connection is above those of the requests in it, where the waypoint
+/// tells of them, and those are above the connection that was made for them; what is no HTTP goes straight from one agent's span
+/// to the other's.
+pub(crate) fn connections_are_spans_around_their_requests(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let outside = mesh.topology.host("outside");
+    let agents = Collector::start(outside, PORT)?;
+    let to = format!("grpc://{}", outside.at(PORT));
+    for node in ["node-b", "node-a"] {
+        replace(mesh, node, &[("CULVERT_TRACING_COLLECTOR", &to), ("CULVERT_TRACING_SAMPLING", "100")])?;
+    }
+    straight_from_agent_to_agent(mesh, &agents)?;
+    let requests = through_the_waypoint(mesh, &agents)?;
+
+    // Without a collector nobody is told of anything.
+    for node in ["node-b", "node-a"] {
+        replace(mesh, node, &[])?;
+    }
+    // The connection that the waypoint kept has ended with its agent: it was made for a request.
+    wait::until("a connection made for a request", wait::PATIENCE, || {
+        let made_for = |s: &Span| requests.iter().any(|r| (&r.span, &r.trace) == (&s.parent, &s.trace));
+        agents.spans().into_iter().find(|s| s.tag("reporter") == "destination" && made_for(s))
+    })?;
+    let before = agents.len();
+    ensure!(mesh.call(&[&url("/untold")])?.status == 200);
+    ensure!(agents.len() == before, "{:?}", agents.spans());
+    Ok(())
+}
+
+fn straight_from_agent_to_agent(mesh: &Mesh, agents: &Collector) -> anyhow::Result<()> {
+    let mark = mesh.proxy("node-a").mark();
+    ensure!(mesh.call(&["http://10.96.0.26/straight"])?.status == 200);
+    let far = [("istio.destination_workload", "far"), ("istio.source_workload", "client")];
+    let client = below(agents, "", &far)?;
+    ensure!(client.name == "egress far.u.svc.cluster.local" && client.kind == 3, "{client:?}");
+    ensure!(client.resource["service.name"] == "ztunnel.istio-system", "{client:?}");
+    for (key, value) in [
+        ("reporter", "source"),
+        ("network.transport", "tcp"),
+        ("istio.source_principal", "spiffe://test.local/ns/t/sa/client"),
+        ("istio.destination_principal", "spiffe://test.local/ns/u/sa/far"),
+        ("istio.destination_service", "far.u.svc.cluster.local"),
+        ("connection_security_policy", "mutual_tls"),
+        ("error", ""),
+    ] {
+        ensure!(client.tag(key) == value, "{key}: {client:?}");
+    }
+    ensure!(client.tag("bytes_sent").parse::<u64>().is_ok_and(|sent| sent > 0), "{client:?}");
+    let server = below(agents, &client.span, &far)?;
+    ensure!(server.trace == client.trace && server.kind == 2 && server.tag("reporter") == "destination", "{server:?}");
+    ensure!(server.tag("bytes_sent") == client.tag("bytes_recv"), "{client:?} {server:?}");
+    mesh.proxy("node-a").wait_access("the line of the connection", mark, |line| {
+        line["trace_id"] == *client.trace && line["span_id"] == *client.span && line["direction"] == "outbound"
+    })?;
+
+    // A refusal is a span with its reason.
+    let _refused = Client::who(mesh.pod("client"), SocketAddr::from(([10, 96, 0, 26], 99)));
+    let refused = below(agents, "", &[("error.type", "no_such_port")])?;
+    ensure!(refused.tag("error") == "true" && refused.tag("istio.source_workload") == "client", "{refused:?}");
+    Ok(())
+}
+
+fn through_the_waypoint(mesh: &Mesh, agents: &Collector) -> anyhow::Result<Vec<Span>> {
+    // By itself the waypoint tells of no request.
+    let requests = Collector::start(mesh.pod("web2"), PORT)?;
+    let _objects = mesh.objects("traces", &format!("{}---{ROUTE}", traced("0", "5s")))?;
+    let mark = agents.len();
+    let echo = mesh.call(&[&url("/carried")])?.echo()?;
+    let (trace, span, flags) = context(&echo)?;
+    ensure!(flags == "01", "{echo}");
+    let request = find(&requests, &span)?;
+    let of_waypoint = [("reporter", "source"), ("istio.destination_service", "web.t.svc.cluster.local")];
+    let client = wait::until("the client's connection", wait::PATIENCE, || {
+        agents.spans().into_iter().skip(mark).find(|s| s.span == request.parent)
+    })?;
+    ensure!(client.trace == trace && request.trace == trace && client.parent.is_empty(), "{client:?} {request:?}");
+    ensure!(of_waypoint.iter().all(|(key, value)| client.tag(key) == *value), "{client:?}");
+    // Its own words count more than those of what carries it.
+    let said = format!("traceparent: 00-{TRACE}-{CALLER}-01");
+    let (_, span, _) = context(&mesh.call(&["-H", &said, &url("/said")])?.echo()?)?;
+    ensure!(find(&requests, &span)?.parent == CALLER);
+    let silent = format!("traceparent: 00-{TRACE}-{CALLER}-00");
+    ensure!(context(&mesh.call(&["-H", &silent, &url("/silent")])?.echo()?)?.2 == "00");
+
+    // Bytes: the waypoint has no span of its own.
+    let _server = Server::start(mesh.pod("web1"), BYTES)?;
+    let _other = Server::start(mesh.pod("web2"), BYTES)?;
+    let (mut stream, _) = Client::who(mesh.pod("client"), vip(90))?;
+    stream.ping("once")?;
+    drop(stream);
+    let client = wait::until("the client's connection", wait::PATIENCE, || {
+        agents.spans().into_iter().skip(mark).find(|s| s.parent.is_empty() && s.tag("hbone.authority").ends_with(":90"))
+    })?;
+    let server = below(agents, &client.span, &[("reporter", "destination")])?;
+    ensure!(server.trace == client.trace && server.tag("istio.source_principal").ends_with("/sa/wp"), "{server:?}");
+    Ok(requests.spans())
 }

@@ -132,6 +132,7 @@ async fn serve(
             local,
             identity: None,
             source: None,
+            trace: None,
             sni,
             plain: None,
         };

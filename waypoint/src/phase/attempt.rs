@@ -4,7 +4,7 @@ use crate::facts::Scope;
 use crate::phase::Exchange;
 use crate::phase::admit::upgrade_of;
 use crate::phase::replay::Replay;
-use crate::phase::{expose, grpc_status, http_of_grpc, respond};
+use crate::phase::{expose, grpc_status, http_of_grpc, respond, trace};
 use crate::telemetry::Flag;
 use crate::upgrade::Switched;
 use crate::upstream::{self, Cluster, Failure, Host, Observed, PickContext, RequestGuard, SendOptions, UpstreamError};
@@ -138,7 +138,8 @@ async fn attempts(
         if let Some((end, _)) = limit.end(ex.body_ended(begun).unwrap_or(started)) {
             tell_limit(ex, request.headers_mut(), end.saturating_duration_since(started));
         }
-        let options = SendOptions { http2, upgrade, client: Some(ex.conn.client), guard: Some(guard) };
+        let options =
+            SendOptions { http2, upgrade, client: Some(ex.conn.client), trace: trace::of_connection(ex), guard: Some(guard) };
         let sent = upstream::send(cluster, &host, request, options);
         let mut is_per_try = false;
         let result = tokio::select! {

@@ -321,7 +321,7 @@ async fn send(
     let host = cluster.pick(&PickContext { draw, hash: None, tried: &[], before: &[], dst: None, name: None })?;
     let http2 = authorizer.judges_bytes() || matches!(cluster.app_protocol(), AppProtocol::Http2 | AppProtocol::Grpc);
     let sent =
-        upstream::send(&cluster, &host, question, SendOptions { http2, upgrade: false, client: None, guard: Some(&guard) }).await;
+        upstream::send(&cluster, &host, question, SendOptions { http2, guard: Some(&guard), ..SendOptions::default() }).await;
     cluster.report(
         &host,
         match &sent {

@@ -44,7 +44,7 @@ fn one(ex: &Exchange<'_>, mirror: &Mirror, draw: u64) {
     let client = Some(ex.conn.client);
     let grpc = ex.grpc;
     tokio::spawn(async move {
-        let options = SendOptions { http2, upgrade: false, client, guard: Some(&guard) };
+        let options = SendOptions { http2, client, guard: Some(&guard), ..SendOptions::default() };
         let sent = timeout(LIMIT, upstream::send(&cluster, &host, request, options)).await;
         let sent = sent.unwrap_or_else(|_| Err(UpstreamError::new(Failure::Timeout, "")));
         cluster.report(&host, observed(grpc, &sent));

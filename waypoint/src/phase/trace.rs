@@ -11,6 +11,7 @@ use http::header::{HeaderMap, HeaderName};
 use mesh_model::l7::{HttpMatch, HttpRoute};
 use mesh_model::lb::redraw;
 pub(crate) use mesh_model::telemetry::context::Context as Span;
+use mesh_model::telemetry::context::TraceParent;
 use mesh_model::telemetry::tracing::{FORCE_TRACE, operation};
 use std::cell::RefCell;
 use std::sync::Arc;
@@ -27,7 +28,7 @@ pub(crate) fn begin(ex: &mut Exchange<'_>) {
         ex.parts.headers.remove(FORCE_TRACE);
     }
     let draw = redraw(ex.draw, DRAW_SAMPLE);
-    ex.record.trace = Some(tracing.begin(&mut ex.parts.headers, (rand::random(), rand::random()), draw));
+    ex.record.trace = Some(tracing.begin(&mut ex.parts.headers, ex.conn.trace, (rand::random(), rand::random()), draw));
 }
 
 /// Names the span, once the route is known.
@@ -62,6 +63,14 @@ impl Names {
             operation: operation(route, matched.map(|m| &**m), port).into(),
         });
         name.operation.clone()
+    }
+}
+
+/// The span that a connection made for the request is part of, where it is told of.
+pub(crate) fn of_connection(ex: &Exchange<'_>) -> Option<TraceParent> {
+    match ex.record.trace {
+        Some(trace) => (trace.sampled && propagates(ex)).then(|| trace.parent_of_others()),
+        None => ex.conn.trace,
     }
 }
 

@@ -115,6 +115,7 @@ impl World {
             local: "10.96.0.1:80".parse().expect("an address"),
             identity: Some(self.identity.clone()),
             source: Some(Arc::clone(&self.client)),
+            trace: None,
             sni: None,
             plain: None,
         }

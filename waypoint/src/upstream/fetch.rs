@@ -3,7 +3,7 @@
 //!
 //! Refuses what is larger or slower than allowed, redirects, anything but 200, and over `https` whoever the system's roots do
 //! not vouch for. For what the process wants to know or tell (an issuer's keys, spans), never for a client's request. Upstream:
-//! `token::source`, `telemetry::export`.
+//! `token::source`, `mesh-spans`.
 use super::pool::ShelfKey;
 use super::send::alone;
 use super::tls::TlsCache;
@@ -16,14 +16,15 @@ use hyper_util::rt::TokioIo;
 use mesh_model::Snapshot;
 use mesh_model::l7::destination::{Roots, UpstreamTls};
 use mesh_model::l7::route::ClusterKey;
+use mesh_model::telemetry::tracing::{Collector, Otlp};
 use mesh_runtime::resolve::{self, Resolver};
 use mesh_runtime::sockets::{ConnectOptions, connect};
 use mesh_runtime::threads::Worker;
 use mesh_sources::Mesh;
+use mesh_spans::{Connecting, Duplex, Way};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::io::{AsyncRead, AsyncWrite};
 
 /// Fetches documents and makes connections.
 #[derive(Debug)]
@@ -42,22 +43,18 @@ pub struct Fetcher {
 
 /// Whom to connect to.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Target<'a> {
+struct Target<'a> {
     /// Host name, or address.
-    pub host: &'a Arc<str>,
+    host: &'a Arc<str>,
     /// Whose view of the mesh decides what the host means; `None`: our own namespace's.
-    pub namespace: Option<&'a str>,
+    namespace: Option<&'a str>,
     /// Port.
-    pub port: u16,
+    port: u16,
     /// TLS by us, where the mesh does not bring its own.
-    pub secure: bool,
+    secure: bool,
     /// What is spoken in TLS.
-    pub http2: bool,
+    http2: bool,
 }
-/// A byte stream.
-pub(crate) trait Duplex: AsyncRead + AsyncWrite + Unpin + Send {}
-impl<T: AsyncRead + AsyncWrite + Unpin + Send> Duplex for T {}
-
 /// Where a document is.
 struct Place {
     uri: Uri,
@@ -101,16 +98,11 @@ impl Fetcher {
         ask(self.connect(&target).await?, place, largest).await
     }
 
-    /// The data thread connections are made and used on.
-    pub(crate) fn worker(&self) -> &Worker {
-        &self.worker
-    }
-
-    /// A connection; to be called on [`Self::worker`].
+    /// A connection; to be called on the data thread of `worker`.
     ///
     /// # Errors
     /// In words, for logs.
-    pub(crate) async fn connect(&self, to: &Target<'_>) -> Result<Box<dyn Duplex>, String> {
+    async fn connect(&self, to: &Target<'_>) -> Result<Box<dyn Duplex>, String> {
         let snap = self.mesh.load_full();
         if let Some(stream) = self.through_the_mesh(&snap, to).await? {
             return Ok(Box::new(stream.into_io()));
@@ -145,8 +137,20 @@ impl Fetcher {
             proxy: policy.proxy_protocol,
         };
         let permit = alone(&cluster, &host).map_err(failed)?;
-        let (stream, _) = transport::open(&cluster, &host, &shelf, Purpose::Single(None), permit).await.map_err(failed)?;
+        let (stream, _) = transport::open(&cluster, &host, &shelf, Purpose::Single(None), None, permit).await.map_err(failed)?;
         Ok(Some(stream))
+    }
+}
+/// A collector is a service of the mesh as any other, or outside.
+impl Way for Fetcher {
+    fn worker(&self) -> &Worker {
+        &self.worker
+    }
+    fn connect<'a>(&'a self, to: &'a Collector) -> Connecting<'a> {
+        Box::pin(async move {
+            let (namespace, http2) = (to.namespace.as_deref(), to.over == Otlp::Grpc);
+            self.connect(&Target { host: &to.host, namespace, port: to.port, secure: false, http2 }).await
+        })
     }
 }
 impl Place {

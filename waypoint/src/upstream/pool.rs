@@ -19,6 +19,7 @@ use hyper::body::Incoming;
 use hyper::client::conn::{TrySendError, http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use mesh_model::l7::destination::{Http2Keepalive, PoolLimits, ProxyVersion, UpstreamTls};
+use mesh_model::telemetry::context::TraceParent;
 use parking_lot::Mutex;
 use std::collections::VecDeque;
 use std::future::poll_fn;
@@ -82,6 +83,7 @@ struct Waiter {
     tell: oneshot::Sender<Result<Given, UpstreamError>>,
     cluster: Arc<Cluster>,
     host: Arc<Host>,
+    trace: Option<TraceParent>,
 }
 /// What a waiter gets.
 #[derive(Debug)]
@@ -223,14 +225,21 @@ impl Shelf {
         if self.http2 { inner.dialing > 0 } else { inner.dialing as usize > inner.waiting.len() }
     }
 
-    /// Starts a dial on this thread.
-    fn start(self: &Arc<Self>, inner: &mut Inner, cluster: &Arc<Cluster>, host: &Arc<Host>, permit: ConnectionGuard) {
+    /// Starts a dial on this thread. `trace`: the span of the request that it is made for, if that is told of.
+    fn start(
+        self: &Arc<Self>,
+        inner: &mut Inner,
+        cluster: &Arc<Cluster>,
+        host: &Arc<Host>,
+        trace: Option<TraceParent>,
+        permit: ConnectionGuard,
+    ) {
         inner.open += 1;
         inner.dialing += 1;
         let mut dial = Dial { shelf: Arc::clone(self), over: false };
         let (cluster, host) = (Arc::clone(cluster), Arc::clone(host));
         tokio::spawn(async move {
-            let made = make(&dial.shelf, &cluster, &host, permit).await;
+            let made = make(&dial.shelf, &cluster, &host, trace, permit).await;
             if made.is_err() {
                 super::state::note(&cluster.state.counters.connect_failures);
             }
@@ -244,9 +253,9 @@ impl Shelf {
         loop {
             let wanting = if self.http2 { inner.dialing == 0 } else { inner.waiting.len() > inner.dialing as usize };
             let Some(front) = inner.waiting.front().filter(|_| wanting) else { return };
-            let (cluster, host) = (Arc::clone(&front.cluster), Arc::clone(&front.host));
+            let (cluster, host, trace) = (Arc::clone(&front.cluster), Arc::clone(&front.host), front.trace);
             let Some(permit) = self.permit(inner, &cluster, &host) else { return };
-            self.start(inner, &cluster, &host, permit);
+            self.start(inner, &cluster, &host, trace, permit);
         }
     }
 
@@ -270,13 +279,13 @@ impl Shelf {
         let mut inner = self.inner.lock();
         inner.listed = false;
         let mut permit = None;
-        while let Some(Waiter { tell, cluster, host }) = inner.waiting.pop_front() {
+        while let Some(Waiter { tell, cluster, host, trace }) = inner.waiting.pop_front() {
             if tell.is_closed() {
                 continue;
             }
             let Some(leave) = permit.take().or_else(|| self.permit(&mut inner, &cluster, &host)) else {
                 // Somebody was faster; we are in the queue again.
-                inner.waiting.push_front(Waiter { tell, cluster, host });
+                inner.waiting.push_front(Waiter { tell, cluster, host, trace });
                 return true;
             };
             if let Err(Ok(Given::Permit(unused))) = tell.send(Ok(Given::Permit(leave))) {
@@ -430,8 +439,13 @@ impl Drop for Dial {
     }
 }
 
-/// A place for one request to `host`.
-pub(super) async fn acquire(cluster: &Arc<Cluster>, host: &Arc<Host>, key: &ShelfKey<'_>) -> Result<Lease, UpstreamError> {
+/// A place for one request to `host`; `trace`: its span, if that is told of.
+pub(super) async fn acquire(
+    cluster: &Arc<Cluster>,
+    host: &Arc<Host>,
+    key: &ShelfKey<'_>,
+    trace: Option<TraceParent>,
+) -> Result<Lease, UpstreamError> {
     let shelf = host.state.shelf(key);
     let (mut told, pending): (_, Option<Pending>) = {
         let mut inner = shelf.inner.lock();
@@ -441,13 +455,13 @@ pub(super) async fn acquire(cluster: &Arc<Cluster>, host: &Arc<Host>, key: &Shel
         inner.waiting.retain(|waiter| !waiter.tell.is_closed());
         let permit = if shelf.is_covered(&inner) { None } else { shelf.permit(&mut inner, cluster, host) };
         let pending = if let Some(permit) = permit {
-            shelf.start(&mut inner, cluster, host, permit);
+            shelf.start(&mut inner, cluster, host, trace, permit);
             None
         } else {
             Some(cluster.state.wait(cluster.policy.pool.max_pending)?)
         };
         let (tell, told) = oneshot::channel();
-        inner.waiting.push_back(Waiter { tell, cluster: Arc::clone(cluster), host: Arc::clone(host) });
+        inner.waiting.push_back(Waiter { tell, cluster: Arc::clone(cluster), host: Arc::clone(host), trace });
         (told, pending)
     };
     loop {
@@ -460,8 +474,8 @@ pub(super) async fn acquire(cluster: &Arc<Cluster>, host: &Arc<Host>, key: &Shel
                 let (tell, again) = oneshot::channel();
                 told = again;
                 let mut inner = shelf.inner.lock();
-                shelf.start(&mut inner, cluster, host, permit);
-                inner.waiting.push_front(Waiter { tell, cluster: Arc::clone(cluster), host: Arc::clone(host) });
+                shelf.start(&mut inner, cluster, host, trace, permit);
+                inner.waiting.push_front(Waiter { tell, cluster: Arc::clone(cluster), host: Arc::clone(host), trace });
             }
             Ok(Err(error)) => return Err(error),
             Err(_) => return Err(UpstreamError::new(Failure::Connect, "given up")),
@@ -479,11 +493,12 @@ async fn make(
     shelf: &Arc<Shelf>,
     cluster: &Arc<Cluster>,
     host: &Arc<Host>,
+    trace: Option<TraceParent>,
     permit: ConnectionGuard,
 ) -> Result<Made, UpstreamError> {
     let policy = cluster.state.policy.load_full();
     let limits = &policy.pool;
-    let (io, tunnels) = transport::dial(cluster, host, &shelf.key(), transport::Purpose::Pooled, permit).await?;
+    let (io, tunnels) = transport::dial(cluster, host, &shelf.key(), transport::Purpose::Pooled, trace, permit).await?;
     let io = TokioIo::new(io);
     if shelf.http2 {
         let (mut sender, conn) =

@@ -12,6 +12,7 @@ use http::{Request, Response, StatusCode, Uri, Version};
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use mesh_model::hosts::host_of;
+use mesh_model::telemetry::context::TraceParent;
 use std::error::Error as _;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -25,6 +26,8 @@ pub struct SendOptions<'a> {
     pub upgrade: bool,
     /// The client, for the PROXY protocol and for the endpoint's node agent.
     pub client: Option<SocketAddr>,
+    /// The span for which a new connection is made, if that is told of.
+    pub trace: Option<TraceParent>,
     /// The request's guard. Over HTTP/2 it keeps the stream counted until the response is over; without it a stream counts
     /// until its head arrived.
     pub guard: Option<&'a RequestGuard>,
@@ -59,10 +62,10 @@ pub async fn send(
     let secure = policy.tls.is_some();
     let mut request = if http2 { as_http2(request, secure)? } else { as_http1(request)? };
     if how.upgrade {
-        return send_alone(cluster, host, request, &key, how.client).await;
+        return send_alone(cluster, host, request, &key, how).await;
     }
     for _ in 0..MAX_DEAD {
-        let lease = pool::acquire(cluster, host, &key).await?;
+        let lease = pool::acquire(cluster, host, &key, how.trace).await?;
         let flight = cluster.state.attach(&host.state, policy.pool.max_requests)?;
         let (sent, used) = match lease {
             Lease::Own(lease) => {
@@ -102,10 +105,10 @@ async fn send_alone(
     host: &Arc<Host>,
     request: Request<Body>,
     key: &ShelfKey<'_>,
-    client: Option<SocketAddr>,
+    how: SendOptions<'_>,
 ) -> Result<Response<Incoming>, UpstreamError> {
     let permit = alone(cluster, host)?;
-    let (io, _) = transport::dial(cluster, host, key, Purpose::Single(client), permit).await?;
+    let (io, _) = transport::dial(cluster, host, key, Purpose::Single(how.client), how.trace, permit).await?;
     let (mut sender, connection) =
         pool::builder().handshake(TokioIo::new(io)).await.map_err(|e| UpstreamError::new(Failure::Connect, e.to_string()))?;
     tokio::spawn(async move {
@@ -116,16 +119,22 @@ async fn send_alone(
     sender.send_request(request).await.map_err(|e| explain(&e))
 }
 
-/// A raw byte stream to the endpoint, for TCP routes, TLS passthrough and protocols where the server speaks first.
+/// A raw byte stream to the endpoint, for TCP routes, TLS passthrough and protocols where the server speaks first. `trace`: the
+/// span it is part of, if that is told of.
 ///
 /// # Errors
 /// `Overflow`: the destination's connection limit; else as [`Failure`] says of connections.
-pub async fn connect(cluster: &Arc<Cluster>, host: &Arc<Host>, client: Option<SocketAddr>) -> Result<Stream, UpstreamError> {
+pub async fn connect(
+    cluster: &Arc<Cluster>,
+    host: &Arc<Host>,
+    client: Option<SocketAddr>,
+    trace: Option<TraceParent>,
+) -> Result<Stream, UpstreamError> {
     let policy = &cluster.policy;
     let permit = alone(cluster, host)?;
     let sni = policy.tls.as_ref().filter(|tls| tls.sni.is_none()).and(cluster.service.as_ref()).map(|s| &*s.key.hostname);
     let key = ShelfKey { http2: false, client, sni, tls: policy.tls.as_ref(), proxy: policy.proxy_protocol };
-    Ok(transport::open(cluster, host, &key, Purpose::Stream(client), permit).await?.0)
+    Ok(transport::open(cluster, host, &key, Purpose::Stream(client), trace, permit).await?.0)
 }
 
 pub(super) fn alone(cluster: &Arc<Cluster>, host: &Arc<Host>) -> Result<super::ConnectionGuard, UpstreamError> {

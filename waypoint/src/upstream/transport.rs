@@ -22,6 +22,7 @@ use mesh_identity::tls::ClientStream;
 use mesh_identity::{SvidHandle, TrustBundles};
 use mesh_model::l7::destination::{PoolLimits, TcpKeepalive};
 use mesh_model::plan::HBONE_PORT;
+use mesh_model::telemetry::context::TraceParent;
 use mesh_model::workload::Workload;
 use mesh_model::{HboneAuthority, Reason, SpiffeId};
 use mesh_runtime::resolve::{self, Resolver};
@@ -196,28 +197,30 @@ impl Io {
 /// keeps several of them: with this they stay at 16 KiB.
 const READ: u64 = (16 << 10) - 1;
 
-/// A connection for HTTP, with the tunnel it is in.
+/// A connection for HTTP, with the tunnel it is in. `trace`: the span for which it is made, if that is told of.
 pub(super) async fn dial(
     cluster: &Arc<Cluster>,
     host: &Arc<Host>,
     key: &ShelfKey<'_>,
     purpose: Purpose,
+    trace: Option<TraceParent>,
     guard: ConnectionGuard,
 ) -> Result<(Io, Tunnels), UpstreamError> {
-    let (stream, tunnel) = open(cluster, host, key, purpose, guard).await?;
+    let (stream, tunnel) = open(cluster, host, key, purpose, trace, guard).await?;
     Ok((stream.into_io(), tunnel))
 }
 
-/// A connection, raw, with the tunnel it is in.
+/// The same, raw.
 pub(super) async fn open(
     cluster: &Arc<Cluster>,
     host: &Arc<Host>,
     key: &ShelfKey<'_>,
     purpose: Purpose,
+    trace: Option<TraceParent>,
     guard: ConnectionGuard,
 ) -> Result<(Stream, Tunnels), UpstreamError> {
     let pool = &cluster.state.policy.load_full().pool;
-    match timeout(pool.connect_timeout, layers(cluster, host, key, purpose, guard, pool)).await {
+    match timeout(pool.connect_timeout, layers(cluster, host, key, purpose, trace, guard, pool)).await {
         Ok(result) => result,
         Err(_) => Err(UpstreamError::new(Failure::ConnectTimeout, "connection timeout")),
     }
@@ -228,6 +231,7 @@ async fn layers(
     host: &Arc<Host>,
     key: &ShelfKey<'_>,
     purpose: Purpose,
+    trace: Option<TraceParent>,
     guard: ConnectionGuard,
     pool: &PoolLimits,
 ) -> Result<(Stream, Tunnels), UpstreamError> {
@@ -247,7 +251,7 @@ async fn layers(
     };
     let header = key.proxy.map(|version| proxy_protocol::header(version, client, to));
     if host.target.hbone {
-        let (mut stream, tunnels) = tunnel(reach, cluster, host, to, client).await?;
+        let (mut stream, tunnels) = tunnel(reach, cluster, host, to, client, trace).await?;
         if let Some(header) = header {
             write(&mut stream, header).await?;
         }
@@ -287,6 +291,7 @@ async fn tunnel(
     host: &Host,
     to: SocketAddr,
     client: Option<SocketAddr>,
+    trace: Option<TraceParent>,
 ) -> Result<(HboneStream, Tunnels), UpstreamError> {
     let thread = mesh_runtime::threads::current().unwrap_or_default();
     let pool = reach.pools.get(thread).or(reach.pools.first());
@@ -299,7 +304,7 @@ async fn tunnel(
         request.baggage = reach.baggage.load().as_deref().cloned();
         request.forwarded =
             client.and_then(|client| headers::forwarded(client, cluster.service.as_ref().map(|s| &*s.key.hostname)));
-        request.traceparent = headers::random_traceparent();
+        request.traceparent = trace.map_or_else(headers::random_traceparent, TraceParent::encode);
         request.extra.push((ISTIO_SOURCE, HeaderValue::from_static("waypoint")));
         request
     };

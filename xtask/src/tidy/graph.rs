@@ -17,6 +17,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("mesh-identity", &["mesh-model", "mesh-proto", "mesh-runtime"]),
     ("mesh-tokens", &["mesh-model"]),
     ("mesh-hbone", &["mesh-model", "mesh-runtime"]),
+    ("mesh-spans", &["mesh-model", "mesh-proto", "mesh-runtime"]),
     ("ebpf-loader", &["ebpf-common"]),
     // L2
     (
@@ -28,11 +29,15 @@ const EDGES: &[(&str, &[&str])] = &[
             "mesh-sources",
             "mesh-identity",
             "mesh-hbone",
+            "mesh-spans",
             "ebpf-common",
             "ebpf-loader",
         ],
     ),
-    ("waypoint", &["mesh-model", "mesh-runtime", "mesh-proto", "mesh-sources", "mesh-identity", "mesh-tokens", "mesh-hbone"]),
+    (
+        "waypoint",
+        &["mesh-model", "mesh-runtime", "mesh-proto", "mesh-sources", "mesh-identity", "mesh-tokens", "mesh-hbone", "mesh-spans"],
+    ),
     // L3
     ("meshctl", &["mesh-model", "mesh-runtime", "mesh-sources", "mesh-tokens"]),
     (

@@ -50,6 +50,11 @@ impl TraceParent {
         (trace != 0 && parent != 0).then_some(Self { trace, parent, flags })
     }
 
+    /// Whether the span is told of.
+    pub fn is_sampled(self) -> bool {
+        self.flags & 1 == 1
+    }
+
     /// The header value.
     pub fn encode(self) -> Option<HeaderValue> {
         // Not by the formatter: every request that is traced has one.
@@ -92,6 +97,12 @@ struct Shape {
     single: bool,
     multi: bool,
 }
+/// Of a span that is known otherwise than by the headers of what it carries.
+impl From<TraceParent> for Incoming {
+    fn from(span: TraceParent) -> Self {
+        Self { ids: Some((span.trace, span.parent)), sampled: Some(span.is_sampled()), said: Shape::default() }
+    }
+}
 impl Incoming {
     /// Reads the headers of a request.
     pub fn read(headers: &HeaderMap) -> Self {
@@ -100,7 +111,7 @@ impl Incoming {
         let w3c = headers.get(TRACEPARENT).and_then(|v| TraceParent::parse(v.as_bytes()));
         let said = Shape { w3c: w3c.is_some(), single: single.is_some(), multi };
         let (ids, sampled) = match w3c {
-            Some(w3c) => (Some((w3c.trace, w3c.parent)), Some(w3c.flags & 1 == 1)),
+            Some(w3c) => (Some((w3c.trace, w3c.parent)), Some(w3c.is_sampled())),
             None if said.single => single.and_then(|v| of_single(v.to_str().ok()?)).unwrap_or_default(),
             None if said.multi => of_multi(headers).unwrap_or_default(),
             None => (None, None),
@@ -175,9 +186,13 @@ impl Context {
     pub fn silent_child(self, fresh: u64) -> Self {
         Self { sampled: false, ..self.child(fresh) }
     }
+    /// This span as what comes after it is told of it.
+    pub fn parent_of_others(&self) -> TraceParent {
+        TraceParent { trace: self.trace, parent: self.span, flags: self.sampled.into() }
+    }
     /// Tells whoever the request goes to. What the request said before is replaced; `tracestate` stays where its trace does.
     pub fn inject(&self, headers: &mut HeaderMap) {
-        let w3c = TraceParent { trace: self.trace, parent: self.span, flags: self.sampled.into() };
+        let w3c = self.parent_of_others();
         if !self.said.w3c {
             // It speaks of another trace than ours, or of none that could be read (Trace Context §3.3).
             headers.remove(TRACESTATE);

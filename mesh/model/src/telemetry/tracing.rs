@@ -3,7 +3,7 @@
 //! Whether a request is told of is decided as Envoy does it (`mutateTracingRequestHeader`): the sender's decision counts; where
 //! there is none, the id of the request, which every proxy it passes reads alike.
 
-use super::context::{Context, Incoming};
+use super::context::{Context, Incoming, TraceParent};
 use super::format::Template;
 use crate::l7::route::{BackendRef, HttpAction, HttpMatch, HttpRoute, PathMatch};
 use crate::lb::below;
@@ -78,10 +78,15 @@ impl Tracing {
     /// Envoy's longest path in a tag.
     pub const LONGEST_PATH: usize = 256;
 
-    /// The span of a request that arrives. Marks `x-request-id` where it says whether the request is told of. `fresh`: random
-    /// ids of a trace and a span; `draw`: a random number.
-    pub fn begin(&self, headers: &mut HeaderMap, fresh: (u128, u64), draw: u64) -> Context {
-        let incoming = Incoming::read(headers);
+    /// The span of a request that arrives. Marks `x-request-id` where it says whether the request is told of. `carrier`: the
+    /// span of the connection it came in, under which it is where it says nothing itself; `fresh`: random ids of a trace and a
+    /// span; `draw`: a random number.
+    pub fn begin(&self, headers: &mut HeaderMap, carrier: Option<TraceParent>, fresh: (u128, u64), draw: u64) -> Context {
+        let said = Incoming::read(headers);
+        let incoming = match carrier {
+            Some(carrier) if said.ids.is_none() && said.sampled.is_none() => carrier.into(),
+            _ => said,
+        };
         let ours = self.decide(headers, draw);
         Context::under(incoming, fresh, incoming.sampled.unwrap_or(ours))
     }

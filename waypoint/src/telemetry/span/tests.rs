@@ -5,7 +5,10 @@ use http::{HeaderName, HeaderValue};
 use mesh_model::telemetry::context::Incoming;
 use mesh_model::telemetry::format::Template;
 use mesh_model::telemetry::tracing::{Collector, Otlp};
+use mesh_proto::opentelemetry::proto::trace::v1::status::StatusCode;
+use mesh_spans::tags::any_value;
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 fn tracing(tags: Vec<(&str, Tag)>) -> Tracing {
     let collector = Collector {

@@ -127,7 +127,7 @@ async fn a_raw_stream_tells_the_client_and_carries_bytes() {
     });
     let cluster = world.cluster();
     let client: SocketAddr = "10.1.2.3:4567".parse().unwrap();
-    let stream = connect(&cluster, &pick(&cluster), Some(client)).await.unwrap();
+    let stream = connect(&cluster, &pick(&cluster), Some(client), None).await.unwrap();
     assert!(matches!(stream, Stream::Hbone(..)));
     let mut io = stream.into_io();
     io.write_all(b"there").await.unwrap();

@@ -128,9 +128,9 @@ async fn raw_connections_count_and_overflow_at_once() {
     world.policy(limited(PoolLimits { max_connections: 1, ..PoolLimits::default() }));
     let cluster = world.cluster();
     let host = pick(&cluster);
-    let first = connect(&cluster, &host, None).await.unwrap();
+    let first = connect(&cluster, &host, None, None).await.unwrap();
     assert!(matches!(first, Stream::Tcp(..)));
-    assert_eq!((host.active(), connect(&cluster, &host, None).await.unwrap_err().failure), (1, Failure::Overflow));
+    assert_eq!((host.active(), connect(&cluster, &host, None, None).await.unwrap_err().failure), (1, Failure::Overflow));
     // A pool always gets its first connection.
     fetch(&cluster, false).await.unwrap();
     drop(first);

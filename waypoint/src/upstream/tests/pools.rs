@@ -247,7 +247,7 @@ async fn failures_are_told_apart() {
     world.endpoint("a", free);
     let error = fetch(&world.cluster(), false).await.unwrap_err();
     assert_eq!(error, UpstreamError::new(Failure::Connect, "delayed connect error: Connection refused"));
-    let error = connect(&world.cluster(), &pick(&world.cluster()), None).await.unwrap_err();
+    let error = connect(&world.cluster(), &pick(&world.cluster()), None, None).await.unwrap_err();
     assert_eq!(error.failure, Failure::Connect);
     // Takes the request and closes; answers nonsense.
     for (answer, failure) in [("", Failure::Reset), ("nonsense\r\n\r\n", Failure::Protocol)] {

@@ -111,7 +111,7 @@ async fn both_protocols_are_offered_as_they_are_spoken() {
     assert_eq!(seen.lock().alpn.as_deref(), Some("h2"));
     // A raw stream offers nothing.
     let cluster = world.cluster();
-    let stream = connect(&cluster, &pick(&cluster), None).await.unwrap();
+    let stream = connect(&cluster, &pick(&cluster), None, None).await.unwrap();
     assert!(matches!(&stream, Stream::Tls(io, _) if io.get_ref().1.alpn_protocol().is_none()));
 }
 

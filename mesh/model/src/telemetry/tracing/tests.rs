@@ -33,7 +33,7 @@ fn decide(rules: &Tracing, id: &str, beside: &[(&'static str, &'static str)]) ->
     for (name, value) in beside {
         headers.insert(*name, HeaderValue::from_static(value));
     }
-    let context = rules.begin(&mut headers, (1, 2), 3);
+    let context = rules.begin(&mut headers, None, (1, 2), 3);
     (context.sampled, headers[REQUEST_ID].to_str().expect("text").to_owned())
 }
 
@@ -67,7 +67,7 @@ fn odd_ids_are_not_told_of() {
     assert_eq!(decide(&all, "nonsense-id", &[]), (false, "nonsense-id".into()));
     assert_eq!(decide(&all, "abc", &[]), (false, "abc".into()));
     assert_eq!(decide(&all, "00000000-not-a-uuid", &[]), (true, "00000000-not-a-uuid".into()), "no place for a mark");
-    assert!(!all.begin(&mut HeaderMap::new(), (1, 2), 3).sampled, "no id at all");
+    assert!(!all.begin(&mut HeaderMap::new(), None, (1, 2), 3).sampled, "no id at all");
 }
 
 #[test]
@@ -75,7 +75,7 @@ fn chance_decides_where_ids_may_not() {
     let rules = Tracing { by_request_id: false, ..tracing(100) };
     let mut headers = HeaderMap::new();
     headers.insert(REQUEST_ID, PLAIN.parse().expect("a value"));
-    let told = (0..100_000u64).filter(|n| rules.begin(&mut headers, (1, 2), crate::lb::redraw(7, *n)).sampled).count();
+    let told = (0..100_000u64).filter(|n| rules.begin(&mut headers, None, (1, 2), crate::lb::redraw(7, *n)).sampled).count();
     assert!((900..1100).contains(&told), "{told} of 100000 at 1 %");
     assert_eq!(headers[REQUEST_ID], PLAIN);
 }

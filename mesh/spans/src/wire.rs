@@ -1,5 +1,5 @@
 //! One connection to a collector: OTLP over gRPC, or as protobuf over HTTP/1.1 (OTLP Specification 1.x).
-use crate::upstream::{Fetcher, Target};
+use crate::Way;
 use bytes::{BufMut as _, Bytes, BytesMut};
 use http::header::{self, HeaderMap, HeaderValue};
 use http::{Request, Response, StatusCode};
@@ -48,11 +48,10 @@ fn broken(error: impl Display) -> Failed {
 }
 
 impl Link {
-    /// Connects. On the fetcher's data thread.
-    pub async fn open(to: &Collector, fetcher: &Fetcher) -> Result<Self, String> {
+    /// Connects. On the data thread of the way.
+    pub async fn open(to: &Collector, way: &dyn Way) -> Result<Self, String> {
         let grpc = to.over == Otlp::Grpc;
-        let target = Target { host: &to.host, namespace: to.namespace.as_deref(), port: to.port, secure: false, http2: grpc };
-        let io = TokioIo::new(fetcher.connect(&target).await?);
+        let io = TokioIo::new(way.connect(to).await?);
         let mut driver = JoinSet::new();
         let sender = if grpc {
             let (sender, connection) = http2::handshake(TokioExecutor::new(), io).await.map_err(|e| e.to_string())?;

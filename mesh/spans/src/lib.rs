@@ -1,31 +1,51 @@
-//! Spans on their way to collectors, in OTLP: queued where a request ended, sent in batches by one task per collector.
+//! Spans on their way to collectors, in OTLP: queued where something ended, sent in batches by one task per collector.
 //!
-//! No request waits for a collector: what a full queue cannot take is lost, and so is a batch the collector did not take; both
-//! are counted (`culvert_trace_spans_total`). Tasks live on one data thread, where the mesh's tunnels can be used. Upstream:
-//! `telemetry`. Downstream: `upstream::fetch`.
+//! Nobody waits for a collector: what a full queue cannot take is lost, and so is a batch the collector did not take; both
+//! are counted (`culvert_trace_spans_total`). Tasks live on one data thread, where the mesh's tunnels can be used. Owns also
+//! what spans of both programs have in common ([`tags`]). Refuses to know how a collector is reached ([`Way`]) and what a span
+//! is of. Upstream: the telemetry of waypoints and of agents. Downstream: the collector.
+#![forbid(unsafe_code)]
+
+pub mod tags;
 mod wire;
 
-use super::span::{Process, tag};
-use crate::upstream::Fetcher;
 use arc_swap::ArcSwap;
 use bytes::Bytes;
 use mesh_model::telemetry::tracing::Collector;
-use mesh_model::workload::Workload;
 use mesh_proto::Message as _;
 use mesh_proto::opentelemetry::proto::collector::trace::v1::ExportTraceServiceRequest;
 use mesh_proto::opentelemetry::proto::common::v1::InstrumentationScope;
 use mesh_proto::opentelemetry::proto::resource::v1::Resource;
-use mesh_proto::opentelemetry::proto::trace::v1::{ResourceSpans, ScopeSpans, Span};
+pub use mesh_proto::opentelemetry::proto::trace::v1::Span;
+use mesh_proto::opentelemetry::proto::trace::v1::{ResourceSpans, ScopeSpans};
 use mesh_runtime::metrics::{Counter, Family, MetricError, Registry};
+use mesh_runtime::threads::Worker;
 use parking_lot::Mutex;
 use std::collections::{HashMap, HashSet};
+use std::fmt::Debug;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
+use tags::tag;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use wire::{Failed, Link};
+
+/// How a process reaches collectors.
+pub trait Way: Debug + Send + Sync {
+    /// The data thread connections are made and used on.
+    fn worker(&self) -> &Worker;
+    /// A connection; called on [`Self::worker`]. Its error is in words, for logs.
+    fn connect<'a>(&'a self, to: &'a Collector) -> Connecting<'a>;
+}
+/// A connection in the making.
+pub type Connecting<'a> = Pin<Box<dyn Future<Output = Result<Box<dyn Duplex>, String>> + Send + 'a>>;
+/// A byte stream.
+pub trait Duplex: AsyncRead + AsyncWrite + Unpin + Send {}
+impl<T: AsyncRead + AsyncWrite + Unpin + Send> Duplex for T {}
 
 /// Spans that wait for one collector, at about 3 KiB each.
 const QUEUE: usize = 2048;
@@ -48,8 +68,7 @@ pub struct Spans {
 /// What all tasks need.
 #[derive(Debug)]
 struct Common {
-    fetcher: Arc<Fetcher>,
-    process: Process,
+    way: Arc<dyn Way>,
     /// `service.name`.
     name: ArcSwap<String>,
     outcomes: Family<Counter>,
@@ -63,24 +82,19 @@ struct Queue {
 }
 
 impl Spans {
-    /// Registers the metric; nothing is connected yet.
-    pub fn new(registry: &Registry, fetcher: Arc<Fetcher>, process: Process) -> Result<Self, MetricError> {
+    /// Registers the metric; nothing is connected yet. `name`: what the process is called (`service.name`).
+    pub fn new(registry: &Registry, way: Arc<dyn Way>, name: String) -> Result<Self, MetricError> {
         let help = "Spans by what became of them: sent, rejected by the collector, failed to be sent, queue_full";
         let outcomes = registry.family(Family::new("culvert_trace_spans_total", help, &["collector", "outcome"]))?;
-        let name = ArcSwap::from_pointee(service_name(None, &process));
-        let common = Arc::new(Common { fetcher, process, name, outcomes });
+        let common = Arc::new(Common { way, name: ArcSwap::from_pointee(name), outcomes });
         Ok(Self { queues: ArcSwap::default(), writing: Mutex::default(), closed: AtomicBool::new(false), common })
     }
-    /// What spans say of the process.
-    pub(super) fn process(&self) -> &Process {
-        &self.common.process
-    }
-    /// The mesh says which workload this process is.
-    pub(super) fn set_own(&self, own: Option<&Workload>) {
-        self.common.name.store(Arc::new(service_name(own, &self.common.process)));
+    /// The process is called otherwise from now on.
+    pub fn set_name(&self, name: String) {
+        self.common.name.store(Arc::new(name));
     }
     /// Queues a span. Never waits.
-    pub(super) fn send(&self, collector: &Arc<Collector>, span: Span) {
+    pub fn send(&self, collector: &Arc<Collector>, span: Span) {
         if let Some(queue) = self.queues.load().get(collector) {
             return queue.send(span);
         }
@@ -124,12 +138,6 @@ impl Spans {
         }
     }
 }
-/// Istio's name of a proxy for spans: its canonical service, or its account, and its namespace.
-fn service_name(own: Option<&Workload>, process: &Process) -> String {
-    let name = own.map(|w| &*w.canonical_name).filter(|n| !n.is_empty()).unwrap_or(&process.service_account);
-    format!("{name}.{}", process.namespace)
-}
-
 impl Queue {
     fn begin(collector: &Arc<Collector>, common: &Arc<Common>) -> Self {
         let (spans, queued) = mpsc::channel(QUEUE);
@@ -143,7 +151,7 @@ impl Queue {
             rejected: outcome("rejected"),
             failed: outcome("failed"),
         };
-        let task = common.fetcher.worker().spawn(sending.run(queued));
+        let task = common.way.worker().spawn(sending.run(queued));
         Self { spans, full: outcome("queue_full"), task: Mutex::new(Some(task)) }
     }
     fn send(&self, span: Span) {
@@ -228,7 +236,7 @@ impl Sending {
                     }
                 }
             }
-            let mut fresh = Link::open(&self.collector, &self.common.fetcher).await?;
+            let mut fresh = Link::open(&self.collector, &*self.common.way).await?;
             let outcome = fresh.send(&self.collector, message).await;
             if !matches!(outcome, Err(Failed::Broken(_))) {
                 self.link = Some(fresh);

@@ -1,17 +1,15 @@
 //! Collectors on real sockets: one that takes what it gets, one that is not there, one that does not answer.
 use super::*;
-use crate::telemetry::tests::World;
 use http::{HeaderMap, HeaderName, HeaderValue, Request, Response};
 use http_body_util::{BodyExt as _, Full, StreamBody};
 use hyper::body::{Frame, Incoming};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use mesh_model::snapshot::Viewpoint;
 use mesh_model::telemetry::tracing::Otlp;
 use mesh_proto::opentelemetry::proto::collector::trace::v1::{ExportTracePartialSuccess, ExportTraceServiceResponse};
 use mesh_runtime::threads::DataThreads;
 use std::convert::Infallible;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
 
 /// Requests as they arrived: head and message.
 type Arrived = mpsc::UnboundedReceiver<(HeaderMap, String, ExportTraceServiceRequest)>;
@@ -56,21 +54,31 @@ async fn answer(
     Ok(Response::new(StreamBody::new(futures_util::stream::iter(frames)).boxed()))
 }
 
+/// Straight there.
+#[derive(Debug)]
+struct Direct(Worker);
+impl Way for Direct {
+    fn worker(&self) -> &Worker {
+        &self.0
+    }
+    fn connect<'a>(&'a self, to: &'a Collector) -> Connecting<'a> {
+        Box::pin(async {
+            let tcp = TcpStream::connect((&*to.host, to.port)).await.map_err(|e| e.to_string())?;
+            Ok(Box::new(tcp) as Box<dyn Duplex>)
+        })
+    }
+}
+
 /// Held for as long as spans are to go out.
 struct Running {
     spans: Spans,
     _threads: DataThreads,
-    _dir: tempfile::TempDir,
 }
-async fn process() -> Running {
-    let dir = tempfile::tempdir().expect("a directory");
-    let (mesh, _) = mesh_sources::start(mesh_sources::Origin::Folder(dir.path().to_owned()), Viewpoint::default());
-    mesh.synced().await;
+fn process() -> Running {
     let threads = DataThreads::start(1).expect("a thread");
-    let fetcher = Fetcher::new(mesh, World::new().upstreams, threads.pick(None).clone(), "shop");
-    let process = Process { namespace: "shop".into(), service_account: "wp".into(), ..Process::default() };
-    let spans = Spans::new(&Registry::new(), Arc::new(fetcher), process).expect("a metric");
-    Running { spans, _threads: threads, _dir: dir }
+    let way = Arc::new(Direct(threads.pick(None).clone()));
+    let spans = Spans::new(&Registry::new(), way, "wp.shop".into()).expect("a metric");
+    Running { spans, _threads: threads }
 }
 fn to(port: u16, over: Otlp) -> Arc<Collector> {
     within(Duration::from_secs(20), port, over)
@@ -105,7 +113,7 @@ impl Running {
 
 #[tokio::test]
 async fn batches_arrive_by_either_transport() {
-    let process = process().await;
+    let process = process();
     for (over, path) in [
         (Otlp::Grpc, "/opentelemetry.proto.collector.trace.v1.TraceService/Export"),
         (Otlp::Http("/v1/traces".into()), "/v1/traces"),
@@ -135,7 +143,7 @@ async fn batches_arrive_by_either_transport() {
 
 #[tokio::test]
 async fn what_is_queued_at_the_end_still_goes_out() {
-    let process = process().await;
+    let process = process();
     let (port, mut arrived) = collector().await;
     let to = to(port, Otlp::Grpc);
     process.spans.send(&to, span("last"));
@@ -147,7 +155,7 @@ async fn what_is_queued_at_the_end_still_goes_out() {
 
 #[tokio::test]
 async fn a_collector_that_is_not_there_or_does_not_answer_loses_spans_only() {
-    let process = process().await;
+    let process = process();
     let silent = TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let gone = TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let ports = [&silent, &gone].map(|l| l.local_addr().expect("its address").port());
@@ -167,7 +175,7 @@ async fn a_collector_that_is_not_there_or_does_not_answer_loses_spans_only() {
 
 #[tokio::test]
 async fn collectors_nobody_mentions_are_forgotten() {
-    let process = process().await;
+    let process = process();
     let (port, mut arrived) = collector().await;
     let [one, two] = [Otlp::Grpc, Otlp::Http("/x".into())].map(|over| to(port, over));
     process.spans.send(&one, span("one"));
