@@ -26,6 +26,7 @@ mod pem;
 pub(crate) mod read;
 mod request_auth;
 mod request_policy;
+mod scopes;
 mod selector;
 mod targets;
 mod telemetry;
@@ -175,6 +176,10 @@ pub struct Translator {
     networks: BTreeMap<Arc<str>, GatewayRef>,
     /// Who ends the tunnels to them, by uid.
     networks_out: BTreeMap<Arc<str>, Arc<Workload>>,
+    /// Those networks that have several gateways, each a service of them.
+    network_services_out: BTreeMap<ServiceKey, Arc<Service>>,
+    /// Which services are for other networks, where MeshConfig says so.
+    scopes: Option<Arc<[scopes::Global]>>,
     /// ServiceEntries by host.
     host_entries: HashMap<Arc<str>, BTreeSet<Name>>,
     services_out: HashMap<ServiceKey, Arc<Service>>,
@@ -213,6 +218,8 @@ impl Translator {
             gateways: BTreeMap::new(),
             networks: BTreeMap::new(),
             networks_out: BTreeMap::new(),
+            network_services_out: BTreeMap::new(),
+            scopes: None,
             host_entries: HashMap::default(),
             services_out: HashMap::default(),
             hosts_out: HashMap::default(),
@@ -544,6 +551,7 @@ impl Translator {
         let mut pool = std::mem::take(&mut self.pool);
         let mut changes = std::mem::take(&mut dirty.gone);
         self.flush_networks(&mut dirty, &mut changes);
+        self.flush_scopes(&mut dirty);
         self.spread(&mut dirty);
         self.flush_policies(&dirty, &mut changes);
         self.flush_services(&dirty, &mut changes);

@@ -17,7 +17,6 @@ use super::{ManySlot, PodSlot, ServiceSlot, Translator};
 use crate::diagnostics::{Problem, Severity};
 
 const MODE: &str = "istio.io/dataplane-mode";
-const GLOBAL: &str = "istio.io/global";
 const TUNNEL: &str = "networking.istio.io/tunnel";
 
 /// Who owns a host name in a namespace.
@@ -110,7 +109,7 @@ impl Translator {
             lb,
             ip_families: obj.families,
             logical_dns: false,
-            global: is_global(&obj.labels),
+            global: self.is_global(&key.namespace, &obj.labels),
             canonical: true,
             visibility: Visibility::Public,
             origin: Some(Arc::clone(&slot.origin)),
@@ -163,7 +162,7 @@ impl Translator {
             lb,
             ip_families: IpFamilies::Automatic,
             logical_dns: obj.resolution == Resolution::DnsRoundRobin,
-            global: is_global(&obj.labels),
+            global: self.is_global(&key.namespace, &obj.labels),
             canonical,
             visibility: Visibility::Public,
             origin: Some(Arc::clone(&slot.origin)),
@@ -600,10 +599,4 @@ fn service_ports(ports: &[Port]) -> Vec<ServicePort> {
             protocol: p.app,
         })
         .collect()
-}
-
-/// Whether a service is for other networks too: by the label for which Istio's charts set `serviceScopeConfigs`. Other selectors are
-/// not read.
-fn is_global(labels: &Labels) -> bool {
-    labels.get(GLOBAL).is_some_and(|value| &**value == "true")
 }

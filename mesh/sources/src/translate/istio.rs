@@ -9,8 +9,8 @@ use mesh_model::workload::Locality;
 use super::gateway_api;
 use super::kube::{annotation, app_protocol, canary_weight, distribution, redirected, section};
 use super::object::{
-    AllowedRoutes, Expression, ExpressionOp, Gateway, GatewayAddress, GatewayClass, InboundBinding, Listener, Port, Reader,
-    RemoteNetwork, Resolution, ServiceEntry, Target, WaypointFor, WorkloadEntry,
+    AllowedRoutes, Expression, ExpressionOp, Gateway, GatewayAddress, GatewayClass, InboundBinding, LabelSelector, Listener,
+    Port, Reader, RemoteNetwork, Resolution, ServiceEntry, Target, WaypointFor, WorkloadEntry,
 };
 use super::read::{self, Bad, Read};
 use super::waypoint::NETWORK;
@@ -246,7 +246,7 @@ pub(super) fn gateway_class<'p>(r: &mut Reader<'_>, node: &'p Node<'p>) -> Read<
 pub(super) fn gateway<'p>(r: &mut Reader<'_>, node: &'p Node<'p>) -> Read<'p, Gateway> {
     let meta = section(node, "metadata")?;
     let spec = section(node, "spec")?;
-    let (mut hostname, mut ip) = (None, None);
+    let (mut hostname, mut ips) = (None, Vec::new());
     // Where no control plane writes a status, the address that was asked for is the one: how Istio deploys gateways by hand.
     let given = read::list(section(node, "status")?, "addresses")?;
     let addresses = if given.is_empty() { read::list(spec, "addresses")? } else { given };
@@ -254,7 +254,7 @@ pub(super) fn gateway<'p>(r: &mut Reader<'_>, node: &'p Node<'p>) -> Read<'p, Ga
         let Some(value) = a.get("value") else { continue };
         match read::text(a, "type")?.unwrap_or("IPAddress") {
             "Hostname" if hostname.is_none() => hostname = Some(r.pool.text(&host_name(value, false)?)),
-            "IPAddress" if ip.is_none() => ip = Some(read::ip(value)?),
+            "IPAddress" => ips.push(read::ip(value)?),
             _ => {}
         }
     }
@@ -269,18 +269,23 @@ pub(super) fn gateway<'p>(r: &mut Reader<'_>, node: &'p Node<'p>) -> Read<'p, Ga
     let edge = if r.layer7 { gateway_api::read_listeners(r, node, spec)? } else { Vec::new() };
     let class = r.pool.text(read::text_or_empty(spec, "gatewayClassName")?);
     Ok(Gateway {
-        leads_to: if *class == *REMOTE_CLASS { remote_network(r, meta, &listeners)? } else { None },
+        leads_to: if *class == *REMOTE_CLASS { remote_network(r, meta, &listeners, &ips)? } else { None },
         class,
         waypoint_for: waypoint_for(r, node, meta)?,
         binding: binding(r, node, meta),
-        address: hostname.map(GatewayAddress::Hostname).or(ip.map(GatewayAddress::Ip)),
+        address: hostname.map(GatewayAddress::Hostname).or(ips.first().copied().map(GatewayAddress::Ip)),
         listeners,
         edge,
     })
 }
 
 /// The network behind a Gateway of the class `istio-remote`: named by its label, entered by its HBONE listener.
-fn remote_network<'p>(r: &mut Reader<'_>, meta: &'p Node<'p>, listeners: &[Listener]) -> Read<'p, Option<RemoteNetwork>> {
+fn remote_network<'p>(
+    r: &mut Reader<'_>,
+    meta: &'p Node<'p>,
+    listeners: &[Listener],
+    ips: &[IpAddr],
+) -> Read<'p, Option<RemoteNetwork>> {
     let labels = read::labels(meta, "labels", r.pool)?;
     let network = labels.get(NETWORK).filter(|network| !network.is_empty());
     let hbone = listeners.iter().find(|listener| &*listener.protocol == "HBONE");
@@ -290,7 +295,28 @@ fn remote_network<'p>(r: &mut Reader<'_>, meta: &'p Node<'p>, listeners: &[Liste
         Some(name) => name.to_owned(),
         None => format!("{}-{REMOTE_CLASS}", read::text_or_empty(meta, "name")?),
     };
-    Ok(Some(RemoteNetwork { network: Arc::clone(network), port: hbone.port, service_account: r.pool.text(&account) }))
+    let (network, service_account) = (Arc::clone(network), r.pool.text(&account));
+    Ok(Some(RemoteNetwork { network, port: hbone.port, service_account, ips: ips.to_vec() }))
+}
+
+pub(super) fn label_selector<'p>(r: &mut Reader<'_>, selector: &'p Node<'p>) -> Read<'p, LabelSelector> {
+    let mut expressions = Vec::new();
+    for e in read::list(selector, "matchExpressions")? {
+        let op = e.get("operator");
+        let op = match op.and_then(Node::text) {
+            Some("In") => ExpressionOp::In,
+            Some("NotIn") => ExpressionOp::NotIn,
+            Some("Exists") => ExpressionOp::Exists,
+            Some("DoesNotExist") => ExpressionOp::DoesNotExist,
+            _ => return Err(Bad::value(op.unwrap_or(e), "not an operator", "write In, NotIn, Exists or DoesNotExist")),
+        };
+        let mut values = Vec::new();
+        for v in read::list(e, "values")? {
+            values.push(r.pool.text(read::scalar(v)?));
+        }
+        expressions.push(Expression { key: r.pool.text(read::text_or_empty(e, "key")?), op, values });
+    }
+    Ok(LabelSelector { labels: read::labels(selector, "matchLabels", r.pool)?, expressions })
 }
 
 pub(super) fn allowed_routes<'p>(r: &mut Reader<'_>, root: &'p Node<'p>, listener: &'p Node<'p>) -> Read<'p, AllowedRoutes> {
@@ -301,23 +327,7 @@ pub(super) fn allowed_routes<'p>(r: &mut Reader<'_>, root: &'p Node<'p>, listene
         "Same" => AllowedRoutes::Same,
         "Selector" => {
             let Some(selector) = read::map(ns, "selector")? else { return Ok(AllowedRoutes::Nobody) };
-            let mut expressions = Vec::new();
-            for e in read::list(selector, "matchExpressions")? {
-                let op = e.get("operator");
-                let op = match op.and_then(Node::text) {
-                    Some("In") => ExpressionOp::In,
-                    Some("NotIn") => ExpressionOp::NotIn,
-                    Some("Exists") => ExpressionOp::Exists,
-                    Some("DoesNotExist") => ExpressionOp::DoesNotExist,
-                    _ => return Err(Bad::value(op.unwrap_or(e), "not an operator", "write In, NotIn, Exists or DoesNotExist")),
-                };
-                let mut values = Vec::new();
-                for v in read::list(e, "values")? {
-                    values.push(r.pool.text(read::scalar(v)?));
-                }
-                expressions.push(Expression { key: r.pool.text(read::text_or_empty(e, "key")?), op, values });
-            }
-            AllowedRoutes::Selector { labels: read::labels(selector, "matchLabels", r.pool)?, expressions }
+            AllowedRoutes::Selector(label_selector(r, selector)?)
         }
         "None" => AllowedRoutes::Nobody,
         t => {

@@ -25,6 +25,7 @@ use super::destination_rule::{self, DestinationRule};
 use super::gateway_api::{self, GatewayApi, RouteId, Tables};
 use super::object::{Body, Kind, ObjectId};
 use super::pem::PemEntries;
+use super::scopes::Global;
 use super::targets::{self, Bindings, TargetedAuth};
 use super::telemetry::{self, MeshConfig, Telemetry};
 use super::traffic::Traffic;
@@ -350,6 +351,11 @@ impl Layer7 {
             changes.push(Change::Gateway(Arc::clone(&new)));
             self.gateways_out.insert(key, new);
         }
+    }
+
+    /// What MeshConfig says of services that are for other networks.
+    pub(super) fn scopes(&self) -> Option<&Arc<[Global]>> {
+        self.objects.mesh_config.as_ref()?.obj.scopes.as_ref()
     }
 
     /// Hands out the external authorizers, when they are others than before.

@@ -404,14 +404,17 @@ pub enum AllowedRoutes {
     /// Its own namespace.
     Same,
     /// Namespaces with matching labels.
-    Selector {
-        /// `matchLabels`.
-        labels: Labels,
-        /// `matchExpressions`.
-        expressions: Vec<Expression>,
-    },
+    Selector(LabelSelector),
     /// Nobody: `None`, or a value not understood.
     Nobody,
+}
+/// A LabelSelector; an empty one selects everything.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LabelSelector {
+    /// `matchLabels`.
+    pub labels: Labels,
+    /// `matchExpressions`.
+    pub expressions: Vec<Expression>,
 }
 /// One `matchExpressions` element.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -458,6 +461,8 @@ pub struct RemoteNetwork {
     pub port: u16,
     /// Annotation `gateway.istio.io/service-account`, or the name Istio gives by itself.
     pub service_account: Arc<str>,
+    /// Its addresses; without any it is known by name.
+    pub ips: Vec<IpAddr>,
 }
 /// A Gateway.
 #[derive(Clone, Debug, PartialEq, Eq)]

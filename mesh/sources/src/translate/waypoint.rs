@@ -8,7 +8,7 @@ use mesh_model::service::{ServiceKey, WeightedWaypoint};
 use mesh_model::workload::{ApplicationTunnel, GatewayDestination, GatewayRef};
 
 use super::object::{
-    AllowedRoutes, Expression, ExpressionOp, Gateway, GatewayAddress, InboundBinding, Kind, ObjectId, WaypointFor,
+    AllowedRoutes, Expression, ExpressionOp, Gateway, GatewayAddress, InboundBinding, Kind, LabelSelector, ObjectId, WaypointFor,
 };
 use super::{Dirty, Labels, Name, Slot, Translator, mark_space};
 use crate::diagnostics::{Problem, Severity};
@@ -148,12 +148,13 @@ impl Translator {
             AllowedRoutes::All => true,
             AllowedRoutes::Same => gateway_ns == client_ns,
             AllowedRoutes::Nobody => false,
-            AllowedRoutes::Selector { labels, expressions } => {
-                let none = Labels::default();
-                let have = self.space_labels(client_ns).unwrap_or(&none);
-                labels.select(have) && expressions.iter().all(|e| expression(e, have, client_ns))
-            }
+            AllowedRoutes::Selector(selector) => self.selects_namespace(selector, client_ns),
         }
+    }
+    /// Whether a selector of namespaces selects this one.
+    pub(super) fn selects_namespace(&self, selector: &LabelSelector, ns: &str) -> bool {
+        let none = Labels::default();
+        selects(selector, self.space_labels(ns).unwrap_or(&none), Some(ns))
     }
     /// Whether the pod is an instance of a waypoint, and how connections are handed to it.
     pub(super) fn instance(&self, labels: &Labels, ns: &Arc<str>) -> Option<Instance> {
@@ -308,9 +309,13 @@ pub(super) fn unusable(origin: &mesh_model::Origin, why: &str) -> Problem {
     }
 }
 
-fn expression(e: &Expression, labels: &Labels, ns: &str) -> bool {
+/// Whether a selector selects what has these labels: the namespace `ns`, or something else.
+pub(super) fn selects(selector: &LabelSelector, have: &Labels, ns: Option<&str>) -> bool {
+    selector.labels.select(have) && selector.expressions.iter().all(|e| expression(e, have, ns))
+}
+fn expression(e: &Expression, labels: &Labels, ns: Option<&str>) -> bool {
     // Every namespace carries its own name as a label in a cluster; in a folder it may not be written.
-    let implied = (&*e.key == "kubernetes.io/metadata.name").then_some(ns);
+    let implied = ns.filter(|_| &*e.key == "kubernetes.io/metadata.name");
     let value = labels.get(&e.key).map(|v| &**v).or(implied);
     match e.op {
         ExpressionOp::In => value.is_some_and(|v| e.values.iter().any(|x| **x == *v)),

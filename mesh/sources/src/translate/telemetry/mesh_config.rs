@@ -1,5 +1,5 @@
-//! The parts of MeshConfig that speak of telemetry, of external authorizers and of all requests: ConfigMap `istio` of the root
-//! namespace, entry `mesh`.
+//! The parts of MeshConfig that speak of telemetry, of external authorizers, of all requests and of services for other networks:
+//! ConfigMap `istio` of the root namespace, entry `mesh`.
 //!
 //! All else in it is for the control plane. A section that is wrong is left out and reported; the others count.
 use std::collections::BTreeMap;
@@ -17,6 +17,7 @@ use super::tracing::{self, Defaults};
 use crate::diagnostics::Severity;
 use crate::translate::object::Reader;
 use crate::translate::read::{self, Bad, Read};
+use crate::translate::scopes::{self, Global};
 use crate::translate::{authorizers, virtual_service};
 use crate::yaml::{self, Document, Node, Value};
 
@@ -27,7 +28,7 @@ pub(super) const ENVOY: &str = "envoy";
 /// The only file lines go to: ours are written by one thread, to one place.
 const STDOUT: &str = "/dev/stdout";
 
-/// What MeshConfig says of telemetry, of whom CUSTOM policies ask, and of all requests.
+/// What MeshConfig says of telemetry, of whom CUSTOM policies ask, of all requests, and of services for other networks.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct MeshConfig {
     /// `accessLogFile` names standard output.
@@ -42,6 +43,8 @@ pub struct MeshConfig {
     pub(in crate::translate) authorizers: Arc<Authorizers>,
     /// What requests follow where no object says otherwise.
     pub(in crate::translate) defaults: Arc<MeshDefaults>,
+    /// `serviceScopeConfigs`, where it is there.
+    pub(in crate::translate) scopes: Option<Arc<[Global]>>,
 }
 /// One of `extensionProviders`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -94,6 +97,7 @@ pub(in crate::translate) fn read<'p>(r: &mut Reader<'_>, node: &'p Node<'p>) -> 
     section(traffic(&mesh));
     collect.defaults = Arc::new(defaults);
     collect.authorizers = Arc::new(authorizers::read(r, &mesh));
+    collect.scopes = scopes::read(r, &mesh);
     out = collect;
     Ok(out)
 }
