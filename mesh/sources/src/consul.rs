@@ -14,6 +14,8 @@ mod instance;
 mod intentions;
 mod metrics;
 mod state;
+#[cfg(test)]
+mod tests;
 mod watch;
 
 use std::path::PathBuf;
