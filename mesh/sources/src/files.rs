@@ -102,6 +102,8 @@ struct Pass {
     read: Vec<usize>,
     /// The objects that these named before, and those that are gone.
     before: Vec<ObjectId>,
+    /// Problems of files are not as they were.
+    complained: bool,
 }
 /// A file after it was read.
 enum Reading {
@@ -151,6 +153,10 @@ pub struct Folder {
     /// Of objects that are there several times.
     doubled: Vec<Problem>,
     problems: Vec<Problem>,
+    /// They are to be put together anew.
+    complained: bool,
+    /// They were, and nobody has been told.
+    untold: bool,
 }
 
 impl Folder {
@@ -178,11 +184,17 @@ impl Folder {
             unlisted: Vec::new(),
             doubled: Vec::new(),
             problems: Vec::new(),
+            complained: false,
+            untold: true,
         }
     }
     /// What is wrong, as of the last reading.
     pub fn problems(&self) -> &[Problem] {
         &self.problems
+    }
+    /// The same, when it is not what this told before.
+    pub fn new_problems(&mut self) -> Option<&[Problem]> {
+        std::mem::take(&mut self.untold).then_some(&self.problems)
     }
     /// Whether the folder has been read once.
     pub fn is_loaded(&self) -> bool {
@@ -201,13 +213,16 @@ impl Folder {
                 let place: Arc<str> = self.root().display().to_string().into();
                 self.problems.retain(|p| p.code != Some("folder"));
                 self.problems.push(whole(&place, &format!("the folder cannot be listed: {e}"), "folder"));
+                (self.complained, self.untold) = (true, true);
                 return None;
             }
         };
         self.linked = listing.linked;
         self.doubtful.clear();
         let found = self.with_unseen(listing.files, &listing.unseen);
-        self.unlisted = listing.unseen.into_iter().map(|(_, problem)| problem).collect();
+        let unlisted: Vec<Problem> = listing.unseen.into_iter().map(|(_, problem)| problem).collect();
+        self.complained |= self.unlisted != unlisted;
+        self.unlisted = unlisted;
         let mut old: BTreeMap<PathBuf, File> = std::mem::take(&mut self.files).into_iter().collect();
         let mut pass = Pass::default();
         for found in found {
@@ -341,13 +356,14 @@ impl Folder {
             before => before,
         };
         let before = before.unwrap_or_default();
-        let known = before.ids();
+        let (known, complaints) = (before.ids(), before.complaints());
         match self.read(found, before, at, &mut pass.fresh) {
             Reading::Same(file) => file,
             Reading::Changed(file) => {
                 pass.changed = true;
                 pass.read.push(at);
                 pass.before.extend(known);
+                pass.complained |= file.complaints() != complaints;
                 file
             }
         }
@@ -362,24 +378,24 @@ impl Folder {
                     self.forget(&gone);
                     self.take(&pass.files, pass.fresh, |_, _| true);
                 }
-                None => self.doubled = self.settle(&mut pass.files, pass.fresh),
+                None => {
+                    let doubled = self.settle(&mut pass.files, pass.fresh);
+                    self.complained |= self.doubled != doubled;
+                    self.doubled = doubled;
+                }
             }
         }
         self.files = pass.files;
         let changes = self.translator.flush();
+        self.complained |= pass.complained | self.translator.has_new_problems() | !self.loaded;
         self.loaded = true;
-        self.problems = self.unlisted.iter().chain(&self.doubled).cloned().collect();
-        for (_, f) in &self.files {
-            self.problems.extend(f.problem.iter().cloned());
-            for d in f.docs.iter().filter(|_| f.troubled) {
-                self.problems.extend(d.problems.iter().map(|p| {
-                    let mut p = p.clone();
-                    p.origin.line = p.origin.line.saturating_add(d.line).saturating_sub(d.read_line);
-                    p
-                }));
-            }
+        // There may be one for each of many thousand objects: an agent has a note for each that is for waypoints.
+        if std::mem::take(&mut self.complained) {
+            self.untold = true;
+            self.problems = self.unlisted.iter().chain(&self.doubled).cloned().collect();
+            self.problems.extend(self.files.iter().flat_map(|(_, file)| file.complaints()));
+            self.problems.extend(self.translator.problems().cloned());
         }
-        self.problems.extend(self.translator.problems().cloned());
         changes
     }
 
@@ -704,11 +720,22 @@ impl Pass {
     fn lose(&mut self, file: &File) {
         self.changed = true;
         self.before.extend(file.ids());
+        self.complained |= file.troubled || file.problem.is_some();
     }
 }
 impl File {
     fn ids(&self) -> Vec<ObjectId> {
         self.docs.iter().flat_map(|d| d.ids.iter()).chain(&self.kept).cloned().collect()
+    }
+    /// What is wrong with it, where it stands now.
+    fn complaints(&self) -> Vec<Problem> {
+        let of_docs = self.docs.iter().filter(|_| self.troubled).flat_map(|d| {
+            d.problems.iter().cloned().map(|mut p| {
+                p.origin.line = p.origin.line.saturating_add(d.line).saturating_sub(d.read_line);
+                p
+            })
+        });
+        self.problem.iter().cloned().chain(of_docs).collect()
     }
 }
 

@@ -195,6 +195,8 @@ pub struct Translator {
     pod_type: Arc<str>,
     dirty: Dirty,
     problems: BTreeMap<ObjectId, Vec<Problem>>,
+    /// Those of some object are not as they were.
+    complained: bool,
     /// Everything about routes and destinations; `None` where nobody asks for it.
     layer7: Option<Box<Layer7>>,
     /// What a control plane told, where one does.
@@ -232,6 +234,7 @@ impl Translator {
             // The first flush looks at everything once instead of marking each object.
             dirty: Dirty { all: true, ..Dirty::default() },
             problems: BTreeMap::new(),
+            complained: false,
             layer7: settings.layer7.then(|| Box::new(Layer7::new(Arc::clone(&view.root_namespace)))),
             told: settings.told.then(Box::default),
             view,
@@ -249,6 +252,10 @@ impl Translator {
     pub fn problems(&self) -> impl Iterator<Item = &Problem> {
         self.problems.values().flatten()
     }
+    /// Whether they are others than when this was last asked.
+    pub fn has_new_problems(&mut self) -> bool {
+        std::mem::take(&mut self.complained)
+    }
 
     /// Takes an object in, or replaces the one of the same id. What stands in for an object that could not be read
     /// ([`Object::is_stand_in`]) does not replace a good one: that stays in force until it is corrected or removed.
@@ -259,7 +266,7 @@ impl Translator {
     /// Forgets an object; unknown ones are no error.
     pub fn remove(&mut self, id: &ObjectId) {
         self.set(id, None);
-        self.problems.remove(id);
+        self.complained |= self.problems.remove(id).is_some();
     }
 
     /// Takes in what a control plane tells. Only with [`Settings::told`]; its word then replaces what the objects say.
@@ -849,8 +856,9 @@ impl Translator {
 
     fn note_problems(&mut self, id: ObjectId, problems: Vec<Problem>) {
         if problems.is_empty() {
-            self.problems.remove(&id);
+            self.complained |= self.problems.remove(&id).is_some();
         } else {
+            self.complained |= self.problems.get(&id) != Some(&problems);
             self.problems.insert(id, problems);
         }
     }

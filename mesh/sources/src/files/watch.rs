@@ -57,7 +57,9 @@ impl Source for FolderSource {
             let root = folder.root().to_path_buf();
             follow(&root, sink.closed_probe(), |touched| {
                 let changes = folder.reload_touched(touched);
-                diagnostics.replace(folder.problems().to_vec());
+                if let Some(problems) = folder.new_problems() {
+                    diagnostics.replace(problems.to_vec());
+                }
                 let read = Some(if folder.is_behind() { Outcome::Behind } else { Outcome::Read });
                 match changes {
                     Some(changes) if !changes.is_empty() || !sink.has_told() => {
