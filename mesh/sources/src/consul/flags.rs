@@ -8,6 +8,7 @@ use super::{Access, Metrics, Retry, Scope, Secret};
 
 /// Settings of Consul.
 #[derive(Args, Clone, Debug)]
+#[group(id = "consul_settings")]
 pub struct Flags {
     /// Consul describes the mesh: services and instances its catalog, everything else objects in its key-value store. The URL of
     /// an agent's HTTP API; without one `CONSUL_HTTP_ADDR`, else `http://127.0.0.1:8500`.
