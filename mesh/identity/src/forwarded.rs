@@ -4,8 +4,7 @@
 //! an element of the list are percent-encoded, which Envoy leaves to whoever signs certificates.
 use crate::pem;
 use crate::verify::{VerifyError, parse};
-use rustls::SupportedCipherSuite;
-use rustls::crypto::aws_lc_rs::cipher_suite::TLS13_AES_128_GCM_SHA256;
+use aws_lc_rs::digest::{SHA256, digest};
 use std::fmt::Write as _;
 use x509_parser::extensions::GeneralName;
 use x509_parser::objects::{oid_registry, oid2abbrev};
@@ -21,11 +20,9 @@ pub fn forwarded(der: &[u8]) -> Result<String, VerifyError> {
     let names = || names.iter().flat_map(|names| &names.value.general_names);
     let uri = names().find_map(|name| if let GeneralName::URI(uri) = name { Some(*uri) } else { None });
     let mut text = String::from("Hash=");
-    if let SupportedCipherSuite::Tls13(suite) = TLS13_AES_128_GCM_SHA256 {
-        for byte in suite.common.hash_provider.hash(der).as_ref() {
-            // Writing to a string cannot fail, here and below.
-            let _ = write!(text, "{byte:02x}");
-        }
+    for byte in digest(&SHA256, der).as_ref() {
+        // Writing to a string cannot fail, here and below.
+        let _ = write!(text, "{byte:02x}");
     }
     let _ = write!(text, ";Cert=\"{}\"", encoded(&pem::certificate(der), "+/=\n "));
     let _ = write!(text, ";Subject=\"{}\"", subject(certificate.subject()));
