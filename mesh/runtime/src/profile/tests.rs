@@ -86,7 +86,9 @@ async fn a_cpu_profile_names_who_burns() {
     assert!(profile.duration_nanos >= 1_000_000_000 && profile.time_nanos > 0);
     assert!(profile.sample.iter().all(|s| s.value[1] == s.value[0] * 2_000_000));
     assert!(profile.share("burn") > 0.3, "{}", profile.share("burn"));
-    assert_eq!((profile.of("on_tick"), profile.of("walk_stack")), (0, 0), "the sampling itself is not told");
+    // But for a tick that hits the very end of the one before, which a busy machine makes happen.
+    let of_itself = profile.share("on_tick") + profile.share("walk_stack");
+    assert!(of_itself < 0.02, "the sampling itself is not told: {of_itself}");
     assert!(profile.function.iter().any(|f| profile.text(f.filename).ends_with("profile/tests.rs")), "with its file");
 
     // Whoever goes away ends it.
