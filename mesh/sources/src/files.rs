@@ -373,21 +373,20 @@ impl Folder {
     fn finish(&mut self, mut pass: Pass) -> Vec<Change> {
         self.compared = 0;
         if pass.changed || !self.loaded {
-            match self.few(&pass) {
-                Some(gone) => {
-                    self.forget(&gone);
-                    self.take(&pass.files, pass.fresh, |_, _| true);
-                }
-                None => {
-                    let doubled = self.settle(&mut pass.files, pass.fresh);
-                    self.complained |= self.doubled != doubled;
-                    self.doubled = doubled;
-                }
+            if let Some(gone) = self.few(&pass) {
+                self.forget(&gone);
+                self.take(&pass.files, pass.fresh, |_, _| true);
+            } else {
+                let doubled = self.settle(&mut pass.files, pass.fresh);
+                self.complained |= self.doubled != doubled;
+                self.doubled = doubled;
             }
         }
         self.files = pass.files;
         let changes = self.translator.flush();
-        self.complained |= pass.complained | self.translator.has_new_problems() | !self.loaded;
+        // Asked in any case: it is told once.
+        let between_objects = self.translator.has_new_problems();
+        self.complained |= pass.complained || between_objects || !self.loaded;
         self.loaded = true;
         // There may be one for each of many thousand objects: an agent has a note for each that is for waypoints.
         if std::mem::take(&mut self.complained) {

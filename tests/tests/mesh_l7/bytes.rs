@@ -10,7 +10,7 @@ use mesh_tests::raw::Raw;
 use mesh_tests::rude::Rude;
 
 use crate::frames::{self, Came};
-use crate::mesh::{BYTES, Mesh, RUDE, RUDE_PORT, WEB_IP};
+use crate::mesh::{BYTES, Mesh, ObjectsForNow, RUDE, RUDE_PORT, WEB_IP};
 use crate::policy::of_web;
 
 pub(crate) fn vip(port: u16) -> SocketAddr {
@@ -132,20 +132,27 @@ pub(crate) fn a_server_that_speaks_first_is_heard(mesh: &mut Mesh) -> anyhow::Re
     Ok(())
 }
 
-pub(crate) fn large_transfers_arrive_whole(mesh: &mut Mesh) -> anyhow::Result<()> {
-    // The byte server of the harness waits for a command: the client speaks first, and not HTTP.
+/// Where [`raw_service`] is.
+pub(crate) const RAW: &str = "10.96.0.30:91";
+
+/// A service of bytes behind the waypoint, as long as this is held. Its servers wait for a command: the client speaks first, and
+/// not HTTP.
+pub(crate) fn raw_service(mesh: &Mesh) -> anyhow::Result<([Server; 2], ObjectsForNow<'_>)> {
     let servers = [Server::start(mesh.pod("web1"), BYTES + 1)?, Server::start(mesh.pod("web2"), BYTES + 1)?];
-    let _service = mesh.objects(
+    let service = mesh.objects(
         "raw",
         "apiVersion: v1\nkind: Service\nmetadata: { name: raw, namespace: t, labels: { istio.io/use-waypoint: wp } }\nspec:\n  selector: { tier: web }\n  clusterIP: 10.96.0.30\n  ports:\n  - { name: tcp-raw, port: 91, targetPort: 9091, protocol: TCP }\n",
     )?;
     for agent in ["node-a", "node-b"] {
         mesh.proxy(agent).wait_config("service raw", |dump| dump["services"].to_string().contains("10.96.0.30"))?;
     }
-    let to = SocketAddr::new("10.96.0.30".parse()?, 91);
-    let (mut client, who) = Client::who(mesh.pod("client"), to)?;
+    Ok((servers, service))
+}
+
+pub(crate) fn large_transfers_arrive_whole(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let _service = raw_service(mesh)?;
+    let (mut client, who) = Client::who(mesh.pod("client"), RAW.parse()?)?;
     ensure!(["web1", "web2"].contains(&who.name.as_str()), "{who:?}");
     client.ping("still there?")?;
-    drop(servers);
     Ok(())
 }

@@ -7,13 +7,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, ensure};
 use mesh_tests::agent::is_clean;
 use mesh_tests::otlp::{Collector, Span};
-use mesh_tests::program::{Client, Server};
+use mesh_tests::program::Client;
 use mesh_tests::wait;
 use mesh_tests::web::Web;
 use serde_json::Value;
 
-use crate::bytes::vip;
-use crate::mesh::{BYTES, MORE, Mesh, WEB};
+use crate::bytes::{RAW, raw_service};
+use crate::mesh::{MORE, Mesh, WEB};
 
 const PORT: u16 = 4317;
 const TRACE: &str = "0af7651916cd43dd8448eb211c80319c";
@@ -421,13 +421,12 @@ fn through_the_waypoint(mesh: &Mesh, agents: &Collector) -> anyhow::Result<Vec<S
     ensure!(context(&mesh.call(&["-H", &silent, &url("/silent")])?.echo()?)?.2 == "00");
 
     // Bytes: the waypoint has no span of its own.
-    let _server = Server::start(mesh.pod("web1"), BYTES)?;
-    let _other = Server::start(mesh.pod("web2"), BYTES)?;
-    let (mut stream, _) = Client::who(mesh.pod("client"), vip(90))?;
+    let _service = raw_service(mesh)?;
+    let (mut stream, _) = Client::who(mesh.pod("client"), RAW.parse()?)?;
     stream.ping("once")?;
     drop(stream);
     let client = wait::until("the client's connection", wait::PATIENCE, || {
-        agents.spans().into_iter().skip(mark).find(|s| s.parent.is_empty() && s.tag("hbone.authority").ends_with(":90"))
+        agents.spans().into_iter().skip(mark).find(|s| s.parent.is_empty() && s.tag("hbone.authority").ends_with(":91"))
     })?;
     let server = below(agents, &client.span, &[("reporter", "destination")])?;
     ensure!(server.trace == client.trace && server.tag("istio.source_principal").ends_with("/sa/wp"), "{server:?}");
