@@ -63,6 +63,11 @@ pub(crate) fn metrics_carry_istio_labels(mesh: &mut Mesh) -> anyhow::Result<()> 
     // The tunnel is kept for the next connection, at both ends, and its certificate ends within the hour.
     ensure!(metrics.sum("culvert_tunnels_active", &[("direction", "outbound")]) > 0.0, "no tunnel is told of");
     ensure!(mesh.b().metrics()?.sum("culvert_tunnels_active", &[("direction", "inbound")]) > 0.0, "no tunnel arrived");
+    for (agent, reporter) in [(mesh.a(), "source"), (mesh.b(), "destination")] {
+        let metrics = agent.metrics()?;
+        let of = |part: &str| metrics.sum(&format!("culvert_connection_setup_seconds{part}"), &[("reporter", reporter)]);
+        ensure!(of("_count") >= 1.0 && of("_sum") > 0.0, "the {reporter} does not say how long connections took to be made");
+    }
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_secs_f64();
     let ends = metrics.sum("culvert_certificate_expiry_timestamp_seconds", &[("identity", "spiffe://test.local/ns/t/sa/client")]);
     ensure!((now..now + 3700.0).contains(&ends), "the client's certificate ends at {ends}, now is {now}");
