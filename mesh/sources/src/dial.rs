@@ -14,6 +14,7 @@ use bytes::{Bytes, BytesMut};
 use http::{HeaderValue, Uri};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
+use mesh_runtime::control_plane::chain;
 use rustls::{ClientConfig, RootCertStore};
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName};
@@ -183,17 +184,6 @@ pub(crate) async fn next_frame(body: &mut Incoming, limit: Duration) -> Result<O
             }
         }
     }
-}
-
-/// An error with what is behind it.
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
-    text
 }
 
 /// As it may stand in a path or query.

@@ -13,11 +13,12 @@ use http_body_util::Empty;
 use hyper::body::Incoming;
 use hyper::client::conn::http1::{self, SendRequest};
 use hyper_util::rt::TokioIo;
+use mesh_runtime::control_plane::chain;
 use rustls_pki_types::ServerName;
 use serde_json::Value;
 
 use super::Access;
-use crate::dial::{self, AGENT, Server, chain};
+use crate::dial::{self, AGENT, Server};
 
 /// Limit for an answer beyond what it may be waited for, and for each piece of it.
 const ANSWER: Duration = Duration::from_secs(30);

@@ -14,12 +14,13 @@ use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use mesh_runtime::control_plane::chain;
 use rustls_pki_types::ServerName;
 use serde_json::Value;
 use tokio::sync::Mutex;
 
 use super::access::Access;
-use crate::dial::{self, AGENT, Server, chain, next_frame};
+use crate::dial::{self, AGENT, Server, next_frame};
 
 /// Limit for the head of an answer, and for each piece of a list.
 const ANSWER: Duration = Duration::from_mins(1);
