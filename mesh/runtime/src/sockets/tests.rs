@@ -353,7 +353,12 @@ fn child_runs_out_of_descriptors() {
         drop(accepted);
         assert_eq!(client.read(&mut [0]).unwrap(), 0);
     });
-    assert_eq!(raise_nofile().unwrap(), getrlimit(Resource::RLIMIT_NOFILE).unwrap().0);
+    let limit = getrlimit(Resource::RLIMIT_NOFILE).unwrap().1;
+    assert_eq!(raise_nofile().unwrap(), limit);
+    assert_eq!(getrlimit(Resource::RLIMIT_NOFILE).unwrap().0, limit);
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let room: u64 = status.lines().find_map(|line| line.strip_prefix("FDSize:")).unwrap().trim().parse().unwrap();
+    assert!(room >= limit.min(1 << 16), "no data thread waits for a larger table of descriptors: {room} of {limit}");
 }
 
 /// Prints what connections from one source cost past the port-search cliff; run by hand with `--ignored --nocapture`.
