@@ -16,8 +16,11 @@ use tokio::time::Instant;
 
 use crate::demand::{Demand, Fetched, Noted};
 
-/// Least time between two versions: what changes meanwhile becomes one. A change after a quiet time is published at once.
-const COALESCE: Duration = Duration::from_millis(10);
+/// Time between two versions where changes do not end: what changes meanwhile becomes one.
+const PACE: Duration = Duration::from_millis(10);
+/// How far ahead of that pace versions may be: after a quiet time so many changes in a row (three) are published at once, each
+/// by itself, as of a file that is removed and written anew.
+const AHEAD: Duration = Duration::from_millis(20);
 /// Changes after which a version is published without waiting for more.
 const ENOUGH: usize = 50_000;
 /// Changes above which a version is made on a helper thread, so that the control thread keeps answering.
@@ -192,11 +195,11 @@ pub fn channel(view: Viewpoint, sources: usize) -> (Mesh, Publisher, Vec<ChangeS
 impl Publisher {
     /// Publishes until every sink is dropped.
     pub async fn run(mut self) {
-        let mut deadline = Instant::now();
+        let mut due = Instant::now();
         while let Some(first) = self.rx.recv().await {
             let (mut changes, mut newly_synced) = (first.changes, usize::from(first.synced));
             while changes.len() < ENOUGH {
-                match tokio::time::timeout_at(deadline, self.rx.recv()).await {
+                match tokio::time::timeout_at(due, self.rx.recv()).await {
                     Ok(Some(more)) => {
                         newly_synced += usize::from(more.synced);
                         changes.extend(more.changes);
@@ -205,7 +208,8 @@ impl Publisher {
                 }
             }
             self.publish(changes, newly_synced).await;
-            deadline = Instant::now() + COALESCE;
+            let now = Instant::now();
+            due = due.max(now.checked_sub(AHEAD).unwrap_or(now)) + PACE;
         }
     }
 
