@@ -55,6 +55,7 @@ fn telling(c: &mut Criterion) {
         hbone: Arc::new(mesh_hbone::Settings::default()),
         connect_timeout: Duration::from_secs(5),
         handshake_timeout: Duration::from_secs(5),
+        connects: mesh_runtime::metrics::connect_times().pin(&["waypoint"]),
         threads: 1,
         me: Me::default(),
     });

@@ -32,7 +32,7 @@ use mesh_runtime::drain::{self, DrainMode, DrainWatch, Finished};
 use mesh_runtime::gate::Gate;
 use mesh_runtime::logging::{AccessLog, Logging};
 use mesh_runtime::memory::Budget;
-use mesh_runtime::metrics::Registry;
+use mesh_runtime::metrics::{Registry, connect_times};
 use mesh_runtime::process;
 use mesh_runtime::readiness::{Readiness, ReadyTask};
 use mesh_runtime::signals;
@@ -269,6 +269,7 @@ fn assemble(
         hbone: Arc::clone(&hbone),
         connect_timeout: settings.connect_timeout,
         handshake_timeout: settings.handshake_timeout,
+        connects: registry.family(connect_times())?.pin(&["waypoint"]),
         threads: threads.workers().len(),
         me: me.clone(),
     });

@@ -94,6 +94,6 @@ async fn open(
         ..ConnectOptions::default()
     };
     let failed = |error| Refusal::new(Reason::ConnectFailed, format!("{} of {}: {error}", crossing.dial, crossing.to.uid));
-    let server = connect(crossing.dial, &options).await.map_err(failed)?;
+    let server = conn.shared.upstreams.connects().time(connect(crossing.dial, &options)).await.map_err(failed)?;
     Ok((server, asked))
 }

@@ -41,6 +41,7 @@ use mesh_model::plan;
 use mesh_model::shard::Shards;
 use mesh_model::workload::WorkloadUid;
 use mesh_model::{Snapshot, SpiffeId};
+use mesh_runtime::metrics::Histogram;
 use parking_lot::Mutex;
 use std::hash::Hash;
 use std::sync::Arc;
@@ -60,6 +61,8 @@ pub struct Deps {
     pub connect_timeout: Duration,
     /// Limit of the handshake of a tunnel.
     pub handshake_timeout: Duration,
+    /// How long TCP connects take.
+    pub connects: Arc<Histogram>,
     /// Number of data threads.
     pub threads: usize,
     /// Which workload of the mesh we are: where we are, with which labels.
@@ -199,6 +202,11 @@ impl Upstreams {
             clusters: Registry::default(),
             workloads: Registry::default(),
         })
+    }
+
+    /// Where it is noted how long TCP connects take.
+    pub(crate) fn connects(&self) -> &Arc<Histogram> {
+        self.reach.connects()
     }
 
     /// The cluster as this version of the mesh has it. Cheap when it was asked for in this version before. Health, pools,

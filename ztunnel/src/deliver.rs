@@ -31,5 +31,5 @@ async fn from(pod: &Pod, source: Option<IpAddr>, dst: SocketAddr) -> Result<TcpS
         stream: pod.shared.settings.tcp.stream_options(),
         timeout: pod.shared.settings.connect_timeout,
     };
-    connect(dst, &options).await.map_err(|e| connect_refusal(dst, &e))
+    pod.shared.metrics.connect_to_applications.time(connect(dst, &options)).await.map_err(|e| connect_refusal(dst, &e))
 }

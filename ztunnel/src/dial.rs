@@ -52,7 +52,8 @@ pub async fn reach(
     client: IpAddr,
     request: impl Fn(&HboneAuthority) -> ConnectRequest,
 ) -> Result<Reached, HboneError> {
-    let dialer = PodDialer::new(&pod.shared.settings, pod.netns.clone(), pod.svid.clone(), Arc::clone(&pod.reached));
+    let dialer =
+        PodDialer::new(&pod.shared.settings, &pod.shared.metrics, pod.netns.clone(), pod.svid.clone(), Arc::clone(&pod.reached));
     match dial {
         Dial::Passthrough(to) | Dial::Plain(to) => Ok(Reached::Tcp(dialer.tcp(to.0).await.map_err(HboneError::from)?)),
         Dial::Hbone(hop) => {

@@ -2,12 +2,14 @@
 //!
 //! Owns the mapping of connect failures to reasons. Upstream: the pools, `dial`, `deliver`. Downstream: `mesh-runtime` sockets,
 //! `mesh-identity` TLS.
+use crate::metrics::Metrics;
 use crate::settings::Settings;
 use mesh_hbone::{Dialer, HboneError, PoolKey};
 use mesh_identity::SvidHandle;
 use mesh_identity::live::{Held, LivePeers};
 use mesh_identity::tls::ClientStream;
 use mesh_model::{Reason, Refusal, SpiffeId};
+use mesh_runtime::metrics::Histogram;
 use mesh_runtime::sockets::{ConnectOptions, NetnsFd, StreamOptions, connect};
 use std::io;
 use std::net::SocketAddr;
@@ -32,13 +34,21 @@ pub struct PodDialer {
     stream: StreamOptions,
     connect_timeout: Duration,
     handshake_timeout: Duration,
+    connects: Arc<Histogram>,
 }
 
 impl PodDialer {
     /// A dialer that connects from `netns`, proves `svid` and enters whom it reaches in `peers`.
-    pub fn new(settings: &Settings, netns: Option<Arc<NetnsFd>>, svid: SvidHandle, peers: Arc<LivePeers>) -> Self {
-        let Settings { connect_timeout, handshake_timeout, .. } = *settings;
-        Self { netns, svid, peers, stream: settings.tcp.stream_options(), connect_timeout, handshake_timeout }
+    pub fn new(
+        settings: &Settings,
+        metrics: &Metrics,
+        netns: Option<Arc<NetnsFd>>,
+        svid: SvidHandle,
+        peers: Arc<LivePeers>,
+    ) -> Self {
+        let Settings { connect_timeout, handshake_timeout, ref tcp, .. } = *settings;
+        let (stream, connects) = (tcp.stream_options(), Arc::clone(&metrics.connect_to_peers));
+        Self { netns, svid, peers, stream, connect_timeout, handshake_timeout, connects }
     }
 
     /// A plain connection from the pod to `to`.
@@ -51,7 +61,7 @@ impl PodDialer {
             timeout: self.connect_timeout,
             ..ConnectOptions::default()
         };
-        connect(to, &options).await.map_err(|e| connect_refusal(to, &e))
+        self.connects.time(connect(to, &options)).await.map_err(|e| connect_refusal(to, &e))
     }
 
     /// A TLS stream over `io` whose peer proved one of `expect` (I4); it ends when that proof counts no longer.

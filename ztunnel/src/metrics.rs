@@ -7,7 +7,7 @@ use crate::record::{LABELS, Record, labels};
 use mesh_model::Reason;
 use mesh_model::metric_labels::UNKNOWN;
 use mesh_model::workload::Workload;
-use mesh_runtime::metrics::{Counter, Family, Gauge, Histogram, MetricError, Registry};
+use mesh_runtime::metrics::{Counter, Family, Gauge, Histogram, MetricError, Registry, connect_times};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -22,7 +22,11 @@ pub struct Metrics {
     refused: Family<Counter>,
     bypassed: Family<Counter>,
     of_node: Arc<Counter>,
-    handshake: Family<Histogram>,
+    set_up: Family<Histogram>,
+    /// TCP connects to peers.
+    pub connect_to_peers: Arc<Histogram>,
+    /// TCP connects to applications in their pods.
+    pub connect_to_applications: Arc<Histogram>,
     sockets_open: [Arc<Gauge>; 2],
     dns_requests: Family<Counter>,
     dns_upstream_requests: Family<Counter>,
@@ -57,6 +61,7 @@ impl Metrics {
             Ok(registry.family(Family::<Counter>::new(name, help, &[]))?.pin(&[]))
         };
         let dns = |name, help| registry.family(Family::<Counter>::new(name, help, &DNS_LABELS));
+        let connects = registry.family(connect_times())?;
         let sockets = registry.family(Family::<Gauge>::new(
             "istio_tcp_sockets_open",
             "Connections of applications that are open now",
@@ -83,12 +88,14 @@ impl Metrics {
                 "culvert_node_connections_total",
                 "Connections that policies refuse, let through because processes of the node opened them (health probes)",
             )?,
-            handshake: registry.family(Family::with_buckets(
+            set_up: registry.family(Family::with_buckets(
                 "culvert_connection_setup_seconds",
                 "Time from accepting a connection to having reached its destination",
                 &["reporter"],
                 &[0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0],
             ))?,
+            connect_to_peers: connects.pin(&[Direction::Outbound.reporter()]),
+            connect_to_applications: connects.pin(&[Direction::Inbound.reporter()]),
             sockets_open: [sockets.pin(&["source"]), sockets.pin(&["destination"])],
             dns_requests: dns("istio_dns_requests_total", "Questions of pods")?,
             dns_upstream_requests: dns("istio_dns_upstream_requests_total", "Questions passed on to a pod's name servers")?,
@@ -129,7 +136,7 @@ impl Metrics {
             let (ns, name) = record.destination.as_ref().map_or((UNKNOWN, UNKNOWN), |w| (&*w.namespace, &*w.workload_name));
             self.bypassed.get(&[service, ns, name]).inc();
         }
-        self.handshake.get(&[record.direction.reporter()]).observe_duration(record.started.elapsed());
+        self.set_up.get(&[record.direction.reporter()]).observe_duration(record.started.elapsed());
         let sockets = Arc::clone(match record.direction {
             Direction::Outbound => &self.sockets_open[0],
             Direction::Inbound => &self.sockets_open[1],

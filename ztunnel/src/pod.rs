@@ -118,7 +118,7 @@ impl Pod {
     ) -> Arc<Self> {
         let svid = shared.svids.handle(&identity);
         let reached = Arc::default();
-        let dialer = PodDialer::new(&shared.settings, netns.clone(), svid.clone(), Arc::clone(&reached));
+        let dialer = PodDialer::new(&shared.settings, &shared.metrics, netns.clone(), svid.clone(), Arc::clone(&reached));
         let pools = shared.threads.workers().iter().map(|_| Pool::new(dialer.clone(), Arc::clone(&shared.hbone))).collect();
         Arc::new(Self {
             uid: Arc::clone(&enrolled.uid),

@@ -140,12 +140,14 @@ impl SvidCache {
     }
 
     /// Registers `culvert_certificate_expiry_timestamp_seconds{identity}`, read at each scrape: when the certificate of each identity
-    /// ends, in seconds since 1970; 0 while there is none.
+    /// ends, in seconds since 1970; 0 while there is none. And `culvert_tls_handshake_seconds{direction}`: how long handshakes
+    /// with these certificates take.
     ///
     /// # Errors
-    /// The name is taken.
+    /// A name is taken.
     pub fn expose(&self, registry: &Registry) -> Result<(), MetricError> {
         const NAME: &str = "culvert_certificate_expiry_timestamp_seconds";
+        self.shared.tls.handshakes().expose(registry)?;
         // The registry must not keep the cache alive.
         let cache = Arc::downgrade(&self.shared);
         registry.on_scrape(&[NAME], move |out| {

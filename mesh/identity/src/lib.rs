@@ -23,6 +23,7 @@ pub mod crl_file;
 pub mod crypto;
 pub mod error;
 pub mod forwarded;
+mod handshakes;
 pub mod istio_ca;
 pub mod live;
 pub mod local_ca;

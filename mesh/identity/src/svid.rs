@@ -22,6 +22,7 @@ use crate::bundle::TrustBundles;
 use crate::clock::{Clock, RustlsTime};
 use crate::crypto::TlsSettings;
 use crate::error::IdentityError;
+use crate::handshakes::Handshakes;
 use crate::source::{IdentitySource, IssuedSvid};
 use crate::verify::{Leaf, PeerVerifier, leaf_of};
 
@@ -35,6 +36,7 @@ pub struct TlsContext {
     clock: Arc<dyn Clock>,
     bundles: watch::Receiver<Arc<TrustBundles>>,
     verifier: Arc<PeerVerifier>,
+    handshakes: Handshakes,
 }
 
 impl TlsContext {
@@ -43,12 +45,17 @@ impl TlsContext {
         let crypto = settings.crypto()?;
         let bundles = source.bundle();
         let verifier = Arc::new(PeerVerifier::new(bundles.clone(), crypto.signature_verification_algorithms));
-        Ok(Self { crypto, clock, bundles, verifier })
+        Ok(Self { crypto, clock, bundles, verifier, handshakes: Handshakes::default() })
     }
 
     /// The clock certificates are judged by.
     pub fn clock(&self) -> &Arc<dyn Clock> {
         &self.clock
+    }
+
+    /// How long handshakes take.
+    pub(crate) fn handshakes(&self) -> &Handshakes {
+        &self.handshakes
     }
 
     /// The newest trust bundles.
@@ -82,6 +89,7 @@ pub struct Svid {
     pub server: Arc<ServerConfig>,
     pub(crate) verifier: Arc<PeerVerifier>,
     pub(crate) clock: Arc<dyn Clock>,
+    pub(crate) handshakes: Handshakes,
 }
 
 impl Svid {
@@ -140,6 +148,7 @@ impl Svid {
             server: Arc::new(server),
             verifier: Arc::clone(&tls.verifier),
             clock: Arc::clone(&tls.clock),
+            handshakes: tls.handshakes.clone(),
         })
     }
 

@@ -152,11 +152,13 @@ where
     let nobody = ServerName::IpAddress(IpAddr::V4(Ipv4Addr::UNSPECIFIED).into());
     let handshake = TlsConnector::from(Arc::clone(&svid.client))
         .connect_with(nobody, ReadAhead::new(io), |connection| connection.set_buffer_limit(Some(BUFFER_LIMIT)));
+    let begun = Instant::now();
     let stream = timeout_at(deadline, handshake).await.map_err(|_| late("connecting"))??;
     let peer = Peer::of(stream.get_ref().1, PeerRole::Server, svid)?;
     if !expect.contains(&peer.id) {
         return Err(TlsError::new(Reason::IdentityMismatch, mismatch(&peer.id, expect)));
     }
+    svid.handshakes.dialled.observe_duration(begun.elapsed());
     Ok((stream, peer))
 }
 
@@ -167,8 +169,10 @@ where
 {
     let handshake = TlsAcceptor::from(Arc::clone(&svid.server))
         .accept_with(ReadAhead::new(io), |connection| connection.set_buffer_limit(Some(BUFFER_LIMIT)));
+    let begun = Instant::now();
     let stream = timeout_at(deadline, handshake).await.map_err(|_| late("accepting"))??;
     let peer = Peer::of(stream.get_ref().1, PeerRole::Client, svid)?;
+    svid.handshakes.accepted.observe_duration(begun.elapsed());
     Ok((stream, peer))
 }
 

@@ -23,7 +23,7 @@ use prometheus::TextEncoder;
 use prometheus::core::Collector;
 
 pub use exposition::{Samples, Scrape};
-pub use family::{Counter, Family, Gauge, Histogram, Series};
+pub use family::{Counter, Family, Gauge, Histogram, Series, connect_times};
 pub use process::resident_bytes;
 
 use crate::admin::{HttpServer, Request, Response, respond, text};

@@ -67,6 +67,12 @@ pub(crate) fn metrics_carry_istio_labels(mesh: &mut Mesh) -> anyhow::Result<()> 
         let metrics = agent.metrics()?;
         let of = |part: &str| metrics.sum(&format!("culvert_connection_setup_seconds{part}"), &[("reporter", reporter)]);
         ensure!(of("_count") >= 1.0 && of("_sum") > 0.0, "the {reporter} does not say how long connections took to be made");
+        // All of it, and its two parts: the client's agent dials, that of the server accepts.
+        let direction = if reporter == "source" { "dialled" } else { "accepted" };
+        for (part, label) in [("tcp_connect", ("reporter", reporter)), ("tls_handshake", ("direction", direction))] {
+            let of = |sum: &str| metrics.sum(&format!("culvert_{part}_seconds_{sum}"), &[label]);
+            ensure!(of("count") >= 1.0 && of("sum") > 0.0 && of("sum") < 5.0 * of("count"), "{part} of the {reporter}");
+        }
     }
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_secs_f64();
     let ends = metrics.sum("culvert_certificate_expiry_timestamp_seconds", &[("identity", "spiffe://test.local/ns/t/sa/client")]);

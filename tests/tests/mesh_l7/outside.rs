@@ -59,6 +59,15 @@ pub(crate) fn metrics_and_log_name_both_ends(mesh: &mut Mesh) -> anyhow::Result<
     wait::until_true("five more requests in the metrics", || {
         page().is_ok_and(|m| m.sum("istio_requests_total", &labels) as i64 == before as i64 + 5)
     })?;
+    // How long tunnels took to be made, at both sides of the waypoint.
+    let setup = page()?;
+    for (part, label) in [
+        ("tcp_connect", ("reporter", "waypoint")),
+        ("tls_handshake", ("direction", "accepted")),
+        ("tls_handshake", ("direction", "dialled")),
+    ] {
+        ensure!(setup.sum(&format!("culvert_{part}_seconds_count"), &[label]) >= 1.0, "{part}, {label:?}");
+    }
     wait::until_true("five lines in the log", || {
         proxy.log_since(mark).lines().filter(|l| l.contains("/counted") && l.contains("response_code")).count() == 5
     })?;

@@ -70,6 +70,7 @@ impl World {
             hbone: Arc::new(mesh_hbone::Settings::default()),
             connect_timeout: Duration::from_secs(5),
             handshake_timeout: Duration::from_secs(5),
+            connects: mesh_runtime::metrics::connect_times().pin(&["waypoint"]),
             threads,
             me: Me { uid: Some(uid("waypoint")), ip: None },
         });

@@ -25,8 +25,9 @@ use mesh_model::plan::HBONE_PORT;
 use mesh_model::telemetry::context::TraceParent;
 use mesh_model::workload::Workload;
 use mesh_model::{HboneAuthority, Reason, SpiffeId};
+use mesh_runtime::metrics::Histogram;
 use mesh_runtime::resolve::{self, Resolver};
-use mesh_runtime::sockets::{ConnectOptions, Keepalive, StreamOptions};
+use mesh_runtime::sockets::{ConnectOptions, Keepalive, StreamOptions, connect};
 use std::future::poll_fn;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -64,6 +65,7 @@ impl Reach {
             peers: Arc::clone(&peers),
             connect_timeout: deps.connect_timeout,
             handshake_timeout: deps.handshake_timeout,
+            connects: deps.connects,
         };
         let pools = (0..deps.threads.max(1)).map(|_| Pool::new(dialer.clone(), Arc::clone(&deps.hbone))).collect();
         Self {
@@ -79,6 +81,10 @@ impl Reach {
     }
     pub fn threads(&self) -> usize {
         self.pools.len()
+    }
+    /// Where it is noted how long TCP connects take.
+    pub fn connects(&self) -> &Arc<Histogram> {
+        &self.dialer.connects
     }
     /// We are this workload, as the newest version of the mesh has it.
     pub fn describe(&self, me: Option<&Arc<Workload>>) {
@@ -100,13 +106,14 @@ struct AgentDialer {
     peers: Arc<LivePeers>,
     connect_timeout: Duration,
     handshake_timeout: Duration,
+    connects: Arc<Histogram>,
 }
 impl Dialer for AgentDialer {
     type Io = Held<ClientStream<TcpStream>>;
 
     async fn dial(&self, key: &PoolKey) -> Result<Self::Io, HboneError> {
         let options = ConnectOptions { timeout: self.connect_timeout, ..ConnectOptions::default() };
-        let tcp = mesh_runtime::sockets::connect(key.dial(), &options).await.map_err(|e| {
+        let tcp = self.connects.time(connect(key.dial(), &options)).await.map_err(|e| {
             let reason = if e.kind() == io::ErrorKind::TimedOut { Reason::ConnectTimeout } else { Reason::ConnectFailed };
             HboneError::new(reason, connect_detail(&e))
         })?;
@@ -261,7 +268,7 @@ async fn layers(
         };
         return Ok((stream, tunnels));
     }
-    let mut stream = tcp(to, pool.keepalive, pool.connect_timeout).await?;
+    let mut stream = tcp(to, pool.keepalive, pool.connect_timeout, reach.connects()).await?;
     if let Some(header) = header {
         stream.write_all(&header).await.map_err(|e| UpstreamError::new(Failure::Connect, connect_detail(&e)))?;
     }
@@ -343,13 +350,18 @@ async fn write(stream: &mut HboneStream, bytes: Vec<u8>) -> Result<(), UpstreamE
     Ok(())
 }
 
-async fn tcp(to: SocketAddr, keepalive: Option<TcpKeepalive>, limit: Duration) -> Result<TcpStream, UpstreamError> {
+async fn tcp(
+    to: SocketAddr,
+    keepalive: Option<TcpKeepalive>,
+    limit: Duration,
+    connects: &Histogram,
+) -> Result<TcpStream, UpstreamError> {
     let mut stream = StreamOptions::default();
     if let Some(k) = keepalive {
         stream.keepalive = Some(Keepalive { time: k.time, interval: k.interval, retries: k.probes });
     }
     let options = ConnectOptions { stream, timeout: limit, ..ConnectOptions::default() };
-    mesh_runtime::sockets::connect(to, &options).await.map_err(|e| {
+    connects.time(connect(to, &options)).await.map_err(|e| {
         if e.kind() == io::ErrorKind::TimedOut && e.raw_os_error().is_none() {
             UpstreamError::new(Failure::ConnectTimeout, "connection timeout")
         } else {
