@@ -6,6 +6,7 @@
 mod places;
 
 use crate::zds::Named;
+use mesh_identity::Facts;
 use mesh_model::SpiffeId;
 use mesh_model::snapshot::{Snapshot, Viewpoint};
 use mesh_model::workload::{NetworkMode, Protocol, Workload, WorkloadUid};
@@ -33,6 +34,8 @@ pub struct Enrolled {
     pub name: Arc<str>,
     /// Its identity, or why it has none.
     pub identity: Result<SpiffeId, String>,
+    /// What an authority may find it by.
+    pub facts: Facts,
     /// Where it is.
     pub place: Place,
     /// Its first address, where it has no network namespace of its own.
@@ -59,6 +62,7 @@ impl Enrolled {
             namespace: Arc::clone(&w.namespace),
             name: Arc::clone(&w.name),
             identity: w.identity().map_err(|e| e.to_string()),
+            facts: facts(w, None),
             place: w.netns.as_ref().map_or(Place::Unknown, |path| Place::Path(Arc::clone(path))),
             address: w.ips.first().copied(),
         })
@@ -73,6 +77,7 @@ impl Enrolled {
             namespace: Arc::clone(&w.namespace),
             name: Arc::clone(&w.name),
             identity: w.identity().map_err(|e| e.to_string()),
+            facts: facts(w, Some(&pod.uid)),
             place: netns.map_or(Place::Unknown, |netns| Place::Netns(Arc::clone(netns))),
             address: w.ips.first().copied(),
         }
@@ -83,14 +88,17 @@ impl Enrolled {
     pub fn by_cni(snap: &Snapshot, key: Arc<str>, pod: Named, netns: NetnsFd) -> Self {
         let known = find_named(snap, &pod.namespace, &pod.name, &pod.service_account);
         let uid = || format!("{}//Pod/{}/{}", snap.view().cluster, pod.namespace, pod.name).into();
+        let (name, node) = (Arc::<str>::from(pod.name.as_str()), Arc::clone(&snap.view().node));
+        let labels = known.map(|w| w.labels.clone()).unwrap_or_default();
         Self {
+            facts: Facts { uid: Some(Arc::clone(&key)), name: Arc::clone(&name), node, labels },
             key,
             uid: known.map_or_else(uid, |w| Arc::clone(&w.uid)),
             identity: known
                 .map_or_else(|| SpiffeId::new(&snap.view().trust_domain, &pod.namespace, &pod.service_account), |w| w.identity())
                 .map_err(|e| e.to_string()),
             namespace: pod.namespace.into(),
-            name: pod.name.into(),
+            name,
             place: Place::Netns(Arc::new(netns)),
             address: None,
         }
@@ -253,6 +261,11 @@ pub fn find_named<'a>(snap: &'a Snapshot, namespace: &str, name: &str, account: 
         );
     });
     Some(theirs)
+}
+
+/// What is known of a pod of this node; its own uid is not in the mesh.
+fn facts(w: &Workload, uid: Option<&Arc<str>>) -> Facts {
+    Facts { uid: uid.cloned(), name: Arc::clone(&w.name), node: Arc::clone(&w.node), labels: w.labels.clone() }
 }
 
 /// Whether the agent carries this pod's traffic.

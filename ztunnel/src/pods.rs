@@ -511,6 +511,7 @@ impl PodSupervisor {
             let same_place = running.place == netns.as_ref().map(|n| n.id());
             let same_identity = enrolled.identity.as_ref().is_ok_and(|id| *id == running.pod.identity);
             if same_place && same_identity {
+                self.shared.svids.introduce(&running.pod.identity, key, &enrolled.facts);
                 return None;
             }
             // What comes after it in the same namespace must not find its sockets, nor lose its rules to the old one's end.
@@ -572,6 +573,9 @@ impl PodSupervisor {
                     tracing::error!(pod = %enrolled.label(), %error, "pod cannot be served, trying again");
                     let task = self.readiness.pending(&format!("pod {}", enrolled.label()));
                     self.pending.insert(Arc::clone(key), task);
+                }
+                if let Ok(id) = &enrolled.identity {
+                    self.shared.svids.dismiss(id, key);
                 }
                 self.table.set(key, PodState::Pending { error: error.clone() });
                 Err(error)
@@ -646,6 +650,7 @@ impl PodSupervisor {
         // Before the drain, which ends the tunnels: a connection is to know why it ended, not that its tunnel broke.
         running.pod.conns.close(&why);
         running.drain.start(DrainMode::Immediate);
+        self.shared.svids.dismiss(&running.pod.identity, uid);
         self.forget_unused(&running.pod.identity);
         self.shared.metrics.pods_stopped.inc();
         tracing::info!(pod = %uid, %why, "pod is no longer served");

@@ -25,7 +25,7 @@ use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::error::IdentityError;
-use crate::source::IdentitySource;
+use crate::source::{Facts, IdentitySource};
 use crate::svid::{Svid, TlsContext};
 use rotate::{Order, Rotation};
 
@@ -67,6 +67,7 @@ pub struct SvidCache {
 }
 
 struct Shared {
+    source: Arc<dyn IdentitySource>,
     entries: RwLock<HashMap<SpiffeId, Arc<Entry>>>,
     orders: mpsc::UnboundedSender<Order>,
     tls: TlsContext,
@@ -94,8 +95,8 @@ impl SvidCache {
     /// Starts a cache over `source`; its task runs on `control`.
     pub fn start(source: Arc<dyn IdentitySource>, tls: TlsContext, settings: &CacheSettings, control: &Handle) -> Self {
         let (orders, inbox) = mpsc::unbounded_channel();
-        control.spawn(Rotation::new(source, tls.clone(), settings).run(inbox));
-        let shared = Shared { entries: RwLock::default(), orders, tls, fetch_timeout: settings.fetch_timeout };
+        control.spawn(Rotation::new(Arc::clone(&source), tls.clone(), settings).run(inbox));
+        let shared = Shared { source, entries: RwLock::default(), orders, tls, fetch_timeout: settings.fetch_timeout };
         Self { shared: Arc::new(shared) }
     }
 
@@ -127,6 +128,16 @@ impl SvidCache {
     /// Asks for the certificate of `id` without waiting, before any connection needs it.
     pub fn prefetch(&self, id: &SpiffeId) {
         self.want(&self.entry(id), Priority::Warmup, None);
+    }
+
+    /// Tells the authority of a workload of this node, called `key`, that has the identity `id`: [`IdentitySource::introduce`].
+    pub fn introduce(&self, id: &SpiffeId, key: &Arc<str>, facts: &Facts) {
+        self.shared.source.introduce(id, key, facts);
+    }
+
+    /// Tells it that the workload has left: [`IdentitySource::dismiss`].
+    pub fn dismiss(&self, id: &SpiffeId, key: &str) {
+        self.shared.source.dismiss(id, key);
     }
 
     /// Drops `id`, when its last workload has left the node: no more renewals, and handles to it go empty. Connections keep

@@ -16,7 +16,7 @@ use crate::bundle::TrustBundles;
 use crate::error::IdentityError;
 use crate::look::{Stamp, looks, stamp};
 use crate::revocation::{Revocation, Unknown};
-use crate::source::{BoxFuture, IdentitySource, IssuedSvid};
+use crate::source::{BoxFuture, Facts, IdentitySource, IssuedSvid};
 
 /// Where lists are read.
 #[derive(Clone, Debug)]
@@ -53,6 +53,12 @@ impl IdentitySource for Revoking {
     }
     fn renewals(&self) -> Option<mpsc::UnboundedReceiver<SpiffeId>> {
         self.source.renewals()
+    }
+    fn introduce(&self, id: &SpiffeId, key: &Arc<str>, facts: &Facts) {
+        self.source.introduce(id, key, facts);
+    }
+    fn dismiss(&self, id: &SpiffeId, key: &str) {
+        self.source.dismiss(id, key);
     }
     fn forget(&self, id: &SpiffeId) {
         self.source.forget(id);

@@ -46,6 +46,6 @@ pub use bundle::TrustBundles;
 pub use cache::{SvidCache, SvidHandle};
 pub use error::IdentityError;
 pub use read_ahead::ReadAhead;
-pub use source::{IdentitySource, IssuedSvid, SourceSettings};
+pub use source::{Facts, IdentitySource, IssuedSvid, SourceSettings};
 pub use svid::{Svid, TlsContext};
 pub use tls::{Peer, TlsError};

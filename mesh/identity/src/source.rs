@@ -7,6 +7,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use mesh_model::labels::Labels;
 use mesh_model::snapshot::Viewpoint;
 use mesh_model::{SpiffeId, TrustDomain};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
@@ -46,6 +47,19 @@ pub struct IssuedSvid {
     pub key: PrivateKeyDer<'static>,
 }
 
+/// What is known of one workload of this node besides its identity: by this an authority finds what it registered for it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Facts {
+    /// The Pod's own uid, where somebody tells it.
+    pub uid: Option<Arc<str>>,
+    /// The Pod's name.
+    pub name: Arc<str>,
+    /// The node's name.
+    pub node: Arc<str>,
+    /// The Pod's labels; none where nobody tells them.
+    pub labels: Labels,
+}
+
 /// Something that issues identities.
 pub trait IdentitySource: Send + Sync {
     /// Issues a certificate for `id`. May hang or be cancelled at any await; the caller bounds its time.
@@ -57,6 +71,11 @@ pub trait IdentitySource: Send + Sync {
     fn renewals(&self) -> Option<mpsc::UnboundedReceiver<SpiffeId>> {
         None
     }
+    /// This workload of this node, called `key`, has the identity `id`. Told before its certificate is wanted, and again when other
+    /// things are known of it.
+    fn introduce(&self, _id: &SpiffeId, _key: &Arc<str>, _facts: &Facts) {}
+    /// That workload has left this node, or has another identity now.
+    fn dismiss(&self, _id: &SpiffeId, _key: &str) {}
     /// The last workload of `id` has left this node.
     fn forget(&self, _id: &SpiffeId) {}
 }

@@ -1,15 +1,17 @@
 //! SPIRE as a source: certificates that its agent hands out and renews by itself, over a Unix socket of this node.
 //!
-//! Two ways to ask, one state. As a *delegate* ([`Api::Delegated`]) the node agent subscribes to the certificate of each
-//! workload by what SPIRE's Kubernetes attestor would find (`k8s:ns`, `k8s:sa`); by the *Workload API* ([`Api::Workload`]) a
-//! process gets its own. What comes is kept as it comes, so that [`crate::cache`] is answered from here at once and told of
+//! Two ways to ask, one state. As a *delegate* ([`Api::Delegated`]) the node agent subscribes to the certificates of each
+//! pod by what SPIRE's Kubernetes attestor would find of the pod (`k8s:ns`, `k8s:sa`, `k8s:pod-uid`, `k8s:pod-label`, …): SPIRE gives those of the
+//! entries whose selectors are all among them. Pods of one identity share it ([`known`]). Not by the number of a process: the one
+//! that the agent knows of a pod is its sandbox's, of which that attestor knows no container. By the *Workload API* ([`Api::Workload`]) a process gets its own. What comes is kept as it comes, so that [`crate::cache`] is answered from here at once and told of
 //! every renewal. Believed are the roots of the same streams, each for its own trust domain.
 //! A stream that ends is opened again; what was last good serves until it expires. Refuses: a certificate with another identity
 //! than asked for. Upstream: SPIRE's agent, through [`mesh_runtime::control_plane`].
 
+mod known;
 mod stream;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -31,8 +33,9 @@ use crate::bundle::TrustBundles;
 use crate::clock::Clock;
 use crate::crypto::TlsSettings;
 use crate::error::IdentityError;
-use crate::source::{BoxFuture, IdentitySource, IssuedSvid, SourceSettings};
+use crate::source::{BoxFuture, Facts, IdentitySource, IssuedSvid, SourceSettings};
 use crate::verify::leaf_of;
+use known::{Heard, Kept, Known, Said};
 use stream::{Agent, Listener};
 
 const SVIDS: &str = "/spire.api.agent.delegatedidentity.v1.DelegatedIdentity/SubscribeToX509SVIDs";
@@ -42,7 +45,7 @@ const WORKLOAD: &str = "/SpiffeWorkloadAPI/FetchX509SVID";
 /// Whom we speak for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Api {
-    /// For the pods of this node, by their namespaces and service accounts. On the agent's admin socket.
+    /// For the pods of this node, by what is known of them. On the agent's admin socket.
     Delegated,
     /// For ourselves. On the agent's public socket.
     Workload,
@@ -78,34 +81,21 @@ pub struct Spire {
 struct Shared {
     settings: SourceSettings,
     clock: Arc<dyn Clock>,
-    /// What was said last, by identity.
-    known: Mutex<HashMap<SpiffeId, Known>>,
+    state: Mutex<State>,
     bundles: watch::Sender<Arc<TrustBundles>>,
     renewed: mpsc::UnboundedSender<SpiffeId>,
 }
 
-/// One identity; its own stream, where it has one, ends with it.
 #[derive(Default)]
-struct Known {
-    said: watch::Sender<Said>,
-    _listener: Option<Listener>,
+struct State {
+    /// What was said last, by identity.
+    known: HashMap<SpiffeId, Known>,
+    /// The pods of this node that a delegate was told of.
+    pods: HashMap<SpiffeId, BTreeMap<Arc<str>, Facts>>,
 }
 
-#[derive(Clone, Default)]
-enum Said {
-    #[default]
-    Nothing,
-    /// Why there is none.
-    Failed(IdentityError),
-    Issued(Arc<Kept>),
-}
-
-#[derive(PartialEq, Eq)]
-struct Kept {
-    chain: Vec<CertificateDer<'static>>,
-    key: Vec<u8>,
-    not_after: SystemTime,
-}
+/// In the place of a pod's key: ourselves, or an identity of which no pod is known.
+const NOBODY: &str = "";
 
 impl Spire {
     /// Starts to listen on `control`; until the roots came nobody is believed.
@@ -120,7 +110,7 @@ impl Spire {
         let nobody = TrustBundles::new(settings.trust_domain.clone(), Vec::new())?;
         let (renewed, renewals) = mpsc::unbounded_channel();
         let bundles = watch::Sender::new(Arc::new(nobody));
-        let shared = Arc::new(Shared { settings, clock, known: Mutex::default(), bundles, renewed });
+        let shared = Arc::new(Shared { settings, clock, state: Mutex::default(), bundles, renewed });
         let (for_news, for_errors) = (Arc::clone(&shared), Arc::clone(&shared));
         let roots = match api {
             Api::Delegated => agent.listen(
@@ -144,26 +134,33 @@ impl Spire {
 
     /// What is said of an identity; a delegate subscribes to it first.
     fn listen(&self, id: &SpiffeId) -> watch::Receiver<Said> {
-        let mut known = self.shared.known.lock();
-        let entry = known.entry(id.clone()).or_insert_with(|| Known {
-            said: watch::Sender::default(),
-            _listener: (self.api == Api::Delegated).then(|| self.subscribe(id)),
-        });
-        entry.said.subscribe()
+        let State { known, pods } = &mut *self.shared.state.lock();
+        let entry = known.entry(id.clone()).or_default();
+        if entry.is_empty() {
+            for (key, facts) in pods.get(id).into_iter().flatten() {
+                entry.put(key, self.ask(id, key, Some(facts)));
+            }
+        }
+        if entry.is_empty() {
+            let heard = if self.api == Api::Delegated { self.ask(id, &NOBODY.into(), None) } else { Heard::default() };
+            entry.put(&NOBODY.into(), heard);
+        }
+        entry.said().subscribe()
     }
 
-    fn subscribe(&self, id: &SpiffeId) -> Listener {
-        let selector = |value: String| Selector { r#type: "k8s".to_owned(), value };
-        let selectors = vec![selector(format!("ns:{}", id.namespace())), selector(format!("sa:{}", id.service_account()))];
+    /// Subscribes to what SPIRE has for a pod, or for any with this account.
+    fn ask(&self, id: &SpiffeId, key: &Arc<str>, facts: Option<&Facts>) -> Heard {
+        let selectors = selectors(id, facts);
+        let names = selectors.iter().map(|s| format!("{}:{}", s.r#type, s.value)).collect::<Vec<_>>().join(", ");
         let (for_news, for_errors) = (Arc::clone(&self.shared), Arc::clone(&self.shared));
-        let (whose, whose_error) = (id.clone(), id.clone());
-        self.agent.listen(
+        let (whose, whose_error) = ((id.clone(), Arc::clone(key)), (id.clone(), Arc::clone(key)));
+        Heard::by(self.agent.listen(
             &self.control,
             SVIDS,
             SubscribeToX509sviDsRequest { selectors },
-            move |news| for_news.delegated(&whose, news),
-            move |error| for_errors.fail(&whose_error, error),
-        )
+            move |news| for_news.delegated(&whose.0, &whose.1, &names, news),
+            move |error| for_errors.fail(&whose_error.0, &whose_error.1, error),
+        ))
     }
 
     async fn wait(&self, id: &SpiffeId) -> Result<IssuedSvid, IdentityError> {
@@ -187,28 +184,28 @@ impl Spire {
 impl Drop for Spire {
     fn drop(&mut self) {
         // The listeners in there hold what they are in.
-        self.shared.known.lock().clear();
+        self.shared.state.lock().known.clear();
     }
 }
 
 impl Shared {
-    /// The certificate of one pod.
-    fn delegated(&self, id: &SpiffeId, news: SubscribeToX509sviDsResponse) -> Result<(), String> {
+    /// The certificate of one pod, which was asked for by `selectors`.
+    fn delegated(&self, id: &SpiffeId, pod: &str, selectors: &str, news: SubscribeToX509sviDsResponse) -> Result<(), String> {
         let mut others = Vec::new();
         for found in news.x509_svids {
             let svid = found.x509_svid.unwrap_or_default();
             let name = svid.id.map(|id| format!("spiffe://{}{}", id.trust_domain, id.path)).unwrap_or_default();
             if name == id.as_str() {
                 let chain = svid.cert_chain.iter().map(|der| CertificateDer::from(der.to_vec())).collect();
-                return self.issue(id, chain, found.x509_svid_key.to_vec());
+                return self.issue(id, pod, chain, found.x509_svid_key.to_vec());
             }
             others.push(name);
         }
         let why = match others.as_slice() {
-            [] => format!("SPIRE has no entry for k8s:ns:{}, k8s:sa:{}", id.namespace(), id.service_account()),
+            [] => format!("SPIRE has no entry for {selectors}"),
             others => format!("SPIRE's entries for this pod are {}", others.join(", ")),
         };
-        self.fail(id, IdentityError::Unregistered { id: id.to_string(), why });
+        self.fail(id, pod, IdentityError::Unregistered { id: id.to_string(), why });
         Ok(())
     }
 
@@ -226,60 +223,53 @@ impl Shared {
         let federated = news.federated_bundles.iter().map(|(domain, roots)| (domain.as_str(), roots.as_ref()));
         let believed = self.believe(federated.chain(own));
         let names: Vec<&str> = news.svids.iter().map(|svid| svid.spiffe_id.as_str()).collect();
-        let missing: Vec<SpiffeId> = self.known.lock().keys().filter(|id| !names.contains(&id.as_str())).cloned().collect();
+        let missing: Vec<SpiffeId> = {
+            let state = self.state.lock();
+            state.known.keys().filter(|id| !names.contains(&id.as_str())).cloned().collect()
+        };
         for id in missing {
             let why = format!("SPIRE gives this process {}", names.join(", "));
-            self.fail(&id, IdentityError::Unregistered { id: id.to_string(), why });
+            self.fail(&id, NOBODY, IdentityError::Unregistered { id: id.to_string(), why });
         }
         for svid in &news.svids {
             // Identities of another shape mean nothing in the mesh.
             let Ok(id) = svid.spiffe_id.parse::<SpiffeId>() else { continue };
-            self.known.lock().entry(id.clone()).or_default();
-            self.issue(&id, certificates(&svid.x509_svid)?, svid.x509_svid_key.to_vec())?;
+            self.state.lock().known.entry(id.clone()).or_insert_with(|| Known::of(&NOBODY.into()));
+            self.issue(&id, NOBODY, certificates(&svid.x509_svid)?, svid.x509_svid_key.to_vec())?;
         }
         believed
     }
 
-    fn issue(&self, id: &SpiffeId, chain: Vec<CertificateDer<'static>>, key: Vec<u8>) -> Result<(), String> {
+    fn issue(&self, id: &SpiffeId, pod: &str, chain: Vec<CertificateDer<'static>>, key: Vec<u8>) -> Result<(), String> {
         let leaf = leaf_of(chain.first().ok_or("a certificate without content")?).map_err(|e| e.to_string())?;
         if leaf.id != *id {
             return Err(format!("a certificate for {} instead of {id}", leaf.id));
         }
         let kept = Arc::new(Kept { chain, key, not_after: leaf.not_after });
-        let known = self.known.lock();
-        let Some(entry) = known.get(id) else { return Ok(()) };
-        let news = match entry.said.send_replace(Said::Issued(Arc::clone(&kept))) {
-            // SPIRE repeats itself when anything else of the stream changed.
-            Said::Issued(before) => before != kept,
-            Said::Failed(_) => true,
-            // Whoever asked first waits for it, unless he has lost patience.
-            Said::Nothing => entry.said.receiver_count() == 0,
-        };
-        if news {
-            // Nobody listens only when the process ends.
-            let _ = self.renewed.send(id.clone());
-        }
+        self.hear(id, |known, now| known.hear(pod, Said::Issued(kept), now));
         Ok(())
     }
 
     /// A certificate that is still good stays.
-    fn fail(&self, id: &SpiffeId, error: IdentityError) {
-        if let Some(entry) = self.known.lock().get(id) {
-            let now = self.clock.now();
-            entry.said.send_if_modified(|said| {
-                let good = matches!(said, Said::Issued(kept) if kept.not_after > now);
-                if !good {
-                    *said = Said::Failed(error);
-                }
-                !good
-            });
-        }
+    fn fail(&self, id: &SpiffeId, pod: &str, error: IdentityError) {
+        self.hear(id, |known, now| known.hear(pod, Said::Failed(error), now));
     }
 
     fn fail_all(&self, error: &IdentityError) {
-        let ids: Vec<SpiffeId> = self.known.lock().keys().cloned().collect();
+        let ids: Vec<SpiffeId> = self.state.lock().known.keys().cloned().collect();
         for id in ids {
-            self.fail(&id, error.clone());
+            self.fail(&id, NOBODY, error.clone());
+        }
+    }
+
+    /// Changes what is known of an identity, if anything is; `change` answers whether there is a newer certificate.
+    fn hear(&self, id: &SpiffeId, change: impl FnOnce(&mut Known, SystemTime) -> bool) {
+        let mut state = self.state.lock();
+        if let Some(known) = state.known.get_mut(id)
+            && change(known, self.clock.now())
+        {
+            // Nobody listens only when the process ends.
+            let _ = self.renewed.send(id.clone());
         }
     }
 
@@ -322,6 +312,18 @@ impl Shared {
     }
 }
 
+/// What SPIRE's Kubernetes attestor would find of a pod, as far as it is known here.
+fn selectors(id: &SpiffeId, facts: Option<&Facts>) -> Vec<Selector> {
+    let mut values = vec![format!("ns:{}", id.namespace()), format!("sa:{}", id.service_account())];
+    if let Some(Facts { uid, name, node, labels }) = facts {
+        values.extend(uid.iter().map(|uid| format!("pod-uid:{uid}")));
+        values.push(format!("pod-name:{name}"));
+        values.push(format!("node-name:{node}"));
+        values.extend(labels.iter().map(|(key, value)| format!("pod-label:{key}:{value}")));
+    }
+    values.into_iter().map(|value| Selector { r#type: "k8s".to_owned(), value }).collect()
+}
+
 /// Certificates in DER, one after the other.
 fn certificates(mut der: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> {
     let mut all = Vec::new();
@@ -353,9 +355,46 @@ impl IdentitySource for Spire {
         self.renewals.lock().take()
     }
 
+    fn introduce(&self, id: &SpiffeId, key: &Arc<str>, facts: &Facts) {
+        if self.api != Api::Delegated {
+            return;
+        }
+        let State { known, pods } = &mut *self.shared.state.lock();
+        let pods = pods.entry(id.clone()).or_default();
+        if pods.get(key) == Some(facts) {
+            return;
+        }
+        pods.insert(Arc::clone(key), facts.clone());
+        if let Some(known) = known.get_mut(id) {
+            known.put(key, self.ask(id, key, Some(facts)));
+            // Asked for before any pod of it was known.
+            known.remove(NOBODY);
+        }
+    }
+
+    fn dismiss(&self, id: &SpiffeId, key: &str) {
+        let left = {
+            let pods = &mut self.shared.state.lock().pods;
+            let Some(of_id) = pods.get_mut(id) else { return };
+            of_id.remove(key);
+            let last = of_id.is_empty();
+            if last {
+                pods.remove(id);
+            }
+            !last
+        };
+        // What the last pod had goes with the identity ([`Self::forget`]), or is the next pod's.
+        if left {
+            self.shared.hear(id, |known, now| {
+                known.remove(key);
+                known.settle(now)
+            });
+        }
+    }
+
     fn forget(&self, id: &SpiffeId) {
         if self.api == Api::Delegated {
-            self.shared.known.lock().remove(id);
+            self.shared.state.lock().known.remove(id);
         }
     }
 }

@@ -13,7 +13,7 @@ use mesh_identity::cache::CacheSettings;
 use mesh_identity::clock::SystemClock;
 use mesh_identity::crypto::TlsSettings;
 use mesh_identity::spire::{Api, reach};
-use mesh_identity::{Authority, SourceSettings, Svid, SvidCache, TlsContext, tls};
+use mesh_identity::{Authority, Facts, SourceSettings, Svid, SvidCache, TlsContext, tls};
 use mesh_model::{SpiffeId, TrustDomain};
 use mesh_tests::agent::{Agent, AgentSpec, find_program};
 use mesh_tests::load::Load;
@@ -34,6 +34,7 @@ const FAR: &str = "far.example";
 const TESTS: &[Test<World>] = &[
     test("calls_carry_certificates_of_spire", calls_carry_certificates_of_spire),
     test("a_pod_is_served_once_it_has_an_entry", a_pod_is_served_once_it_has_an_entry),
+    test("an_entry_may_be_one_pods", an_entry_may_be_one_pods),
     test("certificates_rotate_under_load", certificates_rotate_under_load),
     test("federated_domains_are_believed_by_their_bundle", federated_domains_are_believed_by_their_bundle),
 ];
@@ -206,8 +207,33 @@ fn calls_carry_certificates_of_spire(world: &mut World) -> anyhow::Result<()> {
 fn a_pod_is_served_once_it_has_an_entry(world: &mut World) -> anyhow::Result<()> {
     ensure!(world.call("late").is_err(), "without an identity");
     world.agents[0].wait_config("the reason", |dump| dump.to_string().contains("no entry for k8s:ns:t, k8s:sa:late"))?;
-    world.spire.entry("/ns/t/sa/late", &["k8s:ns:t", "k8s:sa:late"], Duration::from_hours(1), &[])?;
+    // What the agent knows of the pod besides its account.
+    world.spire.entry("/ns/t/sa/late", &["k8s:pod-name:late", "k8s:node-name:node-a"], Duration::from_hours(1), &[])?;
     world.wait_call("late")
+}
+
+/// As spire-controller-manager makes them: by the pod's uid alone.
+fn an_entry_may_be_one_pods(world: &mut World) -> anyhow::Result<()> {
+    let (uid, spire) = ("0a1b2c3d-1111-2222-3333-444455556666", &world.spire);
+    spire.entry("/ns/t/sa/single", &[&format!("k8s:pod-uid:{uid}")], Duration::from_hours(1), &[])?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let cache = source(Api::Delegated, &spire.admin(), "cluster.local")?;
+        let id: SpiffeId = "spiffe://cluster.local/ns/t/sa/single".parse()?;
+        let pod = |uid: &str, name: &str| Facts { uid: Some(uid.into()), name: name.into(), ..Facts::default() };
+        cache.introduce(&id, &"other".into(), &pod("0a1b2c3d-1111-2222-3333-444455557777", "other"));
+        let handle = cache.handle(&id);
+        let error = handle.fetch().await.err().context("a certificate by the uid of another pod")?;
+        ensure!(error.to_string().contains("no entry for k8s:ns:t, k8s:sa:single, k8s:pod-uid:"), "{error}");
+        // The pod comes, and with it what its account has here.
+        cache.introduce(&id, &"single".into(), &pod(uid, "single"));
+        let begun = Instant::now();
+        while handle.load().is_none() {
+            ensure!(begun.elapsed() < wait::PATIENCE, "{}", spire.logs());
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        Ok(())
+    })
 }
 
 /// Requests go on over several lives of the certificates of all ends, while SPIRE's agent is away for a quarter of one.

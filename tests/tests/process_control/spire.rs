@@ -8,7 +8,7 @@ use mesh_identity::clock::SystemClock;
 use mesh_identity::crypto::TlsSettings;
 use mesh_identity::spire::{Api, Spire as Source, reach};
 use mesh_identity::svid::TlsContext;
-use mesh_identity::{IdentityError, IdentitySource, SourceSettings, SvidCache};
+use mesh_identity::{Facts, IdentityError, IdentitySource, SourceSettings, SvidCache};
 use mesh_model::{SpiffeId, TrustDomain};
 use mesh_tests::spire::Spire;
 use tempfile::TempDir;
@@ -68,6 +68,41 @@ async fn a_delegate_gets_the_certificates_of_its_pods() {
     // A pod that left is not followed any more.
     node.cache.forget(&id("b"));
     until("its stream to end", || spire.open() == 1).await;
+}
+
+/// Entries may be for one pod: each pod of an identity is asked about, by what is known of it, for as long as it is there.
+#[tokio::test]
+async fn each_pod_is_asked_about_by_what_is_known_of_it() {
+    let (spire, dir) = started();
+    let node = node(&dir.path().join("agent.sock"), Api::Delegated);
+    let facts =
+        |name: &str| Facts { uid: Some(format!("uid-{name}").into()), name: name.into(), node: "n".into(), ..Facts::default() };
+    node.cache.introduce(&id("a"), &"one".into(), &facts("one"));
+    let _a = fetched(&node, "a").await;
+    node.cache.introduce(&id("a"), &"two".into(), &facts("two"));
+    node.cache.introduce(&id("a"), &"two".into(), &facts("two"));
+    until("two streams", || spire.open() == 2).await;
+    let selectors = |name: &str| {
+        let values = [
+            "ns:ns".to_owned(),
+            "sa:a".to_owned(),
+            format!("pod-uid:uid-{name}"),
+            format!("pod-name:{name}"),
+            "node-name:n".to_owned(),
+        ];
+        values.map(|value| ("k8s".to_owned(), value)).to_vec()
+    };
+    assert_eq!(spire.asked(), [selectors("one"), selectors("two")]);
+    node.cache.dismiss(&id("a"), "one");
+    until("one stream to end", || spire.open() == 1).await;
+    assert!(node.cache.find(&id("a")).is_some(), "the other pod has one too");
+    // The last one, and who comes after it under the same name.
+    node.cache.dismiss(&id("a"), "two");
+    node.cache.forget(&id("a"));
+    node.cache.introduce(&id("a"), &"three".into(), &facts("three"));
+    let _again = fetched(&node, "a").await;
+    until("the stream of the last only", || spire.open() == 1).await;
+    assert_eq!(spire.asked().last(), Some(&selectors("three")));
 }
 
 #[tokio::test]

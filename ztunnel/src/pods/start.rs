@@ -124,6 +124,7 @@ impl Starter {
         let identity = enrolled.identity.clone().map_err(|e| format!("identity: {e}"))?;
         let (drain, watch) = drain::channel();
         let (accepting, accept) = drain::channel();
+        self.shared.svids.introduce(&identity, &enrolled.key, &enrolled.facts);
         let pod = Pod::new(&self.shared, enrolled, identity, netns.clone(), watch);
         self.shared.svids.prefetch(&pod.identity);
         let sockets = self.sockets(enrolled, netns.clone(), inherited).await?;

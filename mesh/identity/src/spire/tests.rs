@@ -8,6 +8,7 @@ use crate::clock::{SystemClock, TokioClock};
 use crate::testing::{TestCa, hours, id, leaf_params};
 
 const WEB: &str = "spiffe://cluster.local/ns/shop/sa/web";
+const ASKED: &str = "k8s:ns:shop, k8s:sa:web";
 const OURS: &str = "spiffe://cluster.local";
 
 fn shared() -> (Shared, mpsc::UnboundedReceiver<SpiffeId>) {
@@ -23,11 +24,11 @@ fn shared_by(clock: Arc<dyn Clock>) -> (Shared, mpsc::UnboundedReceiver<SpiffeId
     let (renewed, renewals) = mpsc::unbounded_channel();
     let nobody = TrustBundles::new(TrustDomain::default(), Vec::new()).unwrap();
     let bundles = watch::Sender::new(Arc::new(nobody));
-    (Shared { settings, clock, known: Mutex::default(), bundles, renewed }, renewals)
+    (Shared { settings, clock, state: Mutex::default(), bundles, renewed }, renewals)
 }
 
 fn known(shared: &Shared) -> watch::Receiver<Said> {
-    shared.known.lock().entry(id(WEB)).or_default().said.subscribe()
+    shared.state.lock().known.entry(id(WEB)).or_insert_with(|| Known::of(&NOBODY.into())).said().subscribe()
 }
 
 /// What a delegate hears: this id, and a certificate for that one.
@@ -55,18 +56,18 @@ fn only_what_was_asked_for_is_taken() {
     let (shared, mut renewals) = shared();
     let (said, ca) = (known(&shared), TestCa::new("spire"));
     let other = WEB.replace("web", "other");
-    let refused = shared.delegated(&id(WEB), told(&ca, WEB, &other, hours(1))).unwrap_err();
+    let refused = shared.delegated(&id(WEB), NOBODY, ASKED, told(&ca, WEB, &other, hours(1))).unwrap_err();
     assert!(refused.contains("sa/other instead of spiffe://cluster.local/ns/shop/sa/web"), "{refused}");
     assert_eq!(error(&said), "nothing");
-    shared.delegated(&id(WEB), told(&ca, &other, &other, hours(1))).unwrap();
+    shared.delegated(&id(WEB), NOBODY, ASKED, told(&ca, &other, &other, hours(1))).unwrap();
     assert!(
         error(&said).contains("SPIRE's entries for this pod are spiffe://cluster.local/ns/shop/sa/other"),
         "{}",
         error(&said)
     );
-    shared.delegated(&id(WEB), SubscribeToX509sviDsResponse::default()).unwrap();
+    shared.delegated(&id(WEB), NOBODY, ASKED, SubscribeToX509sviDsResponse::default()).unwrap();
     assert!(error(&said).contains("no entry for k8s:ns:shop, k8s:sa:web"), "{}", error(&said));
-    assert!(shared.delegated(&id(WEB), told(&ca, WEB, WEB, hours(1))).is_ok());
+    assert!(shared.delegated(&id(WEB), NOBODY, ASKED, told(&ca, WEB, WEB, hours(1))).is_ok());
     assert_eq!(error(&said), "issued");
     assert_eq!(renewals.try_recv().unwrap(), id(WEB), "who was refused before is told");
 }
@@ -77,16 +78,66 @@ async fn news_are_told_once_and_failures_spare_what_is_good() {
     let (said, ca) = (known(&shared), TestCa::new("spire"));
     let first = told(&ca, WEB, WEB, hours(2));
     for _ in 0..2 {
-        shared.delegated(&id(WEB), first.clone()).unwrap();
+        shared.delegated(&id(WEB), NOBODY, ASKED, first.clone()).unwrap();
     }
     assert!(renewals.try_recv().is_err(), "who asked waits for the first, and the second was the same");
-    shared.delegated(&id(WEB), told(&ca, WEB, WEB, hours(1))).unwrap();
+    shared.delegated(&id(WEB), NOBODY, ASKED, told(&ca, WEB, WEB, hours(1))).unwrap();
     assert_eq!(renewals.try_recv().unwrap(), id(WEB));
     shared.fail_all(&IdentityError::Unavailable("away".into()));
     assert_eq!(error(&said), "issued");
     tokio::time::advance(hours(1)).await;
     shared.fail_all(&IdentityError::Unavailable("away".into()));
     assert!(error(&said).contains("away"));
+}
+
+/// An entry may name one pod: what it gives is the account's, and with several the one that lasts longest.
+#[tokio::test(start_paused = true)]
+async fn pods_of_one_identity_share_what_lasts_longest() {
+    let (shared, mut renewals) = shared_by(Arc::new(TokioClock::starting_at(SystemTime::now())));
+    let (said, ca) = (known(&shared), TestCa::new("spire"));
+    let hear = |pod: &str, news| shared.delegated(&id(WEB), pod, ASKED, news).unwrap();
+    let ends = || match &*said.borrow() {
+        Said::Issued(kept) => kept.not_after.duration_since(SystemTime::now()).unwrap().as_secs().div_ceil(3600),
+        _ => 0,
+    };
+    for pod in ["a", "b"] {
+        shared.state.lock().known.get_mut(&id(WEB)).unwrap().put(&pod.into(), Heard::default());
+    }
+    shared.state.lock().known.get_mut(&id(WEB)).unwrap().remove(NOBODY);
+    hear("a", SubscribeToX509sviDsResponse::default());
+    assert_eq!(error(&said), "nothing", "the other pod may have one");
+    hear("b", SubscribeToX509sviDsResponse::default());
+    assert!(error(&said).contains("no entry for k8s:ns:shop, k8s:sa:web"), "{}", error(&said));
+    hear("b", told(&ca, WEB, WEB, hours(2)));
+    assert_eq!((ends(), renewals.try_recv().unwrap()), (2, id(WEB)));
+    hear("a", told(&ca, WEB, WEB, hours(1)));
+    assert_eq!((ends(), renewals.try_recv().is_err()), (2, true), "it ends sooner");
+    hear("stranger", told(&ca, WEB, WEB, hours(3)));
+    assert_eq!(ends(), 2, "nobody asked for that pod");
+    // A pod whose entry is gone keeps what it has; one that left takes it along.
+    hear("b", SubscribeToX509sviDsResponse::default());
+    assert_eq!(ends(), 2);
+    shared.hear(&id(WEB), |known, now| {
+        known.remove("b");
+        known.settle(now)
+    });
+    assert_eq!((ends(), renewals.try_recv().unwrap()), (1, id(WEB)), "what the other one has");
+}
+
+#[test]
+fn a_pod_is_asked_for_by_all_that_is_known_of_it() {
+    let labels = mesh_model::labels::Labels::of(vec![("app".into(), "web".into()), ("a/b".into(), "".into())]);
+    let mut facts = Facts { uid: Some("u-1".into()), name: "web-0".into(), node: "n".into(), labels };
+    let asked = |facts: Option<&Facts>| {
+        selectors(&id(WEB), facts).into_iter().map(|s| format!("{}:{}", s.r#type, s.value)).collect::<Vec<_>>().join(" ")
+    };
+    assert_eq!(
+        asked(Some(&facts)),
+        "k8s:ns:shop k8s:sa:web k8s:pod-uid:u-1 k8s:pod-name:web-0 k8s:node-name:n k8s:pod-label:a/b: k8s:pod-label:app:web"
+    );
+    facts.uid = None;
+    assert!(!asked(Some(&facts)).contains("uid"));
+    assert_eq!(asked(None), "k8s:ns:shop k8s:sa:web");
 }
 
 fn believed(shared: &Shared, domain: &str) -> usize {
