@@ -7,15 +7,20 @@
 
 pub mod authorizer;
 pub mod balance;
+pub mod breaker;
 pub mod compression;
 pub mod cors;
+pub mod deadline;
 pub mod destination;
+pub mod failure;
 pub mod fault;
 pub mod gateway;
 pub mod hash;
+pub mod head;
 pub mod headers;
 pub mod index;
 pub mod limit;
+pub mod mirror;
 pub mod outlier;
 pub mod path;
 pub mod policy;

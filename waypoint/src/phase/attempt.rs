@@ -2,7 +2,6 @@
 use crate::body::Body;
 use crate::facts::Scope;
 use crate::phase::Exchange;
-use crate::phase::admit::upgrade_of;
 use crate::phase::replay::Replay;
 use crate::phase::{expose, grpc_status, http_of_grpc, respond, trace};
 use crate::telemetry::Flag;
@@ -16,7 +15,10 @@ use hyper::body::Incoming;
 use hyper::upgrade::OnUpgrade;
 use mesh_model::hosts::host_of;
 use mesh_model::l7::HttpRoute;
+use mesh_model::l7::deadline::{self, Limits};
+use mesh_model::l7::failure::Told;
 use mesh_model::l7::hash::{HashOutcome, request_hash};
+use mesh_model::l7::head::upgrade_of;
 use mesh_model::l7::retry::{self, Outcome};
 use mesh_model::l7::route::{BackendRef, Dialect, Forward, HttpAction};
 use mesh_model::lb::redraw;
@@ -108,7 +110,10 @@ async fn attempts(
     let client_upgrade = ex.parts.extensions.remove::<OnUpgrade>().filter(|_| upgrade);
     let repeatable = policy.attempts > 0 && !upgrade;
     // Time counts from when the whole request was there (Envoy): a slow upload is the client's time, not the endpoint's.
-    let (begun, whole) = (Instant::now(), time_limit(ex, forward.timeout));
+    let begun = Instant::now();
+    let asked = ex.grpc.then(|| ex.parts.headers.get(GRPC_TIMEOUT).and_then(deadline::grpc_timeout)).flatten();
+    let whole = deadline::limit(forward.timeout, asked);
+    let limits = Limits { whole, per_try: policy.per_try };
     let deadline = |ex: &Exchange<'_>| Some(ex.body_ended(begun)? + whole?);
     let http2 = speaks_http2(ex, cluster);
     let mut tried: Vec<Arc<Host>> = Vec::new();
@@ -134,8 +139,7 @@ async fn attempts(
             return (respond::local(ex, StatusCode::BAD_REQUEST, "", "invalid_authority"), None);
         };
         let started = Instant::now();
-        let limit = Limit { whole, per_try: policy.per_try, started };
-        if let Some((end, _)) = limit.end(ex.body_ended(begun).unwrap_or(started)) {
+        if let Some((end, _)) = limits.end(started, ex.body_ended(begun).unwrap_or(started)) {
             tell_limit(ex, request.headers_mut(), end.saturating_duration_since(started));
         }
         let options =
@@ -145,7 +149,7 @@ async fn attempts(
         let result = tokio::select! {
             biased;
             result = sent => result,
-            of_try = limit.passed(ex.replay.as_ref(), begun) => {
+            of_try = passed(limits, started, ex.replay.as_ref(), begun) => {
                 is_per_try = of_try;
                 Err(UpstreamError::new(Failure::Timeout, ""))
             }
@@ -192,39 +196,22 @@ async fn attempts(
     }
 }
 
-/// How long one attempt may take.
-#[derive(Clone, Copy)]
-struct Limit {
-    /// Of all attempts, from the end of the request on.
-    whole: Option<Duration>,
-    /// Of each, from its own beginning or the end of the request on, whichever is later.
-    per_try: Option<Duration>,
-    started: Instant,
-}
-impl Limit {
-    /// When that is, and whether it is the attempt's own limit, for a request that ended then.
-    fn end(self, ended: Instant) -> Option<(Instant, bool)> {
-        match (self.whole.map(|t| ended + t), self.per_try.map(|t| ended.max(self.started) + t)) {
-            (whole, Some(own)) if whole.is_none_or(|whole| own < whole) => Some((own, true)),
-            (whole, _) => whole.map(|whole| (whole, false)),
-        }
+/// Resolves when a limit of the attempt that `started` then has passed: whether it was its own. `begun`: when a request without
+/// a body ended.
+async fn passed(limits: Limits, started: Instant, body: Option<&Replay>, begun: Instant) -> bool {
+    if limits.whole.is_none() && limits.per_try.is_none() {
+        return std::future::pending().await;
     }
-    /// Resolves when it has passed: whether it was the attempt's own. `begun`: when a request without a body ended.
-    async fn passed(self, body: Option<&Replay>, begun: Instant) -> bool {
-        if self.whole.is_none() && self.per_try.is_none() {
-            return std::future::pending().await;
+    let ended = match body {
+        Some(body) => body.ended().await,
+        None => begun,
+    };
+    match limits.end(started, ended) {
+        Some((at, own)) => {
+            sleep_until(at).await;
+            own
         }
-        let ended = match body {
-            Some(body) => body.ended().await,
-            None => begun,
-        };
-        match self.end(ended) {
-            Some((at, own)) => {
-                sleep_until(at).await;
-                own
-            }
-            None => std::future::pending().await,
-        }
+        None => std::future::pending().await,
     }
 }
 
@@ -239,74 +226,20 @@ pub(super) fn observed(grpc: bool, result: &Result<Response<Incoming>, UpstreamE
     }
 }
 
-/// How long the exchange may take: the route's limit; a gRPC call may ask for less, or for any time where there is none.
-fn time_limit(ex: &Exchange<'_>, route: Option<Duration>) -> Option<Duration> {
-    let asked = ex.grpc.then(|| ex.parts.headers.get(GRPC_TIMEOUT).and_then(grpc_timeout)).flatten();
-    match (asked, route) {
-        (Some(asked), Some(route)) => Some(asked.min(route)),
-        (asked, route) => asked.or(route),
-    }
-}
-
 /// Tells the endpoint how long it has.
 fn tell_limit(ex: &Exchange<'_>, headers: &mut HeaderMap, limit: Duration) {
-    // Whole milliseconds, at least one: 0 would mean no limit.
-    let ms = u64::try_from(limit.as_micros().div_ceil(1000)).unwrap_or(u64::MAX).max(1);
+    let ms = deadline::milliseconds(limit);
     headers.insert(EXPECTED_TIMEOUT, HeaderValue::from(ms));
     if ex.grpc
-        && let Some(value) = grpc_timeout_value(ms)
+        && let Some(value) = deadline::grpc_timeout_value(ms)
     {
         headers.insert(GRPC_TIMEOUT, value);
     }
 }
 
-/// `grpc-timeout`: up to eight digits and a unit (gRPC over HTTP/2), rounded up to milliseconds. What is none is no limit.
-fn grpc_timeout(value: &HeaderValue) -> Option<Duration> {
-    let (unit, digits) = value.as_bytes().split_last()?;
-    if digits.is_empty() || digits.len() > 8 || !digits.iter().all(u8::is_ascii_digit) {
-        return None;
-    }
-    let number: u64 = std::str::from_utf8(digits).ok()?.parse().ok()?;
-    let ms = match unit {
-        b'H' => number * 3_600_000,
-        b'M' => number * 60_000,
-        b'S' => number * 1000,
-        b'm' => number,
-        b'u' => number.div_ceil(1000),
-        b'n' => number.div_ceil(1_000_000),
-        _ => return None,
-    };
-    (ms > 0).then(|| Duration::from_millis(ms))
-}
-
-/// The same, in the finest of the units that holds it in eight digits.
-fn grpc_timeout_value(ms: u64) -> Option<HeaderValue> {
-    const MOST: u64 = 99_999_999;
-    let text = match ms {
-        0..=MOST => format!("{ms}m"),
-        _ if ms / 1000 <= MOST => format!("{}S", ms / 1000),
-        _ => format!("{}M", (ms / 60_000).min(MOST)),
-    };
-    HeaderValue::try_from(text).ok()
-}
-
-/// Whether HTTP/2 is spoken to the endpoint: declared by the service's port, asked for by policy, or as the client did.
+/// Whether HTTP/2 is spoken to the endpoint.
 pub(super) fn speaks_http2(ex: &Exchange<'_>, cluster: &Cluster) -> bool {
-    use mesh_model::service::AppProtocol;
-    let pool = &cluster.policy().pool;
-    let client_did = ex.parts.version == Version::HTTP_2;
-    if pool.use_client_protocol {
-        return client_did;
-    }
-    if pool.h2_upgrade {
-        return true;
-    }
-    match cluster.app_protocol() {
-        AppProtocol::Http2 | AppProtocol::Grpc => true,
-        AppProtocol::Http11 => false,
-        // Not declared: what the client chose was chosen for the endpoint (Istio's protocol detection).
-        AppProtocol::Unknown | AppProtocol::Tls | AppProtocol::Tcp => client_did,
-    }
+    cluster.policy().pool.speaks_http2(cluster.app_protocol(), ex.parts.version == Version::HTTP_2)
 }
 
 /// The request of one attempt.
@@ -347,18 +280,7 @@ fn outcome_of(result: &Result<Response<Incoming>, UpstreamError>) -> Outcome {
             grpc_status: grpc_status(response.headers()),
             rate_limited: response.headers().contains_key("x-envoy-ratelimited"),
         },
-        Err(error) => Outcome::Failed(match error.failure {
-            Failure::Connect => retry::FailureKind::Connect,
-            Failure::ConnectTimeout => retry::FailureKind::ConnectTimeout,
-            Failure::Refused => retry::FailureKind::Refused,
-            Failure::Reset | Failure::RemoteReset => retry::FailureKind::Reset,
-            Failure::ResetBeforeRequest => retry::FailureKind::ResetBeforeRequest,
-            Failure::Protocol => retry::FailureKind::Protocol,
-            Failure::Timeout => retry::FailureKind::Timeout,
-            Failure::Overflow | Failure::NoCluster | Failure::NoHealthy | Failure::ClientGone | Failure::ClientProtocol => {
-                retry::FailureKind::Overflow
-            }
-        }),
+        Err(error) => Outcome::Failed(error.failure),
     }
 }
 
@@ -390,101 +312,77 @@ fn internal(ex: &mut Exchange<'_>, details: &'static str) -> Response<Body> {
 
 /// The answer to a failed last attempt (spec/waypoint §10).
 pub(super) fn failed(ex: &mut Exchange<'_>, error: &UpstreamError, retried: bool, dialect: Dialect) -> Response<Body> {
-    let unavailable = StatusCode::SERVICE_UNAVAILABLE;
-    if matches!(error.failure, Failure::Connect | Failure::ConnectTimeout) {
+    let failure = error.failure;
+    if matches!(failure, Failure::Connect | Failure::ConnectTimeout) {
         ex.record.transport_failure.clone_from(&error.detail);
     }
-    let (flag, status, reset) = match error.failure {
-        Failure::NoCluster => {
-            ex.record.flags.set(Flag::NoClusterFound);
-            let status = if dialect == Dialect::GatewayApi { StatusCode::INTERNAL_SERVER_ERROR } else { unavailable };
-            return respond::local(ex, status, "", "cluster_not_found");
-        }
-        Failure::NoHealthy => {
-            ex.record.flags.set(Flag::NoHealthyUpstream);
-            ex.record.reason = Some(mesh_model::Reason::NoHealthyEndpoint);
-            return respond::local(ex, unavailable, "no healthy upstream", "no_healthy_upstream");
-        }
-        Failure::Timeout => {
-            ex.record.flags.set(Flag::UpstreamRequestTimeout);
-            return respond::local(ex, StatusCode::GATEWAY_TIMEOUT, "upstream request timeout", "response_timeout");
-        }
-        Failure::ClientGone => {
-            let (flag, details) = expose::client_gone(ex.parts.version);
-            ex.record.flags.set(flag);
-            return respond::local(ex, unavailable, "", details);
-        }
-        Failure::ClientProtocol => {
-            ex.record.flags.set(Flag::DownstreamProtocolError);
-            return respond::closing(ex, StatusCode::BAD_REQUEST, "Bad Request", "http1.codec_error");
-        }
-        Failure::Overflow => (Flag::UpstreamOverflow, unavailable, Reset::Overflow),
-        Failure::Connect => (Flag::UpstreamConnectionFailure, unavailable, Reset::Connect),
-        Failure::ConnectTimeout => (Flag::UpstreamConnectionFailure, unavailable, Reset::ConnectTimeout),
-        Failure::Refused => (Flag::UpstreamRemoteReset, unavailable, Reset::Refused),
-        Failure::Reset | Failure::ResetBeforeRequest => (Flag::UpstreamConnectionTermination, unavailable, Reset::Terminated),
-        Failure::RemoteReset => (Flag::UpstreamRemoteReset, unavailable, Reset::Remote),
-        Failure::Protocol => (Flag::UpstreamProtocolError, StatusCode::BAD_GATEWAY, Reset::Protocol),
-    };
-    ex.record.flags.set(flag);
-    let mut details = format!("upstream_reset_before_response_started{{{}", reset.word());
-    // Only a failed connect has more to tell than its kind; what there is for the others is in the transport failure.
-    if error.failure == Failure::Connect && !error.detail.is_empty() {
-        details.push('|');
-        details.extend(error.detail.chars().map(|c| if c.is_whitespace() { '_' } else { c }));
+    if failure == Failure::NoHealthy {
+        ex.record.reason = Some(mesh_model::Reason::NoHealthyEndpoint);
     }
-    details.push('}');
-    let mut answer = respond::local(ex, status, reset.text(retried), details);
-    if matches!(reset, Reset::Overflow) {
-        answer.headers_mut().insert("x-envoy-overloaded", HeaderValue::from_static("true"));
+    let Told { status, text, mut details } = failure.told(dialect, retried);
+    if failure == Failure::ClientGone {
+        (_, details) = expose::client_gone(ex.parts.version);
     }
-    answer
+    ex.record.flags.set(flag(failure, ex.parts.version));
+    match failure {
+        Failure::ClientProtocol => respond::closing(ex, status, text, details),
+        // Only a failed connect has more to tell than its kind; what there is for the others is in the transport failure.
+        Failure::Connect if !error.detail.is_empty() => {
+            let detail: String = error.detail.chars().map(|c| if c.is_whitespace() { '_' } else { c }).collect();
+            respond::local(ex, status, text, format!("{}|{detail}}}", details.trim_end_matches('}')))
+        }
+        Failure::Overflow => {
+            let mut answer = respond::local(ex, status, text, details);
+            answer.headers_mut().insert("x-envoy-overloaded", HeaderValue::from_static("true"));
+            answer
+        }
+        _ => respond::local(ex, status, text, details),
+    }
 }
 
-/// Envoy's reset reasons.
-#[derive(Clone, Copy)]
-enum Reset {
-    Overflow,
-    Connect,
-    ConnectTimeout,
-    Refused,
-    Remote,
-    Terminated,
-    Protocol,
-}
-impl Reset {
-    fn word(self) -> &'static str {
-        match self {
-            Self::Overflow => "overflow",
-            Self::Connect => "remote_connection_failure",
-            Self::ConnectTimeout => "connection_timeout",
-            Self::Refused => "remote_refused_stream_reset",
-            Self::Remote => "remote_reset",
-            Self::Terminated => "connection_termination",
-            Self::Protocol => "protocol_error",
-        }
+/// Envoy's flag for a failure, of a request in this version of HTTP.
+fn flag(failure: Failure, version: Version) -> Flag {
+    match failure {
+        Failure::NoCluster => Flag::NoClusterFound,
+        Failure::NoHealthy => Flag::NoHealthyUpstream,
+        Failure::Timeout => Flag::UpstreamRequestTimeout,
+        Failure::ClientGone => expose::client_gone(version).0,
+        Failure::ClientProtocol => Flag::DownstreamProtocolError,
+        Failure::Overflow => Flag::UpstreamOverflow,
+        Failure::Connect | Failure::ConnectTimeout => Flag::UpstreamConnectionFailure,
+        Failure::Refused | Failure::RemoteReset => Flag::UpstreamRemoteReset,
+        Failure::Reset | Failure::ResetBeforeRequest => Flag::UpstreamConnectionTermination,
+        Failure::Protocol => Flag::UpstreamProtocolError,
     }
-    fn text(self, retried: bool) -> &'static str {
-        macro_rules! text {
-            ($reason:literal) => {
-                if retried {
-                    concat!(
-                        "upstream connect error or disconnect/reset before headers. retried and the latest reset reason: ",
-                        $reason
-                    )
-                } else {
-                    concat!("upstream connect error or disconnect/reset before headers. reset reason: ", $reason)
-                }
-            };
-        }
-        match self {
-            Self::Overflow => text!("overflow"),
-            Self::Connect => text!("remote connection failure"),
-            Self::ConnectTimeout => text!("connection timeout"),
-            Self::Refused => text!("remote refused stream reset"),
-            Self::Remote => text!("remote reset"),
-            Self::Terminated => text!("connection termination"),
-            Self::Protocol => text!("protocol error"),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::telemetry::Flags;
+
+    #[test]
+    fn failures_have_envoys_flags() {
+        for (failure, one, two) in [
+            (Failure::NoCluster, "NC", "NC"),
+            (Failure::NoHealthy, "UH", "UH"),
+            (Failure::Overflow, "UO", "UO"),
+            (Failure::Connect, "UF", "UF"),
+            (Failure::ConnectTimeout, "UF", "UF"),
+            (Failure::Refused, "UR", "UR"),
+            (Failure::RemoteReset, "UR", "UR"),
+            (Failure::Reset, "UC", "UC"),
+            (Failure::ResetBeforeRequest, "UC", "UC"),
+            (Failure::Protocol, "UPE", "UPE"),
+            (Failure::Timeout, "UT", "UT"),
+            (Failure::ClientGone, "DC", "DR"),
+            (Failure::ClientProtocol, "DPE", "DPE"),
+        ] {
+            for (version, want) in [(Version::HTTP_11, one), (Version::HTTP_2, two)] {
+                let mut flags = Flags::default();
+                flags.set(flag(failure, version));
+                assert_eq!(flags.to_string(), want, "{failure:?} {version:?}");
+            }
         }
     }
 }

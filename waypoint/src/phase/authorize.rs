@@ -3,11 +3,11 @@
 //! Owns the facts a policy is asked with, and the answer 403. A request is judged once, by the version of its start; what
 //! lives on as bytes (a TCP connection, an upgraded request) is judged again with every published version ([`revoked`]).
 use crate::conn::Conn;
-use crate::phase::admit::upgrade_of;
 use crate::phase::{Exchange, Flow, respond};
 use crate::telemetry::{Noted, Said, Telemetry};
 use http::{HeaderMap, Method, StatusCode};
 use mesh_model::authz_l7::{Denial, HttpFacts, InScope, Judgement, L7Facts, L7Verdict, Shadow, Token, remote_address};
+use mesh_model::l7::head::upgrade_of;
 use mesh_model::l7::policy::{L7Action, L7Body};
 use mesh_model::policy::PolicyKey;
 use mesh_model::{Reason, Refusal, Snapshot};

@@ -9,12 +9,11 @@ use crate::upstream::{self, Failure, PickContext, SendOptions, UpstreamError};
 use http::{HeaderValue, Response};
 use http_body_util::BodyExt as _;
 use mesh_model::hosts::host_of;
+use mesh_model::l7::mirror;
 use mesh_model::l7::route::{BackendRef, HttpAction, Mirror};
-use mesh_model::lb::redraw;
 use std::time::Duration;
 use tokio::time::timeout;
 
-const DRAW_MIRROR: u64 = 100;
 /// A copy that takes longer is given up: nobody waits for it, but it holds a connection.
 const LIMIT: Duration = Duration::from_mins(1);
 
@@ -22,11 +21,8 @@ const LIMIT: Duration = Duration::from_mins(1);
 pub(crate) fn copy(ex: &mut Exchange<'_>) {
     let Some(route) = ex.route.clone() else { return };
     let HttpAction::Forward(forward) = &route.action else { return };
-    let of_backend = ex.backend_of(forward).map_or(&[][..], |b| &b.mirrors[..]);
-    for (n, mirror) in forward.mirrors.iter().chain(of_backend).enumerate() {
-        if mirror.fraction.hit(redraw(ex.draw, DRAW_MIRROR + n as u64)) {
-            one(ex, mirror, redraw(ex.draw, DRAW_MIRROR + 50 + n as u64));
-        }
+    for (mirror, draw) in mirror::copies(forward, ex.backend_of(forward), ex.draw) {
+        one(ex, mirror, draw);
     }
 }
 
@@ -38,7 +34,7 @@ fn one(ex: &Exchange<'_>, mirror: &Mirror, draw: u64) {
     let (Ok(host), Ok(guard)) = (cluster.pick(&pick), cluster.admit()) else { return };
     let Some(body) = ex.copy_body() else { return };
     let http2 = speaks_http2(ex, &cluster);
-    let Ok(mut request) = outgoing(ex, body, &shadow(&ex.authority), 1, http2) else { return };
+    let Ok(mut request) = outgoing(ex, body, &mirror::shadow(&ex.authority), 1, http2) else { return };
     trace::forward_copy(ex, request.headers_mut());
     request.headers_mut().insert("x-envoy-internal", HeaderValue::from_static("true"));
     let client = Some(ex.conn.client);
@@ -55,22 +51,4 @@ fn one(ex: &Exchange<'_>, mirror: &Mirror, draw: u64) {
             tracing::debug!(cluster = cluster.name(), "the answer to a mirrored request was given up");
         }
     });
-}
-
-/// The authority of a copy: `-shadow` after the host, before a port.
-fn shadow(authority: &str) -> String {
-    match authority.rsplit_once(':') {
-        Some((host, port)) if !port.is_empty() && port.bytes().all(|b| b.is_ascii_digit()) => format!("{host}-shadow:{port}"),
-        _ => format!("{authority}-shadow"),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    #[test]
-    fn the_suffix_goes_before_the_port() {
-        assert_eq!(super::shadow("127.0.0.1:29910"), "127.0.0.1-shadow:29910");
-        assert_eq!(super::shadow("a.b"), "a.b-shadow");
-        assert_eq!(super::shadow("[::1]:80"), "[::1]-shadow:80");
-    }
 }

@@ -1,6 +1,5 @@
 //! Answers made here, and what every answer gets on its way back.
 use crate::body::Body;
-use crate::phase::admit::strip_hop_by_hop;
 use crate::phase::{Exchange, Flow};
 use crate::telemetry::grpc_of_http;
 use bytes::Bytes;
@@ -9,6 +8,7 @@ use http::{Response, StatusCode, Version};
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
 use mesh_model::l7::HttpMatch;
+use mesh_model::l7::head::strip_hop_by_hop;
 use mesh_model::l7::rewrite::redirect_location;
 use mesh_model::l7::route::HttpAction;
 use std::borrow::Cow;

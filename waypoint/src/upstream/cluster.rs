@@ -204,28 +204,16 @@ impl Cluster {
 
     /// Admits a retry, to be held while it is under way.
     pub fn admit_retry(&self) -> Option<RetryGuard> {
-        self.state.admit_retry(self.policy.pool.max_retries, self.policy.retry_budget.as_ref())
+        self.state.admit_retry(&self.policy)
     }
 
     /// Tells what came of an attempt, for outlier detection. Takes no lock unless an endpoint is to be ejected.
     pub fn report(&self, host: &Arc<Host>, result: Observed) {
         let seen = match result {
-            Observed::Status(status) => Seen::Status(status),
-            Observed::Failed(failure) => match failure {
-                Failure::Timeout => Seen::Timeout,
-                Failure::Connect
-                | Failure::ConnectTimeout
-                | Failure::Refused
-                | Failure::Reset
-                | Failure::RemoteReset
-                | Failure::ResetBeforeRequest
-                | Failure::Protocol => Seen::Broken,
-                // Not the endpoint's doing.
-                Failure::NoCluster | Failure::NoHealthy | Failure::Overflow | Failure::ClientGone | Failure::ClientProtocol => {
-                    return;
-                }
-            },
+            Observed::Status(status) => Some(Seen::Status(status)),
+            Observed::Failed(failure) => failure.seen(),
         };
+        let Some(seen) = seen else { return };
         if !matches!(seen, Seen::Status(..500)) {
             note(&host.state.failures);
         }

@@ -1,37 +1,7 @@
 //! How an attempt at an upstream fails, in the words retries, access logs and answers need.
+pub use mesh_model::l7::failure::Failure;
 use std::borrow::Cow;
 use std::fmt;
-
-/// What kind of failure; decides retry, response flag and answer (spec/waypoint §10).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Failure {
-    /// The cluster is not known. 503, empty body; `NC`, `cluster_not_found`.
-    NoCluster,
-    /// It has no usable endpoint. 503 `no healthy upstream`; `UH`, `no_healthy_upstream`.
-    NoHealthy,
-    /// A limit of the destination is reached. 503 with `x-envoy-overloaded: true`; `UO`, `overflow`.
-    Overflow,
-    /// No connection: TCP, TLS, or the tunnel to the endpoint. 503; `UF`.
-    Connect,
-    /// No connection in time. 503; `UF`, `connection timeout`.
-    ConnectTimeout,
-    /// The endpoint refused the stream before it looked at it (REFUSED_STREAM, GOAWAY). 503; `UR`.
-    Refused,
-    /// The connection ended before a response came. 503; `UC`.
-    Reset,
-    /// The endpoint reset the stream, not the connection. 503; `UR`, `remote reset`.
-    RemoteReset,
-    /// As `Reset`, and nothing of the request had been sent.
-    ResetBeforeRequest,
-    /// The endpoint speaks no HTTP we understand. 502; `UPE`, `protocol_error`.
-    Protocol,
-    /// The attempt took too long. 504; `UT`.
-    Timeout,
-    /// The client went while we waited. 503, which nobody reads; `DC`.
-    ClientGone,
-    /// What the client sends as a body is none. 400; `DPE`, `http1.codec_error`.
-    ClientProtocol,
-}
 
 /// A failed attempt: the kind and the particulars for the log.
 #[derive(Clone, Debug, PartialEq, Eq)]

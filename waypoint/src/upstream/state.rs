@@ -6,7 +6,8 @@ use super::host::{Host, HostState, Target};
 use super::pool::Shelf;
 use super::transport::Reach;
 use arc_swap::ArcSwap;
-use mesh_model::l7::destination::{OutlierPolicy, RetryBudget, TrafficPolicy};
+use mesh_model::l7::breaker::count_up;
+use mesh_model::l7::destination::{OutlierPolicy, TrafficPolicy};
 use mesh_model::l7::outlier::{self, Cause};
 use mesh_model::workload::WorkloadUid;
 use parking_lot::Mutex;
@@ -66,14 +67,6 @@ pub(super) struct Counters {
     pub ejection_overflows: AtomicU64,
 }
 
-/// Counts one up if that stays within `limit`.
-fn count_up(count: &AtomicU32, limit: u32) -> bool {
-    if limit == u32::MAX {
-        count.fetch_add(1, Relaxed);
-        return true;
-    }
-    count.fetch_update(Relaxed, Relaxed, |n| (n < limit).then_some(n + 1)).is_ok()
-}
 pub(super) fn note(counter: &AtomicU64) {
     counter.fetch_add(1, Relaxed);
 }
@@ -248,12 +241,8 @@ impl State {
         Ok(RequestGuard { state: Arc::clone(self), stream: Mutex::new(None) })
     }
 
-    pub fn admit_retry(self: &Arc<Self>, most: u32, budget: Option<&RetryBudget>) -> Option<RetryGuard> {
-        let limit = match budget {
-            None => most,
-            Some(budget) => budget.allowed(self.admitted.load(Relaxed)),
-        };
-        if !count_up(&self.retries, limit) {
+    pub fn admit_retry(self: &Arc<Self>, policy: &TrafficPolicy) -> Option<RetryGuard> {
+        if !count_up(&self.retries, policy.most_retries(self.admitted.load(Relaxed))) {
             note(&self.counters.retry_overflows);
             return None;
         }

@@ -3,6 +3,7 @@
 use crate::gateway::ServiceKey;
 use crate::labels::Labels;
 use crate::origin::Origin;
+use crate::service::AppProtocol;
 use http::header::HeaderName;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -72,6 +73,10 @@ impl TrafficPolicy {
     /// take no more, as those of a cluster that Envoy replaces: so a changed limit counts for all connections at once.
     pub fn has_connections_of(&self, other: &Self) -> bool {
         self.pool == other.pool && self.proxy_protocol == other.proxy_protocol && self.tls == other.tls
+    }
+    /// Retries that may be under way while so many requests are: by the budget where there is one, else `maxRetries`.
+    pub fn most_retries(&self, requests: u32) -> u32 {
+        self.retry_budget.as_ref().map_or(self.pool.max_retries, |budget| budget.allowed(requests))
     }
 }
 /// Balancing algorithm.
@@ -194,6 +199,23 @@ impl Default for PoolLimits {
             use_client_protocol: false,
             max_concurrent_streams: (1 << 31) - 1,
             http2_keepalive: None,
+        }
+    }
+}
+impl PoolLimits {
+    /// Whether HTTP/2 is spoken to the endpoint: as the client did, or asked for, or declared by the service's port.
+    pub fn speaks_http2(&self, declared: AppProtocol, client_did: bool) -> bool {
+        if self.use_client_protocol {
+            return client_did;
+        }
+        if self.h2_upgrade {
+            return true;
+        }
+        match declared {
+            AppProtocol::Http2 | AppProtocol::Grpc => true,
+            AppProtocol::Http11 => false,
+            // Not declared: what the client chose was chosen for the endpoint (Istio's protocol detection).
+            AppProtocol::Unknown | AppProtocol::Tls | AppProtocol::Tcp => client_did,
         }
     }
 }
@@ -450,6 +472,47 @@ mod tests {
             (budget(u32::MAX, 0), u32::MAX, u32::MAX),
         ] {
             assert_eq!(budget.allowed(requests), allowed, "{budget:?} {requests}");
+        }
+    }
+    #[test]
+    fn a_budget_takes_the_place_of_the_number() {
+        for (most, budget, requests, allowed) in [
+            (u32::MAX, None, 0, u32::MAX),
+            (2, None, 1000, 2),
+            (0, None, 1000, 0),
+            (0, Some((2000, 3)), 1000, 200),
+            (1000, Some((0, 0)), 1000, 0),
+        ] {
+            let policy = TrafficPolicy {
+                pool: PoolLimits { max_retries: most, ..PoolLimits::default() },
+                retry_budget: budget
+                    .map(|(percent_hundredths, min_concurrency)| RetryBudget { percent_hundredths, min_concurrency }),
+                ..TrafficPolicy::default()
+            };
+            assert_eq!(policy.most_retries(requests), allowed, "{most} {budget:?} {requests}");
+        }
+    }
+    #[test]
+    fn the_version_an_endpoint_is_spoken_to_in() {
+        use AppProtocol::{Grpc, Http2, Http11, Tcp, Tls, Unknown};
+        // By what is declared: when the client spoke HTTP/1, and when HTTP/2.
+        for (client, upgrade, declared, of_one, of_two) in [
+            (false, false, Http11, false, false),
+            (false, false, Http2, true, true),
+            (false, false, Grpc, true, true),
+            (false, false, Unknown, false, true),
+            (false, false, Tls, false, true),
+            (false, false, Tcp, false, true),
+            (false, true, Http11, true, true),
+            (false, true, Unknown, true, true),
+            (true, false, Http11, false, true),
+            (true, false, Http2, false, true),
+            // The client's own version is asked for more expressly.
+            (true, true, Http11, false, true),
+        ] {
+            let pool = PoolLimits { use_client_protocol: client, h2_upgrade: upgrade, ..PoolLimits::default() };
+            let got = [false, true].map(|client_did| pool.speaks_http2(declared, client_did));
+            assert_eq!(got, [of_one, of_two], "{client} {upgrade} {declared:?}");
         }
     }
     #[test]

@@ -3,6 +3,7 @@
 //! A client's own wishes (`x-envoy-retry-on`, `x-envoy-max-retries`, `x-envoy-upstream-rq-*`) are not honoured: whoever may
 //! send requests may not choose how much load one of them makes. How many, and whether the whole time is up, is the
 //! caller's business.
+use crate::l7::failure::Failure;
 use crate::l7::route::{RetryOn, RetryPolicy};
 use crate::lb::below;
 use std::time::Duration;
@@ -20,33 +21,13 @@ pub enum Outcome {
         rate_limited: bool,
     },
     /// It did not.
-    Failed(FailureKind),
-}
-/// Why there is no answer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum FailureKind {
-    /// The connection could not be made.
-    Connect,
-    /// The connection was not made in time.
-    ConnectTimeout,
-    /// The upstream refused the stream (HTTP/2 `REFUSED_STREAM`): it did nothing with the request.
-    Refused,
-    /// The stream or connection broke after the request had begun to go out.
-    Reset,
-    /// It broke before anything of the request had gone out.
-    ResetBeforeRequest,
-    /// The attempt took longer than `perTryTimeout`. (When the time of the whole request is up nothing is tried.)
-    Timeout,
-    /// What came back was no HTTP.
-    Protocol,
-    /// Our own limit: nothing was sent, and another attempt would be one more.
-    Overflow,
+    Failed(Failure),
 }
 
 /// Whether the policy wants another attempt after this outcome.
 ///
-/// Any failure but an overflow counts as a 5xx, because it would become one: `5xx`, `gateway-error` and `reset` cover them
-/// all, an attempt's time limit included. Istio's default names none of the three, so a time limit per attempt is not
+/// Any failure of the endpoint counts as a 5xx, because it would become one: `5xx`, `gateway-error` and `reset` cover them
+/// all, an attempt's time limit included (when the time of the whole request is up nothing is tried). Istio's default names none of the three, so a time limit per attempt is not
 /// retried by it (spec/waypoint §10).
 pub fn worth_retry(policy: &RetryPolicy, outcome: &Outcome) -> bool {
     let on = policy.on;
@@ -59,15 +40,18 @@ pub fn worth_retry(policy: &RetryPolicy, outcome: &Outcome) -> bool {
                 || on.has(RetryOn::STATUS_CODES) && policy.statuses.contains(&status)
                 || grpc_status.and_then(grpc_condition).is_some_and(|c| on.has(c))
         }
-        Outcome::Failed(FailureKind::Overflow) => false,
-        Outcome::Failed(kind) => {
-            let named = match kind {
-                FailureKind::Connect | FailureKind::ConnectTimeout => Some(RetryOn::CONNECT_FAILURE),
-                FailureKind::Refused => Some(RetryOn::REFUSED_STREAM),
+        // Nothing was sent, and another attempt would be one more; or nobody waits for it.
+        Outcome::Failed(
+            Failure::Overflow | Failure::NoCluster | Failure::NoHealthy | Failure::ClientGone | Failure::ClientProtocol,
+        ) => false,
+        Outcome::Failed(failure) => {
+            let named = match failure {
+                Failure::Connect | Failure::ConnectTimeout => Some(RetryOn::CONNECT_FAILURE),
+                Failure::Refused => Some(RetryOn::REFUSED_STREAM),
                 _ => None,
             };
             // Nothing of the request went out.
-            let unsent = matches!(kind, FailureKind::Connect | FailureKind::ConnectTimeout | FailureKind::ResetBeforeRequest);
+            let unsent = matches!(failure, Failure::Connect | Failure::ConnectTimeout | Failure::ResetBeforeRequest);
             [RetryOn::FIVE_XX, RetryOn::GATEWAY_ERROR, RetryOn::RESET].into_iter().chain(named).any(|c| on.has(c))
                 || unsent && on.has(RetryOn::RESET_BEFORE_REQUEST)
         }

@@ -36,23 +36,28 @@ fn status(status: u16) -> Outcome {
 fn grpc(grpc_status: u32) -> Outcome {
     Outcome::Answered { status: 200, grpc_status: Some(grpc_status), rate_limited: false }
 }
-const FAILURES: [FailureKind; 8] = [
-    FailureKind::Connect,
-    FailureKind::ConnectTimeout,
-    FailureKind::Refused,
-    FailureKind::Reset,
-    FailureKind::ResetBeforeRequest,
-    FailureKind::Timeout,
-    FailureKind::Protocol,
-    FailureKind::Overflow,
+const FAILURES: [Failure; 13] = [
+    Failure::Connect,
+    Failure::ConnectTimeout,
+    Failure::Refused,
+    Failure::Reset,
+    Failure::ResetBeforeRequest,
+    Failure::Timeout,
+    Failure::Protocol,
+    Failure::RemoteReset,
+    Failure::Overflow,
+    Failure::NoCluster,
+    Failure::NoHealthy,
+    Failure::ClientGone,
+    Failure::ClientProtocol,
 ];
 
 /// Each condition with the statuses, gRPC statuses and failures it covers; everything else it does not.
 #[test]
 fn conditions() {
-    use FailureKind::*;
-    let all: &[_] = &[Connect, ConnectTimeout, Refused, Reset, ResetBeforeRequest, Timeout, Protocol];
-    type Row = (RetryOn, &'static [u16], &'static [u32], &'static [FailureKind]);
+    use Failure::*;
+    let all: &[_] = &[Connect, ConnectTimeout, Refused, Reset, RemoteReset, ResetBeforeRequest, Timeout, Protocol];
+    type Row = (RetryOn, &'static [u16], &'static [u32], &'static [Failure]);
     let rows: [Row; 16] = [
         (RetryOn::default(), &[], &[], &[]),
         (RetryOn::FIVE_XX, &[500, 502, 503, 504, 599], &[], all),
@@ -95,14 +100,14 @@ fn the_default_of_istio() {
         (grpc(14), true),
         (grpc(1), true),
         (grpc(4), false),
-        (Outcome::Failed(FailureKind::Connect), true),
-        (Outcome::Failed(FailureKind::ConnectTimeout), true),
-        (Outcome::Failed(FailureKind::Refused), true),
-        (Outcome::Failed(FailureKind::Reset), false),
-        (Outcome::Failed(FailureKind::ResetBeforeRequest), false),
-        (Outcome::Failed(FailureKind::Timeout), false),
-        (Outcome::Failed(FailureKind::Protocol), false),
-        (Outcome::Failed(FailureKind::Overflow), false),
+        (Outcome::Failed(Failure::Connect), true),
+        (Outcome::Failed(Failure::ConnectTimeout), true),
+        (Outcome::Failed(Failure::Refused), true),
+        (Outcome::Failed(Failure::Reset), false),
+        (Outcome::Failed(Failure::ResetBeforeRequest), false),
+        (Outcome::Failed(Failure::Timeout), false),
+        (Outcome::Failed(Failure::Protocol), false),
+        (Outcome::Failed(Failure::Overflow), false),
     ] {
         assert_eq!(worth_retry(&p, &outcome), want, "{outcome:?}");
     }
