@@ -69,6 +69,9 @@ pub fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |t| t.as_secs())
 }
 
+/// A name of every server that has a certificate of an [`Authority`].
+pub const SERVER: &str = "issuer.example";
+
 /// A certificate authority for servers outside the mesh.
 #[derive(Debug)]
 pub struct Authority {
@@ -90,7 +93,7 @@ impl Authority {
     fn server(&self, ip: IpAddr) -> anyhow::Result<Arc<rustls::ServerConfig>> {
         let key = KeyPair::generate()?;
         let mut params = CertificateParams::default();
-        params.subject_alt_names = vec![SanType::IpAddress(ip)];
+        params.subject_alt_names = vec![SanType::IpAddress(ip), SanType::DnsName(SERVER.try_into()?)];
         let chain = vec![CertificateDer::from(params.signed_by(&key, &self.issuer)?)];
         let key = PrivateKeyDer::from_pem_slice(key.serialize_pem().as_bytes())?;
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
@@ -130,7 +133,7 @@ pub struct KeyServer {
     port: u16,
 }
 impl KeyServer {
-    /// Listens in a pod or on a host; over TLS with a certificate of `authority` for its address.
+    /// Listens in a pod or on a host; over TLS with a certificate of `authority` for its address and [`SERVER`].
     pub fn start(place: &Arc<Place>, port: u16, authority: Option<&Authority>) -> anyhow::Result<Self> {
         let tls = authority.map(|a| a.server(place.v4.into())).transpose()?;
         let listener = place.netns.listen((Ipv6Addr::UNSPECIFIED, port).into())?;

@@ -1,30 +1,34 @@
 //! Clients that call again and again on connections they keep, and count what they got: what a change in the mesh costs them.
 //!
 //! They behave as good HTTP clients do: a connection that ended while nothing was under way is replaced, and a request of which
-//! nothing was answered on a *used* connection is sent once more (RFC 9110 §9.2.2: it is a GET). That is counted, too.
+//! nothing was answered on a *used* connection is sent once more (RFC 9110 §9.2.2: it is a GET or a PUT). That is counted, too.
 //! Owns: the threads. Refuses: to call for ever.
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context, ensure};
+use anyhow::ensure;
 
-use crate::http::{self, Answer};
 use crate::topology::Place;
+
+mod caller;
+
+use caller::{Caller, Speech};
 
 /// No request may take longer.
 const LIMIT: Duration = Duration::from_secs(20);
+/// Bytes of a PUT's body.
+const BODY: usize = 3000;
 
 /// What came of the requests.
 #[derive(Debug, Default)]
 pub struct Tally {
     /// Answers by status.
     pub statuses: BTreeMap<u16, usize>,
-    /// Requests that got none, and why.
+    /// Requests that got none, or one to another body than theirs, and why.
     pub errors: Vec<String>,
     /// Answers by the `name` that the server's echo gives.
     pub names: BTreeMap<String, usize>,
@@ -80,12 +84,26 @@ pub struct Load {
 impl Load {
     /// `callers` threads in `place` that GET `path` from `to`, each resting for `pause` after a request.
     pub fn start(place: &Arc<Place>, to: SocketAddr, path: &str, callers: usize, pause: Duration) -> Self {
+        let speech = Speech { to, path: path.to_owned(), body: 0, http2: false };
+        Self::of(place, vec![speech; callers], pause)
+    }
+
+    /// Four threads without rest: GET and PUT, each over HTTP/1.1 and over HTTP/2.
+    pub fn mixed(place: &Arc<Place>, to: SocketAddr, path: &str) -> Self {
+        let all = [(0, false), (BODY, false), (0, true), (BODY, true)];
+        let speech = |(body, http2)| Speech { to, path: path.to_owned(), body, http2 };
+        Self::of(place, all.map(speech).into(), Duration::ZERO)
+    }
+
+    fn of(place: &Arc<Place>, all: Vec<Speech>, pause: Duration) -> Self {
         let (stop, done) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
-        let threads = (0..callers).map(|_| {
+        let threads = all.into_iter().map(|speech| {
             let (place, stop, done) = (Arc::clone(place), Arc::clone(&stop), Arc::clone(&done));
-            let request = format!("GET {path} HTTP/1.1\r\nhost: {}\r\n\r\n", to.ip());
             thread::spawn(move || {
-                let mut caller = Caller { place, to, request, open: None, tally: Tally::default() };
+                let mut caller = match Caller::new(place, speech) {
+                    Ok(caller) => caller,
+                    Err(error) => return Tally { errors: vec![format!("{error:#}")], ..Tally::default() },
+                };
                 while !stop.load(Ordering::Relaxed) {
                     caller.call();
                     done.fetch_add(1, Ordering::Relaxed);
@@ -127,61 +145,5 @@ impl Load {
 impl Drop for Load {
     fn drop(&mut self) {
         let _of_a_test_that_failed = self.end();
-    }
-}
-
-struct Caller {
-    place: Arc<Place>,
-    to: SocketAddr,
-    request: String,
-    open: Option<BufReader<TcpStream>>,
-    tally: Tally,
-}
-
-impl Caller {
-    fn call(&mut self) {
-        let begun = Instant::now();
-        match self.answered() {
-            Ok(answer) => {
-                *self.tally.statuses.entry(answer.status).or_default() += 1;
-                if answer.status == 200 {
-                    let echo: serde_json::Value = serde_json::from_str(&answer.body).unwrap_or_default();
-                    *self.tally.names.entry(echo["name"].as_str().unwrap_or_default().to_owned()).or_default() += 1;
-                } else {
-                    self.tally.bodies.push(answer.body);
-                }
-            }
-            Err(error) => {
-                self.open = None;
-                self.tally.errors.push(format!("{error:#}"));
-            }
-        }
-        self.tally.slowest = self.tally.slowest.max(begun.elapsed());
-    }
-
-    fn answered(&mut self) -> anyhow::Result<Answer> {
-        let Some(mut kept) = self.open.take() else { return self.fresh() };
-        let sent = kept.get_mut().write_all(self.request.as_bytes());
-        // Nothing at all came back: it was closed while this was on its way.
-        if sent.is_err() || !kept.fill_buf().is_ok_and(|bytes| !bytes.is_empty()) {
-            self.tally.again += 1;
-            return self.fresh();
-        }
-        self.read(kept)
-    }
-
-    fn fresh(&mut self) -> anyhow::Result<Answer> {
-        let mut stream = self.place.netns.connect(self.to, LIMIT).context("connect")?;
-        stream.set_read_timeout(Some(LIMIT))?;
-        stream.set_nodelay(true)?;
-        self.tally.connections += 1;
-        stream.write_all(self.request.as_bytes()).context("send")?;
-        self.read(BufReader::new(stream))
-    }
-
-    fn read(&mut self, mut reader: BufReader<TcpStream>) -> anyhow::Result<Answer> {
-        let answer = http::read_answer(&mut reader, false)?;
-        self.open = (!answer.closes()).then_some(reader);
-        Ok(answer)
     }
 }

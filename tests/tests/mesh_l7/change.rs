@@ -17,11 +17,11 @@ use crate::mesh::{Mesh, PORT, SPAN, WEB};
 /// Requests of every test here, at the least.
 const REQUESTS: usize = 2000;
 
-/// Who sends the requests, each on a connection it keeps.
+/// Who sends the requests, each on a connection it keeps: with and without a body, in HTTP/1.1 and HTTP/2.
 const CALLERS: usize = 4;
 
 fn load(mesh: &Mesh, vip: &str) -> anyhow::Result<Load> {
-    let load = Load::start(mesh.pod("client"), SocketAddr::new(vip.parse()?, 80), "/during", CALLERS, Duration::ZERO);
+    let load = Load::mixed(mesh.pod("client"), SocketAddr::new(vip.parse()?, 80), "/during");
     load.wait(200)?;
     Ok(load)
 }
@@ -169,6 +169,6 @@ pub(crate) fn the_agent_of_the_client_is_restarted(mesh: &mut Mesh) -> anyhow::R
     let again = mesh.start("node-a")?;
     again.wait_ready(Duration::from_secs(40))?;
     mesh.proxies.insert("node-a", again);
-    let load = Load::start(&client, vip, "/after", 4, Duration::ZERO);
+    let load = Load::mixed(&client, vip, "/after");
     load.finish(REQUESTS)?.all_well(REQUESTS, 0)
 }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use mesh_tests::grpc::Grpc;
+use mesh_tests::issuer::{self, KeyServer};
 use mesh_tests::load::Load;
 use mesh_tests::raw::Raw;
 use mesh_tests::rude::Rude;
@@ -282,6 +283,20 @@ pub(crate) fn tls_is_originated(mesh: &mut Mesh) -> anyhow::Result<()> {
         ensure!(got.status == 200 && got.body.contains("secure.example"), "BackendTLSPolicy: {got:?}");
     }
     drop(server);
+    {
+        // By an authority that the system of the waypoint knows.
+        let server = KeyServer::start(mesh.pod("web1"), SECURE_PORT, Some(&mesh.authority))?;
+        for (hostname, status, requests) in [("other.example", 503, 0), (issuer::SERVER, 200, 1)] {
+            let _policy = mesh.objects(
+                "tls",
+                &format!(
+                    "apiVersion: gateway.networking.k8s.io/v1\nkind: BackendTLSPolicy\nmetadata: {{ name: secure, namespace: t }}\nspec:\n  targetRefs: [ {{ group: \"\", kind: Service, name: secure }} ]\n  validation: {{ hostname: {hostname}, wellKnownCACertificates: System }}\n"
+                ),
+            )?;
+            let got = call("/system")?;
+            ensure!(got.status == status && server.requests() == requests, "{hostname}, roots of the system: {got:?}");
+        }
+    }
     let _server = TlsWeb::start(mesh.pod("web1"), SECURE_PORT, &own, Some(&client))?;
     let _tls = tls(&format!(
         "mode: MUTUAL, sni: secure.example, caCertificates: {roots}, clientCertificate: {cert}, privateKey: {key}"

@@ -136,6 +136,9 @@ pub(crate) fn cors_is_answered_and_added(mesh: &mut Mesh) -> anyhow::Result<()> 
         "cors",
         &rules(
             r"
+  - match: [ { uri: { prefix: /cors/strict } } ]
+    corsPolicy: { allowOrigins: [ { regex: 'https://r[0-9]+[.]example' } ], allowMethods: [ GET ], unmatchedPreflights: IGNORE }
+    route: [ { destination: { host: other } } ]
   - corsPolicy:
       allowOrigins: [ { exact: https://shop.example } ]
       allowMethods: [ GET, PUT ]
@@ -149,11 +152,12 @@ pub(crate) fn cors_is_answered_and_added(mesh: &mut Mesh) -> anyhow::Result<()> 
     )?;
     let before = mesh.web["web1"].requests();
     let preflight = ["-X", "OPTIONS", "-H", "access-control-request-method: PUT"];
-    let from = |origin: &str, more: &[&str]| {
-        let (origin, url) = (format!("origin: {origin}"), at("/cors"));
+    let to = |path: &str, origin: &str, more: &[&str]| {
+        let (origin, url) = (format!("origin: {origin}"), at(path));
         let args: Vec<&str> = more.iter().copied().chain(["-H", &origin, &url]).collect();
         mesh.call(&args)
     };
+    let from = |origin: &str, more: &[&str]| to("/cors", origin, more);
     let got = from("https://shop.example", &preflight)?;
     ensure!(got.status == 200 && got.body.is_empty(), "{got:?}");
     for (name, value) in [
@@ -173,6 +177,12 @@ pub(crate) fn cors_is_answered_and_added(mesh: &mut Mesh) -> anyhow::Result<()> 
     ensure!(got.status == 200 && got.header("access-control-allow-origin").is_none(), "{got:?}");
     let got = from("https://evil.example", &preflight)?;
     ensure!(got.status == 200 && got.echo()?["method"] == "OPTIONS", "an unmatched preflight goes on: {got:?}");
+    let before = mesh.web["web1"].requests();
+    for (origin, allowed) in [("https://r12.example", Some("https://r12.example")), ("https://r12.example.evil", None)] {
+        let got = to("/cors/strict", origin, &preflight)?;
+        ensure!(got.status == 200 && got.header("access-control-allow-origin") == allowed, "{origin}: {got:?}");
+    }
+    ensure!(mesh.web["web1"].requests() == before, "`unmatchedPreflights: IGNORE` answers here, too");
     Ok(())
 }
 
@@ -272,6 +282,25 @@ pub(crate) fn an_http_route_does_as_it_says(mesh: &mut Mesh) -> anyhow::Result<(
   - matches: [ { path: { type: PathPrefix, value: /slow } } ]
     timeouts: { request: 200ms }
     backendRefs: [ { name: other, port: 80 } ]
+  - matches: [ { path: { type: Exact, value: /slow/1001 } } ]
+    timeouts: { backendRequest: 200ms }
+    backendRefs: [ { name: other, port: 80 } ]
+  - matches: [ { path: { type: Exact, value: /slow/1002 } } ]
+    timeouts: { request: 5s, backendRequest: 200ms }
+    retry: { attempts: 1, codes: [ 504 ], backoff: 10ms }
+    backendRefs: [ { name: other, port: 80 } ]
+  - matches: [ { path: { type: RegularExpression, value: '/n[0-9]+/x' } } ]
+    filters: [ { type: URLRewrite, urlRewrite: { path: { type: ReplaceFullPath, replaceFullPath: /whole } } } ]
+    backendRefs: [ { name: other, port: 80 } ]
+  - matches: [ { path: { type: PathPrefix, value: /moved } } ]
+    filters: [ { type: RequestRedirect, requestRedirect: { scheme: https, port: 8443, path: { type: ReplacePrefixMatch, replacePrefixMatch: /here } } } ]
+  - matches: [ { path: { type: PathPrefix, value: /cors } } ]
+    filters: [ { type: CORS, cors: { allowOrigins: [ 'https://*.shop.example' ], allowMethods: [ PUT ] } } ]
+    backendRefs: [ { name: other, port: 80 } ]
+  - matches: [ { path: { type: PathPrefix, value: /half } } ]
+    filters: [ { type: RequestMirror, requestMirror: { backendRef: { name: web, port: 80 }, fraction: { numerator: 0 } } } ]
+    backendRefs:
+    - { name: other, port: 80, filters: [ { type: RequestHeaderModifier, requestHeaderModifier: { add: [ { name: x-add, value: backend } ] } } ] }
   - matches: [ { path: { type: PathPrefix, value: /fail } } ]
     retry: { codes: [ 503 ], attempts: 3, backoff: 10ms }
     backendRefs: [ { name: other, port: 80 } ]
@@ -296,7 +325,35 @@ pub(crate) fn an_http_route_does_as_it_says(mesh: &mut Mesh) -> anyhow::Result<(
         ensure!(mesh.web["web2"].requests() + mesh.web["web1"].seen("/weights").len() == before + 1);
     }
     ensure!(mesh.call(&[&at("/none")])?.status == 500, "a backend that does not exist");
-    ensure!(mesh.call(&[&at("/slow/1000")])?.status == 504);
+    for path in ["/slow/1000", "/slow/1001", "/slow/1002"] {
+        let begun = Instant::now();
+        let got = mesh.call(&[&at(path)])?;
+        ensure!(got.status == 504 && got.body == "upstream request timeout", "{path}: {got:?}");
+        ensure!(begun.elapsed() < Duration::from_millis(900), "{path}: {:?}", begun.elapsed());
+    }
+    for (path, to) in [("/n12/x", Some("/whole")), ("/n12/y", None), ("/n/x", None)] {
+        let got = mesh.call(&[&at(path)])?;
+        let reached = got.echo().ok().and_then(|echo| Some(echo["path"].as_str()?.to_owned()));
+        ensure!(reached.as_deref() == to, "{path}: {got:?}");
+    }
+    let got = mesh.call(&[&at("/moved/a?q")])?;
+    let moved = format!("https://{OTHER}:8443/here/a?q");
+    ensure!(got.status == 302 && got.header("location") == Some(&moved), "{got:?}");
+    for (origin, allowed) in [("https://a.shop.example", true), ("https://shop.evil", false)] {
+        let got = mesh.call(&[
+            "-X",
+            "OPTIONS",
+            "-H",
+            "access-control-request-method: PUT",
+            "-H",
+            &format!("origin: {origin}"),
+            &at("/cors"),
+        ])?;
+        ensure!(got.header("access-control-allow-origin") == allowed.then_some(origin), "{got:?}");
+    }
+    let got = mesh.call(&[&at("/half")])?;
+    ensure!(got.echo()?["headers"]["x-add"] == "backend", "{got:?}");
+    ensure!(["web1", "web2"].iter().all(|n| !mesh.web[n].seen("/half").iter().any(is_shadow)), "a share of nothing");
     let got = mesh.call(&[&at("/fail/2/http-route")])?;
     ensure!(got.status == 200 && got.echo()?["headers"]["x-envoy-attempt-count"] == "3", "{got:?}");
     ensure!(mesh.call(&["-X", "PATCH", "-H", "x-a: 1", &at("/any?q=z")])?.status == 200);

@@ -88,6 +88,17 @@ spec:
     redirect: { uri: /here, redirectCode: 308 }
   - match: [ { uri: { exact: /teapot } } ]
     directResponse: { status: 418, body: { string: short and stout } }
+  - match: [ { uri: { exact: /bytes } } ]
+    directResponse: { status: 200, body: { bytes: aGVsbG8= } }
+  - match: [ { uri: { prefix: /service } } ]
+    rewrite: { uriRegexRewrite: { match: '^/service/([^/]+)(/.*)$', rewrite: '\2/instance/\1' } }
+    route: [ { destination: { host: other } } ]
+  - { match: [ { uri: { prefix: /r/host } } ], redirect: { authority: n.example } }
+  - { match: [ { uri: { prefix: /r/port } } ], redirect: { port: 8443, scheme: https, redirectCode: 307 } }
+  - { match: [ { uri: { prefix: /r/asked } } ], redirect: { scheme: https, derivePort: FROM_REQUEST_PORT } }
+  - { match: [ { uri: { prefix: /r/usual } } ], redirect: { authority: 'n.example:8080', derivePort: FROM_PROTOCOL_DEFAULT, redirectCode: 302 } }
+  - { match: [ { uri: { exact: /no/host } } ], route: [ { destination: { host: nowhere } } ] }
+  - { match: [ { uri: { exact: /no/subset } } ], route: [ { destination: { host: web, subset: v9 } } ] }
 ",
     )?;
     let got = mesh.call(&[&format!("http://{OTHER}/old/a?q=1")])?;
@@ -99,6 +110,24 @@ spec:
     ensure!(got.status == 308 && got.header("location") == Some(&format!("http://{OTHER}/here")), "{got:?}");
     let got = mesh.call(&[&format!("http://{OTHER}/teapot")])?;
     ensure!(got.status == 418 && got.body == "short and stout", "{got:?}");
+    ensure!(mesh.call(&[&format!("http://{OTHER}/bytes")])?.body == "hello");
+    let echo = mesh.call(&[&format!("http://{OTHER}/service/foo/v1/api?x=1")])?.echo()?;
+    ensure!(echo["path"] == "/v1/api/instance/foo?x=1", "groups of a pattern: {echo}");
+    ensure!(echo["headers"]["x-envoy-original-path"] == "/service/foo/v1/api?x=1", "{echo}");
+    for (path, host, status, location) in [
+        ("/r/host/x?q", OTHER, 301, "http://n.example/r/host/x?q"),
+        ("/r/port", OTHER, 307, &format!("https://{OTHER}:8443/r/port")),
+        // The port the client addressed, which is not that of the scheme any more.
+        ("/r/asked", "shop.example:8080", 301, "https://shop.example:80/r/asked"),
+        ("/r/usual", OTHER, 302, "http://n.example/r/usual"),
+    ] {
+        let got = mesh.call(&["-H", &format!("host: {host}"), &format!("http://{OTHER}{path}")])?;
+        ensure!(got.status == status && got.header("location") == Some(location), "{path}: {got:?}");
+    }
+    let got = mesh.call(&[&format!("http://{OTHER}/no/host")])?;
+    ensure!(got.status == 503 && got.body.is_empty(), "a destination that does not exist: {got:?}");
+    let got = mesh.call(&[&format!("http://{OTHER}/no/subset")])?;
+    ensure!(got.status == 503, "a subset that does not exist: {got:?}");
     let got = mesh.call(&[&format!("http://{OTHER}/nothing")])?;
     ensure!(got.status == 404 && got.body.is_empty(), "{got:?}");
     Ok(())

@@ -9,6 +9,7 @@ use mesh_tests::rude::Rude;
 use mesh_tests::wait;
 use mesh_tests::web::Web;
 
+use crate::destinations::policy;
 use crate::mesh::{Kept, Mesh, OTHER, RUDE, RUDE_PORT, WEB};
 use crate::policy::{of_web, refused};
 
@@ -36,6 +37,25 @@ spec:
     ensure!(got.status == 200 && got.echo()?["body"] == "the order", "{got:?}");
     let got = mesh.call(&[&format!("http://{OTHER}/fail/9/never")])?;
     ensure!(got.status == 503, "{got:?}");
+    // Where the second attempt goes: never to who failed, unless the route does not mind.
+    let _draws = mesh.objects("draws", &policy("web", "    loadBalancer: { simple: RANDOM }\n"))?;
+    mesh.web["web2"].behave(503);
+    let _well = Afterwards(&mesh.web["web2"]);
+    for (ignore, fails) in [(true, false), (false, true)] {
+        let _route = mesh.objects(
+            "previous",
+            &format!(
+                "apiVersion: networking.istio.io/v1\nkind: VirtualService\nmetadata: {{ name: previous, namespace: t }}\nspec:\n  hosts: [ web ]\n  http:\n  - retries: {{ attempts: 1, retryOn: '503', backoff: 1ms, retryIgnorePreviousHosts: {ignore} }}\n    route: [ {{ destination: {{ host: web }} }} ]\n"
+            ),
+        )?;
+        let mut client = Kept::to(mesh, WEB)?;
+        let mut failures = 0;
+        // One in four fails twice: none of 60 would be one case in 30 million.
+        for _ in 0..60 {
+            failures += usize::from(client.get("/")?.status == 503);
+        }
+        ensure!((failures > 0) == fails, "retryIgnorePreviousHosts: {ignore}: {failures} failures");
+    }
     Ok(())
 }
 
@@ -150,6 +170,23 @@ pub(crate) fn a_slow_upstream_is_timed_out(mesh: &mut Mesh) -> anyhow::Result<()
     ensure!(begun.elapsed() < Duration::from_secs(5), "in time: {:?}", begun.elapsed());
     let got = mesh.call(&[&format!("http://{OTHER}/slow/1")])?;
     ensure!(got.status == 200 && got.echo()?["headers"]["x-envoy-expected-rq-timeout-ms"] == "1000", "{got:?}");
+    // A call of gRPC may ask for less time, not for more, and the endpoint is told.
+    let call = |path: &str, limit: &str| {
+        let limit = format!("grpc-timeout: {limit}");
+        mesh.call(&["-X", "POST", "-H", "content-type: application/grpc", "-H", &limit, &format!("http://{OTHER}{path}")])
+    };
+    for (asked, most) in [("5S", 1000), ("600m", 600), ("999999u", 1000), ("soon", 1000)] {
+        let headers = call("/slow/1", asked)?.echo()?["headers"].clone();
+        let told = headers["x-envoy-expected-rq-timeout-ms"].as_str().and_then(|ms| ms.parse().ok()).unwrap_or(0);
+        // What was left of it when the attempt began.
+        ensure!((most - 300..=most).contains(&told), "{asked}: {headers}");
+        ensure!(headers["grpc-timeout"] == format!("{told}m"), "{asked}: {headers}");
+    }
+    let begun = Instant::now();
+    let got = call("/slow/3000", "150m")?;
+    ensure!(got.status == 200 && got.header("grpc-status") == Some("14"), "{got:?}");
+    ensure!(got.header("grpc-message") == Some("upstream request timeout"), "{got:?}");
+    ensure!(begun.elapsed() < Duration::from_millis(900), "{:?}", begun.elapsed());
     Ok(())
 }
 
