@@ -3,23 +3,28 @@
 //! Owns the protocol limits of the client side and its drain. Upstream: `tunnel`, `listen::gateway`. Downstream: `exchange`.
 use crate::body::Body;
 use crate::conn::Conn;
-use crate::detect::{Spoken, judge};
+use crate::detect::Spoken;
 use crate::exchange;
+use crate::opening::first_bytes;
 use crate::phase::admit;
 use ::http::{HeaderMap, Method, Request, Response};
 use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use mesh_hbone::{ConnectRequest, HboneError, Settings, Tunnel};
+use mesh_model::{HboneAuthority, Reason};
 use parking_lot::Mutex;
 use std::convert::Infallible;
 use std::future::poll_fn;
 use std::io;
+use std::net::SocketAddr;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, ReadBuf};
+use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep_until};
 
 /// What is spoken.
@@ -198,10 +203,54 @@ pub struct Heard {
     pub body: Vec<u8>,
 }
 
-/// The requests in what a client sends through a tunnel, by the servers and the first phase of the data path: for fuzz checks.
-/// Bytes that are not HTTP, and requests that are refused or broken off, are none.
-pub async fn hear(bytes: &[u8]) -> Vec<Heard> {
-    let version = match judge(bytes) {
+/// The requests in what a client sends through a tunnel, by the data path's own tunnel, first look, servers and first phase: for
+/// fuzz checks. Bytes that are not HTTP, and requests that are refused or broken off, are none.
+///
+/// # Errors
+/// The tunnel itself failed, or what serves its stream did.
+pub async fn hear(bytes: &[u8]) -> Result<Vec<Heard>, HboneError> {
+    let (tell, told) = oneshot::channel();
+    let tell = Mutex::new(Some(tell));
+    let (client, server) = tokio::io::duplex(HEAD);
+    let settings = Arc::new(Settings::default());
+    let (_drain, watch) = mesh_runtime::drain::channel();
+    let serve_one = move |incoming| {
+        let tell = tell.lock().take();
+        async move {
+            let heard = listen(incoming).await;
+            // Once: there is one CONNECT. Nobody waits for it any more when the time of all is up.
+            let _ = tell.map(|tell| tell.send(heard));
+        }
+    };
+    let serving = mesh_hbone::serve(server, Arc::clone(&settings), serve_one, watch);
+    let calling = async {
+        let tunnel = Tunnel::handshake(client, settings, || {}).await?;
+        let to = HboneAuthority::Addr(SocketAddr::from(([10, 0, 0, 1], 80)));
+        let (stream, _) = tunnel.open(&ConnectRequest::to(to)).await?;
+        let (mut answers, mut saying) = tokio::io::split(stream.into_io());
+        let said = async {
+            // The server may have had enough.
+            let _ = saying.write_all(bytes).await;
+            // Who hangs up gets no answer: not before all that was sent is served. On one thread it is after some turns of all.
+            for _ in 0..200 {
+                tokio::task::yield_now().await;
+            }
+            let _ = saying.shutdown().await;
+        };
+        let mut nowhere = tokio::io::sink();
+        let _ = tokio::join!(said, tokio::io::copy(&mut answers, &mut nowhere));
+        let heard = told.await.map_err(|_| HboneError::new(Reason::Internal, "what serves the stream broke off"));
+        tunnel.abort();
+        heard
+    };
+    let (served, heard) = tokio::join!(serving, calling);
+    served.and(heard)
+}
+
+/// Serves one CONNECT: each request is heard, and answered with nothing.
+async fn listen(incoming: mesh_hbone::Incoming) -> Vec<Heard> {
+    let Ok(mut stream) = incoming.accept([]) else { return Vec::new() };
+    let version = match first_bytes(&mut stream, None).await {
         Spoken::Http1 => Version::Http1,
         Spoken::Http2 => Version::Http2,
         Spoken::Unclear | Spoken::Tls(_) | Spoken::Other => return Vec::new(),
@@ -219,26 +268,12 @@ pub async fn hear(bytes: &[u8]) -> Vec<Heard> {
         Ok::<_, Infallible>(Response::new(Body::Empty))
     };
     let service = service_fn(move |request| one(request, Arc::clone(&all)));
-    let (mut client, server) = tokio::io::duplex(HEAD);
-    let said = async {
-        // The server may have had enough.
-        let _ = client.write_all(bytes).await;
-        // Who hangs up gets no answer: not before all that was sent is served. On one thread it is after some turns of all.
-        for _ in 0..100 {
-            tokio::task::yield_now().await;
-        }
-        let _ = client.shutdown().await;
-        let _ = tokio::io::copy(&mut client, &mut tokio::io::sink()).await;
+    let io = TokioIo::new(stream.into_io());
+    // What breaks a connection is the client's matter.
+    let _ = match version {
+        Version::Http1 => http1_server().serve_connection(io, service).await,
+        Version::Http2 => http2_server().serve_connection(io, service).await,
     };
-    let io = TokioIo::new(server);
-    let served = async {
-        // What breaks a connection is the client's matter.
-        let _ = match version {
-            Version::Http1 => http1_server().serve_connection(io, service).await,
-            Version::Http2 => http2_server().serve_connection(io, service).await,
-        };
-    };
-    tokio::join!(served, said);
     let mut heard = heard.lock();
     std::mem::take(&mut *heard)
 }

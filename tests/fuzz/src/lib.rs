@@ -142,8 +142,8 @@ pub fn listen(bytes: &[u8]) -> Vec<Heard> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build();
     let limit = std::time::Duration::from_secs(5);
     let heard = runtime.map(|r| r.block_on(async { tokio::time::timeout(limit, hear(bytes)).await }));
-    assert!(matches!(heard, Ok(Ok(_))), "a connection that does not end");
-    heard.into_iter().flatten().flatten().collect()
+    assert!(matches!(heard, Ok(Ok(Ok(_)))), "a connection that does not end, or takes its tunnel with it: {heard:?}");
+    heard.into_iter().flatten().flatten().flatten().collect()
 }
 
 /// What must be true of a request that was let in.

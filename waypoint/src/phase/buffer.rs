@@ -75,3 +75,48 @@ pub(crate) fn too_large(ex: &mut Exchange<'_>, received: &[u8]) -> Flow {
     ex.record.reason = Some(Reason::BodyTooLarge);
     Flow::Answer(respond::closing(ex, StatusCode::PAYLOAD_TOO_LARGE, "Payload Too Large", "request_payload_too_large"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use futures_util::stream::iter;
+    use http::HeaderValue;
+    use http_body::Frame;
+    use http_body_util::StreamBody;
+
+    fn body(parts: &'static [&'static str], end: Option<Result<Frame<Bytes>, BodyError>>) -> Body {
+        let frames = parts.iter().map(|part| Ok(Frame::data(Bytes::from_static(part.as_bytes()))));
+        Body::Boxed(StreamBody::new(iter(frames.chain(end))).boxed_unsync())
+    }
+
+    #[tokio::test]
+    async fn a_body_is_taken_in_up_to_its_largest_size() {
+        for (parts, most, ahead, want) in [
+            (&[][..], 0, 0, Ok("")),
+            (&["a"], 0, 0, Err("a")),
+            (&["ab", "cd"], 4, 0, Ok("abcd")),
+            (&["ab", "cd"], 4, 64, Ok("abcd")),
+            (&["ab", "cde"], 4, 4, Err("abcde")),
+            // What comes after it is too large is not read.
+            (&["abcde", "f"], 4, 0, Err("abcde")),
+            (&["", "a", ""], 1, 0, Ok("a")),
+        ] {
+            match (read(body(parts, None), most, ahead).await, want) {
+                (Ok((got, None)), Ok(want)) => assert_eq!(got, want, "{parts:?} {most}"),
+                (Err(Unread::TooLarge(got)), Err(want)) => assert_eq!(got, want, "{parts:?} {most}"),
+                _ => panic!("{parts:?} of at most {most}: not {want:?}"),
+            }
+        }
+    }
+    #[tokio::test]
+    async fn trailers_are_kept_and_a_broken_body_is_no_large_one() {
+        let mut trailers = HeaderMap::new();
+        trailers.insert("x-sum", HeaderValue::from_static("1"));
+        let Ok((got, Some(kept))) = read(body(&["ab"], Some(Ok(Frame::trailers(trailers.clone())))), 2, 0).await else {
+            panic!("whole, with its trailers");
+        };
+        assert_eq!((&*got, kept), (&b"ab"[..], trailers));
+        let broken = read(body(&["ab"], Some(Err(BodyError::Gone("gone")))), 2, 0).await;
+        assert!(matches!(broken, Err(Unread::Broken(BodyError::Gone("gone")))));
+    }
+}
