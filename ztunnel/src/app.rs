@@ -2,6 +2,7 @@
 //!
 //! Owns the wiring, nothing else. The control thread is the caller's: sources, certificates, admin and the pod supervisor
 //! run on it; connections run on the data threads.
+use crate::gateways::FailedGateways;
 use crate::cni::desk::Desk;
 use crate::cni::files::Files;
 use crate::cni::{self, Entry};
@@ -313,6 +314,7 @@ pub fn assemble(
         hbone: Arc::new(hbone_settings(settings, &budget)),
         node: Node::of(settings),
         resolver: Resolver::default(),
+        gateways: FailedGateways::default(),
         access: logging.access.clone(),
         settings: settings.clone(),
         mesh,

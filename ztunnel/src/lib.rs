@@ -18,6 +18,7 @@ pub mod dns;
 mod dump;
 pub mod enrolment;
 pub mod environment;
+mod gateways;
 pub mod handover;
 mod inbound;
 pub mod metrics;

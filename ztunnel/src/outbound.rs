@@ -26,6 +26,8 @@ use std::time::Duration;
 
 /// Endpoints tried for one connection before giving up. Only failures that say another one may help are tried again.
 const ATTEMPTS: usize = 3;
+/// Draws of one attempt, where gateways just failed.
+const DRAWS: usize = 8;
 /// Parts of the mesh that one plan may lack, one after the other: a service, its waypoint, that one's gateway.
 const LACKING: usize = 5;
 /// How long istiod may take to say what a destination is.
@@ -98,8 +100,7 @@ struct Path {
 async fn plan_and_dial(pod: &Arc<Pod>, client: SocketAddr, dst: SocketAddr, record: &mut Record) -> Result<Path, Refusal> {
     let mut last = None;
     for _ in 0..ATTEMPTS {
-        let draw = rand::random();
-        let (plan, source) = plan(pod, client, dst, draw, record).await?;
+        let (plan, source, draw) = plan_around_failures(pod, client, dst, record).await?;
         record.service.clone_from(&plan.service);
         record.destination.clone_from(&plan.workload);
         record.around.clone_from(&plan.around);
@@ -111,11 +112,32 @@ async fn plan_and_dial(pod: &Arc<Pod>, client: SocketAddr, dst: SocketAddr, reco
             Ok(path) => return Ok(Path { path, carried: carried(&dial) }),
             // Not what the reason says in general but what this answer says: a peer that answered 401 means it, and a caller
             // refused by one endpoint must not be moved to the next.
-            Err(error) if again && error.retry => last = Some(Refusal::from(&error)),
+            Err(error) if again && error.retry => {
+                pod.shared.gateways.note(&dial, &error);
+                last = Some(Refusal::from(&error));
+            }
             Err(error) => return Err(Refusal::from(&error)),
         }
     }
     Err(last.unwrap_or_else(|| Refusal::new(Reason::Internal, "no attempt was made")))
+}
+
+/// A plan and its draw: another one where a gateway of another network was drawn that just failed. Where all have, one of them.
+async fn plan_around_failures(
+    pod: &Arc<Pod>,
+    client: SocketAddr,
+    dst: SocketAddr,
+    record: &mut Record,
+) -> Result<(OutboundPlan, Arc<Workload>, u64), Refusal> {
+    let mut draws = 0;
+    loop {
+        let draw = rand::random();
+        let (plan, source) = plan(pod, client, dst, draw, record).await?;
+        draws += 1;
+        if draws == DRAWS || !pod.shared.gateways.has(&plan.dial) {
+            return Ok((plan, source, draw));
+        }
+    }
 }
 
 /// Plans by one snapshot (I1). Where the mesh is told on demand, what the plan lacks is asked for first: a destination nobody has
@@ -219,7 +241,7 @@ fn connect_request(
     request.forwarded = headers::forwarded(client, record.service.as_ref().map(|s| &*s.key.hostname));
     request.traceparent = record.trace.as_ref().map_or_else(headers::random_traceparent, |trace| trace.header());
     if matches!(authority, HboneAuthority::Name { .. })
-        && let Ok(network) = http::HeaderValue::from_str(pod.shared.settings.network.as_str())
+        && let Ok(network) = http::HeaderValue::from_str(pod.shared.mesh.load().view().network.as_str())
     {
         request.extra.push((headers::FORWARDED_NETWORK, network));
     }

@@ -2,6 +2,7 @@
 //!
 //! Owns nothing that decides: facts and handles only. Upstream: `pods` makes and ends it. Downstream: the three
 //! directions hold it for as long as a connection lives.
+use crate::gateways::FailedGateways;
 use crate::conns::Conns;
 use crate::dialer::PodDialer;
 use crate::enrolment::{Enrolled, find_named};
@@ -65,6 +66,8 @@ pub struct Shared {
     pub node: Node,
     /// Host names.
     pub resolver: Resolver,
+    /// Gateways of other networks that just failed.
+    pub gateways: FailedGateways,
     /// Tunnel settings.
     pub hbone: Arc<mesh_hbone::Settings>,
     /// Bytes that grown windows may hold.

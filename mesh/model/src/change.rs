@@ -1,4 +1,5 @@
 //! Changes: the only way knowledge enters the model.
+use crate::addr::Network;
 use crate::defaults::MeshDefaults;
 use crate::l7::authorizer::Authorizers;
 use crate::l7::destination::Destination;
@@ -61,4 +62,6 @@ pub enum Change {
     Defaults(Arc<MeshDefaults>),
     /// The locality of our own node became known or changed (endpoint preferences are ranked from it).
     OwnLocality(Locality),
+    /// Our own network became known or changed: addresses are looked up in it.
+    OwnNetwork(Network),
 }

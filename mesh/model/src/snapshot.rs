@@ -298,6 +298,12 @@ impl Snapshot {
                         next.regroup_all();
                     }
                 }
+                Change::OwnNetwork(n) => {
+                    if next.view.network != *n {
+                        Arc::make_mut(&mut next.view).network = n.clone();
+                        next.regroup_all();
+                    }
+                }
             }
         }
         next

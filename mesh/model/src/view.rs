@@ -5,8 +5,8 @@ use crate::workload::Locality;
 use std::str::FromStr;
 use std::sync::Arc;
 
-/// From where this process looks at the mesh. Fixed for the life of the process, but for `locality`, which
-/// [`crate::change::Change::OwnLocality`] sets.
+/// From where this process looks at the mesh. Fixed for the life of the process, but for `locality` and `network`, which
+/// [`crate::change::Change::OwnLocality`] and [`crate::change::Change::OwnNetwork`] set.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Viewpoint {
     /// Our network.

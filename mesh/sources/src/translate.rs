@@ -165,6 +165,8 @@ struct Dirty {
 #[derive(Debug)]
 pub struct Translator {
     view: Viewpoint,
+    /// Whether we were told our network, which then no label changes.
+    has_network: bool,
     excluded: HashSet<Arc<str>>,
     unaddressed: bool,
     pool: Interner,
@@ -211,6 +213,7 @@ impl Translator {
         Self {
             strict_key: PolicyKey::new(&view.root_namespace, STATIC_STRICT),
             own_locality: view.locality.clone(),
+            has_network: !view.network.as_str().is_empty(),
             excluded,
             unaddressed: settings.unaddressed,
             pool: Interner::default(),
@@ -557,6 +560,7 @@ impl Translator {
         let mut dirty = std::mem::take(&mut self.dirty);
         let mut pool = std::mem::take(&mut self.pool);
         let mut changes = std::mem::take(&mut dirty.gone);
+        self.follow_network(&mut dirty, &mut changes);
         self.flush_networks(&mut dirty, &mut changes);
         self.flush_scopes(&mut dirty);
         self.spread(&mut dirty);

@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
-use mesh_model::addr::Network;
 use mesh_model::authz::{Verdict, authorize};
 use mesh_model::conn::InboundConn;
 use mesh_model::id::SpiffeId;
@@ -39,10 +38,10 @@ struct Both {
     registry: Registry,
 }
 
-/// Where the agent stands, as its environment would say: the name istiod gives its own cluster, and the network.
-fn view(files: &[(String, String)]) -> Viewpoint {
-    let network = if files.iter().any(|(_, text)| text.contains("topology.istio.io/network: net-1")) { "net-1" } else { "" };
-    Viewpoint { node: "node-1".into(), cluster: "Kubernetes".into(), network: Network::from(network), ..Viewpoint::default() }
+/// Where the agent stands, as its environment would say: the name istiod gives its own cluster. The network is for the label of the
+/// root namespace to say.
+fn view() -> Viewpoint {
+    Viewpoint { node: "node-1".into(), cluster: "Kubernetes".into(), ..Viewpoint::default() }
 }
 
 impl Both {
@@ -56,7 +55,7 @@ impl Both {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
         let registry = Registry::new();
         let (ours, told, refused) = runtime.block_on(async {
-            let (ours, _) = mesh_sources::start(Origin::Folder(folder.path().to_path_buf()), view(files));
+            let (ours, _) = mesh_sources::start(Origin::Folder(folder.path().to_path_buf()), view());
             let settings = istiod::Settings {
                 control_plane: control_plane(fed.addr)?,
                 node: istiod::node::of_environment(
@@ -69,7 +68,7 @@ impl Both {
                 demand: None,
                 metrics: istiod::Metrics::new(&registry)?,
             };
-            let (told, refused) = mesh_sources::start(Origin::Istiod(Box::new(settings)), view(files));
+            let (told, refused) = mesh_sources::start(Origin::Istiod(Box::new(settings)), view());
             let both = async { tokio::join!(ours.synced(), told.synced()) };
             tokio::time::timeout(SETTLES, both).await.context("both sides are read")?;
             anyhow::Ok((ours, told, refused))
@@ -122,7 +121,7 @@ impl Both {
     }
 }
 
-fn control_plane(addr: SocketAddr) -> anyhow::Result<ControlPlane> {
+pub fn control_plane(addr: SocketAddr) -> anyhow::Result<ControlPlane> {
     let settings = Settings {
         address: format!("http://{addr}"),
         roots: Roots::System,

@@ -6,7 +6,9 @@ use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::net::{IpAddr, SocketAddr};
 use std::process::ExitCode;
-use std::time::Duration;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use bytes::Bytes;
@@ -39,6 +41,7 @@ const TESTS: &[Test<World>] = &[
     test("policies_of_the_gateway_hold_and_cut", policies_of_the_gateway_hold_and_cut),
     test("a_waypoint_chooses_endpoints_of_both_networks", a_waypoint_chooses_endpoints_of_both_networks),
     test("the_waypoint_of_the_other_network_is_not_gone_around", the_waypoint_of_the_other_network_is_not_gone_around),
+    test("a_gateway_that_failed_is_not_drawn_again_at_once", a_gateway_that_failed_is_not_drawn_again_at_once),
 ];
 
 fn main() -> ExitCode {
@@ -490,4 +493,31 @@ fn the_waypoint_of_the_other_network_is_not_gone_around(world: &mut World) -> an
         ensure!(!agent.whole_log().contains("panicked"), "{} panicked", agent.node());
     }
     Ok(())
+}
+
+/// Two addresses of a gateway, at one of which everybody is hung up on: it is met once, and not again by those who come next.
+fn a_gateway_that_failed_is_not_drawn_again_at_once(world: &mut World) -> anyhow::Result<()> {
+    let control = world.topology.host("control");
+    let dead = control.listen(HBONE)?;
+    let came = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&came);
+    std::thread::spawn(move || {
+        for caller in dead.incoming() {
+            counted.fetch_add(1, Ordering::SeqCst);
+            drop(caller);
+        }
+    });
+    let two = remote(&world.topology, HBONE)
+        .replace("addresses: [ ", &format!("addresses: [ {{ type: IPAddress, value: {} }}, ", control.v4));
+    world.near_dir.put("gateway.yaml", &two)?;
+    wait::until_true("the dead one to be met", || {
+        world.call(1, "client", 0).is_ok_and(|name| name == "web") && came.load(Ordering::SeqCst) > 0
+    })?;
+    let (met, begun) = (came.load(Ordering::SeqCst), Instant::now());
+    for _ in 0..20 {
+        ensure!(world.call(1, "client", 0)? == "web");
+    }
+    let (again, took) = (came.load(Ordering::SeqCst) - met, begun.elapsed());
+    ensure!(again == 0 || took > Duration::from_secs(8), "the dead one was met {again} times again, in {took:?}");
+    world.near_dir.put("gateway.yaml", &remote(&world.topology, HBONE))
 }

@@ -282,6 +282,7 @@ fn any_change() -> impl Strategy<Value = Change> {
         1 => any_target().prop_map(Change::TreatmentGone),
         1 => prop::sample::select(vec!["r1", "r2"])
             .prop_map(|r| Change::OwnLocality(Locality { region: r.into(), ..Locality::default() })),
+        1 => prop::sample::select(vec!["", "n1"]).prop_map(|n| Change::OwnNetwork(n.into())),
     ]
 }
 /// The last word on every object, in key order.
@@ -311,6 +312,7 @@ fn final_set(changes: &[Change]) -> Vec<Change> {
             Change::Authorizers(_) => ("authorizers".into(), true),
             Change::Defaults(_) => ("defaults".into(), true),
             Change::OwnLocality(_) => ("locality".into(), true),
+            Change::OwnNetwork(_) => ("network".into(), true),
         };
         last.insert(key, keep.then(|| c.clone()));
     }

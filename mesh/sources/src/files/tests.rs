@@ -85,6 +85,7 @@ impl Dir {
                 Change::Authorizers(_) => "authorizers".into(),
                 Change::Defaults(_) => "defaults".into(),
                 Change::OwnLocality(_) => "locality".into(),
+                Change::OwnNetwork(_) => "network".into(),
             })
             .collect();
         out.sort();

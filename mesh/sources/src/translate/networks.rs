@@ -2,7 +2,8 @@
 //!
 //! A Gateway of the class `istio-remote` says all three, as in Istio: its label names the network, its addresses and HBONE listener
 //! are where, and its service account is who. What is behind it are WorkloadEntries and endpoints of ServiceEntries with
-//! `network`. Pods are always of the own network: labels that say otherwise would make them unknown, and traffic to them plain.
+//! `network`. Everybody else is of the own network: `NETWORK`, or the label of the root namespace. Labels of pods and nodes do not
+//! count, as they do not for istiod (they are of Istio's sidecars).
 //! Several gateways of one network, and several addresses of one, are endpoints of a service that nobody else sees, so that they are
 //! drawn like any (Istio takes the first).
 use std::collections::{BTreeMap, BTreeSet};
@@ -15,10 +16,27 @@ use mesh_model::plan::HBONE_PORT;
 use mesh_model::service::{AppProtocol, Service, ServiceKey, ServicePort, Visibility};
 use mesh_model::workload::{GatewayDestination, GatewayRef, Workload};
 
+use super::waypoint::NETWORK;
 use super::object::{Gateway, GatewayAddress, RemoteNetwork};
 use super::{Dirty, Labels, Name, Translator};
 
 impl Translator {
+    /// Where nobody told us our network, it is what the label of the root namespace says, as for istiod. Where that changes, all
+    /// addresses are of another network.
+    pub(super) fn follow_network(&mut self, dirty: &mut Dirty, changes: &mut Vec<Change>) {
+        let root = &self.view.root_namespace;
+        if self.has_network || !(dirty.all || dirty.namespaces.contains(root)) {
+            return;
+        }
+        let meta = self.spaces.get(root).and_then(|space| space.meta.as_ref());
+        let label = meta.and_then(|slot| slot.obj.labels.get(NETWORK)).map_or_else(Network::default, |n| Network(Arc::clone(n)));
+        if label != self.view.network {
+            self.view.network = label.clone();
+            dirty.all = true;
+            changes.push(Change::OwnNetwork(label));
+        }
+    }
+
     /// Looks at the gateways anew where one changed, and marks what is reached through them.
     pub(super) fn flush_networks(&mut self, dirty: &mut Dirty, changes: &mut Vec<Change>) {
         if !dirty.all && dirty.gateways.is_empty() {

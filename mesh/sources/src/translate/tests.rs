@@ -24,6 +24,7 @@ pub(super) struct State {
     pub(super) auths: BTreeMap<String, Arc<mesh_model::l7::request_auth::RequestAuths>>,
     pub(super) treatments: BTreeMap<String, Arc<mesh_model::l7::Treatment>>,
     own: Option<Locality>,
+    network: Network,
     telemetry: Arc<mesh_model::telemetry::TelemetryRules>,
     authorizers: Arc<mesh_model::l7::authorizer::Authorizers>,
     defaults: Arc<mesh_model::defaults::MeshDefaults>,
@@ -54,6 +55,7 @@ impl State {
                 Change::Authorizers(all) => self.authorizers = all,
                 Change::Defaults(new) => self.defaults = new,
                 Change::OwnLocality(l) => self.own = Some(l),
+                Change::OwnNetwork(n) => self.network = n,
             }
         }
     }
@@ -750,7 +752,7 @@ metadata: {name: x}
 }
 
 #[test]
-fn a_network_label_that_is_not_ours_is_an_error_and_changes_nothing() {
+fn the_network_is_what_we_were_told_or_what_the_root_namespace_says() {
     let text = |label: &str| {
         ns("istio-system", label)
             + &ns("a", "topology.istio.io/network: elsewhere")
@@ -758,13 +760,19 @@ fn a_network_label_that_is_not_ours_is_an_error_and_changes_nothing() {
             + &service("a", "s", "", "{clusterIP: 10.1.0.1, selector: {}}")
             + "---\n{apiVersion: networking.istio.io/v1, kind: WorkloadEntry, metadata: {name: vm, namespace: a}, spec: {address: 10.5.0.1, network: n2}}\n"
     };
-    let (m, problems) = mesh(&text("topology.istio.io/network: net1"));
-    assert_eq!((m.w("a/p").network.as_str(), m.s("a/s.a.svc.cluster.local").vips[0].network.as_str()), ("", ""));
-    assert_eq!(m.w("WorkloadEntry/a/vm").network.as_str(), "n2");
-    let [p] = problems.as_slice() else { panic!("{problems:?}") };
-    assert_eq!((p.severity, p.code, p.origin.line), (Severity::Error, Some("network"), 2));
-    assert!(p.message.contains("`net1`") && p.message.contains("default network") && p.fix.contains("NETWORK=net1"), "{p}");
-    assert_eq!(mesh(&text("")).1, []);
+    let mut t = Translator::new(view(), &Settings::default());
+    let mut state = State::default();
+    for (label, network) in [("", ""), ("topology.istio.io/network: net1", "net1"), ("topology.istio.io/network: net2", "net2"), ("", "")]
+    {
+        for o in objects(&mut t, &text(label)).0 {
+            t.upsert(o);
+        }
+        state.apply(t.flush());
+        let vip = &state.s("a/s.a.svc.cluster.local").vips[0];
+        assert_eq!((state.w("a/p").network.as_str(), vip.network.as_str(), state.network.as_str()), (network, network, network));
+        assert_eq!(state.w("WorkloadEntry/a/vm").network.as_str(), "n2");
+        assert_eq!(t.problems().count(), 0);
+    }
 
     let mut t = Translator::new(Viewpoint { network: "net1".into(), ..view() }, &Settings::default());
     let mut state = State::default();
@@ -774,7 +782,12 @@ fn a_network_label_that_is_not_ours_is_an_error_and_changes_nothing() {
         }
         state.apply(t.flush());
         assert_eq!(state.w("a/p").network.as_str(), "net1");
-        assert_eq!(t.problems().filter(|p| p.message.contains("`net1`")).count(), want, "{label}");
+        let problems: Vec<&Problem> = t.problems().collect();
+        assert_eq!(problems.len(), want, "{label}");
+        for p in problems {
+            assert_eq!((p.severity, p.code, p.origin.line), (Severity::Error, Some("network"), 2));
+            assert!(p.message.contains("`net2`") && p.message.contains("`net1`") && p.fix.contains("NETWORK=net2"), "{p}");
+        }
     }
 }
 
@@ -787,6 +800,7 @@ fn universe() -> Vec<Vec<String>> {
         all.push(vec![
             ns(n, ""),
             ns(n, "istio.io/dataplane-mode: ambient"),
+            ns(n, "topology.istio.io/network: net1"),
             ns(n, "istio.io/use-waypoint: wp"),
             ns(n, "topology.istio.io/network: net2, istio.io/use-waypoint: wp, istio.io/use-waypoint-namespace: a"),
         ]);

@@ -286,13 +286,12 @@ impl Translator {
 /// up in its own network; objects put into the label's network would never be found, and their traffic would leave as
 /// plaintext. So the label is not followed.
 fn other_network(origin: &mesh_model::Origin, label: &str, own: &str) -> Problem {
-    let own = if own.is_empty() { "the default network".to_owned() } else { format!("network `{own}`") };
     Problem {
         severity: Severity::Error,
         origin: origin.clone(),
         field: format!("metadata.labels[{NETWORK:?}]").into(),
-        message: format!("the label says network `{label}`, this agent runs on {own}; objects without a network of their own are taken to be on {own}").into(),
-        fix: format!("start the agent with NETWORK={label}, or correct the label").into(),
+        message: format!("the label says network `{label}`, this process was told `{own}`; objects without a network of their own are taken to be on `{own}`").into(),
+        fix: format!("start it with NETWORK={label} or without, or correct the label").into(),
         code: Some("network"),
     }
 }
