@@ -362,25 +362,29 @@ struct Demand {
     names: BTreeSet<String>,
     /// Of those, what was not answered yet.
     new: BTreeSet<String>,
+    /// Names were given up and none was asked for: istiod then says that everything is gone.
+    given_up_only: bool,
 }
 
 impl Demand {
-    /// What it is to be told of all there is.
-    fn of<'a>(&self, all: &'a BTreeMap<String, (u64, Vec<u8>)>) -> BTreeSet<&'a String> {
+    /// What it is to be told of all there is, where it has these versions: as from istiod, of a service no endpoints that came after
+    /// it was asked for.
+    fn of<'a>(&self, all: &'a BTreeMap<String, (u64, Vec<u8>)>, held: &BTreeMap<String, String>) -> BTreeSet<&'a String> {
         let decoded: Vec<(&String, workload::address::Type)> =
             all.iter().filter_map(|(name, (_, bytes))| Some((name, Address::decode(bytes.as_slice()).ok()?.r#type?))).collect();
-        let services: BTreeSet<&String> = decoded
-            .iter()
-            .filter(|(name, it)| {
-                matches!(it, workload::address::Type::Service(_)) && names_of(name, it).iter().any(|n| self.names.contains(n))
-            })
-            .map(|(name, _)| *name)
-            .collect();
-        let is_told = |name: &String, it: &workload::address::Type| match it {
-            workload::address::Type::Service(_) => services.contains(name),
+        let services = |names: &BTreeSet<String>| -> BTreeSet<&String> {
+            let is_asked = |(name, it): &&(&String, workload::address::Type)| {
+                matches!(it, workload::address::Type::Service(_)) && names_of(name, it).iter().any(|n| names.contains(n))
+            };
+            decoded.iter().filter(is_asked).map(|(name, _)| *name).collect()
+        };
+        let (services, new) = (services(&self.names), services(&self.new));
+        let is_told = |name: &&String, it: &workload::address::Type| match it {
+            workload::address::Type::Service(_) => services.contains(*name),
             workload::address::Type::Workload(w) => {
                 w.node == self.node
-                    || w.services.keys().any(|service| services.contains(service))
+                    || held.contains_key(*name)
+                    || w.services.keys().any(|service| new.contains(service))
                     || names_of(name, it).iter().any(|n| self.names.contains(n))
             }
         };
@@ -438,7 +442,7 @@ fn next(shared: &Shared, url: &'static str, held: &mut Held) -> Option<DeltaDisc
     let all = world.resources.get(url).unwrap_or(&empty);
     let mut response = DeltaDiscoveryResponse { type_url: url.to_owned(), ..DeltaDiscoveryResponse::default() };
     let in_step = held.told.filter(|(epoch, _)| *epoch == world.epoch).and_then(|(_, told)| world.log.get(told..));
-    let told = held.demand.as_ref().map(|demand| demand.of(all));
+    let told = held.demand.as_ref().map(|demand| demand.of(all, &held.versions));
     let names: BTreeSet<String> = match in_step {
         _ if told.is_some() => told.iter().flatten().map(|name| (*name).clone()).chain(held.versions.keys().cloned()).collect(),
         Some(changed) => changed.iter().filter(|(of, _)| *of == url).map(|(_, name)| name.clone()).collect(),
@@ -461,8 +465,12 @@ fn next(shared: &Shared, url: &'static str, held: &mut Held) -> Option<DeltaDisc
     }
     if let Some(demand) = &mut held.demand {
         // What was asked for and is not there is said to be gone.
-        let missing = |name: &String| Demand { names: [name.clone()].into(), ..Demand::default() }.of(all).is_empty();
+        let missing =
+            |name: &String| Demand { names: [name.clone()].into(), ..Demand::default() }.of(all, &BTreeMap::new()).is_empty();
         response.removed_resources.extend(std::mem::take(&mut demand.new).into_iter().filter(missing));
+        if std::mem::take(&mut demand.given_up_only) {
+            response.removed_resources.extend(demand.names.iter().chain(held.versions.keys()).cloned());
+        }
     }
     let sent: Vec<String> = response.resources.iter().map(|r| r.name.clone()).collect();
     world.seen.sent.extend(sent);
@@ -486,19 +494,23 @@ fn take(shared: &Shared, request: DeltaDiscoveryRequest, all: &mut BTreeMap<&'st
     let (begins, held) = (!all.contains_key(url), all.entry(url).or_default());
     let named = |names: &[String]| names.iter().filter(|name| *name != "*").cloned().collect::<Vec<_>>();
     let (asked, given_up) = (named(&request.resource_names_subscribe), named(&request.resource_names_unsubscribe));
-    world.seen.asked.extend(asked.iter().cloned());
+    if begins || request.initial_resource_versions.is_empty() {
+        // Else it asks what became of what it has.
+        world.seen.asked.extend(asked.iter().cloned());
+    }
     world.seen.given_up.extend(given_up.iter().cloned());
     if begins && request.resource_names_unsubscribe.iter().any(|name| name == "*") {
         let node = node.and_then(|value| if let Some(value::Kind::StringValue(node)) = value.kind { Some(node) } else { None });
         held.demand = Some(Demand { node: node.unwrap_or_default(), ..Demand::default() });
     }
     if let Some(demand) = &mut held.demand {
-        for name in &given_up {
-            demand.names.remove(name);
-            held.versions.remove(name);
+        let new = asked.iter().filter(|name| demand.names.insert((*name).clone())).count();
+        let over = given_up.iter().filter(|name| demand.names.remove(*name) | held.versions.remove(*name).is_some()).count();
+        // Without a change there is no answer.
+        if new + over > 0 {
+            demand.given_up_only = asked.is_empty() && !begins;
+            demand.new.extend(asked);
         }
-        demand.new.extend(asked.iter().cloned());
-        demand.names.extend(asked);
     }
     if begins {
         held.owed = request.resource_names_subscribe.iter().any(|name| name == "*");

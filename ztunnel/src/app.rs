@@ -2,7 +2,6 @@
 //!
 //! Owns the wiring, nothing else. The control thread is the caller's: sources, certificates, admin and the pod supervisor
 //! run on it; connections run on the data threads.
-use crate::gateways::FailedGateways;
 use crate::cni::desk::Desk;
 use crate::cni::files::Files;
 use crate::cni::{self, Entry};
@@ -11,6 +10,7 @@ use crate::dialer::MARK;
 use crate::dump;
 use crate::enrolment::ByKubernetes;
 use crate::environment;
+use crate::gateways::FailedGateways;
 use crate::handover::{self, Ask, Predecessor};
 use crate::metrics::Metrics;
 use crate::nft::Table;

@@ -75,7 +75,7 @@ mod tests {
         gateways.failed(a, now);
         assert!(gateways.has_failed(a, now) && !gateways.has_failed(b, now));
         gateways.failed(b, now + MEMORY / 2);
-        assert!(gateways.has_failed(a, now + MEMORY - Duration::from_millis(2)));
+        assert!(gateways.has_failed(a, now + MEMORY.mul_f64(0.99)));
         assert!(!gateways.has_failed(a, now + MEMORY) && gateways.has_failed(b, now + MEMORY));
         assert!(!gateways.has_failed(b, now + MEMORY * 2));
         gateways.failed(b, now + MEMORY * 2);

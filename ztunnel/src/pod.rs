@@ -2,10 +2,10 @@
 //!
 //! Owns nothing that decides: facts and handles only. Upstream: `pods` makes and ends it. Downstream: the three
 //! directions hold it for as long as a connection lives.
-use crate::gateways::FailedGateways;
 use crate::conns::Conns;
 use crate::dialer::PodDialer;
 use crate::enrolment::{Enrolled, find_named};
+use crate::gateways::FailedGateways;
 use crate::metrics::Metrics;
 use crate::node::Node;
 use crate::resolv::PodDns;

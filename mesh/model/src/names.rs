@@ -47,7 +47,7 @@ fn find<'a>(snap: &'a Snapshot, client: &Workload, search: &[Box<str>], name: &'
 }
 
 /// Services that `name` may stand for and that are not known: what to ask for where the mesh is told on demand. A host of no
-/// Kubernetes service is looked for in the client's namespace and in the preferred one; of wildcards nobody can be asked.
+/// Kubernetes service, and a wildcard it is under, are looked for in the client's namespace and in the preferred one.
 pub fn unknown(snap: &Snapshot, client: &Workload, search: &[Box<str>], name: &str) -> Vec<ServiceKey> {
     let view = snap.view();
     let mut keys = Vec::new();
@@ -71,7 +71,10 @@ pub fn unknown(snap: &Snapshot, client: &Workload, search: &[Box<str>], name: &s
             _ => {}
         }
         if short == name {
-            keys.extend([&client.namespace, &view.preferred_namespace].map(|namespace| ServiceKey::new(namespace, name)));
+            let parents = name.match_indices('.').filter_map(|(dot, _)| name.get(dot..)).map(|parent| format!("*{parent}"));
+            for host in std::iter::once(name.to_owned()).chain(parents) {
+                keys.extend([&client.namespace, &view.preferred_namespace].map(|namespace| ServiceKey::new(namespace, &host)));
+            }
         }
     }
     keys.retain(|key| !key.namespace.is_empty() && snap.find_service(key).is_none());

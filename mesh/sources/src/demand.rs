@@ -227,6 +227,12 @@ impl Demand {
         asked.new.retain(|wanted| !stale.contains(wanted));
     }
 
+    /// Whether it is asked for and was of use within this time.
+    pub(crate) fn is_used(&self, wanted: &Wanted, within: Duration) -> bool {
+        let since = self.now().saturating_sub(within.as_millis() as u64);
+        self.inner.asked.read().entries.get(wanted).is_some_and(|entry| entry.used.load(Ordering::Relaxed) >= since)
+    }
+
     /// Whether it is asked for.
     pub(crate) fn has(&self, wanted: &Wanted) -> bool {
         self.inner.asked.read().entries.contains_key(wanted)

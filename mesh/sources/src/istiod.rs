@@ -12,7 +12,7 @@ mod convert;
 pub mod node;
 mod state;
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -51,6 +51,12 @@ const MOST_BYTES: usize = 200 << 20;
 const LARGE: usize = 500;
 /// How often what nobody uses is looked for.
 const SWEEP: Duration = Duration::from_secs(1);
+/// How often the services in use are asked for anew: of one that was asked for, istiod tells what becomes of the endpoints it told,
+/// and nothing of those that come later.
+const REFRESH: Duration = Duration::from_secs(5);
+/// Names of nothing: each request on demand after the first asks for one and gives the other up. istiod answers only where the
+/// names asked for change, and to a request that gives names up and asks for none it answers that everything asked for is gone.
+const NUDGES: [&str; 2] = ["/0.0.0.0", "/0.0.0.1"];
 /// Answers a server may leave unread.
 const UNREAD: usize = 1024;
 const PATH: &str = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources";
@@ -241,20 +247,24 @@ impl Session {
         let mut incoming = timeout(FIRST_ANSWERS, opening).await.map_err(|_| late())??.into_inner();
         let (mut answered, answers_by) = (BTreeSet::new(), Instant::now() + FIRST_ANSWERS);
         let unread = |_| Lost::Ended("Error", "it does not read what it is answered".into());
-        let mut sweep = tokio::time::interval(SWEEP);
+        let (mut sweep, mut refreshed, mut nudges) = (tokio::time::interval(SWEEP), Instant::now(), NUDGES);
         loop {
             let until = self.until;
             let response: Option<DeltaDiscoveryResponse> = tokio::select! {
                 message = incoming.message() => message?,
                 () = sleep_until(answers_by), if !self.is_all(&answered) => return Err(late()),
                 names = asked(demand.as_ref()) => {
-                    requests.try_send(address(names, Vec::new())).map_err(unread)?;
+                    requests.try_send(address(Subscription { names, ..Subscription::default() }, &mut nudges)).map_err(unread)?;
                     continue;
                 }
                 _ = sweep.tick(), if demand.is_some() => {
-                    let names = self.sweep().await?;
-                    if !names.is_empty() {
-                        requests.try_send(address(Vec::new(), names)).map_err(unread)?;
+                    let mut next = Subscription { given_up: self.sweep().await?, ..Subscription::default() };
+                    if refreshed.elapsed() >= REFRESH {
+                        refreshed = Instant::now();
+                        (next.names, next.versions) = self.in_use();
+                    }
+                    if !next.names.is_empty() || !next.given_up.is_empty() {
+                        requests.try_send(address(next, &mut nudges)).map_err(unread)?;
                     }
                     continue;
                 }
@@ -323,6 +333,12 @@ impl Session {
             self.flush().await?;
         }
         Ok(stale.iter().map(ToString::to_string).chain(names).collect())
+    }
+
+    /// On demand: the services somebody used of late, and what is known of them and their endpoints, by version.
+    fn in_use(&self) -> (Vec<String>, BTreeMap<String, String>) {
+        let Some(demand) = &self.source.settings.demand else { return Default::default() };
+        self.state.services_with(|wanted| demand.is_used(wanted, REFRESH + SWEEP))
     }
 
     /// Takes a response in; gives the answer to it.
@@ -409,11 +425,26 @@ async fn asked(demand: Option<&Demand>) -> Vec<String> {
 }
 
 /// A change of what addresses are asked for.
-fn address(subscribe: Vec<String>, give_up: Vec<String>) -> DeltaDiscoveryRequest {
+#[derive(Debug, Default)]
+struct Subscription {
+    names: Vec<String>,
+    given_up: Vec<String>,
+    /// Of what is held already: it is told again only where it changed.
+    versions: BTreeMap<String, String>,
+}
+
+/// As a request; the [`NUDGES`] change places.
+fn address(change: Subscription, nudges: &mut [&str; 2]) -> DeltaDiscoveryRequest {
+    let Subscription { mut names, mut given_up, versions } = change;
+    let [asked, over] = *nudges;
+    *nudges = [over, asked];
+    names.push(asked.to_owned());
+    given_up.push(over.to_owned());
     DeltaDiscoveryRequest {
         type_url: Kind::Address.url().to_owned(),
-        resource_names_subscribe: subscribe,
-        resource_names_unsubscribe: give_up,
+        resource_names_subscribe: names,
+        resource_names_unsubscribe: given_up,
+        initial_resource_versions: versions,
         ..DeltaDiscoveryRequest::default()
     }
 }

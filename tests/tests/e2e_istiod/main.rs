@@ -3,6 +3,7 @@
 //! `istioctl` reads what they know.
 mod compare;
 mod conversion;
+mod demand;
 mod differences;
 mod istioctl;
 mod peers;
@@ -23,7 +24,9 @@ const TESTS: &[Test<()>] = &[
     test("changes_are_the_same", |()| conversion::changes()),
     test("what_is_named_and_never_sent_refuses_plaintext_only", |()| conversion::never_sent()),
     test("istioctl_reads_what_agents_know", |()| istioctl::reads_every_mesh()),
-    test("agents_serve_by_it", |()| serving::agents()),
+    test("on_demand_it_is_asked_by_names_it_knows", |()| demand::by_names()),
+    test("agents_serve_by_it", |()| serving::agents(false)),
+    test("agents_on_demand_serve_by_it", |()| serving::agents(true)),
 ];
 
 fn main() -> ExitCode {

@@ -72,7 +72,7 @@ spec: { selector: { matchLabels: { app: web } }, rules: [{ from: [{ source: { pr
 ";
 
 impl World {
-    fn set_up() -> anyhow::Result<Self> {
+    fn set_up(on_demand: bool) -> anyhow::Result<Self> {
         if let Some(why) = skip::netns_unavailable().or_else(|| skip::command_missing("nft")) {
             return Err(CannotRun(why).into());
         }
@@ -96,7 +96,7 @@ impl World {
         world.write("client")?;
         world.start_istiod()?;
         for (node, pods) in [("node-a", &["client", "other"][..]), ("node-b", &["web"])] {
-            let node = world.start_agent(node, pods)?;
+            let node = world.start_agent(node, pods, on_demand)?;
             world.nodes.push(node);
         }
         Ok(world)
@@ -113,11 +113,12 @@ impl World {
         Ok(())
     }
 
-    fn start_agent(&self, node: &str, pods: &[&str]) -> anyhow::Result<Node> {
+    fn start_agent(&self, node: &str, pods: &[&str], on_demand: bool) -> anyhow::Result<Node> {
         let file = |name: &str| self.files.path().join(name).to_string_lossy().into_owned();
         let cni = CniAgent::listen(&self.files.path().join(format!("{node}.sock")))?;
         let agent = AgentSpec::without_folder(node, self.files.path())
             .env("XDS_ADDRESS", &format!("http://{}:{CONTROL}", self.topology.host("control").v4))
+            .env("XDS_ON_DEMAND", if on_demand { "true" } else { "false" })
             .env("CA_ADDRESS", "")
             .env("CULVERT_CA_DIR", &file("ca"))
             .env("INPOD_UDS", &file(&format!("{node}.sock")))
@@ -176,8 +177,8 @@ impl World {
 }
 
 /// The whole of it: one world, one after the other.
-pub fn agents() -> anyhow::Result<()> {
-    let mut world = World::set_up()?;
+pub fn agents(on_demand: bool) -> anyhow::Result<()> {
+    let mut world = World::set_up(on_demand)?;
     for to in [world.web(), VIP.into()] {
         ensure!(world.call("client", to)? == "web", "{to}");
         ensure!(world.call("other", to).is_err(), "other is not in the ALLOW policy");
@@ -187,7 +188,10 @@ pub fn agents() -> anyhow::Result<()> {
     // A policy that changes ends what it no longer allows.
     let (mut live, _) = Client::who(world.topology.pod("client"), world.web())?;
     live.ping("before")?;
-    world.read_by_istioctl()?;
+    if !on_demand {
+        // Else the agent of `web` need not know of its service.
+        world.read_by_istioctl()?;
+    }
     world.write("other")?;
     world.istiod.as_mut().context("it runs")?.read_again()?;
     live.wait_cut()?;

@@ -72,6 +72,6 @@ fn a_name_may_mean_these_services() {
     assert!(unknown(Vec::new(), "web.pay").contains(&web.to_owned()));
     assert!(unknown(Vec::new(), "web.pay.svc.shop.svc.cluster.local").contains(&web.to_owned()), "a search domain behind it");
     assert!(unknown(Vec::new(), "web").contains(&"shop/web.shop.svc.cluster.local".to_owned()));
-    assert_eq!(unknown(Vec::new(), "api.example.com"), ["shop/api.example.com"]);
+    assert_eq!(unknown(Vec::new(), "api.example.com"), ["shop/*.com", "shop/*.example.com", "shop/api.example.com"]);
     assert_eq!(unknown(vec![service("pay", "web", "10.96.0.1", &[(80, 80)]).into()], "web.pay.svc.cluster.local"), [""; 0]);
 }

@@ -32,10 +32,6 @@ pub fn of_environment(role: Role, node_name: &str, cluster: &str, env: impl Into
     put("NODE_NAME", node_name);
     put("CLUSTER_ID", cluster);
     put("SERVICE_ACCOUNT", if role == Role::Waypoint { get("SERVICE_ACCOUNT") } else { "" });
-    let role = match role {
-        Role::Ztunnel => "ztunnel",
-        Role::Waypoint => "waypoint",
-    };
     for (key, value) in &env {
         if let Some(name) = key.strip_prefix("ISTIO_METAJSON_") {
             // What is no JSON says nothing.
@@ -46,6 +42,15 @@ pub fn of_environment(role: Role, node_name: &str, cluster: &str, env: impl Into
             fields.insert(name.to_owned(), text(value));
         }
     }
+    let role = match role {
+        Role::Ztunnel => "ztunnel",
+        Role::Waypoint => {
+            // istiod lists agents in `proxy-status`, and others that have this.
+            let nothing = || Value { kind: Some(Kind::StructValue(Struct::default())) };
+            fields.entry("PROXY_CONFIG".to_owned()).or_insert_with(nothing);
+            "waypoint"
+        }
+    };
     Node {
         id: format!("{role}~{ip}~{pod}.{namespace}~{namespace}.svc.cluster.local"),
         metadata: Some(Struct { fields }),
@@ -98,6 +103,8 @@ mod tests {
         let env = [("POD_NAME", "wp-1"), ("POD_NAMESPACE", "shop"), ("SERVICE_ACCOUNT", "wp")];
         let node = of_environment(Role::Waypoint, "n", "", env.map(|(k, v)| (k.to_owned(), v.to_owned())));
         assert_eq!(node.id, "waypoint~1.1.1.1~wp-1.shop~shop.svc.cluster.local");
-        assert_eq!(node.metadata.unwrap().fields["SERVICE_ACCOUNT"], text("wp"));
+        let fields = node.metadata.unwrap().fields;
+        assert_eq!(fields["SERVICE_ACCOUNT"], text("wp"));
+        assert!(matches!(&fields["PROXY_CONFIG"].kind, Some(Kind::StructValue(empty)) if empty.fields.is_empty()));
     }
 }

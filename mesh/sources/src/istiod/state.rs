@@ -193,6 +193,30 @@ impl State {
         self.held.get(&Kind::Address).into_iter().flatten().flat_map(|(_, held)| held.what.gateways()).collect()
     }
 
+    /// On demand: the services that are of use, by what they can be asked for, or that lead to what is (waypoints, gateways); with the
+    /// versions of them and of their endpoints.
+    pub(super) fn services_with(&self, is_used: impl Fn(&Wanted) -> bool) -> (Vec<String>, BTreeMap<String, String>) {
+        let held = || self.held.get(&Kind::Address).into_iter().flatten();
+        let used = held().filter(|(_, held)| held.what.wanted().iter().any(&is_used));
+        let gateways: HashSet<Wanted> = used.flat_map(|(_, held)| held.what.gateways()).collect();
+        let services: HashMap<&ServiceKey, &str> = held()
+            .filter_map(|(name, held)| match &held.what {
+                What::Service(s) if held.what.wanted().iter().any(|w| is_used(w) || gateways.contains(w)) => {
+                    Some((&s.key, &**name))
+                }
+                _ => None,
+            })
+            .collect();
+        let is_of = |what: &What| match what {
+            What::Service(s) => services.contains_key(&s.key),
+            What::Workload(w) => w.services.keys().any(|key| services.contains_key(key)),
+            What::Policy(_) | What::Nothing => false,
+        };
+        let known = held().filter(|(_, held)| is_of(&held.what));
+        let versions = known.map(|(name, held)| (name.to_string(), held.version.to_string())).collect();
+        (services.into_values().map(str::to_owned).collect(), versions)
+    }
+
     /// On demand: forgets every address that nobody asks for, that is of no service somebody asks for, and that is not on our own
     /// node. Gives the names of what went, and what follows.
     pub(super) fn forget(&mut self, is_asked_for: impl Fn(&Wanted) -> bool) -> (Vec<String>, Vec<Change>) {

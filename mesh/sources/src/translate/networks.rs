@@ -16,8 +16,8 @@ use mesh_model::plan::HBONE_PORT;
 use mesh_model::service::{AppProtocol, Service, ServiceKey, ServicePort, Visibility};
 use mesh_model::workload::{GatewayDestination, GatewayRef, Workload};
 
-use super::waypoint::NETWORK;
 use super::object::{Gateway, GatewayAddress, RemoteNetwork};
+use super::waypoint::NETWORK;
 use super::{Dirty, Labels, Name, Translator};
 
 impl Translator {

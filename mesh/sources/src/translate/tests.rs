@@ -762,7 +762,8 @@ fn the_network_is_what_we_were_told_or_what_the_root_namespace_says() {
     };
     let mut t = Translator::new(view(), &Settings::default());
     let mut state = State::default();
-    for (label, network) in [("", ""), ("topology.istio.io/network: net1", "net1"), ("topology.istio.io/network: net2", "net2"), ("", "")]
+    for (label, network) in
+        [("", ""), ("topology.istio.io/network: net1", "net1"), ("topology.istio.io/network: net2", "net2"), ("", "")]
     {
         for o in objects(&mut t, &text(label)).0 {
             t.upsert(o);
