@@ -26,6 +26,7 @@ pub const RESOURCES: &[Resource] = &[
     ("", "v1", "services", "Service", true),
     ("", "v1", "secrets", "Secret", true),
     ("", "v1", "configmaps", "ConfigMap", true),
+    ("apps", "v1", "daemonsets", "DaemonSet", true),
     ("discovery.k8s.io", "v1", "endpointslices", "EndpointSlice", true),
     ("networking.istio.io", "v1", "serviceentries", "ServiceEntry", true),
     ("networking.istio.io", "v1", "workloadentries", "WorkloadEntry", true),
@@ -426,6 +427,7 @@ fn failure(out: &mut TcpStream, status: u16, message: &str) -> io::Result<bool> 
 }
 fn status_object(code: u16, message: &str) -> Value {
     let reason = match code {
+        401 => "Unauthorized",
         403 => "Forbidden",
         404 => "NotFound",
         410 => "Expired",

@@ -303,14 +303,15 @@ fn what_was_uninstalled_is_gone(cluster: &mut Cluster) -> anyhow::Result<()> {
     }
     let gone = || cluster.api.pods(ROOT, AGENTS).is_ok_and(|agents| agents.is_empty()).then_some(());
     wait::until("the agent is gone", PATIENCE, gone)?;
-    let mut cleanup = cluster.node.command(&find_program("ztunnel")?);
-    cleanup.args(["cleanup", "--node", "node-a", "--cni-conf-dir", "/etc/cni/net.d", "--cni-bin-dir", "/opt/cni/bin"]);
-    let out = cleanup.output()?;
-    ensure!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
     ensure!(
         !cluster.node.path("opt/cni/bin/culvert-cni").exists()
-            && !cluster.node.path("etc/cni/net.d/00-culvert.conflist").exists()
+            && !cluster.node.path("etc/cni/net.d/00-culvert.conflist").exists(),
+        "the agent left the plugin, without which no pod starts: {}",
+        cluster.node.log("kubelet")
     );
+    let mut cleanup = cluster.node.command(&find_program("ztunnel")?);
+    let out = cleanup.args(["cleanup", "--node", "node-a"]).output()?;
+    ensure!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
     let pins = fs::read_dir(cluster.node.path("sys/fs/bpf/culvert/node-a")).map_or(0, Iterator::count);
     ensure!(pins == 0, "{pins} pins are left");
     // Pods start, and those from before are as any other: in plaintext, by their addresses.

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use mesh_runtime::metrics::Registry;
-use mesh_sources::kubernetes::{Access, Reach, Retry, Scope, Watches};
+use mesh_sources::kubernetes::{Access, DaemonSet, Reach, Retry, Scope, Watches};
 use mesh_sources::{Mesh, Origin, Viewpoint, translate};
 use mesh_tests::agent::{Agent, AgentSpec, find_binary, workspace_dir};
 use mesh_tests::kube_api::documents;
@@ -30,6 +30,7 @@ const TESTS: &[Test<Cluster>] = &[
     test("the_chart_is_taken_and_an_unknown_field_is_not", the_chart_is_taken_and_an_unknown_field_is_not),
     test("a_traffic_policy_is_judged_by_its_schema", a_traffic_policy_is_judged_by_its_schema),
     test("the_agent_enrols_with_the_rights_of_the_chart", the_agent_enrols_with_the_rights_of_the_chart),
+    test("the_agent_may_ask_whether_it_is_uninstalled", the_agent_may_ask_whether_it_is_uninstalled),
     test("a_waypoint_reads_everything_with_the_rights_of_the_chart", a_waypoint_reads_everything_with_the_rights_of_the_chart),
     test("a_right_that_is_missing_stops_one_kind", a_right_that_is_missing_stops_one_kind),
     test("a_crd_that_comes_late_is_followed", a_crd_that_comes_late_is_followed),
@@ -268,6 +269,27 @@ fn the_agent_enrols_with_the_rights_of_the_chart(cluster: &mut Cluster) -> anyho
     for name in PODS {
         cluster.wait_marked(name, false)?;
     }
+    Ok(())
+}
+
+fn the_agent_may_ask_whether_it_is_uninstalled(cluster: &mut Cluster) -> anyhow::Result<()> {
+    let object = cluster.chart.iter().find(|o| o["kind"] == "DaemonSet").context("no DaemonSet")?;
+    let ask = |account: &str| -> anyhow::Result<Result<bool, String>> {
+        let access = Access { kubeconfig: Some(cluster.api.kubeconfig(account)?) };
+        let ours = DaemonSet::new(&access, "istio-system", "culvert-agent")?;
+        cluster.topology.node("node-a").netns.enter(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            Ok(runtime.block_on(async { ours.is_uninstalled(Duration::from_secs(3)).await }))
+        })
+    };
+    ensure!(ask("culvert-agent")? == Ok(true), "there is none yet");
+    cluster.api.apply(object, false)?;
+    ensure!(ask("culvert-agent")? == Ok(false), "there is one");
+    let refused = ask("lesser")?;
+    ensure!(refused.as_ref().is_err_and(|why| why.contains("forbidden")), "{refused:?}");
+    ensure!(ask("an account that was deleted")? == Ok(true), "nobody");
+    cluster.api.delete(object)?;
+    ensure!(ask("culvert-agent")? == Ok(true), "it is gone");
     Ok(())
 }
 

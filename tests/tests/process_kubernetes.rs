@@ -9,7 +9,7 @@ use mesh_model::Snapshot;
 use mesh_model::policy::PolicyBody;
 use mesh_model::workload::Protocol;
 use mesh_runtime::metrics::Registry;
-use mesh_sources::kubernetes::{Access, Reach, Retry, Scope, Watches};
+use mesh_sources::kubernetes::{Access, DaemonSet, Reach, Retry, Scope, Watches};
 use mesh_sources::{Diagnostics, Mesh, Origin, Severity, Viewpoint, translate};
 use mesh_tests::kube_api::{KubeApi, documents};
 use mesh_tests::wait;
@@ -344,4 +344,34 @@ fn a_waypoint_reads_secrets_of_its_own_namespace_only() {
 #[test]
 fn what_the_harness_reads_is_what_kubectl_would() {
     assert_eq!(documents("# nothing\n---\na: 1\n---\nb: {c: 2}\n").unwrap(), [json!({ "a": 1 }), json!({ "b": { "c": 2 } })]);
+}
+
+#[test]
+fn a_daemon_set_is_uninstalled_when_it_is_gone_or_its_account_is() {
+    let api = KubeApi::start().unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let access = Access { kubeconfig: Some(api.kubeconfig(dir.path()).unwrap()) };
+    let ours = DaemonSet::new(&access, "mesh", "agent").unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let ask = |millis| runtime.block_on(async { ours.is_uninstalled(Duration::from_millis(millis)).await });
+    assert_eq!(ask(5000), Ok(true), "there is none");
+    let metadata = json!({ "name": "agent", "namespace": "mesh" });
+    let object = json!({ "apiVersion": "apps/v1", "kind": "DaemonSet", "metadata": metadata });
+    api.apply(object.clone());
+    assert_eq!(ask(5000), Ok(false), "there is one");
+    // What says nothing is asked about again.
+    for nothing in [403, 500] {
+        api.refuse("daemonsets", nothing);
+        assert!(ask(300).unwrap_err().contains("daemonsets"), "{nothing}");
+    }
+    api.refuse("daemonsets", 401);
+    assert_eq!(ask(5000), Ok(true), "the account is gone");
+    api.refuse("daemonsets", 0);
+    assert_eq!(ask(5000), Ok(false));
+    let mut going = object;
+    going["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z");
+    api.apply(going);
+    assert_eq!(ask(5000), Ok(true), "it is being deleted");
+    api.silence(true);
+    assert!(ask(300).is_err(), "no server");
 }

@@ -44,8 +44,9 @@ use mesh_runtime::resolve::Resolver;
 use mesh_runtime::signals;
 use mesh_runtime::sockets::{probe_rights, raise_nofile};
 use mesh_runtime::threads::DataThreads;
-use mesh_sources::kubernetes::Lookup;
+use mesh_sources::kubernetes::{DaemonSet, Lookup};
 use mesh_sources::{Diagnostics, Mesh, translate};
+use parking_lot::Mutex;
 use std::collections::HashSet;
 use std::convert::Infallible;
 use std::io;
@@ -60,6 +61,8 @@ use tokio::sync::{Notify, mpsc, oneshot, watch};
 const STOP_LIMIT: Duration = Duration::from_secs(2);
 /// Connections that must have gone from a data thread before its free memory is worth returning.
 const WORTH_RETURNING: usize = 500;
+/// How long an agent that ends may ask whether it is uninstalled: API servers believe a token that was taken back for ten seconds.
+const ASK_WHETHER_UNINSTALLED: Duration = Duration::from_secs(12);
 /// Series of metrics nobody used for this long are dropped.
 const SERIES_UNUSED: Duration = Duration::from_mins(10);
 
@@ -152,10 +155,11 @@ pub async fn serve(mut settings: Settings, logging: &Logging) -> Result<()> {
     let enrols = settings.is_enrolled_by_kubernetes().then(|| (view, control::access(&settings), settings.proc_dir.clone()));
     let (asks, successor) = mpsc::channel(1);
     let (alone, is_alone) = watch::channel(predecessor.is_none());
+    let plugin = plugin_files(&settings);
     let supervisor = PodSupervisor::new(Arc::clone(&shared), readiness.clone(), pods, pins, inherited);
     let control = tokio::spawn({
         let (mesh, readiness, zds) = (mesh.clone(), readiness.clone(), settings.zds.clone());
-        let settings = settings.clone();
+        let (settings, plugin) = (settings.clone(), plugin.clone());
         async move {
             let never = drained.clone();
             tokio::select! {
@@ -180,7 +184,7 @@ pub async fn serve(mut settings: Settings, logging: &Logging) -> Result<()> {
                         _ = asked_to_end.draining() => return,
                     };
                     match pods {
-                        Ok(pods) => supervisor.by_kubernetes(hold_back(pods, lookup, &settings, is_alone)),
+                        Ok(pods) => supervisor.by_kubernetes(hold_back(pods, lookup, &settings, plugin, is_alone)),
                         Err(error) => return tracing::error!(%error, "the pods of this node cannot be followed"),
                     }
                 }
@@ -208,6 +212,7 @@ pub async fn serve(mut settings: Settings, logging: &Logging) -> Result<()> {
         Err(error) = succession => return Err(error),
     }
     let leaving = readiness.pending("shutting down");
+    let plugin = tokio::spawn(take_along(plugin, settings.clone()));
     drain.start(DrainMode::Graceful { deadline: settings.deadline() });
     faces.start(DrainMode::Graceful { deadline: settings.deadline() });
     if let Err(error) = control.await
@@ -219,6 +224,7 @@ pub async fn serve(mut settings: Settings, logging: &Logging) -> Result<()> {
         tracing::warn!(left, "servers closed at the deadline");
     }
     upkeep.abort();
+    let _ = plugin.await;
     if let Some(tracing) = &shared.tracing {
         tracing.close(STOP_LIMIT).await;
     }
@@ -249,23 +255,51 @@ async fn succeed(predecessor: Predecessor, faces: Vec<(SocketAddr, HttpServer)>,
     Ok(())
 }
 
-/// Lets pods of this node start only when they are captured, if that is wanted; from when no agent before this one does it.
-fn hold_back(pods: ByKubernetes, lookup: Lookup, settings: &Settings, mut alone: watch::Receiver<bool>) -> ByKubernetes {
-    let (Some(conf_dir), Some(bin_dir)) = (settings.cni.cni_conf_dir.clone(), settings.cni.cni_bin_dir.clone()) else {
-        return pods;
-    };
-    let (arrivals, told) = mpsc::channel(16);
-    let desk = Desk { pods: pods.pods(), arrivals: arrivals.clone(), lookup, runtime: Handle::current() };
-    let socket = cni::path(&settings.run_dir, &settings.node);
+/// The CNI plugin on the node, if it is wanted.
+fn plugin_files(settings: &Settings) -> Option<Arc<Files>> {
+    let (conf_dir, bin_dir) = (settings.cni.cni_conf_dir.clone()?, settings.cni.cni_bin_dir.clone()?);
     let mut exclude_namespaces = translate::Settings::default().excluded_namespaces;
     exclude_namespaces.push(settings.root_namespace.clone());
     let entry = Entry {
         r#type: cni::PLUGIN.to_owned(),
-        socket: socket.clone(),
+        socket: cni::path(&settings.run_dir, &settings.node),
         unreachable: settings.cni.cni_unreachable,
         exclude_namespaces,
     };
-    let files = Files { conf_dir, bin_dir, entry };
+    Some(Arc::new(Files { conf_dir, bin_dir, entry, removed: Mutex::default() }))
+}
+
+/// Removes the CNI plugin where this agent is uninstalled rather than replaced: no agent would answer it.
+async fn take_along(plugin: Option<Arc<Files>>, settings: Settings) {
+    let (Some(plugin), Some((namespace, name))) = (plugin, &settings.cni.cni_daemon_set) else { return };
+    let ours = match DaemonSet::new(&control::access(&settings), namespace, name) {
+        Ok(ours) => ours,
+        Err(error) => return tracing::error!(%error, "the CNI plugin stays: the DaemonSet cannot be asked about"),
+    };
+    match ours.is_uninstalled(ASK_WHETHER_UNINSTALLED).await {
+        Ok(false) => tracing::info!("the CNI plugin stays, for the next agent"),
+        Ok(true) => match plugin.remove() {
+            Ok(_) => tracing::info!("uninstalled: the CNI plugin is removed"),
+            Err(error) => tracing::error!(%error, "uninstalled, and the CNI plugin remains: no pod that is enrolled starts here"),
+        },
+        Err(why) => {
+            tracing::error!(why, "the CNI plugin stays: it is not known whether the agent is uninstalled (`ztunnel cleanup`)");
+        }
+    }
+}
+
+/// Lets pods of this node start only when they are captured, if that is wanted; from when no agent before this one does it.
+fn hold_back(
+    pods: ByKubernetes,
+    lookup: Lookup,
+    settings: &Settings,
+    plugin: Option<Arc<Files>>,
+    mut alone: watch::Receiver<bool>,
+) -> ByKubernetes {
+    let Some(files) = plugin else { return pods };
+    let (arrivals, told) = mpsc::channel(16);
+    let desk = Desk { pods: pods.pods(), arrivals: arrivals.clone(), lookup, runtime: Handle::current() };
+    let socket = cni::path(&settings.run_dir, &settings.node);
     tokio::spawn(async move {
         if alone.wait_for(|alone| *alone).await.is_err() {
             return;

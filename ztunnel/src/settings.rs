@@ -314,6 +314,17 @@ pub struct CniSettings {
     /// until it is enrolled. Namespaces that are never enrolled (`kube-system`, the root namespace) do not ask.
     #[arg(long, env = "CULVERT_CNI_UNREACHABLE", default_value = "refuse")]
     pub cni_unreachable: Unreachable,
+    /// The DaemonSet whose agent this is. When it ends and the DaemonSet is gone or being deleted, it takes the plugin with it, without
+    /// which pods of the node could not start any more. By itself the plugin stays (`ztunnel cleanup` removes it).
+    #[arg(long, env = "CULVERT_CNI_DAEMON_SET", value_name = "NAMESPACE/NAME", value_parser = names, requires = "cni_conf_dir")]
+    pub cni_daemon_set: Option<(String, String)>,
+}
+
+/// A namespace and a name in it.
+fn names(text: &str) -> Result<(String, String), String> {
+    let is_name = |part: &str| !part.is_empty() && part.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'.');
+    let both = text.split_once('/').filter(|(namespace, name)| is_name(namespace) && is_name(name));
+    both.map(|(namespace, name)| (namespace.to_owned(), name.to_owned())).ok_or_else(|| "not NAMESPACE/NAME".into())
 }
 
 /// Settings of the control plane.

@@ -10,6 +10,7 @@
 mod access;
 mod client;
 mod cluster;
+mod daemon_set;
 mod kinds;
 mod metrics;
 mod nodes;
@@ -30,6 +31,7 @@ use crate::{Source, SourceError};
 pub use access::Access;
 use client::Client;
 use cluster::Cluster;
+pub use daemon_set::DaemonSet;
 pub use kinds::Reach;
 pub use metrics::Watches;
 pub use nodes::{Lookup, NodePod, NodePods, Served, follow as follow_node};

@@ -59,6 +59,7 @@ const TESTS: &[Test<Cluster>] = &[
     test("a_label_as_young_as_the_pod_counts", starting::a_label_as_young_as_the_pod_counts),
     test("a_pod_nobody_told_of_does_not_start", starting::a_pod_nobody_told_of_does_not_start),
     test("a_label_taken_away_makes_the_pod_direct_and_unmarked", a_label_taken_away_makes_the_pod_direct_and_unmarked),
+    test("an_agent_that_is_uninstalled_takes_the_plugin_along", starting::an_agent_that_is_uninstalled_takes_the_plugin_along),
     test("without_an_agent_pods_do_not_start", starting::without_an_agent_pods_do_not_start),
     test("cleaning_up_removes_the_plugin_and_nothing_else", starting::cleaning_up_removes_the_plugin_and_nothing_else),
 ];
@@ -85,10 +86,12 @@ fn set_up() -> anyhow::Result<Cluster> {
     symlink("/proc/1/ns/net", proc_dir.join("1/ns/net"))?;
     api.apply(json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": "shop" } }));
     api.apply(json!({ "apiVersion": "v1", "kind": "Node", "metadata": { "name": "node-a" } }));
+    api.apply(starting::daemon_set());
     let mut spec = AgentSpec::new("node-a", &PathBuf::new(), &PathBuf::new(), dir.path())
         .env("KUBECONFIG", &api.kubeconfig(dir.path())?.to_string_lossy())
         .env("CULVERT_CA_DIR", &dir.path().join("ca").to_string_lossy())
         .env("CULVERT_PROC_DIR", &proc_dir.to_string_lossy())
+        .env("CULVERT_CNI_DAEMON_SET", "istio-system/culvert-agent")
         .env("CULVERT_CNI_CONF_DIR", &cni_dir.to_string_lossy())
         .env("CULVERT_CNI_BIN_DIR", &cni_dir.to_string_lossy());
     spec.folders = None;

@@ -191,6 +191,47 @@ pub(crate) fn a_pod_nobody_told_of_does_not_start(cluster: &mut Cluster) -> anyh
     is_refused(&cluster.call_plugin("ADD", "shop", again, |_| {})?, 11)
 }
 
+/// What the agents are of.
+pub(crate) fn daemon_set() -> Value {
+    json!({ "apiVersion": "apps/v1", "kind": "DaemonSet", "metadata": { "name": "culvert-agent", "namespace": "istio-system" } })
+}
+
+pub(crate) fn an_agent_that_is_uninstalled_takes_the_plugin_along(cluster: &mut Cluster) -> anyhow::Result<()> {
+    let files = [OURS, "culvert-cni"].map(|name| cluster.cni_dir.join(name));
+    let there = || files.each_ref().map(|file| file.exists());
+    let ended = |cluster: &mut Cluster, meanwhile: &dyn Fn(&Cluster) -> anyhow::Result<()>| -> anyhow::Result<()> {
+        let agent = cluster.agent.take().context("no agent runs")?;
+        agent.signal(nix::sys::signal::Signal::SIGTERM)?;
+        meanwhile(cluster)?;
+        agent.wait_end(Duration::from_secs(15)).map(drop)
+    };
+    let next = |cluster: &mut Cluster| {
+        cluster.start_agent()?;
+        wait::until_true("the plugin is put on the node", || there() == [true, true])
+    };
+    ended(cluster, &|_| Ok(()))?;
+    ensure!(there() == [true, true], "the next agent finds it as it was");
+    next(cluster)?;
+    // As `helm uninstall` goes: the right to ask is taken away, then the account.
+    cluster.api.refuse("daemonsets", 403);
+    ended(cluster, &|cluster| {
+        std::thread::sleep(Duration::from_millis(2500));
+        ensure!(there() == [true, true], "a right that is missing says nothing");
+        cluster.api.refuse("daemonsets", 401);
+        Ok(())
+    })?;
+    ensure!(there() == [false, false], "uninstalled: {:?}", there());
+    cluster.api.refuse("daemonsets", 0);
+    next(cluster)?;
+    let mut going = daemon_set();
+    going["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z");
+    cluster.api.apply(going);
+    ended(cluster, &|_| Ok(()))?;
+    ensure!(there() == [false, false], "being deleted: {:?}", there());
+    cluster.api.apply(daemon_set());
+    next(cluster)
+}
+
 pub(crate) fn without_an_agent_pods_do_not_start(cluster: &mut Cluster) -> anyhow::Result<()> {
     let agent = cluster.agent.take().context("no agent runs")?;
     agent.signal(nix::sys::signal::Signal::SIGKILL)?;

@@ -5,11 +5,13 @@
 //! them, and to uninstall is to remove one file. Every file is put in place whole. Upstream: `app`. Downstream: the container runtime.
 use super::{Entry, PLUGIN};
 use anyhow::{Context, Result, ensure};
+use parking_lot::Mutex;
 use serde_json::{Map, Value, json};
 use std::fs::{self, File, Permissions};
 use std::io::{self, Write as _};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Before anything that a network provider's installer writes.
@@ -18,7 +20,7 @@ const CONFLIST: &str = "00-culvert.conflist";
 const LOOK: Duration = Duration::from_secs(1);
 
 /// Where the files are, and what is in them.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Files {
     /// The runtime's network configurations (`/etc/cni/net.d`).
     pub conf_dir: PathBuf,
@@ -26,6 +28,8 @@ pub struct Files {
     pub bin_dir: PathBuf,
     /// What the configuration says of ours.
     pub entry: Entry,
+    /// Whether they were removed for good. Held while they are changed.
+    pub removed: Mutex<bool>,
 }
 
 /// By what a file that was put somewhere is known again.
@@ -36,11 +40,16 @@ impl Files {
     ///
     /// # Errors
     /// No thread can be started.
-    pub fn keep(self, wanted: impl Fn() -> bool + Send + 'static) -> io::Result<()> {
+    pub fn keep(self: Arc<Self>, wanted: impl Fn() -> bool + Send + 'static) -> io::Result<()> {
         std::thread::Builder::new().name("cni-files".to_owned()).spawn(move || {
             let (mut program, mut told) = (None, None);
             while wanted() {
+                let removed = self.removed.lock();
+                if *removed {
+                    return;
+                }
                 let outcome = self.put(&mut program).map_err(|error| format!("{error:#}"));
+                drop(removed);
                 if told.as_ref() != Some(&outcome) {
                     match &outcome {
                         Ok(()) => tracing::info!(folder = %self.conf_dir.display(), "pods wait until they are captured"),
@@ -57,6 +66,16 @@ impl Files {
             }
         })?;
         Ok(())
+    }
+
+    /// Removes them, and keeps them no longer; whether there was one.
+    ///
+    /// # Errors
+    /// One is there and cannot be removed.
+    pub fn remove(&self) -> io::Result<bool> {
+        let mut removed = self.removed.lock();
+        *removed = true;
+        remove(&self.conf_dir, &self.bin_dir)
     }
 
     /// Makes the files what they should be; `program` is the stamp of the program that was put. First the program, which the

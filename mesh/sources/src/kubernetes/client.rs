@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use http::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HOST, USER_AGENT};
-use http::{Method, Request, Response, StatusCode};
+use http::{Method, Request, Response};
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use hyper::client::conn::{http1, http2};
@@ -44,19 +44,22 @@ pub struct Failure {
 /// Sort of a [`Failure`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Why {
+    /// 401: the server does not know who this is, or does not any more.
+    Unauthorized,
     /// 403: this process may not do that.
     Forbidden,
     /// 404: no CRD, or none of the versions that are understood; of one object, that it is gone.
     Missing,
     /// 410: the server has forgotten where the watch was.
     Expired,
-    /// Anything else: no connection, no identity, a server in trouble.
+    /// Anything else: no connection, a server in trouble.
     Other,
 }
 impl Why {
     /// The word in metrics.
     pub fn as_str(self) -> &'static str {
         match self {
+            Self::Unauthorized => "unauthorized",
             Self::Forbidden => "forbidden",
             Self::Missing => "missing",
             Self::Expired => "expired",
@@ -65,6 +68,7 @@ impl Why {
     }
     fn of(code: u64) -> Self {
         match code {
+            401 => Self::Unauthorized,
             403 => Self::Forbidden,
             404 => Self::Missing,
             410 => Self::Expired,
@@ -136,7 +140,6 @@ impl Client {
         let status = body.ok().and_then(Result::ok).and_then(|b| serde_json::from_slice(&b.to_bytes()).ok());
         Err(match status {
             Some(status) => Failure::of_status(&status, u64::from(code.as_u16())),
-            None if code == StatusCode::UNAUTHORIZED => Failure::other("the API server does not accept our identity (401)"),
             None => Failure { why: Why::of(u64::from(code.as_u16())), message: format!("the API server answers {code}") },
         })
     }

@@ -247,7 +247,7 @@ impl Slot {
             }
             Why::Missing if self.listed => (Severity::Error, "not-served", "install its CRD again"),
             Why::Missing => (Severity::Note, "not-served", "install its CRD if you mean to use it"),
-            Why::Expired | Why::Other => (Severity::Error, "not-followed", "see that the API server answers"),
+            Why::Unauthorized | Why::Expired | Why::Other => (Severity::Error, "not-followed", "see that the API server answers"),
         };
         Some(Problem {
             severity,
