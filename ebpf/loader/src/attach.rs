@@ -1,8 +1,8 @@
 //! One pod's redirection, from attaching to detaching.
 //!
-//! The order matters. Attaching: routes, then listeners in their slots, then every place on a hook, taken by a program that passes
-//! everything; then the programs proper in its place, first what receives, then what turns packets around, so that no packet is ever
-//! handed to a place that does not know it. Detaching is the reverse. To take a place has the kernel wait for all its readers,
+//! The order matters. Attaching: routes; then listeners in their slots, and meanwhile every place on a hook, taken by a program that
+//! passes everything; then the programs proper in its place, first what receives, then what turns packets around, so that no packet is
+//! ever handed to a place that does not know it. Detaching is the reverse. To take a place has the kernel wait for all its readers,
 //! some ten milliseconds each; to replace a program does not, so both ends are put in force at one moment.
 use std::{
     io,
@@ -287,22 +287,17 @@ fn attach_programs(
     if let Some(pins) = pins {
         pins.unmark()?;
     }
-    let (mut instance, mut maps) = Instance::load(pins)?;
-    maps.set_config(config)?;
-    fill_slots(&mut maps, listeners)?;
-
     let mut links = Vec::new();
-    let Programs { idle, steer_lookup, eth_egress, eth_ingress } = instance.programs()?;
-    thread::scope(|scope| {
-        // The verifier has its time while the kernel waits.
-        let ready = beside(scope, move || {
-            Ok::<_, RedirectError>((verified(eth_ingress, program::ETH_INGRESS)?, verified(eth_egress, program::ETH_EGRESS)?))
-        })?;
-        let idle = verified(idle, program::IDLE)?;
-        let places = hooks.iter().map(|hook| take_place(idle, hook, pins)).collect::<Result<Vec<_>, _>>()?;
+    let maps = thread::scope(|scope| {
+        // Everything else has its time while the kernel waits.
+        let taken = beside(scope, || hooks.iter().map(|hook| take_place(hook, pins)).collect::<Result<Vec<_>, _>>())?;
+        let (mut instance, mut maps) = Instance::load(pins)?;
+        maps.set_config(config)?;
+        fill_slots(&mut maps, listeners)?;
+        let Programs { steer_lookup, eth_egress, eth_ingress } = instance.programs()?;
+        let (ingress, egress) = (verified(eth_ingress, program::ETH_INGRESS)?, verified(eth_egress, program::ETH_EGRESS)?);
         links.extend(attach_lookup(steer_lookup, netns, pins)?);
-        let (ingress, egress) = joined(ready)?;
-        for (hook, place) in hooks.iter().zip(places) {
+        for (hook, place) in hooks.iter().zip(joined(taken)?) {
             let (classifier, name) = match hook.direction {
                 TcAttachType::Ingress => (&mut *ingress, program::ETH_INGRESS),
                 _ => (&mut *egress, program::ETH_EGRESS),
@@ -311,7 +306,7 @@ fn attach_programs(
             // Our descriptor of a pinned one may close.
             links.extend(pins.is_none().then_some(link));
         }
-        Ok::<_, RedirectError>(())
+        Ok::<_, RedirectError>(maps)
     })?;
     if let Some(pins) = pins {
         pins.keep_only(&hooks)?;
@@ -342,14 +337,16 @@ fn attach_lookup(lookup: &mut SkLookup, netns: BorrowedFd<'_>, pins: Option<&Pod
 
 /// The place that an earlier agent has on the hook, with its program, or a new one for `idle`: before any other program, as one of
 /// those could pass a packet on for good.
-fn take_place(idle: &mut SchedClassifier, hook: &Hook<'_>, pins: Option<&PodPins>) -> Result<SchedClassifierLink, RedirectError> {
+fn take_place(hook: &Hook<'_>, pins: Option<&PodPins>) -> Result<SchedClassifierLink, RedirectError> {
     let failed = program_error(program::IDLE);
     if let Some(link) = pins.and_then(|pins| pins.link(hook)) {
         return SchedClassifierLink::try_from(link).map_err(|e| failed(io::Error::other(e).into()));
     }
     let options = TcAttachOptions::TcxOrder(LinkOrder::first());
-    let id = idle.attach_with_options(hook.interface, hook.direction, options).map_err(&failed)?;
-    let link = idle.take_link(id).map_err(&failed)?;
+    let link = object::with_idle(|idle| {
+        let id = idle.attach_with_options(hook.interface, hook.direction, options).map_err(&failed)?;
+        idle.take_link(id).map_err(&failed)
+    })?;
     let Some(pins) = pins else { return Ok(link) };
     let pinned = pins.pin(fd_link(link).map_err(&failed)?, &hook.pin)?;
     SchedClassifierLink::try_from(pinned).map_err(|e| failed(io::Error::other(e).into()))
@@ -388,12 +385,11 @@ pub(crate) fn rehearse(netns: BorrowedFd<'_>) -> Result<(), RedirectError> {
     let plumbing = Plumbing::install(&mut netlink, &[(LO_INDEX, Setting::AcceptLocal)])?;
     let (mut instance, mut maps) = Instance::load(None)?;
     maps.set_config(Config::DEFAULT)?;
-    let Programs { idle, steer_lookup, eth_egress, eth_ingress } = instance.programs()?;
-    let idle = verified(idle, program::IDLE)?;
+    let Programs { steer_lookup, eth_egress, eth_ingress } = instance.programs()?;
     for ((classifier, name), hook) in
         [(eth_ingress, program::ETH_INGRESS), (eth_egress, program::ETH_EGRESS)].into_iter().zip(hooks(&lo))
     {
-        drop(put_in_force(verified(classifier, name)?, name, take_place(idle, &hook, None)?)?);
+        drop(put_in_force(verified(classifier, name)?, name, take_place(&hook, None)?)?);
     }
     drop(attach_lookup(steer_lookup, netns, None)?);
     plumbing.remove(&mut netlink)

@@ -243,7 +243,6 @@ impl Instance {
         }
         let mut all: HashMap<&str, &mut Program> = self.ebpf.programs_mut().collect();
         Ok(Programs {
-            idle: of(&mut all, program::IDLE)?,
             steer_lookup: of(&mut all, program::STEER_LOOKUP)?,
             eth_egress: of(&mut all, program::ETH_EGRESS)?,
             eth_ingress: of(&mut all, program::ETH_INGRESS)?,
@@ -253,10 +252,26 @@ impl Instance {
 
 /// The programs of an instance, by where they belong. Loading one is the verifier's work: some milliseconds.
 pub(crate) struct Programs<'a> {
-    pub(crate) idle: &'a mut SchedClassifier,
     pub(crate) steer_lookup: &'a mut SkLookup,
     pub(crate) eth_egress: &'a mut SchedClassifier,
     pub(crate) eth_ingress: &'a mut SchedClassifier,
+}
+
+/// The program that passes everything, loaded once for all pods: it has no maps. One caller at a time has it, which costs nobody
+/// anything: what it is wanted for is done under a lock of the kernel's.
+pub(crate) fn with_idle<T>(work: impl FnOnce(&mut SchedClassifier) -> Result<T, RedirectError>) -> Result<T, RedirectError> {
+    static KEPT: Mutex<Option<Ebpf>> = Mutex::new(None);
+    fn of(ebpf: &mut Ebpf) -> Result<&mut SchedClassifier, RedirectError> {
+        let idle = ebpf.program_mut(program::IDLE).ok_or(RedirectError::Incomplete(program::IDLE))?;
+        idle.try_into().map_err(program_error(program::IDLE))
+    }
+    let mut kept = KEPT.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(ebpf) = &mut *kept {
+        return work(of(ebpf)?);
+    }
+    let (Instance { mut ebpf }, _) = Instance::load(None)?;
+    of(&mut ebpf)?.load().map_err(program_error(program::IDLE))?;
+    work(of(kept.insert(ebpf))?)
 }
 
 fn take<T: TryFrom<Map, Error = MapError>>(ebpf: &mut Ebpf, name: &'static str) -> Result<T, RedirectError> {

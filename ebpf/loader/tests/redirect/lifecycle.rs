@@ -3,13 +3,18 @@ use std::{
     io::{BufRead, BufReader, ErrorKind, Read, Write},
     net::{SocketAddr, TcpListener},
     os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
+    path::PathBuf,
     process::{Child, Command, Stdio},
     sync::atomic::{AtomicBool, Ordering},
     time::{Duration, Instant},
 };
 
-use aya::programs::{SchedClassifier, TcAttachType};
-use ebpf_loader::{Config, ListenerFault, Listeners, PinRoot, PodSpec, Redirect, RedirectError};
+use aya::{
+    EbpfLoader,
+    maps::{Array, MapData},
+    programs::{LinkOrder, SchedClassifier, SkLookup, TcAttachType, links::FdLink, tc::TcAttachOptions},
+};
+use ebpf_loader::{CaptureRoutes, Config, ListenerFault, Listeners, PinRoot, PodSpec, Redirect, RedirectError};
 
 use crate::{
     agent::{Agent, Direction},
@@ -387,7 +392,9 @@ fn an_agent_killed_while_it_attaches_opens_nothing() {
         assert_eq!(pinned(&pins.0).len(), 8, "without {gone}: {:?}", pinned(&pins.0));
     }
     let mut agent = Agent::start_pinned(&net.pod, &pins.0);
-    assert!(hooks(&net.pod).iter().all(|(_, programs)| *programs == 1), "one program each: {:?}", hooks(&net.pod));
+    // The kernel takes a link off its hook some time after its last pin went.
+    let one_each = || hooks(&net.pod).iter().all(|(_, programs)| *programs == 1);
+    assert!(eventually(one_each), "one program each: {:?}", hooks(&net.pod));
     for (from_pod, to, port) in WAYS {
         let from = if from_pod { &net.pod } else { &net.host };
         Client::connect(from, SocketAddr::new(ip(to), port)).expect("captured").finish();
@@ -395,6 +402,82 @@ fn an_agent_killed_while_it_attaches_opens_nothing() {
     }
     agent.redirect.take().expect("attached").detach().expect("detach");
     assert_eq!(remains(&net.pod), before);
+}
+
+/// The object of agents before 4614dd4: on `lo` there was a hook too.
+static THREE_HOOKS: &[u8] = aya::include_bytes_aligned!("three-hooks.bpf.o");
+
+/// What such an agent pinned for the pod, in `dir`, and made in its namespace.
+fn attach_three_hooks(pod: &Netns, dir: PathBuf) {
+    CaptureRoutes::install(pod.fd()).expect("rules and routes");
+    let netns = pod.file();
+    pod.run(move || {
+        let mut loader = EbpfLoader::new();
+        for map in ["SOCKS", "CONFIG", "TRAFFIC", "STEER", "SOURCES"] {
+            loader.map_pin_path(map, dir.join(map));
+        }
+        let mut ebpf = loader.btf(None).load(THREE_HOOKS).expect("load");
+        let mut config: Array<_, [u8; 8]> = ebpf.map_mut("CONFIG").expect("a map").try_into().expect("an array");
+        // Exotic traffic is refused; HBONE's port.
+        config.set(0, [2, 0, 0, 0, 0xa0, 0x3a, 0, 0], 0).expect("configure");
+        MapData::from_pin(dir.join("CONFIG")).expect("a map").pin(dir.join("object-0")).expect("mark");
+        // A map that no later object knows.
+        MapData::from_pin(dir.join("CONFIG")).expect("a map").pin(dir.join("COUNTERS")).expect("pin");
+        for (name, device, direction, pin) in [
+            ("lo_ingress", "lo", TcAttachType::Ingress, "lo_ingress"),
+            ("eth_egress", "eth0", TcAttachType::Egress, "eth_egress-2"),
+            ("eth_ingress", "eth0", TcAttachType::Ingress, "eth_ingress-2"),
+        ] {
+            let program: &mut SchedClassifier = ebpf.program_mut(name).expect(name).try_into().expect("a classifier");
+            program.load().expect("the verifier");
+            let first = TcAttachOptions::TcxOrder(LinkOrder::first());
+            let id = program.attach_with_options(device, direction, first).expect("attach");
+            let link = FdLink::try_from(program.take_link(id).expect("a link")).expect("of tcx");
+            link.pin(dir.join(pin)).expect("pin");
+        }
+        let lookup: &mut SkLookup = ebpf.program_mut("steer_lookup").expect("it").try_into().expect("sk_lookup");
+        lookup.load().expect("the verifier");
+        let id = lookup.attach(netns.as_fd()).expect("attach");
+        FdLink::from(lookup.take_link(id).expect("a link")).pin(dir.join("steer_lookup")).expect("pin");
+    });
+}
+
+/// An upgrade from such an agent: the pod is closed until the next one has it, and nothing of three hooks is left.
+#[test]
+fn three_hooks_of_an_older_agent_become_two() {
+    require_root!("three_hooks_of_an_older_agent_become_two");
+    let net = Topology::new();
+    let pins = Pins::new("three-hooks");
+    echo_server(&net.host, 8080);
+    echo_server(&net.pod, 9090);
+    let before = remains(&net.pod);
+    let mut first = Agent::start_pinned(&net.pod, &pins.0);
+    // Only the pod's directory is wanted of it.
+    let dir = std::fs::read_dir(pins.0.dir()).expect("list").next().expect("one pod").expect("entry").path();
+    first.redirect.take().expect("attached").detach().expect("detach");
+    drop(first);
+    std::fs::create_dir(&dir).expect("create");
+    attach_three_hooks(&net.pod, dir);
+    assert!(remains(&net.pod).contains("programs=[1, 1, 1]"), "{}", remains(&net.pod));
+    for way in WAYS {
+        assert!(timed_out(&dial(&net, way, Duration::from_millis(300)).expect_err("dropped")), "{way:?}");
+    }
+
+    let mut agent = Agent::start_pinned(&net.pod, &pins.0);
+    assert!(remains(&net.pod).contains("programs=[0, 1, 1]"), "{}", remains(&net.pod));
+    assert_eq!(
+        pinned(&pins.0),
+        ["CONFIG", "SOCKS", "SOURCES", "STEER", "TRAFFIC", "eth_egress-2", "eth_ingress-2", "steer_lookup"]
+    );
+    assert!(agent.count("outbound_no_listener") >= 2, "the counters go on: {:?}", agent.all_counts());
+    for (from_pod, to, port) in WAYS {
+        let from = if from_pod { &net.pod } else { &net.host };
+        Client::connect(from, SocketAddr::new(ip(to), port)).expect("captured").finish();
+        agent.next();
+    }
+    agent.redirect.take().expect("attached").detach().expect("detach");
+    assert_eq!(remains(&net.pod), before);
+    assert!(pinned(&pins.0).is_empty());
 }
 
 /// Others' programs that pass everything for good, by the older way of attaching and by ours, before and after us.
