@@ -1,8 +1,7 @@
 //! `cargo xtask image`: the container image of agent and waypoint as an OCI archive, without an engine and without a base image.
 //!
 //! Owns what is in the image. What is not ours is Debian's, from this machine: `nft`, the roots of trust and the libraries that the
-//! programs are linked with. `manifests/Containerfile` makes the same image with an engine; a suite compares the two.
-//! The same programs on the same machine give the same digest.
+//! programs are linked with. The same programs on the same machine give the same digest.
 
 use crate::metadata::Metadata;
 use crate::setup;
