@@ -1,9 +1,10 @@
 #!/bin/sh
-# A node of a cluster: `node.sh DIR PEERS IP PODS`, started in a network namespace of its own. Makes folders, cgroups, processes and BPF
-# pins of its own, runs containerd, kubelet and kube-proxy until it is killed, and imports what is in DIR/images. DIR/admin.kubeconfig
-# is the administrator's, PEERS has the programs of Kubernetes. Everything it writes is below DIR, and in cgroups of DIR's name.
+# A node of a cluster: `node.sh DIR CLUSTER PEERS NODE IP PODS ALL`, started in a network namespace of its own, whose bridge `br0` is the
+# pods'. Makes folders, cgroups, processes and BPF pins of its own, runs containerd, kubelet and kube-proxy until it is killed, and
+# imports what is in CLUSTER/images. CLUSTER/admin.kubeconfig is the administrator's, PEERS has the programs of Kubernetes, PODS
+# are the addresses of its pods, ALL those of every node's. Everything it writes is below DIR, and in cgroups of DIR's name.
 set -eu
-dir=$1 peers=$2 ip=$3 net=$4
+dir=$1 cluster=$2 peers=$3 node=$4 ip=$5 net=$6 all=$7
 if [ "$$" != 1 ]; then
     groups=/sys/fs/cgroup/*/
     [ ! -f /sys/fs/cgroup/cgroup.controllers ] || groups=/sys/fs/cgroup/
@@ -51,7 +52,7 @@ mkdir -p /opt/cni/bin /etc/cni/net.d /var/lib/kubelet
 cp /usr/lib/cni/* /opt/cni/bin/
 cat > /etc/cni/net.d/10-node.conflist <<END
 { "cniVersion": "1.0.0", "name": "node", "plugins": [
-  { "type": "bridge", "bridge": "cni0", "isGateway": true, "hairpinMode": true,
+  { "type": "bridge", "bridge": "br0", "isGateway": true, "hairpinMode": true,
     "ipam": { "type": "host-local", "ranges": [[{ "subnet": "$net" }]], "routes": [{ "dst": "0.0.0.0/0" }] } },
   { "type": "portmap", "capabilities": { "portMappings": true } } ] }
 END
@@ -72,7 +73,7 @@ runtime_type = "io.containerd.runc.v2"
 END
 containerd --config "$dir/containerd.toml" > "$dir/containerd.log" 2>&1 &
 until ctr -a /run/containerd/containerd.sock version > /dev/null 2>&1; do sleep 0.1; done
-for image in "$dir"/images/*.tar; do
+for image in "$cluster"/images/*.tar; do
     ctr -a /run/containerd/containerd.sock -n k8s.io images import "$image" >> "$dir/images.log" 2>&1
 done
 cat > "$dir/kubelet.yaml" <<END
@@ -93,10 +94,10 @@ localStorageCapacityIsolation: false
 makeIPTablesUtilChains: false
 END
 echo "nameserver 192.0.2.53" > "$dir/resolv.conf"
-"$peers/kubelet" --config "$dir/kubelet.yaml" --kubeconfig "$dir/admin.kubeconfig" --hostname-override=node-a --node-ip="$ip" \
+"$peers/kubelet" --config "$dir/kubelet.yaml" --kubeconfig "$cluster/admin.kubeconfig" --hostname-override="$node" --node-ip="$ip" \
     > "$dir/kubelet.log" 2>&1 &
 "$peers/kube-proxy" --proxy-mode=nftables --conntrack-max-per-core=0 --conntrack-tcp-timeout-established=0s \
-    --conntrack-tcp-timeout-close-wait=0s --kubeconfig "$dir/admin.kubeconfig" --hostname-override=node-a --cluster-cidr="$net" \
+    --conntrack-tcp-timeout-close-wait=0s --kubeconfig "$cluster/admin.kubeconfig" --hostname-override="$node" --cluster-cidr="$all" \
     > "$dir/kube-proxy.log" 2>&1 &
 touch "$dir/up"
 wait

@@ -7,6 +7,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use anyhow::ensure;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use serde_json::Value;
@@ -90,4 +91,46 @@ impl Confinement {
         }
         Ok(())
     }
+
+    /// That a process has these rights and no others. `process`: its folder in `/proc`.
+    ///
+    /// # Errors
+    /// What it has instead.
+    pub fn check(&self, process: &Path) -> anyhow::Result<()> {
+        let status = fs::read_to_string(process.join("status"))?;
+        let field = |key: &str| status.lines().find_map(|line| line.strip_prefix(key)).unwrap_or_default().trim().to_owned();
+        let expected = format!("{:016x}", bits(&self.capabilities)?);
+        for set in ["CapPrm:", "CapEff:", "CapBnd:"] {
+            ensure!(field(set) == expected, "{set} {} instead of {expected}", field(set));
+        }
+        let none = "0000000000000000";
+        ensure!(field("CapInh:") == none && field("CapAmb:") == none, "{status}");
+        let user = self.user.to_string();
+        ensure!(field("Uid:").split_whitespace().all(|id| id == user), "it runs as {}", field("Uid:"));
+        Ok(())
+    }
+}
+
+/// That nothing can be made in these folders of what a process sees, not even by root: it is the mount that is read-only.
+///
+/// # Errors
+/// Where something could be, or why not instead.
+pub fn check_read_only(process: &Path, folders: &[&str]) -> anyhow::Result<()> {
+    for folder in folders {
+        let made = fs::write(process.join("root").join(folder).join("culvert-was-here"), "");
+        ensure!(made.as_ref().is_err_and(|e| e.kind() == io::ErrorKind::ReadOnlyFilesystem), "/{folder}: {made:?}");
+    }
+    Ok(())
+}
+
+/// Bits of the kernel's sets (capabilities(7)).
+fn bits(capabilities: &[String]) -> anyhow::Result<u64> {
+    let bit = |name: &String| match name.as_str() {
+        "NET_ADMIN" => Ok(1 << 12),
+        "NET_RAW" => Ok(1 << 13),
+        "SYS_PTRACE" => Ok(1 << 19),
+        "SYS_ADMIN" => Ok(1 << 21),
+        other => Err(anyhow::anyhow!("{other} is not expected")),
+    };
+    capabilities.iter().map(bit).try_fold(0, |all, bit| bit.map(|bit: u64| all | bit))
 }

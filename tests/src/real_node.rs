@@ -1,25 +1,25 @@
 //! A node of a cluster as it is: a real containerd with runc and CNI plugins, a real kubelet and kube-proxy, in the network namespace of
 //! a node, with mounts, processes and cgroups of their own, so that the machine notices nothing.
 //!
-//! Owns the first process of the node (`tests/kubernetes/node.sh`), with which everything on it ends, and its images and cgroups.
+//! Owns the first process of the node (`tests/kubernetes/node.sh`), with which everything on it ends, its files and cgroups.
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use serde_json::json;
+use tempfile::TempDir;
 
 use crate::agent::{find_program, workspace_dir};
 use crate::skip::{command_missing, find_peer};
-use crate::topology::Place;
-use crate::wait;
+use crate::topology::Topology;
+use crate::{netns, wait};
 
 /// An image with a shell, a web server and curl, which is the pause image, too.
 pub const IMAGE: &str = "culvert.test/busybox:1";
-/// Where its pods are.
-const PODS: &str = "10.245.1.0/24";
+/// Where the pods of all nodes are, by the plan of a topology.
+const PODS: &str = "10.244.0.0/16";
 
 /// Why there can be none, if so.
 pub fn missing() -> Option<String> {
@@ -31,37 +31,55 @@ pub fn missing() -> Option<String> {
     missing.or_else(|| plugins.then(|| "the CNI plugins (`containernetworking-plugins`) are not installed".to_owned()))
 }
 
+/// Makes what nodes import before they start anything: ours, and what pods run, below `cluster`.
+///
+/// # Errors
+/// They cannot be made, with what was said.
+pub fn images(cluster: &Path) -> anyhow::Result<()> {
+    fs::create_dir_all(cluster.join("images"))?;
+    busybox(cluster)?;
+    culvert(cluster)
+}
+
 /// A node that runs.
 #[derive(Debug)]
 pub struct Node {
+    /// Its name.
+    pub name: String,
     first: Child,
-    dir: PathBuf,
+    dir: TempDir,
 }
 
 impl Node {
-    /// Starts it in `place`. In `dir` is the administrator's `admin.kubeconfig`; images and logs are put there.
+    /// Starts one of a topology. In `cluster` are the administrator's `admin.kubeconfig` and the [`images`].
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn start(topology: &Topology, name: &str, cluster: &Path) -> anyhow::Result<Self> {
+        let spec = topology.plan().nodes.iter().find(|node| node.name == name).context("a node of the plan")?;
+        let dir = netns::scratch(name)?;
+        let kubelet = find_peer("kubelet").map_err(anyhow::Error::msg)?;
+        let mut command = Command::new(workspace_dir().join("tests/kubernetes/node.sh"));
+        command.arg(dir.path()).arg(cluster).arg(kubelet.parent().context("a program without a folder")?);
+        command.args([name, &spec.v4.to_string(), &format!("{}/24", spec.pods_v4), PODS]);
+        let log = fs::File::create(dir.path().join("node.log"))?;
+        command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+        let first = topology.node(name).netns.spawn(&mut command).context("start a node")?;
+        Ok(Self { name: name.to_owned(), first, dir })
+    }
+
+    /// Waits until everything on it is started.
     ///
     /// # Errors
     /// Something does not start, with what it said.
-    pub fn start(place: &Arc<Place>, dir: &Path) -> anyhow::Result<Self> {
-        fs::create_dir_all(dir.join("images"))?;
-        busybox(dir)?;
-        culvert(dir)?;
-        place.netns.sysctl(&[("ipv4/ip_forward", "1")])?;
-        let kubelet = find_peer("kubelet").map_err(anyhow::Error::msg)?;
-        let mut command = Command::new(workspace_dir().join("tests/kubernetes/node.sh"));
-        command.arg(dir).arg(kubelet.parent().context("a program without a folder")?).arg(place.v4.to_string()).arg(PODS);
-        let log = fs::File::create(dir.join("node.log"))?;
-        command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
-        let node = Self { first: place.netns.spawn(&mut command).context("start a node")?, dir: dir.to_path_buf() };
-        let up = || dir.join("up").exists().then_some(());
-        wait::until("the node", Duration::from_secs(90), up).with_context(|| node.log("node"))?;
-        Ok(node)
+    pub fn wait(&self) -> anyhow::Result<()> {
+        let up = || self.dir.path().join("up").exists().then_some(());
+        wait::until("the node", Duration::from_mins(2), up).with_context(|| self.log("node"))
     }
 
     /// The last lines of a program's log.
     pub fn log(&self, program: &str) -> String {
-        let text = fs::read_to_string(self.dir.join(format!("{program}.log"))).unwrap_or_default();
+        let text = fs::read_to_string(self.dir.path().join(format!("{program}.log"))).unwrap_or_default();
         text.lines().rev().take(15).collect::<Vec<_>>().join("\n")
     }
 
@@ -78,13 +96,20 @@ impl Node {
     pub fn path(&self, path: &str) -> PathBuf {
         PathBuf::from(format!("/proc/{}/root/{path}", self.first.id()))
     }
+
+    /// Where `/proc` of the node shows its processes of a program (by the kernel's name for it, of 15 bytes).
+    pub fn processes(&self, program: &str) -> Vec<PathBuf> {
+        let all = fs::read_dir(self.path("proc")).into_iter().flatten().flatten().map(|entry| entry.path());
+        let is_it = |at: &PathBuf| fs::read_to_string(at.join("comm")).is_ok_and(|name| name.trim_end() == program);
+        all.filter(is_it).collect()
+    }
 }
 
 impl Drop for Node {
     fn drop(&mut self) {
         let _gone = self.first.kill();
         let _gone = self.first.wait();
-        let Some(name) = self.dir.file_name().and_then(|name| name.to_str()) else { return };
+        let Some(name) = self.dir.path().file_name().and_then(|name| name.to_str()) else { return };
         for root in ["/sys/fs/cgroup".to_owned()].into_iter().chain(hierarchies()) {
             let group = Path::new(&root).join(name);
             // Its processes are ending: a group that still has one stays until the next look.

@@ -2,7 +2,7 @@
 //! carry, what they cannot do, and that none of the rights is named in vain.
 use std::collections::BTreeMap;
 use std::fs::{self, Permissions};
-use std::io::{ErrorKind, Write as _};
+use std::io::Write as _;
 use std::net::SocketAddr;
 use std::os::unix::fs::{PermissionsExt as _, chown};
 use std::path::{Path, PathBuf};
@@ -14,7 +14,7 @@ use anyhow::{Context as _, ensure};
 use mesh_identity::clock::SystemClock;
 use mesh_identity::local_ca::{LocalCa, LocalCaSettings};
 use mesh_tests::agent::{Agent, AgentSpec, find_program, workspace_dir};
-use mesh_tests::confine::Confinement;
+use mesh_tests::confine::{self, Confinement};
 use mesh_tests::kube_api::{KubeApi, documents};
 use mesh_tests::mesh_dir::MeshDir;
 use mesh_tests::name_server::{A, ask};
@@ -180,43 +180,22 @@ impl Mesh {
     }
 }
 
-/// Bits of the kernel's sets (capabilities(7)).
-fn bits(capabilities: &[String]) -> anyhow::Result<u64> {
-    let bit = |name: &String| match name.as_str() {
-        "NET_ADMIN" => Ok(1 << 12),
-        "NET_RAW" => Ok(1 << 13),
-        "SYS_PTRACE" => Ok(1 << 19),
-        "SYS_ADMIN" => Ok(1 << 21),
-        other => Err(anyhow::anyhow!("{other} is not expected")),
-    };
-    capabilities.iter().map(bit).try_fold(0, |all, bit| bit.map(|bit: u64| all | bit))
-}
-
 fn each_has_the_rights_that_are_named_and_no_others(mesh: &mut Mesh) -> anyhow::Result<()> {
     for (name, proxy) in &mesh.proxies {
-        let status = fs::read_to_string(format!("/proc/{}/status", proxy.pid()))?;
-        let field = |key: &str| status.lines().find_map(|line| line.strip_prefix(key)).unwrap_or_default().trim().to_owned();
-        let rights = mesh.rights(name);
-        let expected = format!("{:016x}", bits(&rights.capabilities)?);
-        for set in ["CapPrm:", "CapEff:", "CapBnd:"] {
-            ensure!(field(set) == expected, "{name}: {set} {} instead of {expected}", field(set));
-        }
-        ensure!(field("CapInh:") == "0000000000000000" && field("CapAmb:") == "0000000000000000", "{name}");
-        let user = rights.user.to_string();
-        ensure!(field("Uid:").split_whitespace().all(|id| id == user), "{name} runs as {}", field("Uid:"));
+        mesh.rights(name).check(&process(proxy)).with_context(|| (*name).to_owned())?;
     }
     ensure!(mesh.rights("wp").user != 0 && mesh.rights("wp").capabilities.is_empty(), "a waypoint needs no right");
     Ok(())
 }
 
+fn process(proxy: &Agent) -> PathBuf {
+    PathBuf::from(format!("/proc/{}", proxy.pid()))
+}
+
 fn nothing_but_volumes_can_be_written(mesh: &mut Mesh) -> anyhow::Result<()> {
     for (name, proxy) in &mesh.proxies {
-        // As root and still not: it is the mount that is read-only.
-        let root = PathBuf::from(format!("/proc/{}/root", proxy.pid()));
-        for place in ["", "etc", "usr/local/bin", "var/lib", "tmp"] {
-            let made = fs::write(root.join(place).join("culvert-was-here"), "");
-            ensure!(made.as_ref().is_err_and(|e| e.kind() == ErrorKind::ReadOnlyFilesystem), "{name}: /{place}: {made:?}");
-        }
+        let folders = ["", "etc", "usr/local/bin", "var/lib", "tmp"];
+        confine::check_read_only(&process(proxy), &folders).with_context(|| (*name).to_owned())?;
     }
     Ok(())
 }
