@@ -67,7 +67,7 @@ fn telling(c: &mut Criterion) {
     let changes = [Change::Service(Arc::clone(&service)), Change::Workload(Arc::clone(&client)), Change::Workload(endpoint)];
     let snap = Snapshot::empty(Viewpoint::default()).apply(&changes);
     let key = ClusterKey { service: service.key.clone(), port: 80, subset: None };
-    let cluster = upstreams.cluster(&snap, &key).unwrap();
+    let cluster = upstreams.renew(&snap, &key).unwrap();
     let facts = Facts {
         scope: Scope::Mesh(Target::Service { service: Arc::clone(&service), port: 80 }),
         client: "10.0.0.5:40000".parse().unwrap(),

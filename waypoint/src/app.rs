@@ -10,6 +10,7 @@ use crate::listen;
 use crate::listen::gateway::Listeners;
 use crate::me::Me;
 use crate::phase::authenticate;
+use crate::places::Places;
 use crate::settings::Settings;
 use crate::telemetry::{Telemetry, scrape};
 use crate::token::source::Sources;
@@ -173,6 +174,7 @@ async fn control(shared: Arc<Shared>, hbone: BoundListener, drain: DrainWatch, p
                 }
                 versions.mark_unchanged();
                 tell_own();
+                shared.places.collect(&shared.mesh.load());
                 shared.upstreams.collect(&shared.mesh.load_full());
                 follow_issuers(&shared);
                 follow_collectors(&shared);
@@ -276,6 +278,7 @@ fn assemble(
     let fetcher = Fetcher::new(mesh.clone(), Arc::clone(&upstreams), threads.pick(None).clone(), &settings.namespace);
     let fetcher = Arc::new(fetcher);
     let process = process_of(&settings);
+    let gateway = GatewayKey::new(&settings.namespace, &settings.gateway);
     let spans = Spans::new(registry, Arc::clone(&fetcher) as Arc<dyn Way>, process.service_name(None))?;
     Ok(Arc::new(Shared {
         telemetry: Telemetry::new(registry, access, Some((spans, process)), identity.clone())?,
@@ -286,7 +289,8 @@ fn assemble(
         svid,
         identity,
         me,
-        gateway: GatewayKey::new(&settings.namespace, &settings.gateway),
+        places: Places::new(gateway.clone()),
+        gateway,
         tls,
         hbone,
         upstreams,

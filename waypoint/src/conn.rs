@@ -1,7 +1,8 @@
 //! What all connections share, and what is known of one.
-use crate::facts::{Facts, Scope};
+use crate::facts::Facts;
 use crate::limits::Limits;
 use crate::me::Me;
+use crate::places::{Place, Places};
 use crate::settings::Settings;
 use crate::telemetry::Telemetry;
 use crate::token::source::Sources;
@@ -9,10 +10,8 @@ use crate::upstream::Upstreams;
 use http::HeaderValue;
 use mesh_identity::SvidHandle;
 use mesh_identity::live::LivePeers;
-use mesh_model::authz_l7::PolicyScope;
+use mesh_model::in_force::InForce;
 use mesh_model::l7::gateway::GatewayKey;
-use mesh_model::telemetry::{Place, Telemetry as Told};
-use mesh_model::waypoint::Target;
 use mesh_model::workload::Workload;
 use mesh_model::{Reason, Refusal, Snapshot, SpiffeId};
 use mesh_runtime::drain::DrainWatch;
@@ -45,6 +44,8 @@ pub struct Shared {
     pub tls: mesh_identity::TlsContext,
     /// Handshakes in progress.
     pub gate: Gate,
+    /// What is in force where connections go.
+    pub places: Places,
     /// Tunnel settings, of both sides.
     pub hbone: Arc<mesh_hbone::Settings>,
     /// Clusters, pools, health.
@@ -76,6 +77,7 @@ pub struct Conn {
     pub facts: Facts,
     /// Ends with the process or the listener.
     pub drain: DrainWatch,
+    place: Arc<Place>,
     /// Whether it is in use, for its limits of time.
     pub(crate) activity: Activity,
     client_cert: OnceLock<Option<HeaderValue>>,
@@ -83,7 +85,8 @@ pub struct Conn {
 impl Conn {
     /// A connection of which this is known.
     pub fn new(shared: Arc<Shared>, facts: Facts, drain: DrainWatch) -> Self {
-        Self { shared, facts, drain, activity: Activity::default(), client_cert: OnceLock::new() }
+        let place = shared.places.of(&facts, &shared.mesh.load());
+        Self { shared, facts, drain, place, activity: Activity::default(), client_cert: OnceLock::new() }
     }
     /// The same, of a client whose certificate was verified beside the mesh: its requests carry this as
     /// `x-forwarded-client-cert`.
@@ -98,25 +101,9 @@ impl Conn {
         };
         self.client_cert.get_or_init(make).as_ref()
     }
-    /// What is to be told of its traffic, by this version of the mesh.
-    pub fn told(&self, snap: &Snapshot) -> Option<Arc<Told>> {
-        let waypoint = matches!(self.facts.scope, Scope::Mesh(_));
-        let service = self.facts.service().map(|s| &**s);
-        let sides = snap.telemetry().find(&Place { service, gateway: &self.shared.gateway, waypoint })?;
-        Some(Arc::clone(if waypoint { &sides.server } else { &sides.client }))
-    }
-}
-impl Conn {
-    /// What decides which policies bind it.
-    pub(crate) fn policy_scope(&self) -> PolicyScope<'_> {
-        let (service, namespace) = match &self.scope {
-            Scope::Mesh(Target::Service { service, .. }) => (Some(&service.key), Some(&*service.key.namespace)),
-            Scope::Mesh(Target::Workload { known, .. }) => (None, Some(&*known.workload().namespace)),
-            // The service's own policies are for its waypoint and its endpoints, who see what is asked.
-            Scope::Network { .. } | Scope::Gateway { .. } => (None, None),
-        };
-        let waypoint = matches!(self.scope, Scope::Mesh(_));
-        PolicyScope { service, namespace, gateway: Some(&self.shared.gateway), waypoint }
+    /// What is in force where it goes, by this version of the mesh.
+    pub(crate) fn in_force(&self, snap: &Snapshot) -> Arc<InForce> {
+        self.shared.places.in_force(&self.place, snap)
     }
 }
 impl Deref for Conn {

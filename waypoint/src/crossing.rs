@@ -81,9 +81,10 @@ async fn open(
     crossing: &Crossing,
     record: &mut TcpRecord,
 ) -> Result<(TcpStream, Vec<Arc<str>>), Refusal> {
-    record.told = conn.told(snap);
-    let asked = custom::check_bytes(conn, snap, rand::random()).await.map_err(|(why, _details)| why)?;
-    let judgement = authorize::judge(snap, conn, None);
+    let rules = conn.in_force(snap);
+    record.told.clone_from(&rules.told);
+    let asked = custom::check_bytes(conn, snap, &rules, rand::random()).await.map_err(|(why, _details)| why)?;
+    let judgement = authorize::judge(snap, &rules, conn, None);
     record.noted = authorize::note(conn, &judgement);
     if let L7Verdict::Deny(denial) = judgement.verdict {
         return Err(denial.refusal());

@@ -57,6 +57,6 @@ async fn phases(ex: &mut Exchange<'_>) -> Response<Body> {
     forward::prepare(ex); //           header edits, attempt and timeout headers
     rewrite::apply(ex); //             path, authority
     trace::forward(ex); //             its span, for the endpoint
-    mirror::copy(ex); //               shadows, fire and forget
+    mirror::copy(ex).await; //         shadows, fire and forget
     attempt::run(ex).await //          limits → endpoint → send → retry
 }

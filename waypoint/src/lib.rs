@@ -20,6 +20,7 @@ pub mod listen;
 pub mod me;
 mod opening;
 mod phase;
+pub mod places;
 pub mod settings;
 pub mod stock;
 pub mod tcp;

@@ -27,6 +27,7 @@ use http::request::Parts;
 use http::uri::PathAndQuery;
 use http::{HeaderMap, HeaderValue, Response, Uri};
 use mesh_model::Snapshot;
+use mesh_model::in_force::InForce;
 use mesh_model::l7::compression::Coding;
 use mesh_model::l7::limit::{Limit, Taken};
 use mesh_model::l7::route::{Claims, Forward, HttpAction};
@@ -52,6 +53,8 @@ pub struct Exchange<'c> {
     pub conn: &'c Arc<Conn>,
     /// The version of the mesh that decides it, all of it (I1).
     pub snap: Arc<Snapshot>,
+    /// What that version says of where it goes.
+    pub rules: Arc<InForce>,
     /// The request's head.
     pub parts: Parts,
     /// The request's body, until `forward` takes it into `replay`.

@@ -16,6 +16,7 @@ use mesh_hbone::relay::endpoint::{Bytewise, Endpoint};
 use mesh_hbone::relay::{End, How, Timeouts, relay};
 use mesh_model::authz_l7::L7Verdict;
 use mesh_model::hosts;
+use mesh_model::in_force::InForce;
 use mesh_model::l7::TcpFacts;
 use mesh_model::l7::route::{BackendRef, ClusterKey};
 use mesh_model::l7::select::select_tcp;
@@ -202,20 +203,21 @@ async fn reach(conn: &Conn, record: &mut TcpRecord) -> Result<Reached, Unreached
     let asked;
     let (cluster, host) = {
         let snap = conn.shared.mesh.load_full();
-        record.told = conn.told(&snap);
+        let rules = conn.in_force(&snap);
+        record.told.clone_from(&rules.told);
         // While it is not known what the client speaks they may be asked in vain, and once more when it named a host in TLS.
-        asked = custom::check_bytes(conn, &snap, draw).await.map_err(|(why, details)| {
+        asked = custom::check_bytes(conn, &snap, &rules, draw).await.map_err(|(why, details)| {
             if details.starts_with("ext_authz") {
                 record.flags.set(Flag::UnauthorizedExternal);
             }
             Unreached::Refused { why, details }
         })?;
-        let judgement = authorize::judge(&snap, conn, None);
+        let judgement = authorize::judge(&snap, &rules, conn, None);
         record.noted = authorize::note(conn, &judgement);
         if let L7Verdict::Deny(denial) = judgement.verdict {
             return Err(Unreached::Refused { why: denial.refusal(), details: denial.details() });
         }
-        let cluster = cluster(conn, &snap, draw, record)?;
+        let cluster = cluster(conn, &snap, &rules, draw, record).await?;
         let pick = PickContext {
             draw: redraw(draw, DRAW_ENDPOINT),
             hash: None,
@@ -236,7 +238,13 @@ async fn reach(conn: &Conn, record: &mut TcpRecord) -> Result<Reached, Unreached
     Ok(Reached { upstream: connected?, asked })
 }
 
-fn cluster(conn: &Conn, snap: &Snapshot, draw: u64, record: &mut TcpRecord) -> Result<Arc<Cluster>, Unreached> {
+async fn cluster(
+    conn: &Conn,
+    snap: &Arc<Snapshot>,
+    rules: &InForce,
+    draw: u64,
+    record: &mut TcpRecord,
+) -> Result<Arc<Cluster>, Unreached> {
     let sni = conn.sni.as_deref();
     let upstreams = &conn.shared.upstreams;
     let facts = TcpFacts { port: conn.port(), destination: Some(conn.local.ip()), sni };
@@ -244,7 +252,7 @@ fn cluster(conn: &Conn, snap: &Snapshot, draw: u64, record: &mut TcpRecord) -> R
         Scope::Mesh(Target::Workload { known, port }) => return Ok(upstreams.workload(snap, known, *port)),
         Scope::Mesh(Target::Service { service, port }) => {
             let plain = ClusterKey { service: service.key.clone(), port: *port, subset: None };
-            (snap.find_routes(&service.key).cloned(), Some(plain))
+            (rules.routes.clone(), Some(plain))
         }
         Scope::Network { .. } => (None, None),
         Scope::Gateway { port, listener, .. } => {
@@ -261,12 +269,12 @@ fn cluster(conn: &Conn, snap: &Snapshot, draw: u64, record: &mut TcpRecord) -> R
             record.route = Some(Arc::clone(&route.name));
             let backend = choose(&route.backends, route.total_weight, redraw(draw, DRAW_BACKEND)).ok_or_else(no_route)?;
             return match &backend.to {
-                BackendRef::Service(key) => Ok(upstreams.cluster(snap, key)?),
+                BackendRef::Service(key) => Ok(upstreams.cluster(snap, key).await?),
                 BackendRef::Invalid { why, .. } => Err(UpstreamError::new(Failure::NoCluster, why.to_string()).into()),
             };
         }
     }
-    Ok(upstreams.cluster(snap, &plain.ok_or_else(no_route)?)?)
+    Ok(upstreams.cluster(snap, &plain.ok_or_else(no_route)?).await?)
 }
 
 /// Envoy's flag and our reason.

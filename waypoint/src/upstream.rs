@@ -35,10 +35,13 @@ use crate::me::Me;
 use arc_swap::{ArcSwap, ArcSwapOption};
 use mesh_identity::{SvidHandle, TrustBundles};
 use mesh_model::known::Known;
-use mesh_model::l7::TrafficPolicy;
+use mesh_model::l7::destination::Balance;
 use mesh_model::l7::route::ClusterKey;
+use mesh_model::l7::{Destination, TrafficPolicy};
 use mesh_model::plan;
+use mesh_model::service::Service;
 use mesh_model::shard::Shards;
+use mesh_model::snapshot::Backing;
 use mesh_model::workload::WorkloadUid;
 use mesh_model::{Snapshot, SpiffeId};
 use mesh_runtime::metrics::Histogram;
@@ -191,6 +194,38 @@ impl Entry {
     }
 }
 
+/// A cluster there is to be, by one version of the mesh.
+struct Wanted<'s> {
+    key: &'s ClusterKey,
+    backing: &'s Arc<Backing>,
+    service: &'s Arc<Service>,
+    destination: Option<&'s Arc<Destination>>,
+}
+impl<'s> Wanted<'s> {
+    fn of(snap: &'s Snapshot, key: &'s ClusterKey) -> Result<Self, UpstreamError> {
+        let unknown = || UpstreamError::new(Failure::NoCluster, "");
+        let backing = snap.find_backing(&key.service).ok_or_else(unknown)?;
+        let service = backing.service().ok_or_else(unknown)?;
+        service.port(key.port).ok_or_else(unknown)?;
+        let destination = snap.find_destination(&key.service);
+        if let Some(why) = destination.and_then(|d| d.broken.as_ref()) {
+            return Err(UpstreamError::new(Failure::NoCluster, format!("destination_unusable: {why}")));
+        }
+        // A subset nobody declared is no cluster to Envoy either.
+        if let Some(subset) = key.subset.as_deref()
+            && !destination.is_some_and(|d| d.subsets.contains_key(subset))
+        {
+            return Err(unknown());
+        }
+        Ok(Self { key, backing, service, destination })
+    }
+    /// Whether a table must be made for it.
+    fn is_hashed(&self) -> bool {
+        let policy = self.destination.and_then(|d| d.policy(self.key.subset.as_deref(), self.key.port));
+        policy.is_some_and(|policy| matches!(policy.balance, Balance::Hash { .. }))
+    }
+}
+
 impl Upstreams {
     /// No destination yet.
     pub fn new(deps: Deps) -> Arc<Self> {
@@ -209,30 +244,37 @@ impl Upstreams {
         self.reach.connects()
     }
 
-    /// The cluster as this version of the mesh has it. Cheap when it was asked for in this version before. Health, pools,
-    /// limits and balancing survive changes of anything else; endpoints that stay keep their state.
+    /// The cluster for a request. Cheap when it was asked for in this version before. A table for hashing is never made on a
+    /// data thread: requests go by the last one until [`Self::collect`] has the next; the first of all waits for its own.
     ///
     /// # Errors
-    /// `NoCluster`: the service or its port is unknown, or what is said about reaching it is unusable.
-    pub fn cluster(&self, snap: &Snapshot, key: &ClusterKey) -> Result<Arc<Cluster>, UpstreamError> {
+    /// As [`Self::renew`].
+    pub async fn cluster(self: &Arc<Self>, snap: &Arc<Snapshot>, key: &ClusterKey) -> Result<Arc<Cluster>, UpstreamError> {
         let entry = self.clusters.get(key);
         if let Some(cluster) = entry.as_ref().and_then(|entry| entry.fresh(snap)) {
             return Ok(cluster);
         }
-        let unknown = || UpstreamError::new(Failure::NoCluster, "");
-        let backing = snap.find_backing(&key.service).ok_or_else(unknown)?;
-        let service = backing.service().ok_or_else(unknown)?;
-        service.port(key.port).ok_or_else(unknown)?;
-        let destination = snap.find_destination(&key.service);
-        if let Some(why) = destination.and_then(|d| d.broken.as_ref()) {
-            return Err(UpstreamError::new(Failure::NoCluster, format!("destination_unusable: {why}")));
+        if !Wanted::of(snap, key)?.is_hashed() {
+            return self.renew(snap, key);
         }
-        // A subset nobody declared is no cluster to Envoy either.
-        if let Some(subset) = key.subset.as_deref()
-            && !destination.is_some_and(|d| d.subsets.contains_key(subset))
-        {
-            return Err(unknown());
+        if let Some(last) = entry.and_then(|entry| entry.current.load_full()) {
+            return Ok(last);
         }
+        let (own, snap, key) = (Arc::clone(self), Arc::clone(snap), key.clone());
+        let made = tokio::task::spawn_blocking(move || own.renew(&snap, &key)).await;
+        made.unwrap_or_else(|stopped| Err(UpstreamError::new(Failure::NoCluster, stopped.to_string())))
+    }
+    /// The cluster as this version of the mesh has it, made here if it was not before. Health, pools, limits and balancing
+    /// survive changes of anything else; endpoints that stay keep their state.
+    ///
+    /// # Errors
+    /// `NoCluster`: the service or its port is unknown, or what is said about reaching it is unusable.
+    pub fn renew(&self, snap: &Snapshot, key: &ClusterKey) -> Result<Arc<Cluster>, UpstreamError> {
+        let entry = self.clusters.get(key);
+        if let Some(cluster) = entry.as_ref().and_then(|entry| entry.fresh(snap)) {
+            return Ok(cluster);
+        }
+        let Wanted { key, backing, service, destination } = Wanted::of(snap, key)?;
         let make = || state::State::new(key.to_string().into(), Arc::clone(&self.reach));
         let entry = entry.unwrap_or_else(|| self.clusters.get_or_insert(key, make, usize::MAX));
         let own = build::Own::of(self.me.find(snap), snap.view());
@@ -268,7 +310,7 @@ impl Upstreams {
         self.workloads.retain(|(uid, _)| snap.find_known(uid).is_some());
         for (key, _) in self.clusters.entries.load().iter() {
             // A destination that became unusable is refused when it is asked for.
-            let _ = self.cluster(snap, key);
+            let _ = self.renew(snap, key);
         }
         for ((uid, port), _) in self.workloads.entries.load().iter() {
             if let Some(known) = snap.find_known(uid) {

@@ -18,6 +18,7 @@ use crate::snapshot::Snapshot;
 use http::header::{HeaderMap, HeaderName};
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 
 /// What a request or connection is for: decides which policies bind it.
 #[derive(Clone, Copy, Debug)]
@@ -45,49 +46,56 @@ impl<'a> PolicyScope<'a> {
         ]
     }
     /// The RequestAuthentications that bind it, the nearest first; their rules count together.
-    pub fn request_auths<'s>(&self, snap: &'s Snapshot) -> impl Iterator<Item = &'s RequestAuths> + Clone + use<'s> {
+    pub fn request_auths<'s>(&self, snap: &'s Snapshot) -> impl Iterator<Item = &'s Arc<RequestAuths>> + Clone + use<'s> {
         let any = snap.has_request_auths();
-        let find = |target: TargetRef<'_>| if any { snap.find_request_auths(target).map(|a| &**a) } else { None };
+        let find = |target: TargetRef<'_>| if any { snap.find_request_auths(target) } else { None };
         // What names no target is for gateways, never for waypoints (Istio's rule).
         let outside = self.gateway.filter(|_| !self.waypoint);
         let of_gateways = outside.map(|g| [find(TargetRef::GatewaysOf(&g.namespace)), find(TargetRef::Gateways)]);
         self.targets().map(|t| t.and_then(find)).into_iter().chain(of_gateways.into_iter().flatten()).flatten()
     }
 }
-/// The policies in scope, found once for a request.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct InScope<'s> {
-    sets: [Option<&'s L7Policies>; 6],
+/// The policies in scope.
+#[derive(Clone, Debug, Default)]
+pub struct InScope {
+    /// By target, the nearest first.
+    sets: Box<[Arc<L7Policies>]>,
+    /// Some have somebody else asked.
+    asks: bool,
 }
-impl<'s> InScope<'s> {
+impl InScope {
     /// The policies that bind `scope` by one version of the mesh.
-    pub fn of(snap: &'s Snapshot, scope: &PolicyScope<'_>) -> Self {
+    pub fn of(snap: &Snapshot, scope: &PolicyScope<'_>) -> Self {
         if !snap.has_l7_policies() {
             return Self::default();
         }
-        let find = |target: TargetRef<'_>| snap.find_l7_policies(target).map(|p| &**p);
-        Self { sets: scope.targets().map(|target| target.and_then(find)) }
+        let found = scope.targets().into_iter().flatten().filter_map(|target| snap.find_l7_policies(target));
+        let found = Self { sets: found.cloned().collect(), asks: false };
+        let asks =
+            found.policies().any(|p| matches!(p.body, L7Body::Rules { action: L7Action::Custom { .. }, dry_run: false, .. }));
+        Self { asks, ..found }
     }
     /// Whether nothing is said.
     pub fn is_empty(&self) -> bool {
-        self.sets().next().is_none()
+        self.sets.is_empty()
     }
-    fn sets(&self) -> impl Iterator<Item = &'s L7Policies> + use<'s> {
-        self.sets.into_iter().flatten()
+    /// Whether somebody else may have to be asked: there are enforced CUSTOM policies, and no policy that cannot be used, which
+    /// needs nobody to be refused by.
+    pub fn asks(&self) -> bool {
+        self.asks && self.unusable().is_none()
     }
-    fn unusable(&self) -> Option<&'s L7Policy> {
-        self.sets().find_map(L7Policies::unusable)
+    fn unusable(&self) -> Option<&L7Policy> {
+        self.sets.iter().find_map(|set| set.unusable())
     }
-    pub(crate) fn policies(&self) -> impl Iterator<Item = &'s L7Policy> + use<'s> {
-        self.sets().flat_map(|s| s.all.iter()).map(|p| &**p)
+    pub(crate) fn policies(&self) -> impl Iterator<Item = &L7Policy> {
+        self.sets.iter().flat_map(|set| set.iter()).map(|p| &**p)
     }
 
     /// The enforced CUSTOM policies that match: whoever they name must agree before [`Self::judge`] is asked. None where a
     /// policy cannot be used: then the answer needs nobody.
-    pub fn custom<'f>(&self, snap: &'f Snapshot, facts: &'f L7Facts<'f>) -> impl Iterator<Item = Matched<'s>> + use<'s, 'f> {
+    pub fn custom<'f>(&'f self, snap: &'f Snapshot, facts: &'f L7Facts<'f>) -> impl Iterator<Item = Matched<'f>> {
         let judge = Judge::of(snap, facts);
-        let asked = if self.unusable().is_none() { *self } else { Self::default() };
-        asked.policies().filter_map(move |policy| {
+        self.policies().filter(|_| self.asks()).filter_map(move |policy| {
             let L7Body::Rules { action: L7Action::Custom { .. }, dry_run: false, rules } = &policy.body else { return None };
             judge.first(rules, false).map(|rule| Matched { policy, rule: Some(rule) })
         })
@@ -97,13 +105,13 @@ impl<'s> InScope<'s> {
     ///
     /// Order: a policy that cannot be used refuses; then a matching DENY policy; then, when there is an ALLOW policy, one
     /// must match. Of several the first by key of the first target is named.
-    pub fn judge(&self, snap: &Snapshot, facts: &L7Facts<'_>) -> Judgement<'s> {
-        let mut judgement = Judgement { verdict: L7Verdict::Allow(None), shadow: None, audited: None };
+    pub fn judge(&self, snap: &Snapshot, facts: &L7Facts<'_>) -> Judgement<'_> {
+        let mut judgement = Judgement::NOTHING_SAID;
         if self.is_empty() {
             return judgement;
         }
         let judge = Judge::of(snap, facts);
-        if self.sets().any(|s| s.dry_runs) {
+        if self.sets.iter().any(|s| s.dry_runs) {
             judgement.shadow = Some(self.say(&judge, true).0);
         }
         if let Some(policy) = self.unusable() {
@@ -116,7 +124,7 @@ impl<'s> InScope<'s> {
         judgement
     }
     /// What the policies that are, or are not, dry runs say, and the AUDIT policy that matched.
-    fn say(&self, judge: &Judge<'_>, dry_run: bool) -> (Shadow<'s>, Option<&'s L7Policy>) {
+    fn say(&self, judge: &Judge<'_>, dry_run: bool) -> (Shadow<'_>, Option<&L7Policy>) {
         let (mut deny, mut allow, mut audit) = (Said::default(), Said::default(), Said::default());
         for policy in self.policies() {
             let L7Body::Rules { action, dry_run: dry, rules } = &policy.body else { continue };
@@ -151,6 +159,10 @@ pub struct Judgement<'s> {
     pub shadow: Option<Shadow<'s>>,
     /// The AUDIT policy that matched: to be told.
     pub audited: Option<&'s L7Policy>,
+}
+impl Judgement<'_> {
+    /// Where no policy is in scope.
+    pub const NOTHING_SAID: Self = Self { verdict: L7Verdict::Allow(None), shadow: None, audited: None };
 }
 /// What some of the policies say, had they alone a say.
 #[derive(Clone, Copy, Debug)]

@@ -15,6 +15,7 @@ pub mod explain;
 pub mod gateway;
 pub mod hosts;
 pub mod id;
+pub mod in_force;
 pub mod inbound;
 pub mod known;
 pub mod l7;

@@ -28,16 +28,18 @@ pub(crate) fn begin(conn: &Arc<Conn>, request: Request<Incoming>) -> Exchange<'_
     let authority = head::authority(&parts.uri, &parts.headers);
     let grpc = parts.headers.get(header::CONTENT_TYPE).is_some_and(|v| head::is_grpc(v.as_bytes()));
     let snap = conn.shared.mesh.load_full();
+    let rules = conn.in_force(&snap);
     let record = Record {
         method: parts.method.clone(),
         path: parts.uri.path_and_query().map_or("/", |p| p.as_str()).into(),
         protocol: parts.version,
         authority: authority.as_str().into(),
-        told: conn.told(&snap),
+        told: rules.told.clone(),
         ..Record::new(grpc)
     };
     Exchange {
         snap,
+        rules,
         conn,
         parts,
         body: if body.is_end_stream() { Body::Empty } else { Body::Incoming(body) },

@@ -41,7 +41,7 @@ const ATTEMPT_COUNT: HeaderName = HeaderName::from_static("x-envoy-attempt-count
 pub(crate) async fn run(ex: &mut Exchange<'_>) -> Response<Body> {
     let Some(route) = ex.route.clone() else { return internal(ex, "no route") };
     let HttpAction::Forward(forward) = &route.action else { return internal(ex, "not a forward") };
-    let cluster = match cluster(ex, &route) {
+    let cluster = match cluster(ex, &route).await {
         Ok(cluster) => cluster,
         Err(answer) => return *answer,
     };
@@ -63,7 +63,7 @@ pub(crate) async fn run(ex: &mut Exchange<'_>) -> Response<Body> {
 }
 
 /// The cluster of the chosen backend, or the answer when there is none.
-fn cluster(ex: &mut Exchange<'_>, route: &HttpRoute) -> Result<Arc<Cluster>, Box<Response<Body>>> {
+async fn cluster(ex: &mut Exchange<'_>, route: &HttpRoute) -> Result<Arc<Cluster>, Box<Response<Body>>> {
     if let Scope::Mesh(Target::Workload { known, port }) = &ex.conn.scope {
         return Ok(ex.conn.shared.upstreams.workload(&ex.snap, known, *port));
     }
@@ -81,7 +81,8 @@ fn cluster(ex: &mut Exchange<'_>, route: &HttpRoute) -> Result<Arc<Cluster>, Box
         }
         None => return Err(Box::new(internal(ex, "no backend"))),
     };
-    ex.conn.shared.upstreams.cluster(&ex.snap, key).map_err(|error| Box::new(failed(ex, &error, false, route.dialect)))
+    let cluster = ex.conn.shared.upstreams.cluster(&ex.snap, key).await;
+    cluster.map_err(|error| Box::new(failed(ex, &error, false, route.dialect)))
 }
 
 /// The hash of a consistent-hash destination, and the cookie to set when it asks for one that is not there.

@@ -12,7 +12,7 @@ use http::request::Parts;
 use http::{Method, StatusCode};
 use mesh_model::Reason;
 use mesh_model::explain::Believed;
-use mesh_model::l7::request_auth::{RequestAuths, TokenPlace, TokenRule};
+use mesh_model::l7::request_auth::{TokenPlace, TokenRule};
 use mesh_tokens::{Belief, Fault, Jwt, Signed, Verified, behind, believe, named, presented};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -25,18 +25,18 @@ type Later = Arc<Slot>;
 
 /// Verifies the token, if there is one, or answers 401 (403 for an audience that is not ours).
 pub(crate) async fn check(ex: &mut Exchange<'_>) -> Flow {
-    let snap = Arc::clone(&ex.snap);
-    if !snap.has_request_auths() {
+    if ex.rules.auths.is_empty() {
         return Flow::Continue;
     }
-    let auths = ex.conn.policy_scope().request_auths(&snap);
-    if let Some((key, why)) = auths.clone().find_map(RequestAuths::unusable) {
+    let in_force = Arc::clone(&ex.rules);
+    let auths = in_force.auths.iter();
+    if let Some((key, why)) = auths.clone().find_map(|auths| auths.unusable()) {
         tracing::debug!(client = %ex.conn.client, policy = %key, why, "request refused: unusable RequestAuthentication");
         ex.record.reason = Some(Reason::PolicyUnusable);
         let details = format!("jwt_authn_unusable[ns[{}]-policy[{}]]", key.namespace, key.name);
         return Flow::Answer(respond::local(ex, StatusCode::FORBIDDEN, "RBAC: access denied", details));
     }
-    let rules = auths.flat_map(RequestAuths::rules);
+    let rules = auths.flat_map(|auths| auths.rules());
     for name in rules.clone().flat_map(|rule| rule.outputs()) {
         if ex.parts.headers.remove(name).is_some() {
             // A route that was chosen already was chosen by it.

@@ -6,7 +6,8 @@ use crate::conn::Conn;
 use crate::phase::{Exchange, Flow, respond};
 use crate::telemetry::{Noted, Said, Telemetry};
 use http::{HeaderMap, Method, StatusCode};
-use mesh_model::authz_l7::{Denial, HttpFacts, InScope, Judgement, L7Facts, L7Verdict, Shadow, Token, remote_address};
+use mesh_model::authz_l7::{Denial, HttpFacts, Judgement, L7Facts, L7Verdict, Shadow, Token, remote_address};
+use mesh_model::in_force::InForce;
 use mesh_model::l7::head::upgrade_of;
 use mesh_model::l7::policy::{L7Action, L7Body};
 use mesh_model::policy::PolicyKey;
@@ -27,7 +28,7 @@ pub(crate) fn check(ex: &mut Exchange<'_>) -> Flow {
         headers: &ex.parts.headers,
         token: ex.token.as_ref(),
     };
-    let judgement = judge(&ex.snap, ex.conn, Some(asked));
+    let judgement = judge(&ex.snap, &ex.rules, ex.conn, Some(asked));
     ex.record.noted = note(ex.conn, &judgement);
     if let L7Verdict::Deny(denial) = judgement.verdict {
         let details = denial.details();
@@ -94,14 +95,17 @@ pub(crate) fn custom_of_request(ex: &Exchange<'_>) -> Vec<Asking> {
     let headers = &ex.parts.headers;
     // As in Envoy: no token has been verified yet.
     let asked = Asked { method: &ex.parts.method, authority: &ex.authority, path: &ex.path, headers, token: None };
-    custom(&ex.snap, ex.conn, Some(asked))
+    custom(&ex.snap, &ex.rules, ex.conn, Some(asked))
 }
 /// The CUSTOM policies that match a request or, without `request`, a connection carried as bytes; of several that name one
 /// provider the first.
-pub(crate) fn custom(snap: &Snapshot, conn: &Conn, request: Option<Asked<'_>>) -> Vec<Asking> {
+pub(crate) fn custom(snap: &Snapshot, rules: &InForce, conn: &Conn, request: Option<Asked<'_>>) -> Vec<Asking> {
     let mut all: Vec<Asking> = Vec::new();
-    ask(snap, conn, request, |in_scope, facts| {
-        for matched in in_scope.custom(snap, facts) {
+    if !rules.policies.asks() {
+        return all;
+    }
+    with_facts(conn, request, |facts| {
+        for matched in rules.policies.custom(snap, facts) {
             if let L7Body::Rules { action: L7Action::Custom { provider }, .. } = &matched.policy.body
                 && all.iter().all(|a| a.provider != *provider)
             {
@@ -113,12 +117,14 @@ pub(crate) fn custom(snap: &Snapshot, conn: &Conn, request: Option<Asked<'_>>) -
     all
 }
 /// Judges a request or, without `request`, a connection carried as bytes. Whom CUSTOM policies name was asked before.
-pub(crate) fn judge<'s>(snap: &'s Snapshot, conn: &Conn, request: Option<Asked<'_>>) -> Judgement<'s> {
-    ask(snap, conn, request, |in_scope, facts| in_scope.judge(snap, facts))
+pub(crate) fn judge<'r>(snap: &Snapshot, rules: &'r InForce, conn: &Conn, request: Option<Asked<'_>>) -> Judgement<'r> {
+    if rules.policies.is_empty() {
+        return Judgement::NOTHING_SAID;
+    }
+    with_facts(conn, request, |facts| rules.policies.judge(snap, facts))
 }
-/// What `f` makes of the policies in scope and the facts they are asked with.
-fn ask<'s, R>(snap: &'s Snapshot, conn: &Conn, request: Option<Asked<'_>>, f: impl FnOnce(InScope<'s>, &L7Facts<'_>) -> R) -> R {
-    let in_scope = InScope::of(snap, &conn.policy_scope());
+/// What `f` makes of the facts that policies are asked with.
+fn with_facts<R>(conn: &Conn, request: Option<Asked<'_>>, f: impl FnOnce(&L7Facts<'_>) -> R) -> R {
     let client = conn.client.ip();
     let facts = L7Facts {
         peer: conn.identity.as_ref(),
@@ -134,7 +140,7 @@ fn ask<'s, R>(snap: &'s Snapshot, conn: &Conn, request: Option<Asked<'_>>, f: im
             token: r.token.map(|t| t as &dyn Token),
         }),
     };
-    f(in_scope, &facts)
+    f(&facts)
 }
 
 /// The client's address, behind the proxies that are trusted to say it.
@@ -210,11 +216,12 @@ impl Living<'_> {
             Self::Bytes(agreed) => (None, agreed),
             Self::Upgraded(kept) => (Some(kept.asked()), &*kept.agreed),
         };
-        if let L7Verdict::Deny(denial) = judge(snap, conn, request).verdict {
+        let rules = conn.in_force(snap);
+        if let L7Verdict::Deny(denial) = judge(snap, &rules, conn, request).verdict {
             return Err((denial.refusal(), denial.details()));
         }
         let before = request.map(|r| Asked { token: None, ..r });
-        match custom(snap, conn, before).into_iter().find(|asking| !agreed.contains(&asking.provider)) {
+        match custom(snap, &rules, conn, before).into_iter().find(|asking| !agreed.contains(&asking.provider)) {
             None => Ok(()),
             Some(Asking { policy, provider, details }) => {
                 Err((Refusal::new(Reason::NoAuthorizer, format!("{policy} asks {provider}, who was not asked")), details))

@@ -18,6 +18,7 @@ use ::http::{Request, Response, StatusCode};
 use bytes::{Bytes, BytesMut};
 use http_body::{Body as HttpBody, Frame};
 use http_body_util::{BodyExt as _, Limited};
+use mesh_model::in_force::InForce;
 use mesh_model::l7::authorizer::{Authorizer, BodyLimit, Protocol};
 use mesh_model::l7::route::ClusterKey;
 use mesh_model::lb::redraw;
@@ -122,9 +123,14 @@ pub(crate) async fn check(ex: &mut Exchange<'_>) -> Flow {
 }
 
 /// The same of a connection that is not HTTP: whoever agreed, by name, or why it may not pass and Envoy's words for it.
-pub(crate) async fn check_bytes(conn: &Conn, snap: &Arc<Snapshot>, draw: u64) -> Result<Vec<Arc<str>>, (Refusal, String)> {
+pub(crate) async fn check_bytes(
+    conn: &Conn,
+    snap: &Arc<Snapshot>,
+    rules: &InForce,
+    draw: u64,
+) -> Result<Vec<Arc<str>>, (Refusal, String)> {
     let mut asked = Vec::new();
-    for asking in authorize::custom(snap, conn, None) {
+    for asking in authorize::custom(snap, rules, conn, None) {
         let authorizer = match find(snap, &asking) {
             Ok(authorizer) if authorizer.judges_bytes() => authorizer,
             Ok(_) => {
@@ -246,7 +252,7 @@ fn call(
 /// The answer, if it comes in time.
 async fn in_time(
     conn: &Conn,
-    snap: &Snapshot,
+    snap: &Arc<Snapshot>,
     authorizer: &Authorizer,
     asking: &Asking,
     question: Result<Request<Body>, ::http::Error>,
@@ -305,7 +311,7 @@ struct Answer {
 /// Asks, as any other destination is asked: by its own policy, limits and connections. The answer is read whole.
 async fn send(
     conn: &Conn,
-    snap: &Snapshot,
+    snap: &Arc<Snapshot>,
     authorizer: &Authorizer,
     asking: &Asking,
     question: Request<Body>,
@@ -316,7 +322,7 @@ async fn send(
     let service = service.filter(|s| authorizer.namespace.as_ref().is_none_or(|ns| s.key.namespace == *ns));
     let service = service.ok_or_else(|| UpstreamError::new(Failure::NoCluster, format!("no service {}", authorizer.host)))?;
     let key = ClusterKey { service: service.key.clone(), port: authorizer.port, subset: None };
-    let cluster = conn.shared.upstreams.cluster(snap, &key)?;
+    let cluster = conn.shared.upstreams.cluster(snap, &key).await?;
     let guard = cluster.admit()?;
     let host = cluster.pick(&PickContext { draw, hash: None, tried: &[], before: &[], dst: None, name: None })?;
     let http2 = authorizer.judges_bytes() || matches!(cluster.app_protocol(), AppProtocol::Http2 | AppProtocol::Grpc);

@@ -18,17 +18,17 @@ use tokio::time::timeout;
 const LIMIT: Duration = Duration::from_mins(1);
 
 /// Sends the copies the route and the backend ask for.
-pub(crate) fn copy(ex: &mut Exchange<'_>) {
+pub(crate) async fn copy(ex: &mut Exchange<'_>) {
     let Some(route) = ex.route.clone() else { return };
     let HttpAction::Forward(forward) = &route.action else { return };
     for (mirror, draw) in mirror::copies(forward, ex.backend_of(forward), ex.draw) {
-        one(ex, mirror, draw);
+        one(ex, mirror, draw).await;
     }
 }
 
-fn one(ex: &Exchange<'_>, mirror: &Mirror, draw: u64) {
+async fn one(ex: &mut Exchange<'_>, mirror: &Mirror, draw: u64) {
     let BackendRef::Service(key) = &mirror.to else { return };
-    let Ok(cluster) = ex.conn.shared.upstreams.cluster(&ex.snap, key) else { return };
+    let Ok(cluster) = ex.conn.shared.upstreams.cluster(&ex.snap, key).await else { return };
     let name = Some(host_of(&ex.authority));
     let pick = PickContext { draw, hash: None, tried: &[], before: &[], dst: ex.conn.asked(), name };
     let (Ok(host), Ok(guard)) = (cluster.pick(&pick), cluster.admit()) else { return };

@@ -5,6 +5,7 @@ use crate::phase::{Exchange, Flow};
 use crate::telemetry::Flag;
 use http::StatusCode;
 use mesh_model::hosts::{self, Routes, host_of};
+use mesh_model::in_force::InForce;
 use mesh_model::l7::route::{Dialect, HttpAction};
 use mesh_model::l7::select::{Selected, host_matches, select};
 use mesh_model::l7::weights::choose as choose_backend;
@@ -33,8 +34,8 @@ pub(crate) fn choose(ex: &mut Exchange<'_>) -> Result<(), Unrouted> {
     if let Some(routed) = ex.routed.take().filter(|_| ex.token.is_none()) {
         return routed;
     }
-    let snap = Arc::clone(&ex.snap);
-    let table = match routes(ex, &snap) {
+    let (snap, rules) = (Arc::clone(&ex.snap), Arc::clone(&ex.rules));
+    let table = match routes(ex, &snap, &rules) {
         Routes::Table(table) => table,
         Routes::Plain => return plain(ex),
         Routes::NoHost => return Err(Unrouted::NotFound),
@@ -70,7 +71,7 @@ pub(crate) fn check(ex: &mut Exchange<'_>, routed: Result<(), Unrouted>) -> Flow
 }
 
 /// The table for what was addressed.
-fn routes<'s>(ex: &Exchange<'_>, snap: &'s Snapshot) -> Routes<'s> {
+fn routes<'s>(ex: &Exchange<'_>, snap: &'s Snapshot, rules: &'s InForce) -> Routes<'s> {
     match &ex.conn.scope {
         // A wildcard is for its own hosts: a name of the client's choice leads nowhere else.
         Scope::Mesh(Target::Service { service, .. })
@@ -78,7 +79,7 @@ fn routes<'s>(ex: &Exchange<'_>, snap: &'s Snapshot) -> Routes<'s> {
         {
             Routes::NoHost
         }
-        Scope::Mesh(Target::Service { service, .. }) => snap.find_routes(&service.key).map_or(Routes::Plain, Routes::Table),
+        Scope::Mesh(Target::Service { .. }) => rules.routes.as_ref().map_or(Routes::Plain, Routes::Table),
         Scope::Mesh(Target::Workload { .. }) => Routes::Plain,
         // Never HTTP.
         Scope::Network { .. } => Routes::NoHost,

@@ -1,16 +1,11 @@
-//! What TrafficPolicies say of this request, found once for all phases that carry it out, and what they say of every answer.
+//! What TrafficPolicies say of this request, for all phases that carry it out, and what they say of every answer.
 use crate::phase::{Exchange, Flow, respond};
 use http::{Response, StatusCode};
 use mesh_model::Reason;
-use mesh_model::l7::treatment::Treatments;
 
-/// Finds them. One that could not be understood refuses what it is bound to.
+/// Takes them. One that could not be understood refuses what it is bound to.
 pub(crate) fn find(ex: &mut Exchange<'_>) -> Flow {
-    if !ex.snap.has_treatments() {
-        return Flow::Continue;
-    }
-    let targets = ex.conn.policy_scope().targets();
-    ex.treatments = Treatments::new(targets.map(|target| target.and_then(|t| ex.snap.find_treatment(t)).cloned()));
+    ex.treatments = ex.rules.treatments.clone();
     let Some(why) = ex.treatments.broken() else { return Flow::Continue };
     let details = format!("{}: {why}", Reason::PolicyUnusable);
     ex.record.reason = Some(Reason::PolicyUnusable);

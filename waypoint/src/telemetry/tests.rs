@@ -101,7 +101,7 @@ impl World {
     /// The cluster of a service, and its endpoint.
     pub fn to(&self, name: &str) -> (Arc<Cluster>, Arc<Host>) {
         let key = ClusterKey { service: key(name), port: 80, subset: None };
-        let cluster = self.upstreams.cluster(&self.snap, &key).expect("a cluster");
+        let cluster = self.upstreams.renew(&self.snap, &key).expect("a cluster");
         let host = Arc::clone(cluster.hosts().first().expect("an endpoint"));
         (cluster, host)
     }

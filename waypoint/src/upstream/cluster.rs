@@ -15,7 +15,8 @@ use mesh_model::l7::select::host_matches;
 use mesh_model::service::{AppProtocol, Service};
 use mesh_model::workload::Workload;
 use parking_lot::Mutex;
-use std::net::SocketAddr;
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 /// A destination.
@@ -45,6 +46,16 @@ pub(super) struct Members {
     /// Per endpoint: priority, share, and what hashing places it by.
     pub places: Arc<[Placement]>,
     plan: Plan,
+    /// For passthrough: which of them are at an address.
+    at: HashMap<IpAddr, Vec<usize>>,
+}
+impl Members {
+    /// The endpoint at an address; none at its port: one that is there at another port.
+    fn find(&self, to: SocketAddr) -> Option<&Arc<Host>> {
+        let mut there = self.at.get(&to.ip())?.iter().filter_map(|at| self.hosts.get(*at));
+        let first = there.clone().next();
+        there.find(|host| host.target.addr == to).or(first)
+    }
 }
 /// Where an endpoint stands in the tables.
 #[derive(Debug)]
@@ -136,7 +147,7 @@ impl Cluster {
             return self.pass(ctx.dst);
         }
         let members = self.members.load();
-        let Members { hosts, places, plan } = &**members;
+        let Members { hosts, places, plan, .. } = &**members;
         let turn = if plan.takes_turns() { self.state.next_turn() } else { 0 };
         let chance = Chance { draw: ctx.draw, hash: ctx.hash, turn };
         let tried = |host: &Arc<Host>| ctx.tried.iter().any(|t| t.is_same(host));
@@ -161,8 +172,7 @@ impl Cluster {
             return Err(UpstreamError::new(Failure::NoHealthy, "no original destination"));
         };
         let members = self.members.load();
-        let known =
-            members.hosts.iter().find(|h| h.target.addr.ip() == to.ip() && h.target.name.is_none() && h.target.beyond.is_none());
+        let known = members.find(to);
         if let Some(host) = known.filter(|h| h.target.addr == to) {
             return Ok(Arc::clone(host));
         }
@@ -255,7 +265,12 @@ impl Cluster {
     }
     fn put(&self, hosts: Arc<[Arc<Host>]>, places: Arc<[Placement]>) {
         let plan = self.plan_of(&hosts, &places);
-        self.members.store(Arc::new(Members { hosts, places, plan }));
+        let mut at: HashMap<IpAddr, Vec<usize>> = HashMap::new();
+        let own = |host: &Host| self.passthrough && host.target.name.is_none() && host.target.beyond.is_none();
+        for (n, host) in hosts.iter().enumerate().filter(|(_, host)| own(host)) {
+            at.entry(host.target.addr.ip()).or_default().push(n);
+        }
+        self.members.store(Arc::new(Members { hosts, places, plan, at }));
     }
     fn plan_of(&self, hosts: &[Arc<Host>], places: &[Placement]) -> Plan {
         let entries: Vec<Entry<'_>> = hosts

@@ -120,12 +120,12 @@ impl Fetcher {
     }
 
     /// A stream to an endpoint of the service that the host names; `None` when it names none.
-    async fn through_the_mesh(&self, snap: &Snapshot, to: &Target<'_>) -> Result<Option<Stream>, String> {
+    async fn through_the_mesh(&self, snap: &Arc<Snapshot>, to: &Target<'_>) -> Result<Option<Stream>, String> {
         let namespace = to.namespace.unwrap_or(&self.namespace);
         let Some(service) = snap.find_service_by_host(to.host, namespace) else { return Ok(None) };
         let key = ClusterKey { service: service.key.clone(), port: to.port, subset: None };
         let failed = |e: super::UpstreamError| format!("service {}: {e}", service.key);
-        let cluster = self.upstreams.cluster(snap, &key).map_err(failed)?;
+        let cluster = self.upstreams.cluster(snap, &key).await.map_err(failed)?;
         let pick = PickContext { draw: rand::random(), hash: None, tried: &[], before: &[], dst: None, name: Some(to.host) };
         let host = cluster.pick(&pick).map_err(failed)?;
         let policy = cluster.policy();

@@ -91,7 +91,9 @@ async fn watch(reach: Weak<Reach>, name: Weak<Name>) {
         let Some(name) = name.upgrade() else { return };
         let next = match answer {
             Ok(answer) => {
-                name.learn(answer.ips);
+                // Off the data threads: tables may be made for it.
+                let learner = Arc::clone(&name);
+                let _done = tokio::task::spawn_blocking(move || learner.learn(answer.ips)).await;
                 answer.until
             }
             Err(error) => {

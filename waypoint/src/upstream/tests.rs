@@ -104,7 +104,7 @@ impl World {
         self.apply(vec![Change::Destination(Arc::new(destination))]);
     }
     fn cluster(&self) -> Arc<Cluster> {
-        self.upstreams.cluster(&self.snap, &cluster_key()).unwrap()
+        self.upstreams.renew(&self.snap, &cluster_key()).unwrap()
     }
 }
 

@@ -235,7 +235,8 @@ fn what_cannot_be_used_refuses_whatever_else_is_said() {
         Asked::default().with(|facts| {
             let gateway = waypoint();
             let scope = PolicyScope { gateway: Some(&gateway), ..scope };
-            let judgement = InScope::of(&snap, &scope).judge(&snap, facts);
+            let in_scope = InScope::of(&snap, &scope);
+            let judgement = in_scope.judge(&snap, facts);
             let L7Verdict::Deny(denial) = judgement.verdict else { panic!("let through") };
             let refusal = denial.refusal();
             assert_eq!((refusal.reason, &*refusal.detail), (Reason::PolicyUnusable, "shop/z: spec.rules[0]: nonsense"));
@@ -653,7 +654,8 @@ fn dry_runs_and_audits_are_told_and_change_nothing() {
         let service = api();
         let scope = PolicyScope { service: Some(&service), namespace: Some("shop"), gateway: None, waypoint: true };
         Asked::default().with(|facts| {
-            let judgement = InScope::of(&snap, &scope).judge(&snap, facts);
+            let in_scope = InScope::of(&snap, &scope);
+            let judgement = in_scope.judge(&snap, facts);
             assert_eq!(judgement.shadow.map(|s| short(&s.verdict)).as_deref(), shadow);
             assert_eq!(judgement.audited.map(|p| &*p.key.name), Some("x"));
         });
@@ -663,7 +665,8 @@ fn dry_runs_and_audits_are_told_and_change_nothing() {
     let snap = snapshot(Viewpoint::default(), vec![(PolicyTarget::Mesh, both)]);
     let scope = PolicyScope { service: None, namespace: None, gateway: None, waypoint: true };
     Asked::default().with(|facts| {
-        let shadow = InScope::of(&snap, &scope).judge(&snap, facts).shadow.expect("dry runs");
+        let in_scope = InScope::of(&snap, &scope);
+        let shadow = in_scope.judge(&snap, facts).shadow.expect("dry runs");
         assert_eq!(shadow.deny.first.map(|m| m.id().to_string()).as_deref(), Some("ns[shop]-policy[a]-rule[0]"));
         assert!(shadow.deny.any && shadow.allow.any && shadow.allow.first.is_none());
     });

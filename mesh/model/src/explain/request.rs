@@ -11,7 +11,7 @@ use crate::snapshot::Snapshot;
 use std::fmt::Display;
 
 /// Every policy in scope: those that matter first.
-pub(super) fn policies(snap: &Snapshot, scope: &InScope<'_>, facts: &L7Facts<'_>) -> Vec<PolicyTold> {
+pub(super) fn policies(snap: &Snapshot, scope: &InScope, facts: &L7Facts<'_>) -> Vec<PolicyTold> {
     let conn = InboundConn { client: facts.client.into(), dst: facts.destination, identity: facts.peer };
     let asked = Asked { judge: Judge::of(snap, facts), facts, shown: shown(&conn) };
     let mut all: Vec<PolicyTold> = scope.policies().map(|p| asked.policy(p)).collect();

@@ -13,7 +13,6 @@ use crate::known::Known;
 use crate::l7::gateway::{GatewayKey, ListenerProtocol};
 use crate::l7::path::normalize;
 use crate::l7::policy::{L7Action, L7Body};
-use crate::l7::request_auth::RequestAuths;
 use crate::l7::route::{Backend, BackendRef, ClusterKey, Dialect, HttpAction, HttpRoute, RequestFacts, TcpFacts, TcpRoute};
 use crate::l7::select::{Selected, select, select_tcp};
 use crate::reason::{Reason, Refusal};
@@ -323,7 +322,7 @@ impl Story<'_> {
     fn believed(&mut self, me: &Workload, target: &For, asked: &Asked) -> Option<Believed> {
         let verify = self.settings.verify?;
         let gateway = gateway_of(me);
-        let rules: Vec<_> = scope(gateway.as_ref(), target).request_auths(self.snap).flat_map(RequestAuths::rules).collect();
+        let rules: Vec<_> = scope(gateway.as_ref(), target).request_auths(self.snap).flat_map(|auths| auths.rules()).collect();
         if rules.is_empty() {
             if asked.headers.contains_key(AUTHORIZATION) {
                 self.notes.push("no RequestAuthentication is in force: the token is not looked at, and passes as it is".into());
@@ -372,7 +371,7 @@ impl Story<'_> {
         // Tokens are looked at before policies, and by rules that can be read.
         let mut auths = scope.request_auths(self.snap);
         if http.is_some()
-            && let Some((key, why)) = auths.clone().find_map(RequestAuths::unusable)
+            && let Some((key, why)) = auths.clone().find_map(|auths| auths.unusable())
         {
             step = Step::refuses(at, &Refusal::new(Reason::PolicyUnusable, format!("{key}: {why}")));
         }

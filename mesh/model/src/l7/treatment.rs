@@ -41,15 +41,15 @@ pub struct CacheRule {
 /// What concerns one request: of its service, of its gateway or waypoint, of all waypoints, of policies whose targets could not
 /// be read; the most specific first.
 #[derive(Clone, Debug, Default)]
-pub struct Treatments([Option<Arc<Treatment>>; 6]);
+pub struct Treatments(Arc<[Arc<Treatment>]>);
 impl Treatments {
     /// In the order of [`crate::authz_l7::PolicyScope::targets`].
-    pub fn new(all: [Option<Arc<Treatment>>; 6]) -> Self {
-        Self(all)
+    pub fn new(all: impl IntoIterator<Item = Arc<Treatment>>) -> Self {
+        Self(all.into_iter().collect())
     }
     /// The most specific first.
     pub fn iter(&self) -> impl DoubleEndedIterator<Item = &Arc<Treatment>> {
-        self.0.iter().flatten()
+        self.0.iter()
     }
     /// Why everything is refused, if it is.
     pub fn broken(&self) -> Option<&Arc<str>> {
@@ -101,8 +101,7 @@ mod tests {
         CacheRule { paths: vec![PathPattern::parse(path).expect("a path")], value: HeaderValue::from_static(value) }
     }
     fn only(all: [Treatment; 2]) -> Treatments {
-        let [first, second] = all.map(|t| Some(Arc::new(t)));
-        Treatments::new([first, second, None, None, None, None])
+        Treatments::new(all.map(Arc::new))
     }
 
     #[test]

@@ -118,6 +118,29 @@ async fn an_ejection_moves_what_a_ring_had() {
 }
 
 #[tokio::test]
+async fn a_request_never_makes_a_table() {
+    let mut world = world(&["a"]);
+    let balance = Balance::Hash { algorithm: HashAlgorithm::Maglev(65_537), key: HashKey::SourceIp };
+    world.policy(TrafficPolicy { balance: balance.clone(), ..TrafficPolicy::default() });
+    let asked = async |world: &World| world.upstreams.cluster(&Arc::new(world.snap.clone()), &cluster_key()).await.unwrap();
+    let first = asked(&world).await;
+    assert_eq!(seen(&first), set(&["a"]), "the first of all waits for its table");
+    world.endpoint("b", at(2));
+    assert!(Arc::ptr_eq(&first, &asked(&world).await), "what there is serves until the next table is made");
+    world.upstreams.collect(&world.snap);
+    let next = asked(&world).await;
+    assert_eq!(next.hosts().len(), 2);
+    // What needs no table is as new as the request.
+    world.policy(TrafficPolicy::default());
+    let plain = asked(&world).await;
+    assert_eq!((plain.policy().balance.clone(), seen(&plain)), (Balance::default(), set(&["a", "b"])));
+    world.policy(TrafficPolicy { balance, ..TrafficPolicy::default() });
+    assert_eq!(asked(&world).await.policy().balance, Balance::default(), "until its table is made");
+    world.upstreams.collect(&world.snap);
+    assert_ne!(asked(&world).await.policy().balance, Balance::default());
+}
+
+#[tokio::test]
 async fn unhealthy_and_unknown_endpoints_are_left_out() {
     let mut world = world(&["a", "b"]);
     let mut sick = pod("sick", at(7));
@@ -154,7 +177,7 @@ async fn subsets_are_chosen_by_labels_and_have_policies_of_their_own() {
     world.apply(vec![Change::Destination(Arc::new(destination.clone()))]);
     let of = |world: &World, name: &str| {
         let key = ClusterKey { subset: Some(name.into()), ..cluster_key() };
-        world.upstreams.cluster(&world.snap, &key).unwrap()
+        world.upstreams.renew(&world.snap, &key).unwrap()
     };
     assert_eq!(seen(&of(&world, "v1")), set(&["a"]));
     let v2 = of(&world, "v2");
@@ -164,7 +187,7 @@ async fn subsets_are_chosen_by_labels_and_have_policies_of_their_own() {
     assert!(turns[0] != turns[1] && turns[0] == turns[2] && turns[1] == turns[3], "{turns:?}");
     // One that nobody declared is no cluster.
     let undeclared = ClusterKey { subset: Some("v3".into()), ..cluster_key() };
-    assert_eq!(world.upstreams.cluster(&world.snap, &undeclared).unwrap_err().failure, Failure::NoCluster);
+    assert_eq!(world.upstreams.renew(&world.snap, &undeclared).unwrap_err().failure, Failure::NoCluster);
     assert_eq!(seen(&world.cluster()), set(&["a", "b", "c"]));
     // Forgotten with what they belonged to.
     world.policy(TrafficPolicy::default());
@@ -174,22 +197,24 @@ async fn subsets_are_chosen_by_labels_and_have_policies_of_their_own() {
     // What cannot be understood is refused.
     let broken = Destination { broken: Some("no such field".into()), ..destination };
     world.apply(vec![Change::Destination(Arc::new(broken))]);
-    let error = world.upstreams.cluster(&world.snap, &cluster_key()).unwrap_err();
+    let error = world.upstreams.renew(&world.snap, &cluster_key()).unwrap_err();
     assert_eq!((error.failure, &*error.detail), (Failure::NoCluster, "destination_unusable: no such field"));
     world.apply(vec![Change::DestinationGone(key()), Change::ServiceGone(key())]);
     world.upstreams.collect(&world.snap);
     assert!(world.upstreams.clusters().is_empty());
-    assert_eq!(world.upstreams.cluster(&world.snap, &cluster_key()).unwrap_err().failure, Failure::NoCluster);
+    assert_eq!(world.upstreams.renew(&world.snap, &cluster_key()).unwrap_err().failure, Failure::NoCluster);
 }
 
 #[tokio::test]
 async fn passthrough_goes_where_the_client_wanted() {
     let mut world = world(&["a"]);
+    let beside = SocketAddr::new(at(1).ip(), 9090);
+    world.endpoint("beside", beside);
     world.policy(TrafficPolicy { balance: Balance::Passthrough, ..TrafficPolicy::default() });
     let cluster = world.cluster();
     let to =
         |dst: Option<SocketAddr>| cluster.pick(&PickContext { draw: 1, hash: None, tried: &[], before: &[], dst, name: None });
-    assert_eq!(name(&to(Some(at(1))).unwrap()), "a");
+    assert_eq!([at(1), beside].map(|dst| name(&to(Some(dst)).unwrap())), ["a", "beside"]);
     // Another port of a known endpoint, and a stranger: the same one every time.
     let other = SocketAddr::new(at(1).ip(), 9999);
     assert_eq!((name(&to(Some(other)).unwrap()), to(Some(other)).unwrap().addr()), ("a".to_owned(), other));
