@@ -10,6 +10,7 @@ use crate::phase::admit;
 use ::http::{HeaderMap, Method, Request, Response};
 use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
+use hyper::ext::Protocol;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use mesh_hbone::{ConnectRequest, HboneError, Settings, Tunnel};
@@ -38,7 +39,7 @@ pub enum Version {
 
 /// Largest head of an HTTP/1 request, and header list of an HTTP/2 one (Envoy's default 60 KiB, answered 431).
 const HEAD: usize = 60 << 10;
-/// Most header fields (Envoy's default).
+/// Most header fields (Envoy's default): more are answered 431 in HTTP/1, and end the stream in HTTP/2, as in Envoy.
 const FIELDS: usize = 100;
 /// Receive window of one HTTP/2 stream: what of a request may lie here that nobody reads. With what is on its way to the endpoint
 /// ([`crate::upstream`]: as much again as [`SEND_BUFFER`], and a tunnel's buffers on both sides) less than the 256 KiB that a
@@ -62,7 +63,14 @@ where
         let conn = Arc::clone(&conn);
         service_fn(move |request: Request<Incoming>| {
             let conn = Arc::clone(&conn);
-            async move { Ok::<Response<Body>, Infallible>(exchange::run(&conn, request).await) }
+            async move {
+                // Those of HTTP/1 are counted by their parser.
+                if request.version() == ::http::Version::HTTP_2 && fields(&request) > FIELDS {
+                    tracing::debug!(client = %conn.client, "{TooManyFields}");
+                    return Err(TooManyFields);
+                }
+                Ok(exchange::run(&conn, request).await)
+            }
         })
     };
     match version {
@@ -76,6 +84,20 @@ where
             drive(&conn, serving, hyper::server::conn::http2::Connection::graceful_shutdown).await;
         }
     }
+}
+
+/// The stream ends with an INTERNAL_ERROR.
+#[derive(Debug, thiserror::Error)]
+#[error("the head of a request has more than {FIELDS} fields")]
+struct TooManyFields;
+
+/// The fields of a head of HTTP/2, its pseudo-headers among them, as Envoy counts them.
+fn fields(request: &Request<Incoming>) -> usize {
+    let uri = request.uri();
+    let pseudo = [uri.scheme().is_some(), uri.authority().is_some(), uri.path_and_query().is_some()];
+    let protocol = request.extensions().get::<Protocol>().is_some();
+    // One for the method.
+    1 + pseudo.into_iter().filter(|there| *there).count() + usize::from(protocol) + request.headers().len()
 }
 
 fn http1_server() -> hyper::server::conn::http1::Builder {

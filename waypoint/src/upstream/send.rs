@@ -36,6 +36,8 @@ pub struct SendOptions<'a> {
 /// Idle connections that turn out to be dead before one request gives up. Each is taken off the pool, so this bounds
 /// nothing but an endpoint that closes connections as fast as we make them.
 const MAX_DEAD: usize = 32;
+/// Most header fields of an answer (Envoy's default), which the parser of HTTP/1 keeps to by itself.
+const FIELDS: usize = 100;
 
 /// Sends one attempt on a pooled (or new) connection of this data thread. The request's target may be in either form.
 ///
@@ -87,6 +89,10 @@ pub async fn send(
             // Nobody asked for another protocol: what follows is no answer to anything.
             Ok(response) if response.status() == StatusCode::SWITCHING_PROTOCOLS => {
                 return Err(UpstreamError::new(Failure::Protocol, "unexpected 101"));
+            }
+            // With `:status`. What is dropped here resets its stream, which is what Envoy makes of it.
+            Ok(response) if http2 && response.headers().len() >= FIELDS => {
+                return Err(UpstreamError::new(Failure::RemoteReset, "remote reset"));
             }
             Ok(response) => return Ok(response),
             Err(mut error) => match error.take_message() {

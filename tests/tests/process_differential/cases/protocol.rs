@@ -8,6 +8,8 @@ pub fn all() -> Vec<Scenario> {
     let line = |line: &str| raw(&format!("{line}\r\nhost: $HOST\r\nx-request-id: $ID\r\n\r\n"));
     let with = |headers: &str| raw(&format!("GET / HTTP/1.1\r\nhost: $HOST\r\nx-request-id: $ID\r\n{headers}\r\n"));
     let post = |rest: &str| raw(&format!("POST / HTTP/1.1\r\nhost: $HOST\r\nx-request-id: $ID\r\n{rest}"));
+    let fields = |count: usize| (0..count).fold(get("/"), |request, n| request.header(&format!("x-{n}"), "v"));
+    let answer = |count: usize| (0..count).map(|n| format!("h:x-{n}=v ")).collect::<String>() + "200";
     vec![
         scenario("protocol")
             .case(case("HTTP 1.0", line("GET / HTTP/1.0")).silent())
@@ -50,10 +52,15 @@ pub fn all() -> Vec<Scenario> {
                 case("trailers of a request", post("transfer-encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\nx-t: 1\r\n\r\n")).silent(),
             )
             .case(case("head of 70 KiB", get("/").header("x-big", &"b".repeat(70 << 10))).silent())
-            .case(
-                case("101 header fields", (0..101).fold(get("/"), |request, n| request.header(&format!("x-{n}"), "v"))).silent(),
-            )
-            .case(case("90 header fields", (0..90).fold(get("/"), |request, n| request.header(&format!("x-{n}"), "v"))))
+            .case(case("101 header fields", fields(101)).silent())
+            .case(case("90 header fields", fields(90)))
+            .case(case("90 header fields by HTTP/2", fields(90).h2()))
+            .case(case("95 header fields by HTTP/2", fields(95).h2()))
+            .case(case("96 header fields by HTTP/2", fields(96).h2()).silent())
+            .case(case("97 header fields by HTTP/2", fields(97).h2()).silent())
+            .case(case("300 header fields by HTTP/2", fields(300).h2()).silent())
+            .case(case("answer of 90 header fields", get("/").script(&answer(90))))
+            .case(case("answer of 120 header fields", get("/").script(&answer(120))))
             .case(case("target of 20 KiB", get(&format!("/{}", "p".repeat(20 << 10)))))
             .case(case("expect 100-continue", request("POST", "/").header("expect", "100-continue").body(b"hi")))
             .case(case("expect something else", get("/").header("expect", "miracles")).silent())
@@ -86,6 +93,10 @@ pub fn all() -> Vec<Scenario> {
             .case(case("WebSocket by HTTP/2, an endpoint that is none", get("/ws").script("200 body=hello").connects("websocket")))
             .case(case("another protocol by HTTP/2", get("/ws").script("upgrade").connects("other")))
             .case(case("HTTP/2 as usual", get("/h2").h2())),
+        scenario("protocol-fields")
+            .port("http2")
+            .case(case("answer of 90 header fields by HTTP/2", get("/").script(&answer(90))))
+            .case(case("answer of 120 header fields by HTTP/2", get("/").script(&answer(120)))),
         scenario("protocol-time")
             .manager(json!({"common_http_protocol_options": {"idle_timeout": "3s"}, "drain_timeout": "0.1s", "request_headers_timeout": "1s"}))
             .case(case("quiet for longer than a head may take", get("/1")).then(get("/2").pause(1500)).one_connection())
