@@ -277,6 +277,7 @@ pub fn is_served(w: &Workload) -> bool {
 mod tests {
     use super::*;
     use mesh_model::Change;
+    use mesh_model::labels::Labels;
 
     fn local(cluster: &str, name: &str) -> Change {
         let mut w = Workload::new(&format!("{cluster}//Pod/shop/{name}"), name, "shop");
@@ -286,6 +287,30 @@ mod tests {
     fn found(of: &[Change]) -> Option<Arc<str>> {
         let view = Viewpoint { node: "n".into(), cluster: "ours".into(), ..Viewpoint::default() };
         find_named(&Snapshot::empty(view).apply(of), "shop", "web", "web").map(|w| Arc::clone(&w.uid))
+    }
+
+    /// An authority may have registered one pod by its uid: whoever enrols it and knows it says so.
+    #[test]
+    fn what_is_known_of_a_pod_is_said_by_who_enrols_it() {
+        let Change::Workload(mut workload) = local("ours", "web") else { unreachable!() };
+        let labels = Labels::of(vec![("app".into(), "web".into())]);
+        Arc::get_mut(&mut workload).unwrap().labels = labels.clone();
+        let with =
+            |uid: Option<&str>| Facts { uid: uid.map(Arc::from), name: "web".into(), node: "n".into(), labels: labels.clone() };
+        let pod = NodePod { uid: "u-1".into(), cgroup: "c".into(), workload: Arc::clone(&workload), marked: false };
+        assert_eq!(Enrolled::by_kubernetes(&pod, None).facts, with(Some("u-1")));
+        let mut named = (*workload).clone();
+        (named.protocol, named.netns) = (Protocol::Hbone, Some("/run/netns/web".into()));
+        let view = Viewpoint { node: "n".into(), cluster: "ours".into(), ..Viewpoint::default() };
+        let snap = Snapshot::empty(view).apply(&[Change::Workload(Arc::new(named))]);
+        assert_eq!(Enrolled::by_mesh(&snap).next().unwrap().facts, with(None));
+        let by_cni = |name: &str| {
+            let pod = Named { name: name.into(), namespace: "shop".into(), service_account: name.into() };
+            Enrolled::by_cni(&snap, "u-2".into(), pod, NetnsFd::current().unwrap()).facts
+        };
+        assert_eq!(by_cni("web"), with(Some("u-2")));
+        let unknown = Facts { uid: Some("u-2".into()), name: "new".into(), node: "n".into(), labels: Labels::default() };
+        assert_eq!(by_cni("new"), unknown, "the mesh does not know it yet");
     }
 
     #[test]
