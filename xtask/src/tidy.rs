@@ -1,9 +1,10 @@
 //! `cargo xtask tidy`: the rules of the house that no compiler checks.
 //!
 //! Owns the walls between crates (`graph`), the absence of cycles between modules (`modules`), what each source file must
-//! have or must not (`source`), that alerts speak of metrics there are (`monitoring`), and what must not be committed anywhere
-//! (`words`). Sizes are reported, not enforced.
+//! have or must not (`source`), that alerts speak of metrics there are (`monitoring`) and tables of coverage of tests there are
+//! (`coverage`), and what must not be committed anywhere (`words`). Sizes are reported, not enforced.
 
+mod coverage;
 mod graph;
 mod modules;
 mod monitoring;
@@ -22,7 +23,7 @@ pub fn run(_args: &[String]) -> Result<()> {
     let metadata = Metadata::load()?;
     let members = metadata.members();
     let mut faults = graph::check(&members);
-    let (mut sizes, mut texts) = (source::Sizes::default(), Vec::new());
+    let (mut sizes, mut texts, mut all) = (source::Sizes::default(), Vec::new(), Vec::new());
     for package in members.values() {
         let folder = package.folder.join("src");
         for file in rust_files(&folder) {
@@ -39,9 +40,14 @@ pub fn run(_args: &[String]) -> Result<()> {
                 Some(modules::File { shown: relative(&root, &file), inside, text: std::fs::read_to_string(&file).ok()? })
             })
             .collect();
+        for file in [folder.clone(), package.folder.join("tests")].iter().flat_map(|folder| rust_files(folder)) {
+            let text = std::fs::read_to_string(&file)?;
+            all.push((file, text));
+        }
         faults.extend(modules::cycles(&files).into_iter().map(|cycle| format!("{}: {cycle}", package.name)));
     }
     faults.extend(monitoring::check(&root, &texts)?);
+    faults.extend(coverage::check(&root, all.iter().map(|(file, text)| (file.as_path(), text.as_str())))?);
     faults.extend(words::check(&root)?);
     sizes.report();
     for fault in &faults {
