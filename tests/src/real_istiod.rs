@@ -1,5 +1,5 @@
 //! A real istiod, and istioctl: programs of `tests/istiod`, which are Istio's own conversion and discovery server over a folder of
-//! YAML, and its reader of dumps.
+//! YAML, its reader of agents' dumps, and istioctl as it is.
 //!
 //! Refuses: to build it; `cargo xtask e2e` does, and where it is not, that is a reason to skip.
 use std::ffi::OsStr;
@@ -40,6 +40,8 @@ impl IstiodFed {
         let mut command = Command::new(skip::find_peer(PROGRAM).map_err(CannotRun)?);
         let dry_run = "AMBIENT_ENABLE_DRY_RUN_AUTHORIZATION_POLICY";
         command.args([folder.as_os_str(), OsStr::new(listen)]).envs([("PILOT_ENABLE_AMBIENT", "true"), (dry_run, "true")]);
+        // It serves in plaintext, so that nobody can prove to be one who may ask for the state of others.
+        command.env("ENABLE_DEBUG_ENDPOINT_AUTH", "false");
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(std::fs::File::create(&log)?);
         let mut child = match netns {
             Some(netns) => netns.spawn(&mut command),
@@ -83,6 +85,28 @@ impl Drop for IstiodFed {
         let _gone_already = self.child.kill();
         let _reaped = self.child.wait();
     }
+}
+
+/// A cluster that is not there: some commands of `istioctl` want to know of one before they read a file or ask istiod.
+const NO_CLUSTER: &str = "\
+apiVersion: v1
+kind: Config
+current-context: none
+contexts: [ { name: none, context: { cluster: none, user: none } } ]
+clusters: [ { name: none, cluster: { server: 'http://127.0.0.1:1' } } ]
+users: [ { name: none, user: {} } ]
+";
+
+/// What the whole of `istioctl` prints when it is asked for what needs no cluster.
+pub fn istioctl(args: &[&str]) -> anyhow::Result<String> {
+    let home = tempfile::tempdir()?;
+    let config = home.path().join("config");
+    std::fs::write(&config, NO_CLUSTER)?;
+    let mut command = Command::new(skip::find_peer("istioctl").map_err(CannotRun)?);
+    let output = command.args(args).env("KUBECONFIG", &config).env("HOME", home.path()).output()?;
+    let told = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "istioctl {args:?} fails: {told}");
+    Ok(String::from_utf8(output.stdout)?)
 }
 
 /// What `istioctl ztunnel-config` printed of a dump.

@@ -48,7 +48,7 @@ const PEERS: &[Peer] = &[
         name: "istiod",
         script: "tests/istiod/install.sh",
         more: &[],
-        programs: &["istiod-fed", "istioctl-ztunnel"],
+        programs: &["istiod-fed", "istioctl-ztunnel", "istioctl"],
         suite: "e2e_istiod",
     },
     Peer { name: "Consul", script: "tests/consul/install.sh", more: &[], programs: &["consul"], suite: "e2e_consul" },

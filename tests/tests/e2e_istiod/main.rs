@@ -7,6 +7,7 @@ mod demand;
 mod differences;
 mod istioctl;
 mod peers;
+mod proxies;
 mod serving;
 
 use std::process::ExitCode;
@@ -24,6 +25,8 @@ const TESTS: &[Test<()>] = &[
     test("changes_are_the_same", |()| conversion::changes()),
     test("what_is_named_and_never_sent_refuses_plaintext_only", |()| conversion::never_sent()),
     test("istioctl_reads_what_agents_know", |()| istioctl::reads_every_mesh()),
+    test("istioctl_lists_our_streams", |()| proxies::status()),
+    test("istioctl_reads_a_waypoint", |()| proxies::config()),
     test("on_demand_it_is_asked_by_names_it_knows", |()| demand::by_names()),
     test("agents_serve_by_it", |()| serving::agents(false)),
     test("agents_on_demand_serve_by_it", |()| serving::agents(true)),
