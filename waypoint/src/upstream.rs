@@ -48,7 +48,7 @@ use mesh_runtime::metrics::Histogram;
 use parking_lot::Mutex;
 use std::hash::Hash;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 /// What the upstream side needs from the process.
@@ -108,6 +108,10 @@ struct Entry {
     /// The newest version of the mesh that `current` is known to be right for.
     seen: AtomicU64,
     building: Mutex<()>,
+    /// Held by the request that has the first version made off the data threads; the others wait.
+    first: tokio::sync::Mutex<()>,
+    /// The next version is being made off the data threads, because a request found the last one too old.
+    renewing: AtomicBool,
 }
 
 /// Clusters of single workloads that are kept while nobody uses them.
@@ -127,6 +131,8 @@ impl<K: Hash + Eq + Clone> Registry<K> {
             current: ArcSwapOption::empty(),
             seen: AtomicU64::new(0),
             building: Mutex::default(),
+            first: tokio::sync::Mutex::default(),
+            renewing: AtomicBool::new(false),
         });
         let mut next = Shards::clone(&self.entries.load());
         if next.len() >= most.max(*full) {
@@ -245,7 +251,7 @@ impl Upstreams {
     }
 
     /// The cluster for a request. Cheap when it was asked for in this version before. A table for hashing is never made on a
-    /// data thread: requests go by the last one until [`Self::collect`] has the next; the first of all waits for its own.
+    /// data thread: requests go by the last one until the next is made; the first of all wait for theirs.
     ///
     /// # Errors
     /// As [`Self::renew`].
@@ -257,12 +263,30 @@ impl Upstreams {
         if !Wanted::of(snap, key)?.is_hashed() {
             return self.renew(snap, key);
         }
-        if let Some(last) = entry.and_then(|entry| entry.current.load_full()) {
+        let entry = entry.unwrap_or_else(|| self.entry(key));
+        if let Some(last) = entry.current.load_full() {
+            // That is [`Self::collect`]'s to do, which may have been here before there was anything to bring up to date.
+            if !entry.renewing.swap(true, Relaxed) {
+                let (own, snap, key) = (Arc::clone(self), Arc::clone(snap), key.clone());
+                tokio::task::spawn_blocking(move || {
+                    // Unusable by now: who asks is told.
+                    let _ = own.renew(&snap, &key);
+                    entry.renewing.store(false, Relaxed);
+                });
+            }
             return Ok(last);
+        }
+        let _first = entry.first.lock().await;
+        if let Some(made) = entry.current.load_full() {
+            return Ok(made);
         }
         let (own, snap, key) = (Arc::clone(self), Arc::clone(snap), key.clone());
         let made = tokio::task::spawn_blocking(move || own.renew(&snap, &key)).await;
         made.unwrap_or_else(|stopped| Err(UpstreamError::new(Failure::NoCluster, stopped.to_string())))
+    }
+    fn entry(&self, key: &ClusterKey) -> Arc<Entry> {
+        let make = || state::State::new(key.to_string().into(), Arc::clone(&self.reach));
+        self.clusters.get_or_insert(key, make, usize::MAX)
     }
     /// The cluster as this version of the mesh has it, made here if it was not before. Health, pools, limits and balancing
     /// survive changes of anything else; endpoints that stay keep their state.
@@ -275,8 +299,7 @@ impl Upstreams {
             return Ok(cluster);
         }
         let Wanted { key, backing, service, destination } = Wanted::of(snap, key)?;
-        let make = || state::State::new(key.to_string().into(), Arc::clone(&self.reach));
-        let entry = entry.unwrap_or_else(|| self.clusters.get_or_insert(key, make, usize::MAX));
+        let entry = entry.unwrap_or_else(|| self.entry(key));
         let own = build::Own::of(self.me.find(snap), snap.view());
         let ways = plan::ways_beyond(snap, service, backing.endpoints(), key.port, own.family());
         let basis = build::Basis { backing: Arc::clone(backing), destination: destination.cloned(), own, ways };

@@ -1,7 +1,7 @@
 //! Copies of requests to somewhere else, whose answers nobody waits for (spec/waypoint §3.1, §10).
 //!
 //! A copy gets the body as the request itself is sent, and never holds that up: one that falls further behind than what is
-//! kept for retries ends. What becomes of copies counts for the health of their endpoints, as in Envoy.
+//! kept for retries ends. (Only the first of all to a destination with a table for hashing waits until that is made.) What becomes of copies counts for the health of their endpoints, as in Envoy.
 use crate::phase::Exchange;
 use crate::phase::attempt::{observed, outgoing, speaks_http2};
 use crate::phase::trace;
