@@ -100,7 +100,7 @@ pub async fn serve(mut settings: Settings, logging: &Logging) -> Result<()> {
     // Two agents can serve a pod at once only if its redirection is neither's own.
     let kept = pins.is_some() || settings.zds.is_some() || redirect == RedirectMode::Nftables;
     let found = if kept { Predecessor::find(&handover)? } else { None };
-    let (predecessor, inherited) = found.map_or_else(Default::default, |(agent, pods)| (Some(agent), pods));
+    let (predecessor, inherited) = found.map_or_else(Default::default, |(agent, pods)| (Some(Arc::new(agent)), pods));
     let stop = signals::shutdown().context("installing signal handlers")?;
     let readiness = Readiness::new();
     let registry = Registry::new();
@@ -156,7 +156,10 @@ pub async fn serve(mut settings: Settings, logging: &Logging) -> Result<()> {
     let (asks, successor) = mpsc::channel(1);
     let (alone, is_alone) = watch::channel(predecessor.is_none());
     let plugin = plugin_files(&settings);
-    let supervisor = PodSupervisor::new(Arc::clone(&shared), readiness.clone(), pods, pins, inherited);
+    let mut supervisor = PodSupervisor::new(Arc::clone(&shared), readiness.clone(), pods, pins, inherited);
+    if let Some(predecessor) = &predecessor {
+        supervisor = supervisor.after(Arc::clone(predecessor));
+    }
     let control = tokio::spawn({
         let (mesh, readiness, zds) = (mesh.clone(), readiness.clone(), settings.zds.clone());
         let (settings, plugin) = (settings.clone(), plugin.clone());
@@ -237,8 +240,8 @@ pub async fn serve(mut settings: Settings, logging: &Logging) -> Result<()> {
 }
 
 /// Takes over from the agent before this one, now that every pod is served here too.
-async fn succeed(predecessor: Predecessor, faces: Vec<(SocketAddr, HttpServer)>, drain: &Drain) -> Result<()> {
-    if let Err(error) = predecessor.release() {
+async fn succeed(predecessor: Arc<Predecessor>, faces: Vec<(SocketAddr, HttpServer)>, drain: &Drain) -> Result<()> {
+    if let Err(error) = tokio::task::spawn_blocking(move || predecessor.release()).await? {
         tracing::warn!(%error, "the agent before this one ended early");
     }
     for (addr, server) in faces {

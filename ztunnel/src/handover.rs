@@ -3,13 +3,15 @@
 //!
 //! The new agent connects to the old one's Unix socket (`SOCK_SEQPACKET`), gets one message per pod with the pod's
 //! sockets attached, serves them beside the old one, and says when it is ready. Only then does the old one stop accepting;
-//! its connections live on in it. A new agent that dies before that word changes nothing.
+//! its connections live on in it. A new agent that dies before that word changes nothing; one that finds a pod's ports taken asks again on
+//! a new connection, as the old one goes on enrolling meanwhile.
 //!
 //! Owns the protocol. Refuses peers of another user. Upstream: `app`. Downstream: `pods`, which answers what is [`Ask`]ed.
 use crate::sockets::Sockets;
 use crate::unix::{check_peer, listen_at, seqpacket};
 use anyhow::{Context, Result, bail, ensure};
 use mesh_model::workload::WorkloadUid;
+use parking_lot::Mutex;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
@@ -50,9 +52,21 @@ pub enum Ask {
     Release,
 }
 
-/// The agent before this one, still serving.
+/// The agent before this one, still serving, and enrolling pods until it is released.
 #[derive(Debug)]
-pub struct Predecessor(OwnedFd);
+pub struct Predecessor {
+    path: PathBuf,
+    line: Mutex<Line>,
+}
+
+#[derive(Debug)]
+enum Line {
+    Open(OwnedFd),
+    /// Asking again failed; it may be there all the same.
+    Lost,
+    /// Whoever answers at its path from now on is not it.
+    Released,
+}
 
 impl Predecessor {
     /// Asks the agent behind `path` for its listeners. `None` when nobody is there.
@@ -60,28 +74,62 @@ impl Predecessor {
     /// # Errors
     /// Somebody is there and does not keep to the protocol in time.
     pub fn find(path: &Path) -> Result<Option<(Self, Inherited)>> {
-        let socket = seqpacket()?;
-        if connect(&socket, &SocketAddrUnix::new(path)?).is_err() {
-            return Ok(None);
-        }
-        check_peer(&socket)?;
-        set_socket_timeout(&socket, Timeout::Recv, Some(PATIENCE))?;
-        send(&socket, HELLO, SendFlags::NOSIGNAL)?;
-        let mut inherited = Inherited::new();
-        while let Some((uid, sockets)) = receive_pod(&socket)? {
-            inherited.insert(uid, sockets);
-        }
-        Ok(Some((Self(socket), inherited)))
+        let found = greet(path)?;
+        Ok(found.map(|(socket, pods)| (Self { path: path.to_owned(), line: Mutex::new(Line::Open(socket)) }, pods)))
     }
 
-    /// Tells it to stop accepting.
+    /// Asks again, for the listeners of one pod; `None` if it does not serve it, or is gone or released. Blocks for as long as the
+    /// answer takes.
+    pub(crate) fn sockets_of(&self, pod: &str) -> Option<Sockets> {
+        let mut line = self.line.lock();
+        if matches!(*line, Line::Released) {
+            return None;
+        }
+        // It hears one connection at a time.
+        *line = Line::Lost;
+        match greet(&self.path) {
+            Ok(Some((socket, mut pods))) => {
+                *line = Line::Open(socket);
+                pods.remove(pod)
+            }
+            Ok(None) => None,
+            Err(error) => {
+                tracing::warn!(pod, error = format!("{error:#}"), "the agent before this one was asked for the pod's listeners");
+                None
+            }
+        }
+    }
+
+    /// Tells it to stop accepting. Blocks while it is being asked.
     ///
     /// # Errors
     /// It is gone, which comes to the same.
-    pub fn release(self) -> Result<()> {
-        send(&self.0, READY, SendFlags::NOSIGNAL)?;
+    pub fn release(&self) -> Result<()> {
+        let mut line = self.line.lock();
+        let socket = match std::mem::replace(&mut *line, Line::Released) {
+            Line::Open(socket) => socket,
+            Line::Lost => greet(&self.path)?.context("nobody is there any more")?.0,
+            Line::Released => return Ok(()),
+        };
+        send(&socket, READY, SendFlags::NOSIGNAL)?;
         Ok(())
     }
+}
+
+/// Connects to the agent behind `path` and gets its listeners. `None` when nobody is there.
+fn greet(path: &Path) -> Result<Option<(OwnedFd, Inherited)>> {
+    let socket = seqpacket()?;
+    if connect(&socket, &SocketAddrUnix::new(path)?).is_err() {
+        return Ok(None);
+    }
+    check_peer(&socket)?;
+    set_socket_timeout(&socket, Timeout::Recv, Some(PATIENCE))?;
+    send(&socket, HELLO, SendFlags::NOSIGNAL)?;
+    let mut inherited = Inherited::new();
+    while let Some((uid, sockets)) = receive_pod(&socket)? {
+        inherited.insert(uid, sockets);
+    }
+    Ok(Some((socket, inherited)))
 }
 
 /// Answers the next agent, on a thread of its own, until one has taken over. `released` resolves then.
@@ -94,7 +142,7 @@ pub fn serve(path: &Path, asks: mpsc::Sender<Ask>, released: oneshot::Sender<()>
         loop {
             match answer(&listener, &asks) {
                 Ok(true) => break,
-                Ok(false) => tracing::warn!("the agent that was to take over went away; this one goes on"),
+                Ok(false) => tracing::warn!("the agent that is to take over hung up; this one goes on"),
                 Err(error) if asks.is_closed() => {
                     tracing::debug!(%error, "no more handover: the agent is ending");
                     return;

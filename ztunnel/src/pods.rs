@@ -7,7 +7,7 @@
 mod start;
 
 use crate::enrolment::{Arrival, ByKubernetes, Enrolled, Place};
-use crate::handover::{Ask, Inherited};
+use crate::handover::{Ask, Inherited, Predecessor};
 use crate::pod::{Pod, Shared};
 use crate::prefilter::Prefilter;
 use crate::settings::RedirectMode;
@@ -168,6 +168,8 @@ pub struct PodSupervisor {
     /// Whether redirections that an earlier agent left for pods that are gone may still be there.
     unswept: bool,
     inherited: Inherited,
+    /// Who serves what was not inherited and is taken.
+    predecessor: Option<Arc<Predecessor>>,
     handed_over: bool,
     cni: Option<Cni>,
     kubernetes: Option<ByKubernetes>,
@@ -189,12 +191,20 @@ impl PodSupervisor {
             unswept: pins.is_some() || shared.settings.redirect == RedirectMode::Nftables,
             pins,
             inherited,
+            predecessor: None,
             handed_over: false,
             cni: None,
             kubernetes: None,
             changed: mpsc::channel(16),
             shared,
         }
+    }
+
+    /// Asks this agent again for the listeners of a pod whose ports are taken: it goes on enrolling until it is released.
+    #[must_use]
+    pub fn after(mut self, predecessor: Arc<Predecessor>) -> Self {
+        self.predecessor = Some(predecessor);
+        self
     }
 
     /// Serves the pods these orders name, where they are redirected already, instead of those the mesh names.
@@ -545,6 +555,7 @@ impl PodSupervisor {
             readiness: self.readiness.clone(),
             pins: self.pins.clone(),
             by_cni: self.cni.is_some(),
+            predecessor: self.predecessor.clone(),
             changed: self.changed.0.clone(),
         }
     }

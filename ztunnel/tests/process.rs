@@ -28,7 +28,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout};
 use ztunnel::accept::Accepted;
-use ztunnel::handover::Inherited;
+use ztunnel::handover::{self, Ask, Inherited, Predecessor};
 use ztunnel::pod::{Pod, Shared};
 use ztunnel::pods::{PodState, PodSupervisor, PodTable};
 use ztunnel::{Settings, app, outbound};
@@ -67,7 +67,8 @@ struct Lab {
     logging: Logging,
     ca: Arc<LocalCa>,
     registry: Registry,
-    _dir: tempfile::TempDir,
+    asks: mpsc::Sender<Ask>,
+    dir: tempfile::TempDir,
 }
 
 /// Each lab has a second byte of its own, so that tests run side by side.
@@ -112,10 +113,10 @@ impl Lab {
         let readiness = Readiness::new();
         let (drain, watch) = drain::channel();
         let supervisor = PodSupervisor::new(Arc::clone(&shared), readiness.clone(), pods.clone(), None, Inherited::new());
-        let (_asks, successor) = mpsc::channel(1);
+        let (asks, successor) = mpsc::channel(1);
         tokio::spawn(supervisor.run(watch, readiness.pending("mesh"), successor));
         timeout(LIMIT, readiness.ready()).await.context("readiness")?;
-        Ok(Self { net, mesh, sink, shared, pods, drain, said, logging, ca, registry, _dir: dir })
+        Ok(Self { net, mesh, sink, shared, pods, drain, said, logging, ca, registry, asks, dir })
     }
     fn address(net: u8, host: u8) -> IpAddr {
         Ipv4Addr::new(127, 1, net, host).into()
@@ -602,6 +603,47 @@ async fn the_pod_drains_and_tells_its_peers() -> Result<()> {
     echo_once(&mut client).await?;
     drop(client);
     timeout(LIMIT, lab.drain.finished()).await?;
+    Ok(())
+}
+
+/// What a start that failed was given is gone, so `inherited` counts for nothing here: neither that pod's sockets nor those of a
+/// pod that was enrolled after the question hold the upgrade up.
+#[tokio::test]
+async fn a_pod_the_old_agent_enrols_meanwhile_is_taken_over_too() -> Result<()> {
+    let mut lab = Lab::start(|ip| vec![up(workload("early", ip(1)))]).await?;
+    let path = lab.dir.path().join("n.handover");
+    let (released, is_released) = tokio::sync::oneshot::channel();
+    handover::serve(&path, lab.asks.clone(), released)?;
+    let (predecessor, inherited) =
+        tokio::task::spawn_blocking(move || Predecessor::find(&path)).await??.context("the old agent is there")?;
+    ensure!(inherited.len() == 1, "{inherited:?}");
+    drop(inherited);
+    lab.change(vec![up(workload("late", Lab::address(lab.net, 2)))]).await?;
+    let deadline = Instant::now() + LIMIT;
+    while lab.pod("late").is_err() {
+        ensure!(Instant::now() < deadline, "the old agent does not serve it");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+
+    let (pods, readiness, predecessor) = (PodTable::default(), Readiness::new(), Arc::new(predecessor));
+    let (drain, watch) = drain::channel();
+    let supervisor = PodSupervisor::new(Arc::clone(&lab.shared), readiness.clone(), pods.clone(), None, Inherited::new())
+        .after(Arc::clone(&predecessor));
+    let (_asks, successor) = mpsc::channel(1);
+    tokio::spawn(supervisor.run(watch, readiness.pending("mesh"), successor));
+    timeout(LIMIT, readiness.ready()).await.with_context(|| format!("the new agent: {:?}", pods.list()))?;
+    ensure!(pods.list().iter().filter(|(_, state)| matches!(state, PodState::Up { .. })).count() == 2, "{:?}", pods.list());
+
+    tokio::task::spawn_blocking(move || predecessor.release()).await??;
+    timeout(LIMIT, is_released).await??;
+    // The old agent goes; its sockets stay, with the new one.
+    lab.drain.start(DrainMode::Immediate);
+    timeout(LIMIT, lab.drain.finished()).await?;
+    for host in [1, 2] {
+        timeout(LIMIT, TcpStream::connect(lab.at(host, 15008))).await??;
+    }
+    drain.start(DrainMode::Immediate);
+    timeout(LIMIT, drain.finished()).await?;
     Ok(())
 }
 

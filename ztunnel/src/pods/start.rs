@@ -5,6 +5,7 @@
 use crate::accept;
 use crate::dns;
 use crate::enrolment::Enrolled;
+use crate::handover::Predecessor;
 use crate::nft::Table;
 use crate::pod::{Pod, Shared};
 use crate::prefilter::{ranges, sources};
@@ -109,6 +110,8 @@ pub(super) struct Starter {
     pub(super) pins: Option<PinRoot>,
     /// Whether a CNI agent enrols, whose own rules redirect.
     pub(super) by_cni: bool,
+    /// Who may have a pod's ports already.
+    pub(super) predecessor: Option<Arc<Predecessor>>,
     /// Is told of pods whose interfaces change.
     pub(super) changed: mpsc::Sender<WorkloadUid>,
 }
@@ -213,8 +216,14 @@ impl Starter {
         if let Some(inherited) = inherited {
             return Ok(inherited);
         }
-        let (shared, enrolled) = (Arc::clone(&self.shared), enrolled.clone());
-        let bind = move || Sockets::bind(&enrolled, netns.as_deref(), &shared.settings);
+        let (shared, enrolled, predecessor) = (Arc::clone(&self.shared), enrolled.clone(), self.predecessor.clone());
+        let bind = move || match Sockets::bind(&enrolled, netns.as_deref(), &shared.settings) {
+            // The agent before this one enrolled the pod after its pods were handed on, or what was had of it went with a start that failed.
+            Err(taken) if taken.kind() == io::ErrorKind::AddrInUse => {
+                predecessor.and_then(|agent| agent.sockets_of(&enrolled.key)).ok_or(taken)
+            }
+            bound => bound,
+        };
         tokio::task::spawn_blocking(bind).await.map_err(io::Error::other).flatten().map_err(|e| format!("listeners: {e}"))
     }
 
