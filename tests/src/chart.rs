@@ -1,6 +1,6 @@
 //! The Helm chart without Helm: the part of its template language that the chart keeps to, so that what it renders can be
-//! checked on any machine. Understood are `{{ PATH }}`, `{{ PATH | quote }}`, `toYaml PATH | nindent N`, `if PATH` with `else`,
-//! and `range PATH`, where a path starts at `.Values`, `.Release`, `$` or the element of a range. Anything else is an error.
+//! checked on any machine. Understood are `{{ PATH }}`, `{{ PATH | quote }}`, `toYaml PATH | nindent N`, `if PATH` and
+//! `if eq PATH "TEXT"` with `else`, and `range PATH`, where a path starts at `.Values`, `.Release`, `$` or the element of a range. Anything else is an error.
 use anyhow::{Context, bail, ensure};
 use serde_json::{Map, Value, json};
 use std::fmt::Write as _;
@@ -129,7 +129,7 @@ fn run(pieces: &[Piece], mut at: usize, root: &Value, dot: &Value, live: bool, o
             return Ok(at - 1);
         }
         if let Some(path) = action.strip_prefix("if ") {
-            let holds = live && is_true(&find(path, root, dot)?);
+            let holds = live && holds(path, root, dot)?;
             at = run(pieces, at, root, dot, holds, out)?;
             if matches!(pieces.get(at), Some(Piece::Action(a)) if a == "else") {
                 at = run(pieces, at + 1, root, dot, live && !holds, out)?;
@@ -154,6 +154,13 @@ fn expect_end(pieces: &[Piece], at: usize) -> anyhow::Result<usize> {
         Some(Piece::Action(action)) if action == "end" => Ok(at + 1),
         _ => bail!("a block without `end`"),
     }
+}
+
+fn holds(condition: &str, root: &Value, dot: &Value) -> anyhow::Result<bool> {
+    let Some(rest) = condition.strip_prefix("eq ") else { return Ok(is_true(&find(condition, root, dot)?)) };
+    let (path, text) = rest.split_once(' ').with_context(|| format!("`{condition}` is not understood"))?;
+    let text: String = serde_json::from_str(text.trim()).with_context(|| format!("`{condition}` is not understood"))?;
+    Ok(find(path, root, dot)? == json!(text))
 }
 
 fn is_true(value: &Value) -> bool {

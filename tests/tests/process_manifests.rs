@@ -210,6 +210,19 @@ fn an_upgrade_and_an_end_get_their_time() {
     }
 }
 
+/// Without redirections that are kept there is nothing to take over: two agents at a time would wait for each other.
+#[test]
+fn an_upgrade_that_leaves_pods_open_is_a_restart() {
+    for (choice, surge, unavailable) in [("open", 0, 1), ("closed", 1, 0)] {
+        let values = format!("agent: {{ onAgentDeath: {choice} }}\n{}", chart::ISTIO_CA);
+        let all = documents(&chart::render_with(&manifests().join("chart"), &values, NAMESPACE).unwrap()).unwrap();
+        let spec = &find(&all, "DaemonSet", "culvert-agent")["spec"];
+        assert_eq!(spec["updateStrategy"]["rollingUpdate"], json!({ "maxSurge": surge, "maxUnavailable": unavailable }));
+        let variables = spec["template"]["spec"]["containers"][0]["env"].as_array().unwrap();
+        assert!(variables.contains(&json!({ "name": "CULVERT_ON_AGENT_DEATH", "value": choice })), "{variables:?}");
+    }
+}
+
 /// Every object of the whole policy below `at`, with the fields its schema has.
 fn objects_of(schema: &Value, value: &Value, at: &str, out: &mut Vec<(String, BTreeSet<String>)>) {
     match value {
