@@ -252,8 +252,8 @@ fn assemble(
             unused_release: settings.pool_unused_release,
             // A client that does not read is to cost 256 KiB at most: a window, this buffer, and those of HTTP. So windows do not
             // grow here: what a stream held when its client stopped reading would stay.
-            stream_window: 48 << 10,
-            max_stream_window: 48 << 10,
+            stream_window: 32 << 10,
+            max_stream_window: 32 << 10,
             send_buffer: 32 << 10,
             budget: Some(budget),
             ..mesh_hbone::Settings::default()
