@@ -355,7 +355,8 @@ pub struct ControlSettings {
     #[arg(long, env = "AUTH_TOKEN", hide_env_values = true, value_name = "TOKEN")]
     pub auth_token: Option<Token>,
     /// SPIRE issues the certificates: the admin socket of its agent, `unix:///path`, where this process is an authorized delegate.
-    /// A pod is asked for by `k8s:ns` and `k8s:sa`, and its entry must say `spiffe://<trust domain>/ns/<namespace>/sa/<account>`.
+    /// A pod is asked for by what is known of it (`k8s:ns`, `k8s:sa`, name, node, uid, labels); its entry must say
+    /// `spiffe://<trust domain>/ns/<namespace>/sa/<account>`.
     #[arg(long, env = "CULVERT_SPIRE_ADMIN_SOCKET", value_name = "SOCKET", conflicts_with = "ca_address")]
     pub spire_admin_socket: Option<String>,
     /// istiod is asked only for what is needed: the pods of this node, and the destinations they call. The first connection to each

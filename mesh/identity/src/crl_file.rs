@@ -2,11 +2,12 @@
 //!
 //! The lists travel with the trust bundles ([`over`]), so that whatever follows a change of roots follows theirs too: the next
 //! handshake, and the judgement of live tunnels ([`crate::live`]). Refuses to lose lists: a file that goes, or cannot be read,
-//! leaves those it had in force.
+//! leaves those it had in force, until their date: then what was accepted by them is judged anew, without them.
 //! Upstream: the operator, a source. Downstream: whoever asks the source for its bundles.
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use mesh_model::SpiffeId;
 use tokio::runtime::Handle;
@@ -101,11 +102,26 @@ impl Follow {
             tokio::select! {
                 () = sender.closed() => return,
                 changed = bundles.changed() => if changed.is_err() { return },
-                _ = tick.tick() => if !self.look().await { continue },
+                _ = tick.tick() => {
+                    let read = self.look().await;
+                    if !self.age() && !read { continue }
+                }
             }
             let now = Arc::clone(&bundles.borrow_and_update());
             sender.send_replace(self.apply(&now));
         }
+    }
+
+    /// Whether a list has gone out of date; it is left out then, because proofs that are kept and live tunnels are judged again
+    /// by new bundles only.
+    fn age(&mut self) -> bool {
+        let Some(left) = self.lists.aged(SystemTime::now()) else { return false };
+        tracing::error!(
+            path = %self.file.path.display(), left = left.count(),
+            "certificate revocation lists are out of date: certificates that need them are refused"
+        );
+        self.lists = Arc::new(left);
+        true
     }
 
     /// Whether the file says something else now.

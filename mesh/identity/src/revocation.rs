@@ -4,6 +4,8 @@
 //! good: [`Unknown`] says what then. Upstream: [`crate::crl_file`]. Downstream: [`crate::bundle`], [`crate::verify`].
 
 use std::str::FromStr;
+use std::sync::Arc;
+use std::time::SystemTime;
 
 use rustls_pki_types::CertificateRevocationListDer;
 use rustls_pki_types::pem::PemObject;
@@ -11,6 +13,10 @@ use webpki::{
     CertRevocationList, ExpirationPolicy, OwnedCertRevocationList, RevocationCheckDepth, RevocationOptions,
     RevocationOptionsBuilder, UnknownStatusPolicy,
 };
+use x509_parser::prelude::FromDer;
+use x509_parser::revocation_list::CertificateRevocationList;
+
+use crate::clock::date;
 
 /// What is done with a certificate of which no list in force speaks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -34,10 +40,17 @@ impl FromStr for Unknown {
     }
 }
 
+/// A list, and the date from which on it proves nothing any more (`nextUpdate`).
+#[derive(Clone, Debug)]
+struct Dated {
+    list: Arc<CertRevocationList<'static>>,
+    until: SystemTime,
+}
+
 /// The lists in force.
 #[derive(Debug)]
 pub struct Revocation {
-    lists: Vec<CertRevocationList<'static>>,
+    lists: Vec<Dated>,
     unknown: Unknown,
 }
 
@@ -56,7 +69,8 @@ impl Revocation {
         }
         let read = |(at, der): (usize, &CertificateRevocationListDer<'_>)| {
             let list = OwnedCertRevocationList::from_der(der).map_err(|error| format!("list {}: {error}", at + 1))?;
-            Ok(CertRevocationList::from(list))
+            let until = next_update(der).map_err(|why| format!("list {}: {why}", at + 1))?;
+            Ok(Dated { list: Arc::new(list.into()), until })
         };
         let lists = lists.iter().enumerate().map(read).collect::<Result<_, String>>()?;
         Ok(Self { lists, unknown })
@@ -67,6 +81,15 @@ impl Revocation {
         Self { lists: Vec::new(), unknown }
     }
 
+    /// These without those that are out of date at `now`; `None`: none is, or they count beyond their date.
+    pub(crate) fn aged(&self, now: SystemTime) -> Option<Self> {
+        let in_force = |dated: &&Dated| now < dated.until;
+        if self.unknown == Unknown::Allow || self.lists.iter().all(|dated| in_force(&dated)) {
+            return None;
+        }
+        Some(Self { lists: self.lists.iter().filter(in_force).cloned().collect(), unknown: self.unknown })
+    }
+
     /// How many there are.
     pub(crate) fn count(&self) -> usize {
         self.lists.len()
@@ -74,7 +97,7 @@ impl Revocation {
 
     /// The lists as the verifier wants them.
     pub(crate) fn lists(&self) -> Vec<&CertRevocationList<'static>> {
-        self.lists.iter().collect()
+        self.lists.iter().map(|dated| &*dated.list).collect()
     }
 
     /// How `lists` are applied; `None`: not at all.
@@ -95,6 +118,12 @@ impl Revocation {
         let builder = builder.with_depth(RevocationCheckDepth::Chain).with_status_policy(status);
         Ok(Some(builder.with_expiration_policy(expiration).build()))
     }
+}
+
+/// Until when a list counts. The verifier knows, and does not tell.
+fn next_update(der: &[u8]) -> Result<SystemTime, String> {
+    let (_, list) = CertificateRevocationList::from_der(der).map_err(|error| error.to_string())?;
+    list.next_update().map(|until| date(until.timestamp())).ok_or_else(|| "no nextUpdate".to_owned())
 }
 
 /// Whether this is about revocation.

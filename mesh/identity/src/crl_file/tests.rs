@@ -67,6 +67,11 @@ impl Fixture {
 
 fn list(ca: &TestCa, revoked: &[u64], valid: bool) -> String {
     let now = SystemTime::now();
+    list_until(ca, revoked, if valid { now + hours(1) } else { now - hours(1) })
+}
+
+fn list_until(ca: &TestCa, revoked: &[u64], until: SystemTime) -> String {
+    let now = SystemTime::now();
     let revoked = revoked.iter().map(|serial| RevokedCertParams {
         serial_number: SerialNumber::from(*serial),
         revocation_time: now.into(),
@@ -75,7 +80,7 @@ fn list(ca: &TestCa, revoked: &[u64], valid: bool) -> String {
     });
     let params = CertificateRevocationListParams {
         this_update: (now - hours(2)).into(),
-        next_update: if valid { now + hours(1) } else { now - hours(1) }.into(),
+        next_update: until.into(),
         crl_number: SerialNumber::from(1),
         issuing_distribution_point: None,
         revoked_certs: revoked.collect(),
@@ -174,6 +179,34 @@ async fn the_file_is_followed_and_ends_live_connections() {
     tokio::time::timeout(Duration::from_secs(10), seen.changed()).await.expect("the new bundles").unwrap();
     let (client, server) = f.shake(&tls).await;
     assert_eq!(outcome(&client, &server), Refuses::Client);
+}
+
+#[tokio::test]
+async fn a_list_that_goes_out_of_date_ends_what_it_let_in() {
+    let f = Fixture::new();
+    let soon = SystemTime::now() + Duration::from_secs(4);
+    f.write(&(list(&f.root, &[], true) + &list_until(&f.middle, &[], soon)));
+    let (deny, allow) = (f.tls(Unknown::Deny), f.tls(Unknown::Allow));
+    let (client, server) = f.shake(&deny).await;
+    let ((_client, cart), (_server, web)) = (client.unwrap(), server.unwrap());
+    let peers = LivePeers::default();
+    peers.admit(Arc::new(cart));
+    peers.admit(Arc::new(web));
+    let mut bundles = deny.bundles();
+    bundles.mark_unchanged();
+    assert_eq!(peers.rejudge(&deny.trusted()), 0);
+    tokio::time::timeout(Duration::from_secs(15), bundles.changed()).await.expect("its date is noticed").unwrap();
+    assert_eq!(peers.rejudge(&deny.trusted()), 2);
+    let (client, server) = f.shake(&deny).await;
+    assert_eq!(outcome(&client, &server), Refuses::Client, "the proof of before is not used again");
+    let (client, server) = f.shake(&allow).await;
+    assert_eq!(outcome(&client, &server), Refuses::Nobody);
+
+    bundles.mark_unchanged();
+    f.write(&(list(&f.root, &[], true) + &list(&f.middle, &[], true)));
+    tokio::time::timeout(Duration::from_secs(10), bundles.changed()).await.expect("the next list is read").unwrap();
+    let (client, server) = f.shake(&deny).await;
+    assert_eq!(outcome(&client, &server), Refuses::Nobody);
 }
 
 #[tokio::test]
