@@ -9,6 +9,7 @@ use crate::phase::{
     Exchange, Flow, admit, attempt, authenticate, authorize, buffer, compress, cors, custom, expose, fault, forward, limit,
     mirror, respond, rewrite, route, trace, treat,
 };
+use crate::telemetry::Flag;
 use ::http::{Request, Response};
 use hyper::body::Incoming;
 use mesh_model::l7::limit::Point;
@@ -28,6 +29,11 @@ pub async fn run(conn: &Arc<Conn>, request: Request<Incoming>) -> Response<Body>
         Some(ex) => expose::tell(ex, answer),
         None => answer,
     }
+}
+
+/// A request whose stream is reset for its head, before the first phase: told, as Envoy tells it, and not answered.
+pub fn reset(conn: &Arc<Conn>, request: Request<Incoming>, details: &'static str) {
+    expose::tell_unanswered(admit::begin(conn, request), Flag::DownstreamProtocolError, details);
 }
 
 async fn phases(ex: &mut Exchange<'_>) -> Response<Body> {

@@ -66,7 +66,7 @@ where
             async move {
                 // Those of HTTP/1 are counted by their parser.
                 if request.version() == ::http::Version::HTTP_2 && fields(&request) > FIELDS {
-                    tracing::debug!(client = %conn.client, "{TooManyFields}");
+                    exchange::reset(&conn, request, "http2.too_many_headers");
                     return Err(TooManyFields);
                 }
                 Ok(exchange::run(&conn, request).await)

@@ -71,7 +71,9 @@ impl Places {
     }
     /// Where a connection goes.
     pub(crate) fn of(&self, facts: &Facts, snap: &Snapshot) -> Arc<Place> {
-        let at = At::of(facts);
+        self.at(At::of(facts), snap)
+    }
+    fn at(&self, at: At, snap: &Snapshot) -> Arc<Place> {
         let find = || self.entries.load().get(&at).map(Arc::clone);
         find().unwrap_or_else(|| {
             let _writing = self.writing.lock();
@@ -93,28 +95,30 @@ impl Places {
             return Arc::clone(&now);
         }
         let found = Arc::new(place.at.in_force(snap, &self.gateway));
-        if now.version < found.version {
-            place.now.store(Arc::clone(&found));
-        }
+        // Several may have found it meanwhile, of several versions: the newest stays.
+        place.now.rcu(|now| Arc::clone(if now.version < found.version { &found } else { now }));
         found
     }
     /// Brings every place to this version, and forgets those without connections. Called after a publish, from the control
-    /// thread.
+    /// thread; who connects to a new place meanwhile does not wait for the others to be found.
     pub fn collect(&self, snap: &Snapshot) {
+        // Beside the table's own. Who finds it just now keeps a place that only its own requests bring to newer versions.
+        let is_used = |place: &Arc<Place>| Arc::strong_count(place) > 1;
+        for place in self.entries.load_full().values().filter(|place| is_used(place)) {
+            self.in_force(place, snap);
+        }
         let _writing = self.writing.lock();
         let all = self.entries.load_full();
+        // All of them before the first is removed, which copies its shard: then those beside it would look used.
+        let unused: Vec<&At> = all.iter().filter(|(_, place)| !is_used(place)).map(|(at, _)| at).collect();
+        if unused.is_empty() {
+            return;
+        }
         let mut next = Shards::clone(&all);
-        for (at, place) in all.iter() {
-            // The table's own. Who finds it just now keeps a place that only its own requests bring to newer versions.
-            if Arc::strong_count(place) == 1 {
-                next.remove(at);
-            } else {
-                self.in_force(place, snap);
-            }
+        for at in unused {
+            next.remove(at);
         }
-        if next.len() < all.len() {
-            self.entries.store(Arc::new(next));
-        }
+        self.entries.store(Arc::new(next));
     }
 }
 
@@ -124,6 +128,7 @@ mod tests {
     use mesh_model::change::Change;
     use mesh_model::l7::policy::{L7Action, L7Body, L7Policies, L7Policy, PolicyTarget};
     use mesh_model::policy::PolicyKey;
+    use std::time::{Duration, Instant};
 
     fn facts() -> Facts {
         Facts {
@@ -167,5 +172,36 @@ mod tests {
         drop(place);
         places.collect(&last);
         assert!(places.entries.load().is_empty());
+    }
+
+    #[test]
+    fn all_places_nobody_is_connected_to_are_forgotten_at_once() {
+        let places = Places::new(GatewayKey::new("shop", "edge"));
+        let snap = Snapshot::empty(mesh_model::snapshot::Viewpoint::default());
+        let connected: Vec<_> = (0..100).map(|n| places.at(At::Workload(format!("n{n}").into()), &snap)).collect();
+        places.collect(&snap);
+        assert_eq!(places.entries.load().len(), 100);
+        let kept = connected.into_iter().nth(50);
+        places.collect(&snap);
+        assert_eq!(places.entries.load().len(), 1);
+        assert!(kept.is_some_and(|kept| Arc::ptr_eq(&kept, &places.at(At::Workload("n50".into()), &snap))));
+    }
+    #[test]
+    fn places_are_brought_up_to_date_while_others_are_written() {
+        let gateway = GatewayKey::new("shop", "edge");
+        let places = Places::new(gateway.clone());
+        let before = Snapshot::empty(mesh_model::snapshot::Viewpoint::default());
+        let after = before.apply(&[deny(&gateway)]);
+        let place = places.of(&facts(), &before);
+        std::thread::scope(|scope| {
+            let writing = places.writing.lock();
+            scope.spawn(|| places.collect(&after));
+            let until = Instant::now() + Duration::from_secs(10);
+            while place.now.load().version < after.version() && Instant::now() < until {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            assert_eq!(place.now.load().version, after.version());
+            drop(writing);
+        });
     }
 }

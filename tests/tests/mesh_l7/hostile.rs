@@ -240,7 +240,27 @@ pub(crate) fn odd_targets_are_refused_or_made_plain(mesh: &mut Mesh) -> anyhow::
 }
 
 pub(crate) fn too_much_of_anything_is_refused(mesh: &mut Mesh) -> anyhow::Result<()> {
-    all(mesh, "oversized", &oversized())
+    all(mesh, "oversized", &oversized())?;
+    too_many_fields_of_http2(mesh)
+}
+/// The stream is reset, and the request told of as Envoy tells of it.
+fn too_many_fields_of_http2(mesh: &Mesh) -> anyhow::Result<()> {
+    let proxy = mesh.proxy("wp");
+    let told = || -> anyhow::Result<f64> {
+        let labels = [("response_code", "0"), ("response_flags", "DPE"), ("destination_service_name", "web")];
+        Ok(proxy.metrics()?.sum("istio_requests_total", &labels))
+    };
+    let (before, mark) = (told()?, proxy.mark());
+    let mut fields = vec![(":method", "GET"), (":scheme", "http"), (":authority", "web.example"), (":path", "/too-many")];
+    fields.extend([("x-a", "b"); 97]);
+    let mut raw = Raw::say(mesh.pod("client"), SocketAddr::from((WEB_IP, 80)), &frames::preface())?;
+    raw.send(&frames::frame(frames::HEADERS, frames::END_STREAM | frames::END_HEADERS, 1, &frames::block(&fields)))?;
+    let came = frames::outcome(&mut raw, 1)?;
+    ensure!(came == Came::Reset(2), "{came:?}");
+    wait::until_true("the request in the metrics", || told().is_ok_and(|now| now as u64 == before as u64 + 1))?;
+    wait::until_true("its line in the log", || {
+        proxy.log_since(mark).lines().any(|line| line.contains("/too-many") && line.contains("http2.too_many_headers"))
+    })
 }
 
 /// Heads that HTTP/2 calls malformed (RFC 9113 §8.1.1): a stream error or 400, never a request.

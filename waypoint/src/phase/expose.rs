@@ -134,14 +134,21 @@ impl<'c> Unanswered<'c> {
 }
 impl Drop for Unanswered<'_> {
     fn drop(&mut self) {
-        let Some(mut ex) = self.0.take() else { return };
+        let Some(ex) = self.0.take() else { return };
+        let conn = ex.conn;
         let (flag, details) = client_gone(ex.parts.version);
-        ex.record.flags.set(flag);
-        ex.record.details = details.into();
-        ex.record.heads(std::mem::take(&mut ex.parts.headers), &ex.path, ex.parts.uri.query(), None);
-        ex.conn.shared.telemetry.request_done(&ex.conn.facts, &ex.record);
-        ex.conn.activity.ends();
+        tell_unanswered(ex, flag, details);
+        conn.activity.ends();
     }
+}
+
+/// Tells about an exchange that gets no answer.
+pub(crate) fn tell_unanswered(ex: Exchange<'_>, flag: Flag, details: &'static str) {
+    let Exchange { conn, parts, path, mut record, .. } = ex;
+    record.flags.set(flag);
+    record.details = details.into();
+    record.heads(parts.headers, &path, parts.uri.query(), None);
+    conn.shared.telemetry.request_done(&conn.facts, &record);
 }
 
 /// Flag and details of a client that went: in HTTP/2 it resets the one stream.

@@ -27,8 +27,8 @@ pub enum Outcome {
 /// Whether the policy wants another attempt after this outcome.
 ///
 /// Any failure of the endpoint counts as a 5xx, because it would become one: `5xx`, `gateway-error` and `reset` cover them
-/// all, an attempt's time limit included (when the time of the whole request is up nothing is tried). Istio's default names none of the three, so a time limit per attempt is not
-/// retried by it (spec/waypoint §10).
+/// all, an attempt's time limit included (when the time of the whole request is up nothing is tried). Istio's default names
+/// none of the three, so a time limit per attempt is not retried by it (spec/waypoint §10).
 pub fn worth_retry(policy: &RetryPolicy, outcome: &Outcome) -> bool {
     let on = policy.on;
     match *outcome {
