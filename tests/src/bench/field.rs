@@ -105,7 +105,7 @@ impl Field {
         if let Carrier::Agents(binary) = &peer.carrier {
             for node in ["node-client", "node-server"] {
                 let netns = Netns::create(&format!("{prefix}{node}"))?;
-                agents.push(Proxy::agent(binary, node, netns, (mesh.path(), authority.path()), &peer.name, settings)?);
+                agents.push(Proxy::agent(binary, (node, &[]), netns, (mesh.path(), authority.path()), &peer.name, settings)?);
             }
         }
         let mut control = None;

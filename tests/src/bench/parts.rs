@@ -77,17 +77,17 @@ impl Proxy {
         command
     }
 
-    /// Our node agent.
+    /// Our node agent, with these flags beside its usual ones.
     pub fn agent(
         binary: &Path,
-        node: &str,
+        (node, more): (&str, &[String]),
         netns: Netns,
         (mesh, authority): (&Path, &Path),
         peer: &str,
         settings: &Settings,
     ) -> anyhow::Result<Self> {
         let mut command = Self::ours(binary, mesh, authority, settings);
-        command.args(["--node", node]);
+        command.args(["--node", node]).args(more);
         Self::start(netns, command, &format!("{peer}-{node}"), (15021, "/healthz/ready"), settings)
     }
 

@@ -13,7 +13,9 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use super::parts::{self, Held, Proxy, Running, Settings, join, load_command, pinned, pod_yaml, start_listening};
+use crate::agent::Metrics;
 use crate::dev_ca::TestCa;
+use crate::http;
 use crate::issuer::{SigningKey, jwks, now};
 use crate::mesh_dir::MeshDir;
 use crate::netns::{self, Netns};
@@ -73,6 +75,8 @@ pub struct Size {
     pub endpoints: usize,
     /// Tokens of RS256 there are. If any, every request must bear one that a policy allows, and is logged as JSON.
     pub tokens: usize,
+    /// Streams that an agent has in one tunnel before it opens another; 0: as it is set by itself. Only in [`Shape::Hbone`].
+    pub tunnel_streams: u64,
 }
 
 static BUILT: AtomicUsize = AtomicUsize::new(0);
@@ -127,8 +131,12 @@ impl Row {
         let folders = (mesh.path(), authority.path());
         let mut ends = Vec::new();
         if shape == Shape::Hbone {
+            let more: &[String] = match size.tunnel_streams {
+                0 => &[],
+                most => &[format!("--pool-max-streams={most}")],
+            };
             for node in ["node-client", "node-server"] {
-                ends.push(Proxy::agent(agent, node, make(node)?, folders, peer.name, settings)?);
+                ends.push(Proxy::agent(agent, (node, more), make(node)?, folders, peer.name, settings)?);
             }
             // Their authority signs for Envoy, too.
             ends.iter_mut().try_for_each(Proxy::wait_ready)?;
@@ -213,6 +221,14 @@ impl Row {
     /// The same from the server's pod, which is a client of its own service then.
     pub fn hold_from_server(&self, args: &[&str], conns: u64) -> anyhow::Result<Held> {
         Held::open(&self.server_netns, &self.settings, args, self.target(), conns)
+    }
+
+    /// Tunnels and streams that the client's agent has open.
+    pub fn tunnels(&self) -> anyhow::Result<(u64, u64)> {
+        let agent = self.proxies.get(1).context("an agent of the client's")?;
+        let page = Metrics::parse(&http::get(&agent.netns, (Ipv4Addr::LOCALHOST, 15020).into(), "/metrics")?.body);
+        let now = |name| page.sum(name, &[("direction", "outbound")]) as u64;
+        Ok((now("culvert_tunnels_active"), now("culvert_tunnel_streams_active")))
     }
 
     /// CPU seconds so far: of the proxy in the middle, then of the agents.

@@ -2,16 +2,18 @@
 //! rules say so.
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
-use mesh_tests::agent::is_clean;
+use mesh_tests::agent::{Agent, is_clean};
+use mesh_tests::bench::process::raise_open_files;
 use mesh_tests::load::Load;
 use mesh_tests::raw::Raw;
 use mesh_tests::wait;
 use mesh_tests::web::Web;
 use nix::sys::signal::Signal;
 
+use crate::bytes::vip;
 use crate::mesh::{Mesh, PORT, SPAN, WEB};
 
 /// Requests of every test here, at the least.
@@ -132,10 +134,7 @@ pub(crate) fn a_waypoint_is_restarted(mesh: &mut Mesh) -> anyhow::Result<()> {
 pub(crate) fn agents_are_upgraded(mesh: &mut Mesh) -> anyhow::Result<()> {
     let load = load(mesh, SPAN)?;
     for node in ["node-b", "node-a"] {
-        let mark = mesh.proxy(node).mark();
-        let next = mesh.start(node)?;
-        wait::until_true("the next agent to take over", || next.log_since(mark).contains("took over from the agent"))?;
-        next.wait_ready(Duration::from_secs(40))?;
+        let next = next_agent(mesh, node, &[])?;
         let so_far = load.done();
         load.wait(so_far + 200)?;
         let status = mesh.proxy(node).terminate(Duration::from_secs(30))?;
@@ -146,6 +145,60 @@ pub(crate) fn agents_are_upgraded(mesh: &mut Mesh) -> anyhow::Result<()> {
         ensure!(mesh.web["web1"].requests() > before, "the endpoints of {node} are used");
     }
     load.finish(REQUESTS)?.all_well(REQUESTS, CALLERS)
+}
+/// Starts another agent of a node, which takes over.
+fn next_agent(mesh: &Mesh, node: &str, env: &[(&str, &str)]) -> anyhow::Result<Agent> {
+    let mark = mesh.proxy(node).mark();
+    let next = mesh.start_with(node, env)?;
+    wait::until_true("the next agent to take over", || next.log_since(mark).contains("took over from the agent"))?;
+    next.wait_ready(Duration::from_secs(40))?;
+    Ok(next)
+}
+
+/// An agent that is told to share a tunnel among many does: thousands of connections at once, each with a request before and
+/// after.
+pub(crate) fn one_tunnel_carries_thousands_of_streams(mesh: &mut Mesh) -> anyhow::Result<()> {
+    // One data thread: each has tunnels of its own.
+    for env in [&[("POOL_MAX_STREAMS_PER_CONNECTION", "10000"), ("ZTUNNEL_WORKER_THREADS", "1")][..], &[]] {
+        let next = next_agent(mesh, "node-a", env)?;
+        mesh.proxy("node-a").terminate(Duration::from_secs(30))?;
+        mesh.proxies.insert("node-a", next);
+        if !env.is_empty() {
+            share_a_tunnel(mesh)?;
+        }
+    }
+    Ok(())
+}
+fn share_a_tunnel(mesh: &Mesh) -> anyhow::Result<()> {
+    const STREAMS: usize = 2500;
+    const AT_ONCE: usize = 50;
+    raise_open_files();
+    let ask = |some: &mut [Raw]| {
+        some.iter_mut().try_for_each(|raw| raw.send(b"GET / HTTP/1.1\r\nhost: web\r\n\r\n"))?;
+        some.iter_mut().try_for_each(|raw| {
+            let answer = raw.answer()?;
+            ensure!(answer.status == 200, "{answer:?}");
+            Ok(())
+        })
+    };
+    let until = Instant::now() + Duration::from_mins(1);
+    let mut open = Vec::with_capacity(STREAMS);
+    while open.len() < STREAMS {
+        ensure!(Instant::now() < until, "only {} opened", open.len());
+        for _ in 0..AT_ONCE {
+            open.push(Raw::open(mesh.pod("client"), vip(80))?);
+        }
+        let before = open.len() - AT_ONCE;
+        ask(&mut open[before..])?;
+    }
+    let page = mesh.proxy("node-a").metrics()?;
+    let [tunnels, streams] =
+        ["culvert_tunnels_active", "culvert_tunnel_streams_active"].map(|name| page.sum(name, &[("direction", "outbound")]));
+    ensure!(tunnels as usize == 1 && streams as usize >= STREAMS, "{streams} streams in {tunnels} tunnels");
+    open.chunks_mut(AT_ONCE).try_for_each(|some| {
+        ensure!(Instant::now() < until, "they take too long");
+        ask(some)
+    })
 }
 
 /// The client's own agent is stopped before there is another. What is under way ends well; until the next one its pods reach

@@ -98,6 +98,7 @@ const TESTS: &[Test<Mesh>] = &[
     test("a_route_is_replaced_and_removed", change::a_route_is_replaced_and_removed),
     test("a_waypoint_is_restarted", change::a_waypoint_is_restarted),
     test("agents_are_upgraded", change::agents_are_upgraded),
+    test("one_tunnel_carries_thousands_of_streams", change::one_tunnel_carries_thousands_of_streams),
     test("the_agent_of_the_client_is_restarted", change::the_agent_of_the_client_is_restarted),
     test("the_sixth_of_five_is_refused", traffic::the_sixth_of_five_is_refused),
     test("buckets_are_apart_by_their_key", traffic::buckets_are_apart_by_their_key),

@@ -45,7 +45,7 @@ const REST: Duration = Duration::from_secs(4);
 /// How long proxies get to finish the books of a run before their CPU time is read.
 const SETTLE: Duration = Duration::from_millis(100);
 /// The size the targets speak of.
-const LARGE: Size = Size { routes: 10_000, services: 0, endpoints: 10_000, tokens: 0 };
+const LARGE: Size = Size { routes: 10_000, services: 0, endpoints: 10_000, tokens: 0, tunnel_streams: 0 };
 /// More tokens than a waypoint remembers (2 MiB a data thread).
 const MANY_TOKENS: usize = 8000;
 

@@ -15,22 +15,40 @@ const SLOW_MUST: f64 = 256.0;
 /// MiB the resident memory may grow between the first and the last quarter of a million requests.
 const FLAT_MUST: f64 = 2.0;
 
-/// Streams that are open at once in the tunnel of one agent, each with a request before and after.
+/// Streams that are open at once in the tunnel of one agent, each with a request before and after. A tunnel for each data thread
+/// of the agent, so one where it has one.
 pub fn streams(run: &Run, versus: &mut Versus) -> anyhow::Result<()> {
-    hold_open(run, versus, &[if run.quick { 1000 } else { 10_000 }], "streams of one agent's tunnel")
+    let count = if run.quick { 1000 } else { 10_000 };
+    let size = Size { tunnel_streams: count, ..Size::default() };
+    hold_open(run, versus, size, &[count], "streams of one agent's tunnel", |row| {
+        let (tunnels, streams) = row.tunnels()?;
+        ensure!(
+            tunnels <= u64::from(run.settings.workers) && streams >= count,
+            "{streams} streams in {tunnels} tunnels of {} data threads",
+            run.settings.workers
+        );
+        Ok(())
+    })
 }
 
 /// Connections through the waypoint that are open at once, each with a request before and after. Half of them come from either
 /// node, so that no process needs more files than a system without `CAP_SYS_RESOURCE` gives (20 000 where this was written).
 pub fn connections(run: &Run, versus: &mut Versus) -> anyhow::Result<()> {
     let half = if run.quick { 1000 } else { 12_500 };
-    hold_open(run, versus, &[half, half], "connections of two nodes")
+    hold_open(run, versus, Size::default(), &[half, half], "connections of two nodes", |_| Ok(()))
 }
 
-/// Opens so many from the client's pod, and then so many from the server's.
-fn hold_open(run: &Run, versus: &mut Versus, counts: &[u64], what: &str) -> anyhow::Result<()> {
+/// Opens so many from the client's pod, and then so many from the server's; what is open is checked.
+fn hold_open(
+    run: &Run,
+    versus: &mut Versus,
+    size: Size,
+    counts: &[u64],
+    what: &str,
+    check: impl FnOnce(&Row) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
     let peer = run.waypoint()?;
-    let row = run.row(peer, Shape::Hbone, Size::default())?;
+    let row = run.row(peer, Shape::Hbone, size)?;
     std::thread::sleep(REST);
     let before = row.rss_kib()?;
     let (mut held, mut seconds) = (Vec::new(), 0.0);
@@ -41,6 +59,7 @@ fn hold_open(run: &Run, versus: &mut Versus, counts: &[u64], what: &str) -> anyh
         held.push(open);
     }
     std::thread::sleep(REST);
+    check(&row)?;
     let count: u64 = counts.iter().sum();
     let value = (row.rss_kib()? as f64 - before as f64) / count as f64;
     held.into_iter().try_for_each(Held::end)?;
