@@ -347,7 +347,7 @@ fn what_the_harness_reads_is_what_kubectl_would() {
 }
 
 #[test]
-fn a_daemon_set_is_uninstalled_when_it_is_gone_or_its_account_is() {
+fn a_daemon_set_is_uninstalled_when_it_is_gone_or_its_rights_and_then_its_account_are() {
     let api = KubeApi::start().unwrap();
     let dir = tempfile::tempdir().unwrap();
     let access = Access { kubeconfig: Some(api.kubeconfig(dir.path()).unwrap()) };
@@ -360,12 +360,20 @@ fn a_daemon_set_is_uninstalled_when_it_is_gone_or_its_account_is() {
     api.apply(object.clone());
     assert_eq!(ask(5000), Ok(false), "there is one");
     // What says nothing is asked about again.
-    for nothing in [403, 500] {
+    for nothing in [403, 500, 401] {
         api.refuse("daemonsets", nothing);
-        assert!(ask(300).unwrap_err().contains("daemonsets"), "{nothing}");
+        assert!(ask(1500).unwrap_err().contains("daemonsets"), "{nothing}");
     }
-    api.refuse("daemonsets", 401);
-    assert_eq!(ask(5000), Ok(true), "the account is gone");
+    // A token goes with its pod too, so that is no answer, unless the rights went before.
+    api.refuse("daemonsets", 403);
+    let uninstalled = runtime.block_on(async {
+        let then_the_account = async {
+            tokio::time::sleep(Duration::from_millis(1500)).await;
+            api.refuse("daemonsets", 401);
+        };
+        tokio::join!(ours.is_uninstalled(Duration::from_secs(10)), then_the_account).0
+    });
+    assert_eq!(uninstalled, Ok(true), "the rights are gone, then the account");
     api.refuse("daemonsets", 0);
     assert_eq!(ask(5000), Ok(false));
     let mut going = object;

@@ -20,7 +20,7 @@ use mesh_hbone::Pool;
 use mesh_identity::{IdentityError, TrustBundles};
 use mesh_model::authz::SourceVerdict;
 use mesh_model::workload::WorkloadUid;
-use mesh_model::{Reason, Refusal, SpiffeId};
+use mesh_model::{Reason, Refusal, SpiffeId, Version};
 use mesh_runtime::drain::{DrainMode, DrainWatch};
 use mesh_runtime::metrics::{MetricError, Registry};
 use mesh_runtime::readiness::{Readiness, ReadyTask};
@@ -32,7 +32,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
 /// How long after a failure a pod is tried again.
@@ -269,7 +269,7 @@ impl PodSupervisor {
             }
             DrainMode::Immediate => DrainMode::Immediate,
         };
-        self.drain_all(mode).await;
+        self.drain_all(mode, versions, bundles).await;
     }
 
     /// Captures on interfaces that the pod was given after it was enrolled.
@@ -387,17 +387,24 @@ impl PodSupervisor {
         desired
     }
 
+    /// Ends the pods that are not enrolled any more. Who is.
+    async fn dismiss_left(&mut self) -> Vec<Enrolled> {
+        let desired = self.desired().await;
+        let keys: HashSet<&Arc<str>> = desired.iter().map(|e| &e.key).collect();
+        self.dismiss(|key| !keys.contains(key), "the pod left the mesh");
+        desired
+    }
+
     /// Makes the running pods those that are enrolled.
     async fn reconcile(&mut self) {
         let learned = Instant::now();
         self.shared.metrics.config_version.set(self.shared.mesh.load().version() as i64);
-        let desired = self.desired().await;
-        let keys: HashSet<&Arc<str>> = desired.iter().map(|e| &e.key).collect();
-        self.dismiss(|key| !keys.contains(key), "the pod left the mesh");
+        let desired = self.dismiss_left().await;
         if self.handed_over {
             return;
         }
         if self.cni.is_none() {
+            let keys: HashSet<&Arc<str>> = desired.iter().map(|e| &e.key).collect();
             self.inherited.retain(|key, _| keys.contains(key));
         }
         self.serve(&desired, learned).await;
@@ -596,10 +603,20 @@ impl PodSupervisor {
         outcome
     }
 
+    /// Where the pod is. One that is served stays where it is unless it is known to be elsewhere: to let go of it makes its traffic direct.
     fn open_netns(&self, enrolled: &Enrolled) -> Result<Option<Arc<NetnsFd>>, String> {
+        let held = self.running.get(&enrolled.key).and_then(|running| running.pod.netns.clone());
         match (&enrolled.place, self.shared.settings.redirect) {
             (Place::Path(path), _) => {
-                let netns = NetnsFd::open(&**path).map_err(|e| format!("{path}: {e}"))?;
+                let netns = match (NetnsFd::open(&**path), held) {
+                    (Ok(netns), _) => netns,
+                    // Only that nothing is there says that the pod's is gone: this agent may just be out of files or memory.
+                    (Err(error), Some(held)) if error.kind() != io::ErrorKind::NotFound => {
+                        tracing::warn!(pod = %enrolled.label(), path = &**path, %error, "served where it was: the path tells nothing");
+                        return Ok(Some(held));
+                    }
+                    (Err(error), _) => return Err(format!("{path}: {error}")),
+                };
                 self.check_place(&enrolled.key, &netns).map_err(|e| format!("{path}: {e}"))?;
                 Ok(Some(Arc::new(netns)))
             }
@@ -609,7 +626,8 @@ impl PodSupervisor {
             }
             (Place::Unknown, RedirectMode::None) => Ok(None),
             (Place::Unknown, _) => {
-                Err("the pod's network namespace is not known (annotation culvert.dev/netns, or a process in its cgroup)".into())
+                let why = "the pod's network namespace is not known (annotation culvert.dev/netns, or a process in its cgroup)";
+                held.map(Some).ok_or_else(|| why.into())
             }
         }
     }
@@ -699,31 +717,51 @@ impl PodSupervisor {
         }
     }
 
-    /// Drains every pod: listeners close, tunnels get GOAWAY, connections may end by themselves until the deadline.
-    async fn drain_all(mut self, mode: DrainMode) {
+    /// Drains every pod: listeners close, tunnels get GOAWAY, connections may end by themselves until the deadline. Until then they
+    /// are judged as before (I6).
+    async fn drain_all(
+        mut self,
+        mode: DrainMode,
+        mut versions: watch::Receiver<Version>,
+        mut bundles: watch::Receiver<Arc<TrustBundles>>,
+    ) {
         let deadline = match mode {
             DrainMode::Graceful { deadline } => deadline,
             DrainMode::Immediate => Duration::ZERO,
         };
+        let end = tokio::time::Instant::now() + deadline;
         for running in self.running.values_mut() {
             running.stop_accepting();
             running.drain.start(mode);
         }
+        // Connections have no one place to report their end to that is worth its cost on every other day.
+        let mut tick = tokio::time::interval(Duration::from_millis(20));
         // Tunnels too: whoever opened a stream before it heard of the GOAWAY is served, or told that it was not.
-        let left = || self.running.values().map(|r| r.pod.conns.len() + r.drain.held()).sum::<usize>();
-        let idle = async {
-            // Connections have no one place to report their end to that is worth its cost on every other day.
-            let mut tick = tokio::time::interval(Duration::from_millis(20));
-            while left() > 0 {
-                tick.tick().await;
+        while self.running.values().any(|r| r.pod.conns.len() + r.drain.held() > 0) {
+            tokio::select! {
+                () = tokio::time::sleep_until(end) => {
+                    let left: usize = self.running.values().map(|r| r.pod.conns.len() + r.drain.held()).sum();
+                    tracing::warn!(left, "connections closed at the termination deadline");
+                    break;
+                }
+                _ = tick.tick() => {}
+                Ok(()) = versions.changed() => {
+                    self.rejudge();
+                    self.dismiss_left().await;
+                }
+                Ok(()) = bundles.changed() => self.rejudge_tunnels(&bundles.borrow_and_update().clone()),
+                // Who wants a pod begun hears that this agent goes, and asks the next.
+                arrival = next_pods(self.kubernetes.as_mut()) => if arrival.is_none() {
+                    self.dismiss_left().await;
+                },
+                order = next_order(self.cni.as_mut()) => if !matches!(order, Order::Add { .. }) {
+                    self.obey(order).await;
+                },
             }
-        };
-        if tokio::time::timeout(deadline, idle).await.is_err() {
-            let left = left();
-            tracing::warn!(left, "connections closed at the termination deadline");
         }
         let why = Refusal::new(Reason::Draining, "the agent is shutting down");
-        let downs: Vec<_> = self.running.drain().map(|(_, r)| tokio::spawn(take_down(r, why.clone(), After::Kept))).collect();
+        let kept = self.running.drain().map(|(_, r)| tokio::spawn(take_down(r, why.clone(), After::Kept)));
+        let downs: Vec<_> = kept.chain(self.ending.drain().map(|(_, down)| down)).collect();
         for down in downs {
             let _ = down.await;
         }

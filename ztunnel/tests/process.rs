@@ -648,6 +648,24 @@ async fn a_pod_the_old_agent_enrols_meanwhile_is_taken_over_too() -> Result<()> 
 }
 
 #[tokio::test]
+async fn a_new_policy_cuts_what_a_draining_agent_carries() -> Result<()> {
+    let mut lab = pair(vec![]).await?;
+    let mut client = lab.echoes("client", lab.at(2, 8080)).await?;
+    lab.drain.start(DrainMode::Graceful { deadline: LIMIT * 4 });
+    let deadline = Instant::now() + LIMIT;
+    while TcpStream::connect(lab.at(2, 15008)).await.is_ok() {
+        ensure!(Instant::now() < deadline, "the listener stays open");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    echo_once(&mut client).await?;
+    lab.change(vec![Change::Policy(Arc::new(policy("late", Scope::Namespace, Action::Deny, CLIENT)))]).await?;
+    ensure!(is_cut(client).await?);
+    let line = lab.told("inbound", Reason::Revoked).await?;
+    ensure!(line.contains("t/late"), "{line}");
+    Ok(())
+}
+
+#[tokio::test]
 async fn the_task_of_a_connection_is_small() -> Result<()> {
     let lab = pair(vec![]).await?;
     let pod = lab.pod("client")?;

@@ -52,6 +52,7 @@ const TESTS: &[Test<Mesh>] = &[
     test("garbage_on_the_agents_ports_does_no_harm", hostile::garbage_on_the_agents_ports_does_no_harm),
     test("a_certificate_of_another_trust_domain_is_refused", hostile::a_certificate_of_another_trust_domain_is_refused),
     test("a_certificate_of_an_unknown_authority_is_refused", hostile::a_certificate_of_an_unknown_authority_is_refused),
+    test("a_pod_whose_path_cannot_be_opened_stays_served", policy::a_pod_whose_path_cannot_be_opened_stays_served),
     test("metrics_carry_istio_labels", telling::metrics_carry_istio_labels),
     test("config_dump_has_the_shape_istioctl_reads", telling::config_dump_has_the_shape_istioctl_reads),
     test("live_connections_are_listed", telling::live_connections_are_listed),

@@ -252,3 +252,24 @@ pub(crate) fn a_missing_waypoint_is_gone_around_by_setting_only(mesh: &mut Mesh)
     mesh.dir.remove("service-lost.yaml");
     mesh.a().wait_config("service lost to go", |dump| !dump["services"].to_string().contains("10.96.0.77"))
 }
+
+/// An agent that is out of files cannot open a path either: what it serves stays served, and never becomes direct.
+pub(crate) fn a_pod_whose_path_cannot_be_opened_stays_served(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let victim = mesh.pod("victim").at(PORT);
+    let (mut live, _) = Client::who(mesh.pod("client"), victim)?;
+    let loops = mesh.logs.path().join("loops");
+    std::os::unix::fs::symlink(&loops, &loops)?;
+    let yaml = mesh.topology().pod_yaml("victim", &[]);
+    let path = mesh.pod("victim").netns.path().display().to_string();
+    let mark = mesh.b().mark();
+    mesh.dir.put("pod-victim.yaml", &yaml.replace(&path, &loops.display().to_string()))?;
+    let seen =
+        wait::until_true("the agent to look", || mesh.b().log_since(mark).contains("the path tells nothing")).and_then(|()| {
+            live.ping("still carried")?;
+            refused(mesh.outside(), victim).context("under STRICT")?;
+            ensure!(mesh.call("client", victim)? == "victim");
+            Ok(())
+        });
+    mesh.dir.put("pod-victim.yaml", &yaml)?;
+    seen
+}

@@ -1,15 +1,14 @@
 //! The DaemonSet that a process is one of, asked about when the process ends: is it replaced, or is all of it uninstalled?
 //!
-//! Whoever uninstalls takes the rights to ask away too, mostly before the last process is told to end. So that the server does not know
-//! the account any more (401) is an answer; that the account may not ask (403) is none, and becomes that one when the account goes.
+//! Whoever uninstalls takes the rights to ask away too, mostly before the last process is told to end. That the account may not ask (403)
+//! is no answer, nor is it that the server does not know the token (401): a token goes with its pod, and who deletes that alone leaves
+//! the DaemonSet. But first the one and then the other is: rights do not go with a pod.
 //! Upstream: the agent, at its end. Downstream: the API server.
 
 use std::time::Duration;
 
-use serde_json::Value;
-
 use super::Access;
-use super::client::{Client, Failure, Why};
+use super::client::{Client, Why};
 use crate::SourceError;
 
 /// How long after an answer that says nothing it is asked again. API servers believe a token for ten seconds without looking.
@@ -39,22 +38,22 @@ impl DaemonSet {
     pub async fn is_uninstalled(&self, within: Duration) -> Result<bool, String> {
         let mut last = "the API server does not answer".to_owned();
         let asking = async {
+            let mut was_forbidden = false;
             loop {
-                match judge(self.client.get(&self.path).await) {
-                    Ok(uninstalled) => return uninstalled,
-                    Err(failure) => last = failure.message,
+                match self.client.get(&self.path).await {
+                    Ok(object) => return !object["metadata"]["deletionTimestamp"].is_null(),
+                    Err(failure) => match failure.why {
+                        Why::Missing => return true,
+                        Why::Unauthorized if was_forbidden => return true,
+                        why => {
+                            was_forbidden |= why == Why::Forbidden;
+                            last = failure.message;
+                        }
+                    },
                 }
                 tokio::time::sleep(AGAIN).await;
             }
         };
         tokio::time::timeout(within, asking).await.map_err(|_| last)
-    }
-}
-
-fn judge(answer: Result<Value, Failure>) -> Result<bool, Failure> {
-    match answer {
-        Ok(object) => Ok(!object["metadata"]["deletionTimestamp"].is_null()),
-        Err(failure) if matches!(failure.why, Why::Missing | Why::Unauthorized) => Ok(true),
-        Err(failure) => Err(failure),
     }
 }
