@@ -118,6 +118,12 @@ impl PodTable {
     }
 }
 
+/// A pod that is being started: where, and as whom.
+struct Starting {
+    place: Option<NetnsId>,
+    identity: Option<SpiffeId>,
+}
+
 /// A pod that was being started.
 struct Started {
     enrolled: Enrolled,
@@ -156,11 +162,12 @@ pub struct PodSupervisor {
     shared: Arc<Shared>,
     readiness: Readiness,
     running: HashMap<WorkloadUid, Running>,
-    /// Where those are that are being started.
-    starting: HashMap<WorkloadUid, Option<NetnsId>>,
+    /// Those that are being started.
+    starting: HashMap<WorkloadUid, Starting>,
     /// Where the agent is.
     own_place: Option<NetnsId>,
-    pending: HashMap<WorkloadUid, ReadyTask>,
+    /// Those that could not be served yet, and who they would be.
+    pending: HashMap<WorkloadUid, (ReadyTask, Option<SpiffeId>)>,
     /// Pods that are being taken down, by where they are.
     ending: HashMap<NetnsId, JoinHandle<()>>,
     table: PodTable,
@@ -476,8 +483,11 @@ impl PodSupervisor {
         let given_up: Vec<_> = self.pending.keys().filter(|key| whose(key)).cloned().collect();
         for key in given_up {
             self.table.remove(&key);
-            if let Some(task) = self.pending.remove(&key) {
+            if let Some((task, identity)) = self.pending.remove(&key) {
                 task.ready();
+                if let Some(identity) = identity {
+                    self.forget_unused(&identity);
+                }
             }
         }
     }
@@ -541,7 +551,11 @@ impl PodSupervisor {
         }
         // The redirection of a pod that was here a moment ago is taken away by what it is kept under, which is the namespace.
         let down = place.as_ref().ok().and_then(Option::as_ref).and_then(|netns| self.ending.remove(&netns.id()));
-        self.starting.insert(Arc::clone(key), place.as_ref().ok().and_then(Option::as_ref).map(|netns| netns.id()));
+        let starting = Starting {
+            place: place.as_ref().ok().and_then(Option::as_ref).map(|netns| netns.id()),
+            identity: enrolled.identity.as_ref().ok().cloned(),
+        };
+        self.starting.insert(Arc::clone(key), starting);
         let inherited = self.inherited.remove(key);
         let (starter, enrolled) = (self.starter(), enrolled.clone());
         Some(async move {
@@ -574,7 +588,7 @@ impl PodSupervisor {
         self.starting.remove(key);
         let outcome = match outcome {
             Ok(running) => {
-                if let Some(task) = self.pending.remove(key) {
+                if let Some((task, _)) = self.pending.remove(key) {
                     task.ready();
                 }
                 tracing::info!(pod = %enrolled.label(), id = %running.pod.identity, "pod is served");
@@ -590,7 +604,7 @@ impl PodSupervisor {
                 if !self.pending.contains_key(key) {
                     tracing::error!(pod = %enrolled.label(), %error, "pod cannot be served, trying again");
                     let task = self.readiness.pending(&format!("pod {}", enrolled.label()));
-                    self.pending.insert(Arc::clone(key), task);
+                    self.pending.insert(Arc::clone(key), (task, enrolled.identity.as_ref().ok().cloned()));
                 }
                 if let Ok(id) = &enrolled.identity {
                     self.shared.svids.dismiss(id, key);
@@ -638,7 +652,7 @@ impl PodSupervisor {
             return Err("this is the agent's own network namespace".into());
         }
         let served = self.running.iter().map(|(other, r)| (other, r.place));
-        let mut places = served.chain(self.starting.iter().map(|(other, place)| (other, *place)));
+        let mut places = served.chain(self.starting.iter().map(|(other, starting)| (other, starting.place)));
         match places.find(|(other, place)| *place == Some(netns.id()) && &***other != key) {
             Some((other, _)) => Err(format!("pod {other} is served in this network namespace")),
             None => Ok(()),
@@ -688,9 +702,11 @@ impl PodSupervisor {
         self.ending.retain(|_, down| !down.is_finished());
         self.ending.extend(place.map(|place| (place, down)));
     }
-    /// Drops the certificate when no other pod of this node has that identity.
+    /// Drops the certificate when no other pod of this node has that identity, or is about to: a start under way has a handle of
+    /// it already, which would never see another certificate.
     fn forget_unused(&self, identity: &SpiffeId) {
-        if !self.running.values().any(|r| r.pod.identity == *identity) {
+        let is_served = self.running.values().any(|r| r.pod.identity == *identity);
+        if !is_served && !self.starting.values().any(|s| s.identity.as_ref() == Some(identity)) {
             self.shared.svids.forget(identity);
         }
     }

@@ -648,6 +648,28 @@ async fn a_pod_the_old_agent_enrols_meanwhile_is_taken_over_too() -> Result<()> 
 }
 
 #[tokio::test]
+async fn who_a_pod_was_that_could_never_be_served_is_forgotten_with_it() -> Result<()> {
+    let mut lab = Lab::start(|_| Vec::new()).await?;
+    let _taken = std::net::TcpListener::bind(lab.at(1, 15008))?;
+    let stuck = workload("stuck", Lab::address(lab.net, 1));
+    let (identity, uid) = (stuck.identity().context("an identity")?, Arc::clone(&stuck.uid));
+    lab.change(vec![up(stuck)]).await?;
+    let is_known = |lab: &Lab| lab.shared.svids.find(&identity).is_some();
+    let is_pending = |lab: &Lab| lab.pods.list().iter().any(|(_, state)| matches!(state, PodState::Pending { .. }));
+    let deadline = Instant::now() + LIMIT;
+    while !(is_known(&lab) && is_pending(&lab)) {
+        ensure!(Instant::now() < deadline, "not tried: {:?}, certificate {}", lab.pods.list(), is_known(&lab));
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    lab.change(vec![Change::WorkloadGone(uid)]).await?;
+    while is_known(&lab) {
+        ensure!(Instant::now() < deadline, "its certificate is renewed for ever");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    Ok(())
+}
+
+#[tokio::test]
 async fn a_new_policy_cuts_what_a_draining_agent_carries() -> Result<()> {
     let mut lab = pair(vec![]).await?;
     let mut client = lab.echoes("client", lab.at(2, 8080)).await?;
