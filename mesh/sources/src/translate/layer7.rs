@@ -442,6 +442,8 @@ impl Layer7 {
                 outputs.insert(Output::Destination(key.clone()));
             }
             outputs.extend(t.gateways.keys().map(gateway_output));
+            // After the first time: what was looked at before may depend on anything.
+            outputs.extend(self.needs.keys().cloned());
             return outputs;
         }
         let keys_of = |pattern: &Arc<str>| -> Vec<ServiceKey> {

@@ -934,6 +934,27 @@ fn universe() -> Vec<Vec<String>> {
     all
 }
 
+/// What the property test below found once: the label of the root namespace changes with a service, and everything is looked at.
+#[test]
+fn a_new_network_of_our_own_leaves_no_problem_behind() {
+    let mut t = Translator::new(view(), &layer7());
+    let vs = "{apiVersion: networking.istio.io/v1, kind: VirtualService, metadata: {name: v, namespace: a}, spec: {hosts: [s], http: [{directResponse: {status: 200}}]}}";
+    let take = |t: &mut Translator, text: &str| {
+        let object = objects(t, text).0.remove(0);
+        t.upsert(object);
+    };
+    take(&mut t, vs);
+    t.flush();
+    assert_eq!(t.problems().count(), 1);
+    take(&mut t, "{apiVersion: v1, kind: Namespace, metadata: {name: istio-system, labels: {topology.istio.io/network: net1}}}");
+    take(
+        &mut t,
+        "{apiVersion: v1, kind: Service, metadata: {name: s, namespace: a}, spec: {clusterIP: 10.1.0.1, ports: [{port: 80}]}}",
+    );
+    t.flush();
+    assert_eq!(t.problems().collect::<Vec<_>>(), Vec::<&Problem>::new());
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() })]
     #[test]
