@@ -27,7 +27,9 @@ pub async fn serve_stream(shared: Arc<Shared>, proof: Arc<Peer>, client: SocketA
     // I1
     let snap = shared.mesh.load_full();
     let opened = match plan(&shared, &snap, &proof, client, incoming.authority(), drain) {
-        Ok((conn, crossing)) => open(&conn, &snap, &crossing, &mut record).await.map(|(server, asked)| (conn, server, asked)),
+        Ok((conn, crossing)) => {
+            Box::pin(open(&conn, &snap, &crossing, &mut record)).await.map(|(server, asked)| (conn, server, asked))
+        }
         Err(why) => Err(why),
     };
     drop(snap);

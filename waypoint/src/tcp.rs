@@ -36,7 +36,7 @@ const DRAW_ENDPOINT: u64 = 32;
 /// `undecided`: the client has not said enough to know what it speaks; whoever speaks first decides.
 pub async fn serve(mut conn: Conn, mut stream: HboneStream, undecided: bool) {
     let mut record = TcpRecord::begin();
-    let mut reached = reach(&conn, &mut record).await;
+    let mut reached = Box::pin(reach(&conn, &mut record)).await;
     if undecided {
         let spoken = match &mut reached {
             Ok(Reached { upstream, .. }) => tokio::select! {
@@ -59,7 +59,7 @@ pub async fn serve(mut conn: Conn, mut stream: HboneStream, undecided: bool) {
                 conn.facts.sni = sni;
                 drop(reached);
                 record = TcpRecord::begin();
-                reached = reach(&conn, &mut record).await;
+                reached = Box::pin(reach(&conn, &mut record)).await;
             }
             _ => {}
         }
@@ -73,7 +73,7 @@ pub async fn serve(mut conn: Conn, mut stream: HboneStream, undecided: bool) {
 /// Carries one connection from outside the mesh.
 pub(crate) async fn serve_outside<E: Endpoint>(conn: &Conn, client: E) {
     let mut record = TcpRecord::begin();
-    match reach(conn, &mut record).await {
+    match Box::pin(reach(conn, &mut record)).await {
         Ok(upstream) => carried(conn, client, upstream, record).await,
         Err(why) => failed(conn, client, record, why),
     }

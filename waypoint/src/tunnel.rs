@@ -102,10 +102,11 @@ pub(crate) fn asked(authority: &str) -> Result<HboneAuthority, Refusal> {
         .ok_or_else(|| Refusal::new(Reason::BadRequest, format!("authority {authority:?} is neither ip:port nor host:port")))
 }
 
-/// Serves the stream by what is declared, and where nothing is, by what is spoken.
+/// Serves the stream by what is declared, and where nothing is, by what is spoken. What is rare or large is boxed: every stream
+/// holds for its whole life as much as the largest of what it might become.
 async fn serve(mut conn: Conn, mut stream: HboneStream, protocol: AppProtocol) {
     match protocol {
-        AppProtocol::Tcp => return tcp::serve(conn, stream, false).await,
+        AppProtocol::Tcp => return Box::pin(tcp::serve(conn, stream, false)).await,
         AppProtocol::Http2 | AppProtocol::Grpc | AppProtocol::Http11 => {
             // Declared HTTP: the version is the client's to choose, as long as a connection may be idle.
             let idle = conn.shared.settings.http_idle_timeout;
@@ -123,7 +124,7 @@ async fn serve(mut conn: Conn, mut stream: HboneStream, protocol: AppProtocol) {
             if let Spoken::Tls(sni) = first_bytes(&mut stream, Some(deadline)).await {
                 conn.facts.sni = sni;
             }
-            return tcp::serve(conn, stream, false).await;
+            return Box::pin(tcp::serve(conn, stream, false)).await;
         }
         AppProtocol::Unknown => {}
     }
@@ -133,11 +134,11 @@ async fn serve(mut conn: Conn, mut stream: HboneStream, protocol: AppProtocol) {
         Spoken::Http2 => http::serve(Arc::new(conn), stream.into_io(), Version::Http2).await,
         Spoken::Tls(sni) => {
             conn.facts.sni = sni;
-            tcp::serve(conn, stream, false).await;
+            Box::pin(tcp::serve(conn, stream, false)).await;
         }
-        Spoken::Other => tcp::serve(conn, stream, false).await,
+        Spoken::Other => Box::pin(tcp::serve(conn, stream, false)).await,
         // Nobody has spoken yet. The server may be the one who does: connect, and see who is first.
-        Spoken::Unclear => tcp::serve(conn, stream, true).await,
+        Spoken::Unclear => Box::pin(tcp::serve(conn, stream, true)).await,
     }
 }
 

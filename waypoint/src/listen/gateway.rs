@@ -144,7 +144,7 @@ async fn serve(
             Spoken::Http2 => http::serve(Arc::new(conn(None, false, None)), tcp, Version::Http2).await,
             _ => http::serve(Arc::new(conn(None, false, None)), tcp, Version::Http1).await,
         },
-        PortProtocol::Tcp => tcp::serve_outside(&conn(None, false, None), tcp).await,
+        PortProtocol::Tcp => Box::pin(tcp::serve_outside(&conn(None, false, None), tcp)).await,
         PortProtocol::Tls => {
             let Spoken::Tls(sni) = peek(&tcp, limit).await else { return };
             let refuse = |why: &'static str| {
@@ -160,7 +160,7 @@ async fn serve(
             let Some((name, protocol, passthrough)) = found else { return refuse("no listener for this name") };
             let conn = conn(Some(Arc::clone(&name)), true, sni.clone());
             if passthrough {
-                return tcp::serve_outside(&conn, tcp).await;
+                return Box::pin(tcp::serve_outside(&conn, tcp)).await;
             }
             let Some(config) = certificates.find(&name) else { return refuse("the listener has no usable certificate") };
             let handshake = tokio::time::timeout(shared.settings.handshake_timeout, TlsAcceptor::from(config).accept(tcp));
@@ -171,7 +171,7 @@ async fn serve(
             };
             let Ok(conn) = presented(conn, tls.get_ref().1) else { return refuse("the client's certificate cannot be told of") };
             if protocol == ListenerProtocol::Tls {
-                return tcp::serve_outside(&conn, Bytewise::new(tls)).await;
+                return Box::pin(tcp::serve_outside(&conn, Bytewise::new(tls))).await;
             }
             let version = if tls.get_ref().1.alpn_protocol() == Some(b"h2") { Version::Http2 } else { Version::Http1 };
             http::serve(Arc::new(conn), tls, version).await;

@@ -64,7 +64,8 @@ pub async fn send(
     let secure = policy.tls.is_some();
     let mut request = if http2 { as_http2(request, secure)? } else { as_http1(request)? };
     if how.upgrade {
-        return send_alone(cluster, host, request, &key, how).await;
+        // Boxed: every request would hold the room of a connection being made.
+        return Box::pin(send_alone(cluster, host, request, &key, how)).await;
     }
     for _ in 0..MAX_DEAD {
         let lease = pool::acquire(cluster, host, &key, how.trace).await?;
