@@ -124,6 +124,7 @@ pub async fn serve(mut settings: Settings, logging: &Logging) -> Result<()> {
     let pods = PodTable::default();
     pods.expose(&registry)?;
     shared.svids.expose(&registry)?;
+    shared.threads.expose(&registry)?;
     let (drain, drained) = drain::channel();
     let (faces, _) = drain::channel();
     let servers = [

@@ -4,9 +4,9 @@
 //! are gone expire by sweeping. Upstream: the three directions. Downstream: the scrape on 15020.
 use crate::conns::Direction;
 use crate::record::{LABELS, Record, labels};
-use mesh_model::Reason;
-use mesh_model::metric_labels::UNKNOWN;
+use mesh_model::metric_labels::{Ends, UNKNOWN};
 use mesh_model::workload::Workload;
+use mesh_model::{Reason, SpiffeId};
 use mesh_runtime::metrics::{Counter, Family, Gauge, Histogram, MetricError, Registry, connect_times};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -20,6 +20,8 @@ pub struct Metrics {
     received: Family<Counter>,
     failed: Family<Counter>,
     refused: Family<Counter>,
+    crl_rejections: [Arc<Counter>; 2],
+    on_demand_dns: Family<Counter>,
     bypassed: Family<Counter>,
     of_node: Arc<Counter>,
     set_up: Family<Histogram>,
@@ -72,6 +74,15 @@ impl Metrics {
             "Connections refused, cut or failed, by reason",
             &["reporter", "reason"],
         ))?;
+        let by_side = |name, help| -> Result<[Arc<Counter>; 2], MetricError> {
+            let family = registry.family(Family::<Counter>::new(name, help, &["reporter"]))?;
+            Ok([Direction::Outbound, Direction::Inbound].map(|side| family.pin(&[side.reporter()])))
+        };
+        // Only shown: there is no way to count one.
+        by_side(
+            "istio_crl_untracked_connections_total",
+            "Connections that are carried and that revocation lists cannot reach (unstable): none, what cannot be judged is refused",
+        )?;
         Ok(Self {
             opened: tcp("istio_tcp_connections_opened_total", "Connections opened")?,
             closed: tcp("istio_tcp_connections_closed_total", "Connections closed")?,
@@ -79,6 +90,15 @@ impl Metrics {
             received: tcp("istio_tcp_received_bytes_total", "Bytes received from the client, as requests")?,
             failed: tcp("istio_tcp_connections_failed_total", "Connections that failed or were refused (unstable)")?,
             refused,
+            crl_rejections: by_side(
+                "istio_crl_policy_rejections_total",
+                "Connections refused because a certificate is on a revocation list, or none in force speaks of it (unstable)",
+            )?,
+            on_demand_dns: registry.family(Family::new(
+                "istio_on_demand_dns_total",
+                "Connections whose destination is known by a host name alone, which was resolved for them (unstable)",
+                &ON_DEMAND_LABELS,
+            ))?,
             bypassed: registry.family(Family::<Counter>::new(
                 "culvert_waypoint_bypassed_total",
                 "Connections that went around their declared waypoint because it is missing",
@@ -171,14 +191,49 @@ impl Metrics {
         self.refused(record.direction, reason);
     }
 
+    /// The name `host` is resolved for a connection of `source`, which proves `id`.
+    pub fn resolves(&self, source: &Arc<Workload>, id: &SpiffeId, host: &str) {
+        let ends = Ends {
+            reporter: Direction::Outbound.reporter(),
+            source: Some(source),
+            source_id: Some(id),
+            destination: None,
+            destination_id: None,
+            service: None,
+        };
+        let [_, workload, service, revision, namespace, principal, app, version, cluster, ..] = ends.values();
+        self.on_demand_dns.get(&[workload, service, revision, namespace, principal, app, version, cluster, host]).inc();
+    }
+
     /// Counts a refusal by reason only (also for peers of whom nothing is known).
     pub fn refused(&self, direction: Direction, reason: Reason) {
+        if reason == Reason::CertRevoked {
+            let [outbound, inbound] = &self.crl_rejections;
+            let side = match direction {
+                Direction::Outbound => outbound,
+                Direction::Inbound => inbound,
+            };
+            side.inc();
+        }
         self.refused.get(&[direction.reporter(), reason.as_str()]).inc();
     }
 }
 
 /// Labels of what is counted of DNS (node-agent §1.12).
 const DNS_LABELS: [&str; 4] = ["request_query_type", "request_protocol", "source_canonical_service", "source_canonical_revision"];
+
+/// Labels of names that are resolved for connections (node-agent §1.12).
+const ON_DEMAND_LABELS: [&str; 9] = [
+    "source_workload",
+    "source_canonical_service",
+    "source_canonical_revision",
+    "source_workload_namespace",
+    "source_principal",
+    "source_app",
+    "source_version",
+    "source_cluster",
+    "hostname",
+];
 
 /// What is counted of one question.
 #[derive(Debug)]

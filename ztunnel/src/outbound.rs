@@ -105,6 +105,9 @@ async fn plan_and_dial(pod: &Arc<Pod>, client: SocketAddr, dst: SocketAddr, reco
         record.destination.clone_from(&plan.workload);
         record.around.clone_from(&plan.around);
         let again = may_try_another(&plan);
+        if let Dial::Name { host, .. } = &plan.dial {
+            pod.shared.metrics.resolves(&source, &pod.identity, host);
+        }
         let dial = dial::resolve_name(pod, plan.dial, client.ip(), draw).await?;
         describe(record, pod, &dial);
         let request = |authority: &HboneAuthority| connect_request(pod, &source, authority, client, record);

@@ -6,6 +6,8 @@
 //! messages). Balance is made once, when a connection is accepted. Upstream: the process's `main`. Downstream: everyone
 //! who spawns a connection.
 
+mod metrics;
+
 use std::cell::Cell;
 use std::future::Future;
 use std::io;

@@ -24,6 +24,7 @@ const TESTS: &[Test<Names>] = &[
     test("long_answers_come_over_tcp", long_answers_come_over_tcp),
     test("garbage_and_silence_stop_nobody", garbage_and_silence_stop_nobody),
     test("questions_are_counted", questions_are_counted),
+    test("the_families_of_istios_agent_are_shown", the_families_of_istios_agent_are_shown),
     test("name_servers_that_are_silent_are_a_failure_in_time", name_servers_that_are_silent_are_a_failure_in_time),
     test("after_cleanup_names_are_the_name_servers_again", after_cleanup_names_are_the_name_servers_again),
 ];
@@ -269,6 +270,48 @@ fn questions_are_counted(names: &mut Names) -> anyhow::Result<()> {
     let (all, passed) = (count("istio_dns_requests_total", "A", "udp"), count("istio_dns_upstream_requests_total", "A", "udp"));
     ensure!(passed > 0.0 && passed < all, "{passed} of {all} passed on");
     ensure!(count("istio_dns_upstream_request_duration_seconds_count", "A", "udp") > 0.0, "none was timed");
+    Ok(())
+}
+
+/// Those a control plane has no part in (`mesh_istiod` has the others).
+fn the_families_of_istios_agent_are_shown(names: &mut Names) -> anyhow::Result<()> {
+    // A host that is known by its name alone: it is looked up for the connection, whether or not that has an answer.
+    let client = &names.topology.pod("client").netns;
+    let _held = client.connect(([240, 240, 0, 1], 443).into(), Duration::from_secs(5))?;
+    let from = [("hostname", "api.example.test"), ("source_workload", "client"), ("source_workload_namespace", "t")];
+    wait::until_true("the name to be looked up for a connection", || {
+        names.agent.metrics().is_ok_and(|page| page.sum("istio_on_demand_dns_total", &from) > 0.0)
+    })?;
+    let page = names.agent.metrics()?;
+    for family in [
+        "istio_build",
+        "istio_tcp_sockets_open",
+        "istio_crl_policy_rejections_total",
+        "istio_crl_untracked_connections_total",
+        "istio_on_demand_dns_total",
+        "istio_dns_requests_total",
+        "istio_dns_upstream_requests_total",
+        "istio_dns_upstream_failures_total",
+        "istio_dns_upstream_request_duration_seconds_count",
+        "workload_manager_active_proxy_count",
+        "workload_manager_pending_proxy_count",
+        "workload_manager_proxies_started_total",
+        "workload_manager_proxies_stopped_total",
+        "tokio_num_workers",
+        "tokio_global_queue_depth",
+        "tokio_num_alive_tasks",
+        "tokio_worker_total_busy_duration_seconds_total",
+        "tokio_worker_park_count_total",
+        "tokio_worker_park_unpark_count_total",
+        "process_open_fds",
+        "process_max_fds",
+    ] {
+        ensure!(page.0.iter().any(|series| series.name == family), "{family} is missing");
+    }
+    for works in ["tokio_num_workers", "tokio_num_alive_tasks", "tokio_worker_total_busy_duration_seconds_total"] {
+        ensure!(page.sum(works, &[]) > 0.0, "{works} is 0");
+    }
+    ensure!(page.sum("tokio_worker_park_count_total", &[("worker", "0")]) > 0.0, "the first thread never waited");
     Ok(())
 }
 

@@ -1,6 +1,6 @@
 //! The Prometheus text format 0.0.4: names, escapes, numbers.
 
-use std::fmt::Write;
+use std::fmt::{Display, Write};
 use std::time::Duration;
 
 /// Something that writes its own lines.
@@ -38,6 +38,13 @@ pub struct Samples<'s> {
 impl Samples<'_> {
     /// One sample. A label with an empty value is not exposed. No two samples of a family may have the same labels.
     pub fn put(&mut self, labels: &[(&str, &str)], value: u64) -> &mut Self {
+        self.sample(labels, value)
+    }
+    /// As [`Self::put`], of a time, in seconds.
+    pub fn put_seconds(&mut self, labels: &[(&str, &str)], time: Duration) -> &mut Self {
+        self.sample(labels, time.as_secs_f64())
+    }
+    fn sample(&mut self, labels: &[(&str, &str)], value: impl Display) -> &mut Self {
         self.out.push_str(self.name);
         let mut open = false;
         for (name, value) in labels.iter().filter(|(_, value)| !value.is_empty()) {
