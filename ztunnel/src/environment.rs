@@ -100,7 +100,7 @@ pub const VARIABLES: &[(&str, Effect)] = &[
     ("TERMINATION_GRACE_PERIOD_SECONDS", Flag("grace-period")),
     ("RUST_LOG", Read("levels of the log, by part", "`hickory_server=off,info`")),
     ("LOG_FORMAT", Read("`json`, or lines of text", "text")),
-    ("AUTHZ_POLICY_INFO_LOGGING", Idle(&["", "false"], "a refusal and its policy are in the access log at any level")),
+    ("AUTHZ_POLICY_INFO_LOGGING", Flag("log-allowed")),
 ];
 
 const PROXY_CONFIG: &str = "say `discoveryAddress` by `XDS_ADDRESS`, `proxyAdminPort` by `CULVERT_ADMIN_ADDR`, `statusPort` by \

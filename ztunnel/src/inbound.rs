@@ -155,7 +155,7 @@ async fn admit(
         // Judged by what is current *after* the entry: a version published since `snap` may already have passed over the
         // table without seeing this connection (I5).
         let now = pod.shared.mesh.load();
-        judge(&now, pod.workload(&now)?, client, plan.dst, Some(&proof.id))?;
+        judge(pod, &now, pod.workload(&now)?, client, plan.dst, Some(&proof.id))?;
         (plan, workload, live)
     };
     let upstream = connect(pod, &plan, client, &proof.id, &authority).await?;
@@ -203,6 +203,7 @@ async fn connect(
 
 /// The verdict as a result; dry-run policies that matched are logged.
 pub fn judge(
+    pod: &Pod,
     snap: &Snapshot,
     workload: &Workload,
     client: SocketAddr,
@@ -215,8 +216,12 @@ pub fn judge(
     }
     match decision.verdict {
         Verdict::Allow(policy) => {
-            if let Some(policy) = policy {
-                tracing::debug!(target: "ztunnel::rbac", %policy, %client, %dst, "allowed");
+            match policy {
+                Some(policy) if pod.shared.settings.log_allowed => {
+                    tracing::info!(target: "ztunnel::rbac", %policy, %client, %dst, "allowed");
+                }
+                Some(policy) => tracing::debug!(target: "ztunnel::rbac", %policy, %client, %dst, "allowed"),
+                None => {}
             }
             Ok(())
         }

@@ -56,7 +56,7 @@ async fn admit(pod: &Arc<Pod>, accepted: &Accepted, live: &Live, record: &mut Re
         let workload = pod.workload(&snap)?;
         record.destination = Some(Arc::clone(workload));
         record.source = source_of(&snap, accepted.peer, None);
-        if let Err(why) = judge(&snap, workload, accepted.peer, dst, None) {
+        if let Err(why) = judge(pod, &snap, workload, accepted.peer, dst, None) {
             if !pod.shared.node.opened(accepted.peer, dst) {
                 return Err(why);
             }

@@ -144,6 +144,9 @@ pub struct Settings {
     /// Answer CONNECT with the destination's baggage.
     #[arg(long, env = "ENABLE_RESPONSE_BAGGAGE", default_value_t = true, action = clap::ArgAction::Set)]
     pub response_baggage: bool,
+    /// Log which policy allows a connection at level info instead of debug. (Who is refused is in the access log at any level.)
+    #[arg(long, env = "AUTHZ_POLICY_INFO_LOGGING", default_value_t = false, action = clap::ArgAction::Set)]
+    pub log_allowed: bool,
     /// Socket of Istio's CNI agent, which then says which pods are served, and whose rules redirect them. Without it the mesh
     /// says so (`istio.io/dataplane-mode`, `culvert.dev/netns`), and `--redirect` tells how.
     #[arg(long, env = "INPOD_UDS", value_name = "SOCKET", num_args = 0..=1, default_missing_value = "/var/run/ztunnel/ztunnel.sock")]

@@ -181,6 +181,7 @@ impl World {
             .env("CA_ROOT_CA", &file("root.pem"))
             .env("AUTH_TOKEN", &file("token"))
             .env("CRL_PATH", &file("crl.pem"))
+            .env("AUTHZ_POLICY_INFO_LOGGING", "true")
             .env("INPOD_UDS", &file(&format!("{node}.sock")))
             .env("CONNECTION_TERMINATION_DEADLINE", "3s")
     }
@@ -226,6 +227,10 @@ fn pods_call_each_other_as_who_they_are(world: &mut World) -> anyhow::Result<()>
                 && record["dst.identity"] == "spiffe://cluster.local/ns/t/sa/web"
         })?;
     }
+    wait::until_true("the policy that allows it to be told of", || {
+        let log = b.log_since(mark_b);
+        log.lines().any(|line| line.contains("rbac") && line.contains("allowed") && line.contains("web-allow"))
+    })?;
     let seen = world.istiod.seen();
     ensure!(seen.nodes.iter().any(|id| id.starts_with("ztunnel~")), "{:?}", seen.nodes);
     let mut tokens = seen.tokens.iter().chain(seen.ca_headers.iter().map(|(token, _)| token));
@@ -295,6 +300,12 @@ fn a_certificate_taken_back_ends_its_tunnels_both_ways(world: &mut World) -> any
         world
             .agent(judge)?
             .wait_access("the refusal", mark, |record| record["direction"] == direction && record["reason"] == "cert_revoked")?;
+        let page = world.agent(judge)?.metrics()?;
+        let reporter = if direction == "outbound" { "source" } else { "destination" };
+        ensure!(page.sum("istio_crl_policy_rejections_total", &[("reporter", reporter)]) > 0.0, "{judge} did not count it");
+        for told in ["istio_xds_message_total", "istio_xds_message_bytes_total", "istio_tcp_connections_failed_total"] {
+            ensure!(page.sum(told, &[]) > 0.0, "{told} is missing");
+        }
         take_back(world, &[])?;
         wait::until_true("calls again", || world.call("client", world.web()).is_ok())?;
     }
