@@ -23,12 +23,15 @@ pub struct HboneError {
     /// Set when the stream certainly was not processed by the peer (refused stream, GOAWAY below its id, connection already
     /// dead), so that opening it again elsewhere cannot make anything happen twice.
     pub unprocessed: bool,
+    /// Set when it happened behind a gateway, in the tunnel within the one to it (double HBONE), while that one held: the gateway
+    /// did its part.
+    pub behind: bool,
 }
 
 impl HboneError {
     /// An error of `reason`, retryable as the reason says.
     pub fn new(reason: Reason, detail: impl Into<Arc<str>>) -> Self {
-        Self { reason, retry: reason.may_retry(), status: None, detail: detail.into(), unprocessed: false }
+        Self { reason, retry: reason.may_retry(), status: None, detail: detail.into(), unprocessed: false, behind: false }
     }
 
     /// The peer answered CONNECT with `status`.
@@ -44,6 +47,7 @@ impl HboneError {
             status: Some(status),
             detail: detail.into(),
             unprocessed: false,
+            behind: false,
         }
     }
 

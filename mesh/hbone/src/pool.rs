@@ -264,7 +264,8 @@ impl<D: Dialer> Pool<D> {
     /// A tunnel inside a tunnel (double HBONE): asks the gateway at `key` for a stream by `outer`, makes of it by `secure` (TLS) a
     /// stream to whoever the gateway leads to, and opens in that a tunnel for the one stream that `inner` asks for.
     ///
-    /// The inner tunnel is never shared: else all streams would stick to one workload behind the gateway.
+    /// The inner tunnel is never shared: else all streams would stick to one workload behind the gateway. An error says whether
+    /// it happened [behind](HboneError::behind) the gateway.
     pub async fn open_within<IO, P, F>(
         &self,
         key: &PoolKey,
@@ -277,10 +278,16 @@ impl<D: Dialer> Pool<D> {
         F: Future<Output = Result<(IO, P), HboneError>>,
     {
         let ((stream, _), around) = self.open_on(key, outer).await?;
-        let (io, peer) = secure(stream.into_io()).await?;
-        let tunnel = Tunnel::handshake(io, Arc::clone(&self.0.settings), || {}).await?;
-        let (stream, head) = tunnel.open(inner).await?;
-        Ok(Nested { stream, head, peer, tunnels: [tunnel, around] })
+        let within = async {
+            let (io, peer) = secure(stream.into_io()).await?;
+            let tunnel = Tunnel::handshake(io, Arc::clone(&self.0.settings), || {}).await?;
+            let (stream, head) = tunnel.open(inner).await?;
+            Ok((stream, head, peer, tunnel))
+        };
+        match within.await {
+            Ok((stream, head, peer, tunnel)) => Ok(Nested { stream, head, peer, tunnels: [tunnel, around] }),
+            Err(error) => Err(HboneError { behind: around.is_open(), ..error }),
+        }
     }
 
     /// Ends at once every tunnel and dial whose key matches (revoked certificate, deleted pod). Their streams see

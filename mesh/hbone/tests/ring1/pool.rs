@@ -7,7 +7,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::FutureExt as _;
 use mesh_hbone::pool::{MAX_DIALS, MAX_MEAGRE_TUNNELS};
-use mesh_hbone::{Dialer, HboneError, HboneStream, Incoming, Pool, PoolKey, Settings, serve};
+use mesh_hbone::{Dialer, HboneError, HboneIo, HboneStream, Incoming, Pool, PoolKey, Settings, serve};
 use mesh_model::{Reason, SpiffeId};
 use mesh_runtime::drain::{Drain, DrainMode, channel};
 use parking_lot::Mutex;
@@ -509,4 +509,29 @@ fn only_what_another_endpoint_may_do_better_is_worth_a_retry() {
         let error = HboneError::refused(status, Some("why"));
         assert_eq!((error.retry, error.unprocessed, error.status), (retry, false, Some(status)));
     }
+}
+
+/// Of a tunnel within a tunnel: what the gateway answers or breaks is its own, what happens in a stream it opened is not.
+#[tokio::test(start_paused = true)]
+async fn what_fails_behind_a_gateway_is_told_from_what_the_gateway_does() {
+    type Way = fn(Reason) -> std::future::Ready<Result<(DuplexStream, ()), HboneError>>;
+    let nobody: Way = |reason| std::future::ready(Err(HboneError::new(reason, "nobody there")));
+    let within = async |far: Far, meanwhile: fn(&Pool<Net>)| {
+        let (pool, own) = (pool(&Net::new(far)), common::request());
+        let secure = |_: HboneIo| {
+            meanwhile(&pool);
+            async {
+                // Whoever ended the tunnel has done it before anybody looks.
+                tokio::time::sleep(Duration::from_millis(1)).await;
+                nobody(Reason::TlsFailure).await
+            }
+        };
+        pool.open_within(&key("a", 1), &own, secure, &own).await.unwrap_err()
+    };
+    let error = within(Far::Accept, |_| {}).await;
+    assert_eq!((error.reason, error.behind), (Reason::TlsFailure, true), "the endpoint behind it");
+    let error = within(Far::Accept, |pool| assert_eq!(pool.close_where(|_| true), 1)).await;
+    assert_eq!((error.reason, error.behind), (Reason::TlsFailure, false), "the tunnel to it is gone");
+    assert!(!within(Far::Fail, |_| {}).await.behind, "it cannot be dialled");
+    assert!(!within(Far::Mute, |_| {}).await.behind, "it does not answer");
 }
