@@ -23,6 +23,7 @@ use crate::body::Body;
 use crate::conn::Conn;
 use crate::telemetry::Record;
 use crate::upgrade::Switched;
+use http::header::HeaderName;
 use http::request::Parts;
 use http::uri::PathAndQuery;
 use http::{HeaderMap, HeaderValue, Response, Uri};
@@ -87,6 +88,8 @@ pub struct Exchange<'c> {
     pub(crate) routed: Option<Result<(), route::Unrouted>>,
     /// The cookie by which the client will be known again, for what the endpoint answers.
     pub(crate) sticky: Option<HeaderValue>,
+    /// What tells the client the endpoint its session stays with.
+    pub(crate) session: Option<(HeaderName, HeaderValue)>,
     /// What TrafficPolicies say of it.
     pub treatments: Treatments,
     /// Of the limits that counted it the one nearest to its end, and what it had left.

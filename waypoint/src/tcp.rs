@@ -221,6 +221,7 @@ async fn reach(conn: &Conn, record: &mut TcpRecord) -> Result<Reached, Unreached
         let pick = PickContext {
             draw: redraw(draw, DRAW_ENDPOINT),
             hash: None,
+            session: None,
             tried: &[],
             before: &[],
             dst: conn.asked(),

@@ -26,6 +26,7 @@ mod resolved;
 mod routes;
 mod rules;
 mod scrape;
+mod sessions;
 mod stalled;
 mod tokens;
 mod traces;
@@ -123,6 +124,9 @@ const TESTS: &[Test<Mesh>] = &[
     test("services_prefer_what_is_near_the_waypoint", destinations::services_prefer_what_is_near_the_waypoint),
     test("limits_overflow_as_envoy_says", destinations::limits_overflow_as_envoy_says),
     test("a_retry_budget_is_kept", destinations::a_retry_budget_is_kept),
+    test("a_cookie_keeps_a_session_where_it_is", sessions::a_cookie_keeps_a_session_where_it_is),
+    test("a_session_stays_with_its_backend", sessions::a_session_stays_with_its_backend),
+    test("a_policy_of_a_backend_keeps_sessions_and_a_budget", sessions::a_policy_of_a_backend_keeps_sessions_and_a_budget),
     test("a_newcomer_warms_up", destinations::a_newcomer_warms_up),
     test("tls_is_originated", destinations::tls_is_originated),
     test("the_proxy_protocol_names_the_client", destinations::the_proxy_protocol_names_the_client),

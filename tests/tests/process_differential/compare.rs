@@ -219,8 +219,8 @@ fn normal(name: &str, value: &str, id: &str) -> String {
         }
         // What a proxy makes up to know a client again.
         "set-cookie" => match value.split('"').collect::<Vec<_>>()[..] {
-            [name, hash, rest] if !hash.is_empty() && hash.bytes().all(|b| b.is_ascii_hexdigit()) => {
-                format!("{name}\"a hash\"{rest}")
+            [name, made, rest] if !made.is_empty() && made.bytes().all(|b| b.is_ascii_alphanumeric() || b"+/=-".contains(&b)) => {
+                format!("{name}\"made up\"{rest}")
             }
             _ => value.to_owned(),
         },

@@ -8,6 +8,7 @@ use mesh_model::l7::policy::{L7Action, L7Body, L7Policies, L7Policy, PolicyTarge
 use mesh_model::l7::route::{
     Abort, BackendRef, Dialect, Fault, Forward, HttpAction, PathMatch, PathRewrite, RetryOn, RetryPolicy, Rewrite, TcpRoute,
 };
+use mesh_model::l7::session::{Carrier, Session};
 use mesh_model::l7::{Backend, HttpMatch, HttpRule, RouteTable, StringMatch, Treatment};
 use mesh_model::origin::Origin;
 use serde_json::{Map, Value, json};
@@ -186,6 +187,7 @@ fn forward(f: &Forward) -> Value {
         "backends": f.backends.iter().map(|b| backend(b, f.total_weight)).collect::<Vec<_>>(),
         "rewrite": f.rewrite.as_ref().map(rewrite),
         "timeout": f.timeout.map(time),
+        "session": f.session.as_deref().map(session),
         "retries": f.retry.as_deref().map_or(json!("mesh default"), retries),
         "mirrors": f.mirrors.iter()
             .map(|m| json!({ "to": target(&m.to), "percent": f64::from(m.fraction.per_million) / 10_000.0 }))
@@ -316,6 +318,15 @@ pub(super) fn destination(d: &Destination) -> Value {
     out
 }
 
+fn session(s: &Session) -> Value {
+    let mut out = match &s.carrier {
+        Carrier::Cookie { name, path, permanent } => json!({ "cookie": name, "path": path, "permanent": permanent }),
+        Carrier::Header(name) => json!({ "header": name.as_str() }),
+    };
+    out["lifetime"] = json!(s.lifetime.map(time));
+    out
+}
+
 fn policy(p: &TrafficPolicy) -> Value {
     let limit = |n: u32| (n != u32::MAX).then_some(n);
     let pool = &p.pool;
@@ -327,7 +338,9 @@ fn policy(p: &TrafficPolicy) -> Value {
             Balance::Passthrough => json!("PASSTHROUGH"),
             Balance::Hash { algorithm, key } => json!({ "algorithm": format!("{algorithm:?}"), "key": match key {
                 HashKey::Header(name) => json!({ "header": name.as_str() }),
-                HashKey::Cookie { name, path, ttl } => json!({ "cookie": name, "path": path, "ttl": ttl.map(time) }),
+                HashKey::Cookie { name, path, ttl, attributes } => {
+                    json!({ "cookie": name, "path": path, "ttl": ttl.map(time), "attributes": attributes })
+                }
                 HashKey::SourceIp => json!("sourceIp"),
                 HashKey::Query(name) => json!({ "query": name }),
             } }),
@@ -368,6 +381,7 @@ fn policy(p: &TrafficPolicy) -> Value {
             "alpn": t.alpn,
         })),
         "proxyProtocol": p.proxy_protocol.map(|v| format!("{v:?}")),
+        "session": p.session.as_deref().map(session),
         "retryBudget": p.retry_budget.map(|b| {
             json!({ "percent": f64::from(b.percent_hundredths) / 100.0, "minRetryConcurrency": b.min_concurrency })
         }),

@@ -57,6 +57,7 @@ pub(crate) fn begin(conn: &Arc<Conn>, request: Request<Incoming>) -> Exchange<'_
         granted: Vec::new(),
         routed: None,
         sticky: None,
+        session: None,
         switched: None,
         connects,
         treatments: Treatments::default(),

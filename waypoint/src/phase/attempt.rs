@@ -21,6 +21,7 @@ use mesh_model::l7::hash::{HashOutcome, request_hash};
 use mesh_model::l7::head::upgrade_of;
 use mesh_model::l7::retry::{self, Outcome};
 use mesh_model::l7::route::{BackendRef, Dialect, Forward, HttpAction};
+use mesh_model::l7::session::{self, Session, Ticket};
 use mesh_model::lb::redraw;
 use mesh_model::waypoint::Target;
 use std::borrow::Cow;
@@ -52,7 +53,9 @@ pub(crate) async fn run(ex: &mut Exchange<'_>) -> Response<Body> {
         Ok(guard) => guard,
         Err(error) => return failed(ex, &error, false, route.dialect),
     };
-    let (answer, deadline) = attempts(ex, forward, route.dialect, &cluster, hash, &guard).await;
+    let session = forward.session.clone().or_else(|| cluster.policy().session.clone());
+    let kept = session.map(|session| Kept::of(ex, session)).unwrap_or_default();
+    let (answer, deadline) = attempts(ex, forward, route.dialect, &cluster, (hash, &kept), &guard).await;
     match &mut ex.switched {
         Some(switched) => {
             switched.guard = Some(guard);
@@ -96,13 +99,34 @@ fn sticky(ex: &Exchange<'_>, cluster: &Cluster) -> (Option<u64>, Option<HeaderVa
     }
 }
 
+/// What a request's session is kept by, if it has one.
+#[derive(Default)]
+struct Kept {
+    session: Option<Arc<Session>>,
+    /// What the client brought.
+    ticket: Option<Ticket>,
+}
+impl Kept {
+    fn of(ex: &Exchange<'_>, session: Arc<Session>) -> Self {
+        let ticket = session.asked(&ex.parts.headers, ex.record.begun());
+        Self { session: Some(session), ticket }
+    }
+    /// What tells the client the endpoint that answered, unless it knows.
+    fn tell(&self, ex: &Exchange<'_>, host: &Host) -> Option<(HeaderName, HeaderValue)> {
+        let (session, name) = (self.session.as_ref()?, host.session_name());
+        let BackendRef::Service(key) = &ex.backend()?.to else { return None };
+        let known = |ticket: Ticket| ticket.endpoint == name && ticket.backend == session::backend(key);
+        if self.ticket.is_some_and(known) { None } else { session.tell(key, name, ex.record.begun()) }
+    }
+}
+
 /// Attempts until one is final: its answer, and until when its body may take.
 async fn attempts(
     ex: &mut Exchange<'_>,
     forward: &Forward,
     dialect: Dialect,
     cluster: &Arc<Cluster>,
-    hash: Option<u64>,
+    (hash, kept): (Option<u64>, &Kept),
     guard: &RequestGuard,
 ) -> (Response<Body>, Option<Instant>) {
     let snap = Arc::clone(&ex.snap);
@@ -128,7 +152,9 @@ async fn attempts(
         let wanted = |wanted: bool| if wanted && hash.is_none() { &tried[..] } else { none };
         let (tried_now, before) = (wanted(policy.other_hosts), wanted(policy.other_localities));
         let name = Some(host_of(&ex.authority));
-        let pick = PickContext { draw, hash, tried: tried_now, before, dst: ex.conn.asked(), name };
+        // As in Envoy: who was not answered well there is sent elsewhere, and stays.
+        let session = kept.ticket.filter(|_| attempt == 1).map(|ticket| ticket.endpoint);
+        let pick = PickContext { draw, hash, session, tried: tried_now, before, dst: ex.conn.asked(), name };
         let host = match cluster.pick(&pick) {
             Ok(host) => host,
             Err(error) => return (failed(ex, &error, attempt > 1, dialect), None),
@@ -186,6 +212,7 @@ async fn attempts(
                 // Counted from the end of the request, which an upgrade does not have.
                 ex.record.upstream_time = (!upgrade).then(|| started.elapsed());
                 let deadline = deadline(ex);
+                ex.session = kept.tell(ex, &host);
                 (arrived(ex, response, client_upgrade), deadline)
             }
             Err(error) if error.failure == Failure::Timeout && is_per_try => {

@@ -324,7 +324,7 @@ async fn send(
     let key = ClusterKey { service: service.key.clone(), port: authorizer.port, subset: None };
     let cluster = conn.shared.upstreams.cluster(snap, &key).await?;
     let guard = cluster.admit()?;
-    let host = cluster.pick(&PickContext { draw, hash: None, tried: &[], before: &[], dst: None, name: None })?;
+    let host = cluster.pick(&PickContext { draw, hash: None, session: None, tried: &[], before: &[], dst: None, name: None })?;
     let http2 = authorizer.judges_bytes() || matches!(cluster.app_protocol(), AppProtocol::Http2 | AppProtocol::Grpc);
     let sent =
         upstream::send(&cluster, &host, question, SendOptions { http2, guard: Some(&guard), ..SendOptions::default() }).await;

@@ -148,6 +148,13 @@ pub(crate) fn from_upstream(ex: &mut Exchange<'_>, answer: &mut Response<Body>) 
     if let Some(cookie) = ex.sticky.take() {
         answer.headers_mut().append(header::SET_COOKIE, cookie);
     }
+    if let Some((name, value)) = ex.session.take() {
+        if name == header::SET_COOKIE {
+            answer.headers_mut().append(name, value);
+        } else {
+            answer.headers_mut().insert(name, value);
+        }
+    }
     edit(ex, answer.headers_mut());
     if let Some(time) = ex.record.upstream_time {
         answer.headers_mut().insert("x-envoy-upstream-service-time", HeaderValue::from(time.as_millis() as u64));

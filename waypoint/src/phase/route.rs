@@ -6,8 +6,9 @@ use crate::telemetry::Flag;
 use http::StatusCode;
 use mesh_model::hosts::{self, Routes, host_of};
 use mesh_model::in_force::InForce;
-use mesh_model::l7::route::{Dialect, HttpAction};
+use mesh_model::l7::route::{Dialect, Forward, HttpAction};
 use mesh_model::l7::select::{Selected, host_matches, select};
+use mesh_model::l7::session;
 use mesh_model::l7::weights::choose as choose_backend;
 use mesh_model::l7::{HttpMatch, HttpRoute};
 use mesh_model::lb::redraw;
@@ -103,8 +104,10 @@ fn plain(ex: &mut Exchange<'_>) -> Result<(), Unrouted> {
 fn use_route(ex: &mut Exchange<'_>, route: Arc<HttpRoute>, matched: Option<Arc<HttpMatch>>) -> Result<(), Unrouted> {
     ex.record.route = Some(Arc::clone(&route));
     if let HttpAction::Forward(forward) = &route.action {
-        let chosen = choose_backend(&forward.backends, forward.total_weight, redraw(ex.draw, DRAW_BACKEND));
-        ex.backend = chosen.and_then(|b| forward.backends.iter().position(|x| std::ptr::eq(x, b)));
+        ex.backend = of_session(ex, forward).or_else(|| {
+            let chosen = choose_backend(&forward.backends, forward.total_weight, redraw(ex.draw, DRAW_BACKEND));
+            chosen.and_then(|b| forward.backends.iter().position(|x| std::ptr::eq(x, b)))
+        });
         if ex.backend.is_none() {
             return Err(Unrouted::NoBackend(route.dialect));
         }
@@ -112,4 +115,10 @@ fn use_route(ex: &mut Exchange<'_>, route: Arc<HttpRoute>, matched: Option<Arc<H
     ex.matched = matched;
     ex.route = Some(route);
     Ok(())
+}
+
+/// The backend that a session stays with, whatever the weights are.
+fn of_session(ex: &Exchange<'_>, forward: &Forward) -> Option<usize> {
+    let session = forward.session.as_ref().filter(|_| forward.backends.len() > 1)?;
+    session::kept(session.asked(&ex.parts.headers, ex.record.begun())?, &forward.backends)
 }

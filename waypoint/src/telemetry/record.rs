@@ -142,6 +142,10 @@ pub struct Record {
     pub sent_messages: Messages,
 }
 impl Record {
+    /// When it began, in seconds since 1970.
+    pub fn begun(&self) -> u64 {
+        self.start_time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs()
+    }
     /// A request of this moment of which nothing else is known.
     pub fn new(grpc: bool) -> Self {
         Self {

@@ -17,7 +17,8 @@ use mesh_model::workload::Workload;
 use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, OnceLock};
 
 /// A destination.
 #[derive(Debug)]
@@ -48,8 +49,17 @@ pub(super) struct Members {
     plan: Plan,
     /// For passthrough: which of them are at an address.
     at: HashMap<IpAddr, Vec<usize>>,
+    /// By their names in sessions; made when the first session is asked for, and then with the others.
+    named: OnceLock<HashMap<u64, usize>>,
 }
 impl Members {
+    /// The endpoint of a session.
+    fn of_session(&self, name: u64) -> Option<&Arc<Host>> {
+        self.hosts.get(*self.named.get_or_init(|| self.name_all()).get(&name)?)
+    }
+    fn name_all(&self) -> HashMap<u64, usize> {
+        self.hosts.iter().enumerate().map(|(at, host)| (host.session_name(), at)).collect()
+    }
     /// The endpoint at an address; none at its port: one that is there at another port.
     fn find(&self, to: SocketAddr) -> Option<&Arc<Host>> {
         let mut there = self.at.get(&to.ip())?.iter().filter_map(|at| self.hosts.get(*at));
@@ -85,6 +95,8 @@ pub struct PickContext<'a> {
     pub draw: u64,
     /// Hash of the request, for consistent hashing.
     pub hash: Option<u64>,
+    /// The endpoint its session stays with ([`mesh_model::l7::session::endpoint`]), if that is there and healthy.
+    pub session: Option<u64>,
     /// Endpoints to keep away from if others are there.
     pub tried: &'a [Arc<Host>],
     /// Endpoints of attempts before, whose priorities the pick keeps away from as [`left_out`] says.
@@ -147,6 +159,12 @@ impl Cluster {
             return self.pass(ctx.dst);
         }
         let members = self.members.load();
+        if let Some(name) = ctx.session {
+            self.state.sessions.store(true, Relaxed);
+            if let Some(host) = members.of_session(name).filter(|host| !host.is_ejected()) {
+                return Ok(Arc::clone(host));
+            }
+        }
         let Members { hosts, places, plan, .. } = &**members;
         let turn = if plan.takes_turns() { self.state.next_turn() } else { 0 };
         let chance = Chance { draw: ctx.draw, hash: ctx.hash, turn };
@@ -270,7 +288,11 @@ impl Cluster {
         for (n, host) in hosts.iter().enumerate().filter(|(_, host)| own(host)) {
             at.entry(host.target.addr.ip()).or_default().push(n);
         }
-        self.members.store(Arc::new(Members { hosts, places, plan, at }));
+        let members = Members { hosts, places, plan, at, named: OnceLock::new() };
+        if self.state.sessions.load(Relaxed) {
+            members.named.get_or_init(|| members.name_all());
+        }
+        self.members.store(Arc::new(members));
     }
     fn plan_of(&self, hosts: &[Arc<Host>], places: &[Placement]) -> Plan {
         let entries: Vec<Entry<'_>> = hosts

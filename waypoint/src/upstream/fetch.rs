@@ -126,7 +126,15 @@ impl Fetcher {
         let key = ClusterKey { service: service.key.clone(), port: to.port, subset: None };
         let failed = |e: super::UpstreamError| format!("service {}: {e}", service.key);
         let cluster = self.upstreams.cluster(snap, &key).await.map_err(failed)?;
-        let pick = PickContext { draw: rand::random(), hash: None, tried: &[], before: &[], dst: None, name: Some(to.host) };
+        let pick = PickContext {
+            draw: rand::random(),
+            hash: None,
+            session: None,
+            tried: &[],
+            before: &[],
+            dst: None,
+            name: Some(to.host),
+        };
         let host = cluster.pick(&pick).map_err(failed)?;
         let policy = cluster.policy();
         let shelf = ShelfKey {

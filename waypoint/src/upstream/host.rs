@@ -3,6 +3,7 @@ use super::pool::{Shelf, ShelfKey};
 use http::HeaderValue;
 use mesh_model::known::Known;
 use mesh_model::l7::outlier::{Ejection, Monitor};
+use mesh_model::l7::session;
 use mesh_model::workload::Workload;
 use mesh_model::{HboneAuthority, SpiffeId};
 use parking_lot::Mutex;
@@ -138,6 +139,10 @@ impl Host {
             (Some(_), Some(ip)) => SocketAddr::new(ip, self.target.addr.port()),
             _ => self.target.addr,
         }
+    }
+    /// What it is called in sessions.
+    pub(crate) fn session_name(&self) -> u64 {
+        session::endpoint(self.known.uid(), self.target.addr)
     }
     /// Who it must prove to be; `None` when it is reached in plain, and behind a gateway where it may be one of several.
     pub fn identity(&self) -> Option<&SpiffeId> {

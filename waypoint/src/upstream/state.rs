@@ -36,6 +36,8 @@ pub(super) struct State {
     /// Retries under way.
     pub retries: AtomicU32,
     pub counters: Counters,
+    /// A session was asked for: endpoints are found by their names in sessions.
+    pub sessions: AtomicBool,
     /// Picks so far, for round robin.
     turn: AtomicU64,
     /// Shelves with requests that wait for a connection to be allowed.
@@ -83,6 +85,7 @@ impl State {
             admitted: AtomicU32::new(0),
             retries: AtomicU32::new(0),
             counters: Counters::default(),
+            sessions: AtomicBool::new(false),
             turn: AtomicU64::new(0),
             starving: Mutex::default(),
             hosts: Mutex::default(),

@@ -122,7 +122,7 @@ fn pick(cluster: &Cluster) -> Arc<Host> {
     pick_with(cluster, rand::random()).unwrap()
 }
 fn pick_with(cluster: &Cluster, draw: u64) -> Result<Arc<Host>, UpstreamError> {
-    cluster.pick(&PickContext { draw, hash: None, tried: &[], before: &[], dst: None, name: None })
+    cluster.pick(&PickContext { draw, hash: None, session: None, tried: &[], before: &[], dst: None, name: None })
 }
 fn get() -> Request<Body> {
     Request::get("http://web.shop/hello").body(Body::Empty).unwrap()

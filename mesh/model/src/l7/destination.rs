@@ -1,6 +1,7 @@
 //! How a destination is reached: DestinationRule (spec/waypoint §3.3) and BackendTLSPolicy, merged and resolved per port
 //! and subset when translated.
 use crate::gateway::ServiceKey;
+use crate::l7::session::Session;
 use crate::labels::Labels;
 use crate::origin::Origin;
 use crate::service::AppProtocol;
@@ -67,6 +68,8 @@ pub struct TrafficPolicy {
     pub proxy_protocol: Option<ProxyVersion>,
     /// Retry budget.
     pub retry_budget: Option<RetryBudget>,
+    /// Requests of a session stay with its endpoint, where the route says nothing of sessions.
+    pub session: Option<Arc<Session>>,
 }
 impl TrafficPolicy {
     /// Whether connections made under `other` are as this policy wants them and may carry its requests. Where they are not they
@@ -120,6 +123,8 @@ pub enum HashKey {
         path: Option<Arc<str>>,
         /// Lifetime; zero: a session cookie. `None`: never made by us.
         ttl: Option<Duration>,
+        /// More attributes of the cookie we make, each after `; `.
+        attributes: Arc<str>,
     },
     /// The client's address.
     SourceIp,

@@ -1,11 +1,9 @@
 //! The hash of a request, which consistent balancing takes for its place on the ring (Envoy's hash policies).
+use crate::l7::cookie;
 use crate::l7::destination::HashKey;
 use crate::l7::route::RequestFacts;
 use crate::l7::select::query_value;
-use http::header::{COOKIE, HeaderMap};
-use std::fmt::Write as _;
 use std::net::IpAddr;
-use std::time::Duration;
 
 /// What a request's hash is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,11 +30,11 @@ pub fn request_hash(key: &HashKey, req: &RequestFacts<'_>, client_ip: IpAddr, fr
             values.sort_unstable();
             (!values.is_empty()).then(|| values.into_iter().fold(0, |seed, value| xxh64(value, seed)))
         }
-        HashKey::Cookie { name, path, ttl } => match (cookie(req.headers, name), ttl) {
+        HashKey::Cookie { name, path, ttl, attributes } => match (cookie::find(req.headers, name), ttl) {
             (Some(value), _) => Some(xxh64(value.as_bytes(), 0)),
             (None, Some(ttl)) => {
                 let value = format!("{fresh:016x}");
-                let set_cookie = set_cookie(name, &value, path.as_deref(), *ttl);
+                let set_cookie = cookie::set(name, &value, *ttl, path.as_deref(), attributes);
                 return HashOutcome::Cookie { hash: xxh64(value.as_bytes(), 0), set_cookie };
             }
             (None, None) => None,
@@ -45,27 +43,6 @@ pub fn request_hash(key: &HashKey, req: &RequestFacts<'_>, client_ip: IpAddr, fr
         HashKey::Query(name) => query_value(req.query, name).map(|value| xxh64(value.as_bytes(), 0)),
     };
     found.map_or(HashOutcome::Nothing, HashOutcome::Hash)
-}
-
-/// The first value of a cookie, without its quotes; an empty one counts as missing.
-fn cookie<'h>(headers: &'h HeaderMap, name: &str) -> Option<&'h str> {
-    let pairs = headers.get_all(COOKIE).iter().filter_map(|v| v.to_str().ok()).flat_map(|v| v.split(';'));
-    let value = pairs.filter_map(|pair| pair.trim_start().split_once('=')).find(|(key, _)| *key == name)?.1.trim_end();
-    let value = value.strip_prefix('"').and_then(|v| v.strip_suffix('"')).unwrap_or(value);
-    (!value.is_empty()).then_some(value)
-}
-/// `Set-Cookie` as Envoy writes it; a lifetime of zero makes a session cookie.
-fn set_cookie(name: &str, value: &str, path: Option<&str>, ttl: Duration) -> String {
-    let mut out = format!("{name}=\"{value}\"");
-    if !ttl.is_zero() {
-        // Writing to a String does not fail, here and below.
-        let _ = write!(out, "; Max-Age={}", ttl.as_secs());
-    }
-    if let Some(path) = path.filter(|p| !p.is_empty()) {
-        let _ = write!(out, "; Path={path}");
-    }
-    out.push_str("; HttpOnly");
-    out
 }
 
 const P1: u64 = 0x9E37_79B1_85EB_CA87;

@@ -6,6 +6,7 @@
 use crate::gateway::ServiceKey;
 use crate::l7::headers::BothEdits;
 use crate::l7::rules::Rules;
+use crate::l7::session::Session;
 use crate::l7::text::{Pattern, StringMatch};
 use crate::origin::Origin;
 use http::header::{HeaderMap, HeaderName};
@@ -168,6 +169,8 @@ pub struct Forward {
     pub retry: Option<Arc<RetryPolicy>>,
     /// Copies.
     pub mirrors: Vec<Mirror>,
+    /// Requests of a session stay with its backend and endpoint.
+    pub session: Option<Arc<Session>>,
 }
 impl Forward {
     /// To one backend, without a time limit, with the mesh's retries.
@@ -179,6 +182,7 @@ impl Forward {
             timeout: None,
             retry: None,
             mirrors: Vec::new(),
+            session: None,
         }
     }
     /// How it is tried again, in a mesh with this default.

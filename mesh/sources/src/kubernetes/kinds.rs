@@ -39,6 +39,7 @@ const LAYER7: &[Row] = &[
     (Kind::TcpRoute, GATEWAY, &["v1", "v1alpha2"], "tcproutes"),
     (Kind::TlsRoute, GATEWAY, &["v1", "v1alpha3", "v1alpha2"], "tlsroutes"),
     (Kind::BackendTlsPolicy, GATEWAY, &["v1", "v1alpha3"], "backendtlspolicies"),
+    (Kind::BackendTrafficPolicy, "gateway.networking.x-k8s.io", &["v1alpha1"], "xbackendtrafficpolicies"),
     (Kind::ReferenceGrant, GATEWAY, &["v1", "v1beta1"], "referencegrants"),
     (Kind::TrafficPolicy, "culvert.dev", &["v1alpha1"], "trafficpolicies"),
 ];

@@ -251,7 +251,7 @@ impl<'p> Dr<'_, '_, 'p> {
             return Err(Bad::value(hash, "`simple` and `consistentHash` cannot both be written", "keep one of them"));
         }
         let balance = match (n.get("simple"), read::map(n, "consistentHash")?) {
-            (_, Some(hash)) => self.hash(hash)?,
+            (_, Some(hash)) => Self::hash(hash)?,
             (None, None) => Balance::LeastRequest,
             (Some(s), None) => match read::scalar(s)? {
                 "UNSPECIFIED" | "LEAST_REQUEST" | "LEAST_CONN" => Balance::LeastRequest,
@@ -275,7 +275,7 @@ impl<'p> Dr<'_, '_, 'p> {
         }
         Ok(Balancing { balance, locality, warmup })
     }
-    fn hash(&mut self, n: &'p Node<'p>) -> Read<'p, Balance> {
+    fn hash(n: &'p Node<'p>) -> Read<'p, Balance> {
         read::only(
             n,
             &["httpHeaderName", "httpCookie", "useSourceIp", "httpQueryParameterName", "minimumRingSize", "ringHash", "maglev"],
@@ -291,7 +291,6 @@ impl<'p> Dr<'_, '_, 'p> {
             HashKey::Header(http_text::name(h, read::scalar(h)?)?)
         } else if let Some(c) = read::map(n, "httpCookie")? {
             read::only(c, &["name", "path", "ttl", "attributes"])?;
-            self.without_effect(c, &["attributes"]);
             let name = match c.get("name") {
                 None => return Err(Bad::missing(c, "name", "the cookie's name")),
                 Some(at) => match read::scalar(at)? {
@@ -303,7 +302,8 @@ impl<'p> Dr<'_, '_, 'p> {
             if path.is_some_and(|t| !cookie_text(t)) {
                 return Err(Bad::value(c.get("path").unwrap_or(c), "not a path for a cookie", "write for example `/`"));
             }
-            HashKey::Cookie { name: name.into(), path: path.map(Arc::from), ttl: read::duration(c, "ttl")? }
+            let ttl = read::duration(c, "ttl")?;
+            HashKey::Cookie { name: name.into(), path: path.map(Arc::from), ttl, attributes: attributes(c)?.into() }
         } else if let Some(q) = n.get("httpQueryParameterName") {
             HashKey::Query(read::scalar(q)?.into())
         } else {
@@ -542,8 +542,31 @@ fn prime(n: u32) -> bool {
     n >= 2 && (2..=n.isqrt()).all(|d| !n.is_multiple_of(d))
 }
 /// Whether a text can stand in a `Set-Cookie` header.
-fn cookie_text(t: &str) -> bool {
+pub(super) fn cookie_text(t: &str) -> bool {
     t.bytes().all(|b| b.is_ascii_graphic() && !matches!(b, b';' | b',' | b'"' | b'\\'))
+}
+
+/// More attributes of a cookie, as they stand in `Set-Cookie`.
+fn attributes<'p>(cookie: &'p Node<'p>) -> Read<'p, String> {
+    let mut out = String::new();
+    for a in read::list(cookie, "attributes")? {
+        read::only(a, &["name", "value"])?;
+        let Some(at) = a.get("name") else { return Err(Bad::missing(a, "name", "an attribute has a name")) };
+        let (name, value) = (read::scalar(at)?, read::text_or_empty(a, "value")?);
+        if name.is_empty() || !cookie_text(name) || name.contains('=') {
+            return Err(Bad::value(at, format!("`{name}` is not the name of an attribute"), "write for example `SameSite`"));
+        }
+        if !cookie_text(value) {
+            return Err(Bad::value(a, format!("`{value}` is not the value of an attribute"), "write for example `Strict`"));
+        }
+        out.push_str("; ");
+        out.push_str(name);
+        if !value.is_empty() {
+            out.push('=');
+            out.push_str(value);
+        }
+    }
+    Ok(out)
 }
 
 fn warmup<'p>(n: &'p Node<'p>) -> Read<'p, Warmup> {

@@ -7,7 +7,9 @@
 //! route that could not be understood closes (500) the service or the listener's hosts it was for. Upstream:
 //! [`super::object`]. Downstream: [`super::layer7`], which asks per service and per Gateway.
 
+mod attached;
 mod backend_tls;
+mod backend_traffic;
 mod compile;
 mod filter;
 mod grpc_route;
@@ -16,6 +18,7 @@ mod l4_route;
 mod listener;
 mod reference;
 mod route;
+mod session;
 mod tables;
 
 use std::cmp::Reverse;
@@ -23,9 +26,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use mesh_model::Origin;
-use mesh_model::l7::destination::{KeyPair, Roots, UpstreamTls};
+use mesh_model::l7::destination::{KeyPair, RetryBudget, Roots, UpstreamTls};
 use mesh_model::l7::gateway::{ClientCertificates, GatewayKey, GatewayRoutes, Listener, ListenerTls};
 use mesh_model::l7::route::{BackendRef, ClusterKey, HttpMatch, HttpRoute, RouteTable, TcpRoute, TcpRule, TlsRule};
+use mesh_model::l7::session::Session;
 use mesh_model::service::{Service, ServiceKey};
 
 use super::layer7::{Join, Need, Output, Touched, covers, forget, put, same_or_stand_in};
@@ -36,7 +40,9 @@ use super::{HashMap, Name, Slot, Translator};
 use crate::diagnostics::Severity;
 use crate::yaml::Node;
 
-use backend_tls::{CaKind, CaRef, TlsPolicy};
+use attached::Attached;
+use backend_tls::{CaKind, CaRef, PolicyTarget, TlsPolicy};
+use backend_traffic::TrafficRules;
 use compile::{invalid, settle_http, settle_l4};
 pub use listener::{EdgeClients, EdgeListener, EdgeTls, SecretRef, read_all as read_listeners};
 pub(super) use tables::Tables;
@@ -52,6 +58,8 @@ pub enum GatewayApiObject {
     Route(Route),
     /// BackendTLSPolicy.
     BackendTls(TlsPolicy),
+    /// XBackendTrafficPolicy.
+    BackendTraffic(TrafficRules),
     /// ReferenceGrant.
     Grant(ReferenceGrant),
 }
@@ -61,7 +69,7 @@ impl GatewayApiObject {
         match self {
             Self::Route(r) => r.broken.is_some(),
             Self::BackendTls(p) => p.broken.is_some(),
-            Self::Grant(_) => false,
+            Self::BackendTraffic(_) | Self::Grant(_) => false,
         }
     }
 }
@@ -82,12 +90,12 @@ pub(super) type RouteId = (RouteKind, Arc<str>, Arc<str>);
 pub(super) struct GatewayApi {
     routes: BTreeMap<RouteId, Slot<Route>>,
     by_parent: HashMap<Parent, BTreeSet<RouteId>>,
-    policies: BTreeMap<Name, Slot<TlsPolicy>>,
-    by_target: HashMap<ServiceKey, BTreeSet<Name>>,
+    tls: Attached<TlsPolicy>,
+    traffic: Attached<TrafficRules>,
     grants: BTreeMap<Name, ReferenceGrant>,
 }
 
-/// Reads an HTTPRoute, GRPCRoute, TCPRoute, TLSRoute, BackendTLSPolicy or ReferenceGrant.
+/// Reads an HTTPRoute, GRPCRoute, TCPRoute, TLSRoute, BackendTLSPolicy, XBackendTrafficPolicy or ReferenceGrant.
 pub(super) fn read<'p>(
     r: &mut Reader<'_>,
     node: &'p Node<'p>,
@@ -96,6 +104,7 @@ pub(super) fn read<'p>(
 ) -> Read<'p, Option<GatewayApiObject>> {
     Ok(match id.kind {
         Kind::BackendTlsPolicy => Some(GatewayApiObject::BackendTls(backend_tls::read(r, node, id)?)),
+        Kind::BackendTrafficPolicy => Some(GatewayApiObject::BackendTraffic(backend_traffic::read(r, node, id)?)),
         Kind::ReferenceGrant => Some(GatewayApiObject::Grant(reference::grant(r, node)?)),
         kind => match route_kind(kind) {
             Some(kind) => Some(GatewayApiObject::Route(route::read(r, node, kind, id, origin)?)),
@@ -141,7 +150,14 @@ impl GatewayApi {
                     Some((GatewayApiObject::BackendTls(obj), origin)) => Some(Slot { obj, origin }),
                     _ => None,
                 };
-                self.set_policy(name, new, touched);
+                self.tls.set(name, new, touched);
+            }
+            Kind::BackendTrafficPolicy => {
+                let new = match new {
+                    Some((GatewayApiObject::BackendTraffic(obj), origin)) => Some(Slot { obj, origin }),
+                    _ => None,
+                };
+                self.traffic.set(name, new, touched);
             }
             Kind::ReferenceGrant => {
                 touched.need(Need::Grants(Arc::clone(&name.0)));
@@ -186,28 +202,6 @@ impl GatewayApi {
             self.by_parent.entry(p).or_default().insert(id.clone());
         }
         put(&mut self.routes, id, new);
-    }
-
-    fn set_policy(&mut self, name: Name, new: Option<Slot<TlsPolicy>>, touched: &mut Touched) {
-        let old = self.policies.get(&name);
-        if same_or_stand_in(old, new.as_ref(), |p| p.broken.is_some()) {
-            return;
-        }
-        let targets = |slot: &Slot<TlsPolicy>| -> Vec<ServiceKey> {
-            let key =
-                |t: &backend_tls::PolicyTarget| ServiceKey { namespace: Arc::clone(&name.0), hostname: Arc::clone(&t.host) };
-            slot.obj.targets.iter().map(key).collect()
-        };
-        let (before, after) = (old.map(targets).unwrap_or_default(), new.as_ref().map(targets).unwrap_or_default());
-        for key in before {
-            forget(&mut self.by_target, &key, &name);
-            touched.output(Output::Destination(key));
-        }
-        for key in after {
-            self.by_target.entry(key.clone()).or_default().insert(name.clone());
-            touched.output(Output::Destination(key));
-        }
-        put(&mut self.policies, name, new);
     }
 
     /// The routes that name a Gateway.
@@ -417,8 +411,15 @@ pub(super) fn check(join: &mut Join<'_>, id: &ObjectId) {
         }
         return;
     }
-    let Some(slot) = api.policies.get(&(Arc::clone(&id.namespace), Arc::clone(&id.name))) else { return };
-    for (i, target) in slot.obj.targets.iter().enumerate() {
+    let name: Name = (Arc::clone(&id.namespace), Arc::clone(&id.name));
+    if let Some(slot) = api.tls.get(&name).filter(|_| id.kind == Kind::BackendTlsPolicy) {
+        check_targets(join, id, &slot.origin, &slot.obj.targets);
+    } else if let Some(slot) = api.traffic.get(&name).filter(|_| id.kind == Kind::BackendTrafficPolicy) {
+        check_targets(join, id, &slot.origin, &slot.obj.targets);
+    }
+}
+fn check_targets(join: &mut Join<'_>, id: &ObjectId, origin: &Arc<Origin>, targets: &[PolicyTarget]) {
+    for (i, target) in targets.iter().enumerate() {
         join.need(Need::Host(Arc::clone(&target.host)));
         let key = ServiceKey { namespace: Arc::clone(&id.namespace), hostname: Arc::clone(&target.host) };
         let known = |s: &KubeService| target.section.as_ref().is_none_or(|x| s.ports.iter().any(|p| p.name == *x));
@@ -429,7 +430,7 @@ pub(super) fn check(join: &mut Join<'_>, id: &ObjectId) {
         };
         let field = format!("spec.targetRefs[{i}]");
         let message = format!("{message}; the policy has no effect there");
-        join.complain(Severity::Warning, (&slot.origin, target.line), &field, message, "correct the reference", "target");
+        join.complain(Severity::Warning, (origin, target.line), &field, message, "correct the reference", "target");
     }
 }
 
@@ -491,11 +492,8 @@ pub(super) struct BackendTls {
 pub(super) fn backend_tls(join: &mut Join<'_>, service: &Arc<Service>) -> Vec<BackendTls> {
     let api = &join.objects.gateway_api;
     let Some(kube) = kube_service(join.t, &service.key) else { return Vec::new() };
-    let names = api.by_target.get(&service.key).into_iter().flatten();
-    let mut policies: Vec<(&Name, &Slot<TlsPolicy>)> = names.filter_map(|n| api.policies.get_key_value(n)).collect();
-    policies.sort_by_key(|(name, slot)| (slot.obj.created.is_empty(), &slot.obj.created, *name));
     let mut out: Vec<BackendTls> = Vec::new();
-    for ((ns, _), slot) in policies {
+    for ((ns, _), slot) in api.tls.of(&service.key) {
         let mine = slot.obj.targets.iter().filter(|t| t.host == service.key.hostname);
         for target in mine {
             let port = match &target.section {
@@ -519,6 +517,39 @@ pub(super) fn backend_tls(join: &mut Join<'_>, service: &Arc<Service>) -> Vec<Ba
     out.sort_by_key(|b| (b.port.is_none(), b.port));
     out
 }
+/// What XBackendTrafficPolicies say about a service: the oldest that speaks of a thing counts.
+#[derive(Clone, Debug, Default)]
+pub(super) struct BackendTraffic {
+    /// Retry budget.
+    pub(super) budget: Option<RetryBudget>,
+    /// Sessions.
+    pub(super) session: Option<Arc<Session>>,
+    /// Where it was written.
+    pub(super) origins: Vec<Arc<Origin>>,
+}
+/// What XBackendTrafficPolicies say about a service.
+pub(super) fn backend_traffic(join: &mut Join<'_>, service: &Arc<Service>) -> BackendTraffic {
+    let mut out = BackendTraffic::default();
+    let api = &join.objects.gateway_api;
+    if kube_service(join.t, &service.key).is_none() {
+        return out;
+    }
+    for (_, slot) in api.traffic.of(&service.key) {
+        let TrafficRules { budget, session, targets, .. } = &slot.obj;
+        let is_late = (out.budget.is_some() && budget.is_some()) || (out.session.is_some() && session.is_some());
+        if let (true, Some(first)) = (is_late, out.origins.first()) {
+            let line = targets.iter().find(|t| t.host == service.key.hostname).map_or(0, |t| t.line);
+            let message = format!("an older policy speaks of the same: {first}; there it counts");
+            let fix = "remove one of them";
+            join.complain(Severity::Warning, (&slot.origin, line), "spec.targetRefs", message, fix, "conflict");
+        }
+        out.budget = out.budget.or(*budget);
+        out.session = out.session.or_else(|| session.clone());
+        out.origins.push(Arc::clone(&slot.origin));
+    }
+    out
+}
+
 fn upstream_tls(join: &mut Join<'_>, ns: &Arc<str>, slot: &Slot<TlsPolicy>) -> UpstreamTls {
     let v = &slot.obj.validation;
     let mut roots = Roots::System;

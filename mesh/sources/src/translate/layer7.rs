@@ -673,11 +673,13 @@ impl<'a> Join<'a> {
         add_untouched_ports(service, &mut table);
         Some(table.indexed())
     }
-    /// What is said about reaching a service: DestinationRules, then BackendTLSPolicies where those say nothing of TLS.
+    /// What is said about reaching a service: DestinationRules, then where those say nothing BackendTLSPolicies and
+    /// XBackendTrafficPolicies.
     fn destination(&mut self, key: &ServiceKey) -> Option<Destination> {
         let service = self.t.services_out.get(key)?;
         let tls = gateway_api::backend_tls(self, service);
-        destination_rule::build(self, service, &tls)
+        let traffic = gateway_api::backend_traffic(self, service);
+        destination_rule::build(self, service, &tls, &traffic)
     }
     fn check(&mut self, id: &ObjectId) {
         let name: Name = (Arc::clone(&id.namespace), Arc::clone(&id.name));

@@ -64,6 +64,8 @@ pub enum Kind {
     TlsRoute,
     /// Gateway API BackendTLSPolicy.
     BackendTlsPolicy,
+    /// Gateway API XBackendTrafficPolicy.
+    BackendTrafficPolicy,
     /// Gateway API ReferenceGrant.
     ReferenceGrant,
     /// culvert.dev TrafficPolicy.
@@ -103,6 +105,7 @@ impl Kind {
             Self::TcpRoute => "TCPRoute",
             Self::TlsRoute => "TLSRoute",
             Self::BackendTlsPolicy => "BackendTLSPolicy",
+            Self::BackendTrafficPolicy => "XBackendTrafficPolicy",
             Self::ReferenceGrant => "ReferenceGrant",
             Self::TrafficPolicy => "TrafficPolicy",
             Self::EnvoyFilter => "EnvoyFilter",
@@ -181,7 +184,7 @@ pub enum Body {
     Pod(Pod),
     VirtualService(Box<VirtualService>),
     DestinationRule(Box<DestinationRule>),
-    /// Routes, BackendTLSPolicies and ReferenceGrants.
+    /// Routes, BackendTLSPolicies, XBackendTrafficPolicies and ReferenceGrants.
     GatewayApi(Box<GatewayApiObject>),
     /// A TrafficPolicy or EnvoyFilter.
     Traffic(Box<TrafficPolicy>),
@@ -553,6 +556,7 @@ fn layer7_kind(kind: &str) -> Option<(Kind, &'static str)> {
         "TCPRoute" => (Kind::TcpRoute, GATEWAY_API),
         "TLSRoute" => (Kind::TlsRoute, GATEWAY_API),
         "BackendTLSPolicy" => (Kind::BackendTlsPolicy, GATEWAY_API),
+        "XBackendTrafficPolicy" => (Kind::BackendTrafficPolicy, "gateway.networking.x-k8s.io"),
         "ReferenceGrant" => (Kind::ReferenceGrant, GATEWAY_API),
         "Telemetry" => (Kind::Telemetry, "telemetry.istio.io"),
         "TrafficPolicy" => (Kind::TrafficPolicy, OURS),
@@ -584,6 +588,7 @@ const NOT_FOR_AGENT: &[&str] = &[
     "UDPRoute",
     "ReferenceGrant",
     "BackendTLSPolicy",
+    "XBackendTrafficPolicy",
     "ListenerSet",
     "XListenerSet",
     "InferencePool",
@@ -693,6 +698,7 @@ impl<'a> Reader<'a> {
             | Kind::TcpRoute
             | Kind::TlsRoute
             | Kind::BackendTlsPolicy
+            | Kind::BackendTrafficPolicy
             | Kind::ReferenceGrant => match gateway_api::read(self, node, &id, &origin) {
                 Ok(Some(object)) => Ok(Body::GatewayApi(Box::new(object))),
                 Ok(None) => return None,

@@ -59,6 +59,7 @@ impl Translator {
             | Kind::TcpRoute
             | Kind::TlsRoute
             | Kind::BackendTlsPolicy
+            | Kind::BackendTrafficPolicy
             | Kind::ReferenceGrant
             | Kind::TrafficPolicy
             | Kind::EnvoyFilter

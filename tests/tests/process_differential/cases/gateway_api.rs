@@ -19,7 +19,7 @@ fn rule(name: &str, matches: &str) -> String {
 }
 
 pub fn all() -> Vec<Scenario> {
-    vec![order(), filters(), backends(), redirects()]
+    vec![order(), filters(), backends(), redirects(), sessions()]
 }
 
 fn order() -> Scenario {
@@ -69,6 +69,33 @@ fn order() -> Scenario {
         ])
         .case(case("header before none", get("/a/b/c").header("x-k", "1")))
         .case(case("method before header", request("PUT", "/a/b/c").header("x-k", "1")))
+}
+
+/// What the cookie is called and lasts; its value is each proxy's own.
+fn sessions() -> Scenario {
+    let state = json!({"name": "envoy.http.stateful_session.cookie", "typed_config": {
+        "@type": "type.googleapis.com/envoy.extensions.http.stateful_session.cookie.v3.CookieBasedSessionState",
+        "cookie": {"name": "s", "path": "/shop", "ttl": "60s"}}});
+    scenario("gw-session")
+        .pods(&[("v1", 3)])
+        .http_route(
+            "\
+- matches: [{ path: { type: PathPrefix, value: /shop } }]
+  sessionPersistence: { sessionName: s, absoluteTimeout: 60s, cookieConfig: { lifetimeType: Permanent } }
+  backendRefs: [{ name: $NAME, port: 80 }]
+",
+        )
+        .last_filter(
+            "envoy.filters.http.stateful_session",
+            "stateful_session.v3.StatefulSession",
+            json!({"session_state": state}),
+        )
+        .route(on(json!({"path_separated_prefix": "/shop"})).to(""))
+        .case(case("a session begins", get("/shop")))
+        .case(case("beside the endpoint's cookies", get("/shop/x").script("h:set-cookie=a=1 h:set-cookie=b=2 200")))
+        .case(case("whatever the endpoint answers", get("/shop/x").script("404")))
+        .case(case("a cookie that names no endpoint", get("/shop/x").header("cookie", "x=1; s=\"bm9uZQ==\"")))
+        .case(case("an empty cookie", get("/shop/x").header("cookie", "s=")))
 }
 
 fn filters() -> Scenario {

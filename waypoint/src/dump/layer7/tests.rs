@@ -35,6 +35,7 @@ fn a_rule_reads_like_what_was_written() {
                 to: BackendRef::Invalid { status: 503, why: "unknown".into() },
                 fraction: Fraction::percent(12.5),
             }],
+            session: None,
         }),
         headers,
         cors: None,

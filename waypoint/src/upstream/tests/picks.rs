@@ -101,7 +101,11 @@ async fn an_ejection_moves_what_a_ring_had() {
     world.policy(policy);
     let cluster = world.cluster();
     let by = |hash| {
-        name(&cluster.pick(&PickContext { draw: 1, hash: Some(hash), tried: &[], before: &[], dst: None, name: None }).unwrap())
+        name(
+            &cluster
+                .pick(&PickContext { draw: 1, hash: Some(hash), session: None, tried: &[], before: &[], dst: None, name: None })
+                .unwrap(),
+        )
     };
     let first = by(42);
     assert!((0..50).all(|_| by(42) == first));
@@ -229,8 +233,9 @@ async fn passthrough_goes_where_the_client_wanted() {
     world.endpoint("beside", beside);
     world.policy(TrafficPolicy { balance: Balance::Passthrough, ..TrafficPolicy::default() });
     let cluster = world.cluster();
-    let to =
-        |dst: Option<SocketAddr>| cluster.pick(&PickContext { draw: 1, hash: None, tried: &[], before: &[], dst, name: None });
+    let to = |dst: Option<SocketAddr>| {
+        cluster.pick(&PickContext { draw: 1, hash: None, session: None, tried: &[], before: &[], dst, name: None })
+    };
     assert_eq!([at(1), beside].map(|dst| name(&to(Some(dst)).unwrap())), ["a", "beside"]);
     // Another port of a known endpoint, and a stranger: the same one every time.
     let other = SocketAddr::new(at(1).ip(), 9999);

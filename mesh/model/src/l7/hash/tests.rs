@@ -1,6 +1,7 @@
 use super::*;
 use crate::fixture::{Req, ip};
 use http::header::HeaderName;
+use std::time::Duration;
 
 /// Vectors from the reference implementation (Python's `xxhash`).
 #[test]
@@ -69,7 +70,7 @@ fn headers_addresses_and_queries() {
 }
 
 fn cookie_key(path: Option<&str>, ttl: Option<u64>) -> HashKey {
-    HashKey::Cookie { name: "k".into(), path: path.map(Into::into), ttl: ttl.map(Duration::from_secs) }
+    HashKey::Cookie { name: "k".into(), path: path.map(Into::into), ttl: ttl.map(Duration::from_secs), attributes: "".into() }
 }
 #[test]
 fn cookies_that_are_there() {

@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use mesh_model::l7::destination::{Destination, Subset, TrafficPolicy};
+use mesh_model::l7::destination::{Destination, RetryBudget, Subset, TrafficPolicy};
+use mesh_model::l7::session::Session;
 use mesh_model::service::Service;
 
-use super::super::gateway_api::BackendTls;
+use super::super::gateway_api::{BackendTls, BackendTraffic};
 use super::super::http_text::exported;
 use super::super::layer7::{Join, Need, patterns};
 use super::super::{Name, Slot};
@@ -86,17 +87,29 @@ impl Merged {
         }
         self
     }
-    fn done(self, join: &mut Join<'_>, namespace: &str) -> (Arc<TrafficPolicy>, BTreeMap<u16, Arc<TrafficPolicy>>) {
-        let policy = Arc::new(done(join, self.blocks, namespace));
+    /// The retry budget of an XBackendTrafficPolicy, where nothing is said about it.
+    fn with_budget(mut self, budget: Option<RetryBudget>) -> Self {
+        for at in self.ports.values_mut().chain([&mut self.blocks]) {
+            at.retry_budget = at.retry_budget.or(budget);
+        }
+        self
+    }
+    fn done(
+        self,
+        join: &mut Join<'_>,
+        namespace: &str,
+        session: Option<&Arc<Session>>,
+    ) -> (Arc<TrafficPolicy>, BTreeMap<u16, Arc<TrafficPolicy>>) {
+        let policy = Arc::new(done(join, self.blocks, namespace, session));
         let mut ports = BTreeMap::new();
         for (port, blocks) in self.ports {
-            let own = done(join, blocks, namespace);
+            let own = done(join, blocks, namespace, session);
             ports.insert(port, if own == *policy { Arc::clone(&policy) } else { Arc::new(own) });
         }
         (policy, ports)
     }
 }
-fn done(join: &mut Join<'_>, blocks: Blocks, namespace: &str) -> TrafficPolicy {
+fn done(join: &mut Join<'_>, blocks: Blocks, namespace: &str, session: Option<&Arc<Session>>) -> TrafficPolicy {
     let Balancing { balance, locality, warmup } = blocks.balance.unwrap_or_default();
     TrafficPolicy {
         balance,
@@ -107,13 +120,19 @@ fn done(join: &mut Join<'_>, blocks: Blocks, namespace: &str) -> TrafficPolicy {
         tls: blocks.tls.as_ref().and_then(|t| tls::resolve(join, t, namespace)),
         proxy_protocol: blocks.proxy_protocol,
         retry_budget: blocks.retry_budget,
+        session: session.cloned(),
     }
 }
 
-/// What all rules of a service, and BackendTLSPolicies, say together.
-pub(in super::super) fn build(join: &mut Join<'_>, service: &Arc<Service>, tls: &[BackendTls]) -> Option<Destination> {
+/// What all rules of a service, and the policies of the Gateway API, say together.
+pub(in super::super) fn build(
+    join: &mut Join<'_>,
+    service: &Arc<Service>,
+    tls: &[BackendTls],
+    traffic: &BackendTraffic,
+) -> Option<Destination> {
     let rules = rules(join, service);
-    if rules.is_empty() && tls.is_empty() {
+    if rules.is_empty() && tls.is_empty() && traffic.origins.is_empty() {
         return None;
     }
     // All rules are of one namespace; a Secret is looked for there.
@@ -123,7 +142,13 @@ pub(in super::super) fn build(join: &mut Join<'_>, service: &Arc<Service>, tls: 
         policy: Arc::default(),
         ports: BTreeMap::new(),
         subsets: BTreeMap::new(),
-        origins: rules.iter().map(|(_, r)| Arc::clone(&r.origin)).chain(tls.iter().map(|t| Arc::clone(&t.origin))).collect(),
+        origins: rules
+            .iter()
+            .map(|(_, r)| &r.origin)
+            .chain(tls.iter().map(|t| &t.origin))
+            .chain(&traffic.origins)
+            .cloned()
+            .collect(),
         broken: rules.iter().find_map(|(_, r)| r.obj.broken.clone()),
     };
     let mut subsets: BTreeMap<&Arc<str>, (&SubsetRule, &Slot<DestinationRule>)> = BTreeMap::new();
@@ -155,11 +180,11 @@ pub(in super::super) fn build(join: &mut Join<'_>, service: &Arc<Service>, tls: 
     }
     let top = Merged::default().over(policy.map(|(p, _)| p));
     for (name, (subset, _)) in subsets {
-        let merged = top.over(subset.policy.as_ref()).with_tls(tls);
-        let (policy, ports) = merged.done(join, &namespace);
+        let merged = top.over(subset.policy.as_ref()).with_tls(tls).with_budget(traffic.budget);
+        let (policy, ports) = merged.done(join, &namespace, traffic.session.as_ref());
         out.subsets.insert(Arc::clone(name), Subset { labels: subset.labels.clone(), policy, ports });
     }
-    (out.policy, out.ports) = top.with_tls(tls).done(join, &namespace);
+    (out.policy, out.ports) = top.with_tls(tls).with_budget(traffic.budget).done(join, &namespace, traffic.session.as_ref());
     Some(out)
 }
 

@@ -66,15 +66,23 @@ fn load_balancers() {
             Balance::Hash { algorithm: HashAlgorithm::Ring(1024), key: HashKey::Header("x-user".parse().unwrap()) },
         ),
         (
-            "consistentHash: {httpCookie: {name: c, path: /p, ttl: 0s}, ringHash: {minimumRingSize: 2048}}",
+            "consistentHash: {httpCookie: {name: c, path: /p, ttl: 0s, attributes: [{name: Secure}, {name: SameSite, value: None}]}, ringHash: {minimumRingSize: 2048}}",
             Balance::Hash {
                 algorithm: HashAlgorithm::Ring(2048),
-                key: HashKey::Cookie { name: "c".into(), path: Some("/p".into()), ttl: Some(secs(0)) },
+                key: HashKey::Cookie {
+                    name: "c".into(),
+                    path: Some("/p".into()),
+                    ttl: Some(secs(0)),
+                    attributes: "; Secure; SameSite=None".into(),
+                },
             },
         ),
         (
             "consistentHash: {httpCookie: {name: c}, minimumRingSize: 8}",
-            Balance::Hash { algorithm: HashAlgorithm::Ring(8), key: HashKey::Cookie { name: "c".into(), path: None, ttl: None } },
+            Balance::Hash {
+                algorithm: HashAlgorithm::Ring(8),
+                key: HashKey::Cookie { name: "c".into(), path: None, ttl: None, attributes: "".into() },
+            },
         ),
         (
             "consistentHash: {useSourceIp: true, maglev: {}}",
@@ -435,10 +443,6 @@ fn what_has_no_effect_is_told() {
         ("host: other.b.svc.cluster.local", "no-service"),
         ("host: api\ntrafficPolicy: {outlierDetection: {consecutiveErrors: 5}}", "no-effect"),
         ("host: api\ntrafficPolicy: {loadBalancer: {simple: RANDOM, warmup: {duration: 1s}}}", "no-effect"),
-        (
-            "host: api\ntrafficPolicy: {loadBalancer: {consistentHash: {httpCookie: {name: x, attributes: [{name: a}]}}}}",
-            "no-effect",
-        ),
     ] {
         let (_, problems) = mesh7(&(world() + &dr(spec)));
         assert_eq!(codes(&problems), [(Severity::Warning, code)], "{spec}");

@@ -103,7 +103,7 @@ pub(super) fn read<'p>(r: &mut Reader<'_>, node: &'p Node<'p>, id: &ObjectId) ->
 }
 
 /// A target; the kind of one that is no Service.
-fn target<'p>(r: &mut Reader<'_>, t: &'p Node<'p>, id: &ObjectId) -> Read<'p, Result<PolicyTarget, String>> {
+pub(super) fn target<'p>(r: &mut Reader<'_>, t: &'p Node<'p>, id: &ObjectId) -> Read<'p, Result<PolicyTarget, String>> {
     read::only(t, &["group", "kind", "name", "sectionName"])?;
     let group = read::text_or_empty(t, "group")?;
     let Some(kind) = read::text(t, "kind")? else { return Err(Bad::missing(t, "kind", "a targetRef has a kind")) };

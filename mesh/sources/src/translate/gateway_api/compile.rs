@@ -64,6 +64,7 @@ impl Compile<'_> {
                 rewrite,
                 timeout: rule.timeout,
                 retry: rule.retry,
+                session: rule.session.map(|s| s.session(&format!("{}/{name}", self.kind.as_str()))),
             }),
         };
         if !matches!(action, HttpAction::Forward(_)) {

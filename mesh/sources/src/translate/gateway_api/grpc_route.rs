@@ -9,7 +9,7 @@ use super::super::read::{self, Bad, Read};
 use super::filter::{self, Place};
 use super::reference::Owner;
 use super::route::{self, PathKind, Rank, Written};
-use crate::diagnostics::Severity;
+use super::session;
 use crate::yaml::Node;
 
 /// Reads one rule of an object.
@@ -24,17 +24,8 @@ pub(super) fn rule<'p>(r: &mut Reader<'_>, object: Owner<'_, 'p>, rule: &'p Node
     }
     let filters = filter::read(r, object, rule, Place::Grpc, false)?;
     let backends = route::backends(r, object, rule, Some(Place::Grpc), false)?;
-    if let Some(at) = rule.get("sessionPersistence") {
-        let bad = Bad {
-            at,
-            missing: None,
-            message: "session persistence is not available for routes; requests are balanced without it".into(),
-            fix: "use consistentHash of a DestinationRule",
-            code: "unsupported-field",
-        };
-        r.report(object.root, &bad, Severity::Error);
-    }
-    Ok(Written { name: route::rule_name(r, rule)?, matches, filters, backends, timeout: None, retry: None })
+    let session = session::read(r, object.root, rule, "/")?;
+    Ok(Written { name: route::rule_name(r, rule)?, matches, filters, backends, timeout: None, retry: None, session })
 }
 
 /// A match, ranked like the path it stands for: `/service/method` exact, `/service/` a prefix, all else a pattern.

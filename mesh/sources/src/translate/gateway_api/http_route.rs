@@ -11,7 +11,7 @@ use super::super::read::{self, Bad, Read};
 use super::filter::{self, Filters, Place};
 use super::reference::Owner;
 use super::route::{self, PathKind, Rank, Written};
-use crate::diagnostics::Severity;
+use super::session;
 use crate::yaml::Node;
 
 /// Reads one rule of an object.
@@ -33,18 +33,9 @@ pub(super) fn rule<'p>(r: &mut Reader<'_>, object: Owner<'_, 'p>, rule: &'p Node
     {
         return Err(Bad::value(at, "a rule that redirects has no backends", "remove the backendRefs or the filter"));
     }
-    if let Some(at) = rule.get("sessionPersistence") {
-        let bad = Bad {
-            at,
-            missing: None,
-            message: "session persistence is not available for routes; requests are balanced without it".into(),
-            fix: "use consistentHash of a DestinationRule",
-            code: "unsupported-field",
-        };
-        r.report(object.root, &bad, Severity::Error);
-    }
     let (timeout, retry) = limits(rule)?;
-    Ok(Written { name: route::rule_name(r, rule)?, matches, filters, backends, timeout, retry })
+    let session = session::read(r, object.root, rule, &session::common_path(matches.iter().map(|(_, m)| m.path.as_ref())))?;
+    Ok(Written { name: route::rule_name(r, rule)?, matches, filters, backends, timeout, retry, session })
 }
 
 fn everything() -> (Rank, Arc<HttpMatch>) {
@@ -54,7 +45,7 @@ fn everything() -> (Rank, Arc<HttpMatch>) {
 /// The rule of a route that has none.
 pub(super) fn default_rule() -> Written {
     let (matches, backends) = (vec![everything()], Vec::new());
-    Written { name: None, matches, filters: Filters::default(), backends, timeout: None, retry: None }
+    Written { name: None, matches, filters: Filters::default(), backends, timeout: None, retry: None, session: None }
 }
 
 const METHODS: &[&str] = &["GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"];

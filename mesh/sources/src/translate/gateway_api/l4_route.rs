@@ -17,5 +17,6 @@ pub(super) fn rule<'p>(r: &mut Reader<'_>, object: Owner<'_, 'p>, rule: &'p Node
         backends: route::backends(r, object, rule, None, false)?,
         timeout: None,
         retry: None,
+        session: None,
     })
 }

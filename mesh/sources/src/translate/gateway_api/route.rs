@@ -18,7 +18,7 @@ use super::super::read::{self, Bad, Read};
 use super::compile::Compile;
 use super::filter::{self, Filters, Place};
 use super::reference::{self, Owner, ParentRef, Target};
-use super::{grpc_route, http_route, l4_route};
+use super::{grpc_route, http_route, l4_route, session};
 use crate::diagnostics::Severity;
 use crate::yaml::Node;
 
@@ -107,6 +107,7 @@ pub(super) struct Written {
     pub(super) backends: Vec<WrittenBackend>,
     pub(super) timeout: Option<Duration>,
     pub(super) retry: Option<Arc<RetryPolicy>>,
+    pub(super) session: Option<session::Asked>,
 }
 /// A backend as written.
 pub(super) struct WrittenBackend {

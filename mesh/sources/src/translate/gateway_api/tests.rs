@@ -4,12 +4,13 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use mesh_model::Change;
-use mesh_model::l7::destination::Destination;
+use mesh_model::l7::destination::{Destination, RetryBudget};
 use mesh_model::l7::gateway::ListenerProtocol;
 use mesh_model::l7::route::{
     Forward, Fraction, HttpAction, HttpMatch, HttpRoute, HttpRule, PathMatch, PathRewrite, Redirect, RedirectPort, RetryOn,
     RetryPolicy, Rewrite,
 };
+use mesh_model::l7::session::{Carrier, Session};
 use mesh_model::l7::text::StringMatch;
 use mesh_model::snapshot::Viewpoint;
 use proptest::prelude::*;
@@ -368,9 +369,134 @@ fn filters_that_are_not_available_answer_500() {
         assert_eq!(f.backends[0].to, to("a", "t", 80));
         assert!(matches!(f.backends[1].to, BackendRef::Invalid { status: 500, .. }), "{f:?}");
     }
-    let (state, problems) = mesh(&with_rule("sessionPersistence: {sessionName: x}, backendRefs: [{name: t, port: 80}]"));
-    assert_eq!(brief(&problems), [("error", "spec.rules[0].sessionPersistence", "unsupported-field")]);
-    assert!(matches!(state.table(S).http.get(0).unwrap().route.action, HttpAction::Forward(_)));
+}
+
+// ---- sessions ----
+
+/// The session of a rule with these matches.
+fn session(matches: &str, fields: &str) -> (Session, Vec<Problem>) {
+    let rule = format!("matches: [{matches}], sessionPersistence: {{{fields}}}, backendRefs: [{{name: t, port: 80}}]");
+    let (state, problems) = mesh(&with_rule(&rule));
+    let HttpAction::Forward(f) = &state.table(S).http.get(0).unwrap().route.action else { panic!("{problems:?}") };
+    (Session::clone(f.session.as_ref().unwrap()), problems)
+}
+
+#[test]
+fn sessions_of_routes() {
+    let cookie = |name: &str, path: &str, permanent| Carrier::Cookie { name: name.into(), path: path.into(), permanent };
+    let header = |name: &str| Carrier::Header(name.parse().unwrap());
+    for (matches, fields, carrier, lifetime) in [
+        ("", "sessionName: x", cookie("x", "/", false), None),
+        ("path: {value: /a/b}", "sessionName: x, type: Cookie", cookie("x", "/a/b", false), None),
+        ("path: {value: /a/b/}", "sessionName: x, cookieConfig: {}", cookie("x", "/a/b", false), None),
+        ("path: {type: Exact, value: /a/b}}, {path: {value: /a/c}", "sessionName: x", cookie("x", "/a", false), None),
+        ("path: {value: /ab}}, {path: {value: /ac}", "sessionName: x", cookie("x", "/", false), None),
+        ("path: {type: RegularExpression, value: '/a/b.*'}", "sessionName: x", cookie("x", "/", false), None),
+        ("", "sessionName: x, cookieConfig: {lifetimeType: Session}, absoluteTimeout: 1h", cookie("x", "/", false), Some(3600)),
+        ("", "sessionName: x, cookieConfig: {lifetimeType: Permanent}, absoluteTimeout: 1m", cookie("x", "/", true), Some(60)),
+        ("", "sessionName: X-S, type: Header", header("x-s"), None),
+        ("", "sessionName: X-S, type: Header, absoluteTimeout: 1m30s", header("x-s"), Some(90)),
+    ] {
+        let (found, problems) = session(&format!("{{{matches}}}"), fields);
+        assert_eq!(found, Session { carrier, lifetime: lifetime.map(Duration::from_secs) }, "{fields}");
+        assert_eq!(brief(&problems), [], "{fields}");
+    }
+    // Names are made where none is written, and told apart.
+    let Carrier::Cookie { name, .. } = session("", "").0.carrier else { panic!() };
+    assert!(name.starts_with("culvert-session-") && name.len() == 24, "{name}");
+    let Carrier::Header(name) = session("", "type: Header").0.carrier else { panic!() };
+    assert!(name.as_str().starts_with("x-culvert-session-"), "{name}");
+    let (_, problems) = session("", "idleTimeout: 10s");
+    assert_eq!(brief(&problems), [("error", "spec.rules[0].sessionPersistence.idleTimeout", "unsupported-field")]);
+}
+
+const TRAFFIC: &str = "gateway.networking.x-k8s.io/v1alpha1";
+fn traffic_policy(name: &str, meta: &str, spec: &str) -> String {
+    object("XBackendTrafficPolicy", TRAFFIC, "a", name, meta, &format!("spec: {{{spec}}}"))
+}
+
+#[test]
+fn backend_traffic_policies() {
+    let rule = |spec: &str| {
+        let spec = format!("spec: {{host: s, trafficPolicy: {{{spec}}}}}");
+        object("DestinationRule", "networking.istio.io/v1", "a", "d", "", &spec)
+    };
+    let budget = |percent_hundredths, min_concurrency| Some(RetryBudget { percent_hundredths, min_concurrency });
+    let of = |text: &str| {
+        let (state, problems) = mesh(&(services("a") + text));
+        let d = state.destinations.get(S).map(|d| (d.policy.retry_budget, d.policy.session.clone(), d.origins.len()));
+        let problems: Vec<String> = problems.iter().map(|p| p.code.unwrap_or_default().to_string()).collect();
+        (d.unwrap_or_default(), problems)
+    };
+    for (constraint, want, told) in [
+        ("", budget(2000, 10), vec![]),
+        ("budget: {percent: 5}", budget(500, 10), vec![]),
+        ("minRetryRate: {count: 0}", budget(2000, 0), vec![]),
+        (
+            "budget: {percent: 100, interval: 10s}, minRetryRate: {count: 3, interval: 1s}",
+            budget(10_000, 3),
+            vec!["no-effect"; 2],
+        ),
+    ] {
+        let (found, problems) = of(&traffic_policy("p", "", &format!("{ON_S}, retryConstraint: {{{constraint}}}")));
+        assert_eq!((found, problems), ((want, None, 1), told.iter().map(ToString::to_string).collect()), "{constraint}");
+    }
+    // A DestinationRule's own budget counts, for ports too; its other words do not matter.
+    let p = traffic_policy("p", "", &format!("{ON_S}, retryConstraint: {{}}, sessionPersistence: {{sessionName: x}}"));
+    let ((found, session, origins), _) = of(&(p.clone() + &rule("retryBudget: {percent: 1}")));
+    assert_eq!((found, origins, session.is_some()), (budget(100, 3), 2, true));
+    let ((found, ..), _) = of(&(p.clone() + &rule("loadBalancer: {simple: RANDOM}")));
+    assert_eq!(found, budget(2000, 10));
+    // The oldest counts for what it says, the others for the rest.
+    let older = traffic_policy(
+        "q",
+        ", creationTimestamp: 2026-01-01T00:00:00Z",
+        &format!("{ON_S}, sessionPersistence: {{sessionName: y}}"),
+    );
+    let ((found, session, origins), problems) = of(&(p + &older));
+    let Some(Carrier::Cookie { name, path, .. }) = session.map(|s| s.carrier.clone()) else { panic!() };
+    assert_eq!((found, &*name, &*path, origins, problems), (budget(2000, 10), "y", "/", 2, vec!["conflict".to_owned()]));
+}
+
+#[test]
+fn mistakes_in_backend_traffic_policies() {
+    let only = "targetRefs: [{group: '', kind: Service, name: s}]";
+    for (spec, code) in [
+        ("retryConstraint: {}".to_owned(), "missing-field"),
+        (format!("{only}, retryConstraint: {{budget: {{percent: 101}}}}"), "bad-value"),
+        (format!("{only}, retryConstraint: {{minRetryRate: {{count: -1}}}}"), "bad-value"),
+        (format!("{only}, retryConstraint: {{budget: {{percent: 1, interval: x}}}}"), "bad-value"),
+        (format!("{only}, sessionPersistence: {{type: x}}"), "bad-value"),
+        (format!("{only}, other: 1"), "unknown-field"),
+        ("targetRefs: [{group: '', kind: Service, name: none}]".to_owned(), "target"),
+        ("targetRefs: [{group: x, kind: Other, name: s}]".to_owned(), "unsupported-target"),
+    ] {
+        let (state, problems) = mesh(&(services("a") + &traffic_policy("p", "", &spec)));
+        assert_eq!(problems.iter().map(|p| p.code.unwrap_or_default().to_string()).collect::<Vec<_>>(), [code], "{spec}");
+        assert!(!state.destinations.contains_key(S), "{spec}");
+    }
+}
+
+#[test]
+fn mistakes_in_sessions() {
+    for fields in [
+        "type: Query",
+        "cookieConfig: {lifetimeType: Permanent}",
+        "cookieConfig: {lifetimeType: Ever}",
+        "type: Header, cookieConfig: {lifetimeType: Session}",
+        "type: Header, sessionName: 'a b'",
+        "type: Header, sessionName: Content-Length",
+        "sessionName: 'a=b'",
+        "sessionName: 'a;b'",
+        "absoluteTimeout: 0s",
+        "absoluteTimeout: 10",
+        "other: 1",
+    ] {
+        let (state, problems) =
+            mesh(&with_rule(&format!("sessionPersistence: {{{fields}}}, backendRefs: [{{name: t, port: 80}}]")));
+        assert!(state.table(S).broken.is_some(), "{fields}");
+        assert!(problems.iter().any(|p| p.field.starts_with("spec.rules[0].sessionPersistence")), "{fields}: {problems:?}");
+    }
 }
 
 // ---- HTTPRoute: mistakes ----

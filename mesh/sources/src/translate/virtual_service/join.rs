@@ -327,6 +327,7 @@ impl<'a> Making<'_, 'a, '_> {
                     timeout: entry.timeout.and_then(|Timeout(t)| t),
                     retry: entry.retry.clone(),
                     mirrors,
+                    session: None,
                 })
             }
         };
