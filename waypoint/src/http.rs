@@ -7,6 +7,7 @@ use crate::detect::Spoken;
 use crate::exchange;
 use crate::opening::first_bytes;
 use crate::phase::admit;
+use crate::share::{Counted, Total};
 use ::http::{HeaderMap, Method, Request, Response};
 use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
@@ -59,27 +60,30 @@ pub async fn serve<IO>(conn: Arc<Conn>, io: IO, version: Version)
 where
     IO: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let service = {
-        let conn = Arc::clone(&conn);
-        service_fn(move |request: Request<Incoming>| {
-            let conn = Arc::clone(&conn);
-            async move {
-                // Those of HTTP/1 are counted by their parser.
-                if request.version() == ::http::Version::HTTP_2 && fields(&request) > FIELDS {
-                    exchange::reset(&conn, request, "http2.too_many_headers");
-                    return Err(TooManyFields);
-                }
-                Ok(exchange::run(&conn, request).await)
-            }
-        })
-    };
     match version {
         Version::Http1 => {
+            let answering = Arc::clone(&conn);
+            let service = service_fn(move |request: Request<Incoming>| {
+                let conn = Arc::clone(&answering);
+                async move { Ok::<_, Infallible>(exchange::run(&conn, request).await) }
+            });
             let io = TokioIo::new(Watched { io, conn: Arc::clone(&conn) });
             let serving = pin!(http1_server().serve_connection(io, service).with_upgrades());
             drive(&conn, serving, hyper::server::conn::http1::UpgradeableConnection::graceful_shutdown).await;
         }
         Version::Http2 => {
+            let (answering, held) = (Arc::clone(&conn), Total::default());
+            let service = service_fn(move |request: Request<Incoming>| {
+                let (conn, held) = (Arc::clone(&answering), Arc::clone(&held));
+                async move {
+                    // Those of HTTP/1 are counted by their parser.
+                    if fields(&request) > FIELDS {
+                        exchange::reset(&conn, request, "http2.too_many_headers");
+                        return Err(TooManyFields);
+                    }
+                    Ok(exchange::run(&conn, request).await.map(|body| Counted::new(body, &held)))
+                }
+            });
             let serving = pin!(http2_server().serve_connection(TokioIo::new(io), service));
             drive(&conn, serving, hyper::server::conn::http2::Connection::graceful_shutdown).await;
         }
@@ -106,7 +110,7 @@ fn http1_server() -> hyper::server::conn::http1::Builder {
     builder.max_buf_size(HEAD).max_header_size(HEAD).max_headers(FIELDS).half_close(false).header_read_timeout(None);
     builder
 }
-fn http2_server() -> hyper::server::conn::http2::Builder<TokioExecutor> {
+pub(crate) fn http2_server() -> hyper::server::conn::http2::Builder<TokioExecutor> {
     let mut builder = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
     builder
         .timer(TokioTimer::new())

@@ -22,6 +22,7 @@ mod opening;
 mod phase;
 pub mod places;
 pub mod settings;
+mod share;
 pub mod stock;
 pub mod tcp;
 pub mod telemetry;

@@ -153,11 +153,12 @@ type Sent = Result<Response<Incoming>, TrySendError<Request<Body>>>;
 
 /// Largest buffer of an HTTP/1 connection, and so its largest response head.
 const H1_BUFFER: usize = 64 << 10;
-/// What of one HTTP/2 response may lie here that its client does not read: with the buffers towards the client, and those of
-/// tunnels, less than the 256 KiB that such a client may cost.
-const H2_STREAM_WINDOW: u32 = 128 << 10;
-/// Enough for 128 stalled readers before they hold up the others of their connection.
-const H2_CONNECTION_WINDOW: u32 = 16 << 20;
+/// What of one HTTP/2 response may lie here that its client does not read: what HTTP/2 gives a stream that nobody says more of
+/// (RFC 9113 §6.9.2), and in what is left of the 256 KiB that such a client may cost.
+const H2_STREAM_WINDOW: u32 = 64 << 10;
+/// Enough for all streams a connection may have: one that is not read never holds up the others. What a client may leave unread is
+/// bounded where its answers leave.
+const H2_CONNECTION_WINDOW: u32 = 1 << 30;
 /// What one HTTP/2 stream may have queued towards the endpoint, but for the last piece of it.
 const H2_SEND_BUFFER: usize = 48 << 10;
 /// Largest response head over HTTP/2.
