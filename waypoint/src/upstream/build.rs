@@ -21,6 +21,7 @@ use mesh_model::workload::{Locality, Protocol, Workload};
 use parking_lot::Mutex;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 /// What of ourselves counts when endpoints are ranked.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -163,6 +164,7 @@ pub(super) fn service(
         members: ArcSwap::default(),
         shares: rules.shares.iter().map(|(_, weight)| *weight).collect(),
         planning: Mutex::default(),
+        outdated: AtomicBool::new(false),
         passthrough: policy.balance == Balance::Passthrough || service.lb.mode == LbMode::Passthrough,
         wildcard: None,
         source: Source::Service(basis),
@@ -198,6 +200,7 @@ pub(super) fn workload(state: &Arc<State>, known: &Arc<Known>, port: u16, plain:
         members: ArcSwap::default(),
         shares: Box::default(),
         planning: Mutex::default(),
+        outdated: AtomicBool::new(false),
         passthrough: false,
         wildcard: None,
         source: Source::Workload(Arc::clone(known)),

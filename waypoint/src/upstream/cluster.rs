@@ -17,7 +17,7 @@ use mesh_model::workload::Workload;
 use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed, Ordering::SeqCst, fence};
 use std::sync::{Arc, OnceLock};
 
 /// A destination.
@@ -33,6 +33,8 @@ pub struct Cluster {
     /// Weights of localities.
     pub(super) shares: Box<[u32]>,
     pub(super) planning: Mutex<()>,
+    /// Health changed since its table was begun.
+    pub(super) outdated: AtomicBool,
     /// Endpoints are what the client addressed.
     pub(super) passthrough: bool,
     /// Endpoints are the hosts of this wildcard that clients name, as this one but for its name.
@@ -269,17 +271,32 @@ impl Cluster {
         }
         self.plan_anew();
     }
-    /// As [`Self::replan`], on this thread.
+    /// As [`Self::replan`], on this thread; by whoever makes a table already, if somebody does: nobody waits.
     pub(super) fn plan_anew(&self) {
-        // Whoever comes last sees the newest health.
-        let _planning = self.planning.lock();
-        let now = self.members.load();
-        self.put(Arc::clone(&now.hosts), Arc::clone(&now.places));
+        self.outdated.store(true, Relaxed);
+        // Against the one in `catch_up`: either the lock is seen free here, or this is seen there.
+        fence(SeqCst);
+        self.catch_up();
+    }
+    /// Makes the tables anew until they are of the newest health.
+    pub(super) fn catch_up(&self) {
+        while self.outdated.load(Relaxed) {
+            let Some(planning) = self.planning.try_lock() else { return };
+            if self.outdated.swap(false, SeqCst) {
+                let now = self.members.load();
+                self.put(Arc::clone(&now.hosts), Arc::clone(&now.places));
+            }
+            drop(planning);
+            fence(SeqCst);
+        }
     }
     /// Makes these its endpoints.
     pub(super) fn adopt(&self, hosts: Vec<Arc<Host>>, places: Vec<Placement>) {
-        let _planning = self.planning.lock();
+        let planning = self.planning.lock();
         self.put(hosts.into(), places.into());
+        drop(planning);
+        fence(SeqCst);
+        self.catch_up();
     }
     fn put(&self, hosts: Arc<[Arc<Host>]>, places: Arc<[Placement]>) {
         let plan = self.plan_of(&hosts, &places);

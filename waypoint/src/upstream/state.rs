@@ -46,10 +46,19 @@ pub(super) struct State {
     hosts: Mutex<Hosts>,
     /// Endpoints made for original destinations.
     passed: Mutex<HashMap<Asked, Arc<Host>>>,
-    /// The newest version. Also the lock under which endpoints are ejected and tables replaced.
-    live: Mutex<Weak<Cluster>>,
+    /// The newest version. Also the lock under which endpoints are ejected; never held while a table is made.
+    live: Mutex<Live>,
+    /// Held by who makes a version, or its endpoints: one after another.
+    pub making: Mutex<()>,
     started: Instant,
     ticking: AtomicBool,
+}
+
+#[derive(Debug, Default)]
+struct Live {
+    cluster: Weak<Cluster>,
+    /// How often an endpoint was ejected or came back.
+    turns: u64,
 }
 
 type Hosts = HashMap<(WorkloadUid, SocketAddr), (Target, Arc<HostState>)>;
@@ -91,6 +100,7 @@ impl State {
             hosts: Mutex::default(),
             passed: Mutex::default(),
             live: Mutex::default(),
+            making: Mutex::default(),
             started: Instant::now(),
             ticking: AtomicBool::new(false),
         })
@@ -112,23 +122,19 @@ impl State {
     /// Makes a freshly built version the one that counts: endpoints it does not have leave.
     pub fn install(self: &Arc<Self>, mut cluster: Cluster, listed: Vec<Listed>) -> Arc<Cluster> {
         let former = self.policy.swap(Arc::clone(&cluster.policy));
-        // Under the lock that ejecting and other addresses take, so that no change of either is missed.
-        let mut live = self.live.lock();
+        let making = self.making.lock();
+        let turns = self.live.lock().turns;
         let (hosts, places) = build::hosts(self, &listed);
         cluster.wildcard = hosts.iter().find(|h| h.target.name.as_deref().is_some_and(build::is_wildcard)).cloned();
         if listed.iter().any(|endpoint| endpoint.named.is_some()) {
             cluster.listed = listed.into();
         }
-        if cluster.policy.outlier.is_none() {
-            for host in &hosts {
-                host.state.ejection.lock().pardon();
-                host.state.ejected.store(false, Relaxed);
-            }
-        }
         let cluster = Arc::new(cluster);
-        *live = Arc::downgrade(&cluster);
         self.populate(&cluster, hosts, places);
-        drop(live);
+        if self.go_live(&cluster, turns) {
+            cluster.plan_anew();
+        }
+        drop(making);
         let stays = self.hosts.lock();
         if !cluster.policy.has_connections_of(&former) {
             stays.values().for_each(|(_, state)| state.renew());
@@ -142,7 +148,20 @@ impl State {
         cluster
     }
 
-    /// Makes these the endpoints of the newest version: those that are not among them leave.
+    /// Makes a version with endpoints the newest. Whether health is not what it was at this count of turns, when its table was begun.
+    fn go_live(&self, cluster: &Arc<Cluster>, turns: u64) -> bool {
+        let mut live = self.live.lock();
+        live.cluster = Arc::downgrade(cluster);
+        if cluster.policy.outlier.is_none() {
+            for host in cluster.hosts().iter() {
+                host.state.ejection.lock().pardon();
+                live.turns += u64::from(host.state.ejected.swap(false, Relaxed));
+            }
+        }
+        live.turns != turns
+    }
+
+    /// Makes these the endpoints of a version: those of the one before that are not among them leave.
     fn populate(&self, cluster: &Cluster, hosts: Vec<Arc<Host>>, places: Vec<Placement>) {
         let key = |h: &Arc<Host>| (Arc::clone(h.known.uid()), h.target.addr);
         let now = hosts.iter().map(|h| (key(h), (h.target.clone(), Arc::clone(&h.state)))).collect();
@@ -158,8 +177,9 @@ impl State {
 
     /// The addresses of a name among the endpoints changed.
     pub fn readdress(&self) {
-        let live = self.live.lock();
-        if let Some(cluster) = live.upgrade().filter(|cluster| !cluster.listed.is_empty()) {
+        let _making = self.making.lock();
+        let live = self.live.lock().cluster.upgrade();
+        if let Some(cluster) = live.filter(|cluster| !cluster.listed.is_empty()) {
             let (hosts, places) = build::hosts(self, &cluster.listed);
             self.populate(&cluster, hosts, places);
         }
@@ -263,9 +283,10 @@ impl State {
         if tokio::runtime::Handle::try_current().is_err() {
             return;
         }
-        let live = self.live.lock();
+        let mut live = self.live.lock();
         host.monitor.reset(cause);
-        let Some(cluster) = live.upgrade() else { return };
+        // A newer version may have no such policy, and nothing that would end an ejection.
+        let Some(cluster) = live.cluster.upgrade().filter(|cluster| cluster.policy.outlier.is_some()) else { return };
         if host.ejected.load(Relaxed) || host.is_gone() {
             return;
         }
@@ -277,38 +298,43 @@ impl State {
         }
         host.ejection.lock().eject(policy, self.now());
         host.ejected.store(true, Relaxed);
+        live.turns += 1;
         note(&self.counters.ejections);
-        cluster.replan();
         if !self.ticking.swap(true, Relaxed) {
             tokio::spawn(watch(Arc::downgrade(self), policy.interval));
         }
+        drop(live);
+        cluster.replan();
     }
 
     /// One look at the ejected endpoints; when to look again, if at all.
     fn tick(self: &Arc<Self>) -> Option<Duration> {
-        let live = self.live.lock();
-        let next = live.upgrade().and_then(|cluster| {
-            let policy = cluster.policy().outlier.clone()?;
-            let (mut changed, mut settled) = (false, true);
-            for host in cluster.hosts().iter() {
-                let mut ejection = host.state.ejection.lock();
-                if ejection.tick(&policy, self.now()) {
-                    host.state.monitor.reset_all();
-                    host.state.ejected.store(false, Relaxed);
-                    changed = true;
-                }
-                settled &= ejection.is_settled();
+        let mut live = self.live.lock();
+        let found = live.cluster.upgrade().and_then(|cluster| Some((cluster.policy.outlier.clone()?, cluster)));
+        let Some((policy, cluster)) = found else {
+            self.ticking.store(false, Relaxed);
+            return None;
+        };
+        let (mut changed, mut settled) = (false, true);
+        for host in cluster.hosts().iter() {
+            let mut ejection = host.state.ejection.lock();
+            if ejection.tick(&policy, self.now()) {
+                host.state.monitor.reset_all();
+                host.state.ejected.store(false, Relaxed);
+                live.turns += 1;
+                changed = true;
             }
-            if changed {
-                cluster.replan();
-            }
-            (!settled).then_some(policy.interval)
-        });
-        if next.is_none() {
+            settled &= ejection.is_settled();
+        }
+        if settled {
             // Under the lock that ejecting takes: the next ejection starts a watch of its own.
             self.ticking.store(false, Relaxed);
         }
-        next
+        drop(live);
+        if changed {
+            cluster.replan();
+        }
+        (!settled).then_some(policy.interval)
     }
 
     /// A connection is allowed again: whoever waits longest may make one.

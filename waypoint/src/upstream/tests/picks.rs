@@ -92,6 +92,57 @@ async fn all_ejected_is_no_healthy_upstream_unless_it_panics() {
     assert_eq!(seen(&world.cluster()), set(&["a"]));
 }
 
+/// Ejects an endpoint on another thread, which must not wait for anything held here.
+fn eject_beside(cluster: &Arc<Cluster>, which: &str) {
+    let (runtime, cluster, host) = (tokio::runtime::Handle::current(), Arc::clone(cluster), named(cluster, which));
+    let (tell, told) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let _in = runtime.enter();
+        cluster.report(&host, Observed::Status(500));
+        tell.send(()).unwrap();
+    });
+    told.recv_timeout(PATIENCE).expect("it waits for the table");
+}
+
+#[tokio::test]
+async fn an_ejection_does_not_wait_for_a_table_and_is_in_the_next() {
+    let mut world = world(&["a", "b", "c", "d"]);
+    world.policy(outlier(1, 100));
+    let cluster = world.cluster();
+    // As while other addresses are taken over.
+    let (making, table) = (cluster.state.making.lock(), cluster.planning.lock());
+    eject_beside(&cluster, "a");
+    assert_eq!(seen(&cluster), set(&["a", "b", "c", "d"]), "by the table before");
+    drop((table, making));
+    // As whoever made that table does.
+    cluster.catch_up();
+    assert_eq!(seen(&cluster), set(&["b", "c", "d"]));
+}
+
+#[tokio::test]
+async fn an_ejection_while_a_version_is_made_is_in_it() {
+    let names = ["a", "b", "c", "d", "e", "f", "g", "h"];
+    let mut world = world(&names);
+    let policy = |n: u32| {
+        let pool = PoolLimits { max_connections: 100 + n, ..PoolLimits::default() };
+        TrafficPolicy { pool, ..outlier(1, 100) }
+    };
+    world.policy(policy(0));
+    for (n, which) in (1..).zip(&names[1..]) {
+        let before = world.cluster();
+        world.policy(policy(n));
+        let (runtime, host) = (tokio::runtime::Handle::current(), named(&before, which));
+        let newer = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let _in = runtime.enter();
+                before.report(&host, Observed::Status(500));
+            });
+            world.cluster()
+        });
+        assert!(!Arc::ptr_eq(&before, &newer) && !seen(&newer).contains(*which), "{which}");
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn an_ejection_moves_what_a_ring_had() {
     let mut world = world(&["a", "b", "c"]);
