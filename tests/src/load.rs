@@ -15,8 +15,10 @@ use anyhow::ensure;
 use crate::topology::Place;
 
 mod caller;
+mod pace;
 
 use caller::{Caller, Speech};
+pub use pace::Pace;
 
 /// No request may take longer.
 const LIMIT: Duration = Duration::from_secs(20);
@@ -73,6 +75,17 @@ impl Tally {
     }
 }
 
+/// What is between the requests of a caller.
+#[derive(Clone)]
+enum Rest {
+    For(Duration),
+    Until(Arc<Pace>),
+}
+
+fn get(to: SocketAddr, path: &str) -> Speech {
+    Speech { to, path: path.to_owned(), body: 0, http2: false }
+}
+
 /// Requests under way.
 #[derive(Debug)]
 pub struct Load {
@@ -84,30 +97,39 @@ pub struct Load {
 impl Load {
     /// `callers` threads in `place` that GET `path` from `to`, each resting for `pause` after a request.
     pub fn start(place: &Arc<Place>, to: SocketAddr, path: &str, callers: usize, pause: Duration) -> Self {
-        let speech = Speech { to, path: path.to_owned(), body: 0, http2: false };
-        Self::of(place, vec![speech; callers], pause)
+        Self::of(place, vec![get(to, path); callers], Rest::For(pause))
+    }
+
+    /// `callers` threads in `place` that GET `path` from `to`, all of them together at `pace`.
+    pub fn at_pace(place: &Arc<Place>, to: SocketAddr, path: &str, callers: usize, pace: &Arc<Pace>) -> Self {
+        Self::of(place, vec![get(to, path); callers], Rest::Until(Arc::clone(pace)))
     }
 
     /// Four threads without rest: GET and PUT, each over HTTP/1.1 and over HTTP/2.
     pub fn mixed(place: &Arc<Place>, to: SocketAddr, path: &str) -> Self {
         let all = [(0, false), (BODY, false), (0, true), (BODY, true)];
         let speech = |(body, http2)| Speech { to, path: path.to_owned(), body, http2 };
-        Self::of(place, all.map(speech).into(), Duration::ZERO)
+        Self::of(place, all.map(speech).into(), Rest::For(Duration::ZERO))
     }
 
-    fn of(place: &Arc<Place>, all: Vec<Speech>, pause: Duration) -> Self {
+    fn of(place: &Arc<Place>, all: Vec<Speech>, rest: Rest) -> Self {
         let (stop, done) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
         let threads = all.into_iter().map(|speech| {
-            let (place, stop, done) = (Arc::clone(place), Arc::clone(&stop), Arc::clone(&done));
+            let (place, stop, done, rest) = (Arc::clone(place), Arc::clone(&stop), Arc::clone(&done), rest.clone());
             thread::spawn(move || {
                 let mut caller = match Caller::new(place, speech) {
                     Ok(caller) => caller,
                     Err(error) => return Tally { errors: vec![format!("{error:#}")], ..Tally::default() },
                 };
                 while !stop.load(Ordering::Relaxed) {
+                    if let Rest::Until(pace) = &rest {
+                        pace.wait();
+                    }
                     caller.call();
                     done.fetch_add(1, Ordering::Relaxed);
-                    thread::sleep(pause);
+                    if let Rest::For(pause) = rest {
+                        thread::sleep(pause);
+                    }
                 }
                 caller.tally
             })

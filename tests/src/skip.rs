@@ -44,3 +44,10 @@ pub fn find_peer(program: &str) -> Result<PathBuf, String> {
         .find(|file| file.is_file())
         .ok_or_else(|| format!("`{program}` is not installed (`cargo xtask e2e` builds it)"))
 }
+
+/// For how many minutes what lasts is tried with certificates of one: `CULVERT_SOAK`, which `cargo xtask e2e` sets; without it such tests
+/// have a short form. Two at least, so that something is renewed.
+pub fn soak_minutes() -> Option<u32> {
+    let minutes = std::env::var("CULVERT_SOAK").ok()?;
+    Some(minutes.parse().unwrap_or(2).max(2))
+}

@@ -54,12 +54,19 @@ const PEERS: &[Peer] = &[
     Peer { name: "Consul", script: "tests/consul/install.sh", more: &[], programs: &["consul"], suite: "e2e_consul" },
 ];
 
-/// `cargo xtask e2e`.
+/// Needs no peer: the control plane of the tests with certificates of a minute, under load.
+const ALONE: &str = "mesh_istiod";
+
+/// `cargo xtask e2e`. With `--soak` what is under load is for ten minutes, not two.
 pub fn run(args: &[String]) -> Result<()> {
     let metadata = Metadata::load()?;
     let folder = std::env::var_os("CULVERT_PEERS").map_or_else(|| metadata.target.join("peers"), PathBuf::from);
-    let mut options = suite::Options::parse(args)?;
+    let (soak, rest): (Vec<String>, Vec<String>) = args.iter().cloned().partition(|arg| arg == "--soak");
+    let mut options = suite::Options::parse(&rest)?;
     options.peers = Some(folder.clone());
+    if !soak.is_empty() {
+        options.soak = 10;
+    }
     let mut laps = Laps::default();
     if options.setup {
         for needs in [setup::NETWORK, setup::IMAGE, setup::NODE] {
@@ -75,9 +82,10 @@ pub fn run(args: &[String]) -> Result<()> {
     }
     let mut total = Tally::default();
     let mut told = Vec::new();
-    let suites: Vec<&str> = PEERS.iter().map(|peer| peer.suite).collect();
-    for (peer, tally) in PEERS.iter().zip(suite::run_targets(&metadata, &suites, &options, &mut laps)?) {
-        told.push(format!("{} ({}): {tally}", peer.name, peer.suite));
+    let names = PEERS.iter().map(|peer| (peer.name, peer.suite)).chain([("load", ALONE)]);
+    let suites: Vec<&str> = names.clone().map(|(_, suite)| suite).collect();
+    for ((name, suite), tally) in names.zip(suite::run_targets(&metadata, &suites, &options, &mut laps)?) {
+        told.push(format!("{name} ({suite}): {tally}"));
         total += tally;
     }
     println!();

@@ -33,6 +33,7 @@ cargo xtask COMMAND
   e2e [FILTER]    ring 4: build real peers (SPIRE, Kubernetes' API server, istiod, Consul) with the scripts of `tests/`, needs Go, and run their suites in the long form;
                   without it they run, shorter, only where the peers are installed (`CULVERT_PEERS` or `target/peers`)
                     --no-setup     build and install nothing
+                    --soak         load on certificates of a minute lasts ten minutes, not two (`e2e --soak under_load`: nothing else)
   ci              everything a change must pass: fmt, tidy, deny, ebpf --check, proto --check, clippy, then test
   tidy            walls between crates and modules, module heads, unsafe, words that must not be committed
   deny            licences, banned and duplicated crates, sources, as deny.toml says

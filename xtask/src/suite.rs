@@ -48,12 +48,14 @@ pub struct Options {
     variants: bool,
     /// Where the programs of real peers are; the suites then run in their long form.
     pub peers: Option<PathBuf>,
+    /// How many minutes that form takes.
+    pub soak: u32,
 }
 
 impl Options {
     /// Reads the command line.
     pub fn parse(args: &[String]) -> Result<Self> {
-        let mut options = Self { filter: Vec::new(), ring: None, setup: true, variants: true, peers: None };
+        let mut options = Self { filter: Vec::new(), ring: None, setup: true, variants: true, peers: None, soak: 2 };
         let mut args = args.iter();
         while let Some(arg) = args.next() {
             match arg.as_str() {
@@ -203,7 +205,7 @@ fn attempt(binary: &Binary, options: &Options, root: Root, agent: &Path, only: &
     let root = if binary.ring == 3 { root } else { Root::Already };
     let mut command = shell::as_root(root, &binary.executable);
     if let Some(peers) = &options.peers {
-        command.arg("--include-ignored").env("CULVERT_PEERS", peers).env("CULVERT_SOAK", "1");
+        command.arg("--include-ignored").env("CULVERT_PEERS", peers).env("CULVERT_SOAK", options.soak.to_string());
     }
     command
         .arg("--show-output")
