@@ -45,6 +45,18 @@ pub struct CaManner {
     pub no_roots: bool,
 }
 
+/// In which order what changed of a type is told.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Order {
+    /// By name, in one response.
+    #[default]
+    Names,
+    /// The other way round, in one response.
+    Backwards,
+    /// The other way round, each in a response of its own. What a stream begins with is told in one all the same.
+    Apart,
+}
+
 /// What clients said.
 #[derive(Clone, Debug, Default)]
 pub struct Seen {
@@ -81,6 +93,7 @@ struct World {
     /// Counts those times.
     epoch: u64,
     withheld: BTreeSet<&'static str>,
+    order: Order,
     stalled: bool,
     seen: Seen,
     ca: CaManner,
@@ -252,6 +265,10 @@ impl Istiod {
             }
         }
         self.told();
+    }
+    /// Tells in this order from now on.
+    pub fn order(&self, order: Order) {
+        self.shared.world().order = order;
     }
     /// Cuts every connection.
     pub fn drop_connections(&self) {
@@ -449,7 +466,15 @@ fn next(shared: &Shared, url: &'static str, held: &mut Held) -> Option<DeltaDisc
         None => all.keys().chain(held.versions.keys()).cloned().collect(),
     };
     held.told = Some((world.epoch, world.log.len()));
-    for name in names {
+    let is_apart = world.order == Order::Apart && !held.owed && held.demand.is_none();
+    let in_order: Vec<String> =
+        if world.order == Order::Names { names.into_iter().collect() } else { names.into_iter().rev().collect() };
+    for name in in_order {
+        if is_apart && response.resources.len() + response.removed_resources.len() > 0 {
+            // The rest is looked for when this was answered.
+            held.told = None;
+            break;
+        }
         let Some((version, bytes)) = all.get(&name) else {
             if held.versions.remove(&name).is_some() {
                 response.removed_resources.push(name);

@@ -380,6 +380,28 @@ fn a_daemon_set_is_uninstalled_when_it_is_gone_or_its_rights_and_then_its_accoun
     going["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z");
     api.apply(going);
     assert_eq!(ask(5000), Ok(true), "it is being deleted");
+    // Who watched it needs no right to ask when it is gone.
+    let other = json!({ "name": "other", "namespace": "mesh" });
+    api.apply(json!({ "apiVersion": "apps/v1", "kind": "DaemonSet", "metadata": other }));
+    let ours = DaemonSet::new(&access, "mesh", "other").unwrap();
+    let gone_with_its_account = async {
+        while api.watches("daemonsets") == 0 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        assert_eq!(ours.is_uninstalled(Duration::from_secs(5)).await, Ok(false));
+        assert!(api.delete("daemonsets", "mesh", "other"));
+        // Less than a rest between two questions.
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        api.refuse("daemonsets", 401);
+        ours.is_uninstalled(Duration::from_secs(5)).await
+    };
+    let uninstalled = runtime.block_on(async {
+        tokio::select! {
+            () = ours.follow() => Err("it stopped watching".to_owned()),
+            uninstalled = gone_with_its_account => uninstalled,
+        }
+    });
+    assert_eq!(uninstalled, Ok(true), "it and its account went together");
     api.silence(true);
     assert!(ask(300).is_err(), "no server");
 }

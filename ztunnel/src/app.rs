@@ -157,6 +157,7 @@ pub async fn serve(mut settings: Settings, logging: &Logging) -> Result<()> {
     let (asks, successor) = mpsc::channel(1);
     let (alone, is_alone) = watch::channel(predecessor.is_none());
     let plugin = plugin_files(&settings);
+    let ours = plugin.as_ref().and_then(|_| daemon_set(&settings));
     let mut supervisor = PodSupervisor::new(Arc::clone(&shared), readiness.clone(), pods, pins, inherited);
     if let Some(predecessor) = &predecessor {
         supervisor = supervisor.after(Arc::clone(predecessor));
@@ -216,7 +217,7 @@ pub async fn serve(mut settings: Settings, logging: &Logging) -> Result<()> {
         Err(error) = succession => return Err(error),
     }
     let leaving = readiness.pending("shutting down");
-    let plugin = tokio::spawn(take_along(plugin, settings.clone()));
+    let plugin = tokio::spawn(take_along(plugin, ours));
     drain.start(DrainMode::Graceful { deadline: settings.deadline() });
     faces.start(DrainMode::Graceful { deadline: settings.deadline() });
     if let Err(error) = control.await
@@ -273,13 +274,25 @@ fn plugin_files(settings: &Settings) -> Option<Arc<Files>> {
     Some(Arc::new(Files { conf_dir, bin_dir, entry, removed: Mutex::default() }))
 }
 
+/// The DaemonSet this agent is of, watched from now on: its end is mostly that of the right to ask about it.
+fn daemon_set(settings: &Settings) -> Option<DaemonSet> {
+    let (namespace, name) = settings.cni.cni_daemon_set.as_ref()?;
+    match DaemonSet::new(&control::access(settings), namespace, name) {
+        Ok(ours) => {
+            let watched = ours.clone();
+            tokio::spawn(async move { watched.follow().await });
+            Some(ours)
+        }
+        Err(error) => {
+            tracing::error!(%error, "the CNI plugin will stay when this is uninstalled: the DaemonSet cannot be asked about");
+            None
+        }
+    }
+}
+
 /// Removes the CNI plugin where this agent is uninstalled rather than replaced: no agent would answer it.
-async fn take_along(plugin: Option<Arc<Files>>, settings: Settings) {
-    let (Some(plugin), Some((namespace, name))) = (plugin, &settings.cni.cni_daemon_set) else { return };
-    let ours = match DaemonSet::new(&control::access(&settings), namespace, name) {
-        Ok(ours) => ours,
-        Err(error) => return tracing::error!(%error, "the CNI plugin stays: the DaemonSet cannot be asked about"),
-    };
+async fn take_along(plugin: Option<Arc<Files>>, ours: Option<DaemonSet>) {
+    let (Some(plugin), Some(ours)) = (plugin, ours) else { return };
     match ours.is_uninstalled(ASK_WHETHER_UNINSTALLED).await {
         Ok(false) => tracing::info!("the CNI plugin stays, for the next agent"),
         Ok(true) => match plugin.remove() {

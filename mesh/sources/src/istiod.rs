@@ -3,16 +3,18 @@
 //! One stream for both types; every response is answered, with the names and reasons of what is refused in it while the rest
 //! counts. Nothing is told before both types have been, so a process that becomes ready knows the whole mesh; afterwards each
 //! response is one version. When the stream ends, the last state serves, and the next stream resumes from the versions held.
-//! A response after which a workload newly names a policy that is not there waits [`PATIENCE`] for it: istiod sends the two
-//! types apart, and cutting live connections in between would be an outage. Large responses are converted on a helper thread.
+//! A workload that newly names a policy that is not there waits [`PATIENCE`] for it, and so does a policy's removal that workloads
+//! still name ([`held`]): istiod sends the two types apart, and cutting live connections in between would be an outage. Everything
+//! else goes on. Large responses are converted on a helper thread.
 //! On demand ([`Settings::demand`]) addresses are told as somebody asks for them, and those of our own node; policies are told all.
 //! Upstream: istiod, through [`mesh_runtime::control_plane`]. Downstream: [`crate::publisher`].
 
 mod convert;
+mod held;
 pub mod node;
 mod state;
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -37,7 +39,7 @@ use crate::translate::at_most;
 use crate::{Source, SourceError};
 use state::{Kind, Received, State};
 
-/// How long a response waits for the policies it names.
+/// How long a workload waits for the policies it names.
 const PATIENCE: Duration = Duration::from_secs(1);
 /// Limit for the first answers of a stream; istiod answers every subscription, with nothing if there is nothing.
 const FIRST_ANSWERS: Duration = Duration::from_mins(1);
@@ -141,7 +143,7 @@ impl Source for IstiodSource {
             state: State::new(node, on_demand),
             told: BTreeSet::new(),
             pending: Vec::new(),
-            until: None,
+            waiting: HashMap::new(),
             accepted: HashSet::new(),
         };
         let mut rest = BACKOFF.0;
@@ -158,7 +160,8 @@ impl Source for IstiodSource {
                     why
                 }
             };
-            if session.flush_if_told().await.is_err() {
+            // What waited when the stream was lost waits no longer.
+            if !session.waiting.is_empty() && session.flush(false).await.is_err() {
                 return Ok(());
             }
             if begun.elapsed() > GOOD_LIFE {
@@ -212,8 +215,8 @@ struct Session {
     told: BTreeSet<Kind>,
     /// Changes not handed over yet.
     pending: Vec<Change>,
-    /// When they are, although policies are missing.
-    until: Option<Instant>,
+    /// Missing policies that are waited for, and until when.
+    waiting: HashMap<PolicyKey, Instant>,
     /// Missing policies the published state knows to be missing.
     accepted: HashSet<PolicyKey>,
 }
@@ -249,7 +252,7 @@ impl Session {
         let unread = |_| Lost::Ended("Error", "it does not read what it is answered".into());
         let (mut sweep, mut refreshed, mut nudges) = (tokio::time::interval(SWEEP), Instant::now(), NUDGES);
         loop {
-            let until = self.until;
+            let until = self.waiting.values().min().copied();
             let response: Option<DeltaDiscoveryResponse> = tokio::select! {
                 message = incoming.message() => message?,
                 () = sleep_until(answers_by), if !self.is_all(&answered) => return Err(late()),
@@ -269,7 +272,7 @@ impl Session {
                     continue;
                 }
                 () = sleep_until(until.unwrap_or(answers_by)), if until.is_some() => {
-                    self.flush().await?;
+                    self.flush(true).await?;
                     continue;
                 }
             };
@@ -329,8 +332,8 @@ impl Session {
         }
         let (names, changes) = self.state.forget(|wanted| demand.has(wanted));
         self.pending.extend(changes);
-        if self.until.is_none() && !self.pending.is_empty() {
-            self.flush().await?;
+        if !self.pending.is_empty() && self.is_all(&self.told) {
+            self.flush(true).await?;
         }
         Ok(stale.iter().map(ToString::to_string).chain(names).collect())
     }
@@ -369,11 +372,7 @@ impl Session {
             demand.settle(&present, &absent, unknown.iter().map(String::as_str));
         }
         if self.is_all(&self.told) {
-            if self.state.missing().is_subset(&self.accepted) {
-                self.flush().await?;
-            } else {
-                self.until.get_or_insert(Instant::now() + PATIENCE);
-            }
+            self.flush(true).await?;
         }
         let error_detail = (!refused.is_empty()).then(|| {
             let said: Vec<String> = refused.iter().map(|(name, why)| format!("{name}: {why}")).collect();
@@ -387,32 +386,40 @@ impl Session {
         })
     }
 
-    /// What waited when the stream was lost waits no longer.
-    async fn flush_if_told(&mut self) -> Result<(), Closed> {
-        if self.until.is_some() { self.flush().await } else { Ok(()) }
-    }
-
-    /// Hands over what there is.
-    async fn flush(&mut self) -> Result<(), Closed> {
-        self.until = None;
-        let missing = self.state.missing();
-        if !missing.is_subset(&self.accepted) {
-            let names: Vec<String> = missing.difference(&self.accepted).take(10).map(ToString::to_string).collect();
-            let effect = self.source.settings.missing_policy;
+    /// Hands over what there is, but for what has to `wait` for a policy; the first time all of it waits, so that who becomes ready
+    /// knows the whole mesh.
+    async fn flush(&mut self, wait: bool) -> Result<(), Closed> {
+        let (missing, now) = (self.state.missing(), Instant::now());
+        let is_over = !wait || self.waiting.values().any(|until| *until <= now);
+        for key in missing.difference(&self.accepted) {
+            self.waiting.entry(key.clone()).or_insert(now + PATIENCE);
+        }
+        self.waiting.retain(|key, until| wait && *until > now && missing.contains(key));
+        if !self.waiting.is_empty() && !self.sink.has_told() && !is_over {
+            return Ok(());
+        }
+        let Settings { missing_policy: effect, ref metrics, .. } = self.source.settings;
+        let known: HashSet<PolicyKey> = missing.iter().filter(|key| !self.waiting.contains_key(key)).cloned().collect();
+        let new: Vec<&PolicyKey> = known.difference(&self.accepted).collect();
+        if !new.is_empty() {
+            let names: Vec<String> = new.iter().take(10).map(ToString::to_string).collect();
             tracing::warn!(policies = names.join(", "), ?effect, "workloads name policies that did not come");
         }
-        let effect = self.source.settings.missing_policy;
-        for key in missing.difference(&self.accepted) {
+        let (mut changes, held) = held::split(std::mem::take(&mut self.pending), |key| self.waiting.contains_key(key));
+        for key in new {
             if let Some(body) = stand_in(key, effect) {
                 let key = key.clone();
-                self.pending.push(Change::Policy(Arc::new(Policy { key, scope: Scope::Selector, body, origin: None })));
+                changes.push(Change::Policy(Arc::new(Policy { key, scope: Scope::Selector, body, origin: None })));
             }
         }
-        let over = self.accepted.difference(missing).filter(|key| !self.state.has_policy(key));
-        self.pending.extend(over.filter(|key| stand_in(key, effect).is_some()).cloned().map(Change::PolicyGone));
-        self.source.settings.metrics.missing.set(missing.len() as i64);
-        self.accepted.clone_from(missing);
-        self.sink.send(std::mem::take(&mut self.pending)).await
+        let over = self.accepted.difference(&known).filter(|key| !self.state.has_policy(key));
+        changes.extend(over.filter(|key| stand_in(key, effect).is_some()).cloned().map(Change::PolicyGone));
+        metrics.missing.set(missing.len() as i64);
+        (self.accepted, self.pending) = (known, held);
+        if changes.is_empty() && !self.pending.is_empty() {
+            return Ok(());
+        }
+        self.sink.send(changes).await
     }
 }
 

@@ -4,6 +4,13 @@ use std::process::ExitCode;
 use crate::bench::flags::Flags;
 use crate::skip;
 
+/// An error where a verdict that was printed says that a limit was missed.
+pub fn judge(told: &str) -> anyhow::Result<()> {
+    let missed = told.matches("MISSED").count();
+    anyhow::ensure!(missed == 0, "{missed} limits are MISSED");
+    Ok(())
+}
+
 /// One benchmark.
 #[derive(Debug)]
 pub struct Benchmark<R> {

@@ -196,6 +196,12 @@ impl Report {
         out
     }
 
+    /// The verdicts on what was measured on this machine, as it is.
+    pub fn verdicts(&self, peer: &str) -> String {
+        let judged = |target: &super::case::Target| self.value_of(peer, target.name).map(|value| target.verdict(value));
+        TARGETS.iter().filter_map(judged).collect::<Vec<_>>().join(", ")
+    }
+
     /// Everything, to be kept.
     pub fn json(&self, about: Value, peers: &[String]) -> Value {
         let samples: Vec<Value> = self.samples.iter().map(Sample::json).collect();
@@ -268,6 +274,7 @@ mod tests {
         let targets = report.targets("culvert");
         assert_eq!(row(&targets, "upload")[6..], ["≤ 1", "pass", "-"], "{targets}");
         assert_eq!(row(&targets, "ping16").last().map(String::as_str), Some("-"));
+        assert_eq!(report.verdicts("culvert"), "pass");
         let mut slow = report.clone();
         slow.samples.push(sample("relay", "upload", &[2.0 * RELAY_REFERENCE]));
         assert_eq!(row(&slow.targets("culvert"), "upload")[2..3], ["0.55"]);

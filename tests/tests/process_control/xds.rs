@@ -7,13 +7,15 @@ use mesh_model::conn::InboundConn;
 use mesh_model::id::SpiffeId;
 use mesh_model::policy::{PolicyBody, PolicyKey};
 use mesh_proto::istio::security::{Action, Scope};
-use mesh_proto::{ADDRESS_TYPE, AUTHORIZATION_TYPE};
+use mesh_proto::istio::workload::{Address, Service, Workload, address};
+use mesh_proto::{ADDRESS_TYPE, AUTHORIZATION_TYPE, Message as _};
 use mesh_sources::istiod::MissingPolicy;
-use mesh_tests::istiod::Istiod;
+use mesh_tests::istiod::{Istiod, Order};
 
 use crate::fixture::{Fixture, PATIENCE, Wish, policy, service, until, workload};
 
 const WEB: &str = "web.ns.svc.cluster.local";
+const API: &str = "api.ns.svc.cluster.local";
 
 fn told() -> Istiod {
     let istiod = Istiod::local().unwrap();
@@ -204,8 +206,46 @@ async fn a_silent_control_plane_keeps_what_there_is() {
     until("the change", || fixture.has_workload("c1//Pod/ns/b")).await;
 }
 
-fn bound(policy: &str) -> mesh_proto::istio::workload::Workload {
-    mesh_proto::istio::workload::Workload { authorization_policies: vec![format!("ns/{policy}")], ..workload("a") }
+fn bound(policy: &str) -> Workload {
+    Workload { authorization_policies: vec![format!("ns/{policy}")], ..workload("a") }
+}
+
+/// What there is after an exchange: `a` to `d` became `a`, `b` and `e`, and all have an address that was another's.
+fn exchanged() -> Vec<(&'static str, String, Vec<u8>)> {
+    let at = |name: &str, of: &str| Workload { addresses: workload(of).addresses, ..workload(name) };
+    let workloads = [at("a", "d"), at("b", "a"), at("e", "c")].map(|w| {
+        let name = w.uid.clone();
+        (ADDRESS_TYPE, name, Address { r#type: Some(address::Type::Workload(w)) }.encode_to_vec())
+    });
+    let services = [service(API), Service { addresses: Vec::new(), ..service(WEB) }].map(|s| {
+        let name = format!("ns/{}", s.hostname);
+        (ADDRESS_TYPE, name, Address { r#type: Some(address::Type::Service(s)) }.encode_to_vec())
+    });
+    let deny = policy("deny", Scope::WorkloadSelector, Action::Deny).encode_to_vec();
+    workloads.into_iter().chain(services).chain([(AUTHORIZATION_TYPE, "ns/deny".to_owned(), deny)]).collect()
+}
+
+/// Addresses that change hands, objects that come and go: whatever is told first, the mesh is the same in the end.
+#[tokio::test]
+async fn the_order_within_a_type_does_not_matter() {
+    let istiod = Istiod::local().unwrap();
+    istiod.replace(exchanged());
+    let expected = Fixture::over(istiod).synced().await.mesh.load().canonical_dump();
+    for (order, responses) in [(Order::Names, 1), (Order::Backwards, 1), (Order::Apart, 7)] {
+        let istiod = told();
+        for name in ["b", "c", "d"] {
+            istiod.workload(workload(name));
+        }
+        istiod.service(Service { addresses: Vec::new(), ..service(API) });
+        let fixture = Fixture::over(istiod).synced().await;
+        assert_ne!(fixture.mesh.load().canonical_dump(), expected);
+        let acks = fixture.istiod.seen().acks;
+        fixture.istiod.order(order);
+        fixture.istiod.replace(exchanged());
+        until("the last of it", || fixture.mesh.load().canonical_dump() == expected).await;
+        until("all of it to be acknowledged", || fixture.istiod.seen().acks == acks + responses).await;
+        assert_eq!(fixture.mesh.load().canonical_dump(), expected, "{order:?}");
+    }
 }
 
 /// istiod sends the two types apart, in any order: no version in between may cut what both together allow.
@@ -233,6 +273,30 @@ async fn a_workload_waits_for_the_policy_it_names() {
     fixture.istiod.withhold(ADDRESS_TYPE, false);
     until("both to go", || !fixture.has_policy("late")).await;
     assert_eq!(fixture.mesh.load().version(), before + 2);
+}
+
+/// Only who names the policy waits for it, by what was told of it last.
+#[tokio::test]
+async fn a_policy_that_is_late_holds_nobody_else_up() {
+    let fixture = Fixture::over(told()).synced().await;
+    let is_as_before = || fixture.mesh.load().find_workload("c1//Pod/ns/a").is_some_and(|w| w.policies.is_empty());
+    // Any of these may be late on a busy machine, but not each.
+    let mut quickest = Duration::MAX;
+    for name in ["b", "c", "d", "e", "f"] {
+        let begun = Instant::now();
+        fixture.istiod.workload(bound(&format!("late-for-{name}")));
+        fixture.istiod.workload(workload(name));
+        until("the other workload", || fixture.has_workload(&format!("c1//Pod/ns/{name}"))).await;
+        let (waits, took) = (is_as_before(), begun.elapsed());
+        assert!(waits || took > Duration::from_millis(900), "it did not wait");
+        quickest = quickest.min(took);
+        // Taken back while it waits: what was told first never counts.
+        fixture.istiod.workload(workload("a"));
+    }
+    assert!(quickest < Duration::from_millis(900), "{quickest:?}");
+    until("nothing to be missing", || fixture.metric("culvert_xds_missing_policies 0")).await;
+    tokio::time::sleep(Duration::from_millis(1200)).await;
+    assert!(is_as_before(), "what was held back was told after what took its place");
 }
 
 #[tokio::test]

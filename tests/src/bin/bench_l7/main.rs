@@ -10,7 +10,7 @@ use std::process::ExitCode;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, ensure};
-use mesh_tests::bench::benchmark::Benchmark;
+use mesh_tests::bench::benchmark::{Benchmark, judge};
 use mesh_tests::bench::flags::Flags;
 use mesh_tests::bench::parts::Settings;
 use mesh_tests::bench::process::{self, Pressure};
@@ -251,8 +251,8 @@ impl Run {
         let names: Vec<&str> = self.cases.iter().map(|case| case.name).collect();
         let peers: Vec<&str> = self.peers.iter().map(|peer| peer.name).collect();
         println!("{}", versus.table(&names, &peers));
-        println!("{}", versus.ratios(&names, "culvert", "envoy"));
-        println!("{}", versus.told());
+        let verdicts = format!("{}\n{}", versus.ratios(&names, "culvert", "envoy"), versus.told());
+        println!("{verdicts}");
         let seconds = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();
         let about = json!({
             "unix_time": seconds,
@@ -268,6 +268,6 @@ impl Run {
         std::fs::write(&file, serde_json::to_string_pretty(&versus.json(about))?)?;
         println!("{}", file.display());
         ensure!(versus.problems.is_empty(), "{} problems", versus.problems.len());
-        Ok(())
+        judge(&verdicts)
     }
 }
