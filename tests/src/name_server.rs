@@ -174,7 +174,8 @@ pub fn query(name: &str, kind: u16) -> Vec<u8> {
 pub fn ask(place: &Place, server: SocketAddr, name: &str, kind: u16) -> anyhow::Result<Reply> {
     let any: IpAddr = if server.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { std::net::Ipv6Addr::UNSPECIFIED.into() };
     let socket = place.netns.enter(|| UdpSocket::bind((any, 0)))?;
-    socket.set_read_timeout(Some(Duration::from_secs(8)))?;
+    // Longer than an agent takes, on a machine that has little time for it.
+    socket.set_read_timeout(Some(Duration::from_secs(30)))?;
     // Connected: an answer from anywhere else is none.
     socket.connect(server)?;
     socket.send(&query(name, kind))?;
