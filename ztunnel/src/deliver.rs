@@ -22,6 +22,7 @@ pub async fn local(pod: &Pod, dst: SocketAddr) -> Result<TcpStream, Refusal> {
 }
 
 async fn from(pod: &Pod, source: Option<IpAddr>, dst: SocketAddr) -> Result<TcpStream, Refusal> {
+    pod.refuse_own(dst)?;
     let options = ConnectOptions {
         netns: pod.netns.clone(),
         mark: pod.netns.is_some().then(|| local_mark(&pod.shared.settings)),

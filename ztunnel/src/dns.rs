@@ -23,8 +23,6 @@ use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpStream, UdpSocket};
 
-/// Where queries over UDP and redirected TCP arrive, on the pod's loopback.
-pub const PORT: u16 = 15053;
 /// The port that is captured.
 pub const CAPTURED: u16 = 53;
 

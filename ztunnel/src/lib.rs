@@ -28,6 +28,7 @@ pub mod outbound;
 mod passthrough;
 pub mod pod;
 pub mod pods;
+pub mod ports;
 mod prefilter;
 mod proxy_protocol;
 mod record;

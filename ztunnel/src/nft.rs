@@ -3,6 +3,7 @@
 //!
 //! Owns one table per pod, put there whole in one step and taken away whole, by the `nft` program. The table stays when the agent
 //! ends: a pod whose TCP it captures is closed until the next agent is there. Upstream: `pods`. Downstream: the kernel.
+use crate::ports::Ports;
 use ebpf_loader::Tally;
 use ebpf_loader::netlink::{find_attribute, u16_at, u32_at};
 use mesh_runtime::sockets::{NetnsFd, NetnsId};
@@ -16,7 +17,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 /// UDP to port 53 goes to the proxy. Rules of NAT turn connection tracking on in the namespace; tunnels, which carry the bulk, are
-/// left out of it.
+/// left out of it. Ports in capitals are those of the agent's sockets in the pod.
 const DNS: &str = r#"
   chain untracked_out {
     type filter hook output priority raw;
@@ -30,13 +31,16 @@ const DNS: &str = r#"
   }
   chain dns {
     type nat hook output priority -100;
-    oifname != "lo" udp dport 53 meta mark & 0xfff != 0x539 redirect to :15053
+    oifname != "lo" meta nfproto ipv4 udp dport 53 meta mark & 0xfff != 0x539 redirect to :DNS4
+    oifname != "lo" meta nfproto ipv6 udp dport 53 meta mark & 0xfff != 0x539 redirect to :DNS6
   }
 "#;
 
 /// TCP by TPROXY, with the marks and routes of the eBPF programs. What the pod sends is marked and so routed back to `lo`, where the
 /// agent's socket of that connection takes it, or the outbound listener; what comes in belongs to a socket of the agent, or is a new
 /// connection for the inbound listener. What no listener takes is dropped, and so are protocols that could carry a connection past it.
+/// HBONE comes to one port and is the agent's wherever its listener is bound: what else listens there, or took the port while no agent
+/// ran, gets nothing. What is left of the tunnels of an agent that is gone is reset.
 const TCP: &str = r#"
   set denied4 { type ipv4_addr; flags interval; }
   set denied6 { type ipv6_addr; flags interval; }
@@ -50,17 +54,24 @@ const TCP: &str = r#"
     meta l4proto { icmp, igmp, icmpv6 } counter name other_passed accept
     counter name refused_protocol drop
   }
+  chain hbone {
+    socket mark & 0xfff == 0x539 counter name inbound_hbone accept
+    meta l4proto tcp tproxy to :HBONE counter name inbound_hbone accept
+    counter name inbound_no_listener drop
+  }
   chain in {
     type filter hook prerouting priority mangle;
-    iifname "lo" meta mark & 0xfff == 0x53a meta l4proto tcp tproxy to :15001 accept
+    iifname "lo" meta mark & 0xfff == 0x53a meta l4proto tcp tproxy to :OUTBOUND accept
     iifname "lo" meta mark & 0xfff == 0x53a counter name outbound_no_listener drop
     iifname "lo" accept
     tcp flags & (syn | ack | rst) == syn ip saddr @denied4 counter name denied_source drop
     tcp flags & (syn | ack | rst) == syn ip6 saddr @denied6 counter name denied_source drop
-    tcp dport 15008 tcp flags & (syn | ack | rst) == syn counter name inbound_hbone accept
-    tcp dport 15008 counter name inbound_tunnel accept
+    tcp dport 15008 tcp flags & (syn | ack | rst) == syn jump hbone
+    tcp dport 15008 socket mark & 0xfff == 0x539 counter name inbound_tunnel accept
+    tcp dport 15008 tproxy to :HBONE counter name inbound_tunnel accept
+    tcp dport 15008 counter name inbound_no_listener reject with tcp reset
     meta l4proto tcp socket mark & 0xfff == 0x539 counter name inbound_known accept
-    meta l4proto tcp tproxy to :15006 counter name inbound_assigned accept
+    meta l4proto tcp tproxy to :PLAIN counter name inbound_assigned accept
     meta l4proto tcp counter name inbound_no_listener drop
     # udp in
     meta l4proto { icmp, igmp, icmpv6 } counter name other_passed accept
@@ -98,6 +109,8 @@ pub struct Table {
     pub dns: bool,
     /// Whether, where it captures TCP, it drops UDP other than DNS.
     pub refuse_udp: bool,
+    /// Where the agent listens in the pod.
+    pub ports: Ports,
 }
 
 impl Table {
@@ -105,7 +118,7 @@ impl Table {
     pub fn of(pins: &Path) -> Self {
         let plain = |c: char| if c.is_ascii_alphanumeric() || c == '-' { c } else { '_' };
         let name = format!("culvert{}", pins.to_string_lossy().chars().map(plain).take(200).collect::<String>());
-        Self { name, tcp: true, dns: true, refuse_udp: false }
+        Self { name, tcp: true, dns: true, refuse_udp: false, ports: Ports::USUAL }
     }
 
     /// Puts the rules into the pod, in the place of those an earlier agent put there; what those counted is counted on.
@@ -201,7 +214,10 @@ impl Table {
         };
         let tcp = TCP.replace("# udp out", &format!("{dns_out}\n    {others}"));
         let tcp = tcp.replace("# udp in", &format!("{ours}{dns_in}{others}"));
-        format!("{}{}", if self.tcp { &*tcp } else { "" }, if self.dns { DNS } else { "" })
+        let rules = format!("{}{}", if self.tcp { &*tcp } else { "" }, if self.dns { DNS } else { "" });
+        let Ports { outbound, plain, hbone, dns: [dns4, dns6] } = self.ports;
+        let ports = [("OUTBOUND", outbound), ("PLAIN", plain), ("HBONE", hbone), ("DNS4", dns4), ("DNS6", dns6)];
+        ports.iter().fold(rules, |rules, (name, port)| rules.replace(&format!("to :{name}"), &format!("to :{port}")))
     }
 
     /// Takes them away.

@@ -98,6 +98,9 @@ struct Path {
 
 /// Plans by one snapshot per attempt (I1) and dials the outcome.
 async fn plan_and_dial(pod: &Arc<Pod>, client: SocketAddr, dst: SocketAddr, record: &mut Record) -> Result<Path, Refusal> {
+    if client.ip() == dst.ip() || dst.ip().is_loopback() {
+        pod.refuse_own(dst)?;
+    }
     let mut last = None;
     for _ in 0..ATTEMPTS {
         let (plan, source, draw) = plan_around_failures(pod, client, dst, record).await?;

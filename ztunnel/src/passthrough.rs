@@ -8,11 +8,11 @@ use crate::carry;
 use crate::conns::{Carried, Direction, Facts, Live};
 use crate::deliver::deliver;
 use crate::inbound::{judge, source_of};
-use crate::pod::{Pod, is_own_port};
+use crate::pod::Pod;
 use crate::record::Record;
 use crate::report;
 use crate::spans::Tracing;
-use mesh_model::{Reason, Refusal};
+use mesh_model::Refusal;
 use mesh_runtime::sockets::reset_on_close;
 use parking_lot::Mutex;
 use std::sync::Arc;
@@ -48,9 +48,7 @@ pub async fn serve_conn(pod: Arc<Pod>, accepted: Accepted) {
 /// Authorizes and connects to the application.
 async fn admit(pod: &Arc<Pod>, accepted: &Accepted, live: &Live, record: &mut Record) -> Result<TcpStream, Refusal> {
     let dst = accepted.original_dst;
-    if is_own_port(dst.port()) {
-        return Err(Refusal::new(Reason::Recursion, format!("{dst} is a port of the agent itself")));
-    }
+    pod.refuse_own(dst)?;
     {
         let snap = pod.shared.mesh.load();
         let workload = pod.workload(&snap)?;

@@ -8,6 +8,7 @@ use crate::enrolment::{Enrolled, find_named};
 use crate::gateways::FailedGateways;
 use crate::metrics::Metrics;
 use crate::node::Node;
+use crate::ports::Ports;
 use crate::resolv::PodDns;
 use crate::settings::Settings;
 use crate::spans::Tracing;
@@ -27,21 +28,12 @@ use mesh_runtime::resolve::Resolver;
 use mesh_runtime::sockets::NetnsFd;
 use mesh_runtime::threads::DataThreads;
 use mesh_sources::Mesh;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 /// How long the first connections of a pod wait for the mesh to know it (node-agent §1.2).
 const KNOWN_WITHIN: Duration = Duration::from_secs(5);
-
-/// Ports of the agent's own listeners in a pod (node-agent §1.1).
-pub mod ports {
-    /// Outbound capture.
-    pub const OUTBOUND: u16 = 15001;
-    /// Inbound plaintext.
-    pub const INBOUND_PLAIN: u16 = 15006;
-    /// Inbound HBONE.
-    pub const HBONE: u16 = 15008;
-}
 
 /// What all pods of the process share.
 #[derive(Debug)]
@@ -87,6 +79,8 @@ pub struct Pod {
     early: bool,
     /// Its network namespace; `None` serves the agent's own (tests).
     pub netns: Option<Arc<NetnsFd>>,
+    /// Where the agent's own sockets are bound in it.
+    pub ports: Ports,
     /// Its identity.
     pub identity: SpiffeId,
     /// Its certificate, rotated in place.
@@ -116,7 +110,7 @@ impl Pod {
         shared: &Arc<Shared>,
         enrolled: &Enrolled,
         identity: SpiffeId,
-        netns: Option<Arc<NetnsFd>>,
+        (netns, ports): (Option<Arc<NetnsFd>>, Ports),
         drain: DrainWatch,
     ) -> Arc<Self> {
         let svid = shared.svids.handle(&identity);
@@ -129,6 +123,7 @@ impl Pod {
             name: Arc::clone(&enrolled.name),
             early: enrolled.is_early(),
             netns,
+            ports,
             identity,
             svid,
             conns: Arc::default(),
@@ -202,13 +197,17 @@ impl Pod {
         self.netns.is_some() && self.shared.settings.dns_capture
     }
 
+    /// The refusal of a connection to a port of the pod that is the agent's own, by name or in fact: it would come back.
+    pub fn refuse_own(&self, dst: SocketAddr) -> Result<(), Refusal> {
+        if self.ports.are_own(dst.port()) {
+            Err(Refusal::new(Reason::Recursion, format!("{dst} is a port of the agent itself")))
+        } else {
+            Ok(())
+        }
+    }
+
     /// The pool of the data thread this runs on.
     pub fn pool(&self) -> Option<&Pool<PodDialer>> {
         self.pools.get(mesh_runtime::threads::current().unwrap_or_default())
     }
-}
-
-/// Ports that no connection may be sent to: they are the agent's own.
-pub fn is_own_port(port: u16) -> bool {
-    matches!(port, ports::OUTBOUND | ports::INBOUND_PLAIN | ports::HBONE)
 }

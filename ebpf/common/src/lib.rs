@@ -56,8 +56,8 @@ pub enum Slot {
     Out = 0,
     /// Accepts what others dial at the pod, except HBONE.
     In = 1,
-    /// Not in use.
-    Dns = 2,
+    /// Accepts HBONE.
+    Hbone = 2,
 }
 
 /// Entries of [`map::SOCKS`].
@@ -144,7 +144,7 @@ impl Config {
         self.with(RESET_EXISTING, on)
     }
 
-    /// The port whose incoming connections reach the agent's own HBONE listener directly.
+    /// The port whose incoming connections are HBONE's, wherever its listener is bound.
     #[must_use]
     pub const fn with_hbone_port(mut self, port: u16) -> Self {
         self.hbone_port = port;
@@ -282,15 +282,15 @@ counters! {
     OutboundAssigned = "outbound_assigned",
     /// Ingress: a connection attempt assigned to the inbound listener.
     InboundAssigned = "inbound_assigned",
-    /// Ingress: a connection attempt to the HBONE port, left to its listener.
+    /// Ingress: a connection attempt to the HBONE port, assigned to its listener.
     InboundHbone = "inbound_hbone",
     /// Ingress: a connection attempt dropped because the agent does not listen.
     InboundNoListener = "inbound_no_listener",
     /// Ingress: a connection attempt passed around the absent agent (`fail_open`).
     InboundFailOpen = "inbound_fail_open",
-    /// Ingress: a segment of no known connection, given to the inbound listener to answer.
+    /// Ingress: a segment of no known connection, given to the inbound listener, or that of HBONE, to answer.
     InboundStray = "inbound_stray",
-    /// Ingress: a later segment to the HBONE port.
+    /// Ingress: a later segment to the HBONE port, left to its socket or, without one and without an agent, to the kernel's reset.
     InboundTunnel = "inbound_tunnel",
     /// Ingress: another later segment, left to the socket of its connection: one that was captured, the agent's own, or one
     /// older than the enrolment.

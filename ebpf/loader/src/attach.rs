@@ -50,6 +50,8 @@ pub struct Listeners<'a> {
     pub outbound: BorrowedFd<'a>,
     /// Accepts what others dial at the pod, except HBONE.
     pub inbound: BorrowedFd<'a>,
+    /// Accepts HBONE.
+    pub hbone: BorrowedFd<'a>,
 }
 
 /// A pod's redirection. Dropping it detaches, and so does the kernel when the process ends; one with pins stays until
@@ -214,10 +216,14 @@ impl Drop for Redirect {
 }
 
 fn check(listeners: Listeners<'_>, cookie: NetnsCookie) -> Result<(), RedirectError> {
-    let both: [(_, _, &[u32]); 2] =
-        [("outbound", listeners.outbound, &[MARK_LOCAL, MARK_AGENT]), ("inbound", listeners.inbound, &[MARK_AGENT])];
-    for (which, listener, marks) in both {
-        listener::check(listener, marks, cookie).map_err(|fault| RedirectError::Listener { which, fault })?;
+    let foreign = listener::Addresses::Foreign;
+    let all: [(_, _, &[u32], _); 3] = [
+        ("outbound", listeners.outbound, &[MARK_LOCAL, MARK_AGENT], foreign),
+        ("inbound", listeners.inbound, &[MARK_AGENT], foreign),
+        ("HBONE", listeners.hbone, &[MARK_AGENT], listener::Addresses::Own),
+    ];
+    for (which, listener, marks, addresses) in all {
+        listener::check(listener, marks, addresses, cookie).map_err(|fault| RedirectError::Listener { which, fault })?;
     }
     Ok(())
 }
@@ -371,7 +377,8 @@ fn fd_link(link: SchedClassifierLink) -> Result<FdLink, ProgramError> {
 }
 
 fn fill_slots(maps: &mut Maps, listeners: Listeners<'_>) -> Result<(), RedirectError> {
-    for (slot, listener) in [(Slot::Out, listeners.outbound), (Slot::In, listeners.inbound)] {
+    let slots = [(Slot::Out, listeners.outbound), (Slot::In, listeners.inbound), (Slot::Hbone, listeners.hbone)];
+    for (slot, listener) in slots {
         maps.socks.set(slot as u32, &listener.as_raw_fd(), 0).map_err(|e| map_error(map::SOCKS, e))?;
     }
     Ok(())

@@ -15,7 +15,8 @@
 //!   would pick within the group instead of taking our choice), a backlog of 1024 or more. An accepted socket inherits mark
 //!   and transparency; its local address is the connection's original destination, its peer address the original source,
 //!   IPv4 as `::ffff:a.b.c.d`. [`Redirect::attach`] checks all of this.
-//! * **HBONE listener**: an ordinary marked listener on [`Config::hbone_port`]; the programs leave its traffic alone.
+//! * **HBONE listener**: a marked listener of that kind, transparent or not. Connections to [`Config::hbone_port`] are its own
+//!   wherever it is bound, so that no program of the pod can have them, or keep the port from it.
 //! * **Dial out for the pod**: a marked socket, nothing else. The pod's routes apply.
 //! * **Deliver to the application with the client's address**: a socket of the client's family with `IP_TRANSPARENT` (or
 //!   `IPV6_TRANSPARENT`), the mark and `SO_REUSEADDR`, bound to the client's address and *a port chosen from

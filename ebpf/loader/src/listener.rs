@@ -38,8 +38,22 @@ impl NetnsCookie {
     }
 }
 
+/// What a listener answers from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Addresses {
+    /// The pod's own addresses.
+    Own,
+    /// Any address.
+    Foreign,
+}
+
 /// Checks one listener against the contract and the pod's namespace; it may have one of these marks.
-pub(crate) fn check(listener: BorrowedFd<'_>, marks: &[u32], netns: NetnsCookie) -> Result<(), ListenerFault> {
+pub(crate) fn check(
+    listener: BorrowedFd<'_>,
+    marks: &[u32],
+    addresses: Addresses,
+    netns: NetnsCookie,
+) -> Result<(), ListenerFault> {
     let number = |level, option| get::<libc::c_int>(listener, level, option).map_err(ListenerFault::Unreadable);
     let require = |kept, fault| if kept { Ok(()) } else { Err(fault) };
 
@@ -52,7 +66,8 @@ pub(crate) fn check(listener: BorrowedFd<'_>, marks: &[u32], netns: NetnsCookie)
     let mark = number(libc::SOL_SOCKET, libc::SO_MARK)?.cast_unsigned();
     require(marks.contains(&(mark & MARK_MASK)), ListenerFault::Unmarked)?;
     // One bit in the kernel for both families.
-    require(number(libc::SOL_IPV6, libc::IPV6_TRANSPARENT)? == 1, ListenerFault::NotTransparent)?;
+    let transparent = addresses == Addresses::Own || number(libc::SOL_IPV6, libc::IPV6_TRANSPARENT)? == 1;
+    require(transparent, ListenerFault::NotTransparent)?;
     let cookie = NetnsCookie::of(listener).map_err(ListenerFault::Unreadable)?;
     require(cookie == netns, ListenerFault::ForeignNamespace)
 }

@@ -26,7 +26,9 @@ const TCP_LISTEN: u32 = 10;
 pub enum Owner {
     /// One with exactly this tuple, in whatever state.
     Connection,
-    /// None, or only a listener.
+    /// Only a listener, whose it may ever be.
+    Listener,
+    /// None at all.
     Nobody,
 }
 
@@ -46,7 +48,7 @@ pub fn owner(ctx: &TcContext, tuple: &Tuple) -> Owner {
     // SAFETY: as above.
     unsafe { bpf_sk_release(sk.cast()) };
     // An application's wildcard listener matches any address: finding one says nothing about who owns the connection.
-    if state == TCP_LISTEN { Owner::Nobody } else { Owner::Connection }
+    if state == TCP_LISTEN { Owner::Listener } else { Owner::Connection }
 }
 
 /// Whether the packet may go on after [`open`] or [`stray`].

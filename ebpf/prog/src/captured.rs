@@ -27,7 +27,7 @@ pub fn deliver(ctx: &TcContext, config: &Config, segment: &Segment) -> i32 {
             count(ctx, Counter::OutboundAssigned);
         }
         outcome
-    } else if config.reset_existing() && segment.acknowledges() && owner(ctx, &segment.tuple) == Owner::Nobody {
+    } else if config.reset_existing() && segment.acknowledges() && owner(ctx, &segment.tuple) != Owner::Connection {
         // The listener resets it, from the address the application thinks it talks to; or knows its own SYN cookie.
         stray(ctx, Slot::Out)
     } else {

@@ -1,7 +1,8 @@
 //! tc ingress of the pod's interfaces: what others send to the pod, and what [`crate::eth_egress`] turned around.
 //!
-//! A connection attempt goes to the agent's inbound listener, keeping both addresses; HBONE has a listener of its own and is
-//! left alone. What policy denies for its source alone is dropped before that. Segments of known connections pass to their sockets.
+//! A connection attempt goes to the agent's inbound listener, keeping both addresses, or to that of HBONE, which need not have the
+//! port: what listens there may be a program of the pod. What policy denies for its source alone is dropped before that. Segments of
+//! known connections pass to their sockets.
 use aya_ebpf::{
     bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC},
     macros::classifier,
@@ -44,32 +45,39 @@ pub fn eth_ingress(ctx: TcContext) -> i32 {
         return captured::deliver(&ctx, &config, &segment);
     }
     let hbone = segment.tuple.dport() == config.hbone_port();
+    let (slot, known) =
+        if hbone { (Slot::Hbone, Counter::InboundTunnel) } else { (Slot::In, Counter::InboundKnown) };
     let outcome = if segment.opens() {
         // Whoever it is and whatever it wants: the address alone decides, for tunnels too, whose source is their own.
         if is_denied(&segment.tuple) {
             count(&ctx, Counter::DeniedSource);
             return TC_ACT_SHOT;
         }
-        if hbone {
-            count(&ctx, Counter::InboundHbone);
-            return TC_ACT_UNSPEC;
-        }
-        let outcome = open(&ctx, &segment.tuple, Slot::In);
+        let outcome = open(&ctx, &segment.tuple, slot);
         if matches!(outcome, Outcome::Given) {
-            count(&ctx, Counter::InboundAssigned);
-        }
-        outcome
-    } else if segment.acknowledges() && !hbone && owner(&ctx, &segment.tuple) == Owner::Nobody {
-        // Under a SYN flood our listener answers with cookies and keeps no socket; the client's acknowledgement must come
-        // back to the same listener, not to the application's, which would take it as its own.
-        let outcome = stray(&ctx, Slot::In);
-        if matches!(outcome, Outcome::Given) {
-            count(&ctx, Counter::InboundStray);
+            count(&ctx, if hbone { Counter::InboundHbone } else { Counter::InboundAssigned });
         }
         outcome
     } else {
-        count(&ctx, if hbone { Counter::InboundTunnel } else { Counter::InboundKnown });
-        return TC_ACT_UNSPEC;
+        let whose = if segment.acknowledges() { owner(&ctx, &segment.tuple) } else { Owner::Connection };
+        if whose == Owner::Connection {
+            count(&ctx, known);
+            return TC_ACT_UNSPEC;
+        }
+        // Under a SYN flood our listener answers with cookies and keeps no socket; the client's acknowledgement must come
+        // back to the same listener, not to the application's, which would take it as its own.
+        match stray(&ctx, slot) {
+            // The tunnels of an agent that is gone end at once: nobody has them, so the kernel resets them.
+            Outcome::Absent if hbone && whose == Owner::Nobody => {
+                count(&ctx, known);
+                return TC_ACT_UNSPEC;
+            }
+            Outcome::Given => {
+                count(&ctx, Counter::InboundStray);
+                Outcome::Given
+            }
+            other => other,
+        }
     };
     match outcome {
         Outcome::Given => TC_ACT_UNSPEC,

@@ -17,6 +17,8 @@ const SK_DROP: u32 = 0;
 const SK_PASS: u32 = 1;
 const AF_INET6: u32 = 10;
 const IPPROTO_TCP: u32 = 6;
+const IN: u32 = Slot::In as u32;
+const HBONE: u32 = Slot::Hbone as u32;
 
 #[sk_lookup]
 pub fn steer_lookup(ctx: SkLookupContext) -> u32 {
@@ -44,7 +46,12 @@ pub fn steer_lookup(ctx: SkLookupContext) -> u32 {
     if unsafe { bpf_ktime_get_ns() } > until {
         return SK_PASS;
     }
-    let Some(listener) = Listener::find(if slot == Slot::In as u32 { Slot::In } else { Slot::Out }) else { return SK_DROP };
+    let slot = match slot {
+        HBONE => Slot::Hbone,
+        IN => Slot::In,
+        _ => Slot::Out,
+    };
+    let Some(listener) = Listener::find(slot) else { return SK_DROP };
     // SAFETY: the socket is referenced and the context is the kernel's.
     let refused = unsafe { bpf_sk_assign(ctx.as_ptr(), listener.as_ptr(), 0) };
     listener.release();

@@ -1,7 +1,7 @@
 //! Ring 3: what redirection promises, the same for each way of redirecting and both address families.
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::ErrorKind;
-use std::net::{SocketAddr, UdpSocket};
+use std::net::{Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
 use std::process::{Command, ExitCode};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -29,6 +29,8 @@ macro_rules! rows {
             test(concat!("nftables_v4_", stringify!($name)), |m| $name(&m.nftables, Family::V4)),
             test(concat!("nftables_v6_", stringify!($name)), |m| $name(&m.nftables, Family::V6)),
         )*
+        test("ebpf_a_program_takes_the_agents_ports", |m| a_program_takes_the_agents_ports(&mut m.ebpf)),
+        test("nftables_a_program_takes_the_agents_ports", |m| a_program_takes_the_agents_ports(&mut m.nftables)),
         test("ebpf_counts_go_on_after_a_kill", |m| counts_go_on_after_a_kill(&mut m.ebpf)),
         test("nftables_counts_go_on_after_a_kill", |m| counts_go_on_after_a_kill(&mut m.nftables)),
         test("nftables_fail_closed_and_open_on_cleanup", |m| fails_closed_until_cleaned_up(&m.nftables))]
@@ -389,6 +391,71 @@ fn counts_go_on_after_a_kill(mesh: &mut Mesh) -> anyhow::Result<()> {
             !page.0.iter().any(|series| series.name.starts_with("culvert_redirect_") && of_web(series))
         })
     })
+}
+
+/// While no agent runs a program of the pod listens at every port of the agent's. It gets nothing, neither then nor afterwards, and the
+/// next agent serves the pod all the same.
+fn a_program_takes_the_agents_ports(mesh: &mut Mesh) -> anyhow::Result<()> {
+    const OURS: [u16; 3] = [15001, 15006, 15008];
+    let (spec, place) = (mesh.b.spec().clone(), Arc::clone(mesh.b.place()));
+    mesh.b.signal(Signal::SIGKILL)?;
+    mesh.b.wait_end(Duration::from_secs(5))?;
+    let loose = mesh.topology.pod("loose");
+    let (taken, _dns) = loose.netns.enter(|| -> std::io::Result<_> {
+        let taken = OURS.map(|port| TcpListener::bind((Ipv6Addr::UNSPECIFIED, port)));
+        let dns = (UdpSocket::bind("127.0.0.1:15053")?, UdpSocket::bind("[::1]:15053")?, TcpListener::bind("[::]:15053")?);
+        Ok((taken.into_iter().collect::<Result<Vec<_>, _>>()?, dns))
+    })?;
+    for listener in &taken {
+        listener.set_nonblocking(true)?;
+    }
+    let untouched = || {
+        let accepted = taken.iter().find_map(|listener| listener.accept().ok());
+        accepted.map_or(Ok(()), |(_, from)| Err(anyhow::anyhow!("the program was reached from {from}")))
+    };
+    let ways = [Family::V4, Family::V6].map(|family| OURS.map(|port| family.at(loose, port)));
+    for to in ways.as_flattened() {
+        ensure!(mesh.outside().netns.connect(*to, Duration::from_millis(300)).is_err(), "{to} was reached without an agent");
+    }
+    untouched().context("without an agent")?;
+
+    mesh.b = spec.start(&place)?;
+    mesh.b.wait_ready(Duration::from_secs(40))?;
+    ensure!(mesh.b.whole_log().contains("programs of the pod have ports of the agent's"), "{}", mesh.b.log_tail(10));
+    for family in [Family::V4, Family::V6] {
+        let mark = mesh.b.mark();
+        ensure!(mesh.call("client", family.at(mesh.pod("loose"), PORT))?.0 == "loose");
+        mesh.b.wait_access("the call", mark, |r: &Value| {
+            r["direction"] == "inbound" && r["src.identity"] == "spiffe://test.local/ns/t/sa/client"
+        })?;
+        inbound(mesh, family)?;
+        mesh.call("loose", family.at(mesh.outside(), PORT))?;
+        mesh.call("loose", family.at(mesh.pod("client"), PORT))?;
+        let named = ask(mesh.pod("loose"), family.at(mesh.outside(), 53), "web.t.svc.cluster.local", A)?;
+        ensure!(named.addresses() == ["10.96.0.20"], "{named:?}");
+    }
+    // Where the agent listens now it lets nobody in without a certificate, neither from outside nor from the pod, and does not call
+    // itself.
+    let listening = loose.netns.output(Command::new("ss").args(["-Hltn"]))?;
+    let listening = String::from_utf8_lossy(&listening.stdout).into_owned();
+    let ports = listening.lines().filter_map(|line| line.split_whitespace().nth(3)?.rsplit_once(':')?.1.parse::<u16>().ok());
+    let ports: BTreeSet<u16> = ports.filter(|port| ![PORT, 15053].contains(port)).collect();
+    ensure!(ports.len() >= 6, "{listening}");
+    for port in ports {
+        for (from, to) in [(mesh.outside(), loose.at(port)), (loose, loose.at(port)), (loose, ([127, 0, 0, 1], port).into())] {
+            if from.name == loose.name && OURS.contains(&port) {
+                // Its own affair.
+                continue;
+            }
+            let answer = Client::open(from, to, "who").and_then(|mut client| client.line());
+            // Who ends tunnels says what it thinks of what is no TLS.
+            let is_alert = answer.as_ref().is_ok_and(|line| line.starts_with("\u{15}\u{3}"));
+            ensure!(answer.is_err() || is_alert, "{} got an answer of {to}: {answer:?}", from.name);
+        }
+    }
+    untouched()?;
+    mesh.call("client", mesh.pod("loose").at(PORT))?;
+    Ok(())
 }
 
 /// The last one: it ends the mesh of nftables.

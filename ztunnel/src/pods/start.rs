@@ -8,6 +8,7 @@ use crate::enrolment::Enrolled;
 use crate::handover::Predecessor;
 use crate::nft::Table;
 use crate::pod::{Pod, Shared};
+use crate::ports::Ports;
 use crate::prefilter::{ranges, sources};
 use crate::settings::{OlderConnections, RedirectMode, Settings, Udp};
 use crate::sockets::{DnsSockets, Sockets};
@@ -128,28 +129,30 @@ impl Starter {
         let (drain, watch) = drain::channel();
         let (accepting, accept) = drain::channel();
         self.shared.svids.introduce(&identity, &enrolled.key, &enrolled.facts);
-        let pod = Pod::new(&self.shared, enrolled, identity, netns.clone(), watch);
-        self.shared.svids.prefetch(&pod.identity);
+        self.shared.svids.prefetch(&identity);
         let sockets = self.sockets(enrolled, netns.clone(), inherited).await?;
+        let ports = sockets.ports().map_err(|e| format!("listeners: {e}"))?;
+        let pod = Pod::new(&self.shared, enrolled, identity, (netns.clone(), ports), watch);
         let name = enrolled.label();
         // Neither waits for the other: one has the kernel wait for its readers, the other is a program that is started.
-        let (redirect, rules) = match tokio::join!(self.redirect(netns.as_ref(), &sockets), self.rules(netns.as_ref(), &name)) {
-            (Ok(Some(mut redirect)), Ok(rules)) => {
-                if rules.as_ref().is_some_and(|rules| rules.table.dns) {
-                    redirect.set_config(programs(&self.shared.settings, true)).map_err(|e| format!("redirection: {e}"))?;
+        let (redirect, rules) =
+            match tokio::join!(self.redirect(netns.as_ref(), &sockets), self.rules(netns.as_ref(), &name, ports)) {
+                (Ok(Some(mut redirect)), Ok(rules)) => {
+                    if rules.as_ref().is_some_and(|rules| rules.table.dns) {
+                        redirect.set_config(programs(&self.shared.settings, true)).map_err(|e| format!("redirection: {e}"))?;
+                    }
+                    (Some(redirect), rules)
                 }
-                (Some(redirect), rules)
-            }
-            (Ok(None), Ok(rules)) => (None, rules),
-            (Err(error), Ok(Some(Rules { table, .. }))) => {
-                // Nobody would answer the questions they hand over.
-                if let Some(netns) = netns {
-                    let _ = tokio::task::spawn_blocking(move || table.unload(&netns)).await;
+                (Ok(None), Ok(rules)) => (None, rules),
+                (Err(error), Ok(Some(Rules { table, .. }))) => {
+                    // Nobody would answer the questions they hand over.
+                    if let Some(netns) = netns {
+                        let _ = tokio::task::spawn_blocking(move || table.unload(&netns)).await;
+                    }
+                    return Err(error);
                 }
-                return Err(error);
-            }
-            (Err(error), _) | (_, Err(error)) => return Err(error),
-        };
+                (Err(error), _) | (_, Err(error)) => return Err(error),
+            };
         let workers = self.shared.threads.workers();
         // Pods spread over the threads by a number that does not depend on the order they came in.
         let home = enrolled.key.bytes().fold(0usize, |h, b| h.wrapping_mul(31).wrapping_add(usize::from(b))) % workers.len();
@@ -220,7 +223,9 @@ impl Starter {
         let bind = move || match Sockets::bind(&enrolled, netns.as_deref(), &shared.settings) {
             // The agent before this one enrolled the pod after its pods were handed on, or what was had of it went with a start that failed.
             Err(taken) if taken.kind() == io::ErrorKind::AddrInUse => {
-                predecessor.and_then(|agent| agent.sockets_of(&enrolled.key)).ok_or(taken)
+                let inherited = predecessor.and_then(|agent| agent.sockets_of(&enrolled.key)).map(Ok);
+                let bound = inherited.or_else(|| elsewhere(&enrolled, netns.as_deref(), &shared.settings));
+                bound.unwrap_or(Err(taken))
             }
             bound => bound,
         };
@@ -239,11 +244,12 @@ impl Starter {
     }
 
     /// Rules for what the programs do not do: DNS, or everything.
-    async fn rules(&self, netns: Option<&Arc<NetnsFd>>, pod: &str) -> Result<Option<Rules>, String> {
+    async fn rules(&self, netns: Option<&Arc<NetnsFd>>, pod: &str, ports: Ports) -> Result<Option<Rules>, String> {
         let (Some(netns), false) = (netns, self.by_cni) else { return Ok(None) };
         let mut table = table_of(&self.shared.settings);
         table.tcp = self.shared.settings.redirect == RedirectMode::Nftables;
         table.dns = self.shared.settings.dns_capture;
+        table.ports = ports;
         table.refuse_udp = self.shared.settings.udp == Udp::Refuse;
         if !table.tcp && (!table.dns || self.pins.is_none()) {
             return Ok(None);
@@ -258,6 +264,15 @@ impl Starter {
             }
         }
     }
+}
+
+/// At other ports, where programs of the pod have ours.
+fn elsewhere(enrolled: &Enrolled, netns: Option<&NetnsFd>, settings: &Settings) -> Option<io::Result<Sockets>> {
+    let bound = Sockets::bind_elsewhere(enrolled, netns, settings)?;
+    if let Ok(ports) = bound.as_ref().map_err(|_| ()).and_then(|sockets| sockets.ports().map_err(|_| ())) {
+        tracing::warn!(pod = enrolled.label(), ?ports, "programs of the pod have ports of the agent's, which listens at others");
+    }
+    Some(bound)
 }
 
 /// The rules of this agent.
@@ -297,11 +312,11 @@ pub(super) async fn attach(
     pins: Option<PinRoot>,
     config: Config,
 ) -> Result<Redirect, String> {
-    let (out, plain) = (sockets.outbound.try_clone(), sockets.plain.try_clone());
-    let (out, plain) = out.and_then(|o| plain.map(|p| (o, p))).map_err(|e| format!("redirection: {e}"))?;
+    let Sockets { outbound, plain, hbone, .. } = sockets.try_clone().map_err(|e| format!("redirection: {e}"))?;
     tokio::task::spawn_blocking(move || {
         let spec = PodSpec { netns: netns.as_fd(), interfaces: None, config, pins: pins.as_ref() };
-        Redirect::attach(&spec, &Listeners { outbound: out.as_fd(), inbound: plain.as_fd() })
+        let listeners = Listeners { outbound: outbound.as_fd(), inbound: plain.as_fd(), hbone: hbone.as_fd() };
+        Redirect::attach(&spec, &listeners)
     })
     .await
     .map_err(|e| format!("redirection: {e}"))?

@@ -16,6 +16,7 @@ use crate::{net::Netns, sock};
 pub enum Direction {
     Out,
     In,
+    Hbone,
 }
 
 /// A connection the agent was given.
@@ -51,13 +52,16 @@ impl Agent {
     fn start_whole(pod: &Netns, config: Config, pins: Option<&PinRoot>) -> Result<Self, RedirectError> {
         let (out, inbound) = pod.run(|| (sock::listen(sock::TO_APPLICATION, 15001), sock::listen(sock::GOOD, 15006)));
         let (out, inbound) = (out.expect("listen"), inbound.expect("listen"));
+        // Another port: the programs of the pod may have HBONE's.
+        let hbone = pod.run(|| sock::listen(sock::ListenerKind { transparent: false, ..sock::GOOD }, 0)).expect("listen");
         let (sender, captured) = channel();
-        for (listener, direction) in [(&out, Direction::Out), (&inbound, Direction::In)] {
+        for (listener, direction) in [(&out, Direction::Out), (&inbound, Direction::In), (&hbone, Direction::Hbone)] {
             serve(pod, listener.try_clone().expect("descriptor"), direction, sender.clone());
         }
         let spec = PodSpec { netns: pod.fd(), interfaces: None, config, pins };
-        let redirect = Redirect::attach(&spec, &Listeners { outbound: out.as_fd(), inbound: inbound.as_fd() })?;
-        Ok(Self { redirect: Some(redirect), captured, listeners: vec![out, inbound] })
+        let redirect =
+            Redirect::attach(&spec, &Listeners { outbound: out.as_fd(), inbound: inbound.as_fd(), hbone: hbone.as_fd() })?;
+        Ok(Self { redirect: Some(redirect), captured, listeners: vec![out, inbound, hbone] })
     }
 
     pub fn redirect(&mut self) -> &mut Redirect {
@@ -65,7 +69,8 @@ impl Agent {
     }
 
     pub fn listeners(&self) -> Listeners<'_> {
-        Listeners { outbound: self.listeners[0].as_fd(), inbound: self.listeners[1].as_fd() }
+        let [outbound, inbound, hbone] = [0, 1, 2].map(|n| self.listeners[n].as_fd());
+        Listeners { outbound, inbound, hbone }
     }
 
     /// The next captured connection.
@@ -115,7 +120,7 @@ fn serve(pod: &Netns, listener: TcpListener, direction: Direction, captured: Sen
                 let (peer, local) = (sock::plain(peer), sock::plain(stream.local_addr().expect("local address")));
                 let dialled = match direction {
                     Direction::Out => sock::dial_marked(local),
-                    Direction::In => sock::dial_as(peer.ip(), local),
+                    Direction::In | Direction::Hbone => sock::dial_as(peer.ip(), local),
                 };
                 let refused = dialled.as_ref().err().map(io::Error::kind);
                 let _ = captured.send(Captured { direction, peer, local, refused });

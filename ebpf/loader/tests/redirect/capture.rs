@@ -1,5 +1,6 @@
 //! What is captured, what is not, and which addresses both sides see.
 use std::{
+    collections::BTreeSet,
     io::{self, BufRead, BufReader, Read, Write},
     net::{IpAddr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream},
     thread,
@@ -156,27 +157,43 @@ fn the_pods_own_addresses_are_not_captured() {
     assert!(agent.nothing_captured());
 }
 
+/// Also where a program of the pod took the port first.
 #[test]
-fn hbone_reaches_its_own_listener_on_a_changeable_port() {
-    require_root!("hbone_reaches_its_own_listener_on_a_changeable_port");
+fn hbone_is_the_agents_whoever_has_its_port() {
+    require_root!("hbone_is_the_agents_whoever_has_its_port");
     let net = Topology::new();
     echo_server(&net.pod, 15008);
     echo_server(&net.pod, 15108);
     let mut agent = Agent::start(&net.pod);
-    for (pod, host) in [(POD4, HOST4), (POD6, HOST6)] {
-        let mut client = Client::connect(&net.host, SocketAddr::new(ip(pod), 15008)).expect("connect");
-        assert_eq!(client.seen_as, ip(host));
-        client.echo("tunnelled");
-        client.finish();
-    }
-    assert!(agent.nothing_captured());
-    assert_eq!(agent.count("inbound_hbone"), 2);
-
+    let way = |agent: &Agent, port| {
+        let mut directions = BTreeSet::new();
+        for (pod, host) in [(POD4, HOST4), (POD6, HOST6)] {
+            let to = SocketAddr::new(ip(pod), port);
+            let mut client = Client::connect(&net.host, to).expect("connect");
+            let captured = agent.next();
+            assert_eq!((captured.peer, captured.local), (client.local, to));
+            assert_eq!(client.seen_as, ip(host));
+            client.echo("tunnelled");
+            client.finish();
+            directions.insert(format!("{:?}", captured.direction));
+        }
+        directions.into_iter().collect::<String>()
+    };
+    assert_eq!(way(&agent, 15008), "Hbone");
+    assert!(agent.count("inbound_hbone") > 0 && agent.count("inbound_tunnel") > 0);
     agent.redirect().set_config(Config::default().with_hbone_port(15108)).expect("configure");
-    Client::connect(&net.host, SocketAddr::new(ip(POD4), 15108)).expect("connect").finish();
-    assert!(agent.nothing_captured());
-    Client::connect(&net.host, SocketAddr::new(ip(POD4), 15008)).expect("connect").finish();
-    assert_eq!(agent.next().direction, Direction::In);
+    assert_eq!((way(&agent, 15108), way(&agent, 15008)), ("Hbone".into(), "In".into()));
+
+    // Nobody but the agent has it afterwards either; what is carried already goes on.
+    let mut tunnel = Client::connect(&net.host, SocketAddr::new(ip(POD4), 15108)).expect("connect");
+    tunnel.echo("tunnelled");
+    agent.stop_listening();
+    for pod in [POD4, POD6] {
+        let to = SocketAddr::new(ip(pod), 15108);
+        let error = net.host.run(move || TcpStream::connect_timeout(&to, Duration::from_millis(400))).expect_err("dropped");
+        assert!(timed_out(&error), "{to}: {error}");
+    }
+    tunnel.echo("still");
 }
 
 /// The agent closes first and so keeps the tuple in TIME_WAIT; the client's port comes round again.
@@ -184,8 +201,8 @@ fn hbone_reaches_its_own_listener_on_a_changeable_port() {
 fn a_client_may_reuse_its_port_at_once() {
     require_root!("a_client_may_reuse_its_port_at_once");
     let net = Topology::new();
-    for netns in [&net.host, &net.pod] {
-        let listener = netns.run(|| TcpListener::bind((Ipv6Addr::UNSPECIFIED, 7070))).expect("bind");
+    for (netns, port) in [(&net.host, 7070), (&net.pod, 7070), (&net.pod, 15008)] {
+        let listener = netns.run(move || TcpListener::bind((Ipv6Addr::UNSPECIFIED, port))).expect("bind");
         thread::spawn(move || {
             for stream in listener.incoming() {
                 let Ok(mut stream) = stream else { return };
@@ -196,11 +213,16 @@ fn a_client_may_reuse_its_port_at_once() {
         });
     }
     let agent = Agent::start(&net.pod);
-    for (netns, local, to) in
-        [(&net.pod, POD4, SERVICE4), (&net.pod, POD6, SERVICE6), (&net.host, HOST4, POD4), (&net.host, HOST6, POD6)]
-    {
+    for (netns, local, to, port) in [
+        (&net.pod, POD4, SERVICE4, 7070),
+        (&net.pod, POD6, SERVICE6, 7070),
+        (&net.host, HOST4, POD4, 7070),
+        (&net.host, HOST6, POD6, 7070),
+        (&net.host, HOST4, POD4, 15008),
+        (&net.host, HOST6, POD6, 15008),
+    ] {
         for attempt in 0..3 {
-            let (from, to) = (SocketAddr::new(ip(local), 24111), SocketAddr::new(ip(to), 7070));
+            let (from, to) = (SocketAddr::new(ip(local), 24111), SocketAddr::new(ip(to), port));
             let stream = netns.run(move || {
                 let socket = sock::socket(to.is_ipv6(), libc::SOCK_STREAM, 0)?;
                 sock::set_number(&socket, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)?;
@@ -213,7 +235,7 @@ fn a_client_may_reuse_its_port_at_once() {
             agent.next();
         }
     }
-    assert!(agent.count("tuple_reused") >= 8, "{} of 8 through the socket lookup", agent.count("tuple_reused"));
+    assert!(agent.count("tuple_reused") >= 12, "{} of 12 through the socket lookup", agent.count("tuple_reused"));
 }
 
 /// With cookies the listener keeps no socket between SYN and acknowledgement.
@@ -224,17 +246,20 @@ fn inbound_syn_cookies_come_back_to_the_agent() {
     net.pod.sysctl("net/ipv4/tcp_syncookies", "2");
     // The application's own port, to which a stray acknowledgement would otherwise belong.
     echo_server(&net.pod, 9090);
+    echo_server(&net.pod, 15008);
     let agent = Agent::start(&net.pod);
-    for (pod, host) in [(POD4, HOST4), (POD6, HOST6)] {
-        let to = SocketAddr::new(ip(pod), 9090);
-        let mut client = Client::connect(&net.host, to).expect("connect");
-        assert_eq!(client.seen_as, ip(host));
-        let captured = agent.next();
-        assert_eq!((captured.direction, captured.local), (Direction::In, to));
-        client.echo("through the agent");
-        client.finish();
+    for (port, direction) in [(9090, Direction::In), (15008, Direction::Hbone)] {
+        for (pod, host) in [(POD4, HOST4), (POD6, HOST6)] {
+            let to = SocketAddr::new(ip(pod), port);
+            let mut client = Client::connect(&net.host, to).expect("connect");
+            assert_eq!(client.seen_as, ip(host));
+            let captured = agent.next();
+            assert_eq!((captured.direction, captured.local), (direction, to));
+            client.echo("through the agent");
+            client.finish();
+        }
     }
-    assert!(agent.count("inbound_stray") >= 2);
+    assert!(agent.count("inbound_stray") >= 4);
 }
 
 #[test]

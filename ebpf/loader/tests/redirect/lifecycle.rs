@@ -261,6 +261,9 @@ fn hooks(pod: &Netns) -> Vec<(u64, usize)> {
 /// In and out, both families.
 const WAYS: [(bool, &str, u16); 4] = [(true, SERVICE4, 8080), (true, SERVICE6, 8080), (false, POD4, 9090), (false, POD6, 9090)];
 
+/// In, to the port of HBONE.
+const HBONE: [(bool, &str, u16); 2] = [(false, POD4, 15008), (false, POD6, 15008)];
+
 fn dial(net: &Topology, (from_pod, to, port): (bool, &str, u16), patience: Duration) -> std::io::Result<std::net::TcpStream> {
     let to = SocketAddr::new(ip(to), port);
     let from = if from_pod { &net.pod } else { &net.host };
@@ -285,7 +288,9 @@ fn with_pins_a_killed_agent_leaves_its_pod_closed_and_the_next_takes_over() {
     child.kill().expect("kill");
     child.wait().expect("wait");
 
-    for way in WAYS {
+    // A program of the pod takes HBONE's port while it can.
+    echo_server(&net.pod, 15008);
+    for way in WAYS.into_iter().chain(HBONE) {
         let error = dial(&net, way, Duration::from_millis(300)).expect_err("dropped");
         assert!(timed_out(&error), "{way:?}: {error}");
     }
@@ -298,7 +303,7 @@ fn with_pins_a_killed_agent_leaves_its_pod_closed_and_the_next_takes_over() {
     let mut agent = Agent::start_pinned(&net.pod, &pins.0);
     assert!(hooks(&net.pod).iter().all(|(_, programs)| *programs == 1), "one program each: {:?}", hooks(&net.pod));
     assert!(agent.count("outbound_no_listener") >= 2, "the counters go on: {:?}", agent.all_counts());
-    for (from_pod, to, port) in WAYS {
+    for (from_pod, to, port) in WAYS.into_iter().chain(HBONE) {
         let from = if from_pod { &net.pod } else { &net.host };
         Client::connect(from, SocketAddr::new(ip(to), port)).expect("captured").finish();
         agent.next();
@@ -450,6 +455,7 @@ fn three_hooks_of_an_older_agent_become_two() {
     let pins = Pins::new("three-hooks");
     echo_server(&net.host, 8080);
     echo_server(&net.pod, 9090);
+    echo_server(&net.pod, 15008);
     let before = remains(&net.pod);
     let mut first = Agent::start_pinned(&net.pod, &pins.0);
     // Only the pod's directory is wanted of it.
@@ -470,7 +476,7 @@ fn three_hooks_of_an_older_agent_become_two() {
         ["CONFIG", "SOCKS", "SOURCES", "STEER", "TRAFFIC", "eth_egress-2", "eth_ingress-2", "steer_lookup"]
     );
     assert!(agent.count("outbound_no_listener") >= 2, "the counters go on: {:?}", agent.all_counts());
-    for (from_pod, to, port) in WAYS {
+    for (from_pod, to, port) in WAYS.into_iter().chain(HBONE) {
         let from = if from_pod { &net.pod } else { &net.host };
         Client::connect(from, SocketAddr::new(ip(to), port)).expect("captured").finish();
         agent.next();
@@ -636,14 +642,15 @@ fn without_a_listener_new_connections_are_dropped_or_by_choice_direct() {
     let net = Topology::new();
     echo_server(&net.host, 8080);
     echo_server(&net.pod, 9090);
+    echo_server(&net.pod, 15008);
     let mut agent = Agent::start(&net.pod);
     agent.stop_listening();
-    let ways = [(&net.pod, SERVICE4, 8080), (&net.pod, SERVICE6, 8080), (&net.host, POD4, 9090), (&net.host, POD6, 9090)];
+    let ways = WAYS.into_iter().chain(HBONE).map(|(from_pod, to, port)| (if from_pod { &net.pod } else { &net.host }, to, port));
     let try_one = |netns: &Netns, to: &str, port| {
         let to = SocketAddr::new(ip(to), port);
         netns.run(move || std::net::TcpStream::connect_timeout(&to, Duration::from_millis(400)))
     };
-    for (netns, to, port) in ways {
+    for (netns, to, port) in ways.clone() {
         let error = try_one(netns, to, port).expect_err("dropped");
         assert!(timed_out(&error), "{to}: {error}");
     }
@@ -655,13 +662,17 @@ fn without_a_listener_new_connections_are_dropped_or_by_choice_direct() {
         try_one(netns, to, port).unwrap_or_else(|e| panic!("{to} directly: {e}"));
     }
     // And new listeners take over without attaching again.
-    let (out, inbound) = net.pod.run(|| (sock::listen(GOOD, 0), sock::listen(GOOD, 0)));
-    let (out, inbound) = (out.expect("listen"), inbound.expect("listen"));
-    let listeners = Listeners { outbound: out.as_fd(), inbound: inbound.as_fd() };
+    let [out, inbound, hbone] = listeners_in(&net.pod);
+    let listeners = Listeners { outbound: out.as_fd(), inbound: inbound.as_fd(), hbone: hbone.as_fd() };
     agent.redirect().replace_listeners(&listeners).expect("replace");
     let _client = try_one(&net.pod, SERVICE4, 8080).expect("captured");
     let (accepted, _) = out.accept().expect("accept");
     assert_eq!(sock::plain(accepted.local_addr().expect("address")), SocketAddr::new(ip(SERVICE4), 8080));
+}
+
+/// Three that keep the contract.
+fn listeners_in(pod: &Netns) -> [TcpListener; 3] {
+    pod.run(|| [(); 3].map(|()| sock::listen(GOOD, 0).expect("listen")))
 }
 
 #[test]
@@ -669,21 +680,24 @@ fn listeners_that_break_the_contract_are_refused() {
     require_root!("listeners_that_break_the_contract_are_refused");
     let net = Topology::new();
     let before = remains(&net.pod);
-    let fault = |outbound: &TcpListener, inbound: &TcpListener| {
+    let fault_of = |outbound: &TcpListener, inbound: &TcpListener, hbone: &TcpListener| {
         let spec = PodSpec { netns: net.pod.fd(), interfaces: None, config: Config::default(), pins: None };
-        match Redirect::attach(&spec, &Listeners { outbound: outbound.as_fd(), inbound: inbound.as_fd() }) {
+        let listeners = Listeners { outbound: outbound.as_fd(), inbound: inbound.as_fd(), hbone: hbone.as_fd() };
+        match Redirect::attach(&spec, &listeners) {
             Err(RedirectError::Listener { fault, .. }) => fault,
             Err(other) => panic!("{other}"),
             Ok(_) => panic!("accepted"),
         }
     };
     let good = net.pod.run(|| sock::listen(GOOD, 0)).expect("listen");
+    let fault = |outbound: &TcpListener, inbound: &TcpListener| fault_of(outbound, inbound, &good);
     let bad = |kind: ListenerKind| net.pod.run(move || sock::listen(kind, 0)).expect("listen");
     assert!(matches!(fault(&bad(ListenerKind { mark: 0, ..GOOD }), &good), ListenerFault::Unmarked));
     assert!(matches!(fault(&good, &bad(TO_APPLICATION)), ListenerFault::Unmarked));
     assert!(matches!(fault(&good, &bad(ListenerKind { transparent: false, ..GOOD })), ListenerFault::NotTransparent));
     assert!(matches!(fault(&bad(ListenerKind { reuse_port: true, ..GOOD }), &good), ListenerFault::ReusePort));
     assert!(matches!(fault(&bad(ListenerKind { v6_only: true, ..GOOD }), &good), ListenerFault::V6Only));
+    assert!(matches!(fault_of(&good, &good, &bad(TO_APPLICATION)), ListenerFault::Unmarked));
     let elsewhere = net.host.run(|| sock::listen(GOOD, 0)).expect("listen");
     assert!(matches!(fault(&elsewhere, &good), ListenerFault::ForeignNamespace));
     let four = net.pod.run(|| TcpListener::bind("0.0.0.0:0")).expect("bind");
@@ -695,11 +709,11 @@ fn listeners_that_break_the_contract_are_refused() {
 fn unusable_namespaces_are_refused() {
     require_root!("unusable_namespaces_are_refused");
     let net = Topology::new();
-    let (out, inbound) = net.pod.run(|| (sock::listen(GOOD, 0), sock::listen(GOOD, 0)));
-    let (out, inbound) = (out.expect("listen"), inbound.expect("listen"));
+    let [out, inbound, hbone] = listeners_in(&net.pod);
+    let listeners = Listeners { outbound: out.as_fd(), inbound: inbound.as_fd(), hbone: hbone.as_fd() };
     let attach = |interfaces: Option<Vec<String>>| {
         let spec = PodSpec { netns: net.pod.fd(), interfaces, config: Config::default(), pins: None };
-        Redirect::attach(&spec, &Listeners { outbound: out.as_fd(), inbound: inbound.as_fd() }).map(drop)
+        Redirect::attach(&spec, &listeners).map(drop)
     };
     assert!(matches!(attach(Some(vec!["eth9".into()])), Err(RedirectError::UnknownInterface(_))));
     assert!(matches!(attach(Some(vec!["lo".into()])), Err(RedirectError::UnknownInterface(_))));
@@ -748,12 +762,12 @@ fn every_interface_is_captured() {
 fn enrolment_time() {
     require_root!("enrolment_time");
     let net = Topology::new();
-    let (out, inbound) = net.pod.run(|| (sock::listen(GOOD, 0), sock::listen(GOOD, 0)));
-    let (out, inbound) = (out.expect("listen"), inbound.expect("listen"));
+    let [out, inbound, hbone] = listeners_in(&net.pod);
+    let listeners = Listeners { outbound: out.as_fd(), inbound: inbound.as_fd(), hbone: hbone.as_fd() };
     for _ in 0..5 {
         let spec = PodSpec { netns: net.pod.fd(), interfaces: None, config: Config::default(), pins: None };
         let start = Instant::now();
-        let redirect = Redirect::attach(&spec, &Listeners { outbound: out.as_fd(), inbound: inbound.as_fd() }).expect("attach");
+        let redirect = Redirect::attach(&spec, &listeners).expect("attach");
         let (attached, start) = (start.elapsed(), Instant::now());
         redirect.detach().expect("detach");
         eprintln!("MEASURED: attach {attached:?}, detach {:?}", start.elapsed());
