@@ -4,6 +4,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, ensure};
 use mesh_tests::wait;
+use mesh_tests::web::Web;
 
 use crate::mesh::{Mesh, OTHER, WEB};
 
@@ -140,18 +141,27 @@ pub(crate) fn a_route_change_is_live_and_drops_nothing(mesh: &mut Mesh) -> anyho
         .args(["-sS", "--max-time", "60", "--noproxy", "*", "-o", "/dev/null", "-w", "%{http_code}\n"])
         .arg(format!("http://{WEB}/[1-3000]"))
         .stdout(Stdio::piped());
-    let child = mesh.pod("client").netns.spawn(&mut command)?;
+    let answered = || mesh.web.values().map(Web::requests).sum::<usize>();
+    let before = answered();
+    let mut child = mesh.pod("client").netns.spawn(&mut command)?;
+    wait::until_true("the first answers", || answered() > before + 20)?;
     for n in 0..10 {
-        let _canary = mesh.objects(
-            "churn",
-            &CANARY.replace("95", &(90 - n).to_string()).replace("weight: 5", &format!("weight: {}", 10 + n)),
-        )?;
+        let marked = CANARY
+            .replace("weight: 95", &format!("weight: {}", 90 - n))
+            .replace("weight: 5 ", &format!("weight: {} ", 10 + n))
+            .replace("  - match:", &format!("  - headers: {{ response: {{ set: {{ churn: \"{n}\" }} }} }}\n    match:"));
+        let _canary = mesh.objects("churn", &marked)?;
+        wait::until_true("the change to be live", || {
+            let got = mesh.call(&["-H", "canary: true", &format!("http://{WEB}/live")]);
+            got.is_ok_and(|got| got.header("churn") == Some(&*n.to_string()))
+        })?;
     }
+    ensure!(child.try_wait()?.is_none(), "the client was done before the last change");
     let output = child.wait_with_output()?;
     let text = String::from_utf8_lossy(&output.stdout);
     let wrong: Vec<&str> = text.lines().filter(|line| *line != "200").collect();
     ensure!(
-        wrong.is_empty() && text.lines().count() > 0,
+        wrong.is_empty() && text.lines().count() == 3000,
         "{} of {} failed: {:?}",
         wrong.len(),
         text.lines().count(),

@@ -94,6 +94,12 @@ pub const DIFFERENCES: &[Difference] = &[
         what: Statuses("502", "200"),
         cases: &["protocol-connect::WebSocket by HTTP/2, an endpoint that is none"],
     },
+    Difference {
+        reason: "what anybody may write in x-forwarded-for is no address for policies: proxies are trusted by number \
+                 (numTrustedProxies), none by default; Envoy's waypoint believes whoever wrote last",
+        what: Statuses("200", "403"),
+        cases: &["caller-remote-ip::the last told"],
+    },
     // More lenient, where nothing is lost by it.
     Difference {
         reason: "a WebSocket asked for in HTTP/2 has no key, and servers of HTTP/1 answer nobody without one (RFC 6455 §4.2.1)",

@@ -239,10 +239,19 @@ impl<'p> Dr<'_, '_, 'p> {
             balance: read::map(n, "loadBalancer")?.map(|b| self.balancing(b)).transpose()?,
             pool: read::map(n, "connectionPool")?.map(Self::pool).transpose()?,
             outlier: read::map(n, "outlierDetection")?.map(|o| self.outlier(o)).transpose()?,
-            tls: read::map(n, "tls")?.map(tls::read).transpose()?,
+            tls: read::map(n, "tls")?.map(|t| self.tls(t)).transpose()?,
             proxy_protocol: None,
             retry_budget: None,
         })
+    }
+
+    fn tls(&mut self, n: &'p Node<'p>) -> Read<'p, TlsBlock> {
+        let block = tls::read(n)?;
+        if matches!(block, TlsBlock::Off) {
+            // No TLS of ours is there that they could speak of.
+            self.without_effect(n, &["sni", "subjectAltNames", "insecureSkipVerify"]);
+        }
+        Ok(block)
     }
 
     fn balancing(&mut self, n: &'p Node<'p>) -> Read<'p, Balancing> {

@@ -174,6 +174,17 @@ fn denying() -> Scenario {
     by_each(scenario, &[("the owner", ADMIN), ("not the owner", CLIENT), ("neither owner nor allowed", NEIGHBOUR)], "/own/x")
 }
 
+/// Addresses from which requests come, and whether what `x-forwarded-for` says of them is believed.
+fn addresses() -> Scenario {
+    let told = json!({"remote_ip": {"address_prefix": "203.0.113.0", "prefix_len": 24}});
+    let rules: Rules = vec![("from: [{ source: { remoteIpBlocks: [203.0.113.0/24] } }]", any(), told)];
+    with_policy(scenario("caller-remote-ip"), "deny", "DENY", rules)
+        .case(case("nothing told", get("/")))
+        .case(case("another told", get("/").header("x-forwarded-for", "198.51.100.7")))
+        .case(case("not the last told", get("/").header("x-forwarded-for", "203.0.113.7, 198.51.100.7")))
+        .case(case("the last told", get("/").header("x-forwarded-for", "203.0.113.7")))
+}
+
 pub fn all() -> Vec<Scenario> {
-    vec![allowing(), denying()]
+    vec![allowing(), denying(), addresses()]
 }

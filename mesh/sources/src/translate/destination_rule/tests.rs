@@ -443,6 +443,8 @@ fn what_has_no_effect_is_told() {
         ("host: other.b.svc.cluster.local", "no-service"),
         ("host: api\ntrafficPolicy: {outlierDetection: {consecutiveErrors: 5}}", "no-effect"),
         ("host: api\ntrafficPolicy: {loadBalancer: {simple: RANDOM, warmup: {duration: 1s}}}", "no-effect"),
+        ("host: api\ntrafficPolicy: {tls: {mode: ISTIO_MUTUAL, sni: a.b}}", "no-effect"),
+        ("host: api\ntrafficPolicy: {tls: {mode: DISABLE, insecureSkipVerify: true}}", "no-effect"),
     ] {
         let (_, problems) = mesh7(&(world() + &dr(spec)));
         assert_eq!(codes(&problems), [(Severity::Warning, code)], "{spec}");

@@ -1,7 +1,8 @@
 //! The parts of MeshConfig that speak of telemetry, of external authorizers, of all requests and of services for other networks:
 //! ConfigMap `istio` of the root namespace, entry `mesh`.
 //!
-//! All else in it is for the control plane. A section that is wrong is left out and reported; the others count.
+//! What else in it would be for data planes and is not read is reported ([`UNREAD`]); the rest is for the control plane. A section
+//! that is wrong is left out and reported; the others count.
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -27,6 +28,16 @@ pub(crate) const NAME: &str = "istio";
 pub(super) const ENVOY: &str = "envoy";
 /// The only file lines go to: ours are written by one thread, to one place.
 const STDOUT: &str = "/dev/stdout";
+
+/// What data planes of Istio are told of by istiod and ours do not read, with what to write instead.
+const UNREAD: [(&str, &str); 6] = [
+    ("defaultVirtualServiceExportTo", "write `exportTo` in each VirtualService that is not for every namespace"),
+    ("defaultDestinationRuleExportTo", "write `exportTo` in each DestinationRule that is not for every namespace"),
+    ("localityLbSetting", "write `localityLbSetting` in the DestinationRule of a host, or `trafficDistribution` in its Service"),
+    ("connectTimeout", "write `connectionPool.tcp.connectTimeout` in the DestinationRule of a host"),
+    ("tcpKeepalive", "write `connectionPool.tcp.tcpKeepalive` in the DestinationRule of a host"),
+    ("h2UpgradePolicy", "write `connectionPool.http.h2UpgradePolicy` in the DestinationRule of a host"),
+];
 
 /// What MeshConfig says of telemetry, of whom CUSTOM policies ask, of all requests, and of services for other networks.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -95,6 +106,11 @@ pub(in crate::translate) fn read<'p>(r: &mut Reader<'_>, node: &'p Node<'p>) -> 
     section(paths(&mesh, &mut defaults));
     section(retry(&mesh, &mut defaults));
     section(traffic(&mesh));
+    for (key, fix) in UNREAD {
+        if let Some(at) = mesh.get(key) {
+            section(Err(Bad::value(at, format!("not read: `{key}` of all the mesh has no effect"), fix)));
+        }
+    }
     collect.defaults = Arc::new(defaults);
     collect.authorizers = Arc::new(authorizers::read(r, &mesh));
     collect.scopes = scopes::read(r, &mesh);

@@ -117,7 +117,8 @@ fn mesh_config_says_what_is_tried_again() {
     assert_eq!(of("defaultHttpRetryPolicy: { attempts: 4, retryOn: 5xx }"), (four, vec![]));
     let told = vec![(8, "defaultHttpRetryPolicy.retryOn".into())];
     assert_eq!(of("defaultHttpRetryPolicy: { attempts: 4, retryOn: 5xy }"), (none, told));
-    assert_eq!(of("defaultTrafficPolicy: {}"), (default, vec![(8, "defaultTrafficPolicy".into())]));
+    assert_eq!(of("defaultTrafficPolicy: {}"), (default.clone(), vec![(8, "defaultTrafficPolicy".into())]));
+    assert_eq!(of("defaultDestinationRuleExportTo: ['.']"), (default, vec![(8, "defaultDestinationRuleExportTo".into())]));
 }
 #[test]
 fn mesh_config_says_how_paths_are_normalised() {
