@@ -49,7 +49,7 @@ pub async fn serve_stream(shared: Arc<Shared>, proof: Arc<Peer>, client: SocketA
         }
     };
     let handles = shared.telemetry.tcp_opened(&conn.facts, &record);
-    tcp::between(&conn, (stream, server), &asked, None, &handles, &mut record).await;
+    tcp::between(&conn, (stream, server), &asked, &handles, &mut record).await;
     shared.telemetry.tcp_done(&conn.facts, &record, &handles);
 }
 

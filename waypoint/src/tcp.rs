@@ -18,6 +18,8 @@ use mesh_model::authz_l7::L7Verdict;
 use mesh_model::hosts;
 use mesh_model::in_force::InForce;
 use mesh_model::l7::TcpFacts;
+use mesh_model::l7::destination::{Balance, HashKey};
+use mesh_model::l7::hash::address_hash;
 use mesh_model::l7::route::{BackendRef, ClusterKey};
 use mesh_model::l7::select::select_tcp;
 use mesh_model::l7::weights::choose;
@@ -133,34 +135,35 @@ where
     A: Endpoint,
 {
     let Reached { upstream, asked } = reached;
-    let idle = record.cluster.as_ref().and_then(|c| c.policy().pool.tcp_idle_timeout);
     match upstream {
-        Stream::Hbone(server, _counted) => between(conn, (client, server), &asked, idle, handles, record).await,
-        Stream::Tcp(server, _counted) => between(conn, (client, server), &asked, idle, handles, record).await,
-        Stream::Tls(server, _counted) => between(conn, (client, Bytewise::new(*server)), &asked, idle, handles, record).await,
+        Stream::Hbone(server, _counted) => between(conn, (client, server), &asked, handles, record).await,
+        Stream::Tcp(server, _counted) => between(conn, (client, server), &asked, handles, record).await,
+        Stream::Tls(server, _counted) => between(conn, (client, Bytewise::new(*server)), &asked, handles, record).await,
     }
 }
 
-/// Relays until either end, the idle limit (`idle`, else the process's), a policy or the drain ends it. `asked`: external
-/// authorizers that agreed.
+/// Relays until either end, a limit of the destination (for its idle time else the process's), a policy or the drain ends it.
+/// `asked`: external authorizers that agreed.
 pub(crate) async fn between<A: Endpoint, B: Endpoint>(
     conn: &Conn,
     (client, server): (A, B),
     asked: &[Arc<str>],
-    idle: Option<Duration>,
     handles: &TcpHandles,
     record: &mut TcpRecord,
 ) {
     let settings = &conn.shared.settings;
+    let pool = record.cluster.as_ref().map(|c| &c.policy().pool);
+    let longest = pool.and_then(|p| p.max_connection_duration);
     let timeouts = Timeouts {
-        idle: idle.or_else(|| Some(settings.tcp_idle_timeout).filter(|t| !t.is_zero())),
+        idle: pool.and_then(|p| p.tcp_idle_timeout).or_else(|| Some(settings.tcp_idle_timeout).filter(|t| !t.is_zero())),
         half_closed: Some(settings.half_closed_timeout).filter(|t| !t.is_zero()),
     };
     let cut = OnceLock::new();
     let expired = async {
         tokio::select! {
             // Set once: this future ends here.
-            details = authorize::revoked(conn, Living::Bytes(asked)) => drop(cut.set(details)),
+            details = authorize::revoked(conn, Living::Bytes(asked)) => drop(cut.set(Cut::Revoked(details))),
+            () = lasted(longest) => drop(cut.set(Cut::Lasted)),
             () = conn.drain.expired() => {}
         }
     };
@@ -173,12 +176,34 @@ pub(crate) async fn between<A: Endpoint, B: Endpoint>(
         How::Idle => "idle_timeout",
     }
     .into();
-    if let Some(details) = cut.into_inner() {
-        record.reason = Some(Reason::Revoked);
-        record.details = details.into();
+    match cut.into_inner() {
+        Some(Cut::Revoked(details)) => {
+            record.reason = Some(Reason::Revoked);
+            record.details = details.into();
+        }
+        Some(Cut::Lasted) => {
+            record.flags.set(Flag::DurationTimeout);
+            record.details = "duration_timeout".into();
+        }
+        None => {}
     }
     if matches!(end.how, How::Idle) {
         record.flags.set(Flag::StreamIdleTimeout);
+    }
+}
+
+/// Why a connection was ended that neither side ended.
+enum Cut {
+    /// It may be no longer; with what is told of it.
+    Revoked(String),
+    /// It lasted as long as the destination lets it.
+    Lasted,
+}
+/// Resolves after `longest`; never, where there is no limit.
+async fn lasted(longest: Option<Duration>) {
+    match longest {
+        Some(longest) => tokio::time::sleep(longest).await,
+        None => std::future::pending().await,
     }
 }
 
@@ -220,7 +245,7 @@ async fn reach(conn: &Conn, record: &mut TcpRecord) -> Result<Reached, Unreached
         let cluster = cluster(conn, &snap, &rules, draw, record).await?;
         let pick = PickContext {
             draw: redraw(draw, DRAW_ENDPOINT),
-            hash: None,
+            hash: hash_of_address(conn, &cluster),
             session: None,
             tried: &[],
             before: &[],
@@ -233,10 +258,15 @@ async fn reach(conn: &Conn, record: &mut TcpRecord) -> Result<Reached, Unreached
     record.cluster = Some(Arc::clone(&cluster));
     record.host = Some(Arc::clone(&host));
     let connected = upstream::connect(&cluster, &host, Some(conn.client), conn.trace).await;
-    if let Err(error) = &connected {
-        cluster.report(&host, upstream::Observed::Failed(error.failure));
-    }
+    let came = connected.as_ref().map_or_else(|e| upstream::Observed::Failed(e.failure), |_| upstream::Observed::Connected);
+    cluster.report(&host, came);
     Ok(Reached { upstream: connected?, asked })
+}
+
+/// The hash of a destination that keeps each client's address at one endpoint; other keys are of requests.
+fn hash_of_address(conn: &Conn, cluster: &Cluster) -> Option<u64> {
+    let by_address = matches!(cluster.policy().balance, Balance::Hash { key: HashKey::SourceIp, .. });
+    by_address.then(|| address_hash(conn.client.ip()))
 }
 
 async fn cluster(

@@ -57,6 +57,7 @@ const TESTS: &[Test<Mesh>] = &[
     test("a_sandwiched_waypoint_is_told_who_calls", binding::a_sandwiched_waypoint_is_told_who_calls),
     test("a_waypoint_carries_only_what_names_it", binding::a_waypoint_carries_only_what_names_it),
     test("the_streams_of_one_tunnel_use_all_threads", binding::the_streams_of_one_tunnel_use_all_threads),
+    test("a_destination_of_bytes_keeps_its_rules", named::a_destination_of_bytes_keeps_its_rules),
     test("silent_connections_live_unless_told_otherwise", named::silent_connections_live_unless_told_otherwise),
     test("connections_of_bytes_follow_their_routes", named::connections_of_bytes_follow_their_routes),
     test("tls_passes_through_by_its_name", named::tls_passes_through_by_its_name),

@@ -3,7 +3,7 @@ use std::collections::BTreeSet;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use mesh_tests::dns::Dns;
@@ -221,6 +221,72 @@ pub(crate) fn silent_connections_live_unless_told_otherwise(mesh: &mut Mesh) -> 
     std::thread::sleep(Duration::from_millis(2500));
     ensure!(ended.ping("too late").is_err(), "longer silent than the idle timeout");
     kept.ping("as long silent, without one").context("a connection from before the rule")
+}
+
+/// A service of bytes with two endpoints, and a DestinationRule for it.
+const BOTH: &str = r"
+apiVersion: v1
+kind: Service
+metadata: { name: both, namespace: t, labels: { istio.io/use-waypoint: wp } }
+spec:
+  selector: { tier: web }
+  clusterIP: 10.96.2.12
+  ports:
+  - { name: tcp, port: 92, targetPort: 9092, protocol: TCP }
+";
+fn rule_of_both(policy: &str) -> String {
+    format!(
+        "apiVersion: networking.istio.io/v1\nkind: DestinationRule\nmetadata: {{ name: both, namespace: t }}\nspec:\n  host: both\n  trafficPolicy: {{ {policy} }}\n"
+    )
+}
+
+pub(crate) fn a_destination_of_bytes_keeps_its_rules(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let (_web1, web2) = (Server::start(mesh.pod("web1"), MORE)?, || Server::start(mesh.pod("web2"), MORE));
+    let mut second = Some(web2()?);
+    let _service = mesh.objects("both", BOTH)?;
+    mesh.proxy("node-a").wait_config("the service", |dump| dump["services"].to_string().contains("10.96.2.12"))?;
+    let to = SocketAddr::new("10.96.2.12".parse()?, 92);
+    let call = || Client::who(mesh.pod("client"), to);
+    let name = || call().map(|(_, who)| who.name);
+    let rule = |policy: &str| mesh.objects("both-rule", &rule_of_both(policy));
+    {
+        let _rule = rule("loadBalancer: { consistentHash: { useSourceIp: true } }")?;
+        let seen = (0..20).map(|_| name()).collect::<anyhow::Result<BTreeSet<_>>>()?;
+        ensure!(seen.len() == 1, "one client goes to {seen:?}");
+    }
+    {
+        let _rule = rule("connectionPool: { tcp: { maxConnections: 2 }, http: { http2MaxRequests: 1 } }")?;
+        let (mut first, mut other) = (call()?.0, call()?.0);
+        ensure!(call().is_err(), "a third connection of two");
+        first.ping("kept")?;
+        other.ping("kept, though it would be one request too many")?;
+        drop((first, other));
+        wait::until_true("a place to be free again", || call().is_ok())?;
+    }
+    {
+        let _rule = rule("connectionPool: { tcp: { maxConnectionDuration: 1s } }")?;
+        let (mut client, begun) = (call()?.0, Instant::now());
+        wait::until_true("the longest time to be over", || client.ping("never silent").is_err())?;
+        ensure!(begun.elapsed() > Duration::from_millis(900), "ended after {:?}", begun.elapsed());
+    }
+    let _rule = rule("outlierDetection: { consecutive5xxErrors: 2, baseEjectionTime: 300s, maxEjectionPercent: 100 }")?;
+    let fails = || wait::until_true("the endpoint that is down to be chosen", || name().is_err());
+    let is_chosen = || wait::until_true("web2 to be chosen", || name().is_ok_and(|name| name == "web2"));
+    for _ in 0..2 {
+        drop(second.take());
+        fails()?;
+        second = Some(web2()?);
+        is_chosen().context("two failures that are not in a row eject nobody")?;
+    }
+    drop(second.take());
+    fails()?;
+    fails()?;
+    second = Some(web2()?);
+    for _ in 0..20 {
+        ensure!(name()? == "web1", "web2 is ejected");
+    }
+    drop(second);
+    Ok(())
 }
 
 /// Names outside the mesh: one, and all of a wildcard, whichever the client names in its request or in TLS.

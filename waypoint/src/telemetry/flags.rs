@@ -35,6 +35,8 @@ pub enum Flag {
     UpstreamRequestTimeout,
     /// `SI`: the stream was idle for too long.
     StreamIdleTimeout,
+    /// `DT`: the connection lasted as long as it may.
+    DurationTimeout,
     /// `DPE`: the client broke the protocol.
     DownstreamProtocolError,
     /// `DC`: the client went.
@@ -43,11 +45,11 @@ pub enum Flag {
     DownstreamRemoteReset,
 }
 /// In the order in which Envoy comes to set them, which is the order it writes them in.
-const NAMES: [&str; 18] =
-    ["DI", "FI", "NR", "NC", "RL", "UAEX", "URX", "UO", "UH", "UF", "UC", "UR", "UPE", "UT", "SI", "DPE", "DC", "DR"];
+const NAMES: [&str; 19] =
+    ["DI", "FI", "NR", "NC", "RL", "UAEX", "URX", "UO", "UH", "UF", "UC", "UR", "UPE", "UT", "SI", "DT", "DPE", "DC", "DR"];
 
 /// Each flag's bit in Envoy's vector of them, in the same order.
-const BITS: [u8; 18] = [9, 10, 8, 24, 11, 12, 15, 7, 1, 5, 6, 4, 23, 2, 16, 18, 14, 28];
+const BITS: [u8; 19] = [9, 10, 8, 24, 11, 12, 15, 7, 1, 5, 6, 4, 23, 2, 16, 22, 18, 14, 28];
 
 /// A set of flags.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]

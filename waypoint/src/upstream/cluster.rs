@@ -125,6 +125,8 @@ pub enum Observed {
     Status(u16),
     /// It did not.
     Failed(Failure),
+    /// A connection of bytes to it was made.
+    Connected,
 }
 
 impl Cluster {
@@ -242,9 +244,10 @@ impl Cluster {
         let seen = match result {
             Observed::Status(status) => Some(Seen::Status(status)),
             Observed::Failed(failure) => failure.seen(),
+            Observed::Connected => Some(Seen::Connected),
         };
         let Some(seen) = seen else { return };
-        if !matches!(seen, Seen::Status(..500)) {
+        if !matches!(seen, Seen::Status(..500) | Seen::Connected) {
             note(&host.state.failures);
         }
         let Some(policy) = &self.policy.outlier else { return };

@@ -144,7 +144,7 @@ impl Fetcher {
             tls: policy.tls.as_ref().or(to.secure.then_some(&self.public)),
             proxy: policy.proxy_protocol,
         };
-        let permit = alone(&cluster, &host).map_err(failed)?;
+        let permit = alone(&cluster, &host, cluster.policy.pool.max_requests).map_err(failed)?;
         let (stream, _) = transport::open(&cluster, &host, &shelf, Purpose::Single(None), None, permit).await.map_err(failed)?;
         Ok(Some(stream))
     }

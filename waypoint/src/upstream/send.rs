@@ -114,7 +114,7 @@ async fn send_alone(
     key: &ShelfKey<'_>,
     how: SendOptions<'_>,
 ) -> Result<Response<Incoming>, UpstreamError> {
-    let permit = alone(cluster, host)?;
+    let permit = alone(cluster, host, cluster.policy.pool.max_requests)?;
     let (io, _) = transport::dial(cluster, host, key, Purpose::Single(how.client), how.trace, permit).await?;
     let (mut sender, connection) =
         pool::builder().handshake(TokioIo::new(io)).await.map_err(|e| UpstreamError::new(Failure::Connect, e.to_string()))?;
@@ -138,18 +138,20 @@ pub async fn connect(
     trace: Option<TraceParent>,
 ) -> Result<Stream, UpstreamError> {
     let policy = &cluster.policy;
-    let permit = alone(cluster, host)?;
+    // Bytes are no requests: their limit is none of theirs.
+    let permit = alone(cluster, host, u32::MAX)?;
     let sni = policy.tls.as_ref().filter(|tls| tls.sni.is_none()).and(cluster.service.as_ref()).map(|s| &*s.key.hostname);
     let key = ShelfKey { http2: false, client, sni, tls: policy.tls.as_ref(), proxy: policy.proxy_protocol };
     Ok(transport::open(cluster, host, &key, Purpose::Stream(client), trace, permit).await?.0)
 }
 
-pub(super) fn alone(cluster: &Arc<Cluster>, host: &Arc<Host>) -> Result<super::ConnectionGuard, UpstreamError> {
+/// A place for a connection that is not shared, among the connections and among the `requests` under way.
+pub(super) fn alone(cluster: &Arc<Cluster>, host: &Arc<Host>, requests: u32) -> Result<super::ConnectionGuard, UpstreamError> {
     let permit = cluster.state.permit(&host.state, false).ok_or_else(|| {
         note(&cluster.state.counters.connection_overflows);
         overflow()
     })?;
-    let flight = cluster.state.attach(&host.state, cluster.policy.pool.max_requests)?;
+    let flight = cluster.state.attach(&host.state, requests)?;
     Ok(permit.with(flight))
 }
 

@@ -91,13 +91,8 @@ impl Failure {
     pub fn seen(self) -> Option<Seen> {
         match self {
             Self::Timeout => Some(Seen::Timeout),
-            Self::Connect
-            | Self::ConnectTimeout
-            | Self::Refused
-            | Self::Reset
-            | Self::RemoteReset
-            | Self::ResetBeforeRequest
-            | Self::Protocol => Some(Seen::Broken),
+            Self::Connect | Self::ConnectTimeout => Some(Seen::Unconnected),
+            Self::Refused | Self::Reset | Self::RemoteReset | Self::ResetBeforeRequest | Self::Protocol => Some(Seen::Broken),
             Self::NoCluster | Self::NoHealthy | Self::Overflow | Self::ClientGone | Self::ClientProtocol => None,
         }
     }
@@ -110,7 +105,7 @@ mod tests {
     #[test]
     fn every_failure_has_envoys_answer_and_a_culprit() {
         use Failure::*;
-        let (broken, slow) = (Some(Seen::Broken), Some(Seen::Timeout));
+        let (none, broken, slow) = (Some(Seen::Unconnected), Some(Seen::Broken), Some(Seen::Timeout));
         for (failure, status, reason, details, seen) in [
             (NoCluster, 503, None, "cluster_not_found", None),
             (NoHealthy, 503, Some("no healthy upstream"), "no_healthy_upstream", None),
@@ -118,8 +113,8 @@ mod tests {
             (ClientGone, 503, None, "downstream_remote_disconnect", None),
             (ClientProtocol, 400, Some("Bad Request"), "http1.codec_error", None),
             (Overflow, 503, Some("overflow"), "overflow", None),
-            (Connect, 503, Some("remote connection failure"), "remote_connection_failure", broken),
-            (ConnectTimeout, 503, Some("connection timeout"), "connection_timeout", broken),
+            (Connect, 503, Some("remote connection failure"), "remote_connection_failure", none),
+            (ConnectTimeout, 503, Some("connection timeout"), "connection_timeout", none),
             (Refused, 503, Some("remote refused stream reset"), "remote_refused_stream_reset", broken),
             (RemoteReset, 503, Some("remote reset"), "remote_reset", broken),
             (Reset, 503, Some("connection termination"), "connection_termination", broken),

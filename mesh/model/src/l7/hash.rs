@@ -39,10 +39,15 @@ pub fn request_hash(key: &HashKey, req: &RequestFacts<'_>, client_ip: IpAddr, fr
             }
             (None, None) => None,
         },
-        HashKey::SourceIp => Some(xxh64(client_ip.to_canonical().to_string().as_bytes(), 0)),
+        HashKey::SourceIp => Some(address_hash(client_ip)),
         HashKey::Query(name) => query_value(req.query, name).map(|value| xxh64(value.as_bytes(), 0)),
     };
     found.map_or(HashOutcome::Nothing, HashOutcome::Hash)
+}
+
+/// The hash of a client's address (`useSourceIp`), for requests and connections of bytes alike.
+pub fn address_hash(client: IpAddr) -> u64 {
+    xxh64(client.to_canonical().to_string().as_bytes(), 0)
 }
 
 const P1: u64 = 0x9E37_79B1_85EB_CA87;

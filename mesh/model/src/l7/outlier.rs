@@ -12,7 +12,11 @@ use std::time::Duration;
 pub enum Seen {
     /// It answered.
     Status(u16),
-    /// No connection, or it broke before the answer.
+    /// A connection of bytes to it was made.
+    Connected,
+    /// No connection was made.
+    Unconnected,
+    /// One broke before the answer.
     Broken,
     /// No answer in time.
     Timeout,
@@ -46,11 +50,17 @@ impl Monitor {
                 }
                 status
             }
-            Seen::Broken | Seen::Timeout if policy.split_external_local => {
-                return full(&self.local, policy.consecutive_local).then_some(Cause::ConsecutiveLocal);
+            Seen::Connected | Seen::Unconnected | Seen::Broken | Seen::Timeout if policy.split_external_local => {
+                // A connection that is there ends a row of failures, whatever comes of it then.
+                if seen != Seen::Unconnected {
+                    clear(&self.local);
+                }
+                let is_full = seen != Seen::Connected && full(&self.local, policy.consecutive_local);
+                return is_full.then_some(Cause::ConsecutiveLocal);
             }
+            Seen::Connected => 200,
             // Not told apart, our own failures count as the answers we give for them.
-            Seen::Broken => 503,
+            Seen::Unconnected | Seen::Broken => 503,
             Seen::Timeout => 504,
         };
         if status < 500 {

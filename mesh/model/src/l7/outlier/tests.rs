@@ -1,5 +1,5 @@
 use super::*;
-use Seen::{Broken, Status, Timeout};
+use Seen::{Broken, Connected, Status, Timeout, Unconnected};
 
 fn policy() -> OutlierPolicy {
     OutlierPolicy { consecutive_5xx: 3, ..OutlierPolicy::default() }
@@ -24,8 +24,13 @@ fn counts_fill_and_reset() {
         ("refused and late are gateway errors", &only_gateway, &[Broken, Timeout], Some(Cause::ConsecutiveGateway)),
         ("5xx off", &only_gateway, &[Status(500); 9], None),
         ("split: ours apart", &split, &[Status(500), Status(500), Broken], None),
-        ("split: ours fill their own", &split, &[Broken, Timeout], Some(Cause::ConsecutiveLocal)),
-        ("split: an answer is a connection", &split, &[Broken, Status(500), Broken], None),
+        ("bytes: connections that fail in a row", &policy(), &[Unconnected; 3], Some(Cause::Consecutive5xx)),
+        ("bytes: not those with a good one between", &policy(), &[Unconnected, Unconnected, Connected, Unconnected], None),
+        ("split: ours fill their own", &split, &[Unconnected, Unconnected], Some(Cause::ConsecutiveLocal)),
+        ("split: an answer is a connection", &split, &[Unconnected, Status(500), Unconnected], None),
+        ("split: so is one of bytes", &split, &[Unconnected, Connected, Unconnected], None),
+        ("split: so is one that was let down", &split, &[Unconnected, Timeout, Broken], None),
+        ("split: which counts itself", &split, &[Timeout, Unconnected], Some(Cause::ConsecutiveLocal)),
     ];
     for (what, policy, seen, want) in table {
         let monitor = Monitor::default();
