@@ -84,7 +84,7 @@ pub fn run(settings: Settings) -> Result<()> {
         for note in environment::check(mesh_runtime::settings::variables())? {
             tracing::warn!(variable = note.variable, "without effect: {}", note.because);
         }
-        serve(settings, logging).await
+        serve(settings.spelled_out(), logging).await
     })
 }
 

@@ -63,6 +63,7 @@ pub const VARIABLES: &[(&str, Effect)] = &[
     ("PROXY_MODE", Refused(&["", "shared"], "an agent serves the pods of its node, never a single workload")),
     ("PROXY_WORKLOAD_INFO", Refused(&[""], "an agent serves the pods of its node, never a single workload")),
     ("ENABLE_PROXY", Refused(&["", "true"], "an agent that carries no connections is none; its DNS is of the pods it serves")),
+    ("INPOD_ENABLED", Flag("inpod")),
     ("INPOD_UDS", Flag("zds")),
     ("INPOD_PORT_REUSE", Flag("inpod-port-reuse")),
     ("PACKET_MARK", Refused(&["", "1337"], "rules and programs that redirect pods know the agent by this mark")),

@@ -149,8 +149,12 @@ pub struct Settings {
     pub log_allowed: bool,
     /// Socket of Istio's CNI agent, which then says which pods are served, and whose rules redirect them. Without it the mesh
     /// says so (`istio.io/dataplane-mode`, `culvert.dev/netns`), and `--redirect` tells how.
-    #[arg(long, env = "INPOD_UDS", value_name = "SOCKET", num_args = 0..=1, default_missing_value = "/var/run/ztunnel/ztunnel.sock")]
+    #[arg(long, env = "INPOD_UDS", value_name = "SOCKET", num_args = 0..=1, default_missing_value = ZDS)]
     pub zds: Option<PathBuf>,
+    /// Istio's CNI agent says which pods are served, at its usual socket (`/var/run/ztunnel/ztunnel.sock`), where neither `--zds` nor
+    /// `--enrol` says otherwise: as Istio's chart starts its node agent.
+    #[arg(long, env = "INPOD_ENABLED", default_value_t = false, action = clap::ArgAction::Set)]
+    pub inpod: bool,
     /// With `--zds`: bind the listeners in a pod so that another node agent may have them too, which is how istio/ztunnel is
     /// replaced without a gap (`SO_REUSEPORT`).
     #[arg(long, env = "INPOD_PORT_REUSE", default_value_t = true, action = clap::ArgAction::Set)]
@@ -381,7 +385,18 @@ pub enum Missing {
     Ignore,
 }
 
+/// Where Istio's CNI agent listens.
+const ZDS: &str = "/var/run/ztunnel/ztunnel.sock";
+
 impl Settings {
+    /// These, with what `--inpod` stands for.
+    #[must_use]
+    pub fn spelled_out(mut self) -> Self {
+        if self.inpod && self.enrol.is_none() {
+            self.zds = self.zds.or_else(|| Some(ZDS.into()));
+        }
+        self
+    }
     /// Whether the Kubernetes API says which pods are served.
     pub fn is_enrolled_by_kubernetes(&self) -> bool {
         self.zds.is_none() && self.enrol.map_or(self.kubernetes, |by| by == Enrol::Kubernetes)
@@ -533,5 +548,14 @@ pub(crate) mod tests {
         let s = parse(&["--ipv6", "false"]).unwrap();
         assert_eq!(s.face(all), "0.0.0.0:15020".parse().unwrap());
         assert_eq!(s.face("127.0.0.1:15000".parse().unwrap()), "127.0.0.1:15000".parse().unwrap());
+    }
+
+    #[test]
+    fn istios_chart_means_istios_cni_agent() {
+        let socket = |args: &[&str]| parse(args).unwrap().spelled_out().zds;
+        assert_eq!(socket(&["--inpod", "true"]), Some("/var/run/ztunnel/ztunnel.sock".into()));
+        assert_eq!(socket(&["--inpod", "true", "--zds", "/a"]), Some("/a".into()));
+        assert_eq!(socket(&["--inpod", "true", "--enrol", "mesh"]), None);
+        assert_eq!(socket(&[]), None);
     }
 }
