@@ -6,8 +6,9 @@ use mesh_model::authz::{Verdict, authorize};
 use mesh_model::conn::InboundConn;
 use mesh_model::id::SpiffeId;
 use mesh_model::policy::{PolicyBody, PolicyKey};
+use mesh_model::service::ServiceKey;
 use mesh_proto::istio::security::{Action, Scope};
-use mesh_proto::istio::workload::{Address, Service, Workload, address};
+use mesh_proto::istio::workload::{Address, LoadBalancing, NetworkAddress, Service, Workload, address};
 use mesh_proto::{ADDRESS_TYPE, AUTHORIZATION_TYPE, Message as _};
 use mesh_sources::istiod::MissingPolicy;
 use mesh_tests::istiod::{Istiod, Order};
@@ -77,6 +78,12 @@ async fn a_bad_resource_is_named_and_the_rest_of_its_response_counts() {
     let fixture = Fixture::over(told()).synced().await;
     let mut bad = workload("bad");
     bad.addresses = vec![bytes::Bytes::from_static(&[1, 2, 3])];
+    // Of a later istiod.
+    let strange = Service {
+        load_balancing: Some(LoadBalancing { mode: 99, ..LoadBalancing::default() }),
+        addresses: vec![NetworkAddress { network: String::new(), address: [10, 96, 0, 9].to_vec().into(), length: None }],
+        ..service("strange.ns.svc.cluster.local")
+    };
     let unreadable = vec![0xff; 11];
     let mut good = workload("a");
     good.capacity = Some(7);
@@ -88,6 +95,11 @@ async fn a_bad_resource_is_named_and_the_rest_of_its_response_counts() {
     fixture.istiod.replace(vec![
         (ADDRESS_TYPE, "c1//Pod/ns/a".into(), encode(good)),
         (ADDRESS_TYPE, "c1//Pod/ns/bad".into(), encode(bad)),
+        (
+            ADDRESS_TYPE,
+            "ns/strange.ns.svc.cluster.local".into(),
+            Address { r#type: Some(address::Type::Service(strange)) }.encode_to_vec(),
+        ),
         (ADDRESS_TYPE, "noise".into(), unreadable.clone()),
         (AUTHORIZATION_TYPE, "ns/deny".into(), unreadable),
     ]);
@@ -95,18 +107,24 @@ async fn a_bad_resource_is_named_and_the_rest_of_its_response_counts() {
     let nacks = fixture.istiod.seen().nacks;
     let (_, addresses) = nacks.iter().find(|(url, _)| url == ADDRESS_TYPE).expect("addresses refused");
     assert!(addresses.contains("c1//Pod/ns/bad: an address of 3 bytes") && addresses.contains("noise: "), "{addresses}");
+    assert!(addresses.contains("ns/strange.ns.svc.cluster.local: mode 99"), "{addresses}");
     assert!(!addresses.contains("ns/a:"), "{addresses}");
     until("the good one", || fixture.mesh.load().find_workload("c1//Pod/ns/a").is_some_and(|w| w.capacity == 7)).await;
     assert!(!fixture.has_workload("c1//Pod/ns/bad"));
+    // A service that cannot be used is there and refuses: were it not, calls would go past its waypoint.
+    let strange = ServiceKey { namespace: "ns".into(), hostname: "strange.ns.svc.cluster.local".into() };
+    let refuses = fixture.mesh.load().find_service(&strange).map(|s| (s.waypoint_error.is_some(), s.vips.len()));
+    assert_eq!(refuses, Some((true, 1)));
     // A policy that cannot be read denies.
     let denies = || {
         let snapshot = fixture.mesh.load_full();
         snapshot.find_policy(&PolicyKey::new("ns", "deny")).is_some_and(|p| matches!(p.body, PolicyBody::Unusable { .. }))
     };
     until("the stand-in of the policy", denies).await;
-    until("three problems", || fixture.diagnostics.list().len() == 3).await;
+    until("four problems", || fixture.diagnostics.list().len() == 4).await;
     fixture.istiod.workload(workload("bad"));
     fixture.istiod.remove(ADDRESS_TYPE, "noise");
+    fixture.istiod.remove(ADDRESS_TYPE, "ns/strange.ns.svc.cluster.local");
     fixture.istiod.policy(&policy("deny", Scope::WorkloadSelector, Action::Deny));
     until("all problems to go", || fixture.diagnostics.list().is_empty()).await;
     until("the corrected one", || fixture.has_workload("c1//Pod/ns/bad")).await;

@@ -136,18 +136,39 @@ fn application_tunnel(t: wire::ApplicationTunnel) -> Result<Option<ApplicationTu
     }
 }
 
-pub(super) fn service(m: wire::Service, texts: &mut Interner) -> Result<Service, Bad> {
+/// A service of this name, nothing else.
+fn named(m: &wire::Service, texts: &mut Interner) -> Result<Service, Bad> {
     if m.namespace.is_empty() || m.hostname.is_empty() {
         return Err("a service has a namespace and a hostname".into());
     }
     let mut s = Service::new(&m.name, "", "");
     s.key = ServiceKey { namespace: texts.text(&m.namespace), hostname: texts.text(&m.hostname.to_ascii_lowercase()) };
+    Ok(s)
+}
+fn add_address(s: &mut Service, at: &wire::NetworkAddress, texts: &mut Interner) -> Result<(), Bad> {
+    let (network, ip) = (Network(texts.text(&at.network)), ip(&at.address)?);
+    match at.length {
+        None => s.vips.push(NetworkAddr { network, ip }),
+        Some(length) => s.cidr_vips.push((network, net(ip, length)?)),
+    }
+    Ok(())
+}
+
+/// What stands in for a service that cannot be used: at each of its addresses that can be read calls are refused. Without it they
+/// would be no calls of the mesh, and go past its waypoint.
+pub(super) fn closed(m: &wire::Service, why: &str, texts: &mut Interner) -> Option<Service> {
+    let mut s = named(m, texts).ok()?;
     for at in &m.addresses {
-        let (network, ip) = (Network(texts.text(&at.network)), ip(&at.address)?);
-        match at.length {
-            None => s.vips.push(NetworkAddr { network, ip }),
-            Some(length) => s.cidr_vips.push((network, net(ip, length)?)),
-        }
+        let _unreadable = add_address(&mut s, at, texts);
+    }
+    s.waypoint_error = Some(why.into());
+    Some(s)
+}
+
+pub(super) fn service(m: &wire::Service, texts: &mut Interner) -> Result<Service, Bad> {
+    let mut s = named(m, texts)?;
+    for at in &m.addresses {
+        add_address(&mut s, at, texts)?;
     }
     for p in &m.ports {
         let target = if p.target_port == 0 { 0 } else { port(p.target_port)? };
@@ -155,7 +176,7 @@ pub(super) fn service(m: wire::Service, texts: &mut Interner) -> Result<Service,
     }
     // A ServiceEntry may name hosts here, for TLS to the outside; behind a tunnel they prove nothing.
     s.sans = m.subject_alt_names.iter().filter_map(|san| san.parse().ok()).collect();
-    match waypoints(&m, texts) {
+    match waypoints(m, texts) {
         Ok(waypoints) => s.waypoints = waypoints,
         Err(why) => s.waypoint_error = Some(format!("waypoint: {why}").into()),
     }

@@ -268,7 +268,15 @@ impl State {
                     convert::workload(w, &mut self.texts).map(|w| Change::Workload(Arc::new(w)))
                 }
                 Ok(Address { r#type: Some(address::Type::Service(s)) }) => {
-                    convert::service(s, &mut self.texts).map(|s| Change::Service(Arc::new(s)))
+                    let new = convert::service(&s, &mut self.texts);
+                    if let Err(why) = &new
+                        && self.holds_nothing(kind, &name)
+                        && let Some(closed) = convert::closed(&s, why, &mut self.texts).map(Arc::new)
+                    {
+                        self.hold(kind, &name, "", What::Service(Arc::clone(&closed)), changes);
+                        changes.push(Change::Service(closed));
+                    }
+                    new.map(|s| Change::Service(Arc::new(s)))
                 }
                 Ok(Address { r#type: None }) => Err("it is neither a workload nor a service".into()),
                 Err(why) => Err(why),
@@ -327,6 +335,9 @@ impl State {
         bad.map_or(Ok(()), Err)
     }
 
+    fn holds_nothing(&self, kind: Kind, name: &str) -> bool {
+        self.held.get(&kind).and_then(|held| held.get(name)).is_none_or(|held| matches!(held.what, What::Nothing))
+    }
     /// Refused: what was good before stays, and istiod is not told that we have the new one.
     fn keep(&mut self, kind: Kind, name: &str, why: &str) -> Bad {
         self.held.entry(kind).or_default().entry(name.into()).or_default().version = "".into();

@@ -442,6 +442,8 @@ impl Layer7 {
                 outputs.insert(Output::Destination(key.clone()));
             }
             outputs.extend(t.gateways.keys().map(gateway_output));
+            // Those too that are gone by now.
+            outputs.extend(self.edges.keys().cloned().map(Output::Gateway));
             // After the first time: what was looked at before may depend on anything.
             outputs.extend(self.needs.keys().cloned());
             return outputs;

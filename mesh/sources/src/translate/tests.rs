@@ -955,6 +955,25 @@ fn a_new_network_of_our_own_leaves_no_problem_behind() {
     assert_eq!(t.problems().collect::<Vec<_>>(), Vec::<&Problem>::new());
 }
 
+/// Found by it too: everything is looked at, and a Gateway is gone that nothing was attached to.
+#[test]
+fn a_new_network_of_our_own_leaves_no_gateway_behind() {
+    let mut t = Translator::new(view(), &layer7());
+    let gateway = "{apiVersion: gateway.networking.k8s.io/v1, kind: Gateway, metadata: {name: g, namespace: a}, spec: {gatewayClassName: istio, listeners: [{name: l, port: 80, protocol: TCP}]}}";
+    let gateway = objects(&mut t, gateway).0.remove(0);
+    let id = gateway.id.clone();
+    t.upsert(gateway);
+    let mut state = State::default();
+    state.apply(t.flush());
+    assert_eq!(state.gateways.len(), 1);
+    let labelled = "{apiVersion: v1, kind: Namespace, metadata: {name: istio-system, labels: {topology.istio.io/network: net1}}}";
+    let labelled = objects(&mut t, labelled).0.remove(0);
+    t.upsert(labelled);
+    t.remove(&id);
+    state.apply(t.flush());
+    assert!(state.gateways.is_empty());
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() })]
     #[test]

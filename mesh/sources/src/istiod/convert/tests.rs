@@ -23,7 +23,7 @@ fn to_workload(m: wire::Workload) -> Result<Workload, Bad> {
     workload(m, &mut Interner::default())
 }
 fn to_service(m: wire::Service) -> Result<Service, Bad> {
-    service(m, &mut Interner::default())
+    service(&m, &mut Interner::default())
 }
 
 #[test]
