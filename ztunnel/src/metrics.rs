@@ -4,7 +4,7 @@
 //! are gone expire by sweeping. Upstream: the three directions. Downstream: the scrape on 15020.
 use crate::conns::Direction;
 use crate::record::{LABELS, Record, labels};
-use mesh_model::metric_labels::{Ends, UNKNOWN};
+use mesh_model::metric_labels::{Ends, NAMES, UNKNOWN};
 use mesh_model::workload::Workload;
 use mesh_model::{Reason, SpiffeId};
 use mesh_runtime::metrics::{Counter, Family, Gauge, Histogram, MetricError, Registry, connect_times};
@@ -222,18 +222,11 @@ impl Metrics {
 /// Labels of what is counted of DNS (node-agent §1.12).
 const DNS_LABELS: [&str; 4] = ["request_query_type", "request_protocol", "source_canonical_service", "source_canonical_revision"];
 
-/// Labels of names that are resolved for connections (node-agent §1.12).
-const ON_DEMAND_LABELS: [&str; 9] = [
-    "source_workload",
-    "source_canonical_service",
-    "source_canonical_revision",
-    "source_workload_namespace",
-    "source_principal",
-    "source_app",
-    "source_version",
-    "source_cluster",
-    "hostname",
-];
+/// Labels of names that are resolved for connections (node-agent §1.12): those of every connection's source, and the name.
+const ON_DEMAND_LABELS: [&str; 9] = {
+    let [_, workload, service, revision, namespace, principal, app, version, cluster, ..] = NAMES;
+    [workload, service, revision, namespace, principal, app, version, cluster, "hostname"]
+};
 
 /// What is counted of one question.
 #[derive(Debug)]
