@@ -23,6 +23,7 @@ use rcgen::{
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use tokio::sync::watch;
 
+use crate::dev_ca::Credentials;
 use crate::rpc::{Call, Door, Rpc};
 
 const ADS: &str = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources";
@@ -317,6 +318,16 @@ impl Istiod {
         };
         let authorities = self.shared.authorities();
         Ok(params.signed_by(&authorities.first().context("an authority")?.issuer)?.pem()?)
+    }
+    /// A certificate for whom the test plays; counted among those issued.
+    pub fn certificate(&self, identity: &str) -> anyhow::Result<Credentials> {
+        let key = KeyPair::generate()?;
+        let mut params = CertificateParams::default();
+        params.subject_alt_names = vec![SanType::URI(identity.try_into()?)];
+        let csr = params.serialize_request(&key)?.pem()?;
+        let signed = sign(&self.shared, &csr, identity, &CaManner::default())?;
+        let cert = signed.cert_chain.first().context("a certificate")?.clone();
+        Ok(Credentials { cert, key: key.serialize_pem(), root: self.root().to_owned() })
     }
     /// What clients said until now.
     pub fn seen(&self) -> Seen {

@@ -148,10 +148,12 @@ fn check_names(program: &str, pod: &Value) {
         let known = help.split_whitespace().any(|word| word == *flag);
         assert!(known, "{program} has no flag {flag}");
     }
+    let page = std::fs::read_to_string(workspace_dir().join("ztunnel/ENVIRONMENT.md")).unwrap();
     for variable in container["env"].as_array().unwrap() {
         let name = variable["name"].as_str().unwrap();
-        // These two are of the log, which is there before any flag is read.
-        let known = matches!(name, "RUST_LOG" | "LOG_FORMAT") || help.contains(&format!("[env: {name}="));
+        // Some are no flag's: those of the log, which is there before any is read, and who the agent is.
+        let read = || program == "ztunnel" && page.contains(&format!("| `{name}` | read |"));
+        let known = matches!(name, "RUST_LOG" | "LOG_FORMAT") || help.contains(&format!("[env: {name}=")) || read();
         assert!(known, "{program} has no variable {name}");
     }
 }

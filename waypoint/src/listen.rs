@@ -5,6 +5,7 @@
 use crate::conn::Shared;
 use crate::{crossing, tunnel};
 use mesh_hbone::Incoming;
+use mesh_identity::live;
 use mesh_runtime::drain::DrainWatch;
 use mesh_runtime::sockets::{BoundListener, RawAccepted};
 use std::io;
@@ -63,7 +64,7 @@ pub async fn serve_hbone(shared: Arc<Shared>, tcp: TcpStream, peer: SocketAddr, 
     // The bundles may have changed while the client took its time with the handshake.
     if !proof.is_trusted(&shared.tls.trusted()) {
         shared.tunnels.remove(id);
-        return;
+        return shared.telemetry.tunnel_refused(peer, Some(&proof.id), &live::no_longer_trusted());
     }
     let handler = {
         let (shared, drain) = (Arc::clone(&shared), drain.clone());

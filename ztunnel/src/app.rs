@@ -15,6 +15,7 @@ use crate::handover::{self, Ask, Predecessor};
 use crate::metrics::Metrics;
 use crate::nft::Table;
 use crate::node::Node;
+use crate::own::{self, Own};
 use crate::pod::Shared;
 use crate::pods::{PodSupervisor, PodTable};
 use crate::settings::{OnAgentDeath, RedirectMode, Settings, Udp};
@@ -81,9 +82,7 @@ pub fn remove_rules(pins: &Path, proc_dir: &Path) {
 /// Runs the agent until SIGTERM, SIGINT or `/quitquitquit`.
 pub fn run(settings: Settings) -> Result<()> {
     process::run("ztunnel", async |logging| {
-        for note in environment::check(mesh_runtime::settings::variables())? {
-            tracing::warn!(variable = note.variable, "without effect: {}", note.because);
-        }
+        environment::check(mesh_runtime::settings::variables())?;
         serve(settings.spelled_out(), logging).await
     })
 }
@@ -198,6 +197,9 @@ pub async fn serve(mut settings: Settings, logging: &Logging) -> Result<()> {
             supervisor.run(drained, first_snapshot, successor).await;
         }
     });
+    if let Some(own) = Own::of_environment(mesh_runtime::settings::variables()) {
+        tokio::spawn(own::serve(own, Arc::clone(&shared), faces.watch(), drain.watch()));
+    }
     let upkeep = tokio::spawn(upkeep(registry, Arc::clone(&shared), diagnostics));
 
     let succession = async {

@@ -3,7 +3,7 @@
 //! Upstream: `inbound`, `passthrough`. Downstream: sockets in the pod's namespace.
 use crate::dialer::{connect_refusal, local_mark};
 use crate::pod::Pod;
-use mesh_model::Refusal;
+use mesh_model::{Reason, Refusal};
 use mesh_runtime::sockets::{ConnectOptions, connect};
 use std::net::{IpAddr, SocketAddr};
 use tokio::net::TcpStream;
@@ -33,4 +33,32 @@ async fn from(pod: &Pod, source: Option<IpAddr>, dst: SocketAddr) -> Result<TcpS
         timeout: pod.shared.settings.connect_timeout,
     };
     pod.shared.metrics.connect_to_applications.time(connect(dst, &options)).await.map_err(|e| connect_refusal(dst, &e))
+}
+
+/// Where a connection to `dst` of the agent's pod is delivered: to its metrics at `metrics`, or nowhere.
+///
+/// # Errors
+/// Something else was asked for.
+pub fn only_metrics(dst: SocketAddr, metrics: SocketAddr) -> Result<SocketAddr, Refusal> {
+    if dst.port() == metrics.port() {
+        return Ok(metrics);
+    }
+    let detail = format!("{dst}: of the agent itself only its metrics are served (port {})", metrics.port());
+    Err(Refusal::new(Reason::NoSuchPort, detail))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::Ipv4Addr;
+
+    #[test]
+    fn of_the_agent_only_metrics_are_delivered() {
+        let metrics = "127.0.0.1:15020".parse().unwrap();
+        assert_eq!(only_metrics("10.0.0.1:15020".parse().unwrap(), metrics), Ok(metrics));
+        for port in [15000, 15021, 80] {
+            let dst = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), port);
+            assert_eq!(only_metrics(dst, metrics).unwrap_err().reason, Reason::NoSuchPort, "{port}");
+        }
+    }
 }

@@ -8,6 +8,7 @@ mod places;
 use crate::zds::Named;
 use mesh_identity::Facts;
 use mesh_model::SpiffeId;
+use mesh_model::labels::Labels;
 use mesh_model::snapshot::{Snapshot, Viewpoint};
 use mesh_model::workload::{NetworkMode, Protocol, Workload, WorkloadUid};
 use mesh_runtime::sockets::NetnsFd;
@@ -100,6 +101,22 @@ impl Enrolled {
             namespace: pod.namespace.into(),
             name,
             place: Place::Netns(Arc::new(netns)),
+            address: None,
+        }
+    }
+
+    /// The agent itself, in its own network namespace. Nobody enrols it.
+    pub fn agent(view: &Viewpoint, namespace: &str, name: &str, account: &str) -> Self {
+        let uid: Arc<str> = format!("{}//Pod/{namespace}/{name}", view.cluster).into();
+        let facts = Facts { uid: None, name: name.into(), node: Arc::clone(&view.node), labels: Labels::default() };
+        Self {
+            key: Arc::clone(&uid),
+            uid,
+            namespace: namespace.into(),
+            name: name.into(),
+            identity: SpiffeId::new(&view.trust_domain, namespace, account).map_err(|e| e.to_string()),
+            facts,
+            place: Place::Unknown,
             address: None,
         }
     }
@@ -277,7 +294,6 @@ pub fn is_served(w: &Workload) -> bool {
 mod tests {
     use super::*;
     use mesh_model::Change;
-    use mesh_model::labels::Labels;
 
     fn local(cluster: &str, name: &str) -> Change {
         let mut w = Workload::new(&format!("{cluster}//Pod/shop/{name}"), name, "shop");

@@ -15,10 +15,8 @@ pub enum Effect {
     Read(&'static str, &'static str),
     /// Any other value than these ends the start.
     Refused(&'static [&'static str], &'static str),
-    /// Any other value than these has no effect, and a warning says so: nothing is less safe for it.
-    Idle(&'static [&'static str], &'static str),
 }
-use Effect::{Flag, Idle, Read, Refused};
+use Effect::{Flag, Read, Refused};
 
 /// Every variable of istio/ztunnel. A name that ends with `*` is a prefix.
 pub const VARIABLES: &[(&str, Effect)] = &[
@@ -29,10 +27,13 @@ pub const VARIABLES: &[(&str, Effect)] = &[
     ("CLUSTER_DOMAIN", Flag("cluster-domain")),
     ("NETWORK", Flag("network")),
     ("TRUST_DOMAIN", Flag("trust-domain")),
-    ("POD_NAME", Read("the agent's pod, in its node id", "")),
-    ("POD_NAMESPACE", Read("its namespace, in the node id", "")),
+    ("POD_NAME", Read("the agent's pod, in its node id and identity", "")),
+    ("POD_NAMESPACE", Read("its namespace, in both", "")),
     ("INSTANCE_IP", Read("its address, in the node id", "1.1.1.1")),
-    ("SERVICE_ACCOUNT", Idle(&[""], "the agent has no identity of its own: its metrics are not served over HBONE")),
+    (
+        "SERVICE_ACCOUNT",
+        Read("its account: with both of the above its metrics are served over HBONE too, to whom policies allow it", ""),
+    ),
     ("ISTIO_META_*", Read("node metadata", "")),
     ("ISTIO_METAJSON_*", Read("node metadata, as JSON", "")),
     // What describes the mesh.
@@ -107,15 +108,6 @@ pub const VARIABLES: &[(&str, Effect)] = &[
 const PROXY_CONFIG: &str = "say `discoveryAddress` by `XDS_ADDRESS`, `proxyAdminPort` by `CULVERT_ADMIN_ADDR`, `statusPort` by \
     `CULVERT_STATS_ADDR`, `concurrency` by `ZTUNNEL_WORKER_THREADS`, `proxyMetadata` by its own variables";
 
-/// A variable that means nothing here.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Note {
-    /// Its name.
-    pub variable: &'static str,
-    /// Why.
-    pub because: &'static str,
-}
-
 /// A variable that asks for what this agent does not do.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{variable}={value}: {because}")]
@@ -125,22 +117,19 @@ pub struct Unusable {
     because: &'static str,
 }
 
-/// What has no effect in this environment.
+/// Looks at an environment before anything starts.
 ///
 /// # Errors
 /// Something in it asks for another agent than this one.
-pub fn check(environment: impl Iterator<Item = (String, String)>) -> Result<Vec<Note>, Unusable> {
-    let mut notes = Vec::new();
+pub fn check(environment: impl Iterator<Item = (String, String)>) -> Result<(), Unusable> {
     for (name, value) in environment {
         let Some(&(variable, effect)) = VARIABLES.iter().find(|(known, _)| *known == name) else { continue };
-        let among = |fine: &[&str]| fine.iter().any(|fine| value.trim().eq_ignore_ascii_case(fine));
-        match effect {
-            Refused(fine, because) if !among(fine) => return Err(Unusable { variable, value, because }),
-            Idle(fine, because) if !among(fine) => notes.push(Note { variable, because }),
-            Flag(_) | Read(..) | Refused(..) | Idle(..) => {}
+        let Refused(fine, because) = effect else { continue };
+        if !fine.iter().any(|fine| value.trim().eq_ignore_ascii_case(fine)) {
+            return Err(Unusable { variable, value, because });
         }
     }
-    Ok(notes)
+    Ok(())
 }
 
 /// The flags of `ztunnel proxy`.
@@ -161,7 +150,6 @@ pub fn page() -> String {
             }
             Read(meaning, default) => ("read".to_owned(), (*meaning).to_owned(), (*default).to_owned()),
             Refused(fine, because) => (format!("**refused**{}", but(fine)), (*because).to_owned(), String::new()),
-            Idle(fine, because) => (format!("no effect, and a warning{}", but(fine)), (*because).to_owned(), String::new()),
         };
         row(&mut out, &[&format!("`{name}`"), &here, &meaning, &default]);
     }
@@ -221,7 +209,7 @@ fn default(arg: &Arg) -> String {
 mod tests {
     use super::*;
 
-    fn of(name: &str, value: &str) -> Result<Vec<Note>, Unusable> {
+    fn of(name: &str, value: &str) -> Result<(), Unusable> {
         check([(name.to_owned(), value.to_owned())].into_iter())
     }
 
@@ -253,19 +241,15 @@ mod tests {
         for (name, effect) in VARIABLES {
             match effect {
                 Refused(fine, because) => {
-                    assert!(fine.iter().all(|value| of(name, value) == Ok(Vec::new())), "{name}");
+                    assert!(fine.iter().all(|value| of(name, value) == Ok(())), "{name}");
                     let refusal = of(name, "anything else").unwrap_err().to_string();
                     assert_eq!(refusal, format!("{name}=anything else: {because}"));
                 }
-                Idle(fine, because) => {
-                    assert!(fine.iter().all(|value| of(name, value) == Ok(Vec::new())), "{name}");
-                    assert_eq!(of(name, "anything else").unwrap(), [Note { variable: name, because }]);
-                }
-                Flag(_) | Read(..) => assert_eq!(of(name, "anything"), Ok(Vec::new())),
+                Flag(_) | Read(..) => assert_eq!(of(name, "anything"), Ok(())),
             }
         }
-        assert_eq!(of("TLS12_ENABLED", "False"), Ok(Vec::new()));
-        assert_eq!(of("SOMEBODY_ELSES", "true"), Ok(Vec::new()));
+        assert_eq!(of("TLS12_ENABLED", "False"), Ok(()));
+        assert_eq!(of("SOMEBODY_ELSES", "true"), Ok(()));
     }
 
     #[test]

@@ -12,7 +12,7 @@ use crate::proxy_protocol;
 use crate::record::Record;
 use crate::report;
 use mesh_hbone::{Incoming, headers};
-use mesh_identity::Peer;
+use mesh_identity::{Peer, live};
 use mesh_model::authz::{Verdict, authorize};
 use mesh_model::conn::InboundConn;
 use mesh_model::inbound::{InboundPlan, plan_inbound};
@@ -57,7 +57,10 @@ pub async fn serve_conn(pod: Arc<Pod>, accepted: Accepted) {
     let trusted = proof.is_trusted(&pod.shared.svids.tls().trusted());
     if !trusted {
         pod.tunnels.remove(id);
-        return;
+        let mut record = Record::new(Direction::Inbound, peer, local);
+        record.destination = pod.workload(&pod.shared.mesh.load()).ok().cloned();
+        record.source_id = Some(proof.id.clone());
+        return report::refused(&pod.shared, &record, &live::no_longer_trusted());
     }
     let handler = {
         let pod = Arc::clone(&pod);
@@ -158,7 +161,7 @@ async fn admit(
         judge(pod, &now, pod.workload(&now)?, client, plan.dst, Some(&proof.id))?;
         (plan, workload, live)
     };
-    let upstream = connect(pod, &plan, client, &proof.id, &authority).await?;
+    let upstream = connect(pod, &plan, client, &proof.id).await?;
     Ok((live, upstream, workload))
 }
 
@@ -175,13 +178,10 @@ async fn ask_for(pod: &Pod, local: SocketAddr, authority: &HboneAuthority) {
 }
 
 /// Connects to the application, plainly or through its application tunnel.
-async fn connect(
-    pod: &Pod,
-    plan: &InboundPlan,
-    client: SocketAddr,
-    id: &SpiffeId,
-    authority: &HboneAuthority,
-) -> Result<TcpStream, Refusal> {
+async fn connect(pod: &Pod, plan: &InboundPlan, client: SocketAddr, id: &SpiffeId) -> Result<TcpStream, Refusal> {
+    if let Some(metrics) = pod.metrics {
+        return deliver::local(pod, deliver::only_metrics(plan.dst, metrics)?).await;
+    }
     let Some(ApplicationTunnel::Proxy(port)) = plan.tunnel else {
         return deliver::deliver(pod, client, plan.dst).await;
     };
@@ -191,11 +191,7 @@ async fn connect(
     };
     let to = SocketAddr::new(loopback, port.unwrap_or(plan.dst.port()));
     let mut tcp = deliver::local(pod, to).await?;
-    let dst = match authority {
-        HboneAuthority::Addr(addr) => *addr,
-        HboneAuthority::Name { .. } => plan.dst,
-    };
-    proxy_protocol::write_header(&mut tcp, client, dst, id)
+    proxy_protocol::write_header(&mut tcp, client, plan.asked, id)
         .await
         .map_err(|e| Refusal::new(Reason::ConnectFailed, format!("{to}: PROXY header: {e}")))?;
     Ok(tcp)

@@ -25,6 +25,7 @@ pub mod metrics;
 mod nft;
 mod node;
 pub mod outbound;
+mod own;
 mod passthrough;
 pub mod pod;
 pub mod pods;

@@ -77,6 +77,8 @@ pub struct Pod {
     pub name: Arc<str>,
     /// Whether it may be served before the mesh knows it.
     early: bool,
+    /// Of the agent itself: where its metrics are, which is all there is of it.
+    pub metrics: Option<SocketAddr>,
     /// Its network namespace; `None` serves the agent's own (tests).
     pub netns: Option<Arc<NetnsFd>>,
     /// Where the agent's own sockets are bound in it.
@@ -113,15 +115,39 @@ impl Pod {
         (netns, ports): (Option<Arc<NetnsFd>>, Ports),
         drain: DrainWatch,
     ) -> Arc<Self> {
+        Arc::new(Self::with(shared, enrolled, identity, (netns, ports), drain))
+    }
+
+    /// The agent itself, of which only its metrics are served, in its own network namespace.
+    pub fn agent(
+        shared: &Arc<Shared>,
+        enrolled: &Enrolled,
+        identity: SpiffeId,
+        metrics: SocketAddr,
+        drain: DrainWatch,
+    ) -> Arc<Self> {
+        let pod = Self::with(shared, enrolled, identity, (None, Ports::USUAL), drain);
+        // Its own pod is in the mesh a moment after it runs.
+        Arc::new(Self { early: true, metrics: Some(metrics), ..pod })
+    }
+
+    fn with(
+        shared: &Arc<Shared>,
+        enrolled: &Enrolled,
+        identity: SpiffeId,
+        (netns, ports): (Option<Arc<NetnsFd>>, Ports),
+        drain: DrainWatch,
+    ) -> Self {
         let svid = shared.svids.handle(&identity);
         let reached = Arc::default();
         let dialer = PodDialer::new(&shared.settings, &shared.metrics, netns.clone(), svid.clone(), Arc::clone(&reached));
         let pools = shared.threads.workers().iter().map(|_| Pool::new(dialer.clone(), Arc::clone(&shared.hbone))).collect();
-        Arc::new(Self {
+        Self {
             uid: Arc::clone(&enrolled.uid),
             namespace: Arc::clone(&enrolled.namespace),
             name: Arc::clone(&enrolled.name),
             early: enrolled.is_early(),
+            metrics: None,
             netns,
             ports,
             identity,
@@ -135,7 +161,7 @@ impl Pod {
             shared: Arc::clone(shared),
             baggage: ArcSwapOption::empty(),
             told: ArcSwapOption::empty(),
-        })
+        }
     }
 
     /// This pod in `snap`, or the refusal that says it left.

@@ -57,7 +57,7 @@ impl LivePeers {
         let (id, cut) = self.admit(Arc::clone(&peer));
         let held = Held { io, cut: Some(Box::pin(cut.notified_owned())), id, peers: Arc::clone(self) };
         // Whoever judges by later bundles finds the peer in the list.
-        if peer.is_trusted(&tls.trusted()) { Ok(held) } else { Err(Refusal::new(Reason::Revoked, NO_LONGER)) }
+        if peer.is_trusted(&tls.trusted()) { Ok(held) } else { Err(no_longer_trusted()) }
     }
     /// TLS over `io`, proving `svid`: a stream to a peer that proved one of `expect` within `limit` (I4), held as
     /// [`LivePeers::hold`] says, and who the peer is.
@@ -79,6 +79,11 @@ impl LivePeers {
         let id = peer.id.clone();
         Ok((self.hold(stream, peer, svid.cache().tls())?, id))
     }
+}
+
+/// Why a peer is turned away who was believed when its handshake began: roots or revocation lists changed meanwhile.
+pub fn no_longer_trusted() -> Refusal {
+    Refusal::new(Reason::Revoked, NO_LONGER)
 }
 
 /// What a stream says whose peer has lost our trust.

@@ -7,7 +7,7 @@ use crate::reason::{Reason, Refusal};
 use crate::service::Service;
 use crate::snapshot::Snapshot;
 use crate::workload::{ApplicationTunnel, GatewayDestination, GatewayRef, Workload};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 /// Ports of the agent itself inside a pod: outbound capture, plaintext inbound, HBONE. Never a destination.
@@ -19,6 +19,9 @@ pub struct InboundPlan {
     /// The application's address inside the pod (with the application tunnel's port, if it has one); what `authorize`
     /// sees as destination.
     pub dst: SocketAddr,
+    /// The address that was asked for, for an application tunnel to be told; of a service asked for by name the service's own, IPv4
+    /// first, or the pod's where it has none.
+    pub asked: SocketAddr,
     /// Deliver through an application tunnel instead of plainly.
     pub tunnel: Option<ApplicationTunnel>,
     /// The service the CONNECT was addressed by, when by name or VIP.
@@ -33,7 +36,7 @@ pub fn plan_inbound(
     authority: &HboneAuthority,
 ) -> Result<InboundPlan, Refusal> {
     let pod_ip = local.ip().to_canonical();
-    let (port, service) = match authority {
+    let (port, asked, service) = match authority {
         HboneAuthority::Addr(a) => {
             let ip = a.ip().to_canonical();
             let mut service = None;
@@ -43,7 +46,7 @@ pub fn plan_inbound(
                     return Err(Refusal::new(Reason::BadRequest, format!("ip mismatch: {ip} != {pod_ip}")));
                 }
             }
-            (a.port(), service)
+            (a.port(), *a, service)
         }
         HboneAuthority::Name { host, port } => {
             let service = snap
@@ -52,7 +55,9 @@ pub fn plan_inbound(
             let ports = workload.services.get(&service.key).map_or(&[][..], |p| p);
             let target = lb::target_port(workload, ports, service, *port)
                 .ok_or_else(|| Refusal::new(Reason::NoSuchPort, format!("{} has no port {port}", service.key)))?;
-            (target, Some(service))
+            let vips = || service.vips.iter().filter(|vip| vip.network == snap.view().network).map(|vip| vip.ip);
+            let vip = vips().find(IpAddr::is_ipv4).or_else(|| vips().next());
+            (target, SocketAddr::new(vip.unwrap_or(pod_ip), if vip.is_some() { *port } else { target }), Some(service))
         }
     };
     let port = match workload.application_tunnel {
@@ -65,7 +70,8 @@ pub fn plan_inbound(
     if port == 0 {
         return Err(Refusal::new(Reason::BadRequest, "port 0"));
     }
-    Ok(InboundPlan { dst: SocketAddr::new(pod_ip, port), tunnel: workload.application_tunnel, service: service.cloned() })
+    let (dst, tunnel) = (SocketAddr::new(pod_ip, port), workload.application_tunnel);
+    Ok(InboundPlan { dst, asked, tunnel, service: service.cloned() })
 }
 
 /// Whether `workload` is a waypoint of what `authority` addresses: a service (its VIP) or a workload (its IP).

@@ -2,8 +2,10 @@
 //! wire, pods over the socket. What they carry, and what they carry on with when the control plane is gone.
 mod waypoint;
 
+use std::io::Write as _;
 use std::net::SocketAddr;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -12,7 +14,7 @@ use bytes::Bytes;
 use mesh_proto::istio::security::{self, Authorization, Group, Match, Rules, StringMatch, string_match::MatchType};
 use mesh_proto::istio::workload::{NetworkAddress, Port, PortList, Service, TunnelProtocol, Workload};
 use mesh_proto::{ADDRESS_TYPE, AUTHORIZATION_TYPE};
-use mesh_tests::agent::{Agent, AgentSpec, find_program};
+use mesh_tests::agent::{Agent, AgentSpec, Metrics, find_program};
 use mesh_tests::cni::{self, CniAgent, CniPod, Connection};
 use mesh_tests::istiod::{CaManner, Istiod};
 use mesh_tests::load::Pace;
@@ -38,6 +40,7 @@ const TESTS: &[Test<World>] = &[
     test("policies_of_the_stream_hold", policies_of_the_stream_hold),
     test("a_policy_that_comes_cuts_what_it_no_longer_allows", a_policy_that_comes_cuts_what_it_no_longer_allows),
     test("a_certificate_taken_back_ends_its_tunnels_both_ways", a_certificate_taken_back_ends_its_tunnels_both_ways),
+    test("a_certificate_taken_back_during_its_handshake_is_told_of", a_certificate_taken_back_during_its_handshake_is_told_of),
     test("without_a_control_plane_all_goes_on", without_a_control_plane_all_goes_on),
     test("short_lived_certificates_change_under_load", short_lived_certificates_change_under_load),
     test("on_demand_what_is_called_is_asked_for", on_demand_what_is_called_is_asked_for),
@@ -275,12 +278,67 @@ fn a_policy_that_comes_cuts_what_it_no_longer_allows(world: &mut World) -> anyho
     wait::until_true("all as before", || world.call("client", world.web()).is_ok() && world.call("other", world.web()).is_err())
 }
 
-fn a_certificate_taken_back_ends_its_tunnels_both_ways(world: &mut World) -> anyhow::Result<()> {
-    let take_back = |world: &World, identities: &[&str]| -> anyhow::Result<()> {
-        let next = world.files.path().join("next.pem");
+/// Puts the list of what was taken back where agents and waypoint read it.
+fn take_back(world: &World, identities: &[&str]) -> anyhow::Result<()> {
+    for dir in [world.files.path().to_path_buf(), waypoint::root(world)] {
+        let next = dir.join("next.pem");
         std::fs::write(&next, world.istiod.revoked(identities)?)?;
-        Ok(std::fs::rename(next, world.files.path().join("crl.pem"))?)
-    };
+        std::fs::rename(next, dir.join("crl.pem"))?;
+    }
+    Ok(())
+}
+
+/// The certificate is looked at when it comes, and the handshake ends later. What changed in between counts all the same, and is told.
+fn a_certificate_taken_back_during_its_handshake_is_told_of(world: &mut World) -> anyhow::Result<()> {
+    const WHO: &str = "spiffe://cluster.local/ns/t/sa/slow";
+    let outside = world.topology.host("outside");
+    let waypoint = world.side.as_ref().and_then(waypoint::Side::agent).context("the waypoint runs")?;
+    for (judge, to) in [(world.agent("node-b")?, "web"), (waypoint, "wp")] {
+        let mut config = rustls::ClientConfig::clone(mesh_tests::hbone::client_tls(&world.istiod.certificate(WHO)?)?.config());
+        // So that the last piece of our part is not in one record with the certificate.
+        config.max_fragment_size = Some(64);
+        let to = world.topology.pod(to).at(15008);
+        let mut tcp = outside.netns.connect(to, Duration::from_secs(5))?;
+        tcp.set_read_timeout(Some(Duration::from_secs(20)))?;
+        let name = rustls::pki_types::ServerName::IpAddress(to.ip().into());
+        let mut tls = rustls::ClientConnection::new(Arc::new(config), name)?;
+        tls.write_tls(&mut tcp)?;
+        while !tls.wants_write() {
+            ensure!(tls.read_tls(&mut tcp)? > 0, "{} ended the handshake", judge.node());
+            tls.process_new_packets()?;
+        }
+        let mut rest = Vec::new();
+        while tls.wants_write() {
+            tls.write_tls(&mut rest)?;
+        }
+        let last = rest.split_off(rest.len() - 8);
+        tcp.write_all(&rest)?;
+        // It says nothing of having looked at the certificate.
+        std::thread::sleep(Duration::from_millis(300));
+        let (mark, refused) = (judge.mark(), judge.metrics()?);
+        let refused = |page: &Metrics| {
+            page.sum("culvert_connections_refused_total", &[("reason", "revoked")])
+                + page.sum("culvert_refused_total", &[("reason", "revoked")])
+                - refused.sum("culvert_connections_refused_total", &[("reason", "revoked")])
+                - refused.sum("culvert_refused_total", &[("reason", "revoked")])
+        };
+        take_back(world, &[WHO])?;
+        wait::until_true("the list to be read", || judge.log_since(mark).contains("certificate revocation lists read"))?;
+        tcp.write_all(&last)?;
+        wait::until_true("the refusal to be told", || {
+            judge.log_since(mark).lines().any(|line| line.contains(WHO) && line.contains("revoked: the peer's certificate"))
+        })
+        .with_context(|| judge.log_tail(10))?;
+        wait::until_true("the refusal to be counted", || judge.metrics().is_ok_and(|page| refused(&page) > 0.0))?;
+        take_back(world, &[])?;
+        wait::until_true("the list to be read again", || {
+            judge.log_since(mark).matches("certificate revocation lists read").count() == 2
+        })?;
+    }
+    Ok(())
+}
+
+fn a_certificate_taken_back_ends_its_tunnels_both_ways(world: &mut World) -> anyhow::Result<()> {
     let (client, web) = ("spiffe://cluster.local/ns/t/sa/client", "spiffe://cluster.local/ns/t/sa/web");
     // Of others: nothing happens to this one.
     let (mut live, _) = Client::who(world.topology.pod("client"), world.web())?;

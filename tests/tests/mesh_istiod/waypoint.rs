@@ -122,6 +122,9 @@ pub(crate) fn tell(istiod: &Istiod, topology: &Topology) {
 }
 
 impl Side {
+    pub(crate) fn agent(&self) -> Option<&Agent> {
+        self.waypoint.as_ref()
+    }
     pub(crate) fn start(world: &World) -> anyhow::Result<Self> {
         let control = world.topology.host("control");
         let api = KubeApi::serve(control.netns.listen(control.at(6443))?)?;
@@ -139,7 +142,7 @@ impl Side {
 }
 
 /// The root of the container.
-fn root(world: &World) -> std::path::PathBuf {
+pub(crate) fn root(world: &World) -> std::path::PathBuf {
     world.files.path().join("waypoint")
 }
 
@@ -153,6 +156,7 @@ fn mount(world: &World) -> anyhow::Result<()> {
     };
     put("var/run/secrets/istio/root-cert.pem", world.istiod.root())?;
     put("var/run/secrets/tokens/istio-token", TOKEN)?;
+    put("crl.pem", &world.istiod.revoked(&[])?)?;
     put("etc/istio/pod/labels", "app=\"x\"\ngateway.networking.k8s.io/gateway-name=\"wp\"\n")?;
     fs::set_permissions(world.files.path(), Permissions::from_mode(0o755))?;
     Ok(())
@@ -200,6 +204,7 @@ fn deployed(world: &World, api: &KubeApi) -> anyhow::Result<Agent> {
         ("ISTIO_META_OWNER", "kubernetes://apis/apps/v1/namespaces/t/deployments/wp"),
         ("ISTIO_META_MESH_ID", "cluster.local"),
         ("ISTIOD_SAN", "istiod.test"),
+        ("CRL_PATH", "crl.pem"),
         ("KUBECONFIG", kubeconfig.to_str().context("a path")?),
     ];
     let env: BTreeMap<String, String> = env.into_iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect();

@@ -55,6 +55,7 @@ const TESTS: &[Test<Mesh>] = &[
     test("a_pod_whose_path_cannot_be_opened_stays_served", policy::a_pod_whose_path_cannot_be_opened_stays_served),
     test("metrics_carry_istio_labels", telling::metrics_carry_istio_labels),
     test("config_dump_has_the_shape_istioctl_reads", telling::config_dump_has_the_shape_istioctl_reads),
+    test("metrics_are_scraped_over_hbone_by_whom_policies_allow", telling::metrics_are_scraped_over_hbone_by_whom_policies_allow),
     test("live_connections_are_listed", telling::live_connections_are_listed),
     test("profiles_are_taken_while_it_serves", telling::profiles_are_taken_while_it_serves),
     test("a_thousand_silent_connections_stop_nobody", hostile::a_thousand_silent_connections_stop_nobody),

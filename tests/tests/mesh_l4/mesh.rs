@@ -150,6 +150,10 @@ impl Mesh {
             .env("CULVERT_HANDSHAKE_TIMEOUT", "5s")
             // The machine's own first process is not on these nodes.
             .env("CULVERT_NODE_NETNS", "/proc/self/ns/net")
+            // As the DaemonSet of Istio's chart says it.
+            .env("POD_NAMESPACE", "istio-system")
+            .env("POD_NAME", &format!("ztunnel-{node}"))
+            .env("SERVICE_ACCOUNT", "ztunnel")
     }
     pub(crate) fn start(&self, node: &str) -> anyhow::Result<Agent> {
         self.spec(node).start(self.topology().node(node))

@@ -1,12 +1,15 @@
 //! What the agents tell: metrics, the configuration page, the access log, the admin commands.
+use std::io::{Read as _, Write as _};
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, ensure};
 use mesh_tests::agent::{Agent, is_clean};
+use mesh_tests::dev_ca::TestCa;
 use mesh_tests::program::Client;
-use mesh_tests::wait;
+use mesh_tests::{http, wait};
 use nix::sys::signal::Signal;
 
+use crate::hostile::tls_accepted;
 use crate::lifecycle::restart_b;
 use crate::mesh::{Mesh, PORT, WEB_VIP, entries, has_policy, id, text};
 
@@ -77,6 +80,80 @@ pub(crate) fn metrics_carry_istio_labels(mesh: &mut Mesh) -> anyhow::Result<()> 
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_secs_f64();
     let ends = metrics.sum("culvert_certificate_expiry_timestamp_seconds", &[("identity", "spiffe://test.local/ns/t/sa/client")]);
     ensure!((now..now + 3700.0).contains(&ends), "the client's certificate ends at {ends}, now is {now}");
+    Ok(())
+}
+
+/// The pod of agent b, labelled as Istio's users do it.
+fn agent_yaml(mesh: &Mesh) -> String {
+    format!(
+        "apiVersion: v1\nkind: Pod\nmetadata:\n  name: ztunnel-node-b\n  namespace: istio-system\n  \
+         labels: {{ app: ztunnel, networking.istio.io/tunnel: http }}\n\
+         spec: {{ nodeName: node-b, serviceAccountName: ztunnel, containers: [ {{ name: main, image: none }} ] }}\n\
+         status:\n  phase: Running\n  podIP: {ip}\n  podIPs: [ {{ ip: {ip} }} ]\n  \
+         conditions: [ {{ type: Ready, status: \"True\" }} ]\n",
+        ip = mesh.b().place().v4
+    )
+}
+
+const ONLY_NEAR: &str = r#"
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: { name: scrapers, namespace: istio-system }
+spec:
+  selector: { matchLabels: { app: ztunnel } }
+  action: ALLOW
+  rules: [ { from: [ { source: { principals: ["test.local/ns/t/sa/near"] } } ] } ]
+"#;
+
+pub(crate) fn metrics_are_scraped_over_hbone_by_whom_policies_allow(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let (b, metrics) = (mesh.b(), mesh.b().stats_addr());
+    let scrape = |pod: &str, to| http::get(&mesh.pod(pod).netns, to, "/metrics");
+    let pod = mesh.dir.put_for_now("pod-ztunnel-b.yaml", &agent_yaml(mesh))?;
+    for agent in [mesh.a(), b] {
+        agent.wait_config("the agent's pod", |dump| entries(dump, "workloads").any(|one| one["name"] == "ztunnel-node-b"))?;
+    }
+    let inbound = |mark, what: &str, from: &str, reason: Option<&str>| {
+        b.wait_access(what, mark, |r| {
+            r["direction"] == "inbound" && r["src.identity"] == id(from) && r["reason"].as_str() == reason
+        })
+    };
+    let mark = b.mark();
+    let page = scrape("client", metrics)?;
+    ensure!(page.status == 200 && page.body.contains("culvert_tunnels_active"), "{page:?}");
+    let told = inbound(mark, "the scrape", "client", None)?;
+    ensure!(told["dst.identity"] == "spiffe://test.local/ns/istio-system/sa/ztunnel", "{told}");
+    ensure!(told["dst.workload"] == "ztunnel-node-b" && told["dst.hbone_addr"] == metrics.to_string(), "{told}");
+    // Nothing else of the agent, though it is there.
+    for port in [15021, 15000, 8080] {
+        let mark = b.mark();
+        ensure!(scrape("client", (metrics.ip(), port).into()).is_err(), "port {port} is served");
+        inbound(mark, "the refusal", "client", Some("no_such_port"))?;
+    }
+    // Who is nobody gets nothing of it.
+    ensure!(http::get(&mesh.outside().netns, (metrics.ip(), 15008).into(), "/metrics").is_err());
+    let forged = TestCa::unknown()?.issue(&id("client"))?;
+    ensure!(!tls_accepted(mesh.outside(), (metrics.ip(), 15008).into(), &forged)?, "a stranger's certificate is taken");
+    // Its policies are those of its workload, for connections that are open too.
+    let mut kept = mesh.pod("client").netns.connect(metrics, Duration::from_secs(5))?;
+    kept.set_read_timeout(Some(wait::PATIENCE))?;
+    kept.write_all(b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n")?;
+    ensure!(kept.read(&mut [0; 1])? == 1);
+    let policy = mesh.dir.put_for_now("policy-scrapers.yaml", ONLY_NEAR)?;
+    let cut = wait::until("the open connection to be cut", wait::PATIENCE, || match kept.read(&mut [0; 8192]) {
+        Ok(0) | Err(_) => Some(()),
+        Ok(_) => None,
+    });
+    cut?;
+    inbound(mark, "the end of the open connection", "client", Some("revoked"))?;
+    let mark = b.mark();
+    ensure!(scrape("client", metrics).is_err(), "the policy does not name it");
+    inbound(mark, "the refusal", "client", Some("not_allowed"))?;
+    ensure!(scrape("near", metrics)?.status == 200);
+    drop((policy, pod));
+    for agent in [mesh.a(), b] {
+        agent
+            .wait_config("the agent's pod to go", |dump| entries(dump, "workloads").all(|one| one["name"] != "ztunnel-node-b"))?;
+    }
     Ok(())
 }
 

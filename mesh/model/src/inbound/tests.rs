@@ -1,4 +1,5 @@
 use super::*;
+use crate::addr::NetworkAddr;
 use crate::change::Change;
 use crate::fixture::*;
 
@@ -75,4 +76,24 @@ fn an_application_tunnel_takes_every_address_on_its_port() {
     assert_eq!(check(w.clone(), vec![web_service().into()], "10.96.0.1:80"), to("10.0.0.2:80", Some("web")));
     w.application_tunnel = Some(ApplicationTunnel::Proxy(Some(15006)));
     assert_eq!(check(w, vec![], "10.0.0.2:80"), Err(Reason::Recursion));
+}
+
+#[test]
+fn an_application_tunnel_is_told_the_address_that_was_asked_for() {
+    let asked = |vips: &[(&str, &str)], authority: &str| {
+        let (mut w, mut s) = (web(), web_service());
+        w.application_tunnel = Some(ApplicationTunnel::Proxy(Some(15088)));
+        s.vips = vips.iter().map(|(network, ip)| NetworkAddr { network: (*network).into(), ip: ip.parse().unwrap() }).collect();
+        let snap = mesh(vec![s.into(), w.clone().into()]);
+        let plan = plan_inbound(&snap, &w, sock("10.0.0.2:15008"), &HboneAuthority::parse(authority).unwrap()).unwrap();
+        assert_eq!(plan.dst, sock("10.0.0.2:15088"));
+        plan.asked.to_string()
+    };
+    let name = "web.default.svc.cluster.local:90";
+    let own = ("", "10.96.0.1");
+    assert_eq!(asked(&[own], "10.0.0.77:80"), "10.0.0.77:80");
+    assert_eq!(asked(&[own], name), "10.96.0.1:90");
+    assert_eq!(asked(&[("", "fd00::1"), own], name), "10.96.0.1:90");
+    assert_eq!(asked(&[("elsewhere", "10.97.0.1"), ("", "fd00::1")], name), "[fd00::1]:90");
+    assert_eq!(asked(&[], name), "10.0.0.2:9090", "a headless one has none");
 }
