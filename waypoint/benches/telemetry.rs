@@ -26,7 +26,7 @@ use waypoint::facts::{Facts, Scope};
 use waypoint::me::Me;
 use waypoint::telemetry::access::{Line, Told, write};
 use waypoint::telemetry::{Record, Telemetry};
-use waypoint::upstream::{Deps, Upstreams};
+use waypoint::upstream::{Deps, Role, Upstreams};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -67,7 +67,7 @@ fn telling(c: &mut Criterion) {
     let changes = [Change::Service(Arc::clone(&service)), Change::Workload(Arc::clone(&client)), Change::Workload(endpoint)];
     let snap = Snapshot::empty(Viewpoint::default()).apply(&changes);
     let key = ClusterKey { service: service.key.clone(), port: 80, subset: None };
-    let cluster = upstreams.renew(&snap, &key).unwrap();
+    let cluster = upstreams.renew(&snap, &key, Role::Waypoint).unwrap();
     let facts = Facts {
         scope: Scope::Mesh(Target::Service { service: Arc::clone(&service), port: 80 }),
         client: "10.0.0.5:40000".parse().unwrap(),

@@ -275,10 +275,10 @@ fn assemble(
         threads: threads.workers().len(),
         me: me.clone(),
     });
-    let fetcher = Fetcher::new(mesh.clone(), Arc::clone(&upstreams), threads.pick(None).clone(), &settings.namespace);
+    let gateway = GatewayKey::new(&settings.namespace, &settings.gateway);
+    let fetcher = Fetcher::new(mesh.clone(), Arc::clone(&upstreams), threads.pick(None).clone(), gateway.clone());
     let fetcher = Arc::new(fetcher);
     let process = process_of(&settings);
-    let gateway = GatewayKey::new(&settings.namespace, &settings.gateway);
     let spans = Spans::new(registry, Arc::clone(&fetcher) as Arc<dyn Way>, process.service_name(None))?;
     Ok(Arc::new(Shared {
         telemetry: Telemetry::new(registry, access, Some((spans, process)), identity.clone())?,

@@ -1,4 +1,5 @@
 //! What is known of one connection as it reached us, whoever asks.
+use crate::upstream::Role;
 use mesh_model::SpiffeId;
 use mesh_model::l7::HttpRoute;
 use mesh_model::service::Service;
@@ -52,6 +53,13 @@ pub struct Facts {
     pub plain: Option<Arc<HttpRoute>>,
 }
 impl Facts {
+    /// As what we carry it on.
+    pub fn role(&self) -> Role {
+        match self.scope {
+            Scope::Mesh(_) | Scope::Network { .. } => Role::Waypoint,
+            Scope::Gateway { .. } => Role::Gateway,
+        }
+    }
     /// `https` when TLS was terminated here, else `http`.
     pub fn scheme(&self) -> &'static str {
         match self.scope {

@@ -114,7 +114,7 @@ fn failed(conn: &Conn, mut client: impl Endpoint, mut record: TcpRecord, why: Un
         Unreached::Failed(error) => {
             let (flag, reason) = told(error.failure);
             record.flags.set(flag);
-            record.reason = Some(reason);
+            record.reason = Some(error.reason.unwrap_or(reason));
             record.details = error.to_string().into();
         }
     }
@@ -300,12 +300,12 @@ async fn cluster(
             record.route = Some(Arc::clone(&route.name));
             let backend = choose(&route.backends, route.total_weight, redraw(draw, DRAW_BACKEND)).ok_or_else(no_route)?;
             return match &backend.to {
-                BackendRef::Service(key) => Ok(upstreams.cluster(snap, key).await?),
+                BackendRef::Service(key) => Ok(upstreams.cluster(snap, key, conn.role()).await?),
                 BackendRef::Invalid { why, .. } => Err(UpstreamError::new(Failure::NoCluster, why.to_string()).into()),
             };
         }
     }
-    Ok(upstreams.cluster(snap, &plain.ok_or_else(no_route)?).await?)
+    Ok(upstreams.cluster(snap, &plain.ok_or_else(no_route)?, conn.role()).await?)
 }
 
 /// Envoy's flag and our reason.

@@ -72,6 +72,15 @@ pub struct Deps {
     pub me: Me,
 }
 
+/// As what the process sends something on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// As a waypoint, which is gone around by nobody itself: straight to endpoints.
+    Waypoint,
+    /// As a gateway, from outside the mesh: through the waypoints of the services that want that of gateways.
+    Gateway,
+}
+
 /// Every destination of the process.
 #[derive(Debug)]
 pub struct Upstreams {
@@ -80,6 +89,8 @@ pub struct Upstreams {
     /// The policy of destinations nothing is said about.
     plain: Arc<TrafficPolicy>,
     clusters: Registry<ClusterKey>,
+    /// The same services as far as they are reached through their waypoints.
+    fronted: Registry<ClusterKey>,
     workloads: Registry<(WorkloadUid, u16)>,
 }
 
@@ -200,6 +211,11 @@ impl Entry {
     }
 }
 
+/// Whether a service is reached through its waypoint.
+fn is_fronted(snap: &Snapshot, key: &ClusterKey, role: Role) -> bool {
+    role == Role::Gateway && snap.find_service(&key.service).is_some_and(|service| service.is_fronted())
+}
+
 /// A cluster there is to be, by one version of the mesh.
 struct Wanted<'s> {
     key: &'s ClusterKey,
@@ -241,6 +257,7 @@ impl Upstreams {
             me,
             plain: Arc::default(),
             clusters: Registry::default(),
+            fronted: Registry::default(),
             workloads: Registry::default(),
         })
     }
@@ -255,22 +272,30 @@ impl Upstreams {
     ///
     /// # Errors
     /// As [`Self::renew`].
-    pub async fn cluster(self: &Arc<Self>, snap: &Arc<Snapshot>, key: &ClusterKey) -> Result<Arc<Cluster>, UpstreamError> {
+    pub async fn cluster(
+        self: &Arc<Self>,
+        snap: &Arc<Snapshot>,
+        key: &ClusterKey,
+        role: Role,
+    ) -> Result<Arc<Cluster>, UpstreamError> {
+        if is_fronted(snap, key, role) {
+            return self.by_waypoint(snap, key);
+        }
         let entry = self.clusters.get(key);
         if let Some(cluster) = entry.as_ref().and_then(|entry| entry.fresh(snap)) {
             return Ok(cluster);
         }
         if !Wanted::of(snap, key)?.is_hashed() {
-            return self.renew(snap, key);
+            return self.straight(snap, key);
         }
-        let entry = entry.unwrap_or_else(|| self.entry(key));
+        let entry = entry.unwrap_or_else(|| self.entry(key, &self.clusters));
         if let Some(last) = entry.current.load_full() {
             // That is [`Self::collect`]'s to do, which may have been here before there was anything to bring up to date.
             if !entry.renewing.swap(true, Relaxed) {
                 let (own, snap, key) = (Arc::clone(self), Arc::clone(snap), key.clone());
                 tokio::task::spawn_blocking(move || {
                     // Unusable by now: who asks is told.
-                    let _ = own.renew(&snap, &key);
+                    let _ = own.straight(&snap, &key);
                     entry.renewing.store(false, Relaxed);
                 });
             }
@@ -281,28 +306,49 @@ impl Upstreams {
             return Ok(made);
         }
         let (own, snap, key) = (Arc::clone(self), Arc::clone(snap), key.clone());
-        let made = tokio::task::spawn_blocking(move || own.renew(&snap, &key)).await;
+        let made = tokio::task::spawn_blocking(move || own.straight(&snap, &key)).await;
         made.unwrap_or_else(|stopped| Err(UpstreamError::new(Failure::NoCluster, stopped.to_string())))
     }
-    fn entry(&self, key: &ClusterKey) -> Arc<Entry> {
+    fn entry(&self, key: &ClusterKey, registry: &Registry<ClusterKey>) -> Arc<Entry> {
         let make = || state::State::new(key.to_string().into(), Arc::clone(&self.reach));
-        self.clusters.get_or_insert(key, make, usize::MAX)
+        registry.get_or_insert(key, make, usize::MAX)
     }
     /// The cluster as this version of the mesh has it, made here if it was not before. Health, pools, limits and balancing
     /// survive changes of anything else; endpoints that stay keep their state.
     ///
     /// # Errors
-    /// `NoCluster`: the service or its port is unknown, or what is said about reaching it is unusable.
-    pub fn renew(&self, snap: &Snapshot, key: &ClusterKey) -> Result<Arc<Cluster>, UpstreamError> {
+    /// `NoCluster`: the service or its port is unknown, or what is said about reaching it is unusable. `NoHealthy` with the reason,
+    /// where its waypoint is the only way and cannot be used.
+    pub fn renew(&self, snap: &Snapshot, key: &ClusterKey, role: Role) -> Result<Arc<Cluster>, UpstreamError> {
+        if is_fronted(snap, key, role) { self.by_waypoint(snap, key) } else { self.straight(snap, key) }
+    }
+    /// The cluster of its endpoints.
+    fn straight(&self, snap: &Snapshot, key: &ClusterKey) -> Result<Arc<Cluster>, UpstreamError> {
         let entry = self.clusters.get(key);
         if let Some(cluster) = entry.as_ref().and_then(|entry| entry.fresh(snap)) {
             return Ok(cluster);
         }
         let Wanted { key, backing, service, destination } = Wanted::of(snap, key)?;
-        let entry = entry.unwrap_or_else(|| self.entry(key));
+        let entry = entry.unwrap_or_else(|| self.entry(key, &self.clusters));
         let own = build::Own::of(self.me.find(snap), snap.view());
         let ways = plan::ways_beyond(snap, service, backing.endpoints(), key.port, own.family());
-        let basis = build::Basis { backing: Arc::clone(backing), destination: destination.cloned(), own, ways };
+        let basis = build::Basis { backing: Arc::clone(backing), destination: destination.cloned(), own, ways, front: None };
+        let fits = |c: &Cluster| c.was_built_from(&basis);
+        Ok(entry.follow(snap, fits, |state| build::service(state, key, service, &self.plain, basis.clone())))
+    }
+    /// The cluster of its waypoint's instances. The DestinationRule is the waypoint's to keep; one that cannot be used, or lacks the
+    /// subset, is refused here already.
+    fn by_waypoint(&self, snap: &Snapshot, key: &ClusterKey) -> Result<Arc<Cluster>, UpstreamError> {
+        let entry = self.fronted.get(key);
+        if let Some(cluster) = entry.as_ref().and_then(|entry| entry.fresh(snap)) {
+            return Ok(cluster);
+        }
+        let Wanted { key, backing, service, .. } = Wanted::of(snap, key)?;
+        let own = build::Own::of(self.me.find(snap), snap.view());
+        let way = plan::way_by_waypoint(snap, service, key.port, own.family(), self.reach.namespace());
+        let front = way.transpose().map_err(|why| UpstreamError::refused(&why))?.map(Arc::new);
+        let basis = build::Basis { backing: Arc::clone(backing), destination: None, own, ways: Vec::new(), front };
+        let entry = entry.unwrap_or_else(|| self.entry(key, &self.fronted));
         let fits = |c: &Cluster| c.was_built_from(&basis);
         Ok(entry.follow(snap, fits, |state| build::service(state, key, service, &self.plain, basis.clone())))
     }
@@ -330,10 +376,14 @@ impl Upstreams {
             service && subset.is_none_or(|s| snap.find_destination(&key.service).is_some_and(|d| d.subsets.contains_key(s)))
         };
         self.clusters.retain(known);
+        self.fronted.retain(|key| known(key) && is_fronted(snap, key, Role::Gateway));
         self.workloads.retain(|(uid, _)| snap.find_known(uid).is_some());
         for (key, _) in self.clusters.entries.load().iter() {
             // A destination that became unusable is refused when it is asked for.
-            let _ = self.renew(snap, key);
+            let _ = self.straight(snap, key);
+        }
+        for (key, _) in self.fronted.entries.load().iter() {
+            let _ = self.by_waypoint(snap, key);
         }
         for ((uid, port), _) in self.workloads.entries.load().iter() {
             if let Some(known) = snap.find_known(uid) {
@@ -344,9 +394,12 @@ impl Upstreams {
 
     /// Every cluster, for the admin endpoint.
     pub fn clusters(&self) -> Vec<ClusterView> {
-        let (clusters, workloads) = (self.clusters.entries.load(), self.workloads.entries.load());
-        let mut all: Vec<ClusterView> =
-            clusters.values().chain(workloads.values()).filter_map(|e| e.current.load_full()).map(|c| view::of(&c)).collect();
+        let (clusters, fronted) = (self.clusters.entries.load(), self.fronted.entries.load());
+        let workloads = self.workloads.entries.load();
+        // One of a name: a service may have been reached without its waypoint before.
+        let straight = clusters.iter().filter(|(key, _)| fronted.get(*key).is_none()).map(|(_, entry)| entry);
+        let entries = straight.chain(fronted.values()).chain(workloads.values());
+        let mut all: Vec<ClusterView> = entries.filter_map(|e| e.current.load_full()).map(|c| view::of(&c)).collect();
         all.sort_by(|a, b| a.name.cmp(&b.name));
         all
     }

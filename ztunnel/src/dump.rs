@@ -209,6 +209,7 @@ fn service(snap: &Snapshot, s: &Service) -> Value {
             .map(|w| json!({ "destination": gateway(&w.waypoint), "weight": w.weight }))
             .collect::<Vec<_>>(),
         "waypointError": s.waypoint_error,
+        "ingressUseWaypoint": s.ingress_use_waypoint,
         "loadBalancer": {
             "routingPreferences": s.lb.scopes.iter().map(|s| scope_name(*s)).collect::<Vec<_>>(),
             "mode": match s.lb.mode {

@@ -1,6 +1,7 @@
 //! Outbound: what to do with a captured connection (node-agent §1.4). Pure; the shell dials what comes out.
 mod beyond;
 mod crossing;
+mod front;
 
 use crate::addr::{DialAddr, HboneAuthority};
 use crate::conn::OutboundConn;
@@ -19,6 +20,7 @@ use std::sync::Arc;
 
 pub use beyond::{Beyond, Entrance, ways_beyond};
 pub use crossing::{Crossing, plan_crossing};
+pub use front::{Front, Instance as FrontInstance, way_by_waypoint};
 
 /// What to do with an outbound connection.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -135,6 +135,8 @@ pub struct Service {
     pub waypoints: Vec<WeightedWaypoint>,
     /// A waypoint is declared but cannot be used: traffic is refused with this text, never sent around it.
     pub waypoint_error: Option<Arc<str>>,
+    /// Gateways go through its waypoint too (`istio.io/ingress-use-waypoint`); without a waypoint it means nothing.
+    pub ingress_use_waypoint: bool,
     /// Load balancing.
     pub lb: LoadBalancing,
     /// Families.
@@ -170,6 +172,7 @@ impl Service {
             sans: Vec::new(),
             waypoints: Vec::new(),
             waypoint_error: None,
+            ingress_use_waypoint: false,
             lb: LoadBalancing::default(),
             ip_families: IpFamilies::default(),
             logical_dns: false,
@@ -178,6 +181,10 @@ impl Service {
             visibility: Visibility::default(),
             origin: None,
         }
+    }
+    /// Whether gateways go through its waypoint: it has one, or should have.
+    pub fn is_fronted(&self) -> bool {
+        self.ingress_use_waypoint && (self.waypoint_error.is_some() || !self.waypoints.is_empty())
     }
     /// The declared port, if the service has it.
     pub fn port(&self, port: u16) -> Option<&ServicePort> {

@@ -442,6 +442,7 @@ fn service<'p>(node: &'p Node<'p>, origin: &Arc<Origin>) -> Read<'p, (Service, O
             "loadBalancer",
             "waypoint",
             "weightedWaypoints",
+            "ingressUseWaypoint",
         ],
     )?;
     let host = need(node, "hostname")?.to_ascii_lowercase();
@@ -464,6 +465,7 @@ fn service<'p>(node: &'p Node<'p>, origin: &Arc<Origin>) -> Read<'p, (Service, O
         s.sans.push(parsed(san, "a SPIFFE id")?);
     }
     s.canonical = read::flag(node, "canonical")?;
+    s.ingress_use_waypoint = read::flag(node, "ingressUseWaypoint")?;
     s.visibility =
         choice(node, "visibility", &[("Public", Visibility::Public), ("Namespace", Visibility::Namespace)])?.unwrap_or_default();
     s.ip_families =

@@ -25,6 +25,11 @@ pub const DIFFERENCES: &[Difference] = &[
         is_it: |f| f.field == "waypoint_error" && f.istiod.as_deref() == Some("None"),
     },
     Difference {
+        reason: "gateways are to go through a waypoint that is declared and cannot be used, and refuse; istiod leaves both out",
+        meshes: &["waypoints"],
+        is_it: |f| f.field == "ingress_use_waypoint" && f.istiod.as_deref() == Some("false"),
+    },
+    Difference {
         reason: "istiod takes no labels for any labels: every selector selects the endpoints of a ServiceEntry (or a pod) that has \
                  none",
         meshes: &["zamaz", "every-field"],

@@ -13,6 +13,7 @@ mod clients;
 mod destinations;
 mod explained;
 mod frames;
+mod fronts;
 mod hostile;
 mod identities;
 mod idle;
@@ -94,6 +95,10 @@ const TESTS: &[Test<Mesh>] = &[
     test("an_unreadable_authentication_closes_its_service", tokens::an_unreadable_authentication_closes_its_service),
     test("the_gateway_lets_its_hosts_in", outside::the_gateway_lets_its_hosts_in),
     test("the_gateway_ends_tls", outside::the_gateway_ends_tls),
+    test(
+        "a_gateway_goes_through_the_waypoint_where_that_is_wanted",
+        fronts::a_gateway_goes_through_the_waypoint_where_that_is_wanted,
+    ),
     test("the_gateway_asks_clients_for_certificates", clients::the_gateway_asks_clients_for_certificates),
     test("an_endpoint_is_removed_and_comes_back", change::an_endpoint_is_removed_and_comes_back),
     test("an_endpoint_dies_unannounced", change::an_endpoint_dies_unannounced),

@@ -84,7 +84,7 @@ async fn cluster(ex: &mut Exchange<'_>, route: &HttpRoute) -> Result<Arc<Cluster
         }
         None => return Err(Box::new(internal(ex, "no backend"))),
     };
-    let cluster = ex.conn.shared.upstreams.cluster(&ex.snap, key).await;
+    let cluster = ex.conn.shared.upstreams.cluster(&ex.snap, key, ex.conn.role()).await;
     cluster.map_err(|error| Box::new(failed(ex, &error, false, route.dialect)))
 }
 
@@ -345,7 +345,7 @@ pub(super) fn failed(ex: &mut Exchange<'_>, error: &UpstreamError, retried: bool
         ex.record.transport_failure.clone_from(&error.detail);
     }
     if failure == Failure::NoHealthy {
-        ex.record.reason = Some(mesh_model::Reason::NoHealthyEndpoint);
+        ex.record.reason = error.reason.or(Some(mesh_model::Reason::NoHealthyEndpoint));
     }
     let Told { status, text, mut details } = failure.told(dialect, retried);
     if failure == Failure::ClientGone {
@@ -359,6 +359,8 @@ pub(super) fn failed(ex: &mut Exchange<'_>, error: &UpstreamError, retried: bool
             let detail: String = error.detail.chars().map(|c| if c.is_whitespace() { '_' } else { c }).collect();
             respond::local(ex, status, text, format!("{}|{detail}}}", details.trim_end_matches('}')))
         }
+        // Where the mesh says why there is no way, that is worth more than that there is none.
+        Failure::NoHealthy if error.reason.is_some() => respond::local(ex, status, text, error.detail.clone()),
         Failure::Overflow => {
             let mut answer = respond::local(ex, status, text, details);
             answer.headers_mut().insert("x-envoy-overloaded", HeaderValue::from_static("true"));

@@ -322,7 +322,7 @@ async fn send(
     let service = service.filter(|s| authorizer.namespace.as_ref().is_none_or(|ns| s.key.namespace == *ns));
     let service = service.ok_or_else(|| UpstreamError::new(Failure::NoCluster, format!("no service {}", authorizer.host)))?;
     let key = ClusterKey { service: service.key.clone(), port: authorizer.port, subset: None };
-    let cluster = conn.shared.upstreams.cluster(snap, &key).await?;
+    let cluster = conn.shared.upstreams.cluster(snap, &key, conn.role()).await?;
     let guard = cluster.admit()?;
     let host = cluster.pick(&PickContext { draw, hash: None, session: None, tried: &[], before: &[], dst: None, name: None })?;
     let http2 = authorizer.judges_bytes() || matches!(cluster.app_protocol(), AppProtocol::Http2 | AppProtocol::Grpc);

@@ -28,7 +28,7 @@ pub(crate) async fn copy(ex: &mut Exchange<'_>) {
 
 async fn one(ex: &mut Exchange<'_>, mirror: &Mirror, draw: u64) {
     let BackendRef::Service(key) = &mirror.to else { return };
-    let Ok(cluster) = ex.conn.shared.upstreams.cluster(&ex.snap, key).await else { return };
+    let Ok(cluster) = ex.conn.shared.upstreams.cluster(&ex.snap, key, ex.conn.role()).await else { return };
     let name = Some(host_of(&ex.authority));
     let pick = PickContext { draw, hash: None, session: None, tried: &[], before: &[], dst: ex.conn.asked(), name };
     let (Ok(host), Ok(guard)) = (cluster.pick(&pick), cluster.admit()) else { return };

@@ -4,7 +4,7 @@
 use super::cache::MOST;
 use super::*;
 use crate::me::Me;
-use crate::upstream::{Cluster, ClusterView, Counts, Deps, Host, HostView, Limits, Upstreams};
+use crate::upstream::{Cluster, ClusterView, Counts, Deps, Host, HostView, Limits, Role, Upstreams};
 use http::{HeaderName, HeaderValue, Method, Version};
 use mesh_identity::cache::CacheSettings;
 use mesh_identity::clock::SystemClock;
@@ -101,7 +101,7 @@ impl World {
     /// The cluster of a service, and its endpoint.
     pub fn to(&self, name: &str) -> (Arc<Cluster>, Arc<Host>) {
         let key = ClusterKey { service: key(name), port: 80, subset: None };
-        let cluster = self.upstreams.renew(&self.snap, &key).expect("a cluster");
+        let cluster = self.upstreams.renew(&self.snap, &key, Role::Waypoint).expect("a cluster");
         let host = Arc::clone(cluster.hosts().first().expect("an endpoint"));
         (cluster, host)
     }

@@ -1,5 +1,6 @@
 //! From the mesh to a cluster: which endpoints, with which priorities and shares.
 mod beyond;
+mod front;
 
 use super::cluster::{Cluster, Placement, Source};
 use super::host::{Host, Target};
@@ -14,7 +15,7 @@ use mesh_model::l7::destination::{Balance, Destination};
 use mesh_model::l7::route::ClusterKey;
 use mesh_model::labels::Labels;
 use mesh_model::lb::{Endpoint, family_allowed};
-use mesh_model::plan::Beyond;
+use mesh_model::plan::{Beyond, Front};
 use mesh_model::service::{AppProtocol, IpFamilies, LbMode, Service};
 use mesh_model::snapshot::{Backing, Viewpoint};
 use mesh_model::workload::{Locality, Protocol, Workload};
@@ -71,6 +72,8 @@ pub(super) struct Basis {
     pub own: Own,
     /// To its endpoints on other networks.
     pub ways: Vec<Beyond>,
+    /// To its waypoint, in place of its endpoints.
+    pub front: Option<Arc<Front>>,
 }
 impl Basis {
     /// Whether both are the same objects of the mesh.
@@ -80,7 +83,8 @@ impl Basis {
             (None, None) => true,
             _ => false,
         };
-        same && Arc::ptr_eq(&self.backing, &other.backing) && self.own == other.own && self.ways == other.ways
+        let ways = self.ways == other.ways && self.front == other.front;
+        same && Arc::ptr_eq(&self.backing, &other.backing) && self.own == other.own && ways
     }
 }
 
@@ -125,7 +129,13 @@ pub(super) fn service(
     plain: &Arc<TrafficPolicy>,
     basis: Basis,
 ) -> (Cluster, Vec<Listed>) {
-    let Basis { backing, destination, own, ways } = &basis;
+    if let Some(front) = &basis.front {
+        let listed = front::listed(service, key.port, front, &basis.own.network);
+        let protocol = service.port(key.port).map_or(AppProtocol::Unknown, |p| p.protocol);
+        let (policy, of) = (Arc::clone(plain), Some(Arc::clone(service)));
+        return (Cluster { protocol, ..cluster(state, policy, of, Source::Service(basis)) }, listed);
+    }
+    let Basis { backing, destination, own, ways, front: _ } = &basis;
     let destination = destination.as_ref();
     let subset = key.subset.as_deref();
     // A subset nobody declared would have no endpoints; `Upstreams::cluster` does not come here with one.
@@ -156,21 +166,29 @@ pub(super) fn service(
         listed.push(Listed { known, target, weight, priority, share, named });
     }
     listed.extend(far.listed());
-    let cluster = Cluster {
-        policy: Arc::clone(policy),
-        service: Some(Arc::clone(service)),
-        protocol: service.port(key.port).map_or(AppProtocol::Unknown, |p| p.protocol),
+    let protocol = service.port(key.port).map_or(AppProtocol::Unknown, |p| p.protocol);
+    let shares = rules.shares.iter().map(|(_, weight)| *weight).collect();
+    let passthrough = policy.balance == Balance::Passthrough || service.lb.mode == LbMode::Passthrough;
+    let (policy, service) = (Arc::clone(policy), Some(Arc::clone(service)));
+    (Cluster { protocol, shares, passthrough, ..cluster(state, policy, service, Source::Service(basis)) }, listed)
+}
+
+/// A cluster about whose endpoints nothing is said.
+fn cluster(state: &Arc<State>, policy: Arc<TrafficPolicy>, service: Option<Arc<Service>>, source: Source) -> Cluster {
+    Cluster {
+        policy,
+        service,
+        protocol: AppProtocol::Unknown,
         listed: Box::default(),
         members: ArcSwap::default(),
-        shares: rules.shares.iter().map(|(_, weight)| *weight).collect(),
+        shares: Box::default(),
         planning: Mutex::default(),
         outdated: AtomicBool::new(false),
-        passthrough: policy.balance == Balance::Passthrough || service.lb.mode == LbMode::Passthrough,
+        passthrough: false,
         wildcard: None,
-        source: Source::Service(basis),
+        source,
         state: Arc::clone(state),
-    };
-    (cluster, listed)
+    }
 }
 
 /// Whether a name stands for whatever host of it the client names.
@@ -189,23 +207,10 @@ pub(super) fn workload(state: &Arc<State>, known: &Arc<Known>, port: u16, plain:
         name: if ip.is_none() { w.hostname.clone() } else { None },
         hbone,
         expect: Arc::clone(known.expect()),
-        beyond: None,
+        lead: None,
     });
     let listed = |target| Listed { known: Arc::clone(known), target, weight: 1, priority: 0, share: 0, named: None };
-    let cluster = Cluster {
-        policy: Arc::clone(plain),
-        service: None,
-        protocol: AppProtocol::Unknown,
-        listed: Box::default(),
-        members: ArcSwap::default(),
-        shares: Box::default(),
-        planning: Mutex::default(),
-        outdated: AtomicBool::new(false),
-        passthrough: false,
-        wildcard: None,
-        source: Source::Workload(Arc::clone(known)),
-        state: Arc::clone(state),
-    };
+    let cluster = cluster(state, Arc::clone(plain), None, Source::Workload(Arc::clone(known)));
     (cluster, target.map(listed).into_iter().collect())
 }
 
@@ -218,14 +223,14 @@ fn target(service: &Service, port: u16, endpoint: &Endpoint) -> Option<Target> {
     let name = if ip.is_none() { Some(w.hostname.clone()?) } else { None };
     let hbone = w.protocol == Protocol::Hbone;
     let addr = SocketAddr::new(ip.unwrap_or(UNKNOWN), port);
-    Some(Target { addr, name, hbone, expect: endpoint.expect(service), beyond: None })
+    Some(Target { addr, name, hbone, expect: endpoint.expect(service), lead: None })
 }
 
 /// What consistent hashing places an endpoint by (Envoy: its address as text, or its host name). One gateway leads to several.
 fn key_of(target: &Target, known: &Known) -> Box<str> {
     match &target.name {
         Some(name) => format!("{name}:{}", target.addr.port()).into(),
-        None if target.beyond.is_some() => format!("{} {}", target.addr, known.uid()).into(),
+        None if target.lead.is_some() => format!("{} {}", target.addr, known.uid()).into(),
         None => target.addr.to_string().into(),
     }
 }

@@ -204,7 +204,7 @@ impl Cluster {
             } else {
                 let mut stranger = Workload::new(&to.to_string(), "", "");
                 stranger.ips = vec![to.ip()];
-                let target = Target { addr: to, name: None, hbone: false, expect: Arc::default(), beyond: None };
+                let target = Target { addr: to, name: None, hbone: false, expect: Arc::default(), lead: None };
                 (Arc::new(Known::new(Arc::new(stranger))), target)
             };
             Arc::new(Host { known, target, weight: 1, state: HostState::new(self.state.reach.threads()) })
@@ -304,7 +304,7 @@ impl Cluster {
     fn put(&self, hosts: Arc<[Arc<Host>]>, places: Arc<[Placement]>) {
         let plan = self.plan_of(&hosts, &places);
         let mut at: HashMap<IpAddr, Vec<usize>> = HashMap::new();
-        let own = |host: &Host| self.passthrough && host.target.name.is_none() && host.target.beyond.is_none();
+        let own = |host: &Host| self.passthrough && host.target.name.is_none() && host.target.lead.is_none();
         for (n, host) in hosts.iter().enumerate().filter(|(_, host)| own(host)) {
             at.entry(host.target.addr.ip()).or_default().push(n);
         }

@@ -1,5 +1,6 @@
 //! How an attempt at an upstream fails, in the words retries, access logs and answers need.
 pub use mesh_model::l7::failure::Failure;
+use mesh_model::{Reason, Refusal};
 use std::borrow::Cow;
 use std::fmt;
 
@@ -10,11 +11,17 @@ pub struct UpstreamError {
     pub failure: Failure,
     /// Envoy's "transport failure reason" or the like; may be empty.
     pub detail: Cow<'static, str>,
+    /// Set where the mesh says why: another word than the failure's own.
+    pub reason: Option<Reason>,
 }
 impl UpstreamError {
     /// A failure with particulars.
     pub fn new(failure: Failure, detail: impl Into<Cow<'static, str>>) -> Self {
-        Self { failure, detail: detail.into() }
+        Self { failure, detail: detail.into(), reason: None }
+    }
+    /// There is a destination, and no way to it.
+    pub fn refused(why: &Refusal) -> Self {
+        Self { failure: Failure::NoHealthy, detail: why.brief().into(), reason: Some(why.reason) }
     }
 }
 impl fmt::Display for UpstreamError {

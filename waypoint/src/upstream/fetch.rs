@@ -8,13 +8,14 @@ use super::pool::ShelfKey;
 use super::send::alone;
 use super::tls::TlsCache;
 use super::transport::{self, Purpose, Stream};
-use super::{PickContext, Upstreams};
+use super::{PickContext, Role, Upstreams};
 use bytes::Bytes;
 use http::{Request, StatusCode, Uri, header};
 use http_body_util::{BodyExt as _, Empty, Limited};
 use hyper_util::rt::TokioIo;
 use mesh_model::Snapshot;
 use mesh_model::l7::destination::{Roots, UpstreamTls};
+use mesh_model::l7::gateway::GatewayKey;
 use mesh_model::l7::route::ClusterKey;
 use mesh_model::telemetry::tracing::{Collector, Otlp};
 use mesh_runtime::resolve::{self, Resolver};
@@ -33,8 +34,8 @@ pub struct Fetcher {
     upstreams: Arc<Upstreams>,
     /// Tunnels of the mesh live on data threads, so fetches run on one.
     worker: Worker,
-    /// Whose view of the mesh decides what a host name means.
-    namespace: Arc<str>,
+    /// The Gateway this process serves: its namespace's view of the mesh decides what a host name means.
+    gateway: GatewayKey,
     resolver: Resolver,
     tls: TlsCache,
     /// The system's roots, the host of the URI.
@@ -64,15 +65,15 @@ struct Place {
 }
 
 impl Fetcher {
-    /// Fetches on `worker`, as a client of `namespace`.
-    pub fn new(mesh: Mesh, upstreams: Arc<Upstreams>, worker: Worker, namespace: &str) -> Self {
+    /// Fetches on `worker`, for the process that serves `gateway`.
+    pub fn new(mesh: Mesh, upstreams: Arc<Upstreams>, worker: Worker, gateway: GatewayKey) -> Self {
         let public =
             UpstreamTls { sni: None, sans: Vec::new(), roots: Roots::System, client: None, skip_verify: false, alpn: Vec::new() };
         Self {
             mesh,
             upstreams,
             worker,
-            namespace: namespace.into(),
+            gateway,
             resolver: Resolver::default(),
             tls: TlsCache::default(),
             public: Arc::new(public),
@@ -119,13 +120,19 @@ impl Fetcher {
         Ok(Box::new(tls))
     }
 
+    /// Who lets in clients from outside is a gateway in what it asks for itself, too.
+    fn role(&self, snap: &Snapshot) -> Role {
+        let listens = snap.find_gateway(&self.gateway).is_some_and(|gateway| !gateway.listeners.is_empty());
+        if listens { Role::Gateway } else { Role::Waypoint }
+    }
+
     /// A stream to an endpoint of the service that the host names; `None` when it names none.
     async fn through_the_mesh(&self, snap: &Arc<Snapshot>, to: &Target<'_>) -> Result<Option<Stream>, String> {
-        let namespace = to.namespace.unwrap_or(&self.namespace);
+        let namespace = to.namespace.unwrap_or(&self.gateway.namespace);
         let Some(service) = snap.find_service_by_host(to.host, namespace) else { return Ok(None) };
         let key = ClusterKey { service: service.key.clone(), port: to.port, subset: None };
         let failed = |e: super::UpstreamError| format!("service {}: {e}", service.key);
-        let cluster = self.upstreams.cluster(snap, &key).await.map_err(failed)?;
+        let cluster = self.upstreams.cluster(snap, &key, self.role(snap)).await.map_err(failed)?;
         let pick = PickContext {
             draw: rand::random(),
             hash: None,

@@ -32,8 +32,17 @@ pub(super) struct Target {
     pub hbone: bool,
     /// Who may answer there.
     pub expect: Arc<[SpiffeId]>,
-    /// Set where that is the gateway of another network: what is asked for there.
-    pub beyond: Option<Arc<Beyond>>,
+    /// Set where that is no endpoint of the service but who leads to them.
+    pub lead: Option<Arc<Lead>>,
+}
+
+/// Who is asked for a service, to be led to an endpoint of its choice.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Lead {
+    /// The service's waypoint, which is asked for this: a gateway's way, where that is wanted.
+    Waypoint(HboneAuthority),
+    /// The gateway of another network.
+    Network(Beyond),
 }
 
 /// A service on another network: reached in a tunnel within the one to the gateway.
@@ -45,6 +54,8 @@ pub(super) struct Beyond {
     pub expect: Arc<[SpiffeId]>,
     /// Our own network, which both ends are told.
     pub from: Option<HeaderValue>,
+    /// Who ends the inner one is a waypoint of the service, which nobody passed yet.
+    pub by_waypoint: bool,
 }
 
 /// What traffic changes about an endpoint.
@@ -146,9 +157,9 @@ impl Host {
     }
     /// Who it must prove to be; `None` when it is reached in plain, and behind a gateway where it may be one of several.
     pub fn identity(&self) -> Option<&SpiffeId> {
-        match &self.target.beyond {
-            None => self.target.hbone.then(|| self.target.expect.first()).flatten(),
-            Some(beyond) => beyond.expect.first().filter(|_| beyond.expect.len() == 1),
+        match self.target.lead.as_deref() {
+            None | Some(Lead::Waypoint(_)) => self.target.hbone.then(|| self.target.expect.first()).flatten(),
+            Some(Lead::Network(beyond)) => beyond.expect.first().filter(|_| beyond.expect.len() == 1),
         }
     }
     /// Whether it is reached through a tunnel.

@@ -25,6 +25,7 @@ use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 
 mod beyond;
+mod fronts;
 mod hbone;
 mod limits;
 mod picks;
@@ -104,7 +105,7 @@ impl World {
         self.apply(vec![Change::Destination(Arc::new(destination))]);
     }
     fn cluster(&self) -> Arc<Cluster> {
-        self.upstreams.renew(&self.snap, &cluster_key()).unwrap()
+        self.upstreams.renew(&self.snap, &cluster_key(), Role::Waypoint).unwrap()
     }
 }
 

@@ -6,7 +6,7 @@
 use super::Deps;
 use super::cluster::Cluster;
 use super::error::{Failure, UpstreamError};
-use super::host::Host;
+use super::host::{Host, Lead};
 use super::names::Names;
 use super::pool::ShelfKey;
 use super::proxy_protocol;
@@ -42,6 +42,10 @@ use tokio_rustls::client::TlsStream;
 
 /// Tells a gateway or agent what kind of proxy opened the stream (spec/waypoint §1.9).
 const ISTIO_SOURCE: HeaderName = HeaderName::from_static("x-istio-source");
+/// The service's waypoint was passed, or is not to be.
+const WAYPOINT: &str = "waypoint";
+/// It was not.
+const GATEWAY: &str = "gateway";
 
 /// Reaches endpoints.
 #[derive(Debug)]
@@ -78,6 +82,10 @@ impl Reach {
             tls: TlsCache::default(),
             baggage: ArcSwapOption::empty(),
         }
+    }
+    /// As a client of which namespace we ask.
+    pub fn namespace(&self) -> &str {
+        self.identity.namespace()
     }
     pub fn threads(&self) -> usize {
         self.pools.len()
@@ -304,29 +312,34 @@ async fn tunnel(
     let pool = reach.pools.get(thread).or(reach.pools.first());
     let pool = pool.ok_or_else(|| UpstreamError::new(Failure::Connect, "not on a data thread"))?;
     let any = if to.is_ipv4() { IpAddr::V4(Ipv4Addr::UNSPECIFIED) } else { IpAddr::V6(std::net::Ipv6Addr::UNSPECIFIED) };
+    let lead = host.target.lead.as_deref();
+    let (dial, authority, source) = match lead {
+        None => (SocketAddr::new(to.ip(), HBONE_PORT), HboneAuthority::Addr(to), WAYPOINT),
+        Some(Lead::Waypoint(authority)) => (to, authority.clone(), GATEWAY),
+        Some(Lead::Network(beyond)) => (to, beyond.authority.clone(), if beyond.by_waypoint { GATEWAY } else { WAYPOINT }),
+    };
     // All clients share the waypoint's tunnels: they are its own, with its own address.
-    let key = |dial| PoolKey::new(reach.identity.clone(), Arc::clone(&host.target.expect), any, dial);
-    let request = |authority| {
-        let mut request = ConnectRequest::to(authority);
+    let key = PoolKey::new(reach.identity.clone(), Arc::clone(&host.target.expect), any, dial);
+    let request = || {
+        let mut request = ConnectRequest::to(authority.clone());
         request.baggage = reach.baggage.load().as_deref().cloned();
         request.forwarded =
             client.and_then(|client| headers::forwarded(client, cluster.service.as_ref().map(|s| &*s.key.hostname)));
         request.traceparent = trace.map_or_else(headers::random_traceparent, TraceParent::encode);
-        request.extra.push((ISTIO_SOURCE, HeaderValue::from_static("waypoint")));
+        request.extra.push((ISTIO_SOURCE, HeaderValue::from_static(source)));
         request
     };
-    let Some(beyond) = &host.target.beyond else {
-        let (key, request) = (key(SocketAddr::new(to.ip(), HBONE_PORT)), request(HboneAuthority::Addr(to)));
-        let ((stream, _), tunnel) = pool.open_on(&key, &request).await.map_err(|e| failed(&e))?;
+    let Some(Lead::Network(beyond)) = lead else {
+        let ((stream, _), tunnel) = pool.open_on(&key, &request()).await.map_err(|e| failed(&e))?;
         return Ok((stream, Tunnels([Some(tunnel), None])));
     };
     let request = || {
-        let mut request = request(beyond.authority.clone());
+        let mut request = request();
         request.extra.extend(beyond.from.clone().map(|network| (headers::FORWARDED_NETWORK, network)));
         request
     };
     let secure = |io| reach.dialer.secure(io, &beyond.expect);
-    let nested = pool.open_within(&key(to), &request(), secure, &request()).await.map_err(|e| failed(&e))?;
+    let nested = pool.open_within(&key, &request(), secure, &request()).await.map_err(|e| failed(&e))?;
     Ok((nested.stream, Tunnels(nested.tunnels.map(Some))))
 }
 

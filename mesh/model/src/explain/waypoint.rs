@@ -15,6 +15,7 @@ use crate::l7::path::normalize;
 use crate::l7::policy::{L7Action, L7Body};
 use crate::l7::route::{Backend, BackendRef, ClusterKey, Dialect, HttpAction, HttpRoute, RequestFacts, TcpFacts, TcpRoute};
 use crate::l7::select::{Selected, select, select_tcp};
+use crate::plan::{Front, way_by_waypoint};
 use crate::reason::{Reason, Refusal};
 use crate::service::Service;
 use crate::snapshot::Snapshot;
@@ -280,7 +281,8 @@ impl Story<'_> {
             Ok(HttpAction::Forward(f)) => {
                 let decision = self.onward(me, target, &f.backends, f.total_weight, false);
                 let answer = match decision {
-                    Decision::Allowed | Decision::Elsewhere => "what the application answers",
+                    Decision::Allowed => "what the application answers",
+                    Decision::Elsewhere => "decided by the waypoint",
                     Decision::Partly => "what the application answers, or 503",
                     Decision::Denied => "503 (no endpoint takes it)",
                 };
@@ -391,12 +393,21 @@ impl Story<'_> {
         let client = SocketAddr::new(ip, self.source.address.port());
         let identity = me.identity().ok();
         let at = name_of(me);
-        let mut outcomes = Vec::new();
+        let (mut outcomes, mut elsewhere) = (Vec::new(), false);
         for backend in backends.iter().filter(|b| route::share(backends, b, total) > 0) {
             let refusal = match &backend.to {
                 BackendRef::Invalid { status, why } => {
                     Step { passes: false, ..Step::passes(&at, format!("{why}: answered {status}")) }
                 }
+                BackendRef::Service(key) if let Some(way) = self.by_waypoint(target, key, ip, me) => match way {
+                    Ok(step) => {
+                        self.steps.push(step);
+                        outcomes.push(true);
+                        elsewhere = true;
+                        continue;
+                    }
+                    Err(why) => Step::refuses(&at, &why),
+                },
                 BackendRef::Service(key) => match self.cluster(target, key) {
                     Ok(reached) if !reached.is_empty() => {
                         outcomes.extend(self.arrive(&reached, client, identity.as_ref()));
@@ -413,7 +424,24 @@ impl Story<'_> {
             outcomes.push(false);
             self.steps.push(refusal);
         }
-        decision(outcomes.into_iter())
+        match decision(outcomes.into_iter()) {
+            Decision::Allowed | Decision::Partly if elsewhere => Decision::Elsewhere,
+            decision => decision,
+        }
+    }
+    /// What a gateway does that goes through the waypoint of the service; `None`: it goes to the endpoints.
+    fn by_waypoint(&self, target: &For, key: &ClusterKey, own: IpAddr, me: &Workload) -> Option<Result<Step, Refusal>> {
+        let service = self.snap.find_service(&key.service).filter(|_| matches!(target, For::Gateway { .. }))?;
+        let way = way_by_waypoint(self.snap, service, key.port, own, &me.namespace)?;
+        let told = |front: Front| {
+            let waypoint = front.instances.first().map(|i| name_of(i.known.workload())).unwrap_or_default();
+            let text = format!(
+                "{} is reached through its waypoint {waypoint} (istio.io/ingress-use-waypoint), whose routes and policies decide the rest",
+                service.key
+            );
+            Step::passes(name_of(me), text)
+        };
+        Some(way.map(told))
     }
     /// The endpoints of a cluster with their ports; why there is no such cluster.
     fn cluster(&self, target: &For, key: &ClusterKey) -> Result<Vec<(Arc<Known>, u16)>, String> {

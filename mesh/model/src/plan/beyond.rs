@@ -53,12 +53,28 @@ pub fn ways_beyond(snap: &Snapshot, service: &Service, set: &EndpointSet, port: 
     ways
 }
 
-fn entrances(snap: &Snapshot, gateway: &GatewayRef, own: IpAddr) -> Result<Vec<Entrance>, Refusal> {
+/// The healthy instances of a network gateway, as far as they can be entered.
+pub(super) fn entrances(snap: &Snapshot, gateway: &GatewayRef, own: IpAddr) -> Result<Vec<Entrance>, Refusal> {
+    let none = || Refusal::new(Reason::NoGateway, format!("no healthy endpoint of {}", GatewayName(gateway)));
+    let mut usable: Result<Vec<Entrance>, Refusal> = Err(none());
+    for at in &instances(snap, gateway) {
+        match (entrance(Reason::NoGateway, gateway, at, own), &mut usable) {
+            (Ok(at), Ok(usable)) => usable.push(at),
+            (Ok(at), Err(_)) => usable = Ok(vec![at]),
+            (Err(why), Err(first)) => *first = why,
+            (Err(_), Ok(_)) => {}
+        }
+    }
+    usable
+}
+
+/// The instances of a waypoint or gateway among which an agent would draw.
+pub(super) fn instances<'a>(snap: &'a Snapshot, gateway: &GatewayRef) -> Vec<Instance<'a>> {
     let service = match &gateway.destination {
         GatewayDestination::Service(key) => snap.find_service(key),
         GatewayDestination::Address(network, ip) => snap.find_service_by_vip(network, *ip, ""),
     };
-    let all = match (service, &gateway.destination) {
+    match (service, &gateway.destination) {
         (Some(service), _) => {
             let port = service.port(gateway.hbone_port).map(|p| p.port);
             let set = snap.endpoint_set(&service.key).into_iter();
@@ -69,18 +85,7 @@ fn entrances(snap: &Snapshot, gateway: &GatewayRef, own: IpAddr) -> Result<Vec<E
             known.map(|known| Instance::alone(known, gateway.hbone_port)).collect()
         }
         (None, GatewayDestination::Service(_)) => Vec::new(),
-    };
-    let none = || Refusal::new(Reason::NoGateway, format!("no healthy endpoint of {}", GatewayName(gateway)));
-    let mut usable: Result<Vec<Entrance>, Refusal> = Err(none());
-    for at in &all {
-        match (entrance(gateway, at, own), &mut usable) {
-            (Ok(at), Ok(usable)) => usable.push(at),
-            (Ok(at), Err(_)) => usable = Ok(vec![at]),
-            (Err(why), Err(first)) => *first = why,
-            (Err(_), Ok(_)) => {}
-        }
     }
-    usable
 }
 
 /// Whom the service's endpoints on another network may prove to be: those its `sans` name, else those that are known one by one.
@@ -113,7 +118,7 @@ pub(super) fn through_gateway(
         .ok_or_else(|| refuse(format!("network {network:?} of {} has no gateway", upstream.uid)))?;
     let at = resolve(snap, conn, gateway, DRAW_GATEWAY_ENDPOINT)
         .map_err(|u| refuse(format!("{} {}", u.as_str(), GatewayName(gateway))))?;
-    let Entrance { dial, expect } = entrance(gateway, &at, conn.dst.ip())?;
+    let Entrance { dial, expect } = entrance(Reason::NoGateway, gateway, &at, conn.dst.ip())?;
     if sans.is_empty() {
         return Err(nobody_to_expect(service, &upstream.network));
     }
@@ -125,8 +130,9 @@ pub(super) fn through_gateway(
     })
 }
 
-fn entrance(gateway: &GatewayRef, at: &Instance<'_>, asked: IpAddr) -> Result<Entrance, Refusal> {
-    let refuse = |what: &str| Refusal::new(Reason::NoGateway, format!("{what} {}", GatewayName(gateway)));
+/// How an instance is entered; `reason`: what it is called when it cannot be.
+pub(super) fn entrance(reason: Reason, gateway: &GatewayRef, at: &Instance<'_>, asked: IpAddr) -> Result<Entrance, Refusal> {
+    let refuse = |what: &str| Refusal::new(reason, format!("{what} {}", GatewayName(gateway)));
     let families = at.service.map_or(IpFamilies::Automatic, |s| s.ip_families);
     let ip = choose_ip(at.known.workload(), families, asked).ok_or_else(|| refuse("no address of"))?;
     if at.expect.is_empty() {
@@ -135,7 +141,7 @@ fn entrance(gateway: &GatewayRef, at: &Instance<'_>, asked: IpAddr) -> Result<En
     Ok(Entrance { dial: SocketAddr::new(ip, at.port), expect: Arc::clone(&at.expect) })
 }
 
-fn nobody_to_expect(service: &Service, network: &Network) -> Refusal {
+pub(super) fn nobody_to_expect(service: &Service, network: &Network) -> Refusal {
     let why = format!("no subjectAltNames to verify {} behind network {:?}", service.key, network.as_str());
     Refusal::new(Reason::NoGateway, why)
 }

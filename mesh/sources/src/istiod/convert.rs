@@ -180,6 +180,7 @@ pub(super) fn service(m: &wire::Service, texts: &mut Interner) -> Result<Service
         Ok(waypoints) => s.waypoints = waypoints,
         Err(why) => s.waypoint_error = Some(format!("waypoint: {why}").into()),
     }
+    s.ingress_use_waypoint = m.ingress_use_waypoint;
     s.lb = m.load_balancing.as_ref().map_or_else(|| Ok(LoadBalancing::default()), load_balancing)?;
     s.ip_families = match wire::IpFamilies::try_from(m.ip_families) {
         Ok(wire::IpFamilies::Automatic) => IpFamilies::Automatic,

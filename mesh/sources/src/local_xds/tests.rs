@@ -26,6 +26,7 @@ services:
   ports: {80: 8080, 81: 0}
   subjectAltNames: [spiffe://cluster.local/ns/default/sa/local]
   canonical: true
+  ingressUseWaypoint: true
   loadBalancer: {routingPreferences: [Network, Region, Zone], mode: Failover, healthPolicy: OnlyHealthy}
   weightedWaypoints: [{destination: {destination: "default/wp", hboneMtlsPort: 15008}, weight: 90}]
 "#;
@@ -54,6 +55,7 @@ fn the_documented_example_is_read() {
     assert_eq!((m.destination_ports.none(), m.source_ips.any().len()), ([9999].as_slice(), 1));
     let s = &p.services[&ServiceKey::new("default", "example.com")];
     assert_eq!((s.ports.len(), s.port(81).unwrap().target, s.waypoints[0].weight, s.lb.scopes.len()), (2, 0, 90, 3));
+    assert!(s.is_fronted());
     assert_eq!(p.changes_since(&Parsed::default()).len(), 3);
     assert_eq!(read(TEXT).changes_since(&p).len(), 0);
     assert_eq!(Parsed::default().changes_since(&p).len(), 3);

@@ -104,6 +104,8 @@ impl Translator {
             cidr_vips: Vec::new(),
             ports: service_ports(&obj.ports),
             sans: Vec::new(),
+            ingress_use_waypoint: self.ingress_uses_waypoint(&obj.labels, &key.namespace)
+                && (error.is_some() || !waypoints.is_empty()),
             waypoints,
             waypoint_error: error.map(Into::into),
             lb,
@@ -157,6 +159,8 @@ impl Translator {
             cidr_vips,
             ports: service_ports(&obj.ports),
             sans: obj.sans.clone(),
+            ingress_use_waypoint: self.ingress_uses_waypoint(&obj.labels, &key.namespace)
+                && (error.is_some() || !waypoints.is_empty()),
             waypoints,
             waypoint_error: error.map(Into::into),
             lb,

@@ -336,6 +336,29 @@ spec:
 }
 
 #[test]
+fn gateways_go_through_waypoints_where_labels_say_so() {
+    let says = |value: &str| format!(", labels: {{istio.io/ingress-use-waypoint: \"{value}\"}}");
+    let objects = |ns_label: &str| {
+        ns("a", &format!("istio.io/use-waypoint: wp{ns_label}"))
+            + &gateway("a", "wp", "", "Same", true)
+            + &service("a", "inherits", "", "{}")
+            + &service("a", "yes", &says("True"), "{}")
+            + &service("a", "no", &says("false"), "{}")
+            + &service("a", "opted-out", ", labels: {istio.io/use-waypoint: none, istio.io/ingress-use-waypoint: \"true\"}", "{}")
+            + &service("a", "gone", ", labels: {istio.io/use-waypoint: gone, istio.io/ingress-use-waypoint: \"true\"}", "{}")
+    };
+    let told = |m: &State| -> Vec<bool> {
+        let of = |s: &str| m.s(&format!("a/{s}.a.svc.cluster.local")).ingress_use_waypoint;
+        ["inherits", "yes", "no", "opted-out", "gone"].map(of).to_vec()
+    };
+    // Without a waypoint that is asked for it says nothing; one that is not there is asked for.
+    assert_eq!(told(&mesh(&objects("")).0), [false, true, false, false, true]);
+    assert_eq!(told(&mesh(&objects(", istio.io/ingress-use-waypoint: \"true\"")).0), [true, true, false, false, true]);
+    let entry = "---\napiVersion: networking.istio.io/v1\nkind: ServiceEntry\nmetadata: {name: e, namespace: a, labels: {istio.io/ingress-use-waypoint: \"true\"}}\nspec: {hosts: [e.example], ports: [{number: 80, name: http}], resolution: STATIC}\n";
+    assert!(mesh(&(objects("") + entry)).0.s("a/e.example").ingress_use_waypoint);
+}
+
+#[test]
 fn waypoints_are_used_or_refused_never_passed_by() {
     let uses = |n: &str| format!(", labels: {{istio.io/use-waypoint: {n}}}");
     let base = ns("a", "istio.io/use-waypoint: wp")

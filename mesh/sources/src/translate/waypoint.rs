@@ -16,6 +16,8 @@ use crate::diagnostics::{Problem, Severity};
 const HBONE_PORT: u16 = 15008;
 const USE: &str = "istio.io/use-waypoint";
 const USE_NAMESPACE: &str = "istio.io/use-waypoint-namespace";
+/// Whether gateways go through the waypoint too, of a Service or ServiceEntry before its Namespace.
+const INGRESS: &str = "istio.io/ingress-use-waypoint";
 const CANARY: &str = "istio.io/use-waypoint-canary";
 const CANARY_NAMESPACE: &str = "istio.io/use-waypoint-canary-namespace";
 /// Label of a pod that is an instance of a Gateway.
@@ -77,6 +79,12 @@ impl Translator {
             Declared::Nothing | Declared::OptedOut => Found::Nothing,
             Declared::Waypoint { ns: wns, name } => self.waypoint(wns, name, ns, traffic, own),
         }
+    }
+    /// Whether gateways are to go through the waypoint of a service with `labels` in `ns`, if it has one. Any value of its own
+    /// label keeps it from its namespace's.
+    pub(super) fn ingress_uses_waypoint(&self, labels: &Labels, ns: &str) -> bool {
+        let said = labels.get(INGRESS).or_else(|| self.space_labels(ns)?.get(INGRESS));
+        said.is_some_and(|value| value.eq_ignore_ascii_case("true"))
     }
     /// Namespace of the (primary) waypoint a service asks for, there or not.
     pub(super) fn waypoint_namespace(&self, key: &ServiceKey) -> Option<Arc<str>> {

@@ -1,6 +1,6 @@
 //! Endpoints on other networks. As in Istio they are not told apart: each instance of their network's gateway is one endpoint for all
 //! of one locality behind it, with what they weigh together.
-use super::super::host::{self, Target};
+use super::super::host::{self, Lead, Target};
 use super::Listed;
 use http::HeaderValue;
 use mesh_model::known::Known;
@@ -14,7 +14,7 @@ use std::sync::Arc;
 /// The ways to other networks, and whom they lead to.
 pub(super) struct Far<'a> {
     /// Usable ways, and what is asked for there.
-    ways: Vec<(&'a Beyond, Arc<host::Beyond>)>,
+    ways: Vec<(&'a Beyond, Arc<Lead>)>,
     /// What every weight is multiplied by, so that gateways can share evenly.
     scale: u32,
     listed: Vec<Listed>,
@@ -22,11 +22,11 @@ pub(super) struct Far<'a> {
 
 impl<'a> Far<'a> {
     pub fn new(service: &Service, port: u16, ways: &'a [Beyond], own: &Network) -> Self {
-        // A network whose name is no header value is told to nobody.
-        let from = ways.first().and_then(|_| HeaderValue::from_str(own.as_str()).ok());
+        let from = ways.first().and_then(|_| network_of(own));
         let asked = |way: &Beyond| {
             let authority = HboneAuthority::Name { host: Arc::clone(&service.key.hostname), port };
-            Arc::new(host::Beyond { authority, expect: Arc::clone(&way.expect), from: from.clone() })
+            let (expect, from) = (Arc::clone(&way.expect), from.clone());
+            Arc::new(Lead::Network(host::Beyond { authority, expect, from, by_waypoint: false }))
         };
         let ways: Vec<_> = ways.iter().filter(|way| way.entrances.is_ok()).map(|way| (way, asked(way))).collect();
         let scale = ways.iter().fold(1, |scale, (way, _)| least_common_multiple(scale, count(way)));
@@ -52,8 +52,8 @@ impl<'a> Far<'a> {
                 at.priority = at.priority.min(priority);
                 continue;
             }
-            let (expect, beyond) = (Arc::clone(&entrance.expect), Some(Arc::clone(asked)));
-            let target = Target { addr: entrance.dial, name: None, hbone: true, expect, beyond };
+            let (expect, lead) = (Arc::clone(&entrance.expect), Some(Arc::clone(asked)));
+            let target = Target { addr: entrance.dial, name: None, hbone: true, expect, lead };
             self.listed.push(Listed { known: Arc::clone(&known), target, weight, priority, share, named: None });
         }
     }
@@ -61,6 +61,11 @@ impl<'a> Far<'a> {
     pub fn listed(self) -> Vec<Listed> {
         self.listed
     }
+}
+
+/// Our own network as others are told of it. One whose name is no header value is told to nobody.
+pub(super) fn network_of(own: &Network) -> Option<HeaderValue> {
+    HeaderValue::from_str(own.as_str()).ok()
 }
 
 /// Who is behind a gateway in the locality of one of them: nobody in particular, so that none is named in metrics and logs.

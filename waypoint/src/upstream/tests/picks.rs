@@ -177,7 +177,9 @@ async fn a_request_never_makes_a_table() {
     let mut world = world(&["a"]);
     let balance = Balance::Hash { algorithm: HashAlgorithm::Maglev(65_537), key: HashKey::SourceIp };
     world.policy(TrafficPolicy { balance: balance.clone(), ..TrafficPolicy::default() });
-    let asked = async |world: &World| world.upstreams.cluster(&Arc::new(world.snap.clone()), &cluster_key()).await.unwrap();
+    let asked = async |world: &World| {
+        world.upstreams.cluster(&Arc::new(world.snap.clone()), &cluster_key(), Role::Waypoint).await.unwrap()
+    };
     let first = asked(&world).await;
     assert_eq!(seen(&first), set(&["a"]), "the first of all waits for its table");
     world.endpoint("b", at(2));
@@ -207,7 +209,8 @@ async fn requests_that_come_first_together_have_one_table_made() {
     let balance = Balance::Hash { algorithm: HashAlgorithm::Maglev(65_537), key: HashKey::SourceIp };
     world.policy(TrafficPolicy { balance, ..TrafficPolicy::default() });
     let (snap, key) = (Arc::new(world.snap.clone()), cluster_key());
-    let mut all = futures_util::future::join_all((0..32).map(|_| world.upstreams.cluster(&snap, &key))).await.into_iter();
+    let mut all =
+        futures_util::future::join_all((0..32).map(|_| world.upstreams.cluster(&snap, &key, Role::Waypoint))).await.into_iter();
     let first = all.next().unwrap().unwrap();
     assert!(all.all(|other| Arc::ptr_eq(&first, &other.unwrap())));
 }
@@ -249,7 +252,7 @@ async fn subsets_are_chosen_by_labels_and_have_policies_of_their_own() {
     world.apply(vec![Change::Destination(Arc::new(destination.clone()))]);
     let of = |world: &World, name: &str| {
         let key = ClusterKey { subset: Some(name.into()), ..cluster_key() };
-        world.upstreams.renew(&world.snap, &key).unwrap()
+        world.upstreams.renew(&world.snap, &key, Role::Waypoint).unwrap()
     };
     assert_eq!(seen(&of(&world, "v1")), set(&["a"]));
     let v2 = of(&world, "v2");
@@ -259,7 +262,7 @@ async fn subsets_are_chosen_by_labels_and_have_policies_of_their_own() {
     assert!(turns[0] != turns[1] && turns[0] == turns[2] && turns[1] == turns[3], "{turns:?}");
     // One that nobody declared is no cluster.
     let undeclared = ClusterKey { subset: Some("v3".into()), ..cluster_key() };
-    assert_eq!(world.upstreams.renew(&world.snap, &undeclared).unwrap_err().failure, Failure::NoCluster);
+    assert_eq!(world.upstreams.renew(&world.snap, &undeclared, Role::Waypoint).unwrap_err().failure, Failure::NoCluster);
     assert_eq!(seen(&world.cluster()), set(&["a", "b", "c"]));
     // Forgotten with what they belonged to.
     world.policy(TrafficPolicy::default());
@@ -269,12 +272,12 @@ async fn subsets_are_chosen_by_labels_and_have_policies_of_their_own() {
     // What cannot be understood is refused.
     let broken = Destination { broken: Some("no such field".into()), ..destination };
     world.apply(vec![Change::Destination(Arc::new(broken))]);
-    let error = world.upstreams.renew(&world.snap, &cluster_key()).unwrap_err();
+    let error = world.upstreams.renew(&world.snap, &cluster_key(), Role::Waypoint).unwrap_err();
     assert_eq!((error.failure, &*error.detail), (Failure::NoCluster, "destination_unusable: no such field"));
     world.apply(vec![Change::DestinationGone(key()), Change::ServiceGone(key())]);
     world.upstreams.collect(&world.snap);
     assert!(world.upstreams.clusters().is_empty());
-    assert_eq!(world.upstreams.renew(&world.snap, &cluster_key()).unwrap_err().failure, Failure::NoCluster);
+    assert_eq!(world.upstreams.renew(&world.snap, &cluster_key(), Role::Waypoint).unwrap_err().failure, Failure::NoCluster);
 }
 
 #[tokio::test]

@@ -265,7 +265,7 @@ async fn failures_are_told_apart() {
     }
     // Accepts and says nothing, to TLS.
     let unknown = ClusterKey { port: 81, ..cluster_key() };
-    assert_eq!(world.upstreams.renew(&world.snap, &unknown).unwrap_err().failure, Failure::NoCluster);
+    assert_eq!(world.upstreams.renew(&world.snap, &unknown, Role::Waypoint).unwrap_err().failure, Failure::NoCluster);
     world.remove("a");
     assert_eq!(pick_with(&world.cluster(), 1).unwrap_err().failure, Failure::NoHealthy);
 }

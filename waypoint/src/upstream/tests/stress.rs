@@ -104,7 +104,7 @@ async fn endpoints_come_and_go_under_load() {
             let done = Arc::clone(&done);
             worker.spawn(async move {
                 while !stop.load(SeqCst) {
-                    let cluster = upstreams.renew(&now.load(), &cluster_key())?;
+                    let cluster = upstreams.renew(&now.load(), &cluster_key(), Role::Waypoint)?;
                     fetch(&cluster, n % 2 == 0).await?;
                     done.fetch_add(1, SeqCst);
                 }

@@ -91,9 +91,11 @@ fn a_waypoint_that_cannot_be_used_closes_and_does_not_open() {
             WeightedWaypoint { destination: Some(by_host("One")), weight: 90 },
             WeightedWaypoint { destination: Some(by_host("two")), weight: 10 },
         ],
+        ingress_use_waypoint: true,
         ..least_service()
     };
     let s = to_service(weighted).unwrap();
+    assert!(s.is_fronted() && !to_service(least_service()).unwrap().ingress_use_waypoint);
     let shares: Vec<(String, u16, u32)> = s
         .waypoints
         .iter()
