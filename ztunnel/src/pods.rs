@@ -4,6 +4,7 @@
 //! snapshot, or what the Kubernetes API or the CNI agent said last. It refuses to take a pod half: without listeners *and* redirection the pod is
 //! not served, is retried, and holds readiness back. Upstream: `Mesh` versions, `zds`. Downstream: `pod`, `accept`,
 //! `ebpf-loader`.
+mod settle;
 mod start;
 
 use crate::enrolment::{Arrival, ByKubernetes, Enrolled, Place};
@@ -13,7 +14,7 @@ use crate::prefilter::Prefilter;
 use crate::settings::RedirectMode;
 use crate::sockets::Sockets;
 use crate::zds::{Named, Order};
-use ebpf_loader::{CaptureRoutes, PinRoot, Redirect, RedirectError, Tally};
+use ebpf_loader::{CaptureRoutes, PinRoot, Redirect, RedirectError, Tally, Unsettled};
 use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
 use mesh_hbone::Pool;
@@ -26,6 +27,7 @@ use mesh_runtime::metrics::{MetricError, Registry};
 use mesh_runtime::readiness::{Readiness, ReadyTask};
 use mesh_runtime::sockets::{NetnsFd, NetnsId};
 use parking_lot::Mutex;
+use settle::Settler;
 pub use start::Counts;
 use start::{Rules, Running, Starter, attach, programs, table_of};
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -182,6 +184,7 @@ pub struct PodSupervisor {
     kubernetes: Option<ByKubernetes>,
     /// Pods whose interfaces changed.
     changed: (mpsc::Sender<WorkloadUid>, mpsc::Receiver<WorkloadUid>),
+    settler: Settler,
 }
 
 impl PodSupervisor {
@@ -203,6 +206,7 @@ impl PodSupervisor {
             cni: None,
             kubernetes: None,
             changed: mpsc::channel(16),
+            settler: Settler::start(),
             shared,
         }
     }
@@ -250,7 +254,10 @@ impl PodSupervisor {
                 // path is noticed.
                 () = tokio::time::sleep(RETRY) => {}
                 Some(ask) = successor.recv() => match ask {
-                    Ask::Listeners(reply) => drop(reply.send(self.listeners())),
+                    Ask::Listeners(reply) => {
+                        self.leave_unsettled().await;
+                        drop(reply.send(self.listeners()));
+                    }
                     Ask::Release => {
                         self.hand_over();
                         settled = Some(tokio::time::Instant::now() + self.shared.settings.handshake_timeout);
@@ -284,7 +291,15 @@ impl PodSupervisor {
         let (Some(pins), Some(running), false) = (self.pins.clone(), self.running.get_mut(uid), self.handed_over) else { return };
         let (Some(netns), Some(sockets)) = (running.pod.netns.clone(), &running.sockets) else { return };
         let Some(redirect) = running.redirect.take() else { return };
-        let checked = tokio::task::spawn_blocking(move || (redirect.is_outdated(), redirect)).await;
+        let check = move || {
+            let outdated = redirect.is_outdated();
+            if matches!(outdated, Ok(true)) {
+                // All places are taken then, not two at a time.
+                redirect.unsettled().leave();
+            }
+            (outdated, redirect)
+        };
+        let checked = tokio::task::spawn_blocking(check).await;
         let Ok((outdated, redirect)) = checked else { return };
         running.redirect = Some(redirect);
         let outcome = match outdated {
@@ -304,6 +319,12 @@ impl PodSupervisor {
             }
             Err(error) => tracing::error!(pod = %uid, error, "an interface of the pod may not be captured"),
         }
+    }
+
+    /// Leaves the places of pods to the next agent, which takes all that it finds missing: not two at a time.
+    async fn leave_unsettled(&self) {
+        let all: Vec<_> = self.running.values().filter_map(|r| r.redirect.as_ref()).map(Redirect::unsettled).collect();
+        let _ = tokio::task::spawn_blocking(move || all.iter().for_each(Unsettled::leave)).await;
     }
 
     /// Copies of all listeners.
@@ -578,6 +599,7 @@ impl PodSupervisor {
             by_cni: self.cni.is_some(),
             predecessor: self.predecessor.clone(),
             changed: self.changed.0.clone(),
+            settler: self.settler.clone(),
         }
     }
 

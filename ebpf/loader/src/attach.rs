@@ -19,6 +19,7 @@ use aya::programs::{
 use ebpf_common::{Config, MARK_AGENT, MARK_LOCAL, Slot, map, program};
 
 use crate::{
+    early::{self, Early, Unsettled},
     error::{RedirectError, map_error, program_error},
     listener::{self, NetnsCookie},
     netlink::Netlink,
@@ -65,6 +66,7 @@ pub struct Redirect {
     cookie: NetnsCookie,
     interfaces: Vec<String>,
     indexes: Vec<u32>,
+    unsettled: Unsettled,
 }
 
 /// The routes of captured packets alone, for rules that mark them as the programs do ([`crate::MARK_CAPTURE`]). They stay until
@@ -122,11 +124,23 @@ impl Redirect {
             // What is turned around comes in with the pod's own address.
             let settings: Vec<_> = chosen.iter().map(|interface| (interface.index, Setting::AcceptLocal)).collect();
             let plumbing = Plumbing::install(&mut netlink, &settings)?;
-            match attach_programs(netns.as_fd(), spec.config.with_token(cookie.token()), listeners, &chosen, pins.as_ref()) {
-                Ok((links, maps)) => {
+            let hooks = hooks(&chosen);
+            // Places that an earlier agent has are kept; there is no hurry then either.
+            let early = match &pins {
+                Some(pins) if !found && early::possible(&mut netlink, &hooks) => Some(pins.clone()),
+                _ => None,
+            };
+            let config = spec.config.with_token(cookie.token());
+            let attached = match early {
+                Some(pins) => attach_early(&netns, &mut netlink, config, listeners, hooks, pins),
+                None => attach_programs(netns.as_fd(), config, listeners, &hooks, pins.as_ref()),
+            };
+            match attached {
+                Ok(Attached { links, maps, early }) => {
                     let attachment = pins.map_or(Attachment::Held { _links: links }, Attachment::Pinned);
                     let (indexes, interfaces) = chosen.into_iter().map(|i| (i.index, i.name)).unzip();
-                    Ok(Self { attached: Some((attachment, plumbing)), maps, netns, cookie, interfaces, indexes })
+                    let unsettled = Unsettled::new(early);
+                    Ok(Self { attached: Some((attachment, plumbing)), maps, netns, cookie, interfaces, indexes, unsettled })
                 }
                 Err(e) if found => {
                     // What an earlier agent left goes on dropping what nobody carries.
@@ -185,6 +199,11 @@ impl Redirect {
         &self.interfaces
     }
 
+    /// What gives the pod its lasting places, which one that was captured for the first time does not have yet.
+    pub fn unsettled(&self) -> Unsettled {
+        self.unsettled.clone()
+    }
+
     /// Ends the capture and removes what was made in the pod's namespace. Close the captured connections first.
     pub fn detach(mut self) -> Result<(), RedirectError> {
         self.undo()
@@ -192,6 +211,9 @@ impl Redirect {
 
     fn undo(&mut self) -> Result<(), RedirectError> {
         let Some((attachment, plumbing)) = self.attached.take() else { return Ok(()) };
+        if let Some(early) = self.unsettled.take() {
+            netns::within(self.netns.as_fd(), || early::remove_filters(&early.hooks))?;
+        }
         match attachment {
             Attachment::Held { .. } => drop(attachment),
             Attachment::Pinned(pins) => pins.remove()?,
@@ -207,6 +229,7 @@ impl Redirect {
 impl Drop for Redirect {
     fn drop(&mut self) {
         if matches!(self.attached, Some((Attachment::Pinned(_), _))) {
+            self.unsettled.leave();
             return;
         }
         if let Err(e) = self.undo() {
@@ -260,35 +283,44 @@ fn choose(all: Vec<Interface>, wanted: Option<&[String]>) -> Result<Vec<Interfac
 }
 
 /// Every hook, in the order in which programs are put in force: all that receive, then all that turn packets around.
-fn hooks(interfaces: &[Interface]) -> Vec<Hook<'_>> {
+fn hooks(interfaces: &[Interface]) -> Vec<Hook> {
     let ends = [(program::ETH_INGRESS, TcAttachType::Ingress), (program::ETH_EGRESS, TcAttachType::Egress)];
     let of = |(name, direction)| {
         interfaces.iter().map(move |interface| Hook {
             pin: format!("{name}-{}", interface.index),
-            interface: &interface.name,
+            interface: interface.name.clone(),
+            index: interface.index,
             direction,
         })
     };
     ends.into_iter().flat_map(of).collect()
 }
 
-/// Attaches, or takes over, every program. The links come in the order of detaching; pinned ones stay out.
+/// What attaching makes.
+struct Attached {
+    /// In the order of detaching; pinned ones stay out.
+    links: Vec<FdLink>,
+    maps: Maps,
+    /// Where the lasting places have yet to be taken.
+    early: Option<Early>,
+}
+
+/// Attaches, or takes over, every program.
 fn attach_programs(
     netns: BorrowedFd<'_>,
     config: Config,
     listeners: Listeners<'_>,
-    interfaces: &[Interface],
+    hooks: &[Hook],
     pins: Option<&PodPins>,
-) -> Result<(Vec<FdLink>, Maps), RedirectError> {
-    let hooks = hooks(interfaces);
+) -> Result<Attached, RedirectError> {
     if let Some(pins) = pins
-        && pins.are_whole(object::digest(), &hooks)
+        && pins.are_whole(object::digest(), hooks)
     {
         // The very programs, where they belong: the verifier has nothing to say that it did not say before.
         let mut maps = Maps::pinned(pins)?;
         maps.set_config(config)?;
         fill_slots(&mut maps, listeners)?;
-        return Ok((Vec::new(), maps));
+        return Ok(Attached { links: Vec::new(), maps, early: None });
     }
     if let Some(pins) = pins {
         pins.unmark()?;
@@ -304,22 +336,53 @@ fn attach_programs(
         let (ingress, egress) = (verified(eth_ingress, program::ETH_INGRESS)?, verified(eth_egress, program::ETH_EGRESS)?);
         links.extend(attach_lookup(steer_lookup, netns, pins)?);
         for (hook, place) in hooks.iter().zip(joined(taken)?) {
-            let (classifier, name) = match hook.direction {
-                TcAttachType::Ingress => (&mut *ingress, program::ETH_INGRESS),
-                _ => (&mut *egress, program::ETH_EGRESS),
-            };
+            let (classifier, name) = early::program_of(hook, ingress, egress);
             let link = put_in_force(classifier, name, place)?;
             // Our descriptor of a pinned one may close.
             links.extend(pins.is_none().then_some(link));
         }
         Ok::<_, RedirectError>(maps)
     })?;
+    // Those of an agent that died before it had its places.
+    early::remove_filters(hooks)?;
     if let Some(pins) = pins {
-        pins.keep_only(&hooks)?;
+        pins.keep_only(hooks)?;
         pins.mark(object::digest())?;
     }
     links.reverse();
-    Ok((links, maps))
+    Ok(Attached { links, maps, early: None })
+}
+
+/// Attaches every program in a way that is taken at once; see [`crate::early`].
+fn attach_early(
+    netns: &OwnedFd,
+    netlink: &mut Netlink,
+    config: Config,
+    listeners: Listeners<'_>,
+    hooks: Vec<Hook>,
+    pins: PodPins,
+) -> Result<Attached, RedirectError> {
+    let attached = (|| {
+        let (mut instance, mut maps) = Instance::load(Some(&pins))?;
+        maps.set_config(config)?;
+        fill_slots(&mut maps, listeners)?;
+        let Programs { steer_lookup, eth_egress, eth_ingress } = instance.programs()?;
+        let (ingress, egress) = (verified(eth_ingress, program::ETH_INGRESS)?, verified(eth_egress, program::ETH_EGRESS)?);
+        attach_lookup(steer_lookup, netns.as_fd(), Some(&pins))?;
+        early::filter(netlink, &hooks, ingress, egress)?;
+        let netns = netns.try_clone().map_err(RedirectError::Namespace)?;
+        Ok((instance, maps, netns))
+    })();
+    match attached {
+        Ok((instance, maps, netns)) => {
+            let early = Early { netns, instance, hooks, pins, places: Vec::new() };
+            Ok(Attached { links: Vec::new(), maps, early: Some(early) })
+        }
+        Err(error) => {
+            early::unmake(&hooks);
+            Err(error)
+        }
+    }
 }
 
 /// Has the verifier look at a program.
@@ -343,14 +406,14 @@ fn attach_lookup(lookup: &mut SkLookup, netns: BorrowedFd<'_>, pins: Option<&Pod
 
 /// The place that an earlier agent has on the hook, with its program, or a new one for `idle`: before any other program, as one of
 /// those could pass a packet on for good.
-fn take_place(hook: &Hook<'_>, pins: Option<&PodPins>) -> Result<SchedClassifierLink, RedirectError> {
+pub(crate) fn take_place(hook: &Hook, pins: Option<&PodPins>) -> Result<SchedClassifierLink, RedirectError> {
     let failed = program_error(program::IDLE);
     if let Some(link) = pins.and_then(|pins| pins.link(hook)) {
         return SchedClassifierLink::try_from(link).map_err(|e| failed(io::Error::other(e).into()));
     }
     let options = TcAttachOptions::TcxOrder(LinkOrder::first());
     let link = object::with_idle(|idle| {
-        let id = idle.attach_with_options(hook.interface, hook.direction, options).map_err(&failed)?;
+        let id = idle.attach_with_options(&hook.interface, hook.direction, options).map_err(&failed)?;
         idle.take_link(id).map_err(&failed)
     })?;
     let Some(pins) = pins else { return Ok(link) };
@@ -359,7 +422,7 @@ fn take_place(hook: &Hook<'_>, pins: Option<&PodPins>) -> Result<SchedClassifier
 }
 
 /// Puts the program in the place of the one that is in the link, from the next packet on.
-fn put_in_force(
+pub(crate) fn put_in_force(
     classifier: &mut SchedClassifier,
     name: &'static str,
     place: SchedClassifierLink,

@@ -56,6 +56,8 @@
 #![deny(unsafe_code)]
 
 mod attach;
+mod clsact;
+mod early;
 mod error;
 mod listener;
 pub mod netlink;
@@ -68,6 +70,7 @@ mod probe;
 use std::ops::RangeInclusive;
 
 pub use attach::{CaptureRoutes, Listeners, PodSpec, Redirect};
+pub use early::Unsettled;
 pub use ebpf_common::{Config, Counter, HBONE_PORT, MARK_AGENT, MARK_CAPTURE, MARK_LOCAL, MARK_MASK, MAX_SOURCES, Tally};
 pub use error::{ListenerFault, RedirectError, Unsupported};
 pub use listener::NetnsCookie;

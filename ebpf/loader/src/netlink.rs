@@ -1,6 +1,6 @@
 //! As much of rtnetlink as the redirection needs: one request, one answer, in the calling thread's network namespace.
 //!
-//! Numbers are from the kernel's `linux/netlink.h`, `linux/rtnetlink.h`, `linux/fib_rules.h` and `linux/if_link.h`. Answers
+//! Numbers are from the kernel's `linux/netlink.h`, `linux/rtnetlink.h`, `linux/fib_rules.h`, `linux/if_link.h` and `linux/pkt_sched.h`. Answers
 //! are read with bounds checks throughout: a short or odd one is an error, never a panic.
 use std::{
     io,
@@ -18,6 +18,11 @@ pub(crate) const RTM_NEWROUTE: u16 = 24;
 pub(crate) const RTM_DELROUTE: u16 = 25;
 pub(crate) const RTM_NEWRULE: u16 = 32;
 pub(crate) const RTM_DELRULE: u16 = 33;
+pub(crate) const RTM_NEWQDISC: u16 = 36;
+pub(crate) const RTM_DELQDISC: u16 = 37;
+pub(crate) const RTM_NEWTFILTER: u16 = 44;
+pub(crate) const RTM_DELTFILTER: u16 = 45;
+pub(crate) const RTM_GETTFILTER: u16 = 46;
 
 const NLM_F_REQUEST: u16 = 0x1;
 const NLM_F_ACK: u16 = 0x4;

@@ -88,6 +88,18 @@ impl Maps {
         self.config.set(0, ConfigValue(config), 0).map_err(|e| map_error(map::CONFIG, e))
     }
 
+    /// Has programs that nobody will serve again pass everything.
+    pub(crate) fn let_go(&mut self) -> Result<(), RedirectError> {
+        let ConfigValue(now) = self.config.get(&0, 0).map_err(|e| map_error(map::CONFIG, e))?;
+        self.set_config(
+            now.with_fail_open(true)
+                .with_reset_existing(false)
+                .with_refuse_udp(false)
+                .with_refuse_exotic(false)
+                .with_capture_dns(false),
+        )
+    }
+
     /// Makes the map say these, from whatever it said. On the way it denies nothing that neither says.
     pub(crate) fn set_sources(&mut self, wanted: &[Source]) -> Result<(), RedirectError> {
         let fail = |e| map_error(map::SOURCES, e);

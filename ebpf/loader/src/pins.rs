@@ -29,6 +29,7 @@ use nix::{
 use crate::{
     error::{RedirectError, map_error},
     listener::NetnsCookie,
+    object::Maps,
 };
 
 /// Where a BPF filesystem is by convention; one is mounted here when it is missing.
@@ -83,6 +84,7 @@ impl PinRoot {
         let mut removed = 0;
         for pod in listing.filter_map(Result::ok).map(|entry| PodPins { dir: entry.path() }) {
             if !held.contains(&pod.dir) {
+                pod.let_go();
                 pod.remove()?;
                 removed += 1;
             }
@@ -101,12 +103,17 @@ pub(crate) const MAPS: [&str; 5] = [map::SOCKS, map::CONFIG, map::TRAFFIC, map::
 /// Begins the name of the mark that says of which object the programs in the links are.
 const OBJECT: &str = "object-";
 
+fn is_mark(entry: &fs::DirEntry) -> bool {
+    entry.file_name().to_string_lossy().starts_with(OBJECT)
+}
+
 /// Where a classifier belongs.
 #[derive(Debug)]
-pub(crate) struct Hook<'a> {
+pub(crate) struct Hook {
     /// Its link's pin.
     pub(crate) pin: String,
-    pub(crate) interface: &'a str,
+    pub(crate) interface: String,
+    pub(crate) index: u32,
     pub(crate) direction: TcAttachType,
 }
 
@@ -131,15 +138,15 @@ impl PodPins {
     }
 
     /// The pinned link of a hook, if its program is where it belongs. (That of an interface that is gone stays, and has none.)
-    pub(crate) fn link(&self, hook: &Hook<'_>) -> Option<FdLink> {
+    pub(crate) fn link(&self, hook: &Hook) -> Option<FdLink> {
         let link = FdLink::from(PinnedLink::from_pin(self.dir.join(&hook.pin)).ok()?);
         let program = link.info().ok()?.program_id();
-        let (_, there) = SchedClassifier::query_tcx(hook.interface, hook.direction).ok()?;
+        let (_, there) = SchedClassifier::query_tcx(&hook.interface, hook.direction).ok()?;
         there.iter().any(|at| at.id() == program).then_some(link)
     }
 
     /// Whether every link is of the object `digest` and its program is where it belongs. What cannot be told is not so.
-    pub(crate) fn are_whole(&self, digest: &str, hooks: &[Hook<'_>]) -> bool {
+    pub(crate) fn are_whole(&self, digest: &str, hooks: &[Hook]) -> bool {
         let there = |name: &str| self.dir.join(name).exists();
         there(&format!("{OBJECT}{digest}"))
             && there(program::STEER_LOOKUP)
@@ -156,7 +163,7 @@ impl PodPins {
     /// Says so no longer, of any object.
     pub(crate) fn unmark(&self) -> Result<(), RedirectError> {
         let listing = fs::read_dir(&self.dir).map_err(|e| self.error("list", e))?;
-        let mut marks = listing.filter_map(Result::ok).filter(|entry| entry.file_name().to_string_lossy().starts_with(OBJECT));
+        let mut marks = listing.filter_map(Result::ok).filter(is_mark);
         marks.try_for_each(|entry| fs::remove_file(entry.path())).map_err(|e| self.error("remove from", e))
     }
 
@@ -172,7 +179,7 @@ impl PodPins {
 
     /// Removes what is neither of these hooks nor of the pod as such: hooks of interfaces that are gone, and what agents of other
     /// versions had.
-    pub(crate) fn keep_only(&self, hooks: &[Hook<'_>]) -> Result<(), RedirectError> {
+    pub(crate) fn keep_only(&self, hooks: &[Hook]) -> Result<(), RedirectError> {
         let listing = fs::read_dir(&self.dir).map_err(|e| self.error("list", e))?;
         for entry in listing.filter_map(Result::ok) {
             let name = entry.file_name();
@@ -182,6 +189,17 @@ impl PodPins {
             }
         }
         Ok(())
+    }
+
+    /// What an agent attached that died before it had its lasting places ([`crate::early`]) stays attached without pins: has it pass
+    /// everything.
+    fn let_go(&self) {
+        let Ok(listing) = fs::read_dir(&self.dir) else { return };
+        if !listing.filter_map(Result::ok).any(|entry| is_mark(&entry))
+            && let Err(error) = Maps::pinned(self).and_then(|mut maps| maps.let_go())
+        {
+            tracing::debug!(%error, "what an agent left half attached may drop packets");
+        }
     }
 
     /// Detaches and removes everything, in the order of [`crate::attach`]. What is no longer there is as it should be.

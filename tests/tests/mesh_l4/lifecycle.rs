@@ -171,6 +171,24 @@ pub(crate) fn a_stopped_agent_fails_closed_until_cleaned_up(mesh: &mut Mesh) -> 
     seen
 }
 
+/// Pods are captured by filters first, which who administers the pod's network may remove; those go as soon as there is time.
+pub(crate) fn pods_are_given_their_lasting_places(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let pins = mesh.topology().node("node-b").netns.pins().join("node-b");
+    let marked = |pod: std::io::Result<std::fs::DirEntry>| {
+        let mut entries = std::fs::read_dir(pod?.path())?;
+        Ok::<_, io::Error>(entries.any(|entry| entry.is_ok_and(|e| e.file_name().to_string_lossy().starts_with("object-"))))
+    };
+    wait::until_true("every pod to have its places", || {
+        std::fs::read_dir(&pins).is_ok_and(|mut pods| pods.all(|pod| marked(pod).unwrap_or(false)))
+    })?;
+    for pod in mesh.topology().plan().pods.iter().filter(|pod| pod.node == "node-b") {
+        let shown = mesh.pod(&pod.name).netns.output(Command::new("tc").args(["qdisc", "show", "dev", "eth0"]))?;
+        let shown = String::from_utf8_lossy(&shown.stdout).into_owned();
+        ensure!(!shown.contains("clsact"), "filters are left in {}: {shown}", pod.name);
+    }
+    Ok(())
+}
+
 /// Only because it was told to.
 pub(crate) fn a_killed_agent_may_leave_its_pods_open(mesh: &mut Mesh) -> anyhow::Result<()> {
     mesh.b().terminate(Duration::from_secs(30))?;
@@ -244,6 +262,7 @@ pub(crate) fn an_upgrade_loses_nothing(mesh: &mut Mesh) -> anyhow::Result<()> {
 pub(crate) fn fifty_restarts_leave_nothing_behind(mesh: &mut Mesh) -> anyhow::Result<()> {
     let (client, web1) = (Arc::clone(mesh.pod("client")), mesh.pod("web1").at(PORT));
     restart_b(mesh)?;
+    pods_are_given_their_lasting_places(mesh)?;
     let before = held_by_b(mesh)?;
     for round in 1..=5 {
         let stop = AtomicBool::new(false);
@@ -336,6 +355,10 @@ fn held_by_b(mesh: &Mesh) -> anyhow::Result<Held> {
             ("rules of IPv6", &["ip", "-6", "rule", "show"]),
             ("routes", &["ip", "route", "show", "table", "all"]),
             ("listeners", &["ss", "-Htln"]),
+            ("sockets of UDP", &["ss", "-Huan"]),
+            ("links", &["ip", "-br", "link", "show"]),
+            ("queueing disciplines", &["tc", "qdisc", "show"]),
+            ("tables", &["nft", "list", "tables"]),
         ] {
             let [program, args @ ..] = command else { continue };
             let told = place.netns.output(Command::new(program).args(args))?;

@@ -69,6 +69,7 @@ const TESTS: &[Test<Mesh>] = &[
     test("sigterm_drains_what_is_in_flight", lifecycle::sigterm_drains_what_is_in_flight),
     test("sigterm_drains_the_sources_agent_too", lifecycle::sigterm_drains_the_sources_agent_too),
     test("an_agent_is_not_ready_before_it_has_its_mesh", lifecycle::an_agent_is_not_ready_before_it_has_its_mesh),
+    test("pods_are_given_their_lasting_places", lifecycle::pods_are_given_their_lasting_places),
     test("a_killed_agent_is_replaced_by_a_new_one", lifecycle::a_killed_agent_is_replaced_by_a_new_one),
     test(
         "the_plain_log_is_istios_line_and_quitquitquit_ends_the_agent",

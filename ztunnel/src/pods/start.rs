@@ -8,6 +8,7 @@ use crate::enrolment::Enrolled;
 use crate::handover::Predecessor;
 use crate::nft::Table;
 use crate::pod::{Pod, Shared};
+use crate::pods::settle::Settler;
 use crate::ports::Ports;
 use crate::prefilter::{ranges, sources};
 use crate::settings::{OlderConnections, RedirectMode, Settings, Udp};
@@ -115,6 +116,7 @@ pub(super) struct Starter {
     pub(super) predecessor: Option<Arc<Predecessor>>,
     /// Is told of pods whose interfaces change.
     pub(super) changed: mpsc::Sender<WorkloadUid>,
+    pub(super) settler: Settler,
 }
 
 impl Starter {
@@ -126,6 +128,7 @@ impl Starter {
         inherited: Option<Sockets>,
     ) -> Result<Running, String> {
         let identity = enrolled.identity.clone().map_err(|e| format!("identity: {e}"))?;
+        let _enrolling = self.settler.enrolling();
         let (drain, watch) = drain::channel();
         let (accepting, accept) = drain::channel();
         self.shared.svids.introduce(&identity, &enrolled.key, &enrolled.facts);
@@ -187,6 +190,9 @@ impl Starter {
                 name.clone(),
                 dns::run_tcp(Arc::clone(&pod), tcp, accept.clone()),
             )));
+        }
+        if let Some(redirect) = &redirect {
+            self.settler.add(&name, redirect.unsettled());
         }
         let ready = Arc::new(self.readiness.pending(&format!("certificate of {name}")));
         let links = match (&self.pins, &netns) {

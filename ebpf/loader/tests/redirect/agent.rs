@@ -44,9 +44,23 @@ impl Agent {
         Self::start_whole(pod, config, None)
     }
 
-    /// One whose redirection outlives it.
+    /// One whose redirection outlives it, in its lasting places.
     pub fn start_pinned(pod: &Netns, pins: &PinRoot) -> Self {
+        let agent = Self::start_early(pod, pins);
+        agent.settle();
+        agent
+    }
+
+    /// The same, which does not have them yet.
+    pub fn start_early(pod: &Netns, pins: &PinRoot) -> Self {
         Self::start_whole(pod, Config::default(), Some(pins)).expect("attach")
+    }
+
+    /// Takes them.
+    pub fn settle(&self) {
+        let unsettled = self.redirect.as_ref().expect("attached").unsettled();
+        while unsettled.settle().expect("settle") {}
+        assert!(!unsettled.is_unsettled());
     }
 
     fn start_whole(pod: &Netns, config: Config, pins: Option<&PinRoot>) -> Result<Self, RedirectError> {

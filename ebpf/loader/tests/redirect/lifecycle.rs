@@ -39,7 +39,13 @@ fn remains(pod: &Netns) -> String {
         [("lo", TcAttachType::Ingress), ("eth0", TcAttachType::Ingress), ("eth0", TcAttachType::Egress)]
             .map(|(device, direction)| SchedClassifier::query_tcx(device, direction).expect("query").1.len())
     });
-    found + &format!("programs={programs:?}\n")
+    found + &format!("programs={programs:?}\n{}", filters(pod))
+}
+
+/// The filters of `eth0`, and what they are of.
+fn filters(pod: &Netns) -> String {
+    let of = ["qdisc show dev eth0 clsact", "filter show dev eth0 ingress", "filter show dev eth0 egress"];
+    of.map(|what| pod.tc(what)).concat()
 }
 
 #[test]
@@ -348,6 +354,144 @@ fn programs_are_replaced_without_a_gap() {
     let captured = std::iter::from_fn(|| first.captured.recv_timeout(Duration::from_secs(1)).ok()).count();
     assert_eq!(captured, dialled + 1);
     assert!(dialled > 5, "{dialled}");
+}
+
+/// Captured at once, by filters; the lasting places are taken under load, and nobody notices.
+#[test]
+fn a_pod_is_given_its_lasting_places_later() {
+    require_root!("a_pod_is_given_its_lasting_places_later");
+    let net = Topology::new();
+    let pins = Pins::new("early");
+    echo_server(&net.host, 8080);
+    echo_server(&net.pod, 9090);
+    echo_server(&net.pod, 15008);
+    let before = remains(&net.pod);
+    let mut agent = Agent::start_early(&net.pod, &pins.0);
+    assert!(hooks(&net.pod).iter().all(|(_, programs)| *programs == 0), "{:?}", hooks(&net.pod));
+    assert_eq!(filters(&net.pod).matches("culvert").count(), 2, "{}", filters(&net.pod));
+    let captured = |agent: &Agent| {
+        for (from_pod, to, port) in WAYS.into_iter().chain(HBONE) {
+            let from = if from_pod { &net.pod } else { &net.host };
+            Client::connect(from, SocketAddr::new(ip(to), port)).expect("captured").finish();
+            agent.next();
+        }
+    };
+    captured(&agent);
+    let (mut held, stop) =
+        (Client::connect(&net.pod, SocketAddr::new(ip(SERVICE4), 8080)).expect("captured"), AtomicBool::new(false));
+    agent.next();
+    let dialled = std::thread::scope(|scope| {
+        let dialler = scope.spawn(|| {
+            let mut count = 0;
+            while !stop.load(Ordering::Relaxed) {
+                Client::connect(&net.pod, SocketAddr::new(ip(SERVICE6), 8080)).expect("captured").finish();
+                Client::connect(&net.host, SocketAddr::new(ip(POD4), 9090)).expect("captured").finish();
+                count += 2;
+            }
+            count
+        });
+        std::thread::sleep(Duration::from_millis(20));
+        agent.settle();
+        std::thread::sleep(Duration::from_millis(20));
+        stop.store(true, Ordering::Relaxed);
+        dialler.join().expect("dialler")
+    });
+    held.echo("still carried");
+    assert_eq!(std::iter::from_fn(|| agent.captured.recv_timeout(Duration::from_secs(1)).ok()).count(), dialled);
+    assert!(hooks(&net.pod).iter().all(|(_, programs)| *programs == 1), "{:?}", hooks(&net.pod));
+    assert_eq!(filters(&net.pod), "", "nothing is left of them");
+    assert_eq!(pinned(&pins.0).len(), 8, "{:?}", pinned(&pins.0));
+    captured(&agent);
+    held.finish();
+    agent.redirect.take().expect("attached").detach().expect("detach");
+    assert_eq!(remains(&net.pod), before);
+}
+
+/// An agent that dies before the pod has its lasting places: closed until the next has them, or gives the pod up.
+#[test]
+fn a_pod_without_its_lasting_places_is_closed_too() {
+    require_root!("a_pod_without_its_lasting_places_is_closed_too");
+    let net = Topology::new();
+    let pins = Pins::new("early-death");
+    echo_server(&net.host, 8080);
+    echo_server(&net.pod, 9090);
+    let before = remains(&net.pod);
+    let closed = || {
+        for way in WAYS {
+            let error = dial(&net, way, Duration::from_millis(50)).expect_err("no agent runs");
+            assert!(timed_out(&error), "{way:?}: {error}");
+        }
+    };
+    let captured = |agent: &Agent| {
+        for (from_pod, to, port) in WAYS {
+            let from = if from_pod { &net.pod } else { &net.host };
+            Client::connect(from, SocketAddr::new(ip(to), port)).expect("captured").finish();
+            agent.next();
+        }
+    };
+    // Taken over; the places that it has by then are kept.
+    for settled in [0, 1, 2] {
+        let agent = Agent::start_early(&net.pod, &pins.0);
+        let unsettled = agent.redirect.as_ref().expect("attached").unsettled();
+        for _ in 0..settled {
+            assert!(unsettled.settle().expect("a place"));
+        }
+        unsettled.leave();
+        drop(agent);
+        closed();
+        let mut agent = Agent::start_early(&net.pod, &pins.0);
+        assert!(!agent.redirect().unsettled().is_unsettled(), "an agent that takes over has all places at once");
+        assert_eq!(filters(&net.pod), "");
+        captured(&agent);
+        agent.redirect.take().expect("attached").detach().expect("detach");
+        drop(agent);
+        assert_eq!(remains(&net.pod), before);
+    }
+    // Given up: direct, and captured again like any other.
+    drop(Agent::start_early(&net.pod, &pins.0));
+    closed();
+    assert_eq!(pins.0.sweep([]).expect("sweep"), 1);
+    for way in WAYS {
+        dial(&net, way, Duration::from_secs(1)).expect("direct");
+    }
+    let mut agent = Agent::start_early(&net.pod, &pins.0);
+    assert!(agent.redirect().unsettled().is_unsettled());
+    captured(&agent);
+    // Given up before it has them.
+    agent.redirect.take().expect("attached").detach().expect("detach");
+    assert_eq!(remains(&net.pod), before);
+}
+
+/// Filters come after programs of others in the newer places, which may pass packets on for good, and those of others are theirs.
+#[test]
+fn beside_others_a_pod_is_given_its_lasting_places_at_once() {
+    require_root!("beside_others_a_pod_is_given_its_lasting_places_at_once");
+    let net = Topology::new();
+    let pins = Pins::new("early-others");
+    net.pod.tc("qdisc add dev eth0 clsact");
+    net.pod.tc("filter add dev eth0 egress protocol ip prio 7 u32 match u32 0 0 flowid 1:1");
+    let theirs = filters(&net.pod);
+    let mut agent = Agent::start_early(&net.pod, &pins.0);
+    assert!(!agent.redirect().unsettled().is_unsettled());
+    assert_eq!(filters(&net.pod), theirs);
+    agent.redirect.take().expect("attached").detach().expect("detach");
+    drop(agent);
+    assert_eq!(filters(&net.pod), theirs);
+    net.pod.tc("qdisc del dev eth0 clsact");
+    // An empty one is of use.
+    net.pod.tc("qdisc add dev eth0 clsact");
+    let mut agent = Agent::start_early(&net.pod, &pins.0);
+    assert!(agent.redirect().unsettled().is_unsettled());
+    agent.redirect.take().expect("attached").detach().expect("detach");
+    drop(agent);
+    // The links of an agent without pins are programs like those of others.
+    let mut without = Agent::start(&net.pod);
+    without.stop_listening();
+    let mut agent = Agent::start_early(&net.pod, &pins.0);
+    assert!(!agent.redirect().unsettled().is_unsettled());
+    agent.redirect.take().expect("attached").detach().expect("detach");
+    drop(agent);
+    drop(without);
 }
 
 /// Killed at any moment of an attachment, the first or a later one: what is there drops, and the next agent completes it.
@@ -765,11 +909,20 @@ fn enrolment_time() {
     let [out, inbound, hbone] = listeners_in(&net.pod);
     let listeners = Listeners { outbound: out.as_fd(), inbound: inbound.as_fd(), hbone: hbone.as_fd() };
     for _ in 0..5 {
-        let spec = PodSpec { netns: net.pod.fd(), interfaces: None, config: Config::default(), pins: None };
-        let start = Instant::now();
-        let redirect = Redirect::attach(&spec, &listeners).expect("attach");
-        let (attached, start) = (start.elapsed(), Instant::now());
-        redirect.detach().expect("detach");
-        eprintln!("MEASURED: attach {attached:?}, detach {:?}", start.elapsed());
+        let pins = Pins::new("time");
+        for pins in [None, Some(&pins.0)] {
+            let spec = PodSpec { netns: net.pod.fd(), interfaces: None, config: Config::default(), pins };
+            let start = Instant::now();
+            let redirect = Redirect::attach(&spec, &listeners).expect("attach");
+            let (attached, start) = (start.elapsed(), Instant::now());
+            while redirect.unsettled().settle().expect("settle") {}
+            let (settled, start) = (start.elapsed(), Instant::now());
+            redirect.detach().expect("detach");
+            eprintln!(
+                "MEASURED: pinned: {}; attach {attached:?}, settle {settled:?}, detach {:?}",
+                pins.is_some(),
+                start.elapsed()
+            );
+        }
     }
 }

@@ -53,6 +53,11 @@ impl Netns {
         run(&format!("ip -n {} {arguments}", self.name))
     }
 
+    /// Runs `tc` inside.
+    pub fn tc(&self, arguments: &str) -> String {
+        run(&format!("tc -n {} {arguments}", self.name))
+    }
+
     /// Runs a program inside, to its end; a middle dot is a space within a word.
     pub fn program(&self, command: &str) -> String {
         let command = command.to_owned();

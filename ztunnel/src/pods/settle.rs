@@ -1,0 +1,110 @@
+//! When pods are given their lasting places on the hooks of their interfaces.
+//!
+//! Each has the kernel wait for all its readers with the lock of all interfaces held, some ten milliseconds in which no other pod can be
+//! enrolled. Pods are captured without (`ebpf_loader::Unsettled`), so that is done one by one when none is being enrolled; but not put off
+//! for ever.
+use ebpf_loader::Unsettled;
+use std::time::Duration;
+use tokio::sync::{mpsc, watch};
+
+/// How long no pod may have been enrolled for.
+const QUIET: Duration = Duration::from_millis(100);
+/// How long that is waited for.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Who captures pods tells it.
+#[derive(Clone, Debug)]
+pub(super) struct Settler {
+    queue: mpsc::UnboundedSender<(String, Unsettled)>,
+    enrolling: watch::Sender<usize>,
+}
+
+/// While there is one, nothing is settled.
+pub(super) struct Enrolling(watch::Sender<usize>);
+
+impl Drop for Enrolling {
+    fn drop(&mut self) {
+        self.0.send_modify(|count| *count = count.saturating_sub(1));
+    }
+}
+
+impl Settler {
+    /// Ends when the last of these is gone.
+    pub(super) fn start() -> Self {
+        let (queue, pods) = mpsc::unbounded_channel();
+        let (enrolling, count) = watch::channel(0);
+        tokio::spawn(run(pods, count));
+        Self { queue, enrolling }
+    }
+
+    /// Says that a pod is being enrolled.
+    pub(super) fn enrolling(&self) -> Enrolling {
+        self.enrolling.send_modify(|count| *count += 1);
+        Enrolling(self.enrolling.clone())
+    }
+
+    /// Has it settled, in its turn.
+    pub(super) fn add(&self, pod: &str, unsettled: Unsettled) {
+        // With nobody there to take it the agent is at its end, and the next one does it.
+        let _ = self.queue.send((pod.to_owned(), unsettled));
+    }
+}
+
+async fn run(mut pods: mpsc::UnboundedReceiver<(String, Unsettled)>, mut enrolling: watch::Receiver<usize>) {
+    while let Some((pod, unsettled)) = pods.recv().await {
+        let mut more = unsettled.is_unsettled();
+        while more {
+            let _ = tokio::time::timeout(PATIENCE, quiet(&mut enrolling)).await;
+            let place = unsettled.clone();
+            more = match tokio::task::spawn_blocking(move || place.settle()).await {
+                Ok(Ok(more)) => more,
+                Ok(Err(error)) => {
+                    // The namespace is usually gone together with everything in it.
+                    tracing::info!(pod, %error, "the pod goes on being captured by filters of its interfaces, which its administrators may remove");
+                    false
+                }
+                Err(_) => false,
+            };
+        }
+    }
+}
+
+/// Waits until no pod has been enrolled for a while.
+async fn quiet(enrolling: &mut watch::Receiver<usize>) {
+    while enrolling.wait_for(|count| *count == 0).await.is_ok() {
+        match tokio::time::timeout(QUIET, enrolling.changed()).await {
+            Ok(Ok(())) => {}
+            // Nobody enrols any more, or nobody did.
+            Ok(Err(_)) | Err(_) => return,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn nothing_is_settled_while_a_pod_is_enrolled() {
+        let (sender, mut count) = watch::channel(0);
+        let settler = Settler { queue: mpsc::unbounded_channel().0, enrolling: sender };
+        let one = settler.enrolling();
+        assert!(tokio::time::timeout(Duration::from_secs(5), quiet(&mut count)).await.is_err(), "one is under way");
+        drop(one);
+        let began = tokio::time::Instant::now();
+        quiet(&mut count).await;
+        assert_eq!(began.elapsed(), QUIET);
+        // A burst of them puts it off.
+        let burst = async {
+            for _ in 0..10 {
+                drop(settler.enrolling());
+                tokio::time::sleep(QUIET / 2).await;
+            }
+        };
+        let began = tokio::time::Instant::now();
+        tokio::join!(burst, quiet(&mut count));
+        assert!(began.elapsed() >= QUIET * 5);
+        drop(settler);
+        quiet(&mut count).await;
+    }
+}
