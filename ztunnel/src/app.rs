@@ -161,6 +161,7 @@ pub async fn serve(mut settings: Settings, logging: &Logging) -> Result<()> {
     if let Some(predecessor) = &predecessor {
         supervisor = supervisor.after(Arc::clone(predecessor));
     }
+    let mut looked = supervisor.looked();
     let control = tokio::spawn({
         let (mesh, readiness, zds) = (mesh.clone(), readiness.clone(), settings.zds.clone());
         let (settings, plugin) = (settings.clone(), plugin.clone());
@@ -203,12 +204,13 @@ pub async fn serve(mut settings: Settings, logging: &Logging) -> Result<()> {
     let upkeep = tokio::spawn(upkeep(registry, Arc::clone(&shared), diagnostics));
 
     let succession = async {
-        readiness.ready().await;
         if let Some(predecessor) = predecessor {
+            readiness.useful().await;
             succeed(predecessor, later, &faces).await?;
             alone.send_replace(true);
         }
-        if kept {
+        // Ready or not: what is served here the next agent can have.
+        if kept && looked.wait_for(|looked| *looked).await.is_ok() {
             be_succeeded(&handover, asks, &faces).await;
         }
         Ok(std::future::pending::<Infallible>().await)

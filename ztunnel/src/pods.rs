@@ -177,6 +177,8 @@ pub struct PodSupervisor {
     /// Whether redirections that an earlier agent left for pods that are gone may still be there.
     unswept: bool,
     inherited: Inherited,
+    /// Whose listeners were inherited.
+    handed_on: HashSet<WorkloadUid>,
     /// Who serves what was not inherited and is taken.
     predecessor: Option<Arc<Predecessor>>,
     handed_over: bool,
@@ -185,6 +187,8 @@ pub struct PodSupervisor {
     /// Pods whose interfaces changed.
     changed: (mpsc::Sender<WorkloadUid>, mpsc::Receiver<WorkloadUid>),
     settler: Settler,
+    /// Set when every pod was looked at once.
+    looked: watch::Sender<bool>,
 }
 
 impl PodSupervisor {
@@ -200,6 +204,7 @@ impl PodSupervisor {
             table,
             unswept: pins.is_some() || shared.settings.redirect == RedirectMode::Nftables,
             pins,
+            handed_on: inherited.keys().cloned().collect(),
             inherited,
             predecessor: None,
             handed_over: false,
@@ -207,8 +212,14 @@ impl PodSupervisor {
             kubernetes: None,
             changed: mpsc::channel(16),
             settler: Settler::start(),
+            looked: watch::Sender::new(false),
             shared,
         }
+    }
+
+    /// Becomes true when every pod was looked at once: from then on a successor is answered.
+    pub fn looked(&self) -> watch::Receiver<bool> {
+        self.looked.subscribe()
     }
 
     /// Asks this agent again for the listeners of a pod whose ports are taken: it goes on enrolling until it is released.
@@ -247,6 +258,7 @@ impl PodSupervisor {
             self.rejudge();
             self.reconcile().await;
             synced.ready();
+            self.looked.send_if_modified(|looked| !std::mem::replace(looked, true));
             tokio::select! {
                 ended = &mut draining => break ended,
                 changed = versions.changed() => if changed.is_err() { break draining.await },
@@ -625,7 +637,10 @@ impl PodSupervisor {
             Err(error) => {
                 if !self.pending.contains_key(key) {
                     tracing::error!(pod = %enrolled.label(), %error, "pod cannot be served, trying again");
-                    let task = self.readiness.pending(&format!("pod {}", enrolled.label()));
+                    let name = format!("pod {}", enrolled.label());
+                    // One that the agent before this one does not serve either need not keep it.
+                    let aside = self.predecessor.is_some() && !self.handed_on.contains(key);
+                    let task = if aside { self.readiness.pending_aside(&name) } else { self.readiness.pending(&name) };
                     self.pending.insert(Arc::clone(key), (task, enrolled.identity.as_ref().ok().cloned()));
                 }
                 if let Ok(id) = &enrolled.identity {

@@ -5,17 +5,12 @@
 //! ever handed to a place that does not know it. Detaching is the reverse. To take a place has the kernel wait for all its readers,
 //! some ten milliseconds each; to replace a program does not, so both ends are put in force at one moment.
 use std::{
-    io,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     sync::Arc,
     thread,
 };
 
-use aya::programs::{
-    LinkOrder, ProgramError, SchedClassifier, SkLookup, TcAttachType,
-    links::FdLink,
-    tc::{SchedClassifierLink, TcAttachOptions},
-};
+use aya::programs::{SchedClassifier, SkLookup, links::FdLink};
 use ebpf_common::{Config, MARK_AGENT, MARK_LOCAL, Slot, map, program};
 
 use crate::{
@@ -26,6 +21,7 @@ use crate::{
     netns::{self, beside, joined},
     object::{self, Instance, Maps, Programs, Source, Traffic},
     pins::{Hook, PinRoot, PodPins},
+    places::{hooks, program_of, put_in_force, take_place},
     plumbing::{Interface, LO_INDEX, Plumbing, Setting, interfaces},
 };
 
@@ -282,20 +278,6 @@ fn choose(all: Vec<Interface>, wanted: Option<&[String]>) -> Result<Vec<Interfac
     if chosen.is_empty() { Err(RedirectError::NoInterface) } else { Ok(chosen) }
 }
 
-/// Every hook, in the order in which programs are put in force: all that receive, then all that turn packets around.
-fn hooks(interfaces: &[Interface]) -> Vec<Hook> {
-    let ends = [(program::ETH_INGRESS, TcAttachType::Ingress), (program::ETH_EGRESS, TcAttachType::Egress)];
-    let of = |(name, direction)| {
-        interfaces.iter().map(move |interface| Hook {
-            pin: format!("{name}-{}", interface.index),
-            interface: interface.name.clone(),
-            index: interface.index,
-            direction,
-        })
-    };
-    ends.into_iter().flat_map(of).collect()
-}
-
 /// What attaching makes.
 struct Attached {
     /// In the order of detaching; pinned ones stay out.
@@ -336,7 +318,7 @@ fn attach_programs(
         let (ingress, egress) = (verified(eth_ingress, program::ETH_INGRESS)?, verified(eth_egress, program::ETH_EGRESS)?);
         links.extend(attach_lookup(steer_lookup, netns, pins)?);
         for (hook, place) in hooks.iter().zip(joined(taken)?) {
-            let (classifier, name) = early::program_of(hook, ingress, egress);
+            let (classifier, name) = program_of(hook, ingress, egress);
             let link = put_in_force(classifier, name, place)?;
             // Our descriptor of a pinned one may close.
             links.extend(pins.is_none().then_some(link));
@@ -402,41 +384,6 @@ fn attach_lookup(lookup: &mut SkLookup, netns: BorrowedFd<'_>, pins: Option<&Pod
         Some(pins) => pins.pin(link, program::STEER_LOOKUP).map(|_| None),
         None => Ok(Some(link)),
     }
-}
-
-/// The place that an earlier agent has on the hook, with its program, or a new one for `idle`: before any other program, as one of
-/// those could pass a packet on for good.
-pub(crate) fn take_place(hook: &Hook, pins: Option<&PodPins>) -> Result<SchedClassifierLink, RedirectError> {
-    let failed = program_error(program::IDLE);
-    if let Some(link) = pins.and_then(|pins| pins.link(hook)) {
-        return SchedClassifierLink::try_from(link).map_err(|e| failed(io::Error::other(e).into()));
-    }
-    let options = TcAttachOptions::TcxOrder(LinkOrder::first());
-    let link = object::with_idle(|idle| {
-        let id = idle.attach_with_options(&hook.interface, hook.direction, options).map_err(&failed)?;
-        idle.take_link(id).map_err(&failed)
-    })?;
-    let Some(pins) = pins else { return Ok(link) };
-    let pinned = pins.pin(fd_link(link).map_err(&failed)?, &hook.pin)?;
-    SchedClassifierLink::try_from(pinned).map_err(|e| failed(io::Error::other(e).into()))
-}
-
-/// Puts the program in the place of the one that is in the link, from the next packet on.
-pub(crate) fn put_in_force(
-    classifier: &mut SchedClassifier,
-    name: &'static str,
-    place: SchedClassifierLink,
-) -> Result<FdLink, RedirectError> {
-    let put = |classifier: &mut SchedClassifier| {
-        let id = classifier.attach_to_link(place)?;
-        fd_link(classifier.take_link(id)?)
-    };
-    put(classifier).map_err(program_error(name))
-}
-
-/// Only the older way of attaching, which `LinkOrder` excludes, gives anything else.
-fn fd_link(link: SchedClassifierLink) -> Result<FdLink, ProgramError> {
-    FdLink::try_from(link).map_err(|e| io::Error::other(e).into())
 }
 
 fn fill_slots(maps: &mut Maps, listeners: Listeners<'_>) -> Result<(), RedirectError> {

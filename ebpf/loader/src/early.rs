@@ -13,16 +13,15 @@ use std::{
 };
 
 use aya::programs::{SchedClassifier, TcAttachType, tc::SchedClassifierLink};
-use ebpf_common::program;
 
 use crate::{
-    attach::{put_in_force, take_place},
     clsact,
     error::{RedirectError, program_error},
     netlink::Netlink,
     netns,
     object::{self, Instance, Programs},
     pins::{Hook, PodPins},
+    places::{program_of, put_in_force, take_place},
 };
 
 /// Gives a captured pod its lasting places; see the module. Outlives the [`crate::Redirect`] it is of, and has nothing to do then.
@@ -91,18 +90,6 @@ impl Early {
         netns::within(netns.as_fd(), || remove_filters(&hooks))?;
         pins.keep_only(&hooks)?;
         pins.mark(object::digest())
-    }
-}
-
-/// The program of a hook, and its name.
-pub(crate) fn program_of<'a>(
-    hook: &Hook,
-    ingress: &'a mut SchedClassifier,
-    egress: &'a mut SchedClassifier,
-) -> (&'a mut SchedClassifier, &'static str) {
-    match hook.direction {
-        TcAttachType::Ingress => (ingress, program::ETH_INGRESS),
-        _ => (egress, program::ETH_EGRESS),
     }
 }
 

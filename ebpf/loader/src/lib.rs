@@ -64,8 +64,10 @@ pub mod netlink;
 mod netns;
 mod object;
 mod pins;
+mod places;
 mod plumbing;
 mod probe;
+mod sweep;
 
 use std::ops::RangeInclusive;
 

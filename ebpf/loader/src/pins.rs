@@ -8,7 +8,6 @@
 //! `eth_egress-<interface>`, `eth_ingress-<interface>`, and `object-<digest>` once all of them are attached: the next agent with that
 //! very object need not load and replace what is there. Names in a BPF filesystem have no dots.
 use std::{
-    collections::HashSet,
     fs, io,
     path::{Path, PathBuf},
 };
@@ -29,7 +28,6 @@ use nix::{
 use crate::{
     error::{RedirectError, map_error},
     listener::NetnsCookie,
-    object::Maps,
 };
 
 /// Where a BPF filesystem is by convention; one is mounted here when it is missing.
@@ -73,23 +71,13 @@ impl PinRoot {
         &self.dir
     }
 
-    /// Removes every redirection but those of the namespaces `held`; the traffic of the others is direct from then on. Answers
-    /// how many there were.
-    pub fn sweep(&self, held: impl IntoIterator<Item = NetnsCookie>) -> Result<usize, RedirectError> {
-        let held: HashSet<PathBuf> = held.into_iter().map(|netns| self.pod(netns).dir).collect();
+    /// Every pod's.
+    pub(crate) fn pods(&self) -> Result<Vec<PodPins>, RedirectError> {
         let listing = fs::read_dir(&self.dir).map_err(|source| {
             let path = self.dir.clone();
             RedirectError::Pins { what: "list", path, source }
         })?;
-        let mut removed = 0;
-        for pod in listing.filter_map(Result::ok).map(|entry| PodPins { dir: entry.path() }) {
-            if !held.contains(&pod.dir) {
-                pod.let_go();
-                pod.remove()?;
-                removed += 1;
-            }
-        }
-        Ok(removed)
+        Ok(listing.filter_map(Result::ok).map(|entry| PodPins { dir: entry.path() }).collect())
     }
 
     pub(crate) fn pod(&self, netns: NetnsCookie) -> PodPins {
@@ -118,7 +106,7 @@ pub(crate) struct Hook {
 }
 
 /// The pins of one pod.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct PodPins {
     dir: PathBuf,
 }
@@ -191,15 +179,9 @@ impl PodPins {
         Ok(())
     }
 
-    /// What an agent attached that died before it had its lasting places ([`crate::early`]) stays attached without pins: has it pass
-    /// everything.
-    fn let_go(&self) {
-        let Ok(listing) = fs::read_dir(&self.dir) else { return };
-        if !listing.filter_map(Result::ok).any(|entry| is_mark(&entry))
-            && let Err(error) = Maps::pinned(self).and_then(|mut maps| maps.let_go())
-        {
-            tracing::debug!(%error, "what an agent left half attached may drop packets");
-        }
+    /// Whether it is said of which object the links are.
+    pub(crate) fn is_marked(&self) -> bool {
+        fs::read_dir(&self.dir).is_ok_and(|mut listing| listing.any(|entry| entry.is_ok_and(|entry| is_mark(&entry))))
     }
 
     /// Detaches and removes everything, in the order of [`crate::attach`]. What is no longer there is as it should be.

@@ -306,6 +306,36 @@ pub(crate) fn fifty_restarts_leave_nothing_behind(mesh: &mut Mesh) -> anyhow::Re
     .with_context(|| format!("before: {before:#?}\nafter: {after:#?}"))
 }
 
+/// A pod that neither can serve keeps no agent from being replaced.
+pub(crate) fn an_agent_that_is_not_ready_is_replaced_too(mesh: &mut Mesh) -> anyhow::Result<()> {
+    const FILE: &str = "pod-unwell.yaml";
+    let (netns, node) = (mesh.pod("web1").netns.path().display().to_string(), "node-b");
+    let unwell = mesh.topology().pod_yaml("web1", &[]).replace("name: web1", "name: unwell").replace(&netns, "/nowhere");
+    let v4 = mesh.pod("web1").v4.to_string();
+    mesh.dir.put(FILE, &unwell.replace(&v4, "10.255.255.1").replace(&mesh.pod("web1").v6.to_string(), "fd00:ffff::1"))?;
+    let seen = (|| {
+        mesh.agent_b = None;
+        mesh.agent_b = Some(mesh.spec(node).start(mesh.topology().node(node))?);
+        let web1 = mesh.pod("web1").at(PORT);
+        wait::until_true("the first to serve", || mesh.call("client", web1).is_ok())?;
+        let (mut held, _) = Client::who(mesh.pod("client"), web1)?;
+        ensure!(mesh.b().wait_ready(Duration::from_millis(200)).is_err(), "the first is ready with a pod it cannot serve");
+        let mark = mesh.b().mark();
+        let next = mesh.start(node)?;
+        wait::until_true("the next agent to take over", || next.log_since(mark).contains("took over from the agent"))?;
+        ensure!(next.wait_ready(Duration::from_millis(200)).is_err(), "the next is ready with a pod it cannot serve");
+        held.ping("still carried by the old agent")?;
+        mesh.b().signal(Signal::SIGTERM)?;
+        held.finish()?;
+        mesh.b().wait_end(Duration::from_secs(30))?;
+        mesh.agent_b = Some(next);
+        mesh.call("client", web1)
+    })();
+    mesh.dir.remove(FILE);
+    seen.context("with a pod that cannot be served")?;
+    mesh.b().wait_ready(Duration::from_secs(40))
+}
+
 /// Starts the next agent b beside the one that serves, and ends that.
 fn upgrade_b(mesh: &mut Mesh) -> anyhow::Result<()> {
     let mark = mesh.b().mark();
