@@ -76,7 +76,23 @@ pub struct AgentSpec {
     pub confinement: Option<Confinement>,
     /// As in a container: the working directory, where the program is put too, and the user.
     pub contained: Option<(PathBuf, u32)>,
+    /// Whether `bpf(2)` is refused to it.
+    pub no_bpf: bool,
 }
+
+/// Makes a program of which `bpf(2)` is refused (`EPERM`, by seccomp): its number, the program, its arguments.
+const NO_BPF: &str = "
+import ctypes, os, struct, sys
+jump, answer = (0x15, 0, 1, int(sys.argv[1])), [(6, 0, 0, 0x50001), (6, 0, 0, 0x7fff0000)]
+code = ctypes.create_string_buffer(b''.join(struct.pack('HBBI', *one) for one in [(0x20, 0, 0, 0), jump, *answer]))
+class Program(ctypes.Structure):
+    _fields_ = [('length', ctypes.c_ushort), ('code', ctypes.c_void_p)]
+program = Program(4, ctypes.cast(code, ctypes.c_void_p))
+libc = ctypes.CDLL(None)
+if libc.prctl(38, 1, 0, 0, 0) or libc.prctl(22, 2, ctypes.byref(program), 0, 0):
+    sys.exit('seccomp is refused')
+os.execv(sys.argv[2], sys.argv[2:])
+";
 
 impl AgentSpec {
     /// The usual settings: JSON log, two data threads, a log file `<node>.log` in `dir`.
@@ -96,6 +112,7 @@ impl AgentSpec {
             log: log_dir.join(format!("{node}.log")),
             confinement: None,
             contained: None,
+            no_bpf: false,
         }
     }
 
@@ -127,6 +144,13 @@ impl AgentSpec {
         self
     }
 
+    /// Has the kernel refuse it `bpf(2)`, as other kernels and other rights do.
+    #[must_use]
+    pub fn without_bpf(mut self) -> Self {
+        self.no_bpf = true;
+        self
+    }
+
     /// Sets one environment variable.
     #[must_use]
     pub fn env(mut self, key: &str, value: &str) -> Self {
@@ -154,6 +178,11 @@ impl AgentSpec {
         }
         let log = File::options().create(true).append(true).open(&self.log)?;
         let mut command = self.confinement.as_ref().map_or_else(|| Command::new(&binary), |to| to.command(&binary));
+        if self.no_bpf {
+            let number = if cfg!(target_arch = "aarch64") { "280" } else { "321" };
+            command = Command::new("python3");
+            command.args(["-c", NO_BPF, number]).arg(&binary);
+        }
         command.arg("proxy");
         if let Some((dir, user)) = &self.contained {
             command.current_dir(dir).uid(*user).gid(*user);

@@ -306,6 +306,34 @@ pub(crate) fn fifty_restarts_leave_nothing_behind(mesh: &mut Mesh) -> anyhow::Re
     .with_context(|| format!("before: {before:#?}\nafter: {after:#?}"))
 }
 
+/// Nobody has to say so: where the kernel refuses programs, rules redirect, and the log tells why.
+pub(crate) fn where_bpf_is_refused_rules_redirect(mesh: &mut Mesh) -> anyhow::Result<()> {
+    mesh.b().terminate(Duration::from_secs(30))?;
+    let (node, pins) = (Arc::clone(mesh.topology().node("node-b")), mesh.topology().node("node-b").netns.pins());
+    let cleanup = || -> anyhow::Result<()> {
+        let done =
+            node.netns.output(Command::new(find_binary()?).args(["cleanup", "--node", "node-b", "--bpf-dir"]).arg(&pins))?;
+        ensure!(done.status.success(), "{done:?}");
+        Ok(())
+    };
+    cleanup()?;
+    let mark = mesh.b().mark();
+    restart_b_as(mesh, mesh.spec("node-b").without_bpf())?;
+    let seen = (|| {
+        let log = mesh.b().log_since(mark);
+        let told = log.lines().find(|line| line.contains("pods are redirected with nftables (TPROXY) instead of eBPF"));
+        ensure!(told.is_some_and(|line| line.contains("Operation not permitted")), "{told:?}");
+        refused(mesh.outside(), mesh.pod("web1").at(PORT)).context("STRICT holds")?;
+        mesh.call("web1", mesh.pod("near").at(PORT)).context("out")?;
+        mesh.b().wait_access("the call out", mark, |record| record["direction"] == "outbound").map(drop)
+    })();
+    mesh.b().terminate(Duration::from_secs(30))?;
+    cleanup()?;
+    restart_b(mesh)?;
+    refused(mesh.outside(), mesh.pod("web1").at(PORT)).context("STRICT holds again")?;
+    seen
+}
+
 /// A pod that neither can serve keeps no agent from being replaced.
 pub(crate) fn an_agent_that_is_not_ready_is_replaced_too(mesh: &mut Mesh) -> anyhow::Result<()> {
     const FILE: &str = "pod-unwell.yaml";
