@@ -25,76 +25,101 @@ const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// Longest method of the registry, with room.
 const METHOD: usize = 24;
 
+/// Judges the first bytes of a client as more and more of them come: each of them is looked at once, however they come.
+#[derive(Debug, Default)]
+pub struct Detector {
+    /// How many bytes of a request line were looked at, and where its method ends.
+    looked: usize,
+    method: Option<usize>,
+    /// Where the last TLS record begins, how much of it is in `hello`, and what the records hold together.
+    record: usize,
+    taken: usize,
+    hello: Vec<u8>,
+}
 /// Judges the first bytes of a client.
 pub fn judge(bytes: &[u8]) -> Spoken {
-    let Some(first) = bytes.first() else { return Spoken::Unclear };
-    if *first == 0x16 {
-        return tls(bytes);
-    }
-    let common = bytes.len().min(PREFACE.len());
-    if bytes.get(..common) == PREFACE.get(..common) {
-        return if common == PREFACE.len() { Spoken::Http2 } else { Spoken::Unclear };
-    }
-    http1(bytes)
+    Detector::default().judge(bytes)
 }
 
-/// A request line: `METHOD SP target SP HTTP/1.x`.
-fn http1(bytes: &[u8]) -> Spoken {
-    let token = |b: &u8| b.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(b);
-    let Some(end) = bytes.iter().position(|b| !token(b)) else {
-        return if bytes.len() > METHOD { Spoken::Other } else { Spoken::Unclear };
-    };
-    if end == 0 || end > METHOD || bytes.get(end) != Some(&b' ') {
-        return Spoken::Other;
+impl Detector {
+    /// What `bytes` say: all that came so far, those of the calls before among them.
+    pub fn judge(&mut self, bytes: &[u8]) -> Spoken {
+        let Some(first) = bytes.first() else { return Spoken::Unclear };
+        if *first == 0x16 {
+            return self.tls(bytes);
+        }
+        let common = bytes.len().min(PREFACE.len());
+        if bytes.get(..common) == PREFACE.get(..common) {
+            return if common == PREFACE.len() { Spoken::Http2 } else { Spoken::Unclear };
+        }
+        self.http1(bytes)
     }
-    let rest = bytes.get(end + 1..).unwrap_or_default();
-    let line_end = rest.iter().position(|b| *b == b'\n');
-    let line = rest.get(..line_end.unwrap_or(rest.len())).unwrap_or_default();
-    let printable = line.iter().all(|b| *b > b' ' || matches!(b, b' ' | b'\r'));
-    if !printable || end + 1 + line.len() >= LIMIT {
-        return Spoken::Other;
-    }
-    if line_end.is_none() {
-        return Spoken::Unclear;
-    }
-    let line = line.strip_suffix(b"\r").unwrap_or(line);
-    let version = line.rsplit(|b| *b == b' ').next().unwrap_or_default();
-    if version.starts_with(b"HTTP/1.") { Spoken::Http1 } else { Spoken::Other }
-}
 
-/// A TLS record with a ClientHello (RFC 8446 §4.1.2, §5.1).
-fn tls(bytes: &[u8]) -> Spoken {
-    // The handshake message may be spread over several records.
-    let mut hello = Vec::new();
-    let mut rest = bytes;
-    loop {
-        let head = match rest {
-            [0x16, 3, _, high, low, ..] => usize::from(u16::from_be_bytes([*high, *low])),
-            [] | [0x16] | [0x16, 3] | [0x16, 3, _] | [0x16, 3, _, _] => return Spoken::Unclear,
-            _ => return Spoken::Other,
+    /// A request line: `METHOD SP target SP HTTP/1.x`.
+    fn http1(&mut self, bytes: &[u8]) -> Spoken {
+        let token = |b: &u8| b.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(b);
+        let fresh = |from: usize| bytes.get(from..).unwrap_or_default();
+        let method = self.method.or_else(|| Some(self.looked + fresh(self.looked).iter().position(|b| !token(b))?));
+        let Some(end) = method else {
+            self.looked = bytes.len();
+            return if bytes.len() > METHOD { Spoken::Other } else { Spoken::Unclear };
         };
-        if head == 0 || head > LIMIT {
+        if end == 0 || end > METHOD || bytes.get(end) != Some(&b' ') {
             return Spoken::Other;
         }
-        let body = rest.get(5..).unwrap_or_default();
-        hello.extend_from_slice(body.get(..head.min(body.len())).unwrap_or_default());
-        match hello.as_slice() {
-            [1, a, b, c, message @ ..] => {
-                let length = usize::from(*a) << 16 | usize::from(*b) << 8 | usize::from(*c);
-                if length > LIMIT {
-                    return Spoken::Other;
-                }
-                if let Some(message) = message.get(..length) {
-                    return Spoken::Tls(server_name(message));
-                }
+        self.method = method;
+        let from = self.looked.max(end + 1);
+        let line_end = fresh(from).iter().position(|b| *b == b'\n').map(|at| from + at);
+        let to = line_end.unwrap_or(bytes.len());
+        let printable = bytes.get(from..to).unwrap_or_default().iter().all(|b| *b > b' ' || matches!(b, b' ' | b'\r'));
+        if !printable || to >= LIMIT {
+            return Spoken::Other;
+        }
+        self.looked = to;
+        if line_end.is_none() {
+            return Spoken::Unclear;
+        }
+        let line = bytes.get(end + 1..to).unwrap_or_default();
+        let line = line.strip_suffix(b"\r").unwrap_or(line);
+        let version = line.rsplit(|b| *b == b' ').next().unwrap_or_default();
+        if version.starts_with(b"HTTP/1.") { Spoken::Http1 } else { Spoken::Other }
+    }
+
+    /// TLS records with a ClientHello (RFC 8446 §4.1.2, §5.1), which may be spread over several of them.
+    fn tls(&mut self, bytes: &[u8]) -> Spoken {
+        loop {
+            let rest = bytes.get(self.record..).unwrap_or_default();
+            let head = match rest {
+                [0x16, 3, _, high, low, ..] => usize::from(u16::from_be_bytes([*high, *low])),
+                [] | [0x16] | [0x16, 3] | [0x16, 3, _] | [0x16, 3, _, _] => return Spoken::Unclear,
+                _ => return Spoken::Other,
+            };
+            if head == 0 || head > LIMIT {
+                return Spoken::Other;
             }
-            [] | [1, ..] => {}
-            _ => return Spoken::Other,
+            let body = rest.get(5..).unwrap_or_default();
+            let have = head.min(body.len());
+            self.hello.extend_from_slice(body.get(self.taken..have).unwrap_or_default());
+            self.taken = have;
+            match self.hello.as_slice() {
+                [1, a, b, c, message @ ..] => {
+                    let length = usize::from(*a) << 16 | usize::from(*b) << 8 | usize::from(*c);
+                    if length > LIMIT {
+                        return Spoken::Other;
+                    }
+                    if let Some(message) = message.get(..length) {
+                        return Spoken::Tls(server_name(message));
+                    }
+                }
+                [] | [1, ..] => {}
+                _ => return Spoken::Other,
+            }
+            if body.len() <= head {
+                return if bytes.len() >= LIMIT { Spoken::Other } else { Spoken::Unclear };
+            }
+            self.record += 5 + head;
+            self.taken = 0;
         }
-        if body.len() <= head {
-            return if bytes.len() >= LIMIT { Spoken::Other } else { Spoken::Unclear };
-        }
-        rest = body.get(head..).unwrap_or_default();
     }
 }
 
@@ -204,6 +229,32 @@ mod tests {
                 assert_eq!(judge(&whole[..n]), Spoken::Unclear, "{n} of {:?}", String::from_utf8_lossy(&whole));
             }
             assert_eq!(judge(&whole), spoken);
+        }
+    }
+    #[test]
+    fn pieces_say_what_the_whole_says_and_are_looked_at_once() {
+        let mut long = b"GET /".to_vec();
+        long.resize(LIMIT, b'a');
+        let mut names = vec![hello("api.example.com", 1), hello(&"a".repeat(200), 7), hello("api.example.com", 1000)];
+        names.push([&names[0][..60], b"GET / HTTP/1.1\r\n"].concat());
+        let lines: [&[u8]; 6] =
+            [b"GET / HTTP/1.1\r\nhost", b"GET / SIP/2.0\r\n", b"PRI * HTTP/1.1\r\n", b"PING\r\n", b"GET /\x01 ", &long];
+        for whole in names.iter().map(Vec::as_slice).chain(lines) {
+            for piece in [1, 2, 3, 5, 64] {
+                let mut detector = Detector::default();
+                for to in (piece..whole.len() + piece).step_by(piece).map(|to| to.min(whole.len())) {
+                    let before = (detector.looked, detector.hello.len());
+                    let spoken = detector.judge(&whole[..to]);
+                    assert!(detector.looked - before.0 <= piece + METHOD && detector.hello.len() - before.1 <= piece);
+                    // The whole is slow to look at again and again: that is what this is about.
+                    if to < 512 || to > whole.len() - 8 {
+                        assert_eq!(spoken, judge(&whole[..to]), "{to} in pieces of {piece}: {:?}", whole.get(..40));
+                    }
+                    if spoken != Spoken::Unclear {
+                        break;
+                    }
+                }
+            }
         }
     }
     #[test]

@@ -1,5 +1,5 @@
 //! The first bytes of a stream, looked at without being taken.
-use crate::detect::{self, Spoken};
+use crate::detect::{self, Detector, Spoken};
 use bytes::{Bytes, BytesMut};
 use mesh_hbone::HboneStream;
 use std::future::poll_fn;
@@ -7,7 +7,7 @@ use tokio::time::{Instant, timeout_at};
 
 /// Looks at the first bytes, which stay to be read again. `None`: waits as long as the connection lasts.
 pub(crate) async fn first_bytes(stream: &mut HboneStream, deadline: Option<Instant>) -> Spoken {
-    let mut seen = BytesMut::new();
+    let (mut seen, mut detector) = (BytesMut::new(), Detector::default());
     let spoken = loop {
         let next = poll_fn(|cx| stream.poll_recv(cx));
         let next = match deadline {
@@ -20,7 +20,7 @@ pub(crate) async fn first_bytes(stream: &mut HboneStream, deadline: Option<Insta
         match next {
             Some(Ok(data)) => {
                 seen.extend_from_slice(&data);
-                match detect::judge(&seen) {
+                match detector.judge(&seen) {
                     Spoken::Unclear if seen.len() < detect::LIMIT => {}
                     Spoken::Unclear => break Spoken::Other,
                     spoken => break spoken,

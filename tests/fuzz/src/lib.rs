@@ -7,7 +7,7 @@
 use mesh_hbone::headers::{self, Baggage, Forwarded, TraceParent};
 use mesh_model::l7::path::{PathNormalization, normalize};
 use mesh_model::{HboneAuthority, SpiffeId, TrustDomain};
-use waypoint::detect::{self, Spoken};
+use waypoint::detect::{self, Detector, Spoken};
 use waypoint::http::{Heard, hear};
 
 /// The `:authority` of a CONNECT.
@@ -113,8 +113,10 @@ pub fn first_bytes(bytes: &[u8]) {
     if let Spoken::Tls(Some(name)) = &whole {
         assert!(!name.is_empty() && !name.bytes().any(|b| b.is_ascii_uppercase() || !b.is_ascii_graphic()), "{name:?}");
     }
+    let mut pieces = Detector::default();
     for part in [bytes.len() / 2, bytes.len().saturating_sub(1)] {
         let early = detect::judge(bytes.get(..part).unwrap_or_default());
+        assert_eq!(pieces.judge(bytes.get(..part).unwrap_or_default()), early, "looked at as they come, {part} bytes");
         assert!(early == Spoken::Unclear || early == whole, "{early:?} after {part} bytes, {whole:?} after {}", bytes.len());
     }
 }

@@ -7,6 +7,7 @@ mod cors;
 mod ejection;
 mod faults;
 mod gateway_api;
+mod hashing;
 mod headers;
 mod limits;
 mod lines;
@@ -41,6 +42,7 @@ pub fn all() -> Vec<Scenario> {
         weights::all(),
         breakers::all(),
         ejection::all(),
+        hashing::all(),
         upstream::all(),
         protocol::all(),
         gateway_api::all(),

@@ -2,7 +2,7 @@
 //!
 //! Upstream: `app`. Downstream: `http`, `tcp`.
 use crate::conn::{Conn, Shared};
-use crate::detect::{self, Spoken};
+use crate::detect::{self, Detector, Spoken};
 use crate::facts::{Facts, Scope};
 use crate::http::{self, Version};
 use crate::listen::accept_all;
@@ -190,14 +190,14 @@ fn presented(conn: Conn, tls: &rustls::ServerConnection) -> Result<Conn, ()> {
 /// What a client's first bytes say, left in the socket.
 async fn peek(tcp: &TcpStream, limit: Duration) -> Spoken {
     let looking = async {
-        let mut seen = vec![0; 1024];
+        let (mut seen, mut detector) = (vec![0; 1024], Detector::default());
         let mut before = 0;
         loop {
             let n = match tcp.peek(&mut seen).await {
                 Ok(0) | Err(_) => return Spoken::Unclear,
                 Ok(n) => n,
             };
-            match detect::judge(seen.get(..n).unwrap_or_default()) {
+            match detector.judge(seen.get(..n).unwrap_or_default()) {
                 Spoken::Unclear if n < detect::LIMIT => {}
                 Spoken::Unclear => return Spoken::Other,
                 spoken => return spoken,

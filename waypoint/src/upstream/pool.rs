@@ -448,19 +448,19 @@ pub(super) async fn acquire(
     trace: Option<TraceParent>,
 ) -> Result<Lease, UpstreamError> {
     let shelf = host.state.shelf(key);
-    let (mut told, pending): (_, Option<Pending>) = {
+    let (mut told, pending): (_, Pending) = {
         let mut inner = shelf.inner.lock();
         if let Some(lease) = Shelf::take(&mut inner) {
             return Ok(lease);
         }
         inner.waiting.retain(|waiter| !waiter.tell.is_closed());
-        let permit = if shelf.is_covered(&inner) { None } else { shelf.permit(&mut inner, cluster, host) };
-        let pending = if let Some(permit) = permit {
+        // Before a connection is asked for, as at Envoy: who waits for one that is being made for it waits too.
+        let pending = cluster.state.wait(cluster.policy.pool.max_pending)?;
+        if !shelf.is_covered(&inner)
+            && let Some(permit) = shelf.permit(&mut inner, cluster, host)
+        {
             shelf.start(&mut inner, cluster, host, trace, permit);
-            None
-        } else {
-            Some(cluster.state.wait(cluster.policy.pool.max_pending)?)
-        };
+        }
         let (tell, told) = oneshot::channel();
         inner.waiting.push_back(Waiter { tell, cluster: Arc::clone(cluster), host: Arc::clone(host), trace });
         (told, pending)

@@ -27,7 +27,7 @@ pub(super) struct State {
     pub policy: ArcSwap<TrafficPolicy>,
     /// Connections, those being made included.
     pub connections: AtomicU32,
-    /// Requests that wait for a connection they may not make themselves.
+    /// Requests that wait for a connection, those for which one is being made among them.
     pub pending: AtomicU32,
     /// Requests that have a connection.
     pub requests: AtomicU32,

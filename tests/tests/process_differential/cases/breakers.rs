@@ -11,14 +11,31 @@ fn limits(patch: Value) -> Value {
     json!({"circuit_breakers": {"thresholds": [one]}})
 }
 
+/// Requests at once at an endpoint that takes no connection: as many as may wait do, until it is given up.
+fn cold(name: &'static str, port: &'static str, waiting: u32) -> Scenario {
+    scenario(name)
+        .port(port)
+        .pods(&[("hang", 1)])
+        .virtual_service("- retries: { attempts: 0 }\n  route: [{ destination: { host: $HOST } }]\n")
+        .destination_rule(&format!(
+            "connectionPool: {{ tcp: {{ maxConnections: 1, connectTimeout: 800ms }}, http: {{ http1MaxPendingRequests: {waiting} }} }}"
+        ))
+        .route(catch_all().to("").action(json!({"retry_policy": null})))
+        .cluster(limits(json!({"max_connections": 1, "max_pending_requests": waiting})))
+        .cluster(json!({"connect_timeout": "0.8s"}))
+        .case(case("a connection being made", get("/")).times(5).at_once().tally())
+}
+
 pub fn all() -> Vec<Scenario> {
     vec![
         scenario("breaker-pending")
             .destination_rule("connectionPool: { tcp: { maxConnections: 1 }, http: { http1MaxPendingRequests: 1 } }")
             .cluster(limits(json!({"max_connections": 1, "max_pending_requests": 1})))
-            // Warm first: a connection that is still being made counts what waits for it as waiting.
+            // Warm first: who waits for a connection that is still being made is the one that may wait.
             .case(case("one after the other", get("/")).times(4).tally())
             .case(case("one active and one waiting", get("/").script("delay=800 200")).times(4).at_once().tally()),
+        cold("breaker-cold", "http", 1),
+        cold("breaker-cold-h2", "http2", 2),
         scenario("breaker-requests")
             .destination_rule("connectionPool: { http: { http2MaxRequests: 2 } }")
             .cluster(limits(json!({"max_requests": 2})))

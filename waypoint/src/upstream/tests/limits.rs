@@ -17,15 +17,34 @@ async fn four_at_once_on_one_connection_and_one_waiting() {
     world.endpoint("a", server.addr);
     world.policy(limited(PoolLimits { max_connections: 1, max_pending: 1, ..PoolLimits::default() }));
     let cluster = world.cluster();
-    // The first time the connection must be made, the second time it is there.
-    for _ in 0..2 {
+    // The first time the connection must be made, and who waits for it is the one that may wait; the second time it is there.
+    for served in [1, 2] {
         let results = join_all((0..4).map(|_| fetch(&cluster, false))).await;
-        assert_eq!(count(&results), (2, 2), "{results:?}");
+        assert_eq!(count(&results), (served, 4 - served), "{results:?}");
         settle().await;
     }
     assert_eq!(server.connections(), 1);
     let counts = world.upstreams.clusters()[0].counts;
-    assert_eq!((counts.pending_overflows, counts.pending, counts.requests, counts.connections), (4, 0, 0, 1));
+    assert_eq!((counts.pending_overflows, counts.pending, counts.requests, counts.connections), (5, 0, 0, 1));
+}
+
+#[tokio::test]
+async fn who_waits_for_a_connection_being_made_waits() {
+    let server = Server::open().await;
+    let mut world = World::new();
+    world.endpoint("a", server.addr);
+    world.policy(limited(PoolLimits { max_pending: 2, ..PoolLimits::default() }));
+    let cluster = world.cluster();
+    for (http2, warm) in [(false, 2), (true, 5)] {
+        let results = join_all((0..5).map(|_| fetch(&cluster, http2))).await;
+        assert_eq!(count(&results), (2, 3), "each needs a connection, or the one that is made: {results:?}");
+        settle().await;
+        // Those that are there take what they can; a stream of HTTP/2 finds room.
+        let results = join_all((0..warm).map(|_| fetch(&cluster, http2))).await;
+        assert_eq!(count(&results), (warm, 0), "{results:?}");
+        settle().await;
+    }
+    assert_eq!(world.upstreams.clusters()[0].counts.pending, 0);
 }
 
 #[tokio::test]
