@@ -329,6 +329,10 @@ impl Istiod {
         let cert = signed.cert_chain.first().context("a certificate")?.clone();
         Ok(Credentials { cert, key: key.serialize_pem(), root: self.root().to_owned() })
     }
+    /// Forgets what was refused until now, which was meant to be.
+    pub fn forget_nacks(&self) {
+        self.shared.world().seen.nacks.clear();
+    }
     /// What clients said until now.
     pub fn seen(&self) -> Seen {
         self.shared.world().seen.clone()

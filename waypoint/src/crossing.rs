@@ -26,7 +26,7 @@ pub async fn serve_stream(shared: Arc<Shared>, proof: Arc<Peer>, client: SocketA
     let mut record = TcpRecord::begin();
     // I1
     let snap = shared.mesh.load_full();
-    let opened = match plan(&shared, &snap, &proof, client, incoming.authority(), drain) {
+    let opened = match plan(&shared, &snap, &proof, client, &incoming, drain) {
         Ok((conn, crossing)) => {
             Box::pin(open(&conn, &snap, &crossing, &mut record)).await.map(|(server, asked)| (conn, server, asked))
         }
@@ -58,17 +58,20 @@ fn plan(
     snap: &Snapshot,
     proof: &Peer,
     client: SocketAddr,
-    authority: &str,
+    incoming: &Incoming,
     drain: DrainWatch,
 ) -> Result<(Conn, Crossing), Refusal> {
-    let crossing = plan_crossing(snap, shared.me(snap)?, &proof.id, &tunnel::asked(authority)?, rand::random())?;
+    let crossing = plan_crossing(snap, shared.me(snap)?, &proof.id, &tunnel::asked(incoming.authority())?, rand::random())?;
     let facts = Facts {
         scope: Scope::Network { service: Arc::clone(&crossing.service), port: crossing.port },
         client,
         local: crossing.dial,
         identity: Some(proof.id.clone()),
-        // Its address is another network's.
-        source: None,
+        // Its address is another network's, so this is its own agent's word, and of nobody of this one.
+        source: incoming
+            .forwarded_network()
+            .filter(|of| *of != snap.view().network.as_str())
+            .and_then(|_| incoming.said_of(&proof.id)),
         trace: None,
         sni: None,
         plain: None,

@@ -11,6 +11,7 @@ use mesh_hbone::{HboneStream, Incoming};
 use mesh_identity::Peer;
 use mesh_model::l7::HttpRoute;
 use mesh_model::service::{AppProtocol, ServiceKey};
+use mesh_model::source::find_source;
 use mesh_model::waypoint::{Target, plan_tunnel};
 use mesh_model::{HboneAuthority, Reason, Refusal};
 use mesh_runtime::drain::DrainWatch;
@@ -62,11 +63,8 @@ fn plan(
     let snap = shared.mesh.load();
     let me = shared.me(&snap)?;
     let target = plan_tunnel(&snap, me, proof.id.namespace(), &authority)?;
-    let source = snap
-        .find_workload_by_ip(&snap.view().network, client.ip().to_canonical())
-        // The address must be of whom the certificate names: labels do not lie.
-        .filter(|w| w.identity().is_ok_and(|id| id == proof.id))
-        .cloned();
+    let source = find_source(&snap, client.ip(), Some(&proof.id)).cloned();
+    let source = source.or_else(|| incoming.client_beyond(&snap, client.ip(), &proof.id));
     let (plain, protocol) = match &target {
         Target::Service { service, port } => {
             let protocol = service.port(*port).map_or(AppProtocol::Unknown, |p| p.protocol);

@@ -16,6 +16,7 @@ use mesh_identity::{Peer, live};
 use mesh_model::authz::{Verdict, authorize};
 use mesh_model::conn::InboundConn;
 use mesh_model::inbound::{InboundPlan, plan_inbound};
+use mesh_model::source::find_source;
 use mesh_model::wanted;
 use mesh_model::workload::{ApplicationTunnel, Workload};
 use mesh_model::{HboneAuthority, Reason, Refusal, Snapshot, SpiffeId};
@@ -89,6 +90,7 @@ async fn serve_stream(pod: Arc<Pod>, proof: Arc<Peer>, client: SocketAddr, local
     record.trace = pod.shared.tracing.as_ref().and_then(|tracing| tracing.under(incoming.traceparent()));
     record.source_id = Some(proof.id.clone());
     record.destination_id = Some(pod.identity.clone());
+    let beyond = incoming.client_beyond(&pod.shared.mesh.load(), client.ip(), &proof.id);
 
     let authority: Box<str> = incoming.authority().into();
     let admitted = tokio::select! {
@@ -101,6 +103,7 @@ async fn serve_stream(pod: Arc<Pod>, proof: Arc<Peer>, client: SocketAddr, local
         }
         () = pod.drain.expired() => Err(Refusal::new(Reason::Draining, "")),
     };
+    record.source = record.source.or(beyond);
     let (live, upstream, workload) = match admitted {
         Ok(done) => done,
         Err(why) => {
@@ -145,7 +148,7 @@ async fn admit(
         let snap = pod.shared.mesh.load();
         let workload = Arc::clone(pod.workload(&snap)?);
         record.destination = Some(Arc::clone(&workload));
-        record.source = source_of(&snap, client, Some(&proof.id));
+        record.source = find_source(&snap, client.ip(), Some(&proof.id)).cloned();
         let plan = plan_inbound(&snap, &workload, local, &authority)?;
         record.service.clone_from(&plan.service);
         let live = pod.conns.admit(Facts {
@@ -223,11 +226,4 @@ pub fn judge(
         }
         Verdict::Deny(why) => Err(why),
     }
-}
-
-/// The workload behind a client address, for labels only. Over mTLS it must be of the identity the peer proved.
-pub fn source_of(snap: &Snapshot, client: SocketAddr, id: Option<&SpiffeId>) -> Option<Arc<Workload>> {
-    let found = snap.find_workload_by_ip(&snap.view().network, client.ip().to_canonical())?;
-    let proven = id.is_none_or(|id| found.identity().is_ok_and(|own| own == *id));
-    proven.then(|| Arc::clone(found))
 }

@@ -16,7 +16,7 @@ use mesh_model::conn::OutboundConn;
 use mesh_model::plan::{Dial, OutboundPlan, plan_outbound};
 use mesh_model::wanted::{self, Wanted};
 use mesh_model::workload::Workload;
-use mesh_model::{ClientAddr, HboneAuthority, NetworkAddr, OrigDst, Reason, Refusal, SpiffeId};
+use mesh_model::{ClientAddr, HboneAuthority, NetworkAddr, OrigDst, Reason, Refusal};
 use mesh_runtime::sockets::reset_on_close;
 use mesh_sources::demand::Fetched;
 use parking_lot::Mutex;
@@ -73,7 +73,8 @@ pub async fn serve_conn(pod: Arc<Pod>, accepted: Accepted) {
 
     // relay, as long as nobody cuts it
     if let Reached::Beyond { peer, baggage, .. } = &reached.path {
-        record.destination = baggage.as_ref().map(|b| beyond(peer, b));
+        let said = |baggage: &http::HeaderValue| headers::Baggage::parse(baggage.as_bytes()).workload(peer);
+        record.destination = baggage.as_ref().map(|baggage| Arc::new(said(baggage)));
         record.destination_id = Some(peer.clone());
     }
     let handles = pod.shared.metrics.open(&record);
@@ -220,19 +221,6 @@ fn describe(record: &mut Record, pod: &Pod, dial: &Dial) {
     record.hbone = Some(hop.authority.to_string().into());
     record.source_id = Some(pod.identity.clone());
     record.destination_id = hop.expect.first().cloned();
-}
-
-/// A workload behind a gateway, for labels: what it proved and what it says of itself.
-fn beyond(peer: &SpiffeId, baggage: &http::HeaderValue) -> Arc<Workload> {
-    let said = headers::Baggage::parse(baggage.as_bytes());
-    let mut workload = Workload::new("", &said.workload, peer.namespace());
-    workload.service_account = peer.service_account().into();
-    workload.cluster = (&*said.cluster).into();
-    workload.canonical_name = (&*said.service).into();
-    workload.canonical_revision = (&*said.version).into();
-    workload.locality.region = (&*said.region).into();
-    workload.locality.zone = (&*said.zone).into();
-    Arc::new(workload)
 }
 
 fn connect_request(

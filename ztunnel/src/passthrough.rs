@@ -7,12 +7,13 @@ use crate::accept::Accepted;
 use crate::carry;
 use crate::conns::{Carried, Direction, Facts, Live};
 use crate::deliver::deliver;
-use crate::inbound::{judge, source_of};
+use crate::inbound::judge;
 use crate::pod::Pod;
 use crate::record::Record;
 use crate::report;
 use crate::spans::Tracing;
 use mesh_model::Refusal;
+use mesh_model::source::find_source;
 use mesh_runtime::sockets::reset_on_close;
 use parking_lot::Mutex;
 use std::sync::Arc;
@@ -53,7 +54,7 @@ async fn admit(pod: &Arc<Pod>, accepted: &Accepted, live: &Live, record: &mut Re
         let snap = pod.shared.mesh.load();
         let workload = pod.workload(&snap)?;
         record.destination = Some(Arc::clone(workload));
-        record.source = source_of(&snap, accepted.peer, None);
+        record.source = find_source(&snap, accepted.peer.ip(), None).cloned();
         if let Err(why) = judge(pod, &snap, workload, accepted.peer, dst, None) {
             if !pod.shared.node.opened(accepted.peer, dst) {
                 return Err(why);

@@ -3,10 +3,12 @@
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails, also outside its own function")]
 use anyhow::{Context as _, Result, ensure};
 use clap::Parser;
-use mesh_hbone::{ConnectRequest, Incoming};
+use http::HeaderValue;
+use mesh_hbone::{ConnectRequest, Incoming, headers};
 use mesh_identity::local_ca::{LocalCa, LocalCaSettings};
 use mesh_identity::{IdentitySource, Svid, TlsContext};
 use mesh_model::change::Change;
+use mesh_model::labels::Labels;
 use mesh_model::policy::{Action, Clause, Match, Policy, PolicyBody, PolicyKey, Rule, Scope, TextMatch, Values};
 use mesh_model::service::{AppProtocol, Service, ServiceKey, ServicePort, WeightedWaypoint};
 use mesh_model::snapshot::Viewpoint;
@@ -24,7 +26,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout};
 use ztunnel::accept::Accepted;
@@ -166,10 +168,14 @@ impl Lab {
     }
     /// Waits for an access log line.
     async fn told(&self, direction: &str, reason: Reason) -> Result<String> {
+        self.told_since(0, direction, reason).await
+    }
+    /// The same, after this many bytes of the log.
+    async fn told_since(&self, from: usize, direction: &str, reason: Reason) -> Result<String> {
         let deadline = Instant::now() + LIMIT;
         loop {
             self.logging.writer.flush(Duration::from_millis(200));
-            let said = String::from_utf8(self.said.0.lock().unwrap().clone())?;
+            let said = String::from_utf8(self.said.0.lock().unwrap().get(from..).unwrap_or_default().to_vec())?;
             let wanted = [format!("\"direction\":\"{direction}\""), format!("\"reason\":\"{}\"", reason.as_str())];
             if let Some(line) = said.lines().find(|l| wanted.iter().all(|w| l.contains(w))) {
                 return Ok(line.to_owned());
@@ -568,6 +574,40 @@ async fn connect_answers_have_the_specified_statuses() -> Result<()> {
     lab.change(vec![Change::Policy(Arc::new(policy("no", Scope::Namespace, Action::Deny, CLIENT)))]).await?;
     let (status, why) = ask(HboneAuthority::Addr(lab.at(2, 8080))).await;
     assert_eq!((status, why.contains("policy_denied: t/no")), (401, true), "{why}");
+    Ok(())
+}
+
+/// Only for what comes through a gateway the address is not the client's, and what it says of itself is believed.
+#[tokio::test]
+async fn a_client_s_own_word_counts_only_behind_a_gateway() -> Result<()> {
+    let lab = Lab::start(|ip| {
+        let mut gateway = elsewhere("gw", ip(3));
+        gateway.labels = Labels::of(vec![("gateway.networking.k8s.io/gateway-name".into(), "eastwest".into())]);
+        vec![up(workload("server", ip(2))), up(gateway), up(elsewhere("pod", ip(4)))]
+    })
+    .await?;
+    echo_app(lab.at(2, 8080)).await?;
+    let svid = lab.svid("client").await?;
+    let expect = [SpiffeId::new(&TrustDomain::default(), "t", "server")?];
+    let baggage = "k8s.cluster.name=far,k8s.namespace.name=boss,k8s.deployment.name=frontend,service.name=front";
+    for (from, network, name) in [(3, "west", "behind"), (3, "", "own"), (4, "west", "forged")] {
+        let socket = TcpSocket::new_v4()?;
+        socket.bind(lab.at(from, 0))?;
+        let tcp = socket.connect(lab.at(2, 15008)).await?;
+        let (tls, _) = mesh_identity::tls::connect(&svid, tcp, &expect, Instant::now() + LIMIT).await?;
+        let tunnel = mesh_hbone::Tunnel::handshake(tls, Arc::default(), || {}).await?;
+        let mut request = ConnectRequest::to(HboneAuthority::Addr(lab.at(2, 9)));
+        request.baggage = Some(HeaderValue::from_static(baggage));
+        request.extra.push((headers::FORWARDED_NETWORK, HeaderValue::from_static(network)));
+        let before = lab.said.0.lock().unwrap().len();
+        ensure!(tunnel.open(&request).await.is_err(), "nobody listens there");
+        let line = lab.told_since(before, "inbound", Reason::ConnectFailed).await?;
+        ensure!(line.contains("\"src.identity\":\"spiffe://cluster.local/ns/t/sa/client\""), "{name}: {line}");
+        let told =
+            ["\"src.workload\":\"frontend\"", "\"src.namespace\":\"t\"", "\"src.cluster\":\"far\""].map(|f| line.contains(f));
+        ensure!(told == [name == "behind"; 3], "{name}: {line}");
+        ensure!(!line.contains("boss"), "the certificate says the namespace: {line}");
+    }
     Ok(())
 }
 

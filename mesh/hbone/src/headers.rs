@@ -9,6 +9,7 @@ use std::fmt::Write as _;
 use std::net::SocketAddr;
 
 use http::header::{HeaderName, HeaderValue};
+use mesh_model::SpiffeId;
 pub use mesh_model::telemetry::context::{TRACEPARENT, TraceParent};
 use mesh_model::workload::Workload;
 
@@ -58,6 +59,19 @@ pub enum WorkloadKind {
 }
 
 impl WorkloadKind {
+    fn of(word: &str) -> Self {
+        let all = [Self::CronJob, Self::Pod, Self::Job];
+        all.into_iter().find(|kind| kind.word() == word).unwrap_or_default()
+    }
+    /// As the model writes it.
+    fn word(self) -> &'static str {
+        match self {
+            Self::Deployment => "deployment",
+            Self::CronJob => "cronjob",
+            Self::Pod => "pod",
+            Self::Job => "job",
+        }
+    }
     fn key(self) -> &'static str {
         match self {
             Self::Deployment => "k8s.deployment.name",
@@ -74,12 +88,7 @@ impl Baggage<'_> {
         Baggage {
             cluster: Cow::Borrowed(&w.cluster),
             namespace: Cow::Borrowed(&w.namespace),
-            kind: match &*w.workload_type {
-                "cronjob" => WorkloadKind::CronJob,
-                "job" => WorkloadKind::Job,
-                "pod" => WorkloadKind::Pod,
-                _ => WorkloadKind::Deployment,
-            },
+            kind: WorkloadKind::of(&w.workload_type),
             workload: Cow::Borrowed(&w.workload_name),
             service: Cow::Borrowed(&w.canonical_name),
             version: Cow::Borrowed(&w.canonical_revision),
@@ -150,6 +159,19 @@ impl<'a> Baggage<'a> {
             }
         }
         out
+    }
+
+    /// The workload it describes, for labels, of a peer that proved this identity: that says more than any header.
+    pub fn workload(&self, id: &SpiffeId) -> Workload {
+        let mut w = Workload::new("", &self.workload, id.namespace());
+        w.service_account = id.service_account().into();
+        w.workload_type = self.kind.word().into();
+        w.cluster = (&*self.cluster).into();
+        w.canonical_name = (&*self.service).into();
+        w.canonical_revision = (&*self.version).into();
+        w.locality.region = (&*self.region).into();
+        w.locality.zone = (&*self.zone).into();
+        w
     }
 
     /// The same baggage, owning its text.

@@ -7,6 +7,7 @@
 use std::borrow::Cow;
 use std::fmt::Write as _;
 use std::future::poll_fn;
+use std::net::IpAddr;
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering::Relaxed};
@@ -16,7 +17,9 @@ use bytes::Bytes;
 use futures_util::FutureExt as _;
 use http::header::{HeaderName, HeaderValue};
 use http::{HeaderMap, Method, Request, Response, StatusCode};
-use mesh_model::{Reason, Refusal};
+use mesh_model::source::is_passed_on;
+use mesh_model::workload::Workload;
+use mesh_model::{Reason, Refusal, Snapshot, SpiffeId};
 use mesh_runtime::drain::{DrainMode, DrainWatch};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::timeout;
@@ -51,6 +54,18 @@ impl Incoming {
     /// The client's `baggage`; [`headers::Baggage::parse`] reads it. Telemetry only: the client may claim anything.
     pub fn baggage(&self) -> Option<&HeaderValue> {
         self.headers.get(headers::BAGGAGE)
+    }
+
+    /// The client as its own agent tells of it, where `snap` has it that this came from another network through a gateway of ours:
+    /// the address is the gateway's then. For labels; `id` is what was proven.
+    pub fn client_beyond(&self, snap: &Snapshot, client: IpAddr, id: &SpiffeId) -> Option<Arc<Workload>> {
+        let network = self.forwarded_network()?;
+        is_passed_on(snap, client, network).then(|| self.said_of(id)).flatten()
+    }
+
+    /// What the client says of itself, believed as little as [`Incoming::baggage`].
+    pub fn said_of(&self, id: &SpiffeId) -> Option<Arc<Workload>> {
+        Some(Arc::new(headers::Baggage::parse(self.baggage()?.as_bytes()).workload(id)))
     }
 
     /// The client's `forwarded`.

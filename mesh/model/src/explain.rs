@@ -307,7 +307,9 @@ impl Story<'_> {
         if w.native_tunnel {
             // A waypoint or gateway takes tunnels for what is bound to it, not for itself.
             return match plan_tunnel(self.snap, w, self.source.namespace(), &HboneAuthority::Addr(dst)) {
-                Err(why) if identity.is_some() && w.labels.get(waypoint::GATEWAY_NAME).is_some() => Step::refuses("", &why),
+                Err(why) if identity.is_some() && w.labels.get(crate::workload::GATEWAY_NAME).is_some() => {
+                    Step::refuses("", &why)
+                }
                 _ => Step::passes("", format!("port {port}: the endpoint speaks HBONE itself and judges by its own policies")),
             };
         }

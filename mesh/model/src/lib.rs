@@ -31,6 +31,7 @@ pub mod reason;
 pub mod service;
 pub mod shard;
 pub mod snapshot;
+pub mod source;
 pub mod telemetry;
 pub mod view;
 pub mod wanted;

@@ -181,7 +181,17 @@ impl FromIterator<(ServiceKey, PortMap)> for ServicePorts {
     }
 }
 
+/// Label of a pod that is an instance of a Gateway.
+pub const GATEWAY_NAME: &str = "gateway.networking.k8s.io/gateway-name";
+/// Port of HBONE where nobody says another.
+const HBONE: u16 = 15008;
+
 impl Workload {
+    /// Whether it is a pod of a Gateway, by its label or, where labels are not told, by a service with the port of HBONE.
+    pub fn is_gateway(&self) -> bool {
+        let takes_tunnels = |ports: &PortMap| ports.iter().any(|(port, _)| *port == HBONE);
+        self.labels.get(GATEWAY_NAME).is_some() || self.services.values().any(takes_tunnels)
+    }
     /// A healthy plain workload with defaults everywhere else; sources and tests fill in the rest.
     pub fn new(uid: &str, name: &str, namespace: &str) -> Self {
         Self {

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, ensure};
 use bytes::Bytes;
 use mesh_proto::istio::security::{self, Authorization, Group, Match, Rules, StringMatch, string_match::MatchType};
-use mesh_proto::istio::workload::{NetworkAddress, Port, PortList, Service, TunnelProtocol, Workload};
+use mesh_proto::istio::workload::{Extension, NetworkAddress, Port, PortList, Service, TunnelProtocol, Workload};
 use mesh_proto::{ADDRESS_TYPE, AUTHORIZATION_TYPE};
 use mesh_tests::agent::{Agent, AgentSpec, Metrics, find_program};
 use mesh_tests::cni::{self, CniAgent, CniPod, Connection};
@@ -41,6 +41,7 @@ const TESTS: &[Test<World>] = &[
     test("a_policy_that_comes_cuts_what_it_no_longer_allows", a_policy_that_comes_cuts_what_it_no_longer_allows),
     test("a_certificate_taken_back_ends_its_tunnels_both_ways", a_certificate_taken_back_ends_its_tunnels_both_ways),
     test("a_certificate_taken_back_during_its_handshake_is_told_of", a_certificate_taken_back_during_its_handshake_is_told_of),
+    test("what_a_later_istiod_says_refuses_or_is_told_once", what_a_later_istiod_says_refuses_or_is_told_once),
     test("without_a_control_plane_all_goes_on", without_a_control_plane_all_goes_on),
     test("short_lived_certificates_change_under_load", short_lived_certificates_change_under_load),
     test("on_demand_what_is_called_is_asked_for", on_demand_what_is_called_is_asked_for),
@@ -368,6 +369,55 @@ fn a_certificate_taken_back_ends_its_tunnels_both_ways(world: &mut World) -> any
         take_back(world, &[])?;
         wait::until_true("calls again", || world.call("client", world.web()).is_ok())?;
     }
+    Ok(())
+}
+
+/// An address is not of the mesh, then of a workload that cannot be used, then of one that can.
+fn what_a_later_istiod_says_refuses_or_is_told_once(world: &mut World) -> anyhow::Result<()> {
+    let outside = world.topology.host("outside");
+    let _server = Server::start(outside, PORT)?;
+    let agent = world.agent("node-a")?;
+    let (mark, to) = (agent.mark(), outside.at(PORT));
+    ensure!(world.call("client", to)? == "outside");
+    let usable = Workload { tunnel_protocol: 0, authorization_policies: Vec::new(), ..workload(outside, "") };
+    world.istiod.workload(Workload { network_mode: 7, ..usable.clone() });
+    wait::until_true("it to be refused", || world.call("client", to).is_err())?;
+    agent.wait_access("the reason", mark, |r| {
+        r["reason"] == "no_waypoint" && r["error"].as_str().is_some_and(|e| e.contains("network_mode 7"))
+    })?;
+    let problems = agent.config_dump()?["problems"].to_string();
+    ensure!(problems.contains("network_mode 7") && problems.contains("calls to its addresses are refused"), "{problems}");
+    world.istiod.workload(usable.clone());
+    wait::until_true("it to be reached", || world.call("client", to).is_ok_and(|name| name == "outside"))?;
+    // What was good stays.
+    world.istiod.workload(Workload { network_mode: 7, ..usable.clone() });
+    wait::until_true("it to be told of", || {
+        agent.config_dump().is_ok_and(|dump| dump["problems"].to_string().contains("network_mode"))
+    })?;
+    ensure!(world.call("client", to)? == "outside");
+    world.istiod.remove(ADDRESS_TYPE, &usable.uid);
+
+    let mark = agent.mark();
+    let strange = |name: &str| Service {
+        name: name.into(),
+        namespace: "t".into(),
+        hostname: format!("{name}.t.svc.cluster.local"),
+        visibility: 9,
+        extensions: vec![Extension { name: "later.istio.io".into(), config: None }],
+        ..Service::default()
+    };
+    for name in ["strange", "stranger"] {
+        world.istiod.service(strange(name));
+        agent.wait_config(name, |dump| dump["services"].as_array().is_some_and(|all| all.iter().any(|s| s["name"] == name)))?;
+    }
+    for what in ["visibility 9 of a service", "later.istio.io"] {
+        wait::until_true("it to be told", || agent.log_since(mark).contains(what))?;
+        ensure!(agent.log_since(mark).matches(what).count() == 1, "{what} is told more than once");
+    }
+    for name in ["strange", "stranger"] {
+        world.istiod.remove(ADDRESS_TYPE, &format!("t/{name}.t.svc.cluster.local"));
+    }
+    world.istiod.forget_nacks();
     Ok(())
 }
 

@@ -364,8 +364,15 @@ fn is_reached(world: &World, side: usize) -> anyhow::Result<()> {
     let came = world.far.wait_access("the way in", far, |r| r["direction"] == "inbound")?;
     ensure!(came["src.identity"] == "spiffe://cluster.local/ns/t/sa/client", "{came}");
     ensure!(starts(&came, "src.addr", &format!("{}:", world.topology.pod("gw").v4)), "{came}");
+    // Its workload is what its agent says of it, which it is believed because it came through the gateway.
+    let client = named(side, "client");
+    ensure!(came["src.workload"] == client && came["src.namespace"] == "t", "{came}");
+    let page = world.far.metrics()?;
+    let labels = [("reporter", "destination"), ("source_workload", client.as_str()), ("source_workload_namespace", "t")];
+    ensure!(page.sum("istio_tcp_connections_opened_total", &labels) > 0.0, "no series of {client}");
     let labels = [
         ("reporter", "waypoint"),
+        ("source_workload", client.as_str()),
         ("source_principal", "spiffe://cluster.local/ns/t/sa/client"),
         ("destination_service_name", "web"),
     ];

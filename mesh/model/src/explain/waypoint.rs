@@ -20,14 +20,11 @@ use crate::reason::{Reason, Refusal};
 use crate::service::Service;
 use crate::snapshot::Snapshot;
 use crate::waypoint::{Target, plan_tunnel};
-use crate::workload::Workload;
+use crate::workload::{GATEWAY_NAME, Workload};
 use http::header::{AUTHORIZATION, HeaderMap, HeaderName, HeaderValue};
 use http::{Method, Uri};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-
-/// Label of a pod that is an instance of a Gateway.
-pub(super) const GATEWAY_NAME: &str = "gateway.networking.k8s.io/gateway-name";
 
 /// A request, parsed.
 struct Asked {

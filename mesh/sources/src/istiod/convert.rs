@@ -33,7 +33,7 @@ fn unknown(what: &str, value: i32) -> Bad {
     format!("{what} {value} is not known here")
 }
 
-pub(super) fn workload(m: wire::Workload, texts: &mut Interner) -> Result<Workload, Bad> {
+pub(super) fn workload(m: &wire::Workload, texts: &mut Interner) -> Result<Workload, Bad> {
     if m.uid.is_empty() || m.namespace.is_empty() {
         return Err("a workload has a uid and a namespace".into());
     }
@@ -100,6 +100,40 @@ pub(super) fn workload(m: wire::Workload, texts: &mut Interner) -> Result<Worklo
     w.network_gateway = behind.map_err(|why| format!("network_gateway: {why}"))?.map(Box::new);
     w.application_tunnel = m.application_tunnel.map_or(Ok(None), application_tunnel)?;
     Ok(w)
+}
+
+/// What stands in for a workload that cannot be used: calls to each of its addresses that can be read are refused. Without it they
+/// would be no calls of the mesh, and go past its waypoint in plaintext. It backs nothing, is on no node, and has no account: so
+/// nobody can prove to be it, and its own pod finds no workload to be judged as.
+pub(super) fn closed_workload(m: &wire::Workload, named: &str, why: &str, texts: &mut Interner) -> Workload {
+    let mut w = Workload::new(if m.uid.is_empty() { named } else { &m.uid }, &m.name, "");
+    w.namespace = texts.text(&m.namespace);
+    w.service_account = texts.text("");
+    w.ips = m.addresses.iter().filter_map(|bytes| ip(bytes).ok()).collect();
+    w.network = Network(texts.text(&m.network));
+    w.protocol = Protocol::Hbone;
+    // What shares its node's addresses is not reached by them.
+    if m.network_mode == wire::NetworkMode::HostNetwork as i32 {
+        w.network_mode = NetworkMode::HostNetwork;
+    }
+    w.cluster = texts.text(&m.cluster_id);
+    w.waypoint_error = Some(why.into());
+    w
+}
+
+/// What is in a workload or service and has no meaning here, in words.
+pub(super) fn passed_over(m: &wire::address::Type) -> Vec<String> {
+    let (kind, extensions) = match m {
+        wire::address::Type::Workload(w) => ("workload", &w.extensions),
+        wire::address::Type::Service(s) => ("service", &s.extensions),
+    };
+    let mut all: Vec<String> = extensions.iter().map(|extension| format!("extension {:?} of a {kind}", extension.name)).collect();
+    if let wire::address::Type::Service(s) = m
+        && wire::service::Visibility::try_from(s.visibility).is_err()
+    {
+        all.push(format!("visibility {} of a service, which is seen in its own namespace only", s.visibility));
+    }
+    all
 }
 
 fn texts_of_policies(names: &[String], texts: &mut Interner) -> Result<Arc<[PolicyKey]>, Bad> {

@@ -93,12 +93,17 @@ impl What {
     }
 }
 
+/// Things said to be passed over, at most.
+const MOST_PASSED_OVER: usize = 100;
+
 /// One resource as it was last told.
 #[derive(Debug, Default)]
 struct Held {
     /// Empty for a refused one: no version of istiod's equals it, so after a reconnect it is told again or removed.
     version: Box<str>,
     what: What,
+    /// It only stands in for what cannot be used.
+    stand_in: bool,
 }
 
 /// See the module.
@@ -115,6 +120,8 @@ pub(super) struct State {
     locality: Locality,
     /// Whether addresses are told on demand.
     on_demand: bool,
+    /// What was said to be passed over.
+    passed_over: HashSet<Box<str>>,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -159,17 +166,14 @@ impl State {
         }
         for resource in response.resources {
             let name: Box<str> = resource.name.as_str().into();
-            match self.put(kind, resource, &mut out.changes) {
+            let put = self.put(kind, resource, &mut out.changes);
+            // Also what only stands in: who asked is to know that it refuses.
+            if self.on_demand {
+                let held = self.held.get(&kind).and_then(|held| held.get(&name));
+                out.present.extend(held.map(|held| held.what.wanted()).unwrap_or_default());
+            }
+            match put {
                 Ok(()) => {
-                    if self.on_demand {
-                        out.present.extend(
-                            self.held
-                                .get(&kind)
-                                .and_then(|held| held.get(&name))
-                                .map(|held| held.what.wanted())
-                                .unwrap_or_default(),
-                        );
-                    }
                     self.problems.remove(&(kind, name));
                 }
                 Err(why) => {
@@ -264,19 +268,20 @@ impl State {
         }
         let new = match kind {
             Kind::Address => match Address::decode(any.value.as_slice()).map_err(|e| e.to_string()) {
-                Ok(Address { r#type: Some(address::Type::Workload(w)) }) => {
-                    convert::workload(w, &mut self.texts).map(|w| Change::Workload(Arc::new(w)))
-                }
-                Ok(Address { r#type: Some(address::Type::Service(s)) }) => {
-                    let new = convert::service(&s, &mut self.texts);
+                Ok(Address { r#type: Some(told) }) => {
+                    self.note(&name, &told);
+                    let new = match &told {
+                        address::Type::Workload(w) => {
+                            convert::workload(w, &mut self.texts).map(|w| Change::Workload(Arc::new(w)))
+                        }
+                        address::Type::Service(s) => convert::service(s, &mut self.texts).map(|s| Change::Service(Arc::new(s))),
+                    };
                     if let Err(why) = &new
-                        && self.holds_nothing(kind, &name)
-                        && let Some(closed) = convert::closed(&s, why, &mut self.texts).map(Arc::new)
+                        && self.holds_nothing_good(kind, &name)
                     {
-                        self.hold(kind, &name, "", What::Service(Arc::clone(&closed)), changes);
-                        changes.push(Change::Service(closed));
+                        self.close(kind, &name, &told, why, changes);
                     }
-                    new.map(|s| Change::Service(Arc::new(s)))
+                    new
                 }
                 Ok(Address { r#type: None }) => Err("it is neither a workload nor a service".into()),
                 Err(why) => Err(why),
@@ -335,8 +340,35 @@ impl State {
         bad.map_or(Ok(()), Err)
     }
 
-    fn holds_nothing(&self, kind: Kind, name: &str) -> bool {
-        self.held.get(&kind).and_then(|held| held.get(name)).is_none_or(|held| matches!(held.what, What::Nothing))
+    /// Puts in the place of what cannot be used, and never was, what refuses.
+    fn close(&mut self, kind: Kind, name: &str, told: &address::Type, why: &str, changes: &mut Vec<Change>) {
+        let (what, change) = match told {
+            address::Type::Workload(w) => {
+                let closed = Arc::new(convert::closed_workload(w, name, why, &mut self.texts));
+                (What::Workload(Arc::clone(&closed)), Change::Workload(closed))
+            }
+            address::Type::Service(s) => {
+                let Some(closed) = convert::closed(s, why, &mut self.texts).map(Arc::new) else { return };
+                (What::Service(Arc::clone(&closed)), Change::Service(closed))
+            }
+        };
+        self.hold(kind, name, "", what, changes);
+        if let Some(held) = self.held.get_mut(&kind).and_then(|held| held.get_mut(name)) {
+            held.stand_in = true;
+        }
+        changes.push(change);
+    }
+    /// Says once of each thing that has no meaning here that it is passed over.
+    fn note(&mut self, name: &str, told: &address::Type) {
+        for what in convert::passed_over(told) {
+            if self.passed_over.len() < MOST_PASSED_OVER && self.passed_over.insert(what.as_str().into()) {
+                tracing::warn!(what, first = name, "istiod says what is not known here: it is passed over");
+            }
+        }
+    }
+    fn holds_nothing_good(&self, kind: Kind, name: &str) -> bool {
+        let held = self.held.get(&kind).and_then(|held| held.get(name));
+        held.is_none_or(|held| held.stand_in || matches!(held.what, What::Nothing))
     }
     /// Refused: what was good before stays, and istiod is not told that we have the new one.
     fn keep(&mut self, kind: Kind, name: &str, why: &str) -> Bad {
@@ -353,7 +385,7 @@ impl State {
             (What::Policy(a), What::Policy(b)) => a == b,
             _ => false,
         };
-        let old = std::mem::replace(held, Held { version: version.into(), what }).what;
+        let old = std::mem::replace(held, Held { version: version.into(), what, stand_in: false }).what;
         if !same {
             changes.extend(gone(&old));
         }
@@ -424,7 +456,7 @@ fn problem(kind: Kind, name: &str, why: &str) -> Problem {
         Kind::Authorization => "Authorization",
     };
     let effect = match kind {
-        Kind::Address => "what was good before stays",
+        Kind::Address => "what was good before stays; where nothing was, calls to its addresses are refused",
         Kind::Authorization => "it denies in its scope until it can be read",
     };
     Problem {

@@ -20,7 +20,7 @@ fn by_host(host: &str) -> GatewayAddress {
     GatewayAddress { destination: Some(gateway_address::Destination::Hostname(hostname)), hbone_mtls_port: 0 }
 }
 fn to_workload(m: wire::Workload) -> Result<Workload, Bad> {
-    workload(m, &mut Interner::default())
+    workload(&m, &mut Interner::default())
 }
 fn to_service(m: wire::Service) -> Result<Service, Bad> {
     service(&m, &mut Interner::default())

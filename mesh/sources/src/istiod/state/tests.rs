@@ -1,5 +1,5 @@
 use super::*;
-use mesh_proto::istio::workload::{Service, Workload};
+use mesh_proto::istio::workload::{self as wire, Service, Workload};
 use mesh_proto::well_known::Any;
 
 fn resource(kind: Kind, name: &str, version: &str, value: Vec<u8>) -> Resource {
@@ -140,4 +140,63 @@ fn the_locality_of_the_node_is_what_its_workloads_say() {
     assert_eq!(own(state.receive(Kind::Address, at("b", "here", "z"))), 1);
     assert_eq!(own(state.receive(Kind::Address, at("c", "here", "z"))), 0);
     assert_eq!(own(state.receive(Kind::Address, at("d", "here", "z2"))), 1);
+}
+
+#[test]
+fn a_workload_that_cannot_be_used_is_there_and_nobody_s() {
+    let mut state = State::default();
+    let late = |address: [u8; 4], mode: i32| {
+        let w = wire::Workload {
+            uid: "late".into(),
+            namespace: "ns".into(),
+            service_account: "late".into(),
+            node: "n".into(),
+            addresses: vec![address.to_vec().into(), b"no address".to_vec().into()],
+            services: [("ns/web".to_owned(), wire::PortList::default())].into(),
+            network_mode: mode,
+            ..wire::Workload::default()
+        };
+        let value = Address { r#type: Some(address::Type::Workload(w)) }.encode_to_vec();
+        response(vec![resource(Kind::Address, "late", "1", value)], &[])
+    };
+    let closed = |received: &Received| match received.changes.as_slice() {
+        [Change::Workload(w)] => Arc::clone(w),
+        other => panic!("{other:?}"),
+    };
+    let received = state.receive(Kind::Address, late([10, 0, 0, 1], 7));
+    assert_eq!((received.refused.len(), state.versions(Kind::Address)["late"].as_str()), (1, ""));
+    let w = closed(&received);
+    assert_eq!(w.ips, ["10.0.0.1".parse::<IpAddr>().unwrap()]);
+    assert!(w.waypoint_error.is_some() && w.identity().is_err() && w.services.is_empty() && w.node.is_empty(), "{w:?}");
+    // Still unusable, and elsewhere.
+    assert_eq!(closed(&state.receive(Kind::Address, late([10, 0, 0, 2], 7))).ips, ["10.0.0.2".parse::<IpAddr>().unwrap()]);
+    // What was good stays.
+    let mut good = late([10, 0, 0, 3], 0);
+    good.resources = vec![resource(Kind::Address, "late", "2", workload("late", &[]))];
+    assert!(state.receive(Kind::Address, good).refused.is_empty());
+    let received = state.receive(Kind::Address, late([10, 0, 0, 4], 7));
+    assert!(received.changes.is_empty() && received.refused.len() == 1);
+}
+
+#[test]
+fn what_has_no_meaning_here_is_noted_once() {
+    let mut state = State::default();
+    let extension = |name: &str| wire::Extension { name: name.into(), config: None };
+    let tell = |state: &mut State, name: &str, visibility: i32, extensions: &[&str]| {
+        let s = wire::Service {
+            name: name.into(),
+            namespace: "ns".into(),
+            hostname: name.into(),
+            visibility,
+            extensions: extensions.iter().map(|name| extension(name)).collect(),
+            ..wire::Service::default()
+        };
+        let value = Address { r#type: Some(address::Type::Service(s)) }.encode_to_vec();
+        let received = state.receive(Kind::Address, response(vec![resource(Kind::Address, name, "1", value)], &[]));
+        assert!(received.refused.is_empty(), "it is no reason to refuse");
+        state.passed_over.len()
+    };
+    assert_eq!(tell(&mut state, "a", 1, &[]), 0);
+    assert_eq!(tell(&mut state, "b", 9, &["x"]), 2);
+    assert_eq!(tell(&mut state, "c", 9, &["x", "y"]), 3);
 }
