@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -15,7 +16,8 @@ use mesh_proto::spiffe::delegated::{
 };
 use mesh_proto::spiffe::workload::{self, X509svidRequest, X509svidResponse};
 use rcgen::{
-    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType,
+    BasicConstraints, CertificateParams, CertificateRevocationListParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
+    KeyIdMethod, KeyPair, KeyUsagePurpose, RevokedCertParams, SanType, SerialNumber,
 };
 use tokio::sync::watch;
 
@@ -34,7 +36,7 @@ impl Authority {
         let mut params = CertificateParams::default();
         params.distinguished_name.push(DnType::CommonName, name);
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         let der = Bytes::copy_from_slice(params.self_signed(&key)?.der());
         Ok(Self { der, issuer: Issuer::new(params, key) })
     }
@@ -45,6 +47,7 @@ impl Authority {
 struct Svid {
     der: Bytes,
     key: Bytes,
+    serial: u64,
 }
 
 #[derive(Default)]
@@ -54,6 +57,8 @@ struct World {
     /// Signing first.
     authorities: Vec<Authority>,
     federated: BTreeMap<String, Bytes>,
+    /// Lists of what was taken back, as the Workload API sends them.
+    crl: Vec<Bytes>,
     refuse: bool,
     asked: Vec<Vec<(String, String)>>,
     without_header: usize,
@@ -109,6 +114,33 @@ impl Spire {
         self.shared.world().entries.remove(id);
         self.tell();
     }
+    /// A list, DER, of the certificates that these identities have now.
+    pub fn list(&self, identities: &[&str]) -> anyhow::Result<Bytes> {
+        let world = self.shared.world();
+        let now = SystemTime::now();
+        let of = identities.iter().filter_map(|id| world.entries.get(*id));
+        let revoked = of.map(|svid| RevokedCertParams {
+            serial_number: SerialNumber::from(svid.serial),
+            revocation_time: now.into(),
+            reason_code: None,
+            invalidity_date: None,
+        });
+        let params = CertificateRevocationListParams {
+            this_update: (now - Duration::from_mins(1)).into(),
+            next_update: (now + Duration::from_hours(1)).into(),
+            crl_number: SerialNumber::from(1),
+            issuing_distribution_point: None,
+            revoked_certs: revoked.collect(),
+            key_identifier_method: KeyIdMethod::Sha256,
+        };
+        let authority = world.authorities.first().context("an authority")?;
+        Ok(Bytes::copy_from_slice(params.signed_by(&authority.issuer)?.der()))
+    }
+    /// Sends these as lists of what was taken back.
+    pub fn send_lists(&self, crl: Vec<Bytes>) {
+        self.shared.world().crl = crl;
+        self.tell();
+    }
     /// The root of another trust domain, DER.
     pub fn federate(&self, domain: &str, root: Bytes) {
         self.shared.world().federated.insert(domain.to_owned(), root);
@@ -157,8 +189,11 @@ impl Spire {
 }
 
 fn sign(authority: &Authority, id: &str, lifetime: Duration) -> anyhow::Result<Svid> {
+    static SERIAL: AtomicU64 = AtomicU64::new(1);
     let key = KeyPair::generate()?;
     let mut params = CertificateParams::default();
+    let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
+    params.serial_number = Some(SerialNumber::from(serial));
     let now = SystemTime::now();
     params.not_before = (now - Duration::from_secs(1)).into();
     params.not_after = (now + lifetime).into();
@@ -167,7 +202,7 @@ fn sign(authority: &Authority, id: &str, lifetime: Duration) -> anyhow::Result<S
     params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
     params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
     let leaf = params.signed_by(&key, &authority.issuer)?;
-    Ok(Svid { der: Bytes::copy_from_slice(leaf.der()), key: Bytes::from(key.serialize_der()) })
+    Ok(Svid { der: Bytes::copy_from_slice(leaf.der()), key: Bytes::from(key.serialize_der()), serial })
 }
 
 async fn serve(shared: Arc<Shared>, mut call: Call) -> anyhow::Result<()> {
@@ -273,5 +308,5 @@ fn own(shared: &Shared) -> X509svidResponse {
         hint: String::new(),
     });
     let federated_bundles = world.federated.iter().map(|(domain, root)| (format!("spiffe://{domain}"), root.clone())).collect();
-    X509svidResponse { svids: svids.collect(), crl: Vec::new(), federated_bundles }
+    X509svidResponse { svids: svids.collect(), crl: world.crl.clone(), federated_bundles }
 }

@@ -81,7 +81,7 @@ pub(crate) fn authority(s: &Settings, view: &Viewpoint) -> Result<Arc<dyn Identi
         }
         (None, None, None) => (Authority::Development(s.ca_dir.clone()), format!("development CA in {}", s.ca_dir.display())),
     };
-    authority.open(SourceSettings::of(view, s.secret_ttl)).context(which)
+    authority.open(SourceSettings::of(view, s.secret_ttl).with_unknown(s.crl_unknown)).context(which)
 }
 
 fn reach(s: &Settings, address: &str, roots: &Roots, alt: Option<&String>, prefix: &str) -> Result<ControlPlane> {

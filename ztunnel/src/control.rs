@@ -109,7 +109,7 @@ pub fn authority(s: &Settings, view: &Viewpoint, origin: &Origin) -> Result<Arc<
         }
         (None, None) => (Authority::Development(s.ca_dir.clone()), format!("development CA in {}", s.ca_dir.display())),
     };
-    authority.open(SourceSettings::of(view, s.secret_ttl)).context(which)
+    authority.open(SourceSettings::of(view, s.secret_ttl).with_unknown(s.crl_unknown)).context(which)
 }
 
 fn in_kubernetes() -> Option<&'static str> {

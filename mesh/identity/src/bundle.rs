@@ -104,6 +104,17 @@ impl TrustBundles {
         self.foreign.len() == other.foreign.len() && self.all().all(|(domain, bundle)| same(domain, bundle))
     }
 
+    /// The same, with these lists and no others.
+    #[must_use]
+    pub(crate) fn with_lists(self, lists: Option<Arc<Revocation>>) -> Self {
+        Self { revocation: lists, ..self }
+    }
+
+    /// The lists of what was taken back, to be handed on.
+    pub(crate) fn lists(&self) -> Option<Arc<Revocation>> {
+        self.revocation.clone()
+    }
+
     /// Every trust domain with its roots, ours first; aliases have ours.
     pub fn all(&self) -> impl Iterator<Item = (&str, &TrustBundle)> {
         let foreign = self.foreign.iter().map(|(name, bundle)| (&**name, bundle));

@@ -92,7 +92,9 @@ struct Follow {
 
 impl Follow {
     fn apply(&self, bundles: &TrustBundles) -> Arc<TrustBundles> {
-        Arc::new(bundles.clone().with_revocation(Arc::clone(&self.lists)))
+        // The source may have lists of its own.
+        let lists = bundles.revocation().map_or_else(|| Arc::clone(&self.lists), |others| Arc::new(self.lists.and(others)));
+        Arc::new(bundles.clone().with_revocation(lists))
     }
 
     /// Until nobody asks any more, or the source is gone.

@@ -1,7 +1,7 @@
 //! Certificates that were taken back: the authorities' lists (CRL, RFC 5280 §5).
 //!
 //! Every certificate of a chain is looked up. One that no list speaks of, or only one that is out of date, is not known to be
-//! good: [`Unknown`] says what then. Upstream: [`crate::crl_file`]. Downstream: [`crate::bundle`], [`crate::verify`].
+//! good: [`Unknown`] says what then. Upstream: [`crate::crl_file`], [`crate::spire`]. Downstream: [`crate::bundle`], [`crate::verify`].
 
 use std::str::FromStr;
 use std::sync::Arc;
@@ -67,13 +67,21 @@ impl Revocation {
         if lists.is_empty() {
             lists.push(CertificateRevocationListDer::from(bytes));
         }
-        let read = |(at, der): (usize, &CertificateRevocationListDer<'_>)| {
-            let list = OwnedCertRevocationList::from_der(der).map_err(|error| format!("list {}: {error}", at + 1))?;
-            let until = next_update(der).map_err(|why| format!("list {}: {why}", at + 1))?;
-            Ok(Dated { list: Arc::new(list.into()), until })
-        };
-        let lists = lists.iter().enumerate().map(read).collect::<Result<_, String>>()?;
-        Ok(Self { lists, unknown })
+        Ok(Self { lists: dated(&lists)?, unknown })
+    }
+
+    /// Reads lists, each in DER.
+    ///
+    /// # Errors
+    /// Says which of them cannot be read; then none counts.
+    pub(crate) fn of<'a>(ders: impl Iterator<Item = &'a [u8]>, unknown: Unknown) -> Result<Self, String> {
+        let lists = ders.map(CertificateRevocationListDer::from).collect::<Vec<_>>();
+        Ok(Self { lists: dated(&lists)?, unknown })
+    }
+
+    /// These and those of another teller.
+    pub(crate) fn and(&self, others: &Self) -> Self {
+        Self { lists: self.lists.iter().chain(&others.lists).cloned().collect(), unknown: self.unknown }
     }
 
     /// No list at all.
@@ -118,6 +126,15 @@ impl Revocation {
         let builder = builder.with_depth(RevocationCheckDepth::Chain).with_status_policy(status);
         Ok(Some(builder.with_expiration_policy(expiration).build()))
     }
+}
+
+fn dated(ders: &[CertificateRevocationListDer<'_>]) -> Result<Vec<Dated>, String> {
+    let read = |(at, der): (usize, &CertificateRevocationListDer<'_>)| {
+        let list = OwnedCertRevocationList::from_der(der).map_err(|error| format!("list {}: {error}", at + 1))?;
+        let until = next_update(der).map_err(|why| format!("list {}: {why}", at + 1))?;
+        Ok(Dated { list: Arc::new(list.into()), until })
+    };
+    ders.iter().enumerate().map(read).collect()
 }
 
 /// Until when a list counts. The verifier knows, and does not tell.

@@ -15,6 +15,7 @@ use tokio::sync::{mpsc, watch};
 
 use crate::bundle::TrustBundles;
 use crate::error::IdentityError;
+use crate::revocation::Unknown;
 
 /// A boxed future, so that sources can be trait objects.
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
@@ -28,13 +29,20 @@ pub struct SourceSettings {
     pub trust_domain_aliases: Vec<TrustDomain>,
     /// Lifetime of certificates to ask for; the authority may give less.
     pub lifetime: Duration,
+    /// What a certificate means of which no list of what was taken back speaks, where the authority sends such lists.
+    pub unknown: Unknown,
 }
 
 impl SourceSettings {
     /// For a process that sees the mesh from there.
     pub fn of(view: &Viewpoint, lifetime: Duration) -> Self {
         let (trust_domain, trust_domain_aliases) = (view.trust_domain.clone(), view.trust_domain_aliases.clone());
-        Self { trust_domain, trust_domain_aliases, lifetime }
+        Self { trust_domain, trust_domain_aliases, lifetime, unknown: Unknown::Deny }
+    }
+    /// Where certificates of which no list speaks mean this.
+    #[must_use]
+    pub fn with_unknown(self, unknown: Unknown) -> Self {
+        Self { unknown, ..self }
     }
 }
 

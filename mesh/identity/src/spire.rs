@@ -13,7 +13,7 @@ mod stream;
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::SystemTime;
 
 use mesh_model::{SpiffeId, TrustDomain};
@@ -33,6 +33,8 @@ use crate::bundle::TrustBundles;
 use crate::clock::Clock;
 use crate::crypto::TlsSettings;
 use crate::error::IdentityError;
+use crate::look::looks;
+use crate::revocation::Revocation;
 use crate::source::{BoxFuture, Facts, IdentitySource, IssuedSvid, SourceSettings};
 use crate::verify::leaf_of;
 use known::{Heard, Kept, Known, Said};
@@ -92,6 +94,8 @@ struct State {
     known: HashMap<SpiffeId, Known>,
     /// The pods of this node that a delegate was told of.
     pods: HashMap<SpiffeId, BTreeMap<Arc<str>, Facts>>,
+    /// Lists of what was taken back, as they were sent last, and those of them that can be read.
+    crl: (Vec<Vec<u8>>, Option<Arc<Revocation>>),
 }
 
 /// In the place of a pod's key: ourselves, or an identity of which no pod is known.
@@ -129,12 +133,15 @@ impl Spire {
                 move |error| for_errors.fail_all(&error),
             ),
         };
+        if api == Api::Workload {
+            control.spawn(age(Arc::downgrade(&shared)));
+        }
         Ok(Self { api, shared, agent, control, renewals: Mutex::new(Some(renewals)), _roots: roots })
     }
 
     /// What is said of an identity; a delegate subscribes to it first.
     fn listen(&self, id: &SpiffeId) -> watch::Receiver<Said> {
-        let State { known, pods } = &mut *self.shared.state.lock();
+        let State { known, pods, .. } = &mut *self.shared.state.lock();
         let entry = known.entry(id.clone()).or_default();
         if entry.is_empty() {
             for (key, facts) in pods.get(id).into_iter().flatten() {
@@ -181,6 +188,16 @@ impl Spire {
     }
 }
 
+/// Looks after the dates of lists while there is somebody who has them.
+async fn age(shared: Weak<Shared>) {
+    let mut tick = looks();
+    loop {
+        tick.tick().await;
+        let Some(shared) = shared.upgrade() else { return };
+        shared.age();
+    }
+}
+
 impl Drop for Spire {
     fn drop(&mut self) {
         // The listeners in there hold what they are in.
@@ -221,6 +238,8 @@ impl Shared {
             (domain, svid.bundle.as_ref())
         });
         let federated = news.federated_bundles.iter().map(|(domain, roots)| (domain.as_str(), roots.as_ref()));
+        // Whatever becomes of the roots.
+        self.revoke(&news.crl);
         let believed = self.believe(federated.chain(own));
         let names: Vec<&str> = news.svids.iter().map(|svid| svid.spiffe_id.as_str()).collect();
         let missing: Vec<SpiffeId> = {
@@ -273,6 +292,54 @@ impl Shared {
         }
     }
 
+    /// The lists of what was taken back. Where they cannot be read those before stay in force; without any before them no list is, and
+    /// certificates mean what they do of which no list speaks.
+    fn revoke(&self, crl: &[impl AsRef<[u8]>]) {
+        let (sent, lists) = &mut self.state.lock().crl;
+        if sent.iter().map(Vec::as_slice).eq(crl.iter().map(AsRef::as_ref)) {
+            return;
+        }
+        *sent = crl.iter().map(|der| der.as_ref().to_vec()).collect();
+        match Revocation::of(sent.iter().map(Vec::as_slice), self.settings.unknown) {
+            Ok(_) if crl.is_empty() => {
+                tracing::info!("SPIRE sends no certificate revocation lists any more");
+                *lists = None;
+            }
+            Ok(read) => {
+                tracing::info!(lists = read.count(), "certificate revocation lists of SPIRE read");
+                *lists = Some(Arc::new(read));
+            }
+            Err(why) => {
+                let unknown = self.settings.unknown;
+                tracing::error!(
+                    why,
+                    ?unknown,
+                    "certificate revocation lists of SPIRE cannot be read: those before stay in force"
+                );
+                lists.get_or_insert_with(|| Arc::new(Revocation::none(unknown)));
+            }
+        }
+        self.look_up(lists.clone());
+    }
+
+    /// Leaves out lists that went out of date, so that what was accepted by them is judged again.
+    fn age(&self) {
+        let (_, lists) = &mut self.state.lock().crl;
+        let Some(left) = lists.as_ref().and_then(|lists| lists.aged(self.clock.now())) else { return };
+        tracing::error!(
+            left = left.count(),
+            "certificate revocation lists of SPIRE are out of date: certificates that need them are refused"
+        );
+        let left = Arc::new(left);
+        *lists = Some(Arc::clone(&left));
+        self.look_up(Some(left));
+    }
+
+    /// Has certificates looked up in these from now on.
+    fn look_up(&self, lists: Option<Arc<Revocation>>) {
+        self.bundles.send_modify(|current| *current = Arc::new(TrustBundles::clone(current).with_lists(lists)));
+    }
+
     /// Each trust domain's roots vouch for that domain. One that cannot be read is believed no more; ours is kept as it was.
     fn believe<'a>(&self, roots: impl Iterator<Item = (&'a str, &'a [u8])>) -> Result<(), String> {
         let ours = &self.settings.trust_domain;
@@ -304,7 +371,7 @@ impl Shared {
             if changed {
                 let domains: Vec<&str> = told.iter().map(TrustDomain::as_str).collect();
                 tracing::info!(domains = domains.join(", "), "trust bundles changed");
-                *current = Arc::new(next);
+                *current = Arc::new(next.with_lists(current.lists()));
             }
             changed
         });
@@ -359,7 +426,7 @@ impl IdentitySource for Spire {
         if self.api != Api::Delegated {
             return;
         }
-        let State { known, pods } = &mut *self.shared.state.lock();
+        let State { known, pods, .. } = &mut *self.shared.state.lock();
         let pods = pods.entry(id.clone()).or_default();
         if pods.get(key) == Some(facts) {
             return;

@@ -298,6 +298,7 @@ fn source(api: Api, socket: &str, domain: &str) -> anyhow::Result<SvidCache> {
         trust_domain: TrustDomain::parse(domain)?,
         trust_domain_aliases: Vec::new(),
         lifetime: Duration::from_hours(1),
+        unknown: mesh_identity::revocation::Unknown::Deny,
     };
     let source = Authority::Spire(api, reach(socket, &TlsSettings::default())?).open(settings)?;
     let context = TlsContext::new(&TlsSettings::default(), &*source, Arc::new(SystemClock))?;

@@ -7,7 +7,7 @@ use mesh_identity::clock::SystemClock;
 use mesh_identity::crypto::TlsSettings;
 use mesh_identity::istio_ca::IstioCa;
 use mesh_identity::svid::{Svid, TlsContext};
-use mesh_identity::{IdentityError, IdentitySource, SourceSettings, SvidCache, tls};
+use mesh_identity::{IdentityError, IdentitySource, Peer, SourceSettings, SvidCache, tls};
 use mesh_model::{SpiffeId, TrustDomain};
 use mesh_tests::istiod::{CaManner, Istiod};
 use tempfile::TempDir;
@@ -34,6 +34,7 @@ fn node(istiod: &Istiod) -> Node {
         trust_domain: TrustDomain::default(),
         trust_domain_aliases: Vec::new(),
         lifetime: Duration::from_hours(24),
+        unknown: mesh_identity::revocation::Unknown::Deny,
     };
     let clock = Arc::new(SystemClock);
     let ca = IstioCa::new(settings, control_plane(istiod, &files), &TlsSettings::default(), clock.clone()).unwrap();
@@ -45,12 +46,17 @@ fn node(istiod: &Istiod) -> Node {
 
 /// Both sides' verdicts about a handshake.
 pub(crate) async fn handshake(client: &Svid, server: &Svid) -> Result<(), String> {
+    shake(client, server).await.map(drop)
+}
+
+/// What the server proved.
+pub(crate) async fn shake(client: &Svid, server: &Svid) -> Result<Peer, String> {
     let (near, far) = tokio::io::duplex(1 << 16);
     let deadline = tokio::time::Instant::now() + PATIENCE;
     let expect = [server.id.clone()];
     let (connected, accepted) = tokio::join!(tls::connect(client, near, &expect, deadline), tls::accept(server, far, deadline));
-    connected.map(drop).map_err(|e| format!("client: {e}"))?;
-    accepted.map(drop).map_err(|e| format!("server: {e}"))
+    let (_, server) = connected.map_err(|e| format!("client: {e}"))?;
+    accepted.map(|_| server).map_err(|e| format!("server: {e}"))
 }
 
 #[tokio::test]

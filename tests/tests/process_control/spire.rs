@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use mesh_identity::cache::CacheSettings;
 use mesh_identity::clock::SystemClock;
 use mesh_identity::crypto::TlsSettings;
+use mesh_identity::live::LivePeers;
 use mesh_identity::spire::{Api, Spire as Source, reach};
 use mesh_identity::svid::TlsContext;
 use mesh_identity::{Facts, IdentityError, IdentitySource, SourceSettings, SvidCache};
@@ -14,7 +15,7 @@ use mesh_tests::spire::Spire;
 use tempfile::TempDir;
 use tokio::runtime::Handle;
 
-use crate::ca::handshake;
+use crate::ca::{handshake, shake};
 use crate::fixture::{PATIENCE, until};
 
 const HOUR: Duration = Duration::from_hours(1);
@@ -34,6 +35,7 @@ fn node(socket: &Path, api: Api) -> Node {
         trust_domain: TrustDomain::default(),
         trust_domain_aliases: Vec::new(),
         lifetime: Duration::from_hours(1),
+        unknown: mesh_identity::revocation::Unknown::Deny,
     };
     let clock = Arc::new(SystemClock);
     let source = Arc::new(Source::start(api, agent, settings, clock.clone(), Handle::current()).unwrap());
@@ -114,6 +116,41 @@ async fn a_process_gets_its_own_certificate() {
     assert_eq!(spire.without_header(), 0);
     let error = node.cache.fetch(&id("stranger")).await.unwrap_err();
     assert!(error.to_string().contains("stranger"), "{error}");
+}
+
+/// Lists that come with the certificates count for new connections and for those that are open.
+#[tokio::test]
+async fn what_spire_takes_back_is_refused_and_cut() {
+    let (spire, dir) = started();
+    let node = node(&dir.path().join("agent.sock"), Api::Workload);
+    let (a, b) = (fetched(&node, "a").await, fetched(&node, "b").await);
+    spire.send_lists(vec![spire.list(&[]).unwrap()]);
+    let peers = LivePeers::default();
+    let proof = shake(&a, &b).await.unwrap();
+    let (_, cut) = peers.admit(Arc::new(proof));
+    let refused = async || handshake(&a, &b).await.is_err();
+    let rejudged = || peers.rejudge(&node.source.bundle().borrow());
+    assert_eq!(rejudged(), 0);
+    let list = spire.list(&[id("b").as_str()]).unwrap();
+    spire.send_lists(vec![list.clone()]);
+    let deadline = Instant::now() + PATIENCE;
+    while !refused().await {
+        assert!(Instant::now() < deadline, "it is still believed");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert_eq!(rejudged(), 1, "the one that is open");
+    tokio::time::timeout(PATIENCE, cut.notified()).await.unwrap();
+    // What cannot be read takes nothing away. A change that is seen says that it came.
+    spire.send_lists(vec![list, "garbage".into()]);
+    spire.federate("other.example", spire.root());
+    until("the change", || node.source.bundle().borrow().find("other.example").is_some()).await;
+    assert!(refused().await);
+    spire.send_lists(Vec::new());
+    let deadline = Instant::now() + PATIENCE;
+    while refused().await {
+        assert!(Instant::now() < deadline, "it is believed again");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
 }
 
 /// SPIRE renews by itself: what it pushes is in use at once, whatever the certificate's age.

@@ -45,7 +45,12 @@ impl Folder {
     }
     fn source(&self) -> Arc<Mounted> {
         let trust_domain = TrustDomain::default();
-        let settings = SourceSettings { trust_domain, trust_domain_aliases: Vec::new(), lifetime: hours(1) };
+        let settings = SourceSettings {
+            trust_domain,
+            trust_domain_aliases: Vec::new(),
+            lifetime: hours(1),
+            unknown: crate::revocation::Unknown::Deny,
+        };
         Arc::new(Mounted::start(self.dir.path().into(), settings, Arc::new(SystemClock), &Handle::current()).unwrap())
     }
 }

@@ -2,6 +2,7 @@ use std::time::Duration;
 
 use mesh_proto::spiffe::delegated::{SpiffeId as Named, X509svid, X509svidWithKey};
 use mesh_proto::spiffe::workload;
+use rcgen::{CertificateRevocationListParams, KeyIdMethod, RevokedCertParams, SerialNumber};
 
 use super::*;
 use crate::clock::{SystemClock, TokioClock};
@@ -20,6 +21,7 @@ fn shared_by(clock: Arc<dyn Clock>) -> (Shared, mpsc::UnboundedReceiver<SpiffeId
         trust_domain: TrustDomain::default(),
         trust_domain_aliases: vec![TrustDomain::parse("old.local").unwrap()],
         lifetime: hours(1),
+        unknown: crate::revocation::Unknown::Deny,
     };
     let (renewed, renewals) = mpsc::unbounded_channel();
     let nobody = TrustBundles::new(TrustDomain::default(), Vec::new()).unwrap();
@@ -191,4 +193,56 @@ fn who_is_given_another_name_is_told_which() {
     assert!(why.contains("no roots of our trust domain cluster.local, but of far.example"), "{why}");
     assert!(error(&said).contains(elsewhere), "{}", error(&said));
     assert_eq!(believed(&shared, "far.example"), 0);
+}
+
+/// A list of `ca` with these numbers on it, which counts for so long.
+fn list(ca: &TestCa, revoked: &[u64], ends: Duration) -> Vec<u8> {
+    let now = SystemTime::now();
+    let revoked = revoked.iter().map(|serial| RevokedCertParams {
+        serial_number: SerialNumber::from(*serial),
+        revocation_time: now.into(),
+        reason_code: None,
+        invalidity_date: None,
+    });
+    let params = CertificateRevocationListParams {
+        this_update: (now - hours(2)).into(),
+        next_update: (now + ends).into(),
+        crl_number: SerialNumber::from(1),
+        issuing_distribution_point: None,
+        revoked_certs: revoked.collect(),
+        key_identifier_method: KeyIdMethod::Sha256,
+    };
+    params.signed_by(ca.issuer()).unwrap().der().to_vec()
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_taken_back_is_as_spire_said_last_that_could_be_read() {
+    let (shared, _renewals) = shared_by(Arc::new(TokioClock::starting_at(SystemTime::now())));
+    let ca = TestCa::new("spire");
+    let bundles = shared.bundles.subscribe();
+    let lists = || bundles.borrow().lists().map(|lists| lists.count());
+    let tell = |crl: &[Vec<u8>], roots: &[u8]| {
+        let svid = workload::X509svid { spiffe_id: WEB.into(), bundle: roots.to_vec().into(), ..workload::X509svid::default() };
+        let crl = crl.iter().map(|der| der.clone().into()).collect();
+        shared.own(&X509svidResponse { svids: vec![svid], crl, ..X509svidResponse::default() })
+    };
+    let good = list(&ca, &[7], hours(1));
+    let _no_certificate = tell(&[], &ca.der);
+    assert_eq!(lists(), None, "none was ever sent");
+    let _no_certificate = tell(std::slice::from_ref(&good), &ca.der);
+    assert_eq!(lists(), Some(1));
+    // Garbage takes nothing away, and neither do new roots, nor such as cannot be read.
+    let _no_certificate = tell(&[good.clone(), b"garbage".to_vec()], &ca.der);
+    assert_eq!(lists(), Some(1));
+    let _no_certificate = tell(std::slice::from_ref(&good), &TestCa::new("next").der);
+    assert_eq!(lists(), Some(1));
+    assert!(tell(&[good.clone(), list(&ca, &[8], hours(3))], b"garbage").is_err());
+    assert_eq!(lists(), Some(2));
+    tokio::time::advance(hours(2)).await;
+    shared.age();
+    assert_eq!(lists(), Some(1), "one is out of date");
+    let _no_certificate = tell(&[], &ca.der);
+    assert_eq!(lists(), None, "SPIRE says that there are none");
+    let _no_certificate = tell(&[b"garbage".to_vec()], &ca.der);
+    assert_eq!(lists(), Some(0), "without any list in force nobody is known to be good");
 }
