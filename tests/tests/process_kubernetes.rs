@@ -220,11 +220,14 @@ fn a_missing_right_stops_that_kind_only_and_heals() {
     cluster.wait_problem("forbidden", "serviceentries.networking.istio.io");
     assert!(has(&cluster.mesh.load_full(), "web"));
     assert!(!is_closed(&cluster.mesh.load_full()), "nothing it could say would refuse anything");
+    // But it could say that an address which nobody knows has a waypoint.
+    let unread = || cluster.mesh.load().unread().map(ToString::to_string);
+    assert!(unread().is_some_and(|why| why.contains("serviceentries may not be read")), "{:?}", unread());
     cluster.wait_metric("culvert_kubernetes_watch_up{resource=\"serviceentries\"}", "0");
     api.apply(pod("api", "10.0.0.2", json!({})));
     cluster.wait("the others go on", |s| has(s, "api"));
     api.refuse("serviceentries", 0);
-    cluster.wait("the right is there", |s| s.find_service_by_host("db.example", "shop").is_some());
+    cluster.wait("the right is there", |s| s.find_service_by_host("db.example", "shop").is_some() && s.unread().is_none());
     wait::until_true("no complaint is left", || !cluster.has_problem("forbidden", "serviceentries")).unwrap();
 }
 

@@ -64,4 +64,6 @@ pub enum Change {
     OwnLocality(Locality),
     /// Our own network became known or changed: addresses are looked up in it.
     OwnNetwork(Network),
+    /// Why what nobody knows may be of the mesh all the same: something that would tell of it may not be read. `None`: nothing is.
+    Unread(Option<Arc<str>>),
 }

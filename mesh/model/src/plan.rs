@@ -128,6 +128,10 @@ pub fn plan_outbound(snap: &Snapshot, conn: &OutboundConn<'_>) -> Result<Outboun
     if let Some(known) = snap.find_known_by_ip(network, ip) {
         return plan_workload(snap, conn, known, None);
     }
+    // What may be read of the mesh does not have it, and the rest may: its waypoint must not be gone around.
+    if let Some(why) = snap.unread() {
+        return Err(Refusal::new(Reason::UnknownWorkload, format!("{}: {why}", conn.dst)));
+    }
     Ok(passthrough(conn, None))
 }
 

@@ -73,6 +73,7 @@ pub struct Snapshot {
     /// External authorizers by name.
     authorizers: Arc<Authorizers>,
     defaults: Arc<MeshDefaults>,
+    unread: Option<Arc<str>>,
 }
 /// Trust domain, namespace, service account.
 type Account = (TrustDomain, Arc<str>, Arc<str>);
@@ -227,6 +228,7 @@ impl Snapshot {
             treatments: Shards::default(),
             authorizers: Arc::default(),
             defaults: Arc::default(),
+            unread: None,
         }
     }
     /// Its version.
@@ -292,6 +294,7 @@ impl Snapshot {
                 }
                 Change::Authorizers(all) => next.authorizers = Arc::clone(all),
                 Change::Defaults(new) => next.defaults = Arc::clone(new),
+                Change::Unread(why) => next.unread.clone_from(why),
                 Change::OwnLocality(l) => {
                     if next.view.locality != *l {
                         Arc::make_mut(&mut next.view).locality = l.clone();
@@ -576,6 +579,10 @@ impl Snapshot {
     /// What the mesh's configuration says for all requests.
     pub fn defaults(&self) -> &MeshDefaults {
         &self.defaults
+    }
+    /// Why what nobody knows may be of the mesh all the same; `None`: it is not.
+    pub fn unread(&self) -> Option<&Arc<str>> {
+        self.unread.as_ref()
     }
     /// Whether any layer 7 policy is bound to anything.
     pub fn has_l7_policies(&self) -> bool {

@@ -53,6 +53,7 @@ const TESTS: &[Test<Cluster>] = &[
     test("opt_outs_are_respected", opt_outs_are_respected),
     test("a_new_agent_finds_marked_pods_and_serves_them", a_new_agent_finds_marked_pods_and_serves_them),
     test("a_pod_made_again_under_its_name_is_another_pod", a_pod_made_again_under_its_name_is_another_pod),
+    test("around_services_that_may_not_be_read_nobody_goes", around_services_that_may_not_be_read_nobody_goes),
     test("the_plugin_is_chained_and_stays", starting::the_plugin_is_chained_and_stays),
     test("a_pod_is_captured_before_it_starts", starting::a_pod_is_captured_before_it_starts),
     test("pods_outside_the_mesh_start_at_once", starting::pods_outside_the_mesh_start_at_once),
@@ -241,6 +242,28 @@ fn a_pod_made_again_under_its_name_is_another_pod(cluster: &mut Cluster) -> anyh
     wait::until_true("it waits for a process", || agent.config_dump().is_ok_and(|dump| dump.to_string().contains("not known")))?;
     cluster.process(204, "again", uid)?;
     cluster.wait_marked("again", true)
+}
+
+/// Their labels name waypoints: an address that nobody knows may be one of theirs.
+fn around_services_that_may_not_be_read_nobody_goes(cluster: &mut Cluster) -> anyhow::Result<()> {
+    let node = Arc::clone(cluster.topology.node("node-a"));
+    let _server = Server::start(&node, PORT)?;
+    let outside = |cluster: &Cluster| Client::who(cluster.pod("client"), node.at(PORT)).map(drop);
+    outside(cluster).context("before")?;
+    cluster.agent.take().context("no agent runs")?.terminate(Duration::from_secs(20))?;
+    cluster.api.refuse("services", 403);
+    cluster.start_agent()?;
+    let agent = cluster.agent()?;
+    let mark = agent.mark();
+    wait::until_true("the mesh goes on", || cluster.call().is_ok())?;
+    ensure!(outside(cluster).is_err(), "who is not known was reached in plaintext");
+    agent.wait_access("the reason", mark, |r| {
+        r["reason"] == "unknown_workload" && r["error"].as_str().is_some_and(|e| e.contains("services may not be read"))
+    })?;
+    let problems = agent.config_dump()?["problems"].to_string();
+    ensure!(problems.contains("calls to addresses that nobody knows are refused"), "{problems}");
+    cluster.api.refuse("services", 0);
+    wait::until_true("the outside again", || outside(cluster).is_ok())
 }
 
 fn a_label_taken_away_makes_the_pod_direct_and_unmarked(cluster: &mut Cluster) -> anyhow::Result<()> {

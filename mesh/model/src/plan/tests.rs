@@ -384,3 +384,13 @@ fn no_hop_expects_nobody() {
     let objects = with_service_waypoint(vec![weighted(by_addr("", "10.0.0.9"), 1)], None);
     assert_eq!(plan(objects.into_iter().chain([w.into()]).collect(), "10.96.0.1:80"), Err(Reason::NoWaypoint));
 }
+
+#[test]
+fn what_nobody_knows_is_refused_while_something_may_not_be_read() {
+    let unread = |why: Option<&str>| Change::Unread(why.map(Into::into));
+    let web = || pod("default", "web", "10.0.0.2").into();
+    assert_eq!(plan(vec![unread(Some("services may not be read"))], "192.0.2.1:80"), Err(Reason::UnknownWorkload));
+    assert!(plan(vec![unread(Some("services may not be read")), web()], "10.0.0.2:80").is_ok());
+    let passed = plan(vec![unread(Some("services may not be read")), unread(None)], "192.0.2.1:80");
+    assert_eq!(passed, Ok(Dial::Passthrough(sock("192.0.2.1:80").into())));
+}

@@ -283,6 +283,7 @@ fn any_change() -> impl Strategy<Value = Change> {
         1 => prop::sample::select(vec!["r1", "r2"])
             .prop_map(|r| Change::OwnLocality(Locality { region: r.into(), ..Locality::default() })),
         1 => prop::sample::select(vec!["", "n1"]).prop_map(|n| Change::OwnNetwork(n.into())),
+        1 => prop::option::of(Just(Arc::from("services"))).prop_map(Change::Unread),
     ]
 }
 /// The last word on every object, in key order.
@@ -313,6 +314,7 @@ fn final_set(changes: &[Change]) -> Vec<Change> {
             Change::Defaults(_) => ("defaults".into(), true),
             Change::OwnLocality(_) => ("locality".into(), true),
             Change::OwnNetwork(_) => ("network".into(), true),
+            Change::Unread(_) => ("unread".into(), true),
         };
         last.insert(key, keep.then(|| c.clone()));
     }

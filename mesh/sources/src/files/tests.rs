@@ -86,6 +86,7 @@ impl Dir {
                 Change::Defaults(_) => "defaults".into(),
                 Change::OwnLocality(_) => "locality".into(),
                 Change::OwnNetwork(_) => "network".into(),
+                Change::Unread(_) => "unread".into(),
             })
             .collect();
         out.sort();

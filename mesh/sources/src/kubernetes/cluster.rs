@@ -44,6 +44,10 @@ pub struct Cluster {
     slots: Vec<Slot>,
     problems: BTreeMap<ObjectId, Vec<Problem>>,
     new_failures: bool,
+    /// What was told of kinds that may not be read.
+    unread: Option<Arc<str>>,
+    /// Whether a control plane tells the addresses.
+    told: bool,
 }
 
 impl Cluster {
@@ -66,6 +70,8 @@ impl Cluster {
             slots: slots.collect(),
             problems: BTreeMap::new(),
             new_failures: false,
+            unread: None,
+            told: settings.told,
         }
     }
 
@@ -105,7 +111,19 @@ impl Cluster {
     }
     /// What all that was taken in changes.
     pub fn flush(&mut self) -> Vec<Change> {
-        self.translator.flush()
+        let mut changes = self.translator.flush();
+        let unread = self.unread();
+        if unread != self.unread {
+            changes.push(Change::Unread(unread.clone()));
+            self.unread = unread;
+        }
+        changes
+    }
+    /// Why an address that is not known may be of the mesh.
+    fn unread(&self) -> Option<Arc<str>> {
+        let labels: Vec<&str> = self.slots.iter().filter(|slot| slot.is_unread() && !self.told).map(|s| &*s.label).collect();
+        let why = || format!("it may be of the mesh, of which {} may not be read (403), and have a waypoint", labels.join(", "));
+        (!labels.is_empty()).then(|| why().into())
     }
     /// What is wrong.
     pub fn problems(&self) -> Vec<Problem> {
@@ -224,6 +242,11 @@ impl Cluster {
 }
 
 impl Slot {
+    /// Whether it would tell of addresses, and may not be read.
+    fn is_unread(&self) -> bool {
+        let forbidden = self.failure.as_ref().is_some_and(|failure| failure.why == Why::Forbidden);
+        self.watch.has_addresses() && !self.listed && forbidden
+    }
     fn id(&self, object: &Value) -> ObjectId {
         let text = |key: &str| object["metadata"][key].as_str().unwrap_or_default().into();
         ObjectId { kind: self.watch.kind, namespace: text("namespace"), name: text("name") }
@@ -239,6 +262,9 @@ impl Slot {
         let effect = match (self.listed, self.closed.is_some()) {
             (true, _) => "what was known of it stays in force",
             (false, true) => "it may refuse something, so everything is denied until it can be read",
+            _ if self.is_unread() => {
+                "calls to addresses that nobody knows are refused until it can be read: they may have a waypoint"
+            }
             (false, false) => "nothing of it is in force",
         };
         let (severity, code, fix) = match failure.why {

@@ -105,7 +105,14 @@ impl Watch {
     pub fn closes(&self) -> bool {
         self.kind.is_security() || self.kind == Kind::Namespace
     }
+    /// Whether an address that nobody knows may be of one of its objects.
+    pub fn has_addresses(&self) -> bool {
+        ADDRESSED.contains(&self.kind)
+    }
 }
+
+/// Kinds whose objects have addresses of the mesh and say, by labels, through which waypoint these are reached.
+const ADDRESSED: [Kind; 4] = [Kind::Service, Kind::ServiceEntry, Kind::Pod, Kind::WorkloadEntry];
 
 /// What a control plane tells by other means, so that nobody looks at it where one does.
 const TOLD: [Kind; 3] = [Kind::Node, Kind::EndpointSlice, Kind::PeerAuthentication];

@@ -56,6 +56,7 @@ impl State {
                 Change::Defaults(new) => self.defaults = new,
                 Change::OwnLocality(l) => self.own = Some(l),
                 Change::OwnNetwork(n) => self.network = n,
+                Change::Unread(_) => {}
             }
         }
     }
