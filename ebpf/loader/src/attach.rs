@@ -121,14 +121,11 @@ impl Redirect {
             let settings: Vec<_> = chosen.iter().map(|interface| (interface.index, Setting::AcceptLocal)).collect();
             let plumbing = Plumbing::install(&mut netlink, &settings)?;
             let hooks = hooks(&chosen);
-            // Places that an earlier agent has are kept; there is no hurry then either.
-            let early = match &pins {
-                Some(pins) if !found && early::possible(&mut netlink, &hooks) => Some(pins.clone()),
-                _ => None,
-            };
+            // Places that an earlier agent has are kept; filters of one are replaced like any other.
+            let early = pins.clone().filter(|pins| !(found && pins.has_places()) && early::possible(&mut netlink, &hooks));
             let config = spec.config.with_token(cookie.token());
             let attached = match early {
-                Some(pins) => attach_early(&netns, &mut netlink, config, listeners, hooks, pins),
+                Some(pins) => attach_early(&netns, &mut netlink, config, listeners, (hooks, pins), found),
                 None => attach_programs(netns.as_fd(), config, listeners, &hooks, pins.as_ref()),
             };
             match attached {
@@ -341,8 +338,8 @@ fn attach_early(
     netlink: &mut Netlink,
     config: Config,
     listeners: Listeners<'_>,
-    hooks: Vec<Hook>,
-    pins: PodPins,
+    (hooks, pins): (Vec<Hook>, PodPins),
+    found: bool,
 ) -> Result<Attached, RedirectError> {
     let attached = (|| {
         let (mut instance, mut maps) = Instance::load(Some(&pins))?;
@@ -361,7 +358,10 @@ fn attach_early(
             Ok(Attached { links: Vec::new(), maps, early: Some(early) })
         }
         Err(error) => {
-            early::unmake(&hooks);
+            // What an earlier agent left goes on dropping what nobody carries.
+            if !found {
+                early::unmake(&hooks);
+            }
             Err(error)
         }
     }

@@ -13,8 +13,8 @@ use std::{
 use aya::programs::TcAttachType;
 
 use crate::netlink::{
-    NLM_F_CREATE_EXCLUSIVE, NLM_F_DUMP, Netlink, RTM_DELQDISC, RTM_DELTFILTER, RTM_GETTFILTER, RTM_NEWQDISC, RTM_NEWTFILTER,
-    Request, find_attribute, push_attribute, u32_at,
+    NLM_F_CREATE_EXCLUSIVE, NLM_F_CREATE_OR_REPLACE, NLM_F_DUMP, Netlink, RTM_DELQDISC, RTM_DELTFILTER, RTM_GETTFILTER,
+    RTM_NEWQDISC, RTM_NEWTFILTER, Request, find_attribute, push_attribute, u32_at,
 };
 
 /// `TC_H_CLSACT`, as parent, and as the handle of what is there.
@@ -33,13 +33,13 @@ const NAME: &[u8] = b"culvert\0";
 const TCMSG_LEN: usize = 20;
 
 /// Makes a discipline on every interface, or on none: where somebody has filters on one, or the kernel has none. Filters of ours are what
-/// an agent left that was killed, and go.
+/// an agent left that was killed; they stay until they are replaced.
 pub(crate) fn make(netlink: &mut Netlink, interfaces: &[u32]) -> bool {
     for (made, &interface) in interfaces.iter().enumerate() {
         let mut done = netlink.ask(discipline(RTM_NEWQDISC, NLM_F_CREATE_EXCLUSIVE, interface)).map(drop);
         if done.as_ref().is_err_and(|e| e.raw_os_error() == Some(libc::EEXIST)) {
-            done = match clear(netlink, interface) {
-                Ok(Cleared { others: false, .. }) => Ok(()),
+            done = match find(netlink, interface) {
+                Ok(Found { others: false, .. }) => Ok(()),
                 Ok(_) => done,
                 Err(error) => Err(error),
             };
@@ -56,13 +56,13 @@ pub(crate) fn make(netlink: &mut Netlink, interfaces: &[u32]) -> bool {
 /// Takes back what [`make`] made. What cannot be taken away does nothing.
 pub(crate) fn unmake(netlink: &mut Netlink, interfaces: &[u32]) {
     for &interface in interfaces {
-        if clear(netlink, interface).is_ok_and(|cleared| !cleared.others) {
+        if clear(netlink, interface).is_ok_and(|found| !found.others) {
             let _ = netlink.ask(discipline(RTM_DELQDISC, 0, interface));
         }
     }
 }
 
-/// Has the program see what passes the hook, from the next packet on.
+/// Has the program see what passes the hook, from the next packet on, in the place of one of ours that is there.
 pub(crate) fn add(netlink: &mut Netlink, interface: u32, hook: TcAttachType, program: BorrowedFd<'_>) -> io::Result<()> {
     const TCA_BPF_FD: u16 = 6;
     const TCA_BPF_NAME: u16 = 7;
@@ -73,26 +73,33 @@ pub(crate) fn add(netlink: &mut Netlink, interface: u32, hook: TcAttachType, pro
     push_attribute(&mut options, TCA_BPF_NAME, NAME);
     push_attribute(&mut options, TCA_BPF_FLAGS, &ACT_DIRECT.to_ne_bytes());
     let parent = if matches!(hook, TcAttachType::Ingress) { INGRESS } else { EGRESS };
-    netlink.ask(filter(RTM_NEWTFILTER, NLM_F_CREATE_EXCLUSIVE, interface, parent).attribute(TCA_OPTIONS, &options)).map(drop)
+    netlink.ask(filter(RTM_NEWTFILTER, NLM_F_CREATE_OR_REPLACE, interface, parent).attribute(TCA_OPTIONS, &options)).map(drop)
 }
 
 /// Takes our filters away, and the discipline they are of unless it has others.
 pub(crate) fn remove(netlink: &mut Netlink, interface: u32) -> io::Result<()> {
     match clear(netlink, interface)? {
-        Cleared { ours: true, others: false } => netlink.ask(discipline(RTM_DELQDISC, 0, interface)).map(drop),
+        Found { ours, others: false } if !ours.is_empty() => netlink.ask(discipline(RTM_DELQDISC, 0, interface)).map(drop),
         _ => Ok(()),
     }
 }
 
-/// What was there.
-struct Cleared {
-    ours: bool,
+/// What filters there are.
+struct Found {
+    /// At which hooks; first those that turn packets around.
+    ours: Vec<u32>,
     others: bool,
 }
 
-/// Takes our filters away, first those that turn packets around.
-fn clear(netlink: &mut Netlink, interface: u32) -> io::Result<Cleared> {
-    let mut cleared = Cleared { ours: false, others: false };
+/// Takes our filters away.
+fn clear(netlink: &mut Netlink, interface: u32) -> io::Result<Found> {
+    let found = find(netlink, interface)?;
+    found.ours.iter().try_for_each(|parent| netlink.ask(filter(RTM_DELTFILTER, 0, interface, *parent)).map(drop))?;
+    Ok(found)
+}
+
+fn find(netlink: &mut Netlink, interface: u32) -> io::Result<Found> {
+    let mut found = Found { ours: Vec::new(), others: false };
     for parent in [EGRESS, INGRESS] {
         let there = match netlink.ask(Request::new(RTM_GETTFILTER, NLM_F_DUMP, &tcmsg(interface, 0, parent, 0))) {
             Ok(there) => there,
@@ -103,14 +110,13 @@ fn clear(netlink: &mut Netlink, interface: u32) -> io::Result<Cleared> {
         // Of each priority there is an answer that names no filter.
         for one in there.iter().filter(|one| u32_at(one, 8).is_some_and(|handle| handle != 0)) {
             if is_ours(one) {
-                cleared.ours = true;
-                netlink.ask(filter(RTM_DELTFILTER, 0, interface, parent))?;
+                found.ours.push(parent);
             } else {
-                cleared.others = true;
+                found.others = true;
             }
         }
     }
-    Ok(cleared)
+    Ok(found)
 }
 
 fn is_ours(answer: &[u8]) -> bool {

@@ -4,8 +4,8 @@
 //! kernel, is first held by a program that passes everything; when all are there, the programs proper are put in them and the filters go.
 //! For that moment a packet may meet the same program twice, which counts it twice and decides the same.
 //!
-//! An agent that dies before leaves the filters: they drop what nobody accepts, as the lasting ones do, and the next agent takes them away
-//! when it has attached its own.
+//! An agent that dies before leaves the filters: they drop what nobody accepts, as the lasting ones do. The next agent puts its programs in
+//! their place, or, where a lasting place is taken already, takes them away when it has them all.
 use std::{
     fmt, io,
     os::fd::{AsFd as _, OwnedFd},

@@ -28,6 +28,7 @@ const NLM_F_REQUEST: u16 = 0x1;
 const NLM_F_ACK: u16 = 0x4;
 pub(crate) const NLM_F_DUMP: u16 = 0x300;
 pub(crate) const NLM_F_CREATE_EXCLUSIVE: u16 = 0x600;
+pub(crate) const NLM_F_CREATE_OR_REPLACE: u16 = 0x500;
 
 const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;

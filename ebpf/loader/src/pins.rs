@@ -179,6 +179,15 @@ impl PodPins {
         Ok(())
     }
 
+    /// Whether there is the link of a hook, of whatever interface.
+    pub(crate) fn has_places(&self) -> bool {
+        let is_place = |entry: io::Result<fs::DirEntry>| {
+            let of = |name: &str| [program::ETH_INGRESS, program::ETH_EGRESS].iter().any(|hook| name.starts_with(hook));
+            entry.is_ok_and(|entry| of(&entry.file_name().to_string_lossy()))
+        };
+        fs::read_dir(&self.dir).is_ok_and(|mut listing| listing.any(is_place))
+    }
+
     /// Whether it is said of which object the links are.
     pub(crate) fn is_marked(&self) -> bool {
         fs::read_dir(&self.dir).is_ok_and(|mut listing| listing.any(|entry| entry.is_ok_and(|entry| is_mark(&entry))))

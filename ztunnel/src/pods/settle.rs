@@ -6,6 +6,7 @@
 use ebpf_loader::Unsettled;
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
 
 /// How long no pod may have been enrolled for.
 const QUIET: Duration = Duration::from_millis(100);
@@ -16,15 +17,22 @@ const PATIENCE: Duration = Duration::from_secs(10);
 #[derive(Clone, Debug)]
 pub(super) struct Settler {
     queue: mpsc::UnboundedSender<(String, Unsettled)>,
-    enrolling: watch::Sender<usize>,
+    enrolling: watch::Sender<Enrolments>,
+}
+
+/// How many are under way, and when the last one ended.
+#[derive(Clone, Copy, Debug)]
+struct Enrolments {
+    count: usize,
+    last: Instant,
 }
 
 /// While there is one, nothing is settled.
-pub(super) struct Enrolling(watch::Sender<usize>);
+pub(super) struct Enrolling(watch::Sender<Enrolments>);
 
 impl Drop for Enrolling {
     fn drop(&mut self) {
-        self.0.send_modify(|count| *count = count.saturating_sub(1));
+        self.0.send_modify(|now| *now = Enrolments { count: now.count.saturating_sub(1), last: Instant::now() });
     }
 }
 
@@ -32,14 +40,14 @@ impl Settler {
     /// Ends when the last of these is gone.
     pub(super) fn start() -> Self {
         let (queue, pods) = mpsc::unbounded_channel();
-        let (enrolling, count) = watch::channel(0);
+        let (enrolling, count) = watch::channel(Enrolments { count: 0, last: Instant::now() });
         tokio::spawn(run(pods, count));
         Self { queue, enrolling }
     }
 
     /// Says that a pod is being enrolled.
     pub(super) fn enrolling(&self) -> Enrolling {
-        self.enrolling.send_modify(|count| *count += 1);
+        self.enrolling.send_modify(|now| now.count += 1);
         Enrolling(self.enrolling.clone())
     }
 
@@ -50,7 +58,7 @@ impl Settler {
     }
 }
 
-async fn run(mut pods: mpsc::UnboundedReceiver<(String, Unsettled)>, mut enrolling: watch::Receiver<usize>) {
+async fn run(mut pods: mpsc::UnboundedReceiver<(String, Unsettled)>, mut enrolling: watch::Receiver<Enrolments>) {
     while let Some((pod, unsettled)) = pods.recv().await {
         let mut more = unsettled.is_unsettled();
         while more {
@@ -70,9 +78,9 @@ async fn run(mut pods: mpsc::UnboundedReceiver<(String, Unsettled)>, mut enrolli
 }
 
 /// Waits until no pod has been enrolled for a while.
-async fn quiet(enrolling: &mut watch::Receiver<usize>) {
-    while enrolling.wait_for(|count| *count == 0).await.is_ok() {
-        match tokio::time::timeout(QUIET, enrolling.changed()).await {
+async fn quiet(enrolling: &mut watch::Receiver<Enrolments>) {
+    while let Ok(until) = enrolling.wait_for(|now| now.count == 0).await.map(|now| now.last + QUIET) {
+        match tokio::time::timeout_at(until, enrolling.changed()).await {
             Ok(Ok(())) => {}
             // Nobody enrols any more, or nobody did.
             Ok(Err(_)) | Err(_) => return,
@@ -86,14 +94,16 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn nothing_is_settled_while_a_pod_is_enrolled() {
-        let (sender, mut count) = watch::channel(0);
+        let (sender, mut count) = watch::channel(Enrolments { count: 0, last: Instant::now() });
         let settler = Settler { queue: mpsc::unbounded_channel().0, enrolling: sender };
         let one = settler.enrolling();
         assert!(tokio::time::timeout(Duration::from_secs(5), quiet(&mut count)).await.is_err(), "one is under way");
         drop(one);
-        let began = tokio::time::Instant::now();
+        let began = Instant::now();
         quiet(&mut count).await;
         assert_eq!(began.elapsed(), QUIET);
+        quiet(&mut count).await;
+        assert_eq!(began.elapsed(), QUIET, "once it is quiet nobody waits");
         // A burst of them puts it off.
         let burst = async {
             for _ in 0..10 {
@@ -101,7 +111,7 @@ mod tests {
                 tokio::time::sleep(QUIET / 2).await;
             }
         };
-        let began = tokio::time::Instant::now();
+        let began = Instant::now();
         tokio::join!(burst, quiet(&mut count));
         assert!(began.elapsed() >= QUIET * 5);
         drop(settler);
