@@ -205,7 +205,7 @@ pub async fn serve(mut settings: Settings, logging: &Logging) -> Result<()> {
 
     let succession = async {
         if let Some(predecessor) = predecessor {
-            readiness.useful().await;
+            readiness.ready().await;
             succeed(predecessor, later, &faces).await?;
             alone.send_replace(true);
         }

@@ -100,6 +100,11 @@ impl Predecessor {
         }
     }
 
+    /// Whether it was told to stop accepting. Not while it is being asked something.
+    pub(crate) fn is_released(&self) -> bool {
+        self.line.try_lock().is_some_and(|line| matches!(*line, Line::Released))
+    }
+
     /// Tells it to stop accepting. Blocks while it is being asked.
     ///
     /// # Errors

@@ -177,8 +177,6 @@ pub struct PodSupervisor {
     /// Whether redirections that an earlier agent left for pods that are gone may still be there.
     unswept: bool,
     inherited: Inherited,
-    /// Whose listeners were inherited.
-    handed_on: HashSet<WorkloadUid>,
     /// Who serves what was not inherited and is taken.
     predecessor: Option<Arc<Predecessor>>,
     handed_over: bool,
@@ -204,7 +202,6 @@ impl PodSupervisor {
             table,
             unswept: pins.is_some() || shared.settings.redirect == RedirectMode::Nftables,
             pins,
-            handed_on: inherited.keys().cloned().collect(),
             inherited,
             predecessor: None,
             handed_over: false,
@@ -271,6 +268,7 @@ impl PodSupervisor {
                         drop(reply.send(self.listeners()));
                     }
                     Ask::Release => {
+                        self.leave_unsettled().await;
                         self.hand_over();
                         settled = Some(tokio::time::Instant::now() + self.shared.settings.handshake_timeout);
                     }
@@ -534,7 +532,9 @@ impl PodSupervisor {
     /// served: one that is not may be among those closed.
     fn sweep(&mut self) {
         let unplaced = self.kubernetes.as_ref().is_some_and(ByKubernetes::has_unplaced);
-        if !self.unswept || !self.pending.is_empty() || unplaced {
+        // What the agent before this one enrols meanwhile is its own.
+        let is_alone = self.predecessor.as_ref().is_none_or(|agent| agent.is_released());
+        if !self.unswept || !self.pending.is_empty() || unplaced || !is_alone {
             return;
         }
         let kept = self.running.values().filter_map(|r| r.redirect.as_ref()).map(Redirect::netns);
@@ -637,10 +637,7 @@ impl PodSupervisor {
             Err(error) => {
                 if !self.pending.contains_key(key) {
                     tracing::error!(pod = %enrolled.label(), %error, "pod cannot be served, trying again");
-                    let name = format!("pod {}", enrolled.label());
-                    // One that the agent before this one does not serve either need not keep it.
-                    let aside = self.predecessor.is_some() && !self.handed_on.contains(key);
-                    let task = if aside { self.readiness.pending_aside(&name) } else { self.readiness.pending(&name) };
+                    let task = self.readiness.pending(&format!("pod {}", enrolled.label()));
                     self.pending.insert(Arc::clone(key), (task, enrolled.identity.as_ref().ok().cloned()));
                 }
                 if let Ok(id) = &enrolled.identity {

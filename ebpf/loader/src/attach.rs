@@ -79,7 +79,13 @@ impl CaptureRoutes {
         let own = netns.try_clone_to_owned().map_err(RedirectError::Namespace)?;
         // Rules reroute what the pod sends to `lo`, where IPv4 may want to see the mark before it believes the source.
         let lo = [(LO_INDEX, Setting::AcceptLocal), (LO_INDEX, Setting::SourceByMark)];
-        let plumbing = netns::within(netns, || Plumbing::install(&mut open_netlink()?, &lo))?;
+        let plumbing = netns::within(netns, || {
+            let mut netlink = open_netlink()?;
+            // Filters of an agent that redirected by programs, and died, know nothing of rules.
+            let indexes: Vec<_> = interfaces(&mut netlink)?.iter().map(|interface| interface.index).collect();
+            early::remove_filters(&indexes)?;
+            Plumbing::install(&mut netlink, &lo)
+        })?;
         Ok(Self { plumbing, netns: own })
     }
 
@@ -123,10 +129,15 @@ impl Redirect {
             let hooks = hooks(&chosen);
             // Places that an earlier agent has are kept; filters of one are replaced like any other.
             let early = pins.clone().filter(|pins| !(found && pins.has_places()) && early::possible(&mut netlink, &hooks));
-            let config = spec.config.with_token(cookie.token());
+            let (config, pins_of) = (spec.config.with_token(cookie.token()), pins.as_ref());
             let attached = match early {
-                Some(pins) => attach_early(&netns, &mut netlink, config, listeners, (hooks, pins), found),
-                None => attach_programs(netns.as_fd(), config, listeners, &hooks, pins.as_ref()),
+                Some(pins) => attach_early(&netns, &mut netlink, config, listeners, (hooks.clone(), pins)).or_else(|error| {
+                    tracing::info!(%error, "filters do not do for a pod; it is given its lasting places at once");
+                    let attached = attach_programs(netns.as_fd(), config, listeners, &hooks, pins_of)?;
+                    early::unmake(&hooks);
+                    Ok(attached)
+                }),
+                None => attach_programs(netns.as_fd(), config, listeners, &hooks, pins_of),
             };
             match attached {
                 Ok(Attached { links, maps, early }) => {
@@ -140,6 +151,7 @@ impl Redirect {
                     Err(e)
                 }
                 Err(e) => {
+                    early::unmake(&hooks);
                     let undone = pins.map_or(Ok(()), |pins| pins.remove()).and(plumbing.remove(&mut netlink));
                     if let Err(second) = undone {
                         tracing::warn!(error = %second, "cannot undo what was made for a pod that could not be captured");
@@ -204,18 +216,18 @@ impl Redirect {
 
     fn undo(&mut self) -> Result<(), RedirectError> {
         let Some((attachment, plumbing)) = self.attached.take() else { return Ok(()) };
-        if let Some(early) = self.unsettled.take() {
-            netns::within(self.netns.as_fd(), || early::remove_filters(&early.hooks))?;
-        }
-        match attachment {
-            Attachment::Held { .. } => drop(attachment),
-            Attachment::Pinned(pins) => pins.remove()?,
-        }
-        netns::within(self.netns.as_fd(), || {
-            let mut netlink =
-                Netlink::open().map_err(|source| RedirectError::Netlink { what: "open a netlink socket", source })?;
-            plumbing.remove(&mut netlink)
-        })
+        // Nothing goes on with it; filters may be there all the same, where it was left to an agent that never came.
+        self.unsettled.leave();
+        let filters = netns::within(self.netns.as_fd(), || early::remove_filters(&self.indexes));
+        let detached = match attachment {
+            Attachment::Held { .. } => {
+                drop(attachment);
+                Ok(())
+            }
+            Attachment::Pinned(pins) => pins.remove(),
+        };
+        let unmade = netns::within(self.netns.as_fd(), || plumbing.remove(&mut open_netlink()?));
+        filters.and(detached).and(unmade)
     }
 }
 
@@ -323,7 +335,7 @@ fn attach_programs(
         Ok::<_, RedirectError>(maps)
     })?;
     // Those of an agent that died before it had its places.
-    early::remove_filters(hooks)?;
+    early::remove_filters(&early::indexes(hooks))?;
     if let Some(pins) = pins {
         pins.keep_only(hooks)?;
         pins.mark(object::digest())?;
@@ -339,32 +351,17 @@ fn attach_early(
     config: Config,
     listeners: Listeners<'_>,
     (hooks, pins): (Vec<Hook>, PodPins),
-    found: bool,
 ) -> Result<Attached, RedirectError> {
-    let attached = (|| {
-        let (mut instance, mut maps) = Instance::load(Some(&pins))?;
-        maps.set_config(config)?;
-        fill_slots(&mut maps, listeners)?;
-        let Programs { steer_lookup, eth_egress, eth_ingress } = instance.programs()?;
-        let (ingress, egress) = (verified(eth_ingress, program::ETH_INGRESS)?, verified(eth_egress, program::ETH_EGRESS)?);
-        attach_lookup(steer_lookup, netns.as_fd(), Some(&pins))?;
-        early::filter(netlink, &hooks, ingress, egress)?;
-        let netns = netns.try_clone().map_err(RedirectError::Namespace)?;
-        Ok((instance, maps, netns))
-    })();
-    match attached {
-        Ok((instance, maps, netns)) => {
-            let early = Early { netns, instance, hooks, pins, places: Vec::new() };
-            Ok(Attached { links: Vec::new(), maps, early: Some(early) })
-        }
-        Err(error) => {
-            // What an earlier agent left goes on dropping what nobody carries.
-            if !found {
-                early::unmake(&hooks);
-            }
-            Err(error)
-        }
-    }
+    let (mut instance, mut maps) = Instance::load(Some(&pins))?;
+    maps.set_config(config)?;
+    fill_slots(&mut maps, listeners)?;
+    let Programs { steer_lookup, eth_egress, eth_ingress } = instance.programs()?;
+    let (ingress, egress) = (verified(eth_ingress, program::ETH_INGRESS)?, verified(eth_egress, program::ETH_EGRESS)?);
+    attach_lookup(steer_lookup, netns.as_fd(), Some(&pins))?;
+    early::filter(netlink, &hooks, ingress, egress)?;
+    let netns = netns.try_clone().map_err(RedirectError::Namespace)?;
+    let early = Early { netns, instance, hooks, pins, places: Vec::new() };
+    Ok(Attached { links: Vec::new(), maps, early: Some(early) })
 }
 
 /// Has the verifier look at a program.

@@ -13,8 +13,8 @@ use std::{
 use aya::programs::TcAttachType;
 
 use crate::netlink::{
-    NLM_F_CREATE_EXCLUSIVE, NLM_F_CREATE_OR_REPLACE, NLM_F_DUMP, Netlink, RTM_DELQDISC, RTM_DELTFILTER, RTM_GETTFILTER,
-    RTM_NEWQDISC, RTM_NEWTFILTER, Request, find_attribute, push_attribute, u32_at,
+    NLM_F_CREATE_EXCLUSIVE, NLM_F_CREATE_OR_REPLACE, NLM_F_DUMP, Netlink, RTM_DELQDISC, RTM_DELTFILTER, RTM_GETQDISC,
+    RTM_GETTFILTER, RTM_NEWQDISC, RTM_NEWTFILTER, Request, find_attribute, push_attribute, u32_at,
 };
 
 /// `TC_H_CLSACT`, as parent, and as the handle of what is there.
@@ -38,8 +38,8 @@ pub(crate) fn make(netlink: &mut Netlink, interfaces: &[u32]) -> bool {
     for (made, &interface) in interfaces.iter().enumerate() {
         let mut done = netlink.ask(discipline(RTM_NEWQDISC, NLM_F_CREATE_EXCLUSIVE, interface)).map(drop);
         if done.as_ref().is_err_and(|e| e.raw_os_error() == Some(libc::EEXIST)) {
-            done = match find(netlink, interface) {
-                Ok(Found { others: false, .. }) => Ok(()),
+            done = match is_clsact(netlink, interface).and_then(|is| Ok((is, find(netlink, interface)?))) {
+                Ok((true, Found { others: false, .. })) => Ok(()),
                 Ok(_) => done,
                 Err(error) => Err(error),
             };
@@ -57,7 +57,7 @@ pub(crate) fn make(netlink: &mut Netlink, interfaces: &[u32]) -> bool {
 pub(crate) fn unmake(netlink: &mut Netlink, interfaces: &[u32]) {
     for &interface in interfaces {
         if clear(netlink, interface).is_ok_and(|found| !found.others) {
-            let _ = netlink.ask(discipline(RTM_DELQDISC, 0, interface));
+            let _ = gone(netlink, discipline(RTM_DELQDISC, 0, interface));
         }
     }
 }
@@ -79,7 +79,7 @@ pub(crate) fn add(netlink: &mut Netlink, interface: u32, hook: TcAttachType, pro
 /// Takes our filters away, and the discipline they are of unless it has others.
 pub(crate) fn remove(netlink: &mut Netlink, interface: u32) -> io::Result<()> {
     match clear(netlink, interface)? {
-        Found { ours, others: false } if !ours.is_empty() => netlink.ask(discipline(RTM_DELQDISC, 0, interface)).map(drop),
+        Found { ours, others: false } if !ours.is_empty() => gone(netlink, discipline(RTM_DELQDISC, 0, interface)),
         _ => Ok(()),
     }
 }
@@ -94,7 +94,7 @@ struct Found {
 /// Takes our filters away.
 fn clear(netlink: &mut Netlink, interface: u32) -> io::Result<Found> {
     let found = find(netlink, interface)?;
-    found.ours.iter().try_for_each(|parent| netlink.ask(filter(RTM_DELTFILTER, 0, interface, *parent)).map(drop))?;
+    found.ours.iter().try_for_each(|parent| gone(netlink, filter(RTM_DELTFILTER, 0, interface, *parent)))?;
     Ok(found)
 }
 
@@ -103,8 +103,7 @@ fn find(netlink: &mut Netlink, interface: u32) -> io::Result<Found> {
     for parent in [EGRESS, INGRESS] {
         let there = match netlink.ask(Request::new(RTM_GETTFILTER, NLM_F_DUMP, &tcmsg(interface, 0, parent, 0))) {
             Ok(there) => there,
-            // No interface, or nothing on it that has filters.
-            Err(e) if matches!(e.raw_os_error(), Some(libc::ENODEV | libc::EINVAL | libc::ENOENT)) => Vec::new(),
+            Err(e) if is_absent(&e) => Vec::new(),
             Err(e) => return Err(e),
         };
         // Of each priority there is an answer that names no filter.
@@ -117,6 +116,27 @@ fn find(netlink: &mut Netlink, interface: u32) -> io::Result<Found> {
         }
     }
     Ok(found)
+}
+
+/// Has something taken away; what is not there need not be.
+fn gone(netlink: &mut Netlink, request: Request) -> io::Result<()> {
+    match netlink.ask(request) {
+        Err(e) if !is_absent(&e) => Err(e),
+        _ => Ok(()),
+    }
+}
+
+/// No interface, nothing on it that has filters, no such filter; or a kernel that knows none.
+fn is_absent(e: &io::Error) -> bool {
+    matches!(e.raw_os_error(), Some(libc::ENODEV | libc::EINVAL | libc::ENOENT | libc::EOPNOTSUPP))
+}
+
+/// Whether what is there in the place of one is one: `ingress`, which it also may be, has one hook only.
+fn is_clsact(netlink: &mut Netlink, interface: u32) -> io::Result<bool> {
+    let there = netlink.ask(Request::new(RTM_GETQDISC, NLM_F_DUMP, &tcmsg(interface, 0, 0, 0)))?;
+    let kind = |one: &Vec<u8>| find_attribute(one.get(TCMSG_LEN..)?, TCA_KIND).map(|kind| kind == b"clsact\0");
+    let here = |one: &&Vec<u8>| u32_at(one, 4) == Some(interface) && u32_at(one, 8) == Some(HANDLE);
+    Ok(there.iter().filter(here).any(|one| kind(one) == Some(true)))
 }
 
 fn is_ours(answer: &[u8]) -> bool {

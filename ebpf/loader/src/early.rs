@@ -87,7 +87,7 @@ impl Early {
             // Our descriptor of a pinned one may close.
             drop(put_in_force(classifier, name, place)?);
         }
-        netns::within(netns.as_fd(), || remove_filters(&hooks))?;
+        netns::within(netns.as_fd(), || remove_filters(&indexes(&hooks)))?;
         pins.keep_only(&hooks)?;
         pins.mark(object::digest())
     }
@@ -124,16 +124,15 @@ pub(crate) fn unmake(hooks: &[Hook]) {
     }
 }
 
-/// Takes filters of ours away, in the calling thread's namespace.
-pub(crate) fn remove_filters(hooks: &[Hook]) -> Result<(), RedirectError> {
-    let remove = || -> io::Result<()> {
-        let mut netlink = Netlink::open()?;
-        indexes(hooks).into_iter().try_for_each(|interface| clsact::remove(&mut netlink, interface))
-    };
-    remove().map_err(|source| RedirectError::Netlink { what: "remove filters from an interface", source })
+/// Takes filters of ours away, in the calling thread's namespace; from all these interfaces, whatever happens at one of them.
+pub(crate) fn remove_filters(interfaces: &[u32]) -> Result<(), RedirectError> {
+    let fail = |source| RedirectError::Netlink { what: "remove filters from an interface", source };
+    let mut netlink = Netlink::open().map_err(fail)?;
+    let removed: Vec<_> = interfaces.iter().map(|&interface| clsact::remove(&mut netlink, interface)).collect();
+    removed.into_iter().collect::<io::Result<()>>().map_err(fail)
 }
 
 /// The interfaces, each once.
-fn indexes(hooks: &[Hook]) -> Vec<u32> {
+pub(crate) fn indexes(hooks: &[Hook]) -> Vec<u32> {
     hooks.iter().filter(|hook| matches!(hook.direction, TcAttachType::Ingress)).map(|hook| hook.index).collect()
 }

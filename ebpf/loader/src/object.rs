@@ -90,6 +90,7 @@ impl Maps {
 
     /// Has programs that nobody will serve again pass everything.
     pub(crate) fn let_go(&mut self) -> Result<(), RedirectError> {
+        self.set_sources(&[])?;
         let ConfigValue(now) = self.config.get(&0, 0).map_err(|e| map_error(map::CONFIG, e))?;
         self.set_config(
             now.with_fail_open(true)

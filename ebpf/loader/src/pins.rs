@@ -96,7 +96,7 @@ fn is_mark(entry: &fs::DirEntry) -> bool {
 }
 
 /// Where a classifier belongs.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Hook {
     /// Its link's pin.
     pub(crate) pin: String,

@@ -20,23 +20,8 @@ pub struct Readiness {
 
 #[derive(Debug)]
 struct Inner {
-    pending: Mutex<BTreeMap<Arc<str>, Count>>,
-    state: watch::Sender<State>,
-}
-
-/// Tasks of one name.
-#[derive(Debug, Default)]
-struct Count {
-    all: usize,
-    aside: usize,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct State {
-    /// Nothing is pending.
-    ready: bool,
-    /// Nothing but what is aside.
-    useful: bool,
+    pending: Mutex<BTreeMap<Arc<str>, usize>>,
+    ready: watch::Sender<bool>,
 }
 
 impl Default for Readiness {
@@ -48,24 +33,13 @@ impl Default for Readiness {
 impl Readiness {
     /// Nothing pending: ready.
     pub fn new() -> Self {
-        Self {
-            inner: Arc::new(Inner { pending: Mutex::default(), state: watch::Sender::new(State { ready: true, useful: true }) }),
-        }
+        Self { inner: Arc::new(Inner { pending: Mutex::default(), ready: watch::Sender::new(true) }) }
     }
 
     /// Adds a pending task. The same name may be pending several times; it is listed once.
     pub fn pending(&self, name: &str) -> ReadyTask {
-        self.task(name, false)
-    }
-
-    /// The same, for what is no reason to keep another process from being replaced by this one ([`Readiness::useful`]).
-    pub fn pending_aside(&self, name: &str) -> ReadyTask {
-        self.task(name, true)
-    }
-
-    fn task(&self, name: &str, aside: bool) -> ReadyTask {
-        let task = ReadyTask { inner: Arc::clone(&self.inner), name: name.into(), aside, pending: Mutex::new(true) };
-        self.inner.add(&task.name, aside);
+        let task = ReadyTask { inner: Arc::clone(&self.inner), name: name.into(), pending: Mutex::new(true) };
+        self.inner.add(&task.name);
         task
     }
 
@@ -81,15 +55,9 @@ impl Readiness {
 
     /// Resolves once nothing is pending.
     pub async fn ready(&self) {
-        let mut rx = self.inner.state.subscribe();
+        let mut rx = self.inner.ready.subscribe();
         // The sender lives in `self`, so the only outcome is readiness.
-        let _ = rx.wait_for(|state| state.ready).await;
-    }
-
-    /// Resolves once nothing is pending but what is aside.
-    pub async fn useful(&self) {
-        let mut rx = self.inner.state.subscribe();
-        let _ = rx.wait_for(|state| state.useful).await;
+        let _ = rx.wait_for(|ready| *ready).await;
     }
 
     /// The status and body of `GET /healthz/ready`.
@@ -114,29 +82,21 @@ impl Readiness {
 }
 
 impl Inner {
-    fn add(&self, name: &Arc<str>, aside: bool) {
+    fn add(&self, name: &Arc<str>) {
         let mut pending = self.pending.lock();
-        let count = pending.entry(Arc::clone(name)).or_default();
-        count.all += 1;
-        count.aside += usize::from(aside);
-        self.tell(&pending);
+        *pending.entry(Arc::clone(name)).or_insert(0) += 1;
+        self.ready.send_replace(false);
     }
 
-    fn remove(&self, name: &Arc<str>, aside: bool) {
+    fn remove(&self, name: &Arc<str>) {
         let mut pending = self.pending.lock();
         if let Some(count) = pending.get_mut(name) {
-            count.all -= 1;
-            count.aside -= usize::from(aside);
-            if count.all == 0 {
+            *count -= 1;
+            if *count == 0 {
                 pending.remove(name);
             }
         }
-        self.tell(&pending);
-    }
-
-    fn tell(&self, pending: &BTreeMap<Arc<str>, Count>) {
-        let useful = pending.values().all(|count| count.aside == count.all);
-        self.state.send_replace(State { ready: pending.is_empty(), useful });
+        self.ready.send_replace(pending.is_empty());
     }
 }
 
@@ -146,7 +106,6 @@ impl Inner {
 pub struct ReadyTask {
     inner: Arc<Inner>,
     name: Arc<str>,
-    aside: bool,
     pending: Mutex<bool>,
 }
 
@@ -155,7 +114,7 @@ impl ReadyTask {
     pub fn ready(&self) {
         let mut pending = self.pending.lock();
         if std::mem::replace(&mut *pending, false) {
-            self.inner.remove(&self.name, self.aside);
+            self.inner.remove(&self.name);
         }
     }
 
@@ -163,7 +122,7 @@ impl ReadyTask {
     pub fn unready(&self) {
         let mut pending = self.pending.lock();
         if !std::mem::replace(&mut *pending, true) {
-            self.inner.add(&self.name, self.aside);
+            self.inner.add(&self.name);
         }
     }
 }
@@ -186,20 +145,6 @@ mod tests {
         assert_eq!(readiness.answer().1, "not ready, pending: cni\n");
         drop(again);
         assert!(!readiness.is_ready(), "a task that died is not ready");
-    }
-
-    #[tokio::test]
-    async fn what_is_aside_keeps_from_readiness_only() {
-        let readiness = Readiness::new();
-        let useful = async || tokio::time::timeout(std::time::Duration::from_millis(5), readiness.useful()).await.is_ok();
-        let aside = readiness.pending_aside("pod a");
-        assert!(!readiness.is_ready() && useful().await);
-        let same = readiness.pending("pod a");
-        assert!(!useful().await);
-        same.ready();
-        assert!(useful().await);
-        aside.ready();
-        assert!(readiness.is_ready());
     }
 
     #[tokio::test]

@@ -334,7 +334,7 @@ pub(crate) fn where_bpf_is_refused_rules_redirect(mesh: &mut Mesh) -> anyhow::Re
     seen
 }
 
-/// A pod that neither can serve keeps no agent from being replaced.
+/// One that has never been ready has listeners too; the next takes over once it is ready itself.
 pub(crate) fn an_agent_that_is_not_ready_is_replaced_too(mesh: &mut Mesh) -> anyhow::Result<()> {
     const FILE: &str = "pod-unwell.yaml";
     let (netns, node) = (mesh.pod("web1").netns.path().display().to_string(), "node-b");
@@ -350,8 +350,11 @@ pub(crate) fn an_agent_that_is_not_ready_is_replaced_too(mesh: &mut Mesh) -> any
         ensure!(mesh.b().wait_ready(Duration::from_millis(200)).is_err(), "the first is ready with a pod it cannot serve");
         let mark = mesh.b().mark();
         let next = mesh.start(node)?;
+        wait::until_true("the next to serve too", || next.log_since(mark).contains("pod cannot be served"))?;
+        ensure!(!next.log_since(mark).contains("took over from the agent"), "it took over with a pod it cannot serve");
+        mesh.call("client", web1)?;
+        mesh.dir.remove(FILE);
         wait::until_true("the next agent to take over", || next.log_since(mark).contains("took over from the agent"))?;
-        ensure!(next.wait_ready(Duration::from_millis(200)).is_err(), "the next is ready with a pod it cannot serve");
         held.ping("still carried by the old agent")?;
         mesh.b().signal(Signal::SIGTERM)?;
         held.finish()?;
@@ -359,7 +362,6 @@ pub(crate) fn an_agent_that_is_not_ready_is_replaced_too(mesh: &mut Mesh) -> any
         mesh.agent_b = Some(next);
         mesh.call("client", web1)
     })();
-    mesh.dir.remove(FILE);
     seen.context("with a pod that cannot be served")?;
     mesh.b().wait_ready(Duration::from_secs(40))
 }

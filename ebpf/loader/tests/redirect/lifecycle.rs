@@ -14,7 +14,7 @@ use aya::{
     maps::{Array, MapData},
     programs::{LinkOrder, SchedClassifier, SkLookup, TcAttachType, links::FdLink, tc::TcAttachOptions},
 };
-use ebpf_loader::{CaptureRoutes, Config, ListenerFault, Listeners, PinRoot, PodSpec, Redirect, RedirectError};
+use ebpf_loader::{CaptureRoutes, Config, ListenerFault, Listeners, PinRoot, PodSpec, Redirect, RedirectError, Source};
 
 use crate::{
     agent::{Agent, Direction},
@@ -451,8 +451,11 @@ fn a_pod_without_its_lasting_places_is_closed_too() {
         drop(agent);
         assert_eq!(remains(&net.pod), before);
     }
-    // Given up: direct, and captured again like any other.
-    drop(Agent::start_early(&net.pod, &pins.0));
+    // Given up: direct, whatever was denied, and captured again like any other.
+    let mut agent = Agent::start_early(&net.pod, &pins.0);
+    let everything = Source { address: ip("0.0.0.0"), prefix_len: 0, denied: true };
+    agent.redirect().set_sources(&[everything]).expect("sources");
+    drop(agent);
     closed();
     assert_eq!(pins.0.sweep([]).expect("sweep"), 1);
     for way in WAYS {
@@ -461,7 +464,8 @@ fn a_pod_without_its_lasting_places_is_closed_too() {
     let mut agent = Agent::start_early(&net.pod, &pins.0);
     assert!(agent.redirect().unsettled().is_unsettled());
     captured(&agent);
-    // Given up before it has them.
+    // Given up before it has them, by itself or when it was left to an agent that never came.
+    agent.redirect().unsettled().leave();
     agent.redirect.take().expect("attached").detach().expect("detach");
     assert_eq!(remains(&net.pod), before);
 }
@@ -482,6 +486,13 @@ fn beside_others_a_pod_is_given_its_lasting_places_at_once() {
     drop(agent);
     assert_eq!(filters(&net.pod), theirs);
     net.pod.tc("qdisc del dev eth0 clsact");
+    // Its older kin takes its place and has one hook only.
+    net.pod.tc("qdisc add dev eth0 ingress");
+    let mut agent = Agent::start_early(&net.pod, &pins.0);
+    assert!(!agent.redirect().unsettled().is_unsettled());
+    agent.redirect.take().expect("attached").detach().expect("detach");
+    drop(agent);
+    net.pod.tc("qdisc del dev eth0 ingress");
     // An empty one is of use.
     net.pod.tc("qdisc add dev eth0 clsact");
     let mut agent = Agent::start_early(&net.pod, &pins.0);
