@@ -226,6 +226,12 @@ fn a_missing_right_stops_that_kind_only_and_heals() {
     cluster.wait_metric("culvert_kubernetes_watch_up{resource=\"serviceentries\"}", "0");
     api.apply(pod("api", "10.0.0.2", json!({})));
     cluster.wait("the others go on", |s| has(s, "api"));
+    // A server that does not answer gives no right.
+    api.refuse("serviceentries", 500);
+    cluster.wait_problem("not-followed", "serviceentries.networking.istio.io");
+    api.apply(pod("more", "10.0.0.3", json!({})));
+    cluster.wait("the others go on", |s| has(s, "more"));
+    assert!(unread().is_some_and(|why| why.contains("serviceentries may not be read")), "{:?}", unread());
     api.refuse("serviceentries", 0);
     cluster.wait("the right is there", |s| s.find_service_by_host("db.example", "shop").is_some() && s.unread().is_none());
     wait::until_true("no complaint is left", || !cluster.has_problem("forbidden", "serviceentries")).unwrap();

@@ -422,7 +422,7 @@ impl Story<'_> {
             self.steps.push(refusal);
         }
         match decision(outcomes.into_iter()) {
-            Decision::Allowed | Decision::Partly if elsewhere => Decision::Elsewhere,
+            Decision::Allowed if elsewhere => Decision::Elsewhere,
             decision => decision,
         }
     }

@@ -29,6 +29,8 @@ struct Slot {
     seen: Option<HashSet<ObjectId>>,
     /// Whether a whole list was taken in once.
     listed: bool,
+    /// Whether it may not be read, as far as was said.
+    forbidden: bool,
     /// What is wrong now.
     failure: Option<Failure>,
     /// What denies because its objects are not known.
@@ -60,6 +62,7 @@ impl Cluster {
             held: HashSet::new(),
             seen: None,
             listed: false,
+            forbidden: false,
             failure: None,
             closed: None,
             counts: Counts::default(),
@@ -205,6 +208,7 @@ impl Cluster {
         let of_slot = |id: &ObjectId| id.kind == kind && namespace.is_none_or(|ns| *id.namespace == *ns);
         self.problems.retain(|id, _| !of_slot(id) || seen.contains(id));
         slot.listed = true;
+        slot.forbidden = false;
         if let Some(closed) = slot.closed.take() {
             self.translator.remove(&closed);
         }
@@ -234,6 +238,13 @@ impl Cluster {
             slot.closed = Some(stand_in.id.clone());
             self.translator.upsert(stand_in);
         }
+        match failure.why {
+            Why::Forbidden => slot.forbidden = true,
+            // There are none.
+            Why::Missing => slot.forbidden = false,
+            // A server that does not answer says nothing of rights.
+            Why::Unauthorized | Why::Expired | Why::Other => {}
+        }
         if slot.failure.as_ref() != Some(&failure) {
             slot.failure = Some(failure);
             self.new_failures = true;
@@ -244,8 +255,7 @@ impl Cluster {
 impl Slot {
     /// Whether it would tell of addresses, and may not be read.
     fn is_unread(&self) -> bool {
-        let forbidden = self.failure.as_ref().is_some_and(|failure| failure.why == Why::Forbidden);
-        self.watch.has_addresses() && !self.listed && forbidden
+        self.watch.has_addresses() && !self.listed && self.forbidden
     }
     fn id(&self, object: &Value) -> ObjectId {
         let text = |key: &str| object["metadata"][key].as_str().unwrap_or_default().into();
