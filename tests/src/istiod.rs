@@ -17,13 +17,14 @@ use mesh_proto::istio::workload::{self, Address};
 use mesh_proto::well_known::{Any, value};
 use mesh_proto::{ADDRESS_TYPE, AUTHORIZATION_TYPE, Message};
 use rcgen::{
-    BasicConstraints, CertificateParams, CertificateRevocationListParams, CertificateSigningRequestParams, DnType,
-    ExtendedKeyUsagePurpose, IsCa, Issuer, KeyIdMethod, KeyPair, KeyUsagePurpose, RevokedCertParams, SanType, SerialNumber,
+    BasicConstraints, CertificateParams, CertificateSigningRequestParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
+    KeyUsagePurpose, SanType, SerialNumber,
 };
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use tokio::sync::watch;
 
 use crate::dev_ca::Credentials;
+use crate::revocation;
 use crate::rpc::{Call, Door, Rpc};
 
 const ADS: &str = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources";
@@ -299,25 +300,10 @@ impl Istiod {
     }
     /// The list of what was taken back, PEM: every certificate that was issued for `identities` until now.
     pub fn revoked(&self, identities: &[&str]) -> anyhow::Result<String> {
-        let now = std::time::SystemTime::now();
         let issued = self.shared.world().issued.clone();
         let revoked = (1u64..).zip(&issued).filter(|(_, identity)| identities.contains(&identity.as_str()));
-        let revoked = revoked.map(|(serial, _)| RevokedCertParams {
-            serial_number: SerialNumber::from(serial),
-            revocation_time: now.into(),
-            reason_code: None,
-            invalidity_date: None,
-        });
-        let params = CertificateRevocationListParams {
-            this_update: (now - Duration::from_mins(1)).into(),
-            next_update: (now + Duration::from_hours(1)).into(),
-            crl_number: SerialNumber::from(1),
-            issuing_distribution_point: None,
-            revoked_certs: revoked.collect(),
-            key_identifier_method: KeyIdMethod::Sha256,
-        };
         let authorities = self.shared.authorities();
-        Ok(params.signed_by(&authorities.first().context("an authority")?.issuer)?.pem()?)
+        Ok(revocation::list(revoked.map(|(serial, _)| serial), &authorities.first().context("an authority")?.issuer)?.pem()?)
     }
     /// A certificate for whom the test plays; counted among those issued.
     pub fn certificate(&self, identity: &str) -> anyhow::Result<Credentials> {

@@ -39,6 +39,7 @@ pub mod real_istiod;
 pub mod real_kubernetes;
 pub mod real_node;
 pub mod real_spire;
+mod revocation;
 pub mod rpc;
 pub mod rude;
 pub mod skip;

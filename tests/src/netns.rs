@@ -377,3 +377,15 @@ fn install_interrupt_handler() {
         }
     });
 }
+
+/// Whether every pod below `pins`, the folder of one agent's redirections, has its lasting places: it is captured before.
+///
+/// # Errors
+/// The folder cannot be read.
+pub fn are_settled(pins: &Path) -> io::Result<bool> {
+    let is_settled = |pod: io::Result<std::fs::DirEntry>| {
+        let mut entries = std::fs::read_dir(pod?.path())?;
+        Ok::<_, io::Error>(entries.any(|entry| entry.is_ok_and(|e| e.file_name().to_string_lossy().starts_with("object-"))))
+    };
+    Ok(std::fs::read_dir(pins)?.all(|pod| is_settled(pod).unwrap_or(false)))
+}

@@ -16,11 +16,12 @@ use mesh_proto::spiffe::delegated::{
 };
 use mesh_proto::spiffe::workload::{self, X509svidRequest, X509svidResponse};
 use rcgen::{
-    BasicConstraints, CertificateParams, CertificateRevocationListParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
-    KeyIdMethod, KeyPair, KeyUsagePurpose, RevokedCertParams, SanType, SerialNumber,
+    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType,
+    SerialNumber,
 };
 use tokio::sync::watch;
 
+use crate::revocation;
 use crate::rpc::{Call, Door, Rpc};
 
 const DELEGATED: &str = "/spire.api.agent.delegatedidentity.v1.DelegatedIdentity/";
@@ -117,24 +118,9 @@ impl Spire {
     /// A list, DER, of the certificates that these identities have now.
     pub fn list(&self, identities: &[&str]) -> anyhow::Result<Bytes> {
         let world = self.shared.world();
-        let now = SystemTime::now();
-        let of = identities.iter().filter_map(|id| world.entries.get(*id));
-        let revoked = of.map(|svid| RevokedCertParams {
-            serial_number: SerialNumber::from(svid.serial),
-            revocation_time: now.into(),
-            reason_code: None,
-            invalidity_date: None,
-        });
-        let params = CertificateRevocationListParams {
-            this_update: (now - Duration::from_mins(1)).into(),
-            next_update: (now + Duration::from_hours(1)).into(),
-            crl_number: SerialNumber::from(1),
-            issuing_distribution_point: None,
-            revoked_certs: revoked.collect(),
-            key_identifier_method: KeyIdMethod::Sha256,
-        };
+        let serials = identities.iter().filter_map(|id| world.entries.get(*id)).map(|svid| svid.serial);
         let authority = world.authorities.first().context("an authority")?;
-        Ok(Bytes::copy_from_slice(params.signed_by(&authority.issuer)?.der()))
+        Ok(Bytes::copy_from_slice(revocation::list(serials, &authority.issuer)?.der()))
     }
     /// Sends these as lists of what was taken back.
     pub fn send_lists(&self, crl: Vec<Bytes>) {

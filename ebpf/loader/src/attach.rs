@@ -193,8 +193,7 @@ impl Redirect {
     /// Whether the namespace has an interface that is not captured on, among those that [`PodSpec::interfaces`] `None` means.
     pub fn is_outdated(&self) -> Result<bool, RedirectError> {
         netns::within(self.netns.as_fd(), || {
-            let mut netlink =
-                Netlink::open().map_err(|source| RedirectError::Netlink { what: "open a netlink socket", source })?;
+            let mut netlink = open_netlink()?;
             Ok(choose(interfaces(&mut netlink)?, None)?.iter().any(|i| !self.indexes.contains(&i.index)))
         })
     }
@@ -393,7 +392,7 @@ fn fill_slots(maps: &mut Maps, listeners: Listeners<'_>) -> Result<(), RedirectE
 
 /// Does once, in the calling thread's scratch namespace, what [`Redirect::attach`] would do in a pod's.
 pub(crate) fn rehearse(netns: BorrowedFd<'_>) -> Result<(), RedirectError> {
-    let mut netlink = Netlink::open().map_err(|source| RedirectError::Netlink { what: "open a netlink socket", source })?;
+    let mut netlink = open_netlink()?;
     crate::plumbing::raise_lo(&mut netlink)?;
     let lo = [Interface::loopback()];
     let plumbing = Plumbing::install(&mut netlink, &[(LO_INDEX, Setting::AcceptLocal)])?;

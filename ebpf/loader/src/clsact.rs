@@ -24,6 +24,7 @@ const INGRESS: u32 = 0xffff_fff2;
 const EGRESS: u32 = 0xffff_fff3;
 const TCA_KIND: u16 = 1;
 const TCA_OPTIONS: u16 = 2;
+const TCA_BPF_NAME: u16 = 7;
 /// First of all filters, for all protocols (`ETH_P_ALL`, in network order).
 const INFO: u32 = (1 << 16) | (3u16.to_be() as u32);
 /// Its number at its place.
@@ -65,7 +66,6 @@ pub(crate) fn unmake(netlink: &mut Netlink, interfaces: &[u32]) {
 /// Has the program see what passes the hook, from the next packet on, in the place of one of ours that is there.
 pub(crate) fn add(netlink: &mut Netlink, interface: u32, hook: TcAttachType, program: BorrowedFd<'_>) -> io::Result<()> {
     const TCA_BPF_FD: u16 = 6;
-    const TCA_BPF_NAME: u16 = 7;
     const TCA_BPF_FLAGS: u16 = 8;
     const ACT_DIRECT: u32 = 1;
     let mut options = Vec::new();
@@ -140,7 +140,6 @@ fn is_clsact(netlink: &mut Netlink, interface: u32) -> io::Result<bool> {
 }
 
 fn is_ours(answer: &[u8]) -> bool {
-    const TCA_BPF_NAME: u16 = 7;
     let name = || find_attribute(find_attribute(answer.get(TCMSG_LEN..)?, TCA_OPTIONS)?, TCA_BPF_NAME);
     u32_at(answer, 8) == Some(FILTER) && name() == Some(NAME)
 }

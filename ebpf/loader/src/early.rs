@@ -65,11 +65,7 @@ impl Unsettled {
 
     /// Has it stay as it is, for the next agent.
     pub fn leave(&self) {
-        drop(self.take());
-    }
-
-    pub(crate) fn take(&self) -> Option<Early> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+        drop(self.0.lock().unwrap_or_else(PoisonError::into_inner).take());
     }
 
     /// Whether there is something to do.

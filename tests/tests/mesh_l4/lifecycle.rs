@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use mesh_tests::agent::{AgentSpec, find_binary, is_clean};
+use mesh_tests::netns;
 use mesh_tests::program::Client;
 use mesh_tests::wait;
 use nix::sys::signal::Signal;
@@ -174,13 +175,7 @@ pub(crate) fn a_stopped_agent_fails_closed_until_cleaned_up(mesh: &mut Mesh) -> 
 /// Pods are captured by filters first, which who administers the pod's network may remove; those go as soon as there is time.
 pub(crate) fn pods_are_given_their_lasting_places(mesh: &mut Mesh) -> anyhow::Result<()> {
     let pins = mesh.topology().node("node-b").netns.pins().join("node-b");
-    let marked = |pod: std::io::Result<std::fs::DirEntry>| {
-        let mut entries = std::fs::read_dir(pod?.path())?;
-        Ok::<_, io::Error>(entries.any(|entry| entry.is_ok_and(|e| e.file_name().to_string_lossy().starts_with("object-"))))
-    };
-    wait::until_true("every pod to have its places", || {
-        std::fs::read_dir(&pins).is_ok_and(|mut pods| pods.all(|pod| marked(pod).unwrap_or(false)))
-    })?;
+    wait::until_true("every pod to have its places", || netns::are_settled(&pins).is_ok_and(|settled| settled))?;
     for pod in mesh.topology().plan().pods.iter().filter(|pod| pod.node == "node-b") {
         let shown = mesh.pod(&pod.name).netns.output(Command::new("tc").args(["qdisc", "show", "dev", "eth0"]))?;
         let shown = String::from_utf8_lossy(&shown.stdout).into_owned();

@@ -238,12 +238,8 @@ fn the_agent_is_small_and_idle(scale: &mut Scale) -> anyhow::Result<()> {
     let pid = scale.agent()?.pid();
     // Pods are captured before they have their lasting places.
     let pins = scale.topology.node("node-a").netns.pins().join("node-a");
-    let settled = |pod: std::fs::DirEntry| {
-        let mut entries = std::fs::read_dir(pod.path()).into_iter().flatten().filter_map(Result::ok);
-        entries.any(|entry| entry.file_name().to_string_lossy().starts_with("object-"))
-    };
     wait::until("every pod to have its places", Duration::from_mins(2), || {
-        std::fs::read_dir(&pins).is_ok_and(|mut pods| pods.all(|pod| pod.is_ok_and(settled))).then_some(())
+        netns::are_settled(&pins).is_ok_and(|settled| settled).then_some(())
     })?;
     let (all, own) = (memory(pid, "VmRSS")?, memory(pid, "RssAnon")?);
     let files = std::fs::read_dir(format!("/proc/{pid}/fd"))?.count();
