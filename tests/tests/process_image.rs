@@ -1,11 +1,12 @@
 //! `cargo xtask image`: the archive that comes out, read as a runtime reads it. (`mesh_cluster` runs it in one.)
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "a suite")]
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use mesh_tests::agent::find_program;
+use mesh_tests::agent::{find_program, workspace_dir};
 use mesh_tests::skip;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -148,4 +149,48 @@ fn it_starts_as_the_chart_expects() {
     let mut programs = PROGRAMS.map(str::to_owned);
     programs.sort_unstable();
     assert_eq!(there, programs, "ours and nothing else");
+}
+
+/// Every file, folder and link below one, with what is in it.
+fn tree(root: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let (mut found, mut folders) = (BTreeMap::new(), vec![root.to_owned()]);
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            let content = if path.is_symlink() {
+                fs::read_link(&path).unwrap().into_os_string().into_encoded_bytes()
+            } else if path.is_dir() {
+                folders.push(path.clone());
+                Vec::new()
+            } else {
+                fs::read(&path).unwrap()
+            };
+            found.insert(path.strip_prefix(root).unwrap().to_owned(), content);
+        }
+    }
+    found
+}
+
+/// Builders of images make of it what `cargo xtask image` makes.
+#[test]
+fn the_containerfile_makes_the_same() {
+    if skipped("the_containerfile_makes_the_same") {
+        return;
+    }
+    let image = Image::make();
+    let root = image.dir.path().join("laid");
+    let mut command = Command::new(find_program("xtask").unwrap());
+    command.args(["image", "--programs"]).arg(image.dir.path().join("programs")).arg("--root").arg(&root);
+    assert!(command.status().unwrap().success());
+    assert!(tree(&root) == tree(&image.root()), "another tree");
+    assert!(!command.status().unwrap().success(), "what is there already would be in the image");
+
+    let file = fs::read_to_string(workspace_dir().join("Containerfile")).unwrap().replace("\\\n", " ");
+    let (build, last) = file.split_once("\nFROM scratch\n").expect("from nothing");
+    assert!(build.contains("\nRUN cargo xtask image --root /image\n") && last.contains("COPY --from=build /image /\n"));
+    let of = |what: &str| last.lines().find_map(|line| line.strip_prefix(what)).unwrap().trim();
+    let config = &image.configuration()["config"];
+    assert_eq!(serde_json::from_str::<Value>(of("ENTRYPOINT")).unwrap(), config["Entrypoint"]);
+    assert_eq!((of("USER"), of("WORKDIR")), (config["User"].as_str().unwrap(), config["WorkingDir"].as_str().unwrap()));
+    assert_eq!(json!(of("ENV").split_whitespace().collect::<Vec<_>>()), config["Env"]);
 }

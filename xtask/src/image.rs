@@ -6,7 +6,7 @@
 use crate::metadata::Metadata;
 use crate::setup;
 use crate::shell;
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::os::unix::fs::symlink;
@@ -41,6 +41,11 @@ pub fn run(args: &[String]) -> Result<()> {
         build()?;
         target()?.join("dist")
     };
+    if let Some(root) = options.root {
+        fs::create_dir_all(&root)?;
+        ensure!(fs::read_dir(&root)?.next().is_none(), "{} is not empty", root.display());
+        return lay(&programs, &root, &root);
+    }
     let output = if let Some(file) = options.output { file } else { target()?.join("image.tar") };
     let parts = output.with_extension("parts");
     remove(&parts)?;
@@ -54,18 +59,21 @@ pub fn run(args: &[String]) -> Result<()> {
 struct Options {
     programs: Option<PathBuf>,
     output: Option<PathBuf>,
+    root: Option<PathBuf>,
     tag: String,
 }
 
 impl Options {
     fn parse(args: &[String]) -> Result<Self> {
-        let mut options = Self { programs: None, output: None, tag: concat!("culvert:", env!("CARGO_PKG_VERSION")).to_owned() };
+        let mut options =
+            Self { programs: None, output: None, root: None, tag: concat!("culvert:", env!("CARGO_PKG_VERSION")).to_owned() };
         let mut args = args.iter();
         while let Some(flag) = args.next() {
             let value = args.next().with_context(|| format!("{flag} needs a value (see `cargo xtask help`)"))?;
             match flag.as_str() {
                 "--programs" => options.programs = Some(value.into()),
                 "--output" => options.output = Some(value.into()),
+                "--root" => options.root = Some(value.into()),
                 "--tag" => value.clone_into(&mut options.tag),
                 _ => bail!("unknown flag {flag} (see `cargo xtask help`)"),
             }
@@ -88,23 +96,8 @@ fn build() -> Result<()> {
 fn assemble(programs: &Path, tag: &str, parts: &Path, output: &Path) -> Result<String> {
     let (base, ours, archive) = (parts.join("base"), parts.join("ours"), parts.join("archive"));
     let blobs = archive.join("blobs/sha256");
-    let bin = ours.join("usr/local/bin");
-    for folder in [&bin, &blobs] {
-        fs::create_dir_all(folder)?;
-    }
-    let nft = shell::find_program("nft").context("`nft` is not installed")?;
-    let mut linked: BTreeSet<PathBuf> = libraries(&nft)?;
-    for name in PROGRAMS {
-        let program = programs.join(name);
-        let needed = libraries(&program)?;
-        if name == PLUGIN && !needed.is_empty() {
-            eprintln!("note: {} needs libraries, which a node has to have", program.display());
-        }
-        linked.extend(needed);
-        // Names of functions stay, for stacks; lines go, which are three quarters of the file.
-        shell::run_quietly(Command::new("strip").args(["--strip-debug", "-o"]).arg(bin.join(name)).arg(&program))?;
-    }
-    lay_base(&base, &nft, &linked)?;
+    fs::create_dir_all(&blobs)?;
+    lay(programs, &base, &ours)?;
     let layers = [layer(&base, &blobs)?, layer(&ours, &blobs)?];
     let (manifest, docker) = describe(tag, &layers, &blobs)?;
     let name = full_name(tag);
@@ -117,6 +110,25 @@ fn assemble(programs: &Path, tag: &str, parts: &Path, output: &Path) -> Result<S
     fs::write(archive.join("manifest.json"), json!([docker]).to_string())?;
     tar(&archive, output)?;
     Ok(manifest.sha256)
+}
+
+/// Lays what is in the image into two folders: what is Debian's, and what is ours.
+fn lay(programs: &Path, base: &Path, ours: &Path) -> Result<()> {
+    let bin = ours.join("usr/local/bin");
+    fs::create_dir_all(&bin)?;
+    let nft = shell::find_program("nft").context("`nft` is not installed")?;
+    let mut linked: BTreeSet<PathBuf> = libraries(&nft)?;
+    for name in PROGRAMS {
+        let program = programs.join(name);
+        let needed = libraries(&program)?;
+        if name == PLUGIN && !needed.is_empty() {
+            eprintln!("note: {} needs libraries, which a node has to have", program.display());
+        }
+        linked.extend(needed);
+        // Names of functions stay, for stacks; lines go, which are three quarters of the file.
+        shell::run_quietly(Command::new("strip").args(["--strip-debug", "-o"]).arg(bin.join(name)).arg(&program))?;
+    }
+    lay_base(base, &nft, &linked)
 }
 
 /// Everything that is not ours.

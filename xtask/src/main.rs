@@ -44,6 +44,7 @@ cargo xtask COMMAND
                     --programs DIR  take these programs, build nothing
                     --output FILE   `image.tar` in the build folder if not given
                     --tag NAME:TAG  its name
+                    --root DIR      lays what is in it into this empty folder instead (the Containerfile does)
   bench l4        two agents against the direct path: CPU per unit, rates, latencies, memory, targets
                     --peer PATH    another agent with the same contract, in the same run
                     --quick        a look, not a measurement; `bench l4 --help` for the rest
