@@ -23,10 +23,14 @@ pub mod map {
 
 /// Names of the programs in the object.
 pub mod program {
-    /// tc egress of every interface of the pod.
+    /// tc egress of every Ethernet interface of the pod.
     pub const ETH_EGRESS: &str = "eth_egress";
-    /// tc ingress of every interface of the pod.
+    /// tc ingress of every Ethernet interface of the pod.
     pub const ETH_INGRESS: &str = "eth_ingress";
+    /// tc egress of the pod's interfaces whose packets have no header before IP's.
+    pub const IP_EGRESS: &str = "ip_egress";
+    /// tc ingress of those.
+    pub const IP_INGRESS: &str = "ip_ingress";
     /// Keeps a tc hook of an interface while the others are made ready: every packet passes.
     pub const IDLE: &str = "idle";
     /// `sk_lookup` of the pod's network namespace.

@@ -10,7 +10,7 @@ use std::{
     thread,
 };
 
-use aya::programs::{SchedClassifier, SkLookup, links::FdLink};
+use aya::programs::{SkLookup, links::FdLink};
 use ebpf_common::{Config, MARK_AGENT, MARK_LOCAL, Slot, map, program};
 
 use crate::{
@@ -21,8 +21,8 @@ use crate::{
     netns::{self, beside, joined},
     object::{self, Instance, Maps, Programs, Source, Traffic},
     pins::{Hook, PinRoot, PodPins},
-    places::{hooks, program_of, put_in_force, take_place},
-    plumbing::{Interface, LO_INDEX, Plumbing, Setting, interfaces},
+    places::{hooks, put_in_force, take_place},
+    plumbing::{Frames, Interface, LO_INDEX, Plumbing, Setting, interfaces},
 };
 
 /// The pod to capture.
@@ -30,8 +30,8 @@ use crate::{
 pub struct PodSpec<'a> {
     /// Its network namespace, as a file of `/proc/<pid>/ns/net` or a bind mount of it.
     pub netns: BorrowedFd<'a>,
-    /// The interfaces to capture on; `None` for every Ethernet interface besides `lo`, up or not. With `None`, an interface
-    /// that is up and not Ethernet is an error, because what passes through it would not be captured.
+    /// The interfaces to capture on; `None` for every Ethernet interface besides `lo`, up or not, and every tunnel device that is up. With
+    /// `None`, an interface that is up and of another kind is an error, because what passes through it would not be captured.
     pub interfaces: Option<Vec<String>>,
     /// What the programs do; see [`Redirect::set_config`].
     pub config: Config,
@@ -264,12 +264,12 @@ fn choose(all: Vec<Interface>, wanted: Option<&[String]>) -> Result<Vec<Interfac
     match wanted {
         None => {
             for interface in others {
-                // Down and not Ethernet: the tunnel devices some kernels put in every namespace.
-                if interface.up {
-                    interface.require_ethernet()?;
-                }
-                if interface.ethernet() {
-                    chosen.push(interface);
+                match interface.frames() {
+                    Frames::Ethernet => chosen.push(interface),
+                    // The tunnel devices some kernels put in every namespace.
+                    _ if !interface.up => {}
+                    Frames::Bare => chosen.push(interface),
+                    Frames::Unknown => return Err(interface.unsupported()),
                 }
             }
         }
@@ -278,7 +278,9 @@ fn choose(all: Vec<Interface>, wanted: Option<&[String]>) -> Result<Vec<Interfac
             for name in names {
                 let at = others.iter().position(|i| i.name == *name);
                 let interface = others.swap_remove(at.ok_or_else(|| RedirectError::UnknownInterface(name.clone()))?);
-                interface.require_ethernet()?;
+                if interface.frames() == Frames::Unknown {
+                    return Err(interface.unsupported());
+                }
                 chosen.push(interface);
             }
         }
@@ -322,12 +324,11 @@ fn attach_programs(
         let (mut instance, mut maps) = Instance::load(pins)?;
         maps.set_config(config)?;
         fill_slots(&mut maps, listeners)?;
-        let Programs { steer_lookup, eth_egress, eth_ingress } = instance.programs()?;
-        let (ingress, egress) = (verified(eth_ingress, program::ETH_INGRESS)?, verified(eth_egress, program::ETH_EGRESS)?);
+        let Programs { steer_lookup, mut classifiers } = instance.programs()?;
+        classifiers.verify(hooks)?;
         links.extend(attach_lookup(steer_lookup, netns, pins)?);
         for (hook, place) in hooks.iter().zip(joined(taken)?) {
-            let (classifier, name) = program_of(hook, ingress, egress);
-            let link = put_in_force(classifier, name, place)?;
+            let link = put_in_force(&mut classifiers, hook, place)?;
             // Our descriptor of a pinned one may close.
             links.extend(pins.is_none().then_some(link));
         }
@@ -354,19 +355,13 @@ fn attach_early(
     let (mut instance, mut maps) = Instance::load(Some(&pins))?;
     maps.set_config(config)?;
     fill_slots(&mut maps, listeners)?;
-    let Programs { steer_lookup, eth_egress, eth_ingress } = instance.programs()?;
-    let (ingress, egress) = (verified(eth_ingress, program::ETH_INGRESS)?, verified(eth_egress, program::ETH_EGRESS)?);
+    let Programs { steer_lookup, mut classifiers } = instance.programs()?;
+    classifiers.verify(&hooks)?;
     attach_lookup(steer_lookup, netns.as_fd(), Some(&pins))?;
-    early::filter(netlink, &hooks, ingress, egress)?;
+    early::filter(netlink, &hooks, &mut classifiers)?;
     let netns = netns.try_clone().map_err(RedirectError::Namespace)?;
     let early = Early { netns, instance, hooks, pins, places: Vec::new() };
     Ok(Attached { links: Vec::new(), maps, early: Some(early) })
-}
-
-/// Has the verifier look at a program.
-fn verified<'a>(classifier: &'a mut SchedClassifier, name: &'static str) -> Result<&'a mut SchedClassifier, RedirectError> {
-    classifier.load().map_err(program_error(name))?;
-    Ok(classifier)
 }
 
 /// The link, unless it is pinned.
@@ -398,11 +393,11 @@ pub(crate) fn rehearse(netns: BorrowedFd<'_>) -> Result<(), RedirectError> {
     let plumbing = Plumbing::install(&mut netlink, &[(LO_INDEX, Setting::AcceptLocal)])?;
     let (mut instance, mut maps) = Instance::load(None)?;
     maps.set_config(Config::DEFAULT)?;
-    let Programs { steer_lookup, eth_egress, eth_ingress } = instance.programs()?;
-    for ((classifier, name), hook) in
-        [(eth_ingress, program::ETH_INGRESS), (eth_egress, program::ETH_EGRESS)].into_iter().zip(hooks(&lo))
-    {
-        drop(put_in_force(verified(classifier, name)?, name, take_place(&hook, None)?)?);
+    let Programs { steer_lookup, mut classifiers } = instance.programs()?;
+    let hooks = hooks(&lo);
+    classifiers.verify(&hooks)?;
+    for hook in &hooks {
+        drop(put_in_force(&mut classifiers, hook, take_place(hook, None)?)?);
     }
     drop(attach_lookup(steer_lookup, netns, None)?);
     plumbing.remove(&mut netlink)

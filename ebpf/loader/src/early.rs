@@ -19,9 +19,9 @@ use crate::{
     error::{RedirectError, program_error},
     netlink::Netlink,
     netns,
-    object::{self, Instance, Programs},
+    object::{self, Classifiers, Instance, Programs},
     pins::{Hook, PodPins},
-    places::{program_of, put_in_force, take_place},
+    places::{put_in_force, take_place},
 };
 
 /// Gives a captured pod its lasting places; see the module. Outlives the [`crate::Redirect`] it is of, and has nothing to do then.
@@ -77,11 +77,10 @@ impl Unsettled {
 impl Early {
     fn complete(self) -> Result<(), RedirectError> {
         let Self { netns, mut instance, hooks, pins, places } = self;
-        let Programs { eth_egress, eth_ingress, .. } = instance.programs()?;
+        let Programs { mut classifiers, .. } = instance.programs()?;
         for (hook, place) in hooks.iter().zip(places) {
-            let (classifier, name) = program_of(hook, eth_ingress, eth_egress);
             // Our descriptor of a pinned one may close.
-            drop(put_in_force(classifier, name, place)?);
+            drop(put_in_force(&mut classifiers, hook, place)?);
         }
         netns::within(netns.as_fd(), || remove_filters(&indexes(&hooks)))?;
         pins.keep_only(&hooks)?;
@@ -98,15 +97,9 @@ pub(crate) fn possible(netlink: &mut Netlink, hooks: &[Hook]) -> bool {
 }
 
 /// Has filters see what passes the hooks.
-pub(crate) fn filter(
-    netlink: &mut Netlink,
-    hooks: &[Hook],
-    ingress: &mut SchedClassifier,
-    egress: &mut SchedClassifier,
-) -> Result<(), RedirectError> {
+pub(crate) fn filter(netlink: &mut Netlink, hooks: &[Hook], classifiers: &mut Classifiers<'_>) -> Result<(), RedirectError> {
     for hook in hooks {
-        let (classifier, name) = program_of(hook, ingress, egress);
-        let program = classifier.fd().map_err(program_error(name))?.as_fd();
+        let program = classifiers.of(hook)?.fd().map_err(program_error(hook.program))?.as_fd();
         clsact::add(netlink, hook.index, hook.direction, program)
             .map_err(|source| RedirectError::Netlink { what: "add a filter to an interface", source })?;
     }

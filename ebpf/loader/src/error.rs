@@ -24,8 +24,10 @@ pub enum RedirectError {
     /// A named interface does not exist in the namespace.
     #[error("the pod has no interface named {0}")]
     UnknownInterface(String),
-    /// An interface's frames have no Ethernet header, so the programs cannot read them.
-    #[error("interface {name} of the pod has link type {kind}, not Ethernet; traffic through it could not be captured")]
+    /// An interface's frames begin with neither an Ethernet header nor IP's, so the programs cannot read them.
+    #[error(
+        "interface {name} of the pod has link type {kind}, neither Ethernet nor a tunnel of IP; traffic through it could not be captured"
+    )]
     UnsupportedInterface {
         /// The interface's name.
         name: String,

@@ -2,7 +2,7 @@
 //!
 //! Every pod has an instance of its own, so that its maps say nothing about other pods and vanish with it.
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     fmt,
     hash::{DefaultHasher, Hasher as _},
     io,
@@ -21,7 +21,7 @@ use ebpf_common::{ASK, COUNTERS, Config, Counter, DENIED, Tally, map, program, s
 
 use crate::{
     error::{RedirectError, map_error, program_error},
-    pins::{MAPS, PodPins},
+    pins::{Hook, MAPS, PodPins},
 };
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!("../obj/redirect.bpf.o");
@@ -255,19 +255,36 @@ impl Instance {
             all.remove(name).ok_or(RedirectError::Incomplete(name))?.try_into().map_err(program_error(name))
         }
         let mut all: HashMap<&str, &mut Program> = self.ebpf.programs_mut().collect();
-        Ok(Programs {
-            steer_lookup: of(&mut all, program::STEER_LOOKUP)?,
-            eth_egress: of(&mut all, program::ETH_EGRESS)?,
-            eth_ingress: of(&mut all, program::ETH_INGRESS)?,
-        })
+        let steer_lookup = of(&mut all, program::STEER_LOOKUP)?;
+        let ends = [program::ETH_EGRESS, program::ETH_INGRESS, program::IP_EGRESS, program::IP_INGRESS];
+        let classifiers = ends.into_iter().map(|name| Ok((name, of(&mut all, name)?))).collect::<Result<_, RedirectError>>()?;
+        Ok(Programs { steer_lookup, classifiers: Classifiers(classifiers) })
     }
 }
 
 /// The programs of an instance, by where they belong. Loading one is the verifier's work: some milliseconds.
 pub(crate) struct Programs<'a> {
     pub(crate) steer_lookup: &'a mut SkLookup,
-    pub(crate) eth_egress: &'a mut SchedClassifier,
-    pub(crate) eth_ingress: &'a mut SchedClassifier,
+    pub(crate) classifiers: Classifiers<'a>,
+}
+
+/// Those of the hooks of interfaces, by name.
+pub(crate) struct Classifiers<'a>(HashMap<&'static str, &'a mut SchedClassifier>);
+
+impl Classifiers<'_> {
+    /// The program of a hook.
+    pub(crate) fn of(&mut self, hook: &Hook) -> Result<&mut SchedClassifier, RedirectError> {
+        self.0.get_mut(hook.program).map(|program| &mut **program).ok_or(RedirectError::Incomplete(hook.program))
+    }
+
+    /// Has the verifier look at those that these hooks have.
+    pub(crate) fn verify(&mut self, hooks: &[Hook]) -> Result<(), RedirectError> {
+        let names: BTreeSet<&'static str> = hooks.iter().map(|hook| hook.program).collect();
+        for hook in names.iter().filter_map(|name| hooks.iter().find(|hook| hook.program == *name)) {
+            self.of(hook)?.load().map_err(program_error(hook.program))?;
+        }
+        Ok(())
+    }
 }
 
 /// The program that passes everything, loaded once for all pods: it has no maps. One caller at a time has it, which costs nobody

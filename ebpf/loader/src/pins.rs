@@ -98,6 +98,8 @@ fn is_mark(entry: &fs::DirEntry) -> bool {
 /// Where a classifier belongs.
 #[derive(Clone, Debug)]
 pub(crate) struct Hook {
+    /// The name of what belongs there.
+    pub(crate) program: &'static str,
     /// Its link's pin.
     pub(crate) pin: String,
     pub(crate) interface: String,

@@ -7,38 +7,29 @@ use aya::programs::{
     tc::{SchedClassifierLink, TcAttachOptions},
 };
 use ebpf_common::program;
+use nix::net::if_::if_indextoname;
 
 use crate::{
     error::{RedirectError, program_error},
-    object,
+    object::{self, Classifiers},
     pins::{Hook, PodPins},
-    plumbing::Interface,
+    plumbing::{Frames, Interface},
 };
 
 /// Every hook, in the order in which programs are put in force: all that receive, then all that turn packets around.
 pub(crate) fn hooks(interfaces: &[Interface]) -> Vec<Hook> {
-    let ends = [(program::ETH_INGRESS, TcAttachType::Ingress), (program::ETH_EGRESS, TcAttachType::Egress)];
-    let of = |(name, direction)| {
-        interfaces.iter().map(move |interface| Hook {
-            pin: format!("{name}-{}", interface.index),
-            interface: interface.name.clone(),
-            index: interface.index,
-            direction,
+    let ends = [
+        (program::ETH_INGRESS, program::IP_INGRESS, TcAttachType::Ingress),
+        (program::ETH_EGRESS, program::IP_EGRESS, TcAttachType::Egress),
+    ];
+    let of = |(framed, bare, direction)| {
+        interfaces.iter().map(move |interface| {
+            let program = if interface.frames() == Frames::Bare { bare } else { framed };
+            let pin = format!("{program}-{}", interface.index);
+            Hook { program, pin, interface: interface.name.clone(), index: interface.index, direction }
         })
     };
     ends.into_iter().flat_map(of).collect()
-}
-
-/// The program of a hook, and its name.
-pub(crate) fn program_of<'a>(
-    hook: &Hook,
-    ingress: &'a mut SchedClassifier,
-    egress: &'a mut SchedClassifier,
-) -> (&'a mut SchedClassifier, &'static str) {
-    match hook.direction {
-        TcAttachType::Ingress => (ingress, program::ETH_INGRESS),
-        _ => (egress, program::ETH_EGRESS),
-    }
 }
 
 /// The place that an earlier agent has on the hook, with its program, or a new one for `idle`: before any other program, as one of
@@ -49,8 +40,11 @@ pub(crate) fn take_place(hook: &Hook, pins: Option<&PodPins>) -> Result<SchedCla
         return SchedClassifierLink::try_from(link).map_err(|e| failed(io::Error::other(e).into()));
     }
     let options = TcAttachOptions::TcxOrder(LinkOrder::first());
+    // It may have another name by now.
+    let renamed = if_indextoname(hook.index).ok().and_then(|name| name.into_string().ok());
+    let name = renamed.as_ref().unwrap_or(&hook.interface);
     let link = object::with_idle(|idle| {
-        let id = idle.attach_with_options(&hook.interface, hook.direction, options).map_err(&failed)?;
+        let id = idle.attach_with_options(name, hook.direction, options).map_err(&failed)?;
         idle.take_link(id).map_err(&failed)
     })?;
     let Some(pins) = pins else { return Ok(link) };
@@ -58,17 +52,17 @@ pub(crate) fn take_place(hook: &Hook, pins: Option<&PodPins>) -> Result<SchedCla
     SchedClassifierLink::try_from(pinned).map_err(|e| failed(io::Error::other(e).into()))
 }
 
-/// Puts the program in the place of the one that is in the link, from the next packet on.
+/// Puts the hook's program in the place of the one that is in the link, from the next packet on.
 pub(crate) fn put_in_force(
-    classifier: &mut SchedClassifier,
-    name: &'static str,
+    classifiers: &mut Classifiers<'_>,
+    hook: &Hook,
     place: SchedClassifierLink,
 ) -> Result<FdLink, RedirectError> {
     let put = |classifier: &mut SchedClassifier| {
         let id = classifier.attach_to_link(place)?;
         fd_link(classifier.take_link(id)?)
     };
-    put(classifier).map_err(program_error(name))
+    put(classifiers.of(hook)?).map_err(program_error(hook.program))
 }
 
 /// Only the older way of attaching, which `LinkOrder` excludes, gives anything else.

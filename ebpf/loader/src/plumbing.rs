@@ -28,6 +28,14 @@ const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
 const IFF_UP: u32 = 1;
 const ARPHRD_ETHER: u16 = 1;
+const ARPHRD_PPP: u16 = 512;
+const ARPHRD_RAWIP: u16 = 519;
+const ARPHRD_TUNNEL: u16 = 768;
+const ARPHRD_TUNNEL6: u16 = 769;
+const ARPHRD_SIT: u16 = 776;
+const ARPHRD_IPGRE: u16 = 778;
+const ARPHRD_IP6GRE: u16 = 823;
+const ARPHRD_NONE: u16 = 0xfffe;
 
 const IFLA_IFNAME: u16 = 3;
 const IFLA_AF_SPEC: u16 = 26;
@@ -49,18 +57,31 @@ impl Interface {
         Self { index: LO_INDEX, name: "lo".to_owned(), up: true, kind: ARPHRD_LOOPBACK }
     }
 
-    /// Fails where the programs could not read the frames.
-    pub(crate) fn require_ethernet(&self) -> Result<(), RedirectError> {
-        if self.ethernet() {
-            Ok(())
-        } else {
-            Err(RedirectError::UnsupportedInterface { name: self.name.clone(), kind: self.kind })
-        }
+    /// Where the programs would not read the frames.
+    pub(crate) fn unsupported(&self) -> RedirectError {
+        RedirectError::UnsupportedInterface { name: self.name.clone(), kind: self.kind }
     }
 
-    pub(crate) fn ethernet(&self) -> bool {
-        self.kind == ARPHRD_ETHER
+    pub(crate) fn frames(&self) -> Frames {
+        match self.kind {
+            ARPHRD_ETHER => Frames::Ethernet,
+            // Those that the kernel knows to have no header (`dev_is_mac_header_xmit`). What does not begin with IP's is dropped.
+            ARPHRD_NONE | ARPHRD_RAWIP | ARPHRD_PPP | ARPHRD_TUNNEL | ARPHRD_TUNNEL6 | ARPHRD_SIT | ARPHRD_IPGRE
+            | ARPHRD_IP6GRE => Frames::Bare,
+            _ => Frames::Unknown,
+        }
     }
+}
+
+/// What an interface's packets begin with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Frames {
+    /// An Ethernet header.
+    Ethernet,
+    /// The header of IP: tun, `WireGuard`, tunnels of the kernel.
+    Bare,
+    /// Something else.
+    Unknown,
 }
 
 /// Every interface of the namespace, `lo` included.

@@ -5,7 +5,10 @@
 use aya_ebpf::programs::TcContext;
 use ebpf_common::{Config, Counter, DNS_PORT};
 
-const ETH_LEN: usize = 14;
+/// Length of an Ethernet header: where the IP header is on an interface of that kind.
+pub const ETHERNET: usize = 14;
+/// Where it is on one that has no header of its own (tun, WireGuard).
+pub const BARE: usize = 0;
 const IP4_LEN: usize = 20;
 const IP6_LEN: usize = 40;
 /// Ports to flags, and the window because it completes the word.
@@ -125,18 +128,26 @@ pub enum Packet {
     Drop(Counter),
 }
 
-/// Classifies the frame.
+/// Classifies the frame, whose IP header is at `AT`: [`ETHERNET`] or [`BARE`].
 #[inline(always)]
-pub fn classify(ctx: &TcContext, config: &Config) -> Packet {
+pub fn classify<const AT: usize>(ctx: &TcContext, config: &Config) -> Packet {
     // A tag the device strips or adds is not in the frame's bytes.
     // SAFETY: the kernel hands every classifier a valid `__sk_buff`; the verifier checks the access.
     if unsafe { (*ctx.skb.skb).vlan_present } != 0 {
         return refuse(config, Counter::RefusedFrame);
     }
+    if AT == BARE {
+        let Ok(version) = ctx.load::<u8>(0) else { return Packet::Drop(Counter::Malformed) };
+        return match version >> 4 {
+            4 => ipv4::<AT>(ctx, config),
+            6 => ipv6::<AT>(ctx, config),
+            _ => refuse(config, Counter::RefusedFrame),
+        };
+    }
     let Ok(ethertype) = ctx.load::<u16>(12) else { return Packet::Drop(Counter::Malformed) };
     match u16::from_be(ethertype) {
-        ETH_P_IP => ipv4(ctx, config),
-        ETH_P_IPV6 => ipv6(ctx, config),
+        ETH_P_IP => ipv4::<AT>(ctx, config),
+        ETH_P_IPV6 => ipv6::<AT>(ctx, config),
         ETH_P_ARP => Packet::Pass(Counter::OtherPassed),
         _ => refuse(config, Counter::RefusedFrame),
     }
@@ -148,8 +159,8 @@ fn refuse(config: &Config, why: Counter) -> Packet {
 }
 
 #[inline(always)]
-fn ipv4(ctx: &TcContext, config: &Config) -> Packet {
-    let Ok(ip) = ctx.load::<[u32; IP4_LEN / 4]>(ETH_LEN) else { return Packet::Drop(Counter::Malformed) };
+fn ipv4<const AT: usize>(ctx: &TcContext, config: &Config) -> Packet {
+    let Ok(ip) = ctx.load::<[u32; IP4_LEN / 4]>(AT) else { return Packet::Drop(Counter::Malformed) };
     let version_and_length = u32::from_be(ip[0]) >> 24;
     // More-fragments and the offset; don't-fragment is no fragment.
     let fragment = u32::from_be(ip[1]) & 0x3fff;
@@ -157,16 +168,16 @@ fn ipv4(ctx: &TcContext, config: &Config) -> Packet {
     let plain = version_and_length == 0x45 && fragment == 0;
     match protocol {
         TCP if plain => {
-            let Ok(tcp) = ctx.load::<[u32; TCP_READ / 4]>(ETH_LEN + IP4_LEN) else { return Packet::Drop(Counter::Malformed) };
+            let Ok(tcp) = ctx.load::<[u32; TCP_READ / 4]>(AT + IP4_LEN) else { return Packet::Drop(Counter::Malformed) };
             segment(Tuple { words: [ip[3], ip[4], tcp[0], 0, 0, 0, 0, 0, 0], v6: false }, tcp[3])
         }
         TCP => Packet::Drop(Counter::OddTcp4),
         UDP if plain => {
-            let Ok(ports) = ctx.load::<u32>(ETH_LEN + IP4_LEN) else { return Packet::OddUdp };
+            let Ok(ports) = ctx.load::<u32>(AT + IP4_LEN) else { return Packet::OddUdp };
             let tuple = Tuple { words: [ip[3], ip[4], ports, 0, 0, 0, 0, 0, 0], v6: false };
             if tuple.to_itself() { Packet::Drop(Counter::LoopbackOnWire) } else { Packet::Udp(tuple) }
         }
-        UDP if fragment & 0x1fff == 0 && dns(ctx, ETH_LEN + (version_and_length & 0x0f) as usize * 4) => {
+        UDP if fragment & 0x1fff == 0 && dns(ctx, AT + (version_and_length & 0x0f) as usize * 4) => {
             Packet::Drop(Counter::OddDns)
         }
         UDP => Packet::OddUdp,
@@ -176,25 +187,25 @@ fn ipv4(ctx: &TcContext, config: &Config) -> Packet {
 }
 
 #[inline(always)]
-fn ipv6(ctx: &TcContext, config: &Config) -> Packet {
-    let Ok(ip) = ctx.load::<[u32; IP6_LEN / 4]>(ETH_LEN) else { return Packet::Drop(Counter::Malformed) };
+fn ipv6<const AT: usize>(ctx: &TcContext, config: &Config) -> Packet {
+    let Ok(ip) = ctx.load::<[u32; IP6_LEN / 4]>(AT) else { return Packet::Drop(Counter::Malformed) };
     match (u32::from_be(ip[1]) >> 8) as u8 {
         TCP => {
-            let Ok(tcp) = ctx.load::<[u32; TCP_READ / 4]>(ETH_LEN + IP6_LEN) else { return Packet::Drop(Counter::Malformed) };
+            let Ok(tcp) = ctx.load::<[u32; TCP_READ / 4]>(AT + IP6_LEN) else { return Packet::Drop(Counter::Malformed) };
             segment(Tuple { words: [ip[2], ip[3], ip[4], ip[5], ip[6], ip[7], ip[8], ip[9], tcp[0]], v6: true }, tcp[3])
         }
         UDP => {
-            let Ok(ports) = ctx.load::<u32>(ETH_LEN + IP6_LEN) else { return Packet::OddUdp };
+            let Ok(ports) = ctx.load::<u32>(AT + IP6_LEN) else { return Packet::OddUdp };
             Packet::Udp(Tuple { words: [ip[2], ip[3], ip[4], ip[5], ip[6], ip[7], ip[8], ip[9], ports], v6: true })
         }
         ICMPV6 => odd_other(true),
-        first => extended(ctx, config, first),
+        first => extended::<AT>(ctx, config, first),
     }
 }
 
 /// Follows the extension headers to what they carry.
 #[inline(always)]
-fn extended(ctx: &TcContext, config: &Config, first: u8) -> Packet {
+fn extended<const AT: usize>(ctx: &TcContext, config: &Config, first: u8) -> Packet {
     const HOP_BY_HOP: u8 = 0;
     const ROUTING: u8 = 43;
     const FRAGMENT: u8 = 44;
@@ -205,7 +216,7 @@ fn extended(ctx: &TcContext, config: &Config, first: u8) -> Packet {
     const SHIM6: u8 = 140;
 
     let mut next = first;
-    let mut at = ETH_LEN + IP6_LEN;
+    let mut at = AT + IP6_LEN;
     let mut later_fragment = false;
     let mut ended = false;
     for _ in 0..8 {

@@ -213,10 +213,10 @@ fn be_killed(netns: &str) {
 }
 
 /// A directory of pins that is emptied and removed at the end of a test.
-struct Pins(PinRoot);
+pub struct Pins(pub PinRoot);
 
 impl Pins {
-    fn new(test: &str) -> Self {
+    pub fn new(test: &str) -> Self {
         let dir = format!("/sys/fs/bpf/culvert-test/{test}-{}", std::process::id());
         Self(PinRoot::open(dir.as_ref()).expect("a BPF filesystem"))
     }
@@ -896,6 +896,27 @@ fn a_pod_without_ipv6_is_captured_all_the_same() {
     agent.next();
     agent.redirect.take().expect("attached").detach().expect("detach");
     assert_eq!(remains(&net.pod), before);
+}
+
+/// What a pod's interface is called may change while it is captured by filters.
+#[test]
+fn a_renamed_interface_is_given_its_lasting_places() {
+    require_root!("a_renamed_interface_is_given_its_lasting_places");
+    let pins = Pins::new("renamed");
+    let net = Topology::new();
+    echo_server(&net.pod, 9090);
+    let agent = Agent::start_early(&net.pod, &pins.0);
+    for step in ["set eth0 down", "set eth0 name net0", "set net0 up"] {
+        net.pod.ip(&format!("link {step}"));
+    }
+    agent.settle();
+    let programs = net.pod.run(|| {
+        [TcAttachType::Ingress, TcAttachType::Egress]
+            .map(|direction| SchedClassifier::query_tcx("net0", direction).expect("query").1.len())
+    });
+    assert_eq!(programs, [1, 1]);
+    Client::connect(&net.host, SocketAddr::new(ip(POD4), 9090)).expect("in").finish();
+    assert_eq!(agent.next().direction, Direction::In);
 }
 
 #[test]

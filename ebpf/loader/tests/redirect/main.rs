@@ -1,6 +1,7 @@
 //! The redirection in real network namespaces: needs root, makes and removes its own namespaces.
 #![allow(clippy::expect_used, reason = "a test's helpers fail the test")]
 mod agent;
+mod bare;
 mod capture;
 mod lifecycle;
 mod net;

@@ -81,7 +81,7 @@ fn octets(address: IpAddr) -> Vec<u8> {
     }
 }
 
-fn tcp_syn(from: SocketAddr, to: SocketAddr) -> Vec<u8> {
+pub fn tcp_syn(from: SocketAddr, to: SocketAddr) -> Vec<u8> {
     let mut tcp = Vec::new();
     tcp.extend(from.port().to_be_bytes());
     tcp.extend(to.port().to_be_bytes());
@@ -94,7 +94,7 @@ fn tcp_syn(from: SocketAddr, to: SocketAddr) -> Vec<u8> {
 }
 
 /// A whole IP packet with this payload; `fragment` is offset in bytes and whether more follow.
-fn packet(from: IpAddr, to: IpAddr, protocol: u8, fragment: Option<(u16, bool)>, payload: &[u8]) -> Vec<u8> {
+pub fn packet(from: IpAddr, to: IpAddr, protocol: u8, fragment: Option<(u16, bool)>, payload: &[u8]) -> Vec<u8> {
     let mut bytes = Vec::new();
     match from {
         IpAddr::V4(_) => {
