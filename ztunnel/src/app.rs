@@ -159,7 +159,7 @@ pub async fn serve(mut settings: Settings, logging: &Logging) -> Result<()> {
     let ours = plugin.as_ref().and_then(|_| daemon_set(&settings));
     let mut supervisor = PodSupervisor::new(Arc::clone(&shared), readiness.clone(), pods, pins, inherited);
     if let Some(predecessor) = &predecessor {
-        supervisor = supervisor.after(Arc::clone(predecessor));
+        supervisor = supervisor.after(Arc::clone(predecessor), is_alone.clone());
     }
     let mut looked = supervisor.looked();
     let control = tokio::spawn({
@@ -205,7 +205,11 @@ pub async fn serve(mut settings: Settings, logging: &Logging) -> Result<()> {
 
     let succession = async {
         if let Some(predecessor) = predecessor {
-            readiness.ready().await;
+            tokio::select! {
+                // Also with a pod that nobody can serve.
+                () = readiness.ready_otherwise() => {}
+                () = predecessor.gone() => {}
+            }
             succeed(predecessor, later, &faces).await?;
             alone.send_replace(true);
         }

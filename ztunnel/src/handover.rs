@@ -12,6 +12,7 @@ use crate::unix::{check_peer, listen_at, seqpacket};
 use anyhow::{Context, Result, bail, ensure};
 use mesh_model::workload::WorkloadUid;
 use parking_lot::Mutex;
+use rustix::io::Errno;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
@@ -22,6 +23,7 @@ use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 
@@ -37,6 +39,8 @@ const POD: &[u8] = b"pod ";
 const LONGEST: usize = 4096;
 /// Sockets of one pod: three listeners, and two of the DNS proxy for each address family.
 const MOST_SOCKETS: usize = 7;
+/// How often it is looked whether the agent before this one is still there.
+const LOOK: Duration = Duration::from_millis(250);
 /// How long one answer may take.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -100,9 +104,34 @@ impl Predecessor {
         }
     }
 
-    /// Whether it was told to stop accepting. Not while it is being asked something.
-    pub(crate) fn is_released(&self) -> bool {
-        self.line.try_lock().is_some_and(|line| matches!(*line, Line::Released))
+    /// Whether it has ended without a word: nobody is left to tell when to stop. Not while it is being asked something, nor once it was
+    /// released. One that only hung up is asked again, which may block for as long as the answer takes.
+    fn is_gone(&self) -> bool {
+        let Some(mut line) = self.line.try_lock() else { return false };
+        match &*line {
+            Line::Released => return false,
+            Line::Open(socket) if !has_hung_up(socket) => return false,
+            Line::Open(_) | Line::Lost => {}
+        }
+        *line = Line::Lost;
+        match greet(&self.path) {
+            Ok(Some((socket, _))) => *line = Line::Open(socket),
+            Ok(None) => return true,
+            Err(error) => tracing::debug!(error = format!("{error:#}"), "the agent before this one hung up"),
+        }
+        false
+    }
+
+    /// Resolves when it has ended without being released.
+    pub async fn gone(self: &Arc<Self>) {
+        let mut tick = tokio::time::interval(LOOK);
+        loop {
+            tick.tick().await;
+            let agent = Arc::clone(self);
+            if tokio::task::spawn_blocking(move || agent.is_gone()).await.unwrap_or(false) {
+                return;
+            }
+        }
     }
 
     /// Tells it to stop accepting. Blocks while it is being asked.
@@ -119,6 +148,12 @@ impl Predecessor {
         send(&socket, READY, SendFlags::NOSIGNAL)?;
         Ok(())
     }
+}
+
+/// Whether the other end of a socket, which says nothing unless it is asked, is closed.
+fn has_hung_up(socket: &OwnedFd) -> bool {
+    let heard = recv(socket, &mut [0], RecvFlags::PEEK | RecvFlags::DONTWAIT);
+    heard.map_or_else(|error| error != Errno::AGAIN, |(_, length)| length == 0)
 }
 
 /// Connects to the agent behind `path` and gets its listeners. `None` when nobody is there.

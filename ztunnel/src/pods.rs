@@ -29,7 +29,7 @@ use mesh_runtime::sockets::{NetnsFd, NetnsId};
 use parking_lot::Mutex;
 use settle::Settler;
 pub use start::Counts;
-use start::{Rules, Running, Starter, attach, programs, table_of};
+use start::{Rules, Running, Starter, table_of};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
 use std::sync::Arc;
@@ -131,7 +131,32 @@ struct Started {
     enrolled: Enrolled,
     /// When it was known that it is to be served.
     learned: Instant,
+    /// Whether it is known where and who it is.
+    is_servable: bool,
     outcome: Result<Running, String>,
+}
+
+/// The agent before this one, and what is to be known of its pods.
+struct Before {
+    agent: Arc<Predecessor>,
+    /// Whether this one is alone.
+    alone: watch::Receiver<bool>,
+    /// The pods it served when it was found.
+    served: HashSet<WorkloadUid>,
+    /// Pods that it may have begun to serve in the moment in which this agent did: whoever came last is who their programs and rules hand
+    /// connections to.
+    contested: HashSet<WorkloadUid>,
+}
+
+/// Resolves when the agent before this one has stopped accepting; never, if there was none.
+async fn is_alone(before: Option<&mut Before>) {
+    let known = match before {
+        Some(before) => before.alone.wait_for(|alone| *alone).await.is_ok(),
+        None => false,
+    };
+    if !known {
+        std::future::pending::<()>().await;
+    }
 }
 
 /// The pods that the CNI agent enrols.
@@ -177,8 +202,8 @@ pub struct PodSupervisor {
     /// Whether redirections that an earlier agent left for pods that are gone may still be there.
     unswept: bool,
     inherited: Inherited,
-    /// Who serves what was not inherited and is taken.
-    predecessor: Option<Arc<Predecessor>>,
+    /// The agent before this one, until it is released.
+    before: Option<Before>,
     handed_over: bool,
     cni: Option<Cni>,
     kubernetes: Option<ByKubernetes>,
@@ -203,7 +228,7 @@ impl PodSupervisor {
             unswept: pins.is_some() || shared.settings.redirect == RedirectMode::Nftables,
             pins,
             inherited,
-            predecessor: None,
+            before: None,
             handed_over: false,
             cni: None,
             kubernetes: None,
@@ -219,10 +244,12 @@ impl PodSupervisor {
         self.looked.subscribe()
     }
 
-    /// Asks this agent again for the listeners of a pod whose ports are taken: it goes on enrolling until it is released.
+    /// Asks this agent again for the listeners of a pod whose ports are taken: it goes on enrolling until it is released, or gone, of
+    /// which `alone` tells.
     #[must_use]
-    pub fn after(mut self, predecessor: Arc<Predecessor>) -> Self {
-        self.predecessor = Some(predecessor);
+    pub fn after(mut self, agent: Arc<Predecessor>, alone: watch::Receiver<bool>) -> Self {
+        let served = self.inherited.keys().cloned().collect();
+        self.before = Some(Before { agent, alone, served, contested: HashSet::new() });
         self
     }
 
@@ -264,6 +291,7 @@ impl PodSupervisor {
                 () = tokio::time::sleep(RETRY) => {}
                 Some(ask) = successor.recv() => match ask {
                     Ask::Listeners(reply) => {
+                        self.reclaim().await;
                         self.leave_unsettled().await;
                         drop(reply.send(self.listeners()));
                     }
@@ -285,6 +313,7 @@ impl PodSupervisor {
                 order = next_order(self.cni.as_mut()) => self.obey(order).await,
                 Some(uid) = self.changed.1.recv() => self.recapture(&uid).await,
                 Ok(()) = bundles.changed() => self.rejudge_tunnels(&bundles.borrow_and_update().clone()),
+                () = is_alone(self.before.as_mut()) => self.reclaim().await,
             }
         };
         let mode = match ended.mode {
@@ -299,7 +328,6 @@ impl PodSupervisor {
     /// Captures on interfaces that the pod was given after it was enrolled.
     async fn recapture(&mut self, uid: &WorkloadUid) {
         let (Some(pins), Some(running), false) = (self.pins.clone(), self.running.get_mut(uid), self.handed_over) else { return };
-        let (Some(netns), Some(sockets)) = (running.pod.netns.clone(), &running.sockets) else { return };
         let Some(redirect) = running.redirect.take() else { return };
         let check = move || {
             let outdated = redirect.is_outdated();
@@ -312,22 +340,40 @@ impl PodSupervisor {
         let checked = tokio::task::spawn_blocking(check).await;
         let Ok((outdated, redirect)) = checked else { return };
         running.redirect = Some(redirect);
-        let outcome = match outdated {
+        match outdated {
             Ok(false) => return,
-            Ok(true) => {
-                let dns = running.rules.as_ref().is_some_and(|rules| rules.table.dns);
-                attach(netns, sockets, Some(pins), programs(&self.shared.settings, dns)).await
-            }
+            Ok(true) => {}
             // So the runtime leaves the network of a pod that ended. What is captured stays so, and has no way while `lo` is down.
             Err(RedirectError::LoopbackDown) => return,
-            Err(error) => Err(error.to_string()),
-        };
-        match outcome {
-            Ok(whole) => {
-                tracing::info!(pod = %uid, interfaces = ?whole.interfaces(), "the pod's new interface is captured");
-                running.redirect = Some(whole);
-            }
+            Err(error) => return tracing::error!(pod = %uid, %error, "an interface of the pod may not be captured"),
+        }
+        if let Some(before) = &mut self.before {
+            // It does so too.
+            before.contested.insert(Arc::clone(uid));
+        }
+        match running.capture_again(&self.shared.settings, Some(pins)).await {
+            Ok(interfaces) => tracing::info!(pod = %uid, ?interfaces, "the pod's new interface is captured"),
             Err(error) => tracing::error!(pod = %uid, error, "an interface of the pod may not be captured"),
+        }
+    }
+
+    /// Has the pods that the agent before this one may have captured as well hand their connections to this one.
+    async fn reclaim(&mut self) {
+        let Some(Before { contested, .. }) = self.before.take() else { return };
+        for uid in contested {
+            let Some(running) = self.running.get_mut(&uid) else { continue };
+            if let Some(redirect) = &running.redirect {
+                let unsettled = redirect.unsettled();
+                let _ = tokio::task::spawn_blocking(move || unsettled.leave()).await;
+            }
+            match running.capture_again(&self.shared.settings, self.pins.clone()).await {
+                Ok(_) => {
+                    tracing::debug!(pod = %uid, "captured again: the agent before this one may have begun it in the same moment");
+                }
+                Err(error) => {
+                    tracing::error!(pod = %uid, error, "the pod may still hand its connections to the agent before this one");
+                }
+            }
         }
     }
 
@@ -533,8 +579,7 @@ impl PodSupervisor {
     fn sweep(&mut self) {
         let unplaced = self.kubernetes.as_ref().is_some_and(ByKubernetes::has_unplaced);
         // What the agent before this one enrols meanwhile is its own.
-        let is_alone = self.predecessor.as_ref().is_none_or(|agent| agent.is_released());
-        if !self.unswept || !self.pending.is_empty() || unplaced || !is_alone {
+        if !self.unswept || !self.pending.is_empty() || unplaced || self.before.is_some() {
             return;
         }
         let kept = self.running.values().filter_map(|r| r.redirect.as_ref()).map(Redirect::netns);
@@ -590,16 +635,21 @@ impl PodSupervisor {
         };
         self.starting.insert(Arc::clone(key), starting);
         let inherited = self.inherited.remove(key);
+        if let (Some(before), None) = (&mut self.before, &inherited) {
+            before.contested.insert(Arc::clone(key));
+        }
         let (starter, enrolled) = (self.starter(), enrolled.clone());
         Some(async move {
             if let Some(down) = down {
                 let _ = down.await;
             }
+            // Nor can another agent serve what is nowhere, or nobody.
+            let is_servable = place.is_ok() && enrolled.identity.is_ok();
             let outcome = match place {
                 Ok(netns) => starter.start(&enrolled, netns, inherited).await,
                 Err(error) => Err(error),
             };
-            Started { enrolled, learned, outcome }
+            Started { enrolled, learned, is_servable, outcome }
         })
     }
 
@@ -609,7 +659,7 @@ impl PodSupervisor {
             readiness: self.readiness.clone(),
             pins: self.pins.clone(),
             by_cni: self.cni.is_some(),
-            predecessor: self.predecessor.clone(),
+            predecessor: self.before.as_ref().map(|before| Arc::clone(&before.agent)),
             changed: self.changed.0.clone(),
             settler: self.settler.clone(),
         }
@@ -617,7 +667,7 @@ impl PodSupervisor {
 
     /// Enters what became of it.
     fn finish(&mut self, started: Started) -> Result<(), String> {
-        let Started { enrolled, learned, outcome } = started;
+        let Started { enrolled, learned, is_servable, outcome } = started;
         let key = &enrolled.key;
         self.starting.remove(key);
         let outcome = match outcome {
@@ -637,7 +687,10 @@ impl PodSupervisor {
             Err(error) => {
                 if !self.pending.contains_key(key) {
                     tracing::error!(pod = %enrolled.label(), %error, "pod cannot be served, trying again");
-                    let task = self.readiness.pending(&format!("pod {}", enrolled.label()));
+                    // The agent before this one goes on serving what only it can.
+                    let is_served = is_servable || self.before.as_ref().is_some_and(|before| before.served.contains(key));
+                    let name = format!("pod {}", enrolled.label());
+                    let task = if is_served { self.readiness.pending(&name) } else { self.readiness.pending_alone(&name) };
                     self.pending.insert(Arc::clone(key), (task, enrolled.identity.as_ref().ok().cloned()));
                 }
                 if let Ok(id) = &enrolled.identity {

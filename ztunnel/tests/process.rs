@@ -667,8 +667,9 @@ async fn a_pod_the_old_agent_enrols_meanwhile_is_taken_over_too() -> Result<()> 
 
     let (pods, readiness, predecessor) = (PodTable::default(), Readiness::new(), Arc::new(predecessor));
     let (drain, watch) = drain::channel();
+    let (alone, is_alone) = tokio::sync::watch::channel(false);
     let supervisor = PodSupervisor::new(Arc::clone(&lab.shared), readiness.clone(), pods.clone(), None, Inherited::new())
-        .after(Arc::clone(&predecessor));
+        .after(Arc::clone(&predecessor), is_alone);
     let (_asks, successor) = mpsc::channel(1);
     tokio::spawn(supervisor.run(watch, readiness.pending("mesh"), successor));
     timeout(LIMIT, readiness.ready()).await.with_context(|| format!("the new agent: {:?}", pods.list()))?;
@@ -676,6 +677,7 @@ async fn a_pod_the_old_agent_enrols_meanwhile_is_taken_over_too() -> Result<()> 
 
     tokio::task::spawn_blocking(move || predecessor.release()).await??;
     timeout(LIMIT, is_released).await??;
+    alone.send_replace(true);
     // The old agent goes; its sockets stay, with the new one.
     lab.drain.start(DrainMode::Immediate);
     timeout(LIMIT, lab.drain.finished()).await?;

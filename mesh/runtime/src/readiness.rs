@@ -20,8 +20,22 @@ pub struct Readiness {
 
 #[derive(Debug)]
 struct Inner {
-    pending: Mutex<BTreeMap<Arc<str>, usize>>,
-    ready: watch::Sender<bool>,
+    pending: Mutex<Pending>,
+    state: watch::Sender<State>,
+}
+
+#[derive(Debug, Default)]
+struct Pending {
+    /// How many there are of each name.
+    tasks: BTreeMap<Arc<str>, usize>,
+    /// How many of all concern others than themselves.
+    general: usize,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct State {
+    ready: bool,
+    ready_otherwise: bool,
 }
 
 impl Default for Readiness {
@@ -33,31 +47,50 @@ impl Default for Readiness {
 impl Readiness {
     /// Nothing pending: ready.
     pub fn new() -> Self {
-        Self { inner: Arc::new(Inner { pending: Mutex::default(), ready: watch::Sender::new(true) }) }
+        let state = watch::Sender::new(State { ready: true, ready_otherwise: true });
+        Self { inner: Arc::new(Inner { pending: Mutex::default(), state }) }
     }
 
     /// Adds a pending task. The same name may be pending several times; it is listed once.
     pub fn pending(&self, name: &str) -> ReadyTask {
-        let task = ReadyTask { inner: Arc::clone(&self.inner), name: name.into(), pending: Mutex::new(true) };
-        self.inner.add(&task.name);
+        self.add(name, true)
+    }
+
+    /// Adds a pending task that keeps nothing else from being done: the process is not ready with it, but [otherwise](Self::ready_otherwise).
+    pub fn pending_alone(&self, name: &str) -> ReadyTask {
+        self.add(name, false)
+    }
+
+    fn add(&self, name: &str, general: bool) -> ReadyTask {
+        let task = ReadyTask { inner: Arc::clone(&self.inner), name: name.into(), general, pending: Mutex::new(true) };
+        self.inner.add(&task);
         task
     }
 
     /// Whether nothing is pending.
     pub fn is_ready(&self) -> bool {
-        self.inner.pending.lock().is_empty()
+        self.inner.pending.lock().tasks.is_empty()
     }
 
     /// Names of the pending tasks, sorted.
     pub fn pending_names(&self) -> Vec<Arc<str>> {
-        self.inner.pending.lock().keys().cloned().collect()
+        self.inner.pending.lock().tasks.keys().cloned().collect()
     }
 
     /// Resolves once nothing is pending.
     pub async fn ready(&self) {
-        let mut rx = self.inner.ready.subscribe();
+        self.becomes(|state| state.ready).await;
+    }
+
+    /// Resolves once nothing is pending but what was said to [concern nothing else](Self::pending_alone).
+    pub async fn ready_otherwise(&self) {
+        self.becomes(|state| state.ready_otherwise).await;
+    }
+
+    async fn becomes(&self, wanted: impl Fn(State) -> bool) {
+        let mut rx = self.inner.state.subscribe();
         // The sender lives in `self`, so the only outcome is readiness.
-        let _ = rx.wait_for(|ready| *ready).await;
+        let _ = rx.wait_for(|state| wanted(*state)).await;
     }
 
     /// The status and body of `GET /healthz/ready`.
@@ -82,21 +115,27 @@ impl Readiness {
 }
 
 impl Inner {
-    fn add(&self, name: &Arc<str>) {
+    fn add(&self, task: &ReadyTask) {
         let mut pending = self.pending.lock();
-        *pending.entry(Arc::clone(name)).or_insert(0) += 1;
-        self.ready.send_replace(false);
+        *pending.tasks.entry(Arc::clone(&task.name)).or_insert(0) += 1;
+        pending.general += usize::from(task.general);
+        self.tell(&pending);
     }
 
-    fn remove(&self, name: &Arc<str>) {
+    fn remove(&self, task: &ReadyTask) {
         let mut pending = self.pending.lock();
-        if let Some(count) = pending.get_mut(name) {
+        if let Some(count) = pending.tasks.get_mut(&task.name) {
             *count -= 1;
             if *count == 0 {
-                pending.remove(name);
+                pending.tasks.remove(&task.name);
             }
         }
-        self.ready.send_replace(pending.is_empty());
+        pending.general -= usize::from(task.general);
+        self.tell(&pending);
+    }
+
+    fn tell(&self, pending: &Pending) {
+        self.state.send_replace(State { ready: pending.tasks.is_empty(), ready_otherwise: pending.general == 0 });
     }
 }
 
@@ -106,6 +145,7 @@ impl Inner {
 pub struct ReadyTask {
     inner: Arc<Inner>,
     name: Arc<str>,
+    general: bool,
     pending: Mutex<bool>,
 }
 
@@ -114,7 +154,7 @@ impl ReadyTask {
     pub fn ready(&self) {
         let mut pending = self.pending.lock();
         if std::mem::replace(&mut *pending, false) {
-            self.inner.remove(&self.name);
+            self.inner.remove(self);
         }
     }
 
@@ -122,7 +162,7 @@ impl ReadyTask {
     pub fn unready(&self) {
         let mut pending = self.pending.lock();
         if !std::mem::replace(&mut *pending, true) {
-            self.inner.add(&self.name);
+            self.inner.add(self);
         }
     }
 }
@@ -145,6 +185,23 @@ mod tests {
         assert_eq!(readiness.answer().1, "not ready, pending: cni\n");
         drop(again);
         assert!(!readiness.is_ready(), "a task that died is not ready");
+    }
+
+    #[tokio::test]
+    async fn what_concerns_nothing_else_is_told_apart() {
+        let readiness = Readiness::new();
+        let (pod, mesh) = (readiness.pending_alone("pod a"), readiness.pending("mesh"));
+        let otherwise = tokio::spawn({
+            let readiness = readiness.clone();
+            async move { readiness.ready_otherwise().await }
+        });
+        tokio::task::yield_now().await;
+        assert!(!otherwise.is_finished());
+        mesh.ready();
+        otherwise.await.unwrap();
+        assert_eq!(readiness.answer().1, "not ready, pending: pod a\n");
+        pod.ready();
+        assert!(readiness.is_ready());
     }
 
     #[tokio::test]

@@ -2,7 +2,7 @@
 use std::collections::BTreeMap;
 use std::io::{self, ErrorKind, Read};
 use std::net::TcpStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,6 +16,9 @@ use mesh_tests::wait;
 use nix::sys::signal::Signal;
 
 use crate::mesh::{Mesh, OBJECTS, PORT, refused};
+
+/// What an agent says that took over.
+const TOOK_OVER: &str = "took over from the agent";
 
 pub(crate) fn restart_b(mesh: &mut Mesh) -> anyhow::Result<()> {
     restart_b_as(mesh, mesh.spec("node-b"))
@@ -224,7 +227,7 @@ pub(crate) fn an_upgrade_loses_nothing(mesh: &mut Mesh) -> anyhow::Result<()> {
         });
         let taken = (|| {
             let next = mesh.start("node-b")?;
-            wait::until_true("the next agent to take over", || next.log_since(mark).contains("took over from the agent"))?;
+            wait::until_true("the next agent to take over", || next.log_since(mark).contains(TOOK_OVER))?;
             next.wait_ready(Duration::from_secs(40))?;
             std::thread::sleep(Duration::from_millis(500));
             for client in &mut held {
@@ -289,16 +292,44 @@ pub(crate) fn fifty_restarts_leave_nothing_behind(mesh: &mut Mesh) -> anyhow::Re
         mesh.b().wait_end(Duration::from_secs(30))?;
         restart_b(mesh)?;
     }
-    let mut after = Held::default();
-    wait::until_true("the agent to hold no more than before", || {
-        held_by_b(mesh).is_ok_and(|now| {
-            after = now;
-            // Fewer files are no leak: some are open only while a pod is being enrolled.
-            let files = after.files.iter().all(|(kind, count)| before.files.get(kind).is_some_and(|most| count <= most));
-            files && (&after.pins, &after.network) == (&before.pins, &before.network)
-        })
-    })
-    .with_context(|| format!("before: {before:#?}\nafter: {after:#?}"))
+    holds_no_more_than(&before, mesh)
+}
+
+/// Killed at whatever moment of enrolling its pods, the agent leaves what the next one takes over, and nothing else.
+pub(crate) fn an_agent_killed_while_it_enrols_is_taken_over(mesh: &mut Mesh) -> anyhow::Result<()> {
+    const FILE: &str = "00-base.yaml";
+    const STEPS: u32 = 6;
+    let outsiders = OBJECTS.replace("istio.io/dataplane-mode: ambient", "istio.io/dataplane-mode: none");
+    let served = |mesh: &Mesh| mesh.b().metrics().map(|metrics| metrics.sum("workload_manager_active_proxy_count", &[]));
+    restart_b(mesh)?;
+    pods_are_given_their_lasting_places(mesh)?;
+    let before = held_by_b(mesh)?;
+    let all = served(mesh)?;
+    ensure!(all > 1.0, "{all} pods");
+    let seen = (|| -> anyhow::Result<()> {
+        let mut whole = Duration::ZERO;
+        for step in 0..=STEPS {
+            mesh.dir.put(FILE, &outsiders)?;
+            wait::until_true("the pods to leave the mesh", || served(mesh).is_ok_and(|pods| pods == 0.0))?;
+            let begun = Instant::now();
+            mesh.dir.put(FILE, OBJECTS)?;
+            if step == 0 {
+                // The others are parts of this.
+                wait::until_true("the pods to come", || served(mesh).is_ok_and(|pods| pods >= all))?;
+                whole = begun.elapsed();
+                continue;
+            }
+            std::thread::sleep(whole * step / STEPS);
+            mesh.b().signal(Signal::SIGKILL)?;
+            mesh.b().wait_end(Duration::from_secs(30))?;
+            restart_b(mesh).with_context(|| format!("killed after {step}/{STEPS} of {whole:?}"))?;
+        }
+        Ok(())
+    })();
+    mesh.dir.put(FILE, OBJECTS)?;
+    seen?;
+    pods_are_given_their_lasting_places(mesh)?;
+    holds_no_more_than(&before, mesh)
 }
 
 /// Nobody has to say so: where the kernel refuses programs, rules redirect, and the log tells why.
@@ -329,7 +360,7 @@ pub(crate) fn where_bpf_is_refused_rules_redirect(mesh: &mut Mesh) -> anyhow::Re
     seen
 }
 
-/// One that has never been ready has listeners too; the next takes over once it is ready itself.
+/// One that has never been ready has listeners too, and a pod that nobody can serve keeps neither from anything else.
 pub(crate) fn an_agent_that_is_not_ready_is_replaced_too(mesh: &mut Mesh) -> anyhow::Result<()> {
     const FILE: &str = "pod-unwell.yaml";
     let (netns, node) = (mesh.pod("web1").netns.path().display().to_string(), "node-b");
@@ -345,11 +376,8 @@ pub(crate) fn an_agent_that_is_not_ready_is_replaced_too(mesh: &mut Mesh) -> any
         ensure!(mesh.b().wait_ready(Duration::from_millis(200)).is_err(), "the first is ready with a pod it cannot serve");
         let mark = mesh.b().mark();
         let next = mesh.start(node)?;
-        wait::until_true("the next to serve too", || next.log_since(mark).contains("pod cannot be served"))?;
-        ensure!(!next.log_since(mark).contains("took over from the agent"), "it took over with a pod it cannot serve");
-        mesh.call("client", web1)?;
-        mesh.dir.remove(FILE);
-        wait::until_true("the next agent to take over", || next.log_since(mark).contains("took over from the agent"))?;
+        wait::until_true("the next agent to take over", || next.log_since(mark).contains(TOOK_OVER))?;
+        ensure!(next.wait_ready(Duration::from_millis(200)).is_err(), "the next is ready with a pod it cannot serve");
         held.ping("still carried by the old agent")?;
         mesh.b().signal(Signal::SIGTERM)?;
         held.finish()?;
@@ -357,7 +385,75 @@ pub(crate) fn an_agent_that_is_not_ready_is_replaced_too(mesh: &mut Mesh) -> any
         mesh.agent_b = Some(next);
         mesh.call("client", web1)
     })();
+    mesh.dir.remove(FILE);
     seen.context("with a pod that cannot be served")?;
+    mesh.b().wait_ready(Duration::from_secs(40))
+}
+
+/// The first agent goes on while there is a pod that only it can serve. Pods that both begin in one moment are the next one's once it
+/// is alone, whoever came last; which it is too when the first dies.
+pub(crate) fn an_agent_takes_over_what_the_one_before_it_has_alone(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let (node, web2, loose) = ("node-b", "pod-web2.yaml", "pod-loose.yaml");
+    let place = mesh.logs.path().join("web2");
+    let point = |to: &Path| -> io::Result<()> {
+        let next = place.with_extension("next");
+        std::os::unix::fs::symlink(to, &next)?;
+        std::fs::rename(&next, &place)
+    };
+    let netns = mesh.pod("web2").netns.path().clone();
+    let no_netns = mesh.logs.path().join("no-netns");
+    std::fs::write(&no_netns, "")?;
+    point(&netns)?;
+    let whole = ["web2", "loose"].map(|pod| mesh.topology().pod_yaml(pod, &[]));
+    let restore = |mesh: &Mesh| [web2, loose].iter().zip(&whole).try_for_each(|(file, yaml)| mesh.dir.put(file, yaml));
+    let [web2_yaml, loose_yaml] = &whole;
+    mesh.dir.put(web2, &web2_yaml.replace(&netns.display().to_string(), &place.display().to_string()))?;
+    mesh.dir.remove(loose);
+    let seen = (|| {
+        restart_b(mesh)?;
+        let (web2_at, loose_at) = (mesh.pod("web2").at(PORT), mesh.pod("loose").at(PORT));
+        wait::until_true("the first to serve", || mesh.call("client", web2_at).is_ok())?;
+        // The path tells nothing any more: who has the pod has it still.
+        point(&no_netns)?;
+        let mark = mesh.b().mark();
+        let next = mesh.start(node)?;
+        wait::until_true("the next to fail with it", || next.log_since(mark).contains("pod cannot be served"))?;
+        mesh.b().signal(Signal::SIGSTOP)?;
+        mesh.dir.put(loose, loose_yaml)?;
+        let serves = |log: String| log.lines().any(|line| line.contains("pod is served") && line.contains("t/loose"));
+        let begun = wait::until_true("the next to begin a pod first", || serves(next.log_since(mark)));
+        mesh.b().signal(Signal::SIGCONT)?;
+        begun?;
+        wait::until_true("the first to begin it too", || serves(mesh.b().log_since(mark)))?;
+        mesh.call("client", web2_at).context("only the first serves it")?;
+        ensure!(!next.log_since(mark).contains(TOOK_OVER), "it took over a pod it cannot serve");
+        point(&netns)?;
+        wait::until_true("the next agent to take over", || next.log_since(mark).contains(TOOK_OVER))?;
+        next.wait_ready(Duration::from_secs(40))?;
+        mesh.b().terminate(Duration::from_secs(30))?;
+        mesh.agent_b = Some(next);
+        mesh.call("client", web2_at)?;
+        mesh.call("client", loose_at).context("a pod that both had begun")?;
+
+        point(&no_netns)?;
+        let mark = mesh.b().mark();
+        let third = mesh.start(node)?;
+        wait::until_true("the third to fail with it", || third.log_since(mark).contains("pod cannot be served"))?;
+        mesh.b().signal(Signal::SIGKILL)?;
+        mesh.b().wait_end(Duration::from_secs(10))?;
+        mesh.agent_b = Some(third);
+        wait::until_true("the third to be alone", || mesh.b().log_since(mark).contains(TOOK_OVER))?;
+        mesh.call("client", loose_at).context("served by the third")?;
+        let mark = mesh.b().mark();
+        let fourth = mesh.start(node)?;
+        wait::until_true("the fourth to take over", || fourth.log_since(mark).contains(TOOK_OVER))?;
+        mesh.b().terminate(Duration::from_secs(30))?;
+        mesh.agent_b = Some(fourth);
+        mesh.call("client", loose_at)
+    })();
+    restore(mesh)?;
+    seen.context("with a pod that only one agent can serve")?;
+    point(&netns)?;
     mesh.b().wait_ready(Duration::from_secs(40))
 }
 
@@ -365,7 +461,7 @@ pub(crate) fn an_agent_that_is_not_ready_is_replaced_too(mesh: &mut Mesh) -> any
 fn upgrade_b(mesh: &mut Mesh) -> anyhow::Result<()> {
     let mark = mesh.b().mark();
     let next = mesh.start("node-b")?;
-    wait::until_true("the next agent to take over", || next.log_since(mark).contains("took over from the agent"))?;
+    wait::until_true("the next agent to take over", || next.log_since(mark).contains(TOOK_OVER))?;
     next.wait_ready(Duration::from_secs(40))?;
     mesh.b().signal(Signal::SIGTERM)?;
     mesh.b().wait_end(Duration::from_secs(30))?;
@@ -427,6 +523,20 @@ fn held_by_b(mesh: &Mesh) -> anyhow::Result<Held> {
         }
     }
     Ok(held)
+}
+
+/// Waits until agent b and its node hold what they held before.
+fn holds_no_more_than(before: &Held, mesh: &Mesh) -> anyhow::Result<()> {
+    let mut after = Held::default();
+    wait::until_true("the agent to hold no more than before", || {
+        held_by_b(mesh).is_ok_and(|now| {
+            after = now;
+            // Fewer files are no leak: some are open only while a pod is being enrolled.
+            let files = after.files.iter().all(|(kind, count)| before.files.get(kind).is_some_and(|most| count <= most));
+            files && (&after.pins, &after.network) == (&before.pins, &before.network)
+        })
+    })
+    .with_context(|| format!("before: {before:#?}\nafter: {after:#?}"))
 }
 
 /// Without an agent nothing new gets into its pods or out of them.

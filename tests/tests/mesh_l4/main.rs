@@ -79,8 +79,10 @@ const TESTS: &[Test<Mesh>] = &[
     test("a_stopped_agent_fails_closed_until_cleaned_up", lifecycle::a_stopped_agent_fails_closed_until_cleaned_up),
     test("an_upgrade_loses_nothing", lifecycle::an_upgrade_loses_nothing),
     test("an_agent_that_is_not_ready_is_replaced_too", lifecycle::an_agent_that_is_not_ready_is_replaced_too),
+    test("an_agent_takes_over_what_the_one_before_it_has_alone", lifecycle::an_agent_takes_over_what_the_one_before_it_has_alone),
     test("where_bpf_is_refused_rules_redirect", lifecycle::where_bpf_is_refused_rules_redirect),
     test("fifty_restarts_leave_nothing_behind", lifecycle::fifty_restarts_leave_nothing_behind),
+    test("an_agent_killed_while_it_enrols_is_taken_over", lifecycle::an_agent_killed_while_it_enrols_is_taken_over),
     test("a_killed_agent_may_leave_its_pods_open", lifecycle::a_killed_agent_may_leave_its_pods_open),
     test("nothing_is_left_behind", lifecycle::nothing_is_left_behind),
 ];

@@ -12,6 +12,9 @@ use tokio::time::Instant;
 const QUIET: Duration = Duration::from_millis(100);
 /// How long that is waited for.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How often it is tried again where the kernel would not, and when.
+const TRIES: u32 = 3;
+const AGAIN: Duration = Duration::from_secs(1);
 
 /// Who captures pods tells it.
 #[derive(Clone, Debug)]
@@ -60,12 +63,18 @@ impl Settler {
 
 async fn run(mut pods: mpsc::UnboundedReceiver<(String, Unsettled)>, mut enrolling: watch::Receiver<Enrolments>) {
     while let Some((pod, unsettled)) = pods.recv().await {
-        let mut more = unsettled.is_unsettled();
+        let (mut more, mut failures) = (unsettled.is_unsettled(), 0);
         while more {
             let _ = tokio::time::timeout(PATIENCE, quiet(&mut enrolling)).await;
             let place = unsettled.clone();
             more = match tokio::task::spawn_blocking(move || place.settle()).await {
                 Ok(Ok(more)) => more,
+                Ok(Err(error)) if failures < TRIES && unsettled.is_unsettled() => {
+                    tracing::debug!(pod, %error, "a lasting place could not be taken, trying again");
+                    failures += 1;
+                    tokio::time::sleep(AGAIN).await;
+                    true
+                }
                 Ok(Err(error)) => {
                     // The namespace is usually gone together with everything in it.
                     tracing::info!(pod, %error, "the pod goes on being captured by filters of its interfaces, which its administrators may remove");

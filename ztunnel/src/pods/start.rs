@@ -69,6 +69,27 @@ impl Running {
         tokio::task::spawn_blocking(move || table.deny(&netns, &denied)).await.map_err(io::Error::other).flatten()
     }
 
+    /// Puts its redirection in force anew: on all interfaces there are, and with this agent's listeners. Answers which interfaces. Keeps
+    /// what it has where that fails.
+    pub(super) async fn capture_again(&mut self, settings: &Settings, pins: Option<PinRoot>) -> Result<Vec<String>, String> {
+        let (Some(netns), Some(sockets)) = (self.pod.netns.clone(), &self.sockets) else { return Ok(Vec::new()) };
+        if let Some(Rules { table, .. }) = &self.rules {
+            let (table, netns) = (table.clone(), Arc::clone(&netns));
+            let loaded = tokio::task::spawn_blocking(move || table.load(&netns)).await.map_err(io::Error::other).flatten();
+            loaded.map_err(|e| format!("rules: {e}"))?;
+        }
+        // Both begin with no sources.
+        self.denied = None;
+        if self.redirect.is_none() {
+            return Ok(Vec::new());
+        }
+        let dns = self.rules.as_ref().is_some_and(|rules| rules.table.dns);
+        let whole = attach(netns, sockets, pins, programs(settings, dns)).await?;
+        let interfaces = whole.interfaces().to_vec();
+        self.redirect = Some(whole);
+        Ok(interfaces)
+    }
+
     /// Closes the listeners, unless another agent has them too.
     pub(super) fn stop_accepting(&mut self) {
         self.sockets = None;
