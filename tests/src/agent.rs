@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::os::unix::process::{CommandExt as _, ExitStatusExt};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
@@ -19,6 +19,7 @@ use nix::unistd::Pid;
 use serde_json::Value;
 
 use crate::confine::Confinement;
+use crate::container::{self, Container};
 use crate::http::{self, Answer};
 use crate::topology::Place;
 use crate::wait;
@@ -62,6 +63,8 @@ pub fn workspace_dir() -> &'static Path {
 pub struct AgentSpec {
     /// Program: `ztunnel` or `waypoint`.
     pub program: &'static str,
+    /// The folder of another build of it.
+    pub build: Option<PathBuf>,
     /// Name of the Kubernetes node it serves; of a waypoint, its pod.
     pub node: String,
     /// Flags beside those every program takes.
@@ -74,8 +77,8 @@ pub struct AgentSpec {
     pub log: PathBuf,
     /// What it may, if not everything.
     pub confinement: Option<Confinement>,
-    /// As in a container: the working directory, where the program is put too, and the user.
-    pub contained: Option<(PathBuf, u32)>,
+    /// The container it is in, with nothing in its environment but what is said here.
+    pub container: Option<Container>,
     /// Whether `bpf(2)` is refused to it.
     pub no_bpf: bool,
 }
@@ -105,13 +108,14 @@ impl AgentSpec {
         ];
         Self {
             program: "ztunnel",
+            build: None,
             node: node.into(),
             flags: vec!["--node".into(), node.into()],
             folders: Some([mesh_dir.into(), ca_dir.into()]),
             env: env.into_iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect(),
             log: log_dir.join(format!("{node}.log")),
             confinement: None,
-            contained: None,
+            container: None,
             no_bpf: false,
         }
     }
@@ -137,10 +141,10 @@ impl AgentSpec {
         spec.env("CULVERT_WORKER_THREADS", "2")
     }
 
-    /// Runs it as a container would: in a directory, as a user who is nobody.
+    /// Puts it into a container.
     #[must_use]
-    pub fn contained(mut self, dir: &Path, user: u32) -> Self {
-        self.contained = Some((dir.to_path_buf(), user));
+    pub fn contained(mut self, by: Container) -> Self {
+        self.container = Some(by);
         self
     }
 
@@ -158,6 +162,13 @@ impl AgentSpec {
         self
     }
 
+    /// Takes the program from another build.
+    #[must_use]
+    pub fn built_in(mut self, folder: &Path) -> Self {
+        self.build = Some(folder.into());
+        self
+    }
+
     /// Gives it no other rights than these.
     #[must_use]
     pub fn confined(mut self, to: Confinement) -> Self {
@@ -167,36 +178,40 @@ impl AgentSpec {
 
     /// Starts it in the namespace of `place`. The log is appended to, so that a restart keeps the first part.
     pub fn start(self, place: &Arc<Place>) -> anyhow::Result<Agent> {
-        let mut binary = find_program(self.program)?;
-        if let Some((dir, _)) = &self.contained {
-            // The user may reach no other place.
-            let own = dir.join(self.program);
-            if !own.exists() {
-                fs::hard_link(&binary, &own).or_else(|_| fs::copy(&binary, &own).map(drop))?;
-            }
-            binary = own;
-        }
+        let binary = match &self.build {
+            Some(folder) => folder.join(self.program),
+            None => find_program(self.program)?,
+        };
         let log = File::options().create(true).append(true).open(&self.log)?;
-        let mut command = self.confinement.as_ref().map_or_else(|| Command::new(&binary), |to| to.command(&binary));
+        let rights = self.container.as_ref().map(|container| &container.rights).or(self.confinement.as_ref());
+        let mut command = rights.map_or_else(|| Command::new(&binary), |to| to.command(&binary));
         if self.no_bpf {
             let number = if cfg!(target_arch = "aarch64") { "280" } else { "321" };
             command = Command::new("python3");
             command.args(["-c", NO_BPF, number]).arg(&binary);
         }
         command.arg("proxy");
-        if let Some((dir, user)) = &self.contained {
-            command.current_dir(dir).uid(*user).gid(*user);
+        if self.container.is_some() {
+            command.env_clear().env("PATH", container::PATH);
         }
         if let Some([mesh, ca]) = &self.folders {
             command.arg("--mesh-dir").arg(mesh).arg("--ca-dir").arg(ca);
         }
         command.args(&self.flags).envs(&self.env).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         let enter = || {
-            self.confinement.as_ref().map_or(Ok(()), |to| to.enter(&binary))?;
+            match (&self.container, &self.confinement) {
+                (Some(container), _) => container.enter(&binary)?,
+                (None, Some(to)) => to.enter(&binary)?,
+                (None, None) => {}
+            }
             // Numbers of processes are its own, as in a container: what is outside has none there.
             Ok(unshare(CloneFlags::CLONE_NEWPID)?)
         };
-        let child = place.netns.spawn_after(enter, &mut command).with_context(|| format!("start {}", binary.display()))?;
+        let child = match self.container {
+            Some(_) => place.netns.spawn_as_it_is(enter, &mut command),
+            None => place.netns.spawn_after(enter, &mut command),
+        };
+        let child = child.with_context(|| format!("start {}", binary.display()))?;
         Ok(Agent { child: Mutex::new(child), place: place.clone(), spec: self })
     }
 }

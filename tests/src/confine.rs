@@ -13,15 +13,17 @@ use nix::sched::{CloneFlags, unshare};
 use serde_json::Value;
 
 /// Where an image has its programs.
-const PROGRAMS: &str = "/usr/local/bin";
+pub(crate) const PROGRAMS: &str = "/usr/local/bin";
 
 /// What a program may.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Confinement {
     /// In the words of a container's security context: `NET_ADMIN`.
     pub capabilities: Vec<String>,
-    /// User and group it runs as; 0 is root without any other right.
+    /// User it runs as; 0 is root without any other right.
     pub user: u32,
+    /// Its group, and its only one.
+    pub group: u32,
     /// What stays writable.
     pub volumes: Vec<PathBuf>,
 }
@@ -31,9 +33,12 @@ impl Confinement {
     pub fn of_container(container: &Value, pod: &Value, volumes: &[&Path]) -> Self {
         let (own, whole) = (&container["securityContext"], &pod["securityContext"]);
         let added = own["capabilities"]["add"].as_array().into_iter().flatten();
+        let number = |key: &str| own[key].as_u64().or_else(|| whole[key].as_u64()).map(|number| number as u32);
+        let user = number("runAsUser").unwrap_or(0);
         Self {
             capabilities: added.filter_map(Value::as_str).map(str::to_owned).collect(),
-            user: own["runAsUser"].as_u64().or_else(|| whole["runAsUser"].as_u64()).unwrap_or(0) as u32,
+            user,
+            group: number("runAsGroup").unwrap_or(user),
             volumes: volumes.iter().map(|path| path.to_path_buf()).collect(),
         }
     }
@@ -47,14 +52,12 @@ impl Confinement {
         }
         let mut command = Command::new("setpriv");
         command.args(["--inh-caps=-all".to_owned(), format!("--bounding-set={bounds}")]);
-        if self.user != 0 {
-            let user = self.user;
-            command.args([
-                format!("--reuid={user}"),
-                format!("--regid={user}"),
-                "--clear-groups".into(),
-                "--no-new-privs".into(),
-            ]);
+        let (user, group) = (self.user, self.group);
+        if (user, group) != (0, 0) {
+            command.args([format!("--reuid={user}"), format!("--regid={group}"), "--clear-groups".into()]);
+        }
+        if user != 0 {
+            command.arg("--no-new-privs");
         }
         command.arg("--").arg(Path::new(PROGRAMS).join(program.file_name().unwrap_or_default()));
         command
@@ -105,8 +108,9 @@ impl Confinement {
         }
         let none = "0000000000000000";
         ensure!(field("CapInh:") == none && field("CapAmb:") == none, "{status}");
-        let user = self.user.to_string();
-        ensure!(field("Uid:").split_whitespace().all(|id| id == user), "it runs as {}", field("Uid:"));
+        for (key, own) in [("Uid:", self.user), ("Gid:", self.group)] {
+            ensure!(field(key).split_whitespace().all(|id| id == own.to_string()), "it runs as {key} {}", field(key));
+        }
         Ok(())
     }
 }

@@ -16,6 +16,7 @@ pub mod chart;
 pub mod cni;
 pub mod confine;
 pub mod consul;
+pub mod container;
 pub mod dev_ca;
 pub mod dns;
 pub mod envoy;

@@ -138,6 +138,11 @@ impl Netns {
     /// The same, once the thread that starts it has done something to itself.
     pub fn spawn_after(&self, prepare: impl FnOnce() -> io::Result<()> + Send, command: &mut Command) -> io::Result<Child> {
         command.env("CULVERT_BPF_DIR", self.pins()).env("CULVERT_RUN_DIR", self.run_dir());
+        self.spawn_as_it_is(prepare, command)
+    }
+
+    /// The same, with nothing added to its environment.
+    pub fn spawn_as_it_is(&self, prepare: impl FnOnce() -> io::Result<()> + Send, command: &mut Command) -> io::Result<Child> {
         self.enter(|| {
             prepare()?;
             command.spawn()

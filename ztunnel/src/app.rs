@@ -95,7 +95,7 @@ pub async fn serve(mut settings: Settings, logging: &Logging) -> Result<()> {
     let open_files = raise_nofile().context("raising the limit of open files")?;
     let (redirect, pins) = preflight(&settings)?;
     settings.redirect = redirect;
-    let handover = handover::path(&settings.run_dir, &settings.node);
+    let handover = handover::path(settings.run_dir(), &settings.node);
     // Two agents can serve a pod at once only if its redirection is neither's own.
     let kept = pins.is_some() || settings.zds.is_some() || redirect == RedirectMode::Nftables;
     let found = if kept { Predecessor::find(&handover)? } else { None };
@@ -275,7 +275,7 @@ fn plugin_files(settings: &Settings) -> Option<Arc<Files>> {
     exclude_namespaces.push(settings.root_namespace.clone());
     let entry = Entry {
         r#type: cni::PLUGIN.to_owned(),
-        socket: cni::path(&settings.run_dir, &settings.node),
+        socket: cni::path(settings.run_dir(), &settings.node),
         unreachable: settings.cni.cni_unreachable,
         exclude_namespaces,
     };
@@ -324,7 +324,7 @@ fn hold_back(
     let Some(files) = plugin else { return pods };
     let (arrivals, told) = mpsc::channel(16);
     let desk = Desk { pods: pods.pods(), arrivals: arrivals.clone(), lookup, runtime: Handle::current() };
-    let socket = cni::path(&settings.run_dir, &settings.node);
+    let socket = cni::path(settings.run_dir(), &settings.node);
     tokio::spawn(async move {
         if alone.wait_for(|alone| *alone).await.is_err() {
             return;

@@ -8,7 +8,6 @@ mod places;
 use crate::zds::Named;
 use mesh_identity::Facts;
 use mesh_model::SpiffeId;
-use mesh_model::labels::Labels;
 use mesh_model::snapshot::{Snapshot, Viewpoint};
 use mesh_model::workload::{NetworkMode, Protocol, Workload, WorkloadUid};
 use mesh_runtime::sockets::NetnsFd;
@@ -78,7 +77,7 @@ impl Enrolled {
             namespace: Arc::clone(&w.namespace),
             name: Arc::clone(&w.name),
             identity: w.identity().map_err(|e| e.to_string()),
-            facts: facts(w, Some(&pod.uid)),
+            facts: Facts { making: Some(Arc::clone(&pod.making)), ..facts(w, Some(&pod.uid)) },
             place: netns.map_or(Place::Unknown, |netns| Place::Netns(Arc::clone(netns))),
             address: w.ips.first().copied(),
         }
@@ -92,7 +91,7 @@ impl Enrolled {
         let (name, node) = (Arc::<str>::from(pod.name.as_str()), Arc::clone(&snap.view().node));
         let labels = known.map(|w| w.labels.clone()).unwrap_or_default();
         Self {
-            facts: Facts { uid: Some(Arc::clone(&key)), name: Arc::clone(&name), node, labels },
+            facts: Facts { uid: Some(Arc::clone(&key)), name: Arc::clone(&name), node, labels, making: None },
             key,
             uid: known.map_or_else(uid, |w| Arc::clone(&w.uid)),
             identity: known
@@ -108,7 +107,7 @@ impl Enrolled {
     /// The agent itself, in its own network namespace. Nobody enrols it.
     pub fn agent(view: &Viewpoint, namespace: &str, name: &str, account: &str) -> Self {
         let uid: Arc<str> = format!("{}//Pod/{namespace}/{name}", view.cluster).into();
-        let facts = Facts { uid: None, name: name.into(), node: Arc::clone(&view.node), labels: Labels::default() };
+        let facts = Facts { name: name.into(), node: Arc::clone(&view.node), ..Facts::default() };
         Self {
             key: Arc::clone(&uid),
             uid,
@@ -282,7 +281,8 @@ pub fn find_named<'a>(snap: &'a Snapshot, namespace: &str, name: &str, account: 
 
 /// What is known of a pod of this node; its own uid is not in the mesh.
 fn facts(w: &Workload, uid: Option<&Arc<str>>) -> Facts {
-    Facts { uid: uid.cloned(), name: Arc::clone(&w.name), node: Arc::clone(&w.node), labels: w.labels.clone() }
+    let (name, node, labels) = (Arc::clone(&w.name), Arc::clone(&w.node), w.labels.clone());
+    Facts { uid: uid.cloned(), name, node, labels, making: None }
 }
 
 /// Whether the agent carries this pod's traffic.
@@ -294,6 +294,8 @@ pub fn is_served(w: &Workload) -> bool {
 mod tests {
     use super::*;
     use mesh_model::Change;
+    use mesh_model::labels::Labels;
+    use mesh_model::making::{Making, Owner};
 
     fn local(cluster: &str, name: &str) -> Change {
         let mut w = Workload::new(&format!("{cluster}//Pod/shop/{name}"), name, "shop");
@@ -311,10 +313,24 @@ mod tests {
         let Change::Workload(mut workload) = local("ours", "web") else { unreachable!() };
         let labels = Labels::of(vec![("app".into(), "web".into())]);
         Arc::get_mut(&mut workload).unwrap().labels = labels.clone();
-        let with =
-            |uid: Option<&str>| Facts { uid: uid.map(Arc::from), name: "web".into(), node: "n".into(), labels: labels.clone() };
-        let pod = NodePod { uid: "u-1".into(), cgroup: "c".into(), workload: Arc::clone(&workload), marked: false };
-        assert_eq!(Enrolled::by_kubernetes(&pod, None).facts, with(Some("u-1")));
+        let with = |uid: Option<&str>| Facts {
+            uid: uid.map(Arc::from),
+            name: "web".into(),
+            node: "n".into(),
+            labels: labels.clone(),
+            making: None,
+        };
+        let owner = Owner { kind: "ReplicaSet".into(), name: "web-1".into(), uid: "r-1".into() };
+        let making = Arc::new(Making { owners: vec![owner], ..Making::default() });
+        let (workload_of_it, making_of_it) = (Arc::clone(&workload), Arc::clone(&making));
+        let pod = NodePod {
+            uid: "u-1".into(),
+            cgroup: "c".into(),
+            workload: workload_of_it,
+            marked: false,
+            making: making_of_it,
+        };
+        assert_eq!(Enrolled::by_kubernetes(&pod, None).facts, Facts { making: Some(making), ..with(Some("u-1")) });
         let mut named = (*workload).clone();
         (named.protocol, named.netns) = (Protocol::Hbone, Some("/run/netns/web".into()));
         let view = Viewpoint { node: "n".into(), cluster: "ours".into(), ..Viewpoint::default() };
@@ -325,7 +341,7 @@ mod tests {
             Enrolled::by_cni(&snap, "u-2".into(), pod, NetnsFd::current().unwrap()).facts
         };
         assert_eq!(by_cni("web"), with(Some("u-2")));
-        let unknown = Facts { uid: Some("u-2".into()), name: "new".into(), node: "n".into(), labels: Labels::default() };
+        let unknown = Facts { uid: Some("u-2".into()), name: "new".into(), node: "n".into(), ..Facts::default() };
         assert_eq!(by_cni("new"), unknown, "the mesh does not know it yet");
     }
 

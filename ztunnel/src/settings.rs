@@ -14,7 +14,7 @@ use mesh_runtime::control_plane::{Roots, Token};
 use mesh_runtime::sockets::{Keepalive, StreamOptions};
 use mesh_runtime::threads::{BadWorkerCount, cores, worker_count};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// Settings of `ztunnel proxy`.
@@ -195,9 +195,10 @@ pub struct Settings {
     /// Network namespace of the node, where the kubelet is. By itself that of the first process in `--proc-dir`.
     #[arg(long, env = "CULVERT_NODE_NETNS", value_name = "FILE")]
     pub node_netns: Option<PathBuf>,
-    /// Directory of the socket through which the next agent of this node takes the pods over.
-    #[arg(long, env = "CULVERT_RUN_DIR", default_value = "/run/culvert", value_name = "DIR")]
-    pub run_dir: PathBuf,
+    /// Directory of the socket through which the next agent of this node takes the pods over. By itself that of the CNI agent's
+    /// socket (`--zds`), which the node's agents share, else `/run/culvert`.
+    #[arg(long, env = "CULVERT_RUN_DIR", value_name = "DIR")]
+    pub run_dir: Option<PathBuf>,
     /// Whether pods are held back until they are captured.
     #[command(flatten)]
     pub cni: CniSettings,
@@ -362,7 +363,7 @@ pub struct ControlSettings {
     #[arg(long, env = "AUTH_TOKEN", hide_env_values = true, value_name = "TOKEN")]
     pub auth_token: Option<Token>,
     /// SPIRE issues the certificates: the admin socket of its agent, `unix:///path`, where this process is an authorized delegate.
-    /// A pod is asked for by what is known of it (`k8s:ns`, `k8s:sa`, name, node, uid, labels); its entry must say
+    /// A pod is asked for by what is known of it (`k8s:ns`, `k8s:sa`, name, node, uid, labels, owners, containers and images); its entry must say
     /// `spiffe://<trust domain>/ns/<namespace>/sa/<account>`.
     #[arg(long, env = "CULVERT_SPIRE_ADMIN_SOCKET", value_name = "SOCKET", conflicts_with = "ca_address")]
     pub spire_admin_socket: Option<String>,
@@ -396,6 +397,11 @@ impl Settings {
             self.zds = self.zds.or_else(|| Some(ZDS.into()));
         }
         self
+    }
+    /// Where agents of this node meet.
+    pub fn run_dir(&self) -> &Path {
+        let by_cni = || self.zds.as_deref().and_then(Path::parent).filter(|dir| !dir.as_os_str().is_empty());
+        self.run_dir.as_deref().or_else(by_cni).unwrap_or(Path::new("/run/culvert"))
     }
     /// Whether the Kubernetes API says which pods are served.
     pub fn is_enrolled_by_kubernetes(&self) -> bool {

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mesh_model::labels::Labels;
+use mesh_model::making::Making;
 use mesh_model::snapshot::Viewpoint;
 use mesh_model::{SpiffeId, TrustDomain};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
@@ -66,6 +67,8 @@ pub struct Facts {
     pub node: Arc<str>,
     /// The Pod's labels; none where nobody tells them.
     pub labels: Labels,
+    /// Its owners and containers, where somebody tells them.
+    pub making: Option<Arc<Making>>,
 }
 
 /// Something that issues identities.

@@ -16,6 +16,7 @@ use std::fmt;
 use std::sync::{Arc, Weak};
 use std::time::SystemTime;
 
+use mesh_model::making::{Container, Making, Owner};
 use mesh_model::{SpiffeId, TrustDomain};
 use mesh_proto::spiffe::delegated::{
     Selector, SubscribeToX509BundlesRequest, SubscribeToX509BundlesResponse, SubscribeToX509sviDsRequest,
@@ -379,16 +380,40 @@ impl Shared {
     }
 }
 
-/// What SPIRE's Kubernetes attestor would find of a pod, as far as it is known here.
+/// What SPIRE's Kubernetes attestor would find of a pod, as far as it is known here. It looks at a process and finds one container; an
+/// agent serves the pod, so all containers are named.
 fn selectors(id: &SpiffeId, facts: Option<&Facts>) -> Vec<Selector> {
     let mut values = vec![format!("ns:{}", id.namespace()), format!("sa:{}", id.service_account())];
-    if let Some(Facts { uid, name, node, labels }) = facts {
+    if let Some(Facts { uid, name, node, labels, making }) = facts {
         values.extend(uid.iter().map(|uid| format!("pod-uid:{uid}")));
         values.push(format!("pod-name:{name}"));
         values.push(format!("node-name:{node}"));
         values.extend(labels.iter().map(|(key, value)| format!("pod-label:{key}:{value}")));
+        values.extend(making.iter().flat_map(|making| made_of(making)));
     }
     values.into_iter().map(|value| Selector { r#type: "k8s".to_owned(), value }).collect()
+}
+
+/// The same of its owners and containers. An image is two: as the pod names it, and with its digest.
+fn made_of(making: &Making) -> Vec<String> {
+    let Making { owners, containers, init_containers } = making;
+    let mut values = Vec::new();
+    for Owner { kind, name, uid } in owners {
+        values.extend([format!("pod-owner:{kind}:{name}"), format!("pod-owner-uid:{kind}:{uid}")]);
+    }
+    values.push(format!("pod-image-count:{}", containers.len()));
+    values.push(format!("pod-init-image-count:{}", init_containers.len()));
+    for (key, of_kind) in [("pod-image", containers), ("pod-init-image", init_containers)] {
+        for Container { name, image, image_id } in of_kind {
+            values.push(format!("container-name:{name}"));
+            for image in [image, image_id].into_iter().filter(|image| !image.is_empty()) {
+                values.extend([format!("{key}:{image}"), format!("container-image:{image}")]);
+            }
+        }
+    }
+    values.sort();
+    values.dedup();
+    values
 }
 
 /// Certificates in DER, one after the other.

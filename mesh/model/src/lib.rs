@@ -21,6 +21,7 @@ pub mod known;
 pub mod l7;
 pub mod labels;
 pub mod lb;
+pub mod making;
 pub mod metric_labels;
 pub mod names;
 pub mod origin;

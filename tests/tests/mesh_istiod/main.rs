@@ -1,5 +1,6 @@
 //! Ring 3: two agents that have nothing but a control plane and a CNI agent: mesh, policies and certificates come over the
 //! wire, pods over the socket. What they carry, and what they carry on with when the control plane is gone.
+mod stock;
 mod waypoint;
 
 use std::io::Write as _;
@@ -47,6 +48,7 @@ const TESTS: &[Test<World>] = &[
     test("on_demand_what_is_called_is_asked_for", on_demand_what_is_called_is_asked_for),
     test("a_wrong_cluster_id_is_told_and_keeps_nobody_out", a_wrong_cluster_id_is_told_and_keeps_nobody_out),
     test("a_restarted_agent_waits_for_the_control_plane", a_restarted_agent_waits_for_the_control_plane),
+    test("an_agent_of_istios_chart_serves", stock::an_agent_of_istios_chart_serves),
     test("a_waypoint_of_istiods_template_serves", waypoint::a_waypoint_of_istiods_template_serves),
     test("istioctl_finds_what_it_reads", waypoint::istioctl_finds_what_it_reads),
     test("each_half_follows_its_teller", waypoint::each_half_follows_its_teller),
@@ -147,23 +149,27 @@ fn set_up() -> anyhow::Result<World> {
     let topology = Plan::default()
         .node("node-a", "zone-1")
         .node("node-b", "zone-1")
+        .node("node-c", "zone-1")
         .pod("node-a", "t", "client", "client", &[])
         .pod("node-a", "t", "other", "other", &[])
         .pod("node-b", "t", "web", "web", &[])
         .pod("node-b", "t", "v1", "v1", &["app=api", "version=v1"])
         .pod("node-b", "t", "v2", "v2", &["app=api", "version=v2"])
         .pod("node-a", "t", "wp", "wp", &["gateway.networking.k8s.io/gateway-name=wp", "istio.io/dataplane-mode=none"])
+        .pod("node-c", "t", "stock", "stock", &[])
+        .pod("node-c", "istio-system", "ztunnel-1", "ztunnel", &["app=ztunnel", "istio.io/dataplane-mode=none"])
+        .pod("node-c", "istio-system", "ztunnel-2", "ztunnel", &["app=ztunnel", "istio.io/dataplane-mode=none"])
         .host("control")
         .host("outside")
         .build()?;
     let files = netns::scratch("istiod")?;
     let control = topology.host("control");
-    let istiod = Istiod::start(control.listen(CONTROL)?, &["istiod.test"])?;
+    let istiod = Istiod::start(control.listen(CONTROL)?, &["istiod.test", stock::ISTIOD])?;
     tell(&istiod, &topology);
     std::fs::write(files.path().join("root.pem"), istiod.root())?;
     std::fs::write(files.path().join("token"), "of a node")?;
     let servers = vec![Server::start(topology.pod("web"), PORT)?];
-    for pod in topology.plan().pods.iter().filter(|pod| pod.name != "wp") {
+    for pod in topology.plan().pods.iter().filter(|pod| pod.namespace == "t" && pod.name != "wp") {
         cni::redirect(&topology.pod(&pod.name).netns).with_context(|| format!("rules of {}", pod.name))?;
     }
     std::fs::write(files.path().join("crl.pem"), istiod.revoked(&[])?)?;
@@ -281,7 +287,7 @@ fn a_policy_that_comes_cuts_what_it_no_longer_allows(world: &mut World) -> anyho
 
 /// Puts the list of what was taken back where agents and waypoint read it.
 fn take_back(world: &World, identities: &[&str]) -> anyhow::Result<()> {
-    for dir in [world.files.path().to_path_buf(), waypoint::root(world)] {
+    for dir in [world.files.path().to_path_buf(), waypoint::root(world).join("crl")] {
         let next = dir.join("next.pem");
         std::fs::write(&next, world.istiod.revoked(identities)?)?;
         std::fs::rename(next, dir.join("crl.pem"))?;
@@ -398,21 +404,24 @@ fn what_a_later_istiod_says_refuses_or_is_told_once(world: &mut World) -> anyhow
     world.istiod.remove(ADDRESS_TYPE, &usable.uid);
 
     let mark = agent.mark();
+    let of_type = mesh_proto::well_known::Any { type_url: "type.googleapis.com/istio.later.Thing".into(), value: Vec::new() };
     let strange = |name: &str| Service {
         name: name.into(),
         namespace: "t".into(),
         hostname: format!("{name}.t.svc.cluster.local"),
         visibility: 9,
-        extensions: vec![Extension { name: "later.istio.io".into(), config: None }],
+        extensions: vec![Extension { name: "later.istio.io".into(), config: Some(of_type.clone()) }],
         ..Service::default()
     };
     for name in ["strange", "stranger"] {
         world.istiod.service(strange(name));
         agent.wait_config(name, |dump| dump["services"].as_array().is_some_and(|all| all.iter().any(|s| s["name"] == name)))?;
     }
-    for what in ["visibility 9 of a service", "later.istio.io"] {
-        wait::until_true("it to be told", || agent.log_since(mark).contains(what))?;
-        ensure!(agent.log_since(mark).matches(what).count() == 1, "{what} is told more than once");
+    for what in ["visibility 9 of a service", "of a service, type.googleapis.com/istio.later.Thing"] {
+        let told = || agent.log_since(mark).lines().filter(|line| line.contains(what)).map(str::to_owned).collect::<Vec<_>>();
+        wait::until_true("it to be told", || !told().is_empty())?;
+        let lines = told();
+        ensure!(lines.len() == 1 && lines.iter().all(|line| line.contains("t/strange.t.svc.cluster.local")), "{lines:?}");
     }
     for name in ["strange", "stranger"] {
         world.istiod.remove(ADDRESS_TYPE, &format!("t/{name}.t.svc.cluster.local"));

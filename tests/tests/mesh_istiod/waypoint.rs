@@ -1,9 +1,8 @@
 //! A waypoint started with the arguments, environment, files and user istiod's template gives it: half of its mesh from the
 //! control plane, the other half from the API server, its certificate from istiod.
 use std::collections::BTreeMap;
-use std::fs::{self, Permissions};
-use std::os::unix::fs::PermissionsExt as _;
-use std::path::Path;
+use std::fs;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -14,6 +13,8 @@ use mesh_proto::istio::workload::{
     AppProtocol, GatewayAddress, NamespacedHostname, NetworkAddress, Port, PortList, Service, Workload, gateway_address,
 };
 use mesh_tests::agent::{Agent, AgentSpec};
+use mesh_tests::confine::{Confinement, check_read_only};
+use mesh_tests::container::{Container, Mount};
 use mesh_tests::http::{self, Answer};
 use mesh_tests::istiod::Istiod;
 use mesh_tests::kube_api::KubeApi;
@@ -21,7 +22,7 @@ use mesh_tests::topology::Topology;
 use mesh_tests::wait;
 use mesh_tests::web::Web;
 
-use crate::{CONTROL, PORT, World, workload};
+use crate::{CONTROL, PORT, World, stock, workload};
 
 /// Service behind the waypoint, and the waypoint.
 const API: ([u8; 4], u16) = ([10, 96, 0, 31], 80);
@@ -134,39 +135,58 @@ impl Side {
         }
         let web = ["v1", "v2"].map(|pod| Web::start(world.topology.pod(pod), PORT));
         let web = web.into_iter().collect::<anyhow::Result<Vec<_>>>()?;
-        mount(world)?;
+        fill(world)?;
         let waypoint = deployed(world, &api)?;
         waypoint.wait_ready(Duration::from_secs(40))?;
         Ok(Self { waypoint: Some(waypoint), _web: web, api })
     }
 }
 
-/// The root of the container.
-pub(crate) fn root(world: &World) -> std::path::PathBuf {
+/// The volumes of the pod.
+pub(crate) fn root(world: &World) -> PathBuf {
     world.files.path().join("waypoint")
 }
 
-/// The files Kubernetes mounts into a pod of a waypoint.
-fn mount(world: &World) -> anyhow::Result<()> {
+/// What Kubernetes puts into the volumes of a pod of a waypoint.
+fn fill(world: &World) -> anyhow::Result<()> {
     let root = root(world);
     let put = |name: &str, text: &str| -> anyhow::Result<()> {
         let path = root.join(name);
         fs::create_dir_all(path.parent().context("a directory")?)?;
         fs::write(path, text).with_context(|| name.to_owned())
     };
-    put("var/run/secrets/istio/root-cert.pem", world.istiod.root())?;
-    put("var/run/secrets/tokens/istio-token", TOKEN)?;
-    put("crl.pem", &world.istiod.revoked(&[])?)?;
-    put("etc/istio/pod/labels", "app=\"x\"\ngateway.networking.k8s.io/gateway-name=\"wp\"\n")?;
-    fs::set_permissions(world.files.path(), Permissions::from_mode(0o755))?;
+    put("istiod-ca-cert/root-cert.pem", world.istiod.root())?;
+    put("istio-token/istio-token", TOKEN)?;
+    put("crl/crl.pem", &world.istiod.revoked(&[])?)?;
+    put("istio-podinfo/labels", "app=\"x\"\ngateway.networking.k8s.io/gateway-name=\"wp\"\n")?;
+    for empty in ["istiod-ca-cert/crl", "workload-socket", "istio-data", "istio-envoy", "api"] {
+        fs::create_dir_all(root.join(empty))?;
+    }
     Ok(())
 }
 
-/// The container of istiod's template (files/waypoint.yaml), as the kubelet would start it; the names of the control plane are
-/// the test's, and there is no API server at the place a pod would find it.
+/// The volumes of the template, the list of what was taken back, and where the API server is.
+fn container(world: &World) -> Container {
+    let volume = |name: &str, at, read_only| Mount { from: root(world).join(name), at, read_only };
+    Container {
+        rights: Confinement { capabilities: Vec::new(), user: USER, group: USER, volumes: Vec::new() },
+        mounts: vec![
+            volume("workload-socket", "/var/run/secrets/workload-spiffe-uds", false),
+            volume("istiod-ca-cert", "/var/run/secrets/istio", true),
+            volume("crl", "/var/run/secrets/istio/crl", true),
+            volume("istio-data", "/var/lib/istio/data", false),
+            volume("istio-envoy", "/etc/istio/proxy", false),
+            volume("istio-token", "/var/run/secrets/tokens", true),
+            volume("istio-podinfo", "/etc/istio/pod", true),
+            volume("api", "/var/run/secrets/api", true),
+        ],
+        hosts: stock::hosts(world),
+    }
+}
+
+/// The container of istiod's template (files/waypoint.yaml), as the kubelet would start it; but there is no API server at the place a
+/// pod would find it.
 fn deployed(world: &World, api: &KubeApi) -> anyhow::Result<Agent> {
-    let root = root(world);
-    let control = world.topology.host("control").v4;
     let arguments = [
         "waypoint",
         "--domain",
@@ -181,9 +201,9 @@ fn deployed(world: &World, api: &KubeApi) -> anyhow::Result<Agent> {
         "default:info",
         "--log_as_json",
     ];
-    let proxy_config = format!(r#"{{"discoveryAddress":"{control}:{CONTROL}","terminationDrainDuration":"3s","concurrency":2}}"#);
-    let (istiod, ip) = (format!("{control}:{CONTROL}"), world.topology.pod("wp").v4.to_string());
-    let kubeconfig = api.kubeconfig(&root)?;
+    let (istiod, ip) = (format!("{}:{CONTROL}", stock::ISTIOD), world.topology.pod("wp").v4.to_string());
+    let proxy_config = format!(r#"{{"discoveryAddress":"{istiod}","terminationDrainDuration":"3s","concurrency":2}}"#);
+    api.kubeconfig(&root(world).join("api"))?;
     let env = [
         ("ISTIO_META_SERVICE_ACCOUNT", "wp"),
         ("ISTIO_META_NODE_NAME", "node-a"),
@@ -203,9 +223,8 @@ fn deployed(world: &World, api: &KubeApi) -> anyhow::Result<Agent> {
         ("ISTIO_META_WORKLOAD_NAME", "wp"),
         ("ISTIO_META_OWNER", "kubernetes://apis/apps/v1/namespaces/t/deployments/wp"),
         ("ISTIO_META_MESH_ID", "cluster.local"),
-        ("ISTIOD_SAN", "istiod.test"),
-        ("CRL_PATH", "crl.pem"),
-        ("KUBECONFIG", kubeconfig.to_str().context("a path")?),
+        ("CRL_PATH", "/var/run/secrets/istio/crl/crl.pem"),
+        ("KUBECONFIG", "/var/run/secrets/api/kubeconfig"),
     ];
     let env: BTreeMap<String, String> = env.into_iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect();
     let spec = AgentSpec {
@@ -214,7 +233,7 @@ fn deployed(world: &World, api: &KubeApi) -> anyhow::Result<Agent> {
         env,
         ..AgentSpec::without_folder("wp", world.files.path())
     };
-    spec.contained(Path::new(&root), USER).start(world.topology.pod("wp"))
+    spec.contained(container(world)).start(world.topology.pod("wp"))
 }
 
 impl World {
@@ -262,6 +281,8 @@ pub(crate) fn a_waypoint_of_istiods_template_serves(world: &mut World) -> anyhow
     let dump = waypoint.config_dump()?;
     ensure!(dump["identity"] == WHO && dump["workload"]["uid"] == "c1//Pod/t/wp", "{}", dump["workload"]);
     ensure!(dump["config"]["numWorkerThreads"] == 2, "{}", dump["config"]);
+    container(world).rights.check(&stock::process(waypoint))?;
+    check_read_only(&stock::process(waypoint), &["", "etc", "run", "usr/local/bin", "var/lib", "etc/istio/pod"])?;
     let log = waypoint.whole_log();
     ensure!(log.contains("--proxyComponentLogLevel: names components of Envoy"), "what has no effect is told:\n{log}");
     ensure!(log.lines().all(|line| line.starts_with('{')), "--log_as_json:\n{log}");

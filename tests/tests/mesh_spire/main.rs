@@ -14,6 +14,7 @@ use mesh_identity::clock::SystemClock;
 use mesh_identity::crypto::TlsSettings;
 use mesh_identity::spire::{Api, reach};
 use mesh_identity::{Authority, Facts, SourceSettings, Svid, SvidCache, TlsContext, tls};
+use mesh_model::making::{Container, Making, Owner};
 use mesh_model::{SpiffeId, TrustDomain};
 use mesh_tests::agent::{Agent, AgentSpec, find_program};
 use mesh_tests::load::{Load, Pace};
@@ -211,7 +212,7 @@ fn a_pod_is_served_once_it_has_an_entry(world: &mut World) -> anyhow::Result<()>
     world.wait_call("late")
 }
 
-/// As spire-controller-manager makes them: by the pod's uid alone.
+/// As spire-controller-manager makes them: by the pod's uid alone; or by all that Kubernetes tells of a pod.
 fn an_entry_may_be_one_pods(world: &mut World) -> anyhow::Result<()> {
     let (uid, spire) = ("0a1b2c3d-1111-2222-3333-444455556666", &world.spire);
     spire.entry("/ns/t/sa/single", &[&format!("k8s:pod-uid:{uid}")], Duration::from_hours(1), &[])?;
@@ -220,18 +221,34 @@ fn an_entry_may_be_one_pods(world: &mut World) -> anyhow::Result<()> {
         let cache = source(Api::Delegated, &spire.admin(), "cluster.local")?;
         let id: SpiffeId = "spiffe://cluster.local/ns/t/sa/single".parse()?;
         let pod = |uid: &str, name: &str| Facts { uid: Some(uid.into()), name: name.into(), ..Facts::default() };
+        let wait = async |handle: &mesh_identity::SvidHandle| -> anyhow::Result<()> {
+            let begun = Instant::now();
+            while handle.load().is_none() {
+                ensure!(begun.elapsed() < wait::PATIENCE, "{}", spire.logs());
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            Ok(())
+        };
         cache.introduce(&id, &"other".into(), &pod("0a1b2c3d-1111-2222-3333-444455557777", "other"));
         let handle = cache.handle(&id);
         let error = handle.fetch().await.err().context("a certificate by the uid of another pod")?;
         ensure!(error.to_string().contains("no entry for k8s:ns:t, k8s:sa:single, k8s:pod-uid:"), "{error}");
         // The pod comes, and with it what its account has here.
         cache.introduce(&id, &"single".into(), &pod(uid, "single"));
-        let begun = Instant::now();
-        while handle.load().is_none() {
-            ensure!(begun.elapsed() < wait::PATIENCE, "{}", spire.logs());
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
-        Ok(())
+        wait(&handle).await?;
+        // By what its containers are and whose it is.
+        let of: SpiffeId = "spiffe://cluster.local/ns/t/sa/imaged".parse()?;
+        let container = |name: &str, image: &str| Container { name: name.into(), image: image.into(), image_id: "".into() };
+        let owner = Owner { kind: "StatefulSet".into(), name: "imaged".into(), uid: "s-1".into() };
+        let containers = vec![container("app", "reg/imaged:1"), container("side", "reg/side:1")];
+        let making = Making { owners: vec![owner], containers, init_containers: Vec::new() };
+        let handle = cache.handle(&of);
+        cache.introduce(&of, &"imaged".into(), &Facts { making: Some(Arc::new(making)), ..pod("s-2", "imaged") });
+        ensure!(handle.fetch().await.is_err(), "it has no entry yet");
+        let selectors = ["k8s:ns:t", "k8s:container-name:app", "k8s:container-image:reg/imaged:1", "k8s:pod-image-count:2"];
+        let selectors = [&selectors[..], &["k8s:pod-owner:StatefulSet:imaged", "k8s:pod-owner-uid:StatefulSet:s-1"]].concat();
+        spire.entry("/ns/t/sa/imaged", &selectors, Duration::from_hours(1), &[])?;
+        wait(&handle).await
     })
 }
 

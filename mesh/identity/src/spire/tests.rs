@@ -129,7 +129,7 @@ async fn pods_of_one_identity_share_what_lasts_longest() {
 #[test]
 fn a_pod_is_asked_for_by_all_that_is_known_of_it() {
     let labels = mesh_model::labels::Labels::of(vec![("app".into(), "web".into()), ("a/b".into(), "".into())]);
-    let mut facts = Facts { uid: Some("u-1".into()), name: "web-0".into(), node: "n".into(), labels };
+    let mut facts = Facts { uid: Some("u-1".into()), name: "web-0".into(), node: "n".into(), labels, making: None };
     let asked = |facts: Option<&Facts>| {
         selectors(&id(WEB), facts).into_iter().map(|s| format!("{}:{}", s.r#type, s.value)).collect::<Vec<_>>().join(" ")
     };
@@ -139,6 +139,29 @@ fn a_pod_is_asked_for_by_all_that_is_known_of_it() {
     );
     facts.uid = None;
     assert!(!asked(Some(&facts)).contains("uid"));
+    let container = |name: &str, image: &str, image_id: &str| Container {
+        name: name.into(),
+        image: image.into(),
+        image_id: image_id.into(),
+    };
+    let owner = Owner { kind: "ReplicaSet".into(), name: "web-1".into(), uid: "r-1".into() };
+    let making = Making {
+        owners: vec![owner],
+        containers: vec![container("app", "reg/web:1", "reg/web@sha256:ab"), container("side", "reg/web:1", "")],
+        init_containers: vec![container("init", "reg/init:1", "")],
+    };
+    let before = asked(Some(&facts));
+    facts.making = Some(Arc::new(making));
+    let with = asked(Some(&facts));
+    assert_eq!(
+        with.strip_prefix(&before),
+        Some(
+            " k8s:container-image:reg/init:1 k8s:container-image:reg/web:1 k8s:container-image:reg/web@sha256:ab \
+             k8s:container-name:app k8s:container-name:init k8s:container-name:side k8s:pod-image-count:2 \
+             k8s:pod-image:reg/web:1 k8s:pod-image:reg/web@sha256:ab k8s:pod-init-image-count:1 k8s:pod-init-image:reg/init:1 \
+             k8s:pod-owner-uid:ReplicaSet:r-1 k8s:pod-owner:ReplicaSet:web-1"
+        )
+    );
     assert_eq!(asked(None), "k8s:ns:shop k8s:sa:web");
 }
 

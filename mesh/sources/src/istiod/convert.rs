@@ -127,7 +127,11 @@ pub(super) fn passed_over(m: &wire::address::Type) -> Vec<String> {
         wire::address::Type::Workload(w) => ("workload", &w.extensions),
         wire::address::Type::Service(s) => ("service", &s.extensions),
     };
-    let mut all: Vec<String> = extensions.iter().map(|extension| format!("extension {:?} of a {kind}", extension.name)).collect();
+    let extension = |extension: &wire::Extension| {
+        let of_type = extension.config.as_ref().map_or("without content", |config| &config.type_url);
+        format!("extension {:?} of a {kind}, {of_type}", extension.name)
+    };
+    let mut all: Vec<String> = extensions.iter().map(extension).collect();
     if let wire::address::Type::Service(s) = m
         && wire::service::Visibility::try_from(s.visibility).is_err()
     {

@@ -358,7 +358,7 @@ impl State {
         }
         changes.push(change);
     }
-    /// Says once of each thing that has no meaning here that it is passed over.
+    /// Says once of each thing that has no meaning here that it is passed over, and where it was seen first.
     fn note(&mut self, name: &str, told: &address::Type) {
         for what in convert::passed_over(told) {
             if self.passed_over.len() < MOST_PASSED_OVER && self.passed_over.insert(what.as_str().into()) {

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mesh_model::Change;
+use mesh_model::making::{Container, Making, Owner};
 use mesh_model::snapshot::Viewpoint;
 use mesh_model::workload::{Protocol, Workload, WorkloadUid};
 use serde_json::{Value, json};
@@ -39,6 +40,8 @@ pub struct NodePod {
     pub workload: Arc<Workload>,
     /// Whether it is marked as served.
     pub marked: bool,
+    /// Its owners and containers.
+    pub making: Arc<Making>,
 }
 
 /// All pods of the node that are not finished; those that are about to start have no address yet.
@@ -132,6 +135,7 @@ struct Own {
     uid: Arc<str>,
     cgroup: Arc<str>,
     marked: bool,
+    making: Arc<Making>,
 }
 
 async fn watch_pods(client: Client, view: Viewpoint, pods: channel::Sender<Option<NodePods>>) {
@@ -184,8 +188,8 @@ async fn watch_pods(client: Client, view: Viewpoint, pods: channel::Sender<Optio
 
 fn node_pod(own: &HashMap<Name, Own>, workload: &Arc<Workload>) -> Option<NodePod> {
     let own = own.get(&(Arc::clone(&workload.namespace), Arc::clone(&workload.name)))?;
-    let (uid, cgroup) = (Arc::clone(&own.uid), Arc::clone(&own.cgroup));
-    Some(NodePod { uid, cgroup, workload: Arc::clone(workload), marked: own.marked })
+    let (uid, cgroup, making) = (Arc::clone(&own.uid), Arc::clone(&own.cgroup), Arc::clone(&own.making));
+    Some(NodePod { uid, cgroup, workload: Arc::clone(workload), marked: own.marked, making })
 }
 
 /// Takes what is not the translator's out of an event: it would call a pod enrolled because it is marked.
@@ -204,7 +208,24 @@ fn note(own: &mut HashMap<Name, Own>, what: &mut What) {
     let annotations = object["metadata"]["annotations"].as_object_mut();
     let marked = annotations.and_then(|all| all.remove(MARK)).is_some_and(|value| value == "enabled");
     let cgroup = static_uid(object).map_or_else(|| Arc::clone(&uid), Arc::from);
-    own.insert(name, Own { uid, cgroup, marked });
+    let making = Arc::new(making(object));
+    own.insert(name, Own { uid, cgroup, marked, making });
+}
+
+/// Whose a pod is, and the containers of which the kubelet told.
+fn making(pod: &Value) -> Making {
+    let all = |value: &Value| value.as_array().cloned().unwrap_or_default();
+    let text = |of: &Value, key: &str| of[key].as_str().unwrap_or_default().into();
+    let containers = |key: &str| {
+        let of = |one: &Value| Container { name: text(one, "name"), image: text(one, "image"), image_id: text(one, "imageID") };
+        all(&pod["status"][key]).iter().map(of).collect()
+    };
+    let owner = |one: &Value| Owner { kind: text(one, "kind"), name: text(one, "name"), uid: text(one, "uid") };
+    Making {
+        owners: all(&pod["metadata"]["ownerReferences"]).iter().map(owner).collect(),
+        containers: containers("containerStatuses"),
+        init_containers: containers("initContainerStatuses"),
+    }
 }
 
 /// Of a static pod the API has an image with a uid of its own; the kubelet knows the pod by a hash of its manifest, 32 hexadecimal
@@ -265,6 +286,24 @@ mod tests {
     fn of(hash: &str, mirror: &str) -> Option<String> {
         let annotations = json!({ "kubernetes.io/config.hash": hash, "kubernetes.io/config.mirror": mirror });
         static_uid(&json!({ "metadata": { "annotations": annotations } })).map(str::to_owned)
+    }
+
+    #[test]
+    fn a_pod_tells_its_owners_and_containers() {
+        let pod = json!({
+            "metadata": { "ownerReferences": [{ "kind": "ReplicaSet", "name": "web-1", "uid": "r-1", "controller": true }] },
+            "status": {
+                "containerStatuses": [{ "name": "app", "image": "reg/web:1", "imageID": "reg/web@sha256:ab" }],
+                "initContainerStatuses": [{ "name": "init", "image": "reg/init:1" }],
+            },
+        });
+        let of = making(&pod);
+        let owner = Owner { kind: "ReplicaSet".into(), name: "web-1".into(), uid: "r-1".into() };
+        let container = |name: &str, image: &str, id: &str| Container { name: name.into(), image: image.into(), image_id: id.into() };
+        assert_eq!(of.owners, [owner]);
+        assert_eq!(of.containers, [container("app", "reg/web:1", "reg/web@sha256:ab")]);
+        assert_eq!(of.init_containers, [container("init", "reg/init:1", "")]);
+        assert_eq!(making(&json!({ "metadata": {} })), Making::default());
     }
 
     #[test]

@@ -181,7 +181,11 @@ fn a_workload_that_cannot_be_used_is_there_and_nobody_s() {
 #[test]
 fn what_has_no_meaning_here_is_noted_once() {
     let mut state = State::default();
-    let extension = |name: &str| wire::Extension { name: name.into(), config: None };
+    let of_type = |type_url: &str| Some(Any { type_url: type_url.into(), value: Vec::new() });
+    let extension = |name: &str| match name.split_once(' ') {
+        Some((name, url)) => wire::Extension { name: name.into(), config: of_type(url) },
+        None => wire::Extension { name: name.into(), config: None },
+    };
     let tell = |state: &mut State, name: &str, visibility: i32, extensions: &[&str]| {
         let s = wire::Service {
             name: name.into(),
@@ -199,4 +203,6 @@ fn what_has_no_meaning_here_is_noted_once() {
     assert_eq!(tell(&mut state, "a", 1, &[]), 0);
     assert_eq!(tell(&mut state, "b", 9, &["x"]), 2);
     assert_eq!(tell(&mut state, "c", 9, &["x", "y"]), 3);
+    assert_eq!(tell(&mut state, "d", 9, &["x example/T", "x example/T"]), 4, "of another type it is another");
+    assert!(state.passed_over.contains("extension \"x\" of a service, example/T"), "{:?}", state.passed_over);
 }
