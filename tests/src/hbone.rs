@@ -31,8 +31,13 @@ fn provider() -> Arc<CryptoProvider> {
 
 /// TLS 1.3 with ALPN `h2` and this client certificate.
 pub fn client_tls(credentials: &Credentials) -> anyhow::Result<TlsConnector> {
+    client_tls_by(credentials, rustls::crypto::aws_lc_rs::default_provider())
+}
+
+/// The same, by these algorithms.
+pub fn client_tls_by(credentials: &Credentials, algorithms: CryptoProvider) -> anyhow::Result<TlsConnector> {
     let (cert, key) = credentials.der()?;
-    let mut config = ClientConfig::builder_with_provider(provider())
+    let mut config = ClientConfig::builder_with_provider(Arc::new(algorithms))
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .dangerous()
         .with_custom_certificate_verifier(Arc::new(Anyone(provider())))

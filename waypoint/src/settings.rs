@@ -76,8 +76,8 @@ pub struct Settings {
     /// date too, as istio/ztunnel does.
     #[arg(long, env = "CULVERT_CRL_UNKNOWN", default_value = "deny")]
     pub crl_unknown: Unknown,
-    /// Rules that the cryptography must obey: `pqc` (no key exchange but X25519MLKEM768) or `fips-140-2` (refused where the library
-    /// is not validated).
+    /// Rules that the cryptography must obey: `pqc` (no key exchange but X25519MLKEM768) or `fips-140-2` (a library's module for FIPS
+    /// 140 and what is approved of it: a program built with `--features tls-fips`, else the start is refused).
     #[arg(long, env = "COMPLIANCE_POLICY", default_value = "", hide_default_value = true)]
     pub compliance: Compliance,
     /// DNS domain of Kubernetes services.

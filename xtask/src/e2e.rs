@@ -54,8 +54,9 @@ const PEERS: &[Peer] = &[
     Peer { name: "Consul", script: "tests/consul/install.sh", more: &[], programs: &["consul"], suite: "e2e_consul" },
 ];
 
-/// Needs no peer: the control plane of the tests with certificates of a minute, under load.
-const ALONE: &str = "mesh_istiod";
+/// Need no peer: the control plane of the tests with certificates of a minute, under load, and our own programs as they are not
+/// usually built.
+const ALONE: [(&str, &str); 2] = [("load", "mesh_istiod"), ("FIPS 140", "e2e_fips")];
 
 /// `cargo xtask e2e`. With `--soak` what is under load is for ten minutes, not two.
 pub fn run(args: &[String]) -> Result<()> {
@@ -82,7 +83,12 @@ pub fn run(args: &[String]) -> Result<()> {
     }
     let mut total = Tally::default();
     let mut told = Vec::new();
-    let names = PEERS.iter().map(|peer| (peer.name, peer.suite)).chain([("load", ALONE)]);
+    if options.setup {
+        let tally = laps.time("variant tls-fips", || suite::run_fips(&metadata, &options));
+        told.push(format!("FIPS 140 (unit tests): {tally}"));
+        total += tally;
+    }
+    let names = PEERS.iter().map(|peer| (peer.name, peer.suite)).chain(ALONE);
     let suites: Vec<&str> = names.clone().map(|(_, suite)| suite).collect();
     for ((name, suite), tally) in names.zip(suite::run_targets(&metadata, &suites, &options, &mut laps)?) {
         told.push(format!("{name} ({suite}): {tally}"));

@@ -30,7 +30,8 @@ cargo xtask COMMAND
                     --ring N       only that ring (0 pure, 1 memory, 2 process, 3 network namespaces)
                     --no-setup     install nothing; what cannot run is counted as skipped
                     --no-variants  leave out the suites of optional build features (tls-boring)
-  e2e [FILTER]    ring 4: build real peers (SPIRE, Kubernetes' API server, istiod, Consul) with the scripts of `tests/`, needs Go, and run their suites in the long form;
+  e2e [FILTER]    ring 4: build real peers (SPIRE, Kubernetes' API server, istiod, Consul) with the scripts of `tests/`, and our programs with
+                  feature tls-fips, needs Go, and run their suites in the long form;
                   without it they run, shorter, only where the peers are installed (`CULVERT_PEERS` or `target/peers`)
                     --no-setup     build and install nothing
                     --soak         load on certificates of a minute lasts ten minutes, not two (`e2e --soak under_load`: nothing else)

@@ -84,6 +84,13 @@ pub const BORING: &[Need] = &[
     Need { probe: Probe::Library("libclang.so"), package: "libclang-dev", why: "generates the bindings of BoringSSL" },
 ];
 
+/// What building aws-lc's module for FIPS 140 takes (feature `tls-fips`).
+pub const FIPS: &[Need] = &[
+    Need { probe: Probe::Program("cmake"), package: "cmake", why: "builds aws-lc's module for FIPS 140" },
+    Need { probe: Probe::Program("go"), package: "golang-go", why: "builds aws-lc's module for FIPS 140" },
+    Need { probe: Probe::Program("perl"), package: "perl", why: "builds aws-lc's module for FIPS 140" },
+];
+
 /// Fails, naming the packages, if something of `needs` is missing; installs nothing.
 pub fn check(needs: &[Need]) -> Result<()> {
     let missing: Vec<&str> = needs.iter().filter(|need| !need.probe.present()).map(|need| need.package).collect();

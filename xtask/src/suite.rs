@@ -269,10 +269,7 @@ fn run_boring(metadata: &Metadata, options: &Options) -> Tally {
     const PACKAGE: &str = "mesh-identity";
     const FEATURE: &str = "tls-boring";
     println!("--- {PACKAGE} with feature {FEATURE}");
-    let skipped = |why: &str| {
-        println!("skipped: {PACKAGE} with {FEATURE}: {why}");
-        Tally { skipped: 1, ..Tally::default() }
-    };
+    let skipped = |why: &str| skipped(&format!("{PACKAGE} with {FEATURE}"), why);
     if !metadata.members().get(PACKAGE).is_some_and(|package| package.features.iter().any(|feature| feature == FEATURE)) {
         return skipped("the crate has no such feature");
     }
@@ -290,6 +287,45 @@ fn run_boring(metadata: &Metadata, options: &Options) -> Tally {
         }
         Err(error) => {
             println!("failed: {PACKAGE} with {FEATURE} does not build: {error:#}");
+            Tally { failed: 1, ..Tally::default() }
+        }
+    }
+}
+
+fn skipped(what: &str, why: &str) -> Tally {
+    println!("skipped: {what}: {why}");
+    Tally { skipped: 1, ..Tally::default() }
+}
+
+/// The programs with aws-lc's module for FIPS 140, which the suite `e2e_fips` runs, and the unit tests of who uses cryptography.
+/// They are built in a folder of their own: all that is above aws-lc is another build, which would take the place of the usual one.
+pub fn run_fips(metadata: &Metadata, options: &Options) -> Tally {
+    const FEATURE: &str = "tls-fips";
+    if !options.filter.is_empty() && !options.filter.iter().any(|filter| filter.contains("fips")) {
+        return Tally::default();
+    }
+    println!("--- programs and unit tests with feature {FEATURE}");
+    let ready = if options.setup { setup::ensure(setup::FIPS) } else { setup::check(setup::FIPS) };
+    if let Err(error) = ready {
+        return skipped(FEATURE, &format!("{error:#}"));
+    }
+    let folder = metadata.target.join("fips");
+    let folder = folder.to_string_lossy();
+    let features = "mesh-identity/tls-fips,ztunnel/tls-fips,waypoint/tls-fips";
+    let packages = ["-p", "mesh-identity", "-p", "mesh-tokens", "-p", "ztunnel", "-p", "waypoint"];
+    let what = [&packages[..], &["--bins", "--tests", "--features", features, "--target-dir", &*folder]].concat();
+    match build(metadata, &what) {
+        Ok(binaries) => {
+            let mut tally = Tally::default();
+            for binary in
+                binaries.iter().filter(|binary| ["mesh-identity", "mesh-tokens", "waypoint"].contains(&&*binary.package))
+            {
+                tally += run_binary(binary, options, Root::Already, &agent(metadata));
+            }
+            tally
+        }
+        Err(error) => {
+            println!("failed: feature {FEATURE} does not build: {error:#}");
             Tally { failed: 1, ..Tally::default() }
         }
     }

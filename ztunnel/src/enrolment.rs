@@ -323,13 +323,8 @@ mod tests {
         let owner = Owner { kind: "ReplicaSet".into(), name: "web-1".into(), uid: "r-1".into() };
         let making = Arc::new(Making { owners: vec![owner], ..Making::default() });
         let (workload_of_it, making_of_it) = (Arc::clone(&workload), Arc::clone(&making));
-        let pod = NodePod {
-            uid: "u-1".into(),
-            cgroup: "c".into(),
-            workload: workload_of_it,
-            marked: false,
-            making: making_of_it,
-        };
+        let pod =
+            NodePod { uid: "u-1".into(), cgroup: "c".into(), workload: workload_of_it, marked: false, making: making_of_it };
         assert_eq!(Enrolled::by_kubernetes(&pod, None).facts, Facts { making: Some(making), ..with(Some("u-1")) });
         let mut named = (*workload).clone();
         (named.protocol, named.netns) = (Protocol::Hbone, Some("/run/netns/web".into()));

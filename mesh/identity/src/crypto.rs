@@ -48,8 +48,12 @@ impl Provider {
 
     fn everything(self) -> CryptoProvider {
         match self {
+            // Its own choice of groups is smaller in a build with the module of FIPS 140, which may run without that policy too.
             #[cfg(feature = "tls-aws-lc")]
-            Self::AwsLc => rustls::crypto::aws_lc_rs::default_provider(),
+            Self::AwsLc => CryptoProvider {
+                kx_groups: rustls::crypto::aws_lc_rs::ALL_KX_GROUPS.to_vec(),
+                ..rustls::crypto::aws_lc_rs::default_provider()
+            },
             #[cfg(feature = "tls-boring")]
             Self::Boring => boring_rustls_provider::provider(),
         }
@@ -78,7 +82,7 @@ pub enum Compliance {
     Own,
     /// `pqc`: no key exchange without ML-KEM.
     PostQuantum,
-    /// `fips-140-2`: a validated library, and what it is validated for.
+    /// `fips-140-2`: the module of a library that is made for FIPS 140, and of that what is approved. Feature `tls-fips`.
     Fips,
 }
 
@@ -113,7 +117,7 @@ pub struct TlsSettings {
     pub provider: Provider,
     /// `classical`, `prefer-hybrid` or `require-hybrid`.
     pub key_exchange: KeyExchange,
-    /// Only with a library that is validated for FIPS 140: X25519 alone is left out then.
+    /// Only by the module for FIPS 140 of the library (feature `tls-fips`): X25519 alone is left out then.
     pub fips: bool,
 }
 
@@ -143,9 +147,10 @@ impl TlsSettings {
         if crypto.cipher_suites.len() != suites.len() || crypto.kx_groups.len() != groups.len() {
             return Err(IdentityError::Crypto(format!("{} lacks an algorithm of {self:?}", self.provider.as_str())));
         }
-        if self.fips && !crypto.fips() {
+        // What goes out of the mesh, and comes in at gateways, is by rustls' own choice of algorithms: it must be as approved.
+        if self.fips && !(crypto.fips() && rustls::crypto::aws_lc_rs::default_provider().fips()) {
             return Err(IdentityError::Crypto(format!(
-                "{} is built without a FIPS 140 validated module",
+                "{} is built without its module for FIPS 140: build with `--features tls-fips`",
                 self.provider.as_str()
             )));
         }

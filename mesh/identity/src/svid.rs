@@ -9,12 +9,12 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use mesh_model::SpiffeId;
-use rustls::client::Resumption;
+use rustls::client::{Resumption, WantsClientCert};
 use rustls::crypto::CryptoProvider;
-use rustls::server::NoServerSessionStorage;
+use rustls::server::{NoServerSessionStorage, ResolvesServerCertUsingSni, WantsServerCert};
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::version::TLS13;
-use rustls::{ClientConfig, ServerConfig};
+use rustls::{ClientConfig, ConfigBuilder, ServerConfig};
 use rustls_pki_types::CertificateDer;
 use tokio::sync::watch;
 
@@ -45,7 +45,39 @@ impl TlsContext {
         let crypto = settings.crypto()?;
         let bundles = source.bundle();
         let verifier = Arc::new(PeerVerifier::new(bundles.clone(), crypto.signature_verification_algorithms));
-        Ok(Self { crypto, clock, bundles, verifier, handshakes: Handshakes::default() })
+        let this = Self { crypto, clock, bundles, verifier, handshakes: Handshakes::default() };
+        if settings.fips {
+            this.prove_fips()?;
+            tracing::info!(library = settings.provider.as_str(), "cryptography is by its module for FIPS 140, as approved");
+        }
+        Ok(this)
+    }
+
+    /// That what is made here for any certificate is as FIPS 140 asks, protocol and all: said at start, not in the first handshake.
+    fn prove_fips(&self) -> Result<(), IdentityError> {
+        let bad = |error: rustls::Error| IdentityError::Crypto(error.to_string());
+        let client = self.clients().map_err(bad)?.with_no_client_auth();
+        let server = self.servers().map_err(bad)?.with_cert_resolver(Arc::new(ResolvesServerCertUsingSni::new()));
+        match (client.fips(), server.fips()) {
+            (true, true) => Ok(()),
+            sides => Err(IdentityError::Crypto(format!("not as FIPS 140 asks: (client, server) are {sides:?}"))),
+        }
+    }
+
+    /// What connects, but for its certificate.
+    fn clients(&self) -> Result<ConfigBuilder<ClientConfig, WantsClientCert>, rustls::Error> {
+        let builder = ClientConfig::builder_with_details(Arc::clone(&self.crypto), self.time());
+        Ok(builder.with_protocol_versions(&[&TLS13])?.dangerous().with_custom_certificate_verifier(self.verifier.clone()))
+    }
+
+    /// What accepts, but for its certificate.
+    fn servers(&self) -> Result<ConfigBuilder<ServerConfig, WantsServerCert>, rustls::Error> {
+        let builder = ServerConfig::builder_with_details(Arc::clone(&self.crypto), self.time());
+        Ok(builder.with_protocol_versions(&[&TLS13])?.with_client_cert_verifier(self.verifier.clone()))
+    }
+
+    fn time(&self) -> Arc<RustlsTime> {
+        Arc::new(RustlsTime(Arc::clone(&self.clock)))
     }
 
     /// The clock certificates are judged by.
@@ -115,13 +147,8 @@ impl Svid {
         let chain: Arc<[CertificateDer<'static>]> = issued.chain.clone().into();
         let certified = CertifiedKey::from_der(issued.chain, issued.key, &tls.crypto)?;
         let certified = Arc::new(SingleCertAndKey::from(certified));
-        let time = Arc::new(RustlsTime(Arc::clone(&tls.clock)));
 
-        let mut client = ClientConfig::builder_with_details(Arc::clone(&tls.crypto), time.clone())
-            .with_protocol_versions(&[&TLS13])?
-            .dangerous()
-            .with_custom_certificate_verifier(tls.verifier.clone())
-            .with_client_cert_resolver(certified.clone());
+        let mut client = tls.clients()?.with_client_cert_resolver(certified.clone());
         client.alpn_protocols = vec![ALPN_H2.to_vec()];
         // Istio sends none: the name would leak the destination and nobody reads it.
         client.enable_sni = false;
@@ -129,10 +156,7 @@ impl Svid {
         // long-lived, so there is little to win.
         client.resumption = Resumption::disabled();
 
-        let mut server = ServerConfig::builder_with_details(Arc::clone(&tls.crypto), time)
-            .with_protocol_versions(&[&TLS13])?
-            .with_client_cert_verifier(tls.verifier.clone())
-            .with_cert_resolver(certified);
+        let mut server = tls.servers()?.with_cert_resolver(certified);
         server.alpn_protocols = vec![ALPN_H2.to_vec()];
         server.session_storage = Arc::new(NoServerSessionStorage {});
         server.send_tls13_tickets = 0;

@@ -139,11 +139,8 @@ fn a_pod_is_asked_for_by_all_that_is_known_of_it() {
     );
     facts.uid = None;
     assert!(!asked(Some(&facts)).contains("uid"));
-    let container = |name: &str, image: &str, image_id: &str| Container {
-        name: name.into(),
-        image: image.into(),
-        image_id: image_id.into(),
-    };
+    let container =
+        |name: &str, image: &str, image_id: &str| Container { name: name.into(), image: image.into(), image_id: image_id.into() };
     let owner = Owner { kind: "ReplicaSet".into(), name: "web-1".into(), uid: "r-1".into() };
     let making = Making {
         owners: vec![owner],

@@ -259,42 +259,81 @@ async fn expiry_after_the_handshake_does_not_end_trust() {
 
 /// Istio's `COMPLIANCE_POLICY`, from the word to the wire.
 #[cfg(feature = "tls-aws-lc")]
-#[tokio::test]
-async fn compliance_pqc_agrees_on_the_hybrid_with_everyone_or_not_at_all() {
-    use rustls::NamedGroup::{X25519, X25519MLKEM768};
+mod compliance {
+    use rustls::NamedGroup::{self, X25519, X25519MLKEM768};
     use rustls::{ClientConfig, RootCertStore};
 
-    let mesh = Mesh::new();
-    let settings = |policy: &str| TlsSettings::from(policy.parse::<Compliance>().unwrap());
-    let with = |policy: &str| TlsContext::new(&settings(policy), &mesh.bundles, Arc::new(SystemClock)).unwrap();
-    let svid = |uri: &str, tls: &TlsContext| Svid::new(&id(uri), mesh.ca.sign(&leaf_params(&[uri])), tls).unwrap();
-    let hybrid = [("pqc", "pqc"), ("pqc", ""), ("", "pqc")].map(|(near, far)| (near, far, X25519MLKEM768));
-    for (near, far, group) in hybrid.into_iter().chain([("", "", X25519)]) {
-        let (client, server) = shake(&svid(WEB, &with(near)), &svid(CART, &with(far)), &[id(CART)]).await;
+    use super::*;
+
+    fn under(mesh: &Mesh, policy: &str, uri: &str) -> Svid {
+        let settings = TlsSettings::from(policy.parse::<Compliance>().unwrap());
+        let tls = TlsContext::new(&settings, &mesh.bundles, Arc::new(SystemClock)).unwrap();
+        Svid::new(&id(uri), mesh.ca.sign(&leaf_params(&[uri])), &tls).unwrap()
+    }
+
+    async fn agree(mesh: &Mesh, near: &str, far: &str, group: NamedGroup) {
+        let (client, server) = shake(&under(mesh, near, WEB), &under(mesh, far, CART), &[id(CART)]).await;
         let (client, server) = (client.unwrap().0, server.unwrap().0);
         for agreed in [client.get_ref().1.negotiated_key_exchange_group(), server.get_ref().1.negotiated_key_exchange_group()] {
             assert_eq!(agreed.map(rustls::crypto::SupportedKxGroup::name), Some(group), "{near:?} to {far:?}");
         }
         assert_eq!(server.get_ref().1.protocol_version(), Some(rustls::ProtocolVersion::TLSv1_3));
+        let approved = [(near, client.get_ref().1.fips()), (far, server.get_ref().1.fips())];
+        assert!(approved.iter().all(|(policy, fips)| *policy != "fips-140-2" || *fips), "{approved:?}");
     }
-    // A peer without it is refused.
-    let mut old = rustls::crypto::aws_lc_rs::default_provider();
-    old.kx_groups.retain(|group| group.name() == X25519);
-    let old = ClientConfig::builder_with_provider(Arc::new(old)).with_safe_default_protocol_versions().unwrap();
-    let old = old.with_root_certificates(RootCertStore::empty()).with_no_client_auth();
-    let (a, b) = duplex(64 * 1024);
-    let name = ServerName::IpAddress(IpAddr::V4(Ipv4Addr::UNSPECIFIED).into());
-    let cart = svid(CART, &with("pqc"));
-    let (client, server) = tokio::join!(TlsConnector::from(Arc::new(old)).connect(name, a), accept(&cart, b, soon()));
-    assert!(client.is_err());
-    assert_eq!(server.unwrap_err().reason, Reason::TlsFailure);
-}
 
-#[test]
-fn compliance_fips_is_refused_without_a_validated_library() {
-    let settings = TlsSettings::from("fips-140-2".parse::<Compliance>().unwrap());
-    // No build of ours has one.
-    let error = settings.crypto().unwrap_err().to_string();
-    assert!(error.contains("FIPS"), "{error}");
-    assert!("fips".parse::<Compliance>().is_err() && "PQC".parse::<Compliance>().is_err());
+    /// A peer that has nothing but X25519 is refused.
+    async fn refuses_x25519(mesh: &Mesh, policy: &str) {
+        let mut old = rustls::crypto::aws_lc_rs::default_provider();
+        old.kx_groups = vec![rustls::crypto::aws_lc_rs::kx_group::X25519];
+        let old = ClientConfig::builder_with_provider(Arc::new(old)).with_safe_default_protocol_versions().unwrap();
+        let old = old.with_root_certificates(RootCertStore::empty()).with_no_client_auth();
+        let (a, b) = duplex(64 * 1024);
+        let name = ServerName::IpAddress(IpAddr::V4(Ipv4Addr::UNSPECIFIED).into());
+        let cart = under(mesh, policy, CART);
+        let (client, server) = tokio::join!(TlsConnector::from(Arc::new(old)).connect(name, a), accept(&cart, b, soon()));
+        assert!(client.is_err());
+        assert_eq!(server.unwrap_err().reason, Reason::TlsFailure);
+    }
+
+    #[tokio::test]
+    async fn pqc_agrees_on_the_hybrid_with_everyone_or_not_at_all() {
+        let mesh = Mesh::new();
+        for (near, far) in [("pqc", "pqc"), ("pqc", ""), ("", "pqc")] {
+            agree(&mesh, near, far, X25519MLKEM768).await;
+        }
+        agree(&mesh, "", "", X25519).await;
+        refuses_x25519(&mesh, "pqc").await;
+    }
+
+    #[cfg(feature = "tls-fips")]
+    #[tokio::test]
+    async fn fips_agrees_on_what_is_approved_or_not_at_all() {
+        let mesh = Mesh::new();
+        for (near, far) in [("fips-140-2", "fips-140-2"), ("fips-140-2", ""), ("", "fips-140-2")] {
+            agree(&mesh, near, far, NamedGroup::secp256r1).await;
+        }
+        for (near, far) in [("fips-140-2", "pqc"), ("pqc", "fips-140-2")] {
+            agree(&mesh, near, far, X25519MLKEM768).await;
+        }
+        refuses_x25519(&mesh, "fips-140-2").await;
+        let here = under(&mesh, "fips-140-2", WEB);
+        assert!(here.client.fips() && here.server.fips());
+        // Without the policy the build offers what every build offers.
+        let elsewhere = under(&mesh, "", WEB);
+        assert!(!elsewhere.client.fips() && !elsewhere.server.fips());
+    }
+
+    #[cfg(not(feature = "tls-fips"))]
+    #[test]
+    fn fips_is_refused_without_the_module() {
+        let settings = TlsSettings::from("fips-140-2".parse::<Compliance>().unwrap());
+        let error = settings.crypto().unwrap_err().to_string();
+        assert!(error.contains("--features tls-fips"), "{error}");
+    }
+
+    #[test]
+    fn words_are_istios() {
+        assert!("fips".parse::<Compliance>().is_err() && "PQC".parse::<Compliance>().is_err());
+    }
 }

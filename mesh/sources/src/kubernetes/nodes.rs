@@ -299,7 +299,8 @@ mod tests {
         });
         let of = making(&pod);
         let owner = Owner { kind: "ReplicaSet".into(), name: "web-1".into(), uid: "r-1".into() };
-        let container = |name: &str, image: &str, id: &str| Container { name: name.into(), image: image.into(), image_id: id.into() };
+        let container =
+            |name: &str, image: &str, id: &str| Container { name: name.into(), image: image.into(), image_id: id.into() };
         assert_eq!(of.owners, [owner]);
         assert_eq!(of.containers, [container("app", "reg/web:1", "reg/web@sha256:ab")]);
         assert_eq!(of.init_containers, [container("init", "reg/init:1", "")]);

@@ -74,6 +74,7 @@ fn what_clients_must_show_is_never_less_than_asked() {
     }
     certificates.load(&[asking(&root, None)]);
     let asked = certificates.find("https").expect("loaded");
+    assert!([&open, &asked].iter().all(|config| config.fips() == cfg!(feature = "tls-fips")));
     assert!(!Arc::ptr_eq(&open, &asked) && asked.send_tls13_tickets == 0 && !asked.session_storage.can_cache());
     certificates.load(&[asking(&root, None)]);
     assert!(Arc::ptr_eq(&asked, &certificates.find("https").expect("unchanged")));
