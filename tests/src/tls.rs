@@ -9,12 +9,17 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
+use rcgen::{CertificateParams, Issuer, KeyPair};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::{ClientConfig, ClientConnection, RootCertStore, ServerConfig, ServerConnection, StreamOwned};
 use serde_json::json;
 
+use crate::revocation;
 use crate::topology::Place;
+
+/// Number of every certificate.
+const SERIAL: u64 = 1;
 
 /// A self-made certificate and its key, PEM.
 #[derive(Clone, Debug)]
@@ -28,8 +33,15 @@ pub struct OwnCert {
 impl OwnCert {
     /// For these names.
     pub fn of(names: &[&str]) -> anyhow::Result<Self> {
-        let made = rcgen::generate_simple_self_signed(names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>())?;
-        Ok(Self { cert: made.cert.pem(), key: made.signing_key.serialize_pem() })
+        let key = KeyPair::generate()?;
+        let mut params = CertificateParams::new(names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>())?;
+        params.serial_number = Some(SERIAL.into());
+        Ok(Self { cert: params.self_signed(&key)?.pem(), key: key.serialize_pem() })
+    }
+    /// A list of what it took back: itself, or a certificate that nobody has.
+    pub fn list(&self, itself: bool) -> anyhow::Result<String> {
+        let issuer = Issuer::new(CertificateParams::default(), KeyPair::from_pem(&self.key)?);
+        Ok(revocation::list([if itself { SERIAL } else { SERIAL + 1 }], &issuer)?.pem()?)
     }
 }
 

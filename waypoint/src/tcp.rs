@@ -10,7 +10,7 @@ use crate::opening::first_bytes;
 use crate::phase::authorize::{self, Living};
 use crate::phase::custom;
 use crate::telemetry::{Flag, TcpHandles, TcpRecord};
-use crate::upstream::{self, Cluster, Failure, PickContext, Stream, UpstreamError};
+use crate::upstream::{self, Carrier, Cluster, Failure, PickContext, Stream, UpstreamError};
 use mesh_hbone::HboneStream;
 use mesh_hbone::relay::endpoint::{Bytewise, Endpoint};
 use mesh_hbone::relay::{End, How, Timeouts, relay};
@@ -83,7 +83,7 @@ pub(crate) async fn serve_outside<E: Endpoint>(conn: &Conn, client: E) {
 
 /// An endpoint, connected.
 struct Reached {
-    upstream: Stream,
+    upstream: Carrier,
     /// External authorizers that were asked before.
     asked: Vec<Arc<str>>,
 }
@@ -136,9 +136,12 @@ where
 {
     let Reached { upstream, asked } = reached;
     match upstream {
-        Stream::Hbone(server, _counted) => between(conn, (client, server), &asked, handles, record).await,
-        Stream::Tcp(server, _counted) => between(conn, (client, server), &asked, handles, record).await,
-        Stream::Tls(server, _counted) => between(conn, (client, Bytewise::new(*server)), &asked, handles, record).await,
+        Carrier::Straight(Stream::Hbone(server, _counted)) => between(conn, (client, server), &asked, handles, record).await,
+        Carrier::Straight(Stream::Tcp(server, _counted)) => between(conn, (client, server), &asked, handles, record).await,
+        Carrier::Straight(Stream::Tls(server, _counted)) => {
+            between(conn, (client, Bytewise::new(*server)), &asked, handles, record).await;
+        }
+        Carrier::Forwarded(server) => between(conn, (client, Bytewise::new(*server)), &asked, handles, record).await,
     }
 }
 
@@ -208,17 +211,18 @@ async fn lasted(longest: Option<Duration>) {
 }
 
 /// Resolves when the endpoint has said something, or ended. Nothing is consumed.
-async fn spoke(upstream: &mut Stream) {
+async fn spoke(upstream: &mut Carrier) {
     match upstream {
-        Stream::Hbone(stream, _) => {
+        Carrier::Straight(Stream::Hbone(stream, _)) => {
             if let Some(Ok(data)) = std::future::poll_fn(|cx| stream.poll_recv(cx)).await {
                 stream.unread(data);
             }
         }
         // An error shows again at the read.
-        Stream::Tcp(tcp, _) => drop(tcp.readable().await),
+        Carrier::Straight(Stream::Tcp(tcp, _)) => drop(tcp.readable().await),
         // Whether a record holds anything for the client is known only by reading it: the client is heard first.
-        Stream::Tls(..) => std::future::pending().await,
+        Carrier::Straight(Stream::Tls(..)) => std::future::pending().await,
+        Carrier::Forwarded(forwarded) => forwarded.readable().await,
     }
 }
 

@@ -12,6 +12,7 @@ mod build;
 mod cluster;
 pub mod error;
 mod fetch;
+mod forward;
 mod host;
 mod names;
 mod pool;
@@ -25,8 +26,9 @@ mod view;
 pub use cluster::{Cluster, Observed, PickContext};
 pub use error::{Failure, UpstreamError};
 pub use fetch::Fetcher;
+pub use forward::Forwarded;
 pub use host::Host;
-pub use send::{SendOptions, connect, send};
+pub use send::{Carrier, SendOptions, connect, send};
 pub use state::{ConnectionGuard, RequestGuard, RetryGuard};
 pub use transport::Stream;
 pub use view::{ClusterView, Counts, HostView, Limits};
@@ -86,7 +88,7 @@ pub enum Role {
 pub struct Upstreams {
     reach: Arc<transport::Reach>,
     me: Me,
-    /// The policy of destinations nothing is said about.
+    /// The policy of destinations about which nothing is to be said: workloads, and waypoints, which keep what is said themselves.
     plain: Arc<TrafficPolicy>,
     clusters: Registry<ClusterKey>,
     /// The same services as far as they are reached through their waypoints.
@@ -332,9 +334,11 @@ impl Upstreams {
         let entry = entry.unwrap_or_else(|| self.entry(key, &self.clusters));
         let own = build::Own::of(self.me.find(snap), snap.view());
         let ways = plan::ways_beyond(snap, service, backing.endpoints(), key.port, own.family());
-        let basis = build::Basis { backing: Arc::clone(backing), destination: destination.cloned(), own, ways, front: None };
+        let plain = Arc::clone(&snap.defaults().traffic);
+        let (backing, destination) = (Arc::clone(backing), destination.cloned());
+        let basis = build::Basis { backing, destination, plain, own, ways, front: None };
         let fits = |c: &Cluster| c.was_built_from(&basis);
-        Ok(entry.follow(snap, fits, |state| build::service(state, key, service, &self.plain, basis.clone())))
+        Ok(entry.follow(snap, fits, |state| build::service(state, key, service, basis.clone())))
     }
     /// The cluster of its waypoint's instances. The DestinationRule is the waypoint's to keep; one that cannot be used, or lacks the
     /// subset, is refused here already.
@@ -347,10 +351,11 @@ impl Upstreams {
         let own = build::Own::of(self.me.find(snap), snap.view());
         let way = plan::way_by_waypoint(snap, service, key.port, own.family(), self.reach.namespace());
         let front = way.transpose().map_err(|why| UpstreamError::refused(&why))?.map(Arc::new);
-        let basis = build::Basis { backing: Arc::clone(backing), destination: None, own, ways: Vec::new(), front };
+        let (backing, plain) = (Arc::clone(backing), Arc::clone(&self.plain));
+        let basis = build::Basis { backing, destination: None, plain, own, ways: Vec::new(), front };
         let entry = entry.unwrap_or_else(|| self.entry(key, &self.fronted));
         let fits = |c: &Cluster| c.was_built_from(&basis);
-        Ok(entry.follow(snap, fits, |state| build::service(state, key, service, &self.plain, basis.clone())))
+        Ok(entry.follow(snap, fits, |state| build::service(state, key, service, basis.clone())))
     }
 
     /// A workload addressed by itself (waypoint-for workload).

@@ -1,17 +1,19 @@
 //! Certificates that were taken back: the authorities' lists (CRL, RFC 5280 §5).
 //!
 //! Every certificate of a chain is looked up. One that no list speaks of, or only one that is out of date, is not known to be
-//! good: [`Unknown`] says what then. Upstream: [`crate::crl_file`], [`crate::spire`]. Downstream: [`crate::bundle`], [`crate::verify`].
+//! good: [`Unknown`] says what then. Upstream: [`crate::crl_file`], [`crate::spire`]. Downstream: [`crate::bundle`], [`crate::verify`],
+//! and whoever asks servers outside the mesh for their certificates.
 
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use rustls_pki_types::CertificateRevocationListDer;
+use rustls::crypto::WebPkiSupportedAlgorithms;
 use rustls_pki_types::pem::PemObject;
+use rustls_pki_types::{CertificateDer, CertificateRevocationListDer, TrustAnchor, UnixTime};
 use webpki::{
-    CertRevocationList, ExpirationPolicy, OwnedCertRevocationList, RevocationCheckDepth, RevocationOptions,
-    RevocationOptionsBuilder, UnknownStatusPolicy,
+    CertRevocationList, EndEntityCert, ExpirationPolicy, KeyUsage, OwnedCertRevocationList, RevocationCheckDepth,
+    RevocationOptions, RevocationOptionsBuilder, UnknownStatusPolicy,
 };
 use x509_parser::prelude::FromDer;
 use x509_parser::revocation_list::CertificateRevocationList;
@@ -40,16 +42,18 @@ impl FromStr for Unknown {
     }
 }
 
-/// A list, and the date from which on it proves nothing any more (`nextUpdate`).
+/// A list, and the dates from which on it says what was taken back (`thisUpdate`) and proves nothing any more (`nextUpdate`).
 #[derive(Clone, Debug)]
 struct Dated {
     list: Arc<CertRevocationList<'static>>,
+    from: SystemTime,
     until: SystemTime,
 }
 
-/// The lists in force.
+/// The lists in force; of one authority the newest counts.
 #[derive(Debug)]
 pub struct Revocation {
+    /// Newest first: the verifier goes by the first it finds.
     lists: Vec<Dated>,
     unknown: Unknown,
 }
@@ -81,7 +85,7 @@ impl Revocation {
 
     /// These and those of another teller.
     pub(crate) fn and(&self, others: &Self) -> Self {
-        Self { lists: self.lists.iter().chain(&others.lists).cloned().collect(), unknown: self.unknown }
+        Self { lists: newest_first(self.lists.iter().chain(&others.lists).cloned().collect()), unknown: self.unknown }
     }
 
     /// No list at all.
@@ -108,6 +112,24 @@ impl Revocation {
         self.lists.iter().map(|dated| &*dated.list).collect()
     }
 
+    /// Verifies the chain of a server outside the mesh, with whatever names: to `anchors`, and none of it taken back.
+    ///
+    /// # Errors
+    /// As the verifier says.
+    pub fn verify_server(
+        &self,
+        leaf: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        anchors: &[TrustAnchor<'_>],
+        algorithms: &WebPkiSupportedAlgorithms,
+        now: UnixTime,
+    ) -> Result<(), webpki::Error> {
+        let lists = self.lists();
+        let options = self.options(&lists)?;
+        let leaf = EndEntityCert::try_from(leaf)?;
+        leaf.verify_for_usage(algorithms.all, anchors, intermediates, now, KeyUsage::server_auth(), options, None).map(drop)
+    }
+
     /// How `lists` are applied; `None`: not at all.
     pub(crate) fn options<'a>(
         &self,
@@ -131,16 +153,21 @@ impl Revocation {
 fn dated(ders: &[CertificateRevocationListDer<'_>]) -> Result<Vec<Dated>, String> {
     let read = |(at, der): (usize, &CertificateRevocationListDer<'_>)| {
         let list = OwnedCertRevocationList::from_der(der).map_err(|error| format!("list {}: {error}", at + 1))?;
-        let until = next_update(der).map_err(|why| format!("list {}: {why}", at + 1))?;
-        Ok(Dated { list: Arc::new(list.into()), until })
+        let (from, until) = dates(der).map_err(|why| format!("list {}: {why}", at + 1))?;
+        Ok(Dated { list: Arc::new(list.into()), from, until })
     };
-    ders.iter().enumerate().map(read).collect()
+    ders.iter().enumerate().map(read).collect::<Result<_, _>>().map(newest_first)
+}
+fn newest_first(mut lists: Vec<Dated>) -> Vec<Dated> {
+    lists.sort_by_key(|dated| std::cmp::Reverse(dated.from));
+    lists
 }
 
-/// Until when a list counts. The verifier knows, and does not tell.
-fn next_update(der: &[u8]) -> Result<SystemTime, String> {
+/// Since when and until when a list counts. The verifier knows, and does not tell.
+fn dates(der: &[u8]) -> Result<(SystemTime, SystemTime), String> {
     let (_, list) = CertificateRevocationList::from_der(der).map_err(|error| error.to_string())?;
-    list.next_update().map(|until| date(until.timestamp())).ok_or_else(|| "no nextUpdate".to_owned())
+    let until = list.next_update().ok_or_else(|| "no nextUpdate".to_owned())?;
+    Ok((date(list.last_update().timestamp()), date(until.timestamp())))
 }
 
 /// Whether this is about revocation.

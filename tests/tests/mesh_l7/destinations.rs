@@ -511,6 +511,26 @@ pub(crate) fn ejections_by_cause_and_their_limit(mesh: &mut Mesh) -> anyhow::Res
     Ok(())
 }
 
+/// Statuses that are named are errors, and no others.
+pub(crate) fn ejections_by_the_statuses_that_are_named(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let _policy = mesh.objects(
+        "statuses",
+        &policy("web", "    loadBalancer: { simple: ROUND_ROBIN }\n    outlierDetection: { consecutive5xxErrors: 3, outlierDetectionHttpErrorCodes: [404, 503], interval: 200ms, baseEjectionTime: 60s, maxEjectionPercent: 50 }\n"),
+    )?;
+    let mut client = Kept::to(mesh, WEB)?;
+    let mut failed_of_12 = |status: u16| -> anyhow::Result<usize> {
+        mesh.web["web2"].behave(status);
+        let statuses = (0..12).map(|_| Ok(client.get("/")?.status)).collect::<anyhow::Result<Vec<_>>>();
+        mesh.web["web2"].behave(0);
+        Ok(statuses?.iter().filter(|got| **got == status).count())
+    };
+    let of_another = failed_of_12(500)?;
+    ensure!(of_another == 6, "500 is not named: {of_another}");
+    let of_one = failed_of_12(404)?;
+    ensure!(of_one == 3, "three of 404 eject: {of_one}");
+    Ok(())
+}
+
 pub(crate) fn an_ejection_ends_and_is_counted(mesh: &mut Mesh) -> anyhow::Result<()> {
     let _policy = mesh.objects(
         "gateway-errors",

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, ensure};
 use mesh_tests::dns::Dns;
 use mesh_tests::program::{Client, End, Server, Sum, pattern};
+use mesh_tests::rude::Rude;
 use mesh_tests::tls::{self, OwnCert, TlsWeb};
 use mesh_tests::wait;
 use mesh_tests::web::Web;
@@ -286,6 +287,52 @@ pub(crate) fn a_destination_of_bytes_keeps_its_rules(mesh: &mut Mesh) -> anyhow:
         ensure!(name()? == "web1", "web2 is ejected");
     }
     drop(second);
+    Ok(())
+}
+
+/// A destination that is a proxy is asked to carry connections of bytes on, and what it refuses is refused.
+pub(crate) fn bytes_leave_through_another_proxy(mesh: &mut Mesh) -> anyhow::Result<()> {
+    const LIMIT: Duration = Duration::from_secs(20);
+    // Plays the target too.
+    let proxy = Rude::start(mesh.pod("web1"), MORE, |head, stream| {
+        let answer = match head.split(' ').next() {
+            _ if head.contains(" forbidden.example:") => "HTTP/1.1 403 Forbidden\r\ncontent-length: 0\r\n\r\n",
+            Some("CONNECT") => "HTTP/1.1 200 OK\r\n\r\nhello ",
+            Some("POST") => "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n6\r\nhello \r\n",
+            // In a chunk.
+            _ if head.ends_with("\r\n\r\n\r\n") => "4\r\npong\r\n",
+            _ => "pong",
+        };
+        stream.write_all(answer.as_bytes())
+    })?;
+    let _services = services(mesh)?;
+    let rule = |protocol: &str, host: &str| {
+        let yaml = format!(
+            "apiVersion: networking.istio.io/v1\nkind: DestinationRule\nmetadata: {{ name: one, namespace: t }}\nspec:\n  host: one\n  trafficPolicy: {{ tunnel: {{ protocol: {protocol}, targetHost: {host}, targetPort: 5432 }} }}\n"
+        );
+        mesh.objects("one-rule", &yaml)
+    };
+    let call = || -> anyhow::Result<String> {
+        let mut stream = mesh.pod("client").netns.connect(SocketAddr::new("10.96.2.10".parse()?, 92), LIMIT)?;
+        stream.set_read_timeout(Some(LIMIT))?;
+        let mut hello = [0; 6];
+        stream.read_exact(&mut hello)?;
+        stream.write_all(b"ping\r\n\r\n")?;
+        let mut pong = [0; 4];
+        stream.read_exact(&mut pong)?;
+        Ok(String::from_utf8_lossy(&[&hello[..], &pong[..]].concat()).into_owned())
+    };
+    for (protocol, line) in [
+        ("CONNECT", "CONNECT db.example:5432 HTTP/1.1\r\nhost: db.example:5432\r\n\r\nping\r\n\r\n"),
+        ("POST", "POST / HTTP/1.1\r\nhost: db.example:5432\r\n"),
+    ] {
+        let _rule = rule(protocol, "db.example")?;
+        let got = call()?;
+        ensure!(got == "hello pong" && proxy.text().contains(line), "{protocol}: {got:?} after {}", proxy.text());
+    }
+    let _rule = rule("CONNECT", "forbidden.example")?;
+    ensure!(call().is_err(), "what the proxy refuses is not reached");
+    ensure!(proxy.text().contains("CONNECT forbidden.example:5432 "), "{}", proxy.text());
     Ok(())
 }
 

@@ -117,8 +117,15 @@ pub(crate) fn tls_is_originated_with_certificates_of_a_secret(mesh: &mut Mesh) -
         let _tls = mesh.objects("tls", &simple)?;
         let got = call("/no-secret")?;
         ensure!(got.status == 503 && got.body.contains("remote connection failure"), "no Secret, no trust: {got:?}");
-        let _secret = mesh.objects("tls-secret", &secret(&[("ca.crt", &own.cert)]))?;
-        ensure!(told("/simple")?["client"] == false);
+        {
+            let _secret = mesh.objects("tls-secret", &secret(&[("ca.crt", &own.cert)]))?;
+            ensure!(told("/simple")?["client"] == false);
+        }
+        for (lists, status) in [(own.list(false)?, 200), (own.list(true)?, 503), ("no list\n".to_owned(), 503)] {
+            let _secret = mesh.objects("tls-secret", &secret(&[("ca.crt", &own.cert), ("ca.crl", &lists)]))?;
+            let got = call("/listed")?;
+            ensure!(got.status == status, "{lists}: {got:?}");
+        }
     }
     let _server = TlsWeb::start(mesh.pod("web1"), SECURE_PORT, &own, Some(&client))?;
     let _tls = mesh.objects("tls", &tls("mode: MUTUAL, sni: secure.example, credentialName: outside-tls"))?;

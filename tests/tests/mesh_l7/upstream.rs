@@ -74,11 +74,17 @@ data:
   mesh: |
     accessLogFile: /dev/stdout
     defaultHttpRetryPolicy: { attempts: 2, retryOn: "503" }
+    defaultTrafficPolicy: { outlierDetection: { consecutive5xxErrors: 3, baseEjectionTime: 60s, maxEjectionPercent: 100 } }
     pathNormalization: { normalization: MERGE_SLASHES }
 "#,
     )?;
     let got = fails("with")?;
     ensure!(got.status == 200 && got.echo()?["headers"]["x-envoy-attempt-count"] == "3", "{got:?}");
+    // Three failures in a row, of a service without a DestinationRule: its only endpoint is ejected.
+    let told = |path: &str| mesh.call(&[&format!("http://{OTHER}{path}")]);
+    ensure!(told("/fail/9/ejected")?.status == 503);
+    let gone = told("/")?;
+    ensure!(gone.status == 503 && gone.body == "no healthy upstream", "{gone:?}");
     refused(&mesh.call(&[&twice])?, "policy_denied")
 }
 

@@ -360,6 +360,7 @@ fn policy(p: &TrafficPolicy) -> Value {
             "maxRetries": limit(pool.max_retries),
             "httpIdleTimeout": pool.http_idle_timeout.map(time),
             "h2Upgrade": pool.h2_upgrade.then_some(true),
+            "h2UpgradeOfHttp": pool.h2_upgrade_of_http.then_some(true),
             "useClientProtocol": pool.use_client_protocol.then_some(true),
         },
         "outlierDetection": p.outlier.as_ref().map(|o| json!({
@@ -372,18 +373,25 @@ fn policy(p: &TrafficPolicy) -> Value {
             "maxEjectionTime": time(o.max_ejection),
             "maxEjectionPercent": o.max_ejection_percent,
             "minHealthPercent": o.min_health_percent,
+            "httpErrorCodes": Some(&o.error_statuses).filter(|statuses| !statuses.is_empty()),
         })),
         "tls": p.tls.as_ref().map(|t| json!({
             "sni": t.sni,
             "subjectAltNames": t.sans,
             "insecureSkipVerify": t.skip_verify.then_some(true),
+            "revocationLists": t.crl.is_some().then_some(true),
             "clientCertificate": t.client.is_some(),
             "alpn": t.alpn,
         })),
+        "tunnel": p.tunnel.as_ref().map(|t| json!({ "protocol": if t.post { "POST" } else { "CONNECT" }, "target": t.target })),
         "proxyProtocol": p.proxy_protocol.map(|v| format!("{v:?}")),
         "session": p.session.as_deref().map(session),
         "retryBudget": p.retry_budget.map(|b| {
-            json!({ "percent": f64::from(b.percent_hundredths) / 100.0, "minRetryConcurrency": b.min_concurrency })
+            json!({
+                "percent": f64::from(b.percent_hundredths) / 100.0,
+                "minRetryConcurrency": b.min_concurrency,
+                "budgetInterval": b.interval.map(time),
+            })
         }),
     })
 }

@@ -248,7 +248,8 @@ pub(super) fn observed(grpc: bool, result: &Result<Response<Incoming>, UpstreamE
     match result {
         Ok(response) => {
             let status = if grpc { grpc_status(response.headers()) } else { None };
-            Observed::Status(status.map_or(response.status().as_u16(), http_of_grpc))
+            let http = || Observed::Status(response.status().as_u16());
+            status.map_or_else(http, |status| Observed::Grpc(http_of_grpc(status)))
         }
         Err(error) => Observed::Failed(error.failure),
     }

@@ -69,6 +69,8 @@ impl Own {
 pub(super) struct Basis {
     pub backing: Arc<Backing>,
     pub destination: Option<Arc<Destination>>,
+    /// Where nothing is said of the service.
+    pub plain: Arc<TrafficPolicy>,
     pub own: Own,
     /// To its endpoints on other networks.
     pub ways: Vec<Beyond>,
@@ -84,7 +86,7 @@ impl Basis {
             _ => false,
         };
         let ways = self.ways == other.ways && self.front == other.front;
-        same && Arc::ptr_eq(&self.backing, &other.backing) && self.own == other.own && ways
+        same && self.plain == other.plain && Arc::ptr_eq(&self.backing, &other.backing) && self.own == other.own && ways
     }
 }
 
@@ -122,20 +124,14 @@ pub(super) fn hosts(state: &State, listed: &[Listed]) -> (Vec<Arc<Host>>, Vec<Pl
 }
 
 /// The cluster of a service port.
-pub(super) fn service(
-    state: &Arc<State>,
-    key: &ClusterKey,
-    service: &Arc<Service>,
-    plain: &Arc<TrafficPolicy>,
-    basis: Basis,
-) -> (Cluster, Vec<Listed>) {
+pub(super) fn service(state: &Arc<State>, key: &ClusterKey, service: &Arc<Service>, basis: Basis) -> (Cluster, Vec<Listed>) {
     if let Some(front) = &basis.front {
         let listed = front::listed(service, key.port, front, &basis.own.network);
         let protocol = service.port(key.port).map_or(AppProtocol::Unknown, |p| p.protocol);
-        let (policy, of) = (Arc::clone(plain), Some(Arc::clone(service)));
+        let (policy, of) = (Arc::clone(&basis.plain), Some(Arc::clone(service)));
         return (Cluster { protocol, ..cluster(state, policy, of, Source::Service(basis)) }, listed);
     }
-    let Basis { backing, destination, own, ways, front: _ } = &basis;
+    let Basis { backing, destination, plain, own, ways, front: _ } = &basis;
     let destination = destination.as_ref();
     let subset = key.subset.as_deref();
     // A subset nobody declared would have no endpoints; `Upstreams::cluster` does not come here with one.
@@ -235,7 +231,7 @@ fn key_of(target: &Target, known: &Known) -> Box<str> {
     }
 }
 
-/// Whose word on localities counts: the DestinationRule's, else the service's, else (with outlier detection) the mesh's
+/// Whose word on localities counts: the DestinationRule's, else the service's, else MeshConfig's, else (with outlier detection) the
 /// default of failing over by distance.
 struct Rules<'a> {
     policy: &'a TrafficPolicy,
@@ -253,7 +249,9 @@ impl<'a> Rules<'a> {
         let rules = &policy.locality;
         let shares = locality::distribution(rules, place).unwrap_or_default();
         let said = !rules.failover.is_empty() || !rules.priority.is_empty() || !rules.distribute.is_empty();
-        let mode = if rules.disabled {
+        let mode = if rules.mesh_wide && service.lb.mode != LbMode::Any {
+            Mode::Ranks
+        } else if rules.disabled {
             Mode::Alike
         } else if !shares.is_empty() {
             Mode::Shares

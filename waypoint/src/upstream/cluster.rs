@@ -121,8 +121,10 @@ pub(super) enum Asked {
 /// What came of an attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Observed {
-    /// The endpoint answered with this status (for gRPC: the status it stands for in HTTP).
+    /// The endpoint answered with this status.
     Status(u16),
+    /// It answered a gRPC call, with a status that stands for this one of HTTP.
+    Grpc(u16),
     /// It did not.
     Failed(Failure),
     /// A connection of bytes to it was made.
@@ -231,7 +233,7 @@ impl Cluster {
     /// # Errors
     /// `Overflow`: as many are under way as the policy allows.
     pub fn admit(&self) -> Result<RequestGuard, UpstreamError> {
-        self.state.admit(self.policy.pool.max_requests)
+        self.state.admit(&self.policy)
     }
 
     /// Admits a retry, to be held while it is under way.
@@ -243,11 +245,12 @@ impl Cluster {
     pub fn report(&self, host: &Arc<Host>, result: Observed) {
         let seen = match result {
             Observed::Status(status) => Some(Seen::Status(status)),
+            Observed::Grpc(status) => Some(Seen::Grpc(status)),
             Observed::Failed(failure) => failure.seen(),
             Observed::Connected => Some(Seen::Connected),
         };
         let Some(seen) = seen else { return };
-        if !matches!(seen, Seen::Status(..500) | Seen::Connected) {
+        if !matches!(seen, Seen::Status(..500) | Seen::Grpc(..500) | Seen::Connected) {
             note(&host.state.failures);
         }
         let Some(policy) = &self.policy.outlier else { return };

@@ -67,8 +67,15 @@ struct Place {
 impl Fetcher {
     /// Fetches on `worker`, for the process that serves `gateway`.
     pub fn new(mesh: Mesh, upstreams: Arc<Upstreams>, worker: Worker, gateway: GatewayKey) -> Self {
-        let public =
-            UpstreamTls { sni: None, sans: Vec::new(), roots: Roots::System, client: None, skip_verify: false, alpn: Vec::new() };
+        let public = UpstreamTls {
+            sni: None,
+            sans: Vec::new(),
+            roots: Roots::System,
+            crl: None,
+            client: None,
+            skip_verify: false,
+            alpn: Vec::new(),
+        };
         Self {
             mesh,
             upstreams,
@@ -151,7 +158,7 @@ impl Fetcher {
             tls: policy.tls.as_ref().or(to.secure.then_some(&self.public)),
             proxy: policy.proxy_protocol,
         };
-        let permit = alone(&cluster, &host, cluster.policy.pool.max_requests).map_err(failed)?;
+        let (permit, _waiting) = alone(&cluster, &host, cluster.policy.pool.max_requests).map_err(failed)?;
         let (stream, _) = transport::open(&cluster, &host, &shelf, Purpose::Single(None), None, permit).await.map_err(failed)?;
         Ok(Some(stream))
     }

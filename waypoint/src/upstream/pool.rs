@@ -11,7 +11,7 @@
 use super::cluster::Cluster;
 use super::error::{Failure, UpstreamError};
 use super::host::{Host, HostState};
-use super::state::{ConnectionGuard, InFlight, Pending};
+use super::state::{ConnectionGuard, InFlight, Pending, Place};
 use super::transport::{self, Tunnels};
 use crate::body::Body;
 use http::{Request, Response};
@@ -80,10 +80,20 @@ struct Idle {
 }
 #[derive(Debug)]
 struct Waiter {
-    tell: oneshot::Sender<Result<Given, UpstreamError>>,
+    tell: oneshot::Sender<Told>,
+    /// Its place among those that wait.
+    place: Arc<Place>,
     cluster: Arc<Cluster>,
     host: Arc<Host>,
     trace: Option<TraceParent>,
+}
+type Told = Result<Given, UpstreamError>;
+impl Waiter {
+    /// Ends its waiting; what it was to be told comes back if it does not wait any more.
+    fn end(self, told: Told) -> Result<(), Told> {
+        self.place.free();
+        self.tell.send(told)
+    }
 }
 /// What a waiter gets.
 #[derive(Debug)]
@@ -280,15 +290,17 @@ impl Shelf {
         let mut inner = self.inner.lock();
         inner.listed = false;
         let mut permit = None;
-        while let Some(Waiter { tell, cluster, host, trace }) = inner.waiting.pop_front() {
-            if tell.is_closed() {
+        while let Some(waiter) = inner.waiting.pop_front() {
+            if waiter.tell.is_closed() {
                 continue;
             }
-            let Some(leave) = permit.take().or_else(|| self.permit(&mut inner, &cluster, &host)) else {
+            let Some(leave) = permit.take().or_else(|| self.permit(&mut inner, &waiter.cluster, &waiter.host)) else {
                 // Somebody was faster; we are in the queue again.
-                inner.waiting.push_front(Waiter { tell, cluster, host, trace });
+                inner.waiting.push_front(waiter);
                 return true;
             };
+            let Waiter { tell, cluster, .. } = waiter;
+            // It goes on waiting, for the connection.
             if let Err(Ok(Given::Permit(unused))) = tell.send(Ok(Given::Permit(leave))) {
                 permit = Some(unused);
                 continue;
@@ -335,7 +347,7 @@ impl Shelf {
                 let all = inner.waiting.len();
                 let failing = if inner.open == 0 { all } else { all.min(1) };
                 for waiter in inner.waiting.drain(..failing) {
-                    let _ = waiter.tell.send(Err(error.clone()));
+                    let _ = waiter.end(Err(error.clone()));
                 }
             }
         }
@@ -348,7 +360,7 @@ impl Shelf {
             inner.shared.retain(|conn| !conn.sender.is_closed() && !conn.is_spent());
             let Some(mut slot) = inner.shared.iter().find_map(StreamSlot::of) else { return };
             while let Some(waiter) = inner.waiting.pop_front() {
-                match waiter.tell.send(Ok(Given::Lease(Lease::Shared(slot)))) {
+                match waiter.end(Ok(Given::Lease(Lease::Shared(slot)))) {
                     Ok(()) => {
                         slot = StreamSlot(None);
                         break;
@@ -371,7 +383,7 @@ impl Shelf {
         mut conn: Arc<OwnConn>,
     ) -> Option<(http1::SendRequest<Body>, Arc<OwnConn>)> {
         while let Some(waiter) = inner.waiting.pop_front() {
-            match waiter.tell.send(Ok(Given::Lease(Lease::Own(OwnLease(Some((sender, conn))))))) {
+            match waiter.end(Ok(Given::Lease(Lease::Own(OwnLease(Some((sender, conn))))))) {
                 Ok(()) => return None,
                 Err(Ok(Given::Lease(Lease::Own(mut unused)))) => (sender, conn) = unused.0.take()?,
                 Err(_) => return None,
@@ -434,7 +446,7 @@ impl Drop for Dial {
             inner.dialing = inner.dialing.saturating_sub(1);
             inner.open = inner.open.saturating_sub(1);
             for waiter in inner.waiting.drain(..) {
-                let _ = waiter.tell.send(Err(UpstreamError::new(Failure::Connect, "given up")));
+                let _ = waiter.end(Err(UpstreamError::new(Failure::Connect, "given up")));
             }
         }
     }
@@ -462,21 +474,20 @@ pub(super) async fn acquire(
             shelf.start(&mut inner, cluster, host, trace, permit);
         }
         let (tell, told) = oneshot::channel();
-        inner.waiting.push_back(Waiter { tell, cluster: Arc::clone(cluster), host: Arc::clone(host), trace });
+        let (place, cluster, host) = (pending.place(), Arc::clone(cluster), Arc::clone(host));
+        inner.waiting.push_back(Waiter { tell, place, cluster, host, trace });
         (told, pending)
     };
     loop {
         match told.await {
-            Ok(Ok(Given::Lease(lease))) => {
-                drop(pending);
-                return Ok(lease);
-            }
+            Ok(Ok(Given::Lease(lease))) => return Ok(lease),
             Ok(Ok(Given::Permit(permit))) => {
                 let (tell, again) = oneshot::channel();
                 told = again;
                 let mut inner = shelf.inner.lock();
                 shelf.start(&mut inner, cluster, host, trace, permit);
-                inner.waiting.push_front(Waiter { tell, cluster: Arc::clone(cluster), host: Arc::clone(host), trace });
+                let (place, cluster, host) = (pending.place(), Arc::clone(cluster), Arc::clone(host));
+                inner.waiting.push_front(Waiter { tell, place, cluster, host, trace });
             }
             Ok(Err(error)) => return Err(error),
             Err(_) => return Err(UpstreamError::new(Failure::Connect, "given up")),
@@ -540,7 +551,8 @@ async fn make(
     Ok(Made::Own(sender, own))
 }
 
-fn http2_builder(limits: &PoolLimits) -> http2::Builder<TokioExecutor> {
+/// How HTTP/2 connections are made, pooled or not.
+pub(super) fn http2_builder(limits: &PoolLimits) -> http2::Builder<TokioExecutor> {
     let mut builder = http2::Builder::new(TokioExecutor::new());
     builder
         .initial_stream_window_size(H2_STREAM_WINDOW)

@@ -1,9 +1,10 @@
 //! One attempt at an endpoint: a request on a pooled connection, on one of its own, or a raw byte stream.
 use super::cluster::Cluster;
 use super::error::{Failure, UpstreamError};
+use super::forward::{self, Forwarded};
 use super::host::Host;
 use super::pool::{self, Lease, ShelfKey};
-use super::state::{RequestGuard, note, overflow};
+use super::state::{Pending, RequestGuard, note, overflow};
 use super::transport::{self, Purpose, Stream};
 use crate::body::{Body, BodyError};
 use http::header::{self, HeaderName, HeaderValue};
@@ -114,8 +115,9 @@ async fn send_alone(
     key: &ShelfKey<'_>,
     how: SendOptions<'_>,
 ) -> Result<Response<Incoming>, UpstreamError> {
-    let permit = alone(cluster, host, cluster.policy.pool.max_requests)?;
+    let (permit, waiting) = alone(cluster, host, cluster.policy.pool.max_requests)?;
     let (io, _) = transport::dial(cluster, host, key, Purpose::Single(how.client), how.trace, permit).await?;
+    drop(waiting);
     let (mut sender, connection) =
         pool::builder().handshake(TokioIo::new(io)).await.map_err(|e| UpstreamError::new(Failure::Connect, e.to_string()))?;
     tokio::spawn(async move {
@@ -124,6 +126,15 @@ async fn send_alone(
         }
     });
     sender.send_request(request).await.map_err(|e| explain(&e))
+}
+
+/// A raw byte stream to an endpoint.
+#[derive(Debug)]
+pub enum Carrier {
+    /// Straight.
+    Straight(Stream),
+    /// Through the endpoint, which is a proxy, and was asked to carry it on.
+    Forwarded(Box<Forwarded>),
 }
 
 /// A raw byte stream to the endpoint, for TCP routes, TLS passthrough and protocols where the server speaks first. `trace`: the
@@ -136,23 +147,37 @@ pub async fn connect(
     host: &Arc<Host>,
     client: Option<SocketAddr>,
     trace: Option<TraceParent>,
-) -> Result<Stream, UpstreamError> {
+) -> Result<Carrier, UpstreamError> {
     let policy = &cluster.policy;
     // Bytes are no requests: their limit is none of theirs.
-    let permit = alone(cluster, host, u32::MAX)?;
+    let (permit, _waiting) = alone(cluster, host, u32::MAX)?;
     let sni = policy.tls.as_ref().filter(|tls| tls.sni.is_none()).and(cluster.service.as_ref()).map(|s| &*s.key.hostname);
     let key = ShelfKey { http2: false, client, sni, tls: policy.tls.as_ref(), proxy: policy.proxy_protocol };
-    Ok(transport::open(cluster, host, &key, Purpose::Stream(client), trace, permit).await?.0)
+    let Some(tunnel) = &policy.tunnel else {
+        let (stream, _) = transport::open(cluster, host, &key, Purpose::Stream(client), trace, permit).await?;
+        return Ok(Carrier::Straight(stream));
+    };
+    let http2 = policy.pool.speaks_http2(cluster.protocol, false);
+    let key = ShelfKey { http2, ..key };
+    let (stream, _) = transport::open(cluster, host, &key, Purpose::Single(client), trace, permit).await?;
+    let forwarded = forward::through(stream, tunnel, (http2, policy.tls.is_some()), &policy.pool).await?;
+    Ok(Carrier::Forwarded(Box::new(forwarded)))
 }
 
-/// A place for a connection that is not shared, among the connections and among the `requests` under way.
-pub(super) fn alone(cluster: &Arc<Cluster>, host: &Arc<Host>, requests: u32) -> Result<super::ConnectionGuard, UpstreamError> {
+/// A place for a connection that is not shared, among the connections and among the `requests` under way; and one among those that
+/// wait, to be held until it is made (Envoy: whoever has no connection yet is pending, also of TCP).
+pub(super) fn alone(
+    cluster: &Arc<Cluster>,
+    host: &Arc<Host>,
+    requests: u32,
+) -> Result<(super::ConnectionGuard, Pending), UpstreamError> {
     let permit = cluster.state.permit(&host.state, false).ok_or_else(|| {
         note(&cluster.state.counters.connection_overflows);
         overflow()
     })?;
+    let waiting = cluster.state.wait(cluster.policy.pool.max_pending)?;
     let flight = cluster.state.attach(&host.state, requests)?;
-    Ok(permit.with(flight))
+    Ok((permit.with(flight), waiting))
 }
 
 /// The name TLS is asked for, where the policy leaves it to the request.

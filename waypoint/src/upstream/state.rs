@@ -6,7 +6,7 @@ use super::host::{Host, HostState, Target};
 use super::pool::Shelf;
 use super::transport::Reach;
 use arc_swap::ArcSwap;
-use mesh_model::l7::breaker::count_up;
+use mesh_model::l7::breaker::{Lately, count_up};
 use mesh_model::l7::destination::{OutlierPolicy, TrafficPolicy};
 use mesh_model::l7::outlier::{self, Cause};
 use mesh_model::workload::WorkloadUid;
@@ -33,6 +33,8 @@ pub(super) struct State {
     pub requests: AtomicU32,
     /// Requests admitted and not over, wherever they are.
     pub admitted: AtomicU32,
+    /// Requests admitted lately, where a retry budget goes by those.
+    lately: Lately,
     /// Retries under way.
     pub retries: AtomicU32,
     pub counters: Counters,
@@ -92,6 +94,7 @@ impl State {
             pending: AtomicU32::new(0),
             requests: AtomicU32::new(0),
             admitted: AtomicU32::new(0),
+            lately: Lately::default(),
             retries: AtomicU32::new(0),
             counters: Counters::default(),
             sessions: AtomicBool::new(false),
@@ -232,7 +235,7 @@ impl State {
     /// A place among the requests that wait.
     pub fn wait(self: &Arc<Self>, limit: u32) -> Result<Pending, UpstreamError> {
         if count_up(&self.pending, limit) {
-            return Ok(Pending(Arc::clone(self)));
+            return Ok(Pending(Arc::new(Place { state: Arc::clone(self), held: AtomicBool::new(true) })));
         }
         note(&self.counters.pending_overflows);
         Err(overflow())
@@ -254,10 +257,13 @@ impl State {
         Ok(InFlight { state: Arc::clone(self), host: Arc::clone(host) })
     }
 
-    pub fn admit(self: &Arc<Self>, limit: u32) -> Result<RequestGuard, UpstreamError> {
-        if self.requests.load(Relaxed) >= limit {
+    pub fn admit(self: &Arc<Self>, policy: &TrafficPolicy) -> Result<RequestGuard, UpstreamError> {
+        if self.requests.load(Relaxed) >= policy.pool.max_requests {
             note(&self.counters.request_overflows);
             return Err(overflow());
+        }
+        if let Some(interval) = policy.retry_budget.and_then(|budget| budget.interval) {
+            self.lately.note(self.now(), interval);
         }
         note(&self.counters.requests);
         self.admitted.fetch_add(1, Relaxed);
@@ -265,7 +271,9 @@ impl State {
     }
 
     pub fn admit_retry(self: &Arc<Self>, policy: &TrafficPolicy) -> Option<RetryGuard> {
-        if !count_up(&self.retries, policy.most_retries(self.admitted.load(Relaxed))) {
+        let interval = policy.retry_budget.and_then(|budget| budget.interval);
+        let lately = interval.map_or(0, |interval| self.lately.count(self.now(), interval));
+        if !count_up(&self.retries, policy.most_retries(self.admitted.load(Relaxed).max(lately))) {
             note(&self.counters.retry_overflows);
             return None;
         }
@@ -392,12 +400,30 @@ impl Drop for ConnectionGuard {
     }
 }
 
-/// A request that waits.
+/// A request that waits, until it is dropped at the latest.
 #[derive(Debug)]
-pub(super) struct Pending(Arc<State>);
+pub(super) struct Pending(Arc<Place>);
+impl Pending {
+    pub fn place(&self) -> Arc<Place> {
+        Arc::clone(&self.0)
+    }
+}
 impl Drop for Pending {
     fn drop(&mut self) {
-        self.0.pending.fetch_sub(1, Relaxed);
+        self.0.free();
+    }
+}
+/// Its place, for who ends the waiting: freed at once, and not when the request comes to know.
+#[derive(Debug)]
+pub(super) struct Place {
+    state: Arc<State>,
+    held: AtomicBool,
+}
+impl Place {
+    pub fn free(&self) {
+        if self.held.swap(false, Relaxed) {
+            self.state.pending.fetch_sub(1, Relaxed);
+        }
     }
 }
 

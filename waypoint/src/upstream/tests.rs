@@ -25,6 +25,7 @@ use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 
 mod beyond;
+mod forward;
 mod fronts;
 mod hbone;
 mod limits;

@@ -1,15 +1,16 @@
 //! TLS towards endpoints: one rustls configuration per policy, made once.
 //!
-//! Refuses to connect to whom it cannot verify: no name to check, roots that are missing or unreadable, a client certificate
-//! that is not there. Only `insecureSkipVerify` turns verification off, and then nothing but the name and the chain.
+//! Refuses to connect to whom it cannot verify: no name to check, roots or revocation lists that are missing or unreadable, a
+//! client certificate that is not there. Only `insecureSkipVerify` turns verification off, and then nothing but the name and the chain.
 use super::error::{Failure, UpstreamError};
-use mesh_model::l7::destination::{ClientCertificate, Roots, UpstreamTls};
+use mesh_identity::revocation::{Revocation, Unknown};
+use mesh_model::l7::destination::{ClientCertificate, RevocationLists, Roots, UpstreamTls};
 use parking_lot::Mutex;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::client::{WebPkiServerVerifier, verify_server_cert_signed_by_trust_anchor, verify_server_name};
+use rustls::client::{Resumption, WebPkiServerVerifier, verify_server_cert_signed_by_trust_anchor, verify_server_name};
 use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms, verify_tls12_signature, verify_tls13_signature};
 use rustls::server::ParsedCertificate;
-use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
+use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, OtherError, RootCertStore, SignatureScheme};
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use std::collections::HashMap;
@@ -55,7 +56,9 @@ impl TlsCache {
             None => ServerName::IpAddress(IpAddr::V4(Ipv4Addr::UNSPECIFIED).into()),
         };
         let key = (Arc::clone(tls), http2);
-        let from_files = matches!(tls.roots, Roots::File(_)) || matches!(tls.client, Some(ClientCertificate::Files { .. }));
+        let from_files = matches!(tls.roots, Roots::File(_))
+            || matches!(tls.crl, Some(RevocationLists::File(_)))
+            || matches!(tls.client, Some(ClientCertificate::Files { .. }));
         if let Some(made) = self.made.lock().get(&key)
             && !(from_files && made.at.elapsed() >= FILES_TTL)
         {
@@ -104,6 +107,10 @@ fn configure(tls: &UpstreamTls, http2: Option<bool>) -> Result<ClientConfig, Str
         Some(false) => vec![b"http/1.1".to_vec()],
         None => Vec::new(),
     };
+    if tls.crl.is_some() {
+        // A session that is resumed is not verified anew.
+        config.resumption = Resumption::disabled();
+    }
     Ok(config)
 }
 
@@ -132,11 +139,19 @@ fn verifier(tls: &UpstreamTls, crypto: &Arc<CryptoProvider>) -> Result<Arc<dyn S
         return Err("roots: there are none".to_owned());
     }
     let roots = Arc::new(roots);
-    if tls.sans.is_empty() {
+    let lists = match &tls.crl {
+        None => None,
+        Some(RevocationLists::File(path)) => Some(read(path)?),
+        Some(RevocationLists::Pem(text)) => Some(text.as_bytes().to_vec()),
+    };
+    // Envoy: who issued a certificate and has no list, or none that is in date, vouches for nobody.
+    let lists = lists.map(|lists| Revocation::read(&lists, Unknown::Deny)).transpose();
+    let lists = lists.map_err(|e| format!("revocation lists: {e}"))?;
+    if tls.sans.is_empty() && lists.is_none() {
         let verifier = WebPkiServerVerifier::builder_with_provider(roots, Arc::clone(crypto)).build();
         return Ok(verifier.map_err(|e| e.to_string())?);
     }
-    Ok(Arc::new(Verifier { algorithms, accepted: Accepted::AnyOf { roots, names: tls.sans.clone() } }))
+    Ok(Arc::new(Verifier { algorithms, accepted: Accepted::Trusted { roots, lists, names: tls.sans.clone() } }))
 }
 
 fn read(path: &str) -> Result<Vec<u8>, String> {
@@ -150,7 +165,16 @@ fn certificates(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> {
     }
 }
 
-/// Who is accepted where no single name is asked for.
+/// In rustls' words, by which the server is told.
+fn taken_back(error: webpki::Error) -> CertificateError {
+    match error {
+        webpki::Error::CertRevoked => CertificateError::Revoked,
+        webpki::Error::UnknownRevocationStatus => CertificateError::UnknownRevocationStatus,
+        error => CertificateError::Other(OtherError(Arc::new(error))),
+    }
+}
+
+/// Who is accepted where more is asked than that one name is of a trusted chain.
 #[derive(Debug)]
 struct Verifier {
     algorithms: WebPkiSupportedAlgorithms,
@@ -158,8 +182,9 @@ struct Verifier {
 }
 #[derive(Debug)]
 enum Accepted {
-    /// A trusted chain whose leaf has one of the names (DNS, address or URI).
-    AnyOf { roots: Arc<RootCertStore>, names: Vec<Arc<str>> },
+    /// A trusted chain that is on none of the lists, whose leaf has one of the names (DNS, address or URI), if there are any, or
+    /// else the one of the server.
+    Trusted { roots: Arc<RootCertStore>, lists: Option<Revocation>, names: Vec<Arc<str>> },
     /// `insecureSkipVerify`: whoever holds the key of the certificate shown.
     Anyone,
 }
@@ -168,16 +193,22 @@ impl ServerCertVerifier for Verifier {
         &self,
         leaf: &CertificateDer<'_>,
         intermediates: &[CertificateDer<'_>],
-        _: &ServerName<'_>,
+        server: &ServerName<'_>,
         _: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
-        let (roots, names) = match &self.accepted {
+        let (roots, lists, names) = match &self.accepted {
             Accepted::Anyone => return Ok(ServerCertVerified::assertion()),
-            Accepted::AnyOf { roots, names } => (roots, names),
+            Accepted::Trusted { roots, lists, names } => (roots, lists, names),
         };
         let parsed = ParsedCertificate::try_from(leaf)?;
         verify_server_cert_signed_by_trust_anchor(&parsed, roots, intermediates, now, self.algorithms.all)?;
+        if let Some(lists) = lists {
+            lists.verify_server(leaf, intermediates, &roots.roots, &self.algorithms, now).map_err(taken_back)?;
+        }
+        if names.is_empty() {
+            return verify_server_name(&parsed, server).map(|()| ServerCertVerified::assertion());
+        }
         let has = |name: &str| {
             if name.contains("://") {
                 return webpki::EndEntityCert::try_from(leaf).is_ok_and(|cert| cert.valid_uri_names().any(|uri| uri == name));

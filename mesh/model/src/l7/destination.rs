@@ -68,6 +68,8 @@ pub struct TrafficPolicy {
     pub proxy_protocol: Option<ProxyVersion>,
     /// Retry budget.
     pub retry_budget: Option<RetryBudget>,
+    /// The endpoints are proxies that carry connections of bytes on.
+    pub tunnel: Option<ForwardTunnel>,
     /// Requests of a session stay with its endpoint, where the route says nothing of sessions.
     pub session: Option<Arc<Session>>,
 }
@@ -77,7 +79,7 @@ impl TrafficPolicy {
     pub fn has_connections_of(&self, other: &Self) -> bool {
         self.pool == other.pool && self.proxy_protocol == other.proxy_protocol && self.tls == other.tls
     }
-    /// Retries that may be under way while so many requests are: by the budget where there is one, else `maxRetries`.
+    /// Retries that may be under way while so many requests count: by the budget where there is one, else `maxRetries`.
     pub fn most_retries(&self, requests: u32) -> u32 {
         self.retry_budget.as_ref().map_or(self.pool.max_retries, |budget| budget.allowed(requests))
     }
@@ -142,6 +144,8 @@ pub struct LocalityPolicy {
     pub failover: Vec<(Arc<str>, Arc<str>)>,
     /// `failoverPriority`: labels, or `label=value`, in order.
     pub priority: Vec<(Arc<str>, Option<Arc<str>>)>,
+    /// MeshConfig's: the service's own word goes before it.
+    pub mesh_wide: bool,
 }
 /// Localities (may end in `*`) and their percentages.
 pub type Shares = Vec<(Arc<str>, u32)>;
@@ -180,6 +184,8 @@ pub struct PoolLimits {
     pub http_idle_timeout: Option<Duration>,
     /// `h2UpgradePolicy: UPGRADE`: HTTP/2 towards the endpoint whatever the client spoke.
     pub h2_upgrade: bool,
+    /// The same of ports that are declared as HTTP (MeshConfig's `h2UpgradePolicy`).
+    pub h2_upgrade_of_http: bool,
     /// `useClientProtocol`.
     pub use_client_protocol: bool,
     /// Streams per HTTP/2 connection.
@@ -201,6 +207,7 @@ impl Default for PoolLimits {
             max_retries: u32::MAX,
             http_idle_timeout: Some(Duration::from_hours(1)),
             h2_upgrade: false,
+            h2_upgrade_of_http: false,
             use_client_protocol: false,
             max_concurrent_streams: (1 << 31) - 1,
             http2_keepalive: None,
@@ -218,7 +225,7 @@ impl PoolLimits {
         }
         match declared {
             AppProtocol::Http2 | AppProtocol::Grpc => true,
-            AppProtocol::Http11 => false,
+            AppProtocol::Http11 => self.h2_upgrade_of_http,
             // Not declared: what the client chose was chosen for the endpoint (Istio's protocol detection).
             AppProtocol::Unknown | AppProtocol::Tls | AppProtocol::Tcp => client_did,
         }
@@ -263,6 +270,8 @@ pub struct OutlierPolicy {
     pub max_ejection_percent: u32,
     /// Below this share of healthy hosts (percent) ejection is ignored; 0: never.
     pub min_health_percent: u32,
+    /// Statuses of HTTP that are errors, and no others; empty: those of 5xx.
+    pub error_statuses: Vec<u16>,
 }
 impl Default for OutlierPolicy {
     fn default() -> Self {
@@ -276,6 +285,7 @@ impl Default for OutlierPolicy {
             max_ejection: Duration::from_mins(5),
             max_ejection_percent: 10,
             min_health_percent: 0,
+            error_statuses: Vec::new(),
         }
     }
 }
@@ -288,6 +298,9 @@ pub struct UpstreamTls {
     pub sans: Vec<Arc<str>>,
     /// Whom to trust.
     pub roots: Roots,
+    /// Certificates that were taken back. Where there are lists, each certificate of a chain must be on none of them, and each
+    /// issuer must have one that is in date (Envoy: `crl`).
+    pub crl: Option<RevocationLists>,
     /// Our certificate, for mutual TLS.
     pub client: Option<ClientCertificate>,
     /// `insecureSkipVerify`.
@@ -306,6 +319,14 @@ pub enum Roots {
     Pem(Arc<str>),
     /// The CA that is named is not there: nothing is trusted, and the text says why.
     Missing(Arc<str>),
+}
+/// Lists of certificates that were taken back.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum RevocationLists {
+    /// A file: PEM, or the DER of one list.
+    File(Arc<str>),
+    /// PEM text, from a Secret.
+    Pem(Arc<str>),
 }
 /// A client certificate.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -344,16 +365,26 @@ pub enum ProxyVersion {
     /// Binary.
     V2,
 }
-/// Retries under way, at most this share of the requests under way.
+/// What a proxy is asked for, for each connection of bytes; requests go to it as to any endpoint (as in Istio).
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct ForwardTunnel {
+    /// Host and port it is to connect to, as an authority.
+    pub target: Arc<str>,
+    /// By POST, not by CONNECT.
+    pub post: bool,
+}
+/// Retries under way, at most this share of the requests under way, or of those that came lately where that is asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RetryBudget {
+    /// How long a request counts from its beginning at least; `None`: until it is over.
+    pub interval: Option<Duration>,
     /// Percent × 100 (2000: 20 %).
     pub percent_hundredths: u32,
     /// Always allowed (3).
     pub min_concurrency: u32,
 }
 impl RetryBudget {
-    /// Retries that may be under way while so many requests are.
+    /// Retries that may be under way while so many requests count.
     pub fn allowed(&self, requests: u32) -> u32 {
         let share = u64::from(requests) * u64::from(self.percent_hundredths) / 10_000;
         u32::try_from(share).unwrap_or(u32::MAX).max(self.min_concurrency)
@@ -427,15 +458,22 @@ mod tests {
         };
         let second = Duration::from_secs(1);
         let keepalive = TcpKeepalive { probes: 1, time: second, interval: second };
-        let tls =
-            UpstreamTls { sni: None, sans: Vec::new(), roots: Roots::System, client: None, skip_verify: false, alpn: Vec::new() };
+        let tls = UpstreamTls {
+            sni: None,
+            sans: Vec::new(),
+            roots: Roots::System,
+            crl: None,
+            client: None,
+            skip_verify: false,
+            alpn: Vec::new(),
+        };
         for (policy, kept) in [
             (TrafficPolicy::default(), true),
             (TrafficPolicy { balance: Balance::Random, ..TrafficPolicy::default() }, true),
             (TrafficPolicy { outlier: Some(OutlierPolicy::default()), ..TrafficPolicy::default() }, true),
             (
                 TrafficPolicy {
-                    retry_budget: Some(RetryBudget { percent_hundredths: 1, min_concurrency: 1 }),
+                    retry_budget: Some(RetryBudget { interval: None, percent_hundredths: 1, min_concurrency: 1 }),
                     ..TrafficPolicy::default()
                 },
                 true,
@@ -462,7 +500,7 @@ mod tests {
     }
     #[test]
     fn retry_budgets() {
-        let budget = |percent_hundredths, min_concurrency| RetryBudget { percent_hundredths, min_concurrency };
+        let budget = |percent_hundredths, min_concurrency| RetryBudget { interval: None, percent_hundredths, min_concurrency };
         for (budget, requests, allowed) in [
             (budget(2000, 3), 0, 3),
             (budget(2000, 3), 15, 3),
@@ -490,8 +528,11 @@ mod tests {
         ] {
             let policy = TrafficPolicy {
                 pool: PoolLimits { max_retries: most, ..PoolLimits::default() },
-                retry_budget: budget
-                    .map(|(percent_hundredths, min_concurrency)| RetryBudget { percent_hundredths, min_concurrency }),
+                retry_budget: budget.map(|(percent_hundredths, min_concurrency)| RetryBudget {
+                    interval: None,
+                    percent_hundredths,
+                    min_concurrency,
+                }),
                 ..TrafficPolicy::default()
             };
             assert_eq!(policy.most_retries(requests), allowed, "{most} {budget:?} {requests}");
@@ -518,6 +559,12 @@ mod tests {
             let pool = PoolLimits { use_client_protocol: client, h2_upgrade: upgrade, ..PoolLimits::default() };
             let got = [false, true].map(|client_did| pool.speaks_http2(declared, client_did));
             assert_eq!(got, [of_one, of_two], "{client} {upgrade} {declared:?}");
+        }
+        for (client, declared, of_one) in
+            [(false, Http11, true), (false, Http2, true), (false, Unknown, false), (false, Tcp, false), (true, Http11, false)]
+        {
+            let pool = PoolLimits { use_client_protocol: client, h2_upgrade_of_http: true, ..PoolLimits::default() };
+            assert_eq!(pool.speaks_http2(declared, false), of_one, "of the mesh: {client} {declared:?}");
         }
     }
     #[test]

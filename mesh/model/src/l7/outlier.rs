@@ -12,6 +12,8 @@ use std::time::Duration;
 pub enum Seen {
     /// It answered.
     Status(u16),
+    /// It answered a gRPC call, with a status that stands for this one.
+    Grpc(u16),
     /// A connection of bytes to it was made.
     Connected,
     /// No connection was made.
@@ -45,9 +47,12 @@ impl Monitor {
     pub fn note(&self, policy: &OutlierPolicy, seen: Seen) -> Option<Cause> {
         let status = match seen {
             Seen::Status(status) => {
-                if policy.split_external_local {
-                    clear(&self.local);
-                }
+                self.answered(policy);
+                judged(policy, status)
+            }
+            // Envoy's `error_matcher` is asked of HTTP's own statuses only.
+            Seen::Grpc(status) => {
+                self.answered(policy);
                 status
             }
             Seen::Connected | Seen::Unconnected | Seen::Broken | Seen::Timeout if policy.split_external_local => {
@@ -81,6 +86,12 @@ impl Monitor {
         }
         cause
     }
+    /// An answer takes a connection, which ends a row of failures of our own making.
+    fn answered(&self, policy: &OutlierPolicy) {
+        if policy.split_external_local {
+            clear(&self.local);
+        }
+    }
     /// Starts the count of one cause anew.
     pub fn reset(&self, cause: Cause) {
         clear(match cause {
@@ -94,6 +105,17 @@ impl Monitor {
         clear(&self.five_xx);
         clear(&self.gateway);
         clear(&self.local);
+    }
+}
+/// What a status counts as: where statuses are named they alone are errors, whatever 5xx is not among them, and those below 500 are
+/// as bad as that.
+fn judged(policy: &OutlierPolicy, status: u16) -> u16 {
+    if policy.error_statuses.is_empty() {
+        status
+    } else if policy.error_statuses.contains(&status) {
+        status.max(500)
+    } else {
+        200
     }
 }
 /// Written only when it changes something: successes are the common case, and the counter is shared.

@@ -7,23 +7,27 @@
 //! Upstream: [`super::object`]. Downstream: [`super::layer7`].
 
 mod join;
+mod mesh;
 mod tls;
 
 use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
 use mesh_model::l7::destination::{
-    Balance, HashAlgorithm, HashKey, Http2Keepalive, LocalityPolicy, OutlierPolicy, PoolLimits, ProxyVersion, RetryBudget,
-    TcpKeepalive, Warmup,
+    Balance, ForwardTunnel, HashAlgorithm, HashKey, Http2Keepalive, LocalityPolicy, OutlierPolicy, PoolLimits, ProxyVersion,
+    RetryBudget, TcpKeepalive, Warmup,
 };
 use mesh_model::labels::Labels;
 
 pub(super) use join::{build, check, has_subset};
+pub(super) use mesh::MeshTraffic;
 use tls::TlsBlock;
 
 use super::authorization::OBJECT_META;
 use super::http_text::{self, resolve};
+use super::istio::host_name;
 use super::object::{ObjectId, Reader};
 use super::read::{self, Bad, Read};
 use crate::diagnostics::Severity;
@@ -55,18 +59,37 @@ struct Policy {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Blocks {
     balance: Option<Balancing>,
-    pool: Option<PoolLimits>,
+    pool: Option<Pool>,
     outlier: Option<OutlierPolicy>,
     tls: Option<TlsBlock>,
     proxy_protocol: Option<ProxyVersion>,
     retry_budget: Option<RetryBudget>,
+    /// Alone of them never inherited by a subset.
+    tunnel: Option<ForwardTunnel>,
 }
 /// A `loadBalancer`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Balancing {
     balance: Balance,
-    locality: LocalityPolicy,
+    locality: Option<LocalityPolicy>,
     warmup: Option<Warmup>,
+}
+/// A `connectionPool`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Pool {
+    /// All but what MeshConfig may say where it does not.
+    limits: PoolLimits,
+    connect_timeout: Option<Duration>,
+    keepalive: Option<Keepalive>,
+    /// Not `DEFAULT`.
+    h2_upgrade: Option<bool>,
+}
+/// A `tcpKeepalive`; `None` where not written, or zero.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Keepalive {
+    probes: Option<u32>,
+    time: Option<Duration>,
+    interval: Option<Duration>,
 }
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct SubsetRule {
@@ -200,8 +223,8 @@ impl<'p> Dr<'_, '_, 'p> {
                 "retryBudget",
             ],
         )?;
-        if let Some(t) = n.get("tunnel") {
-            return Err(Bad::value(t, "tunnels through another proxy are not supported", "remove it, or route to the proxy"));
+        if let (Some(t), Some(_)) = (n.get("tunnel"), n.get("proxyProtocol")) {
+            return Err(Bad::value(t, "`tunnel` and `proxyProtocol` cannot both be written", "keep one of them"));
         }
         let mut blocks = self.blocks(n)?;
         blocks.proxy_protocol = match read::map(n, "proxyProtocol")? {
@@ -221,6 +244,7 @@ impl<'p> Dr<'_, '_, 'p> {
             }
         };
         blocks.retry_budget = read::map(n, "retryBudget")?.map(retry_budget).transpose()?;
+        blocks.tunnel = read::map(n, "tunnel")?.map(tunnel).transpose()?;
         let mut ports = BTreeMap::new();
         for p in read::list(n, "portLevelSettings")? {
             read::only(p, &["port", "loadBalancer", "connectionPool", "outlierDetection", "tls"])?;
@@ -242,14 +266,18 @@ impl<'p> Dr<'_, '_, 'p> {
             tls: read::map(n, "tls")?.map(|t| self.tls(t)).transpose()?,
             proxy_protocol: None,
             retry_budget: None,
+            tunnel: None,
         })
     }
 
     fn tls(&mut self, n: &'p Node<'p>) -> Read<'p, TlsBlock> {
         let block = tls::read(n)?;
-        if matches!(block, TlsBlock::Off) {
+        match &block {
             // No TLS of ours is there that they could speak of.
-            self.without_effect(n, &["sni", "subjectAltNames", "insecureSkipVerify"]);
+            TlsBlock::Off => self.without_effect(n, &["sni", "subjectAltNames", "insecureSkipVerify", "caCrl"]),
+            // Nothing is verified.
+            TlsBlock::Ready(tls) if tls.skip_verify => self.without_effect(n, &["caCrl"]),
+            TlsBlock::Ready(_) | TlsBlock::Secret { .. } => {}
         }
         Ok(block)
     }
@@ -273,7 +301,7 @@ impl<'p> Dr<'_, '_, 'p> {
                 }
             },
         };
-        let locality = read::map(n, "localityLbSetting")?.map(|l| self.locality(l)).transpose()?.unwrap_or_default();
+        let locality = read::map(n, "localityLbSetting")?.map(|l| self.locality(l)).transpose()?;
         let warmup = match (read::map(n, "warmup")?, at_least_1ms(n, "warmupDurationSecs")?) {
             (Some(w), _) => Some(warmup(w)?),
             (None, Some(duration)) => Some(Warmup { duration, minimum_percent: 10, aggression_milli: 1000 }),
@@ -416,31 +444,15 @@ impl<'p> Dr<'_, '_, 'p> {
         }
     }
 
-    fn pool(n: &'p Node<'p>) -> Read<'p, PoolLimits> {
+    fn pool(n: &'p Node<'p>) -> Read<'p, Pool> {
         read::only(n, &["tcp", "http"])?;
-        let mut out = PoolLimits::default();
+        let mut pool = Pool::default();
+        let out = &mut pool.limits;
         if let Some(t) = read::map(n, "tcp")? {
             read::only(t, &["maxConnections", "connectTimeout", "tcpKeepalive", "maxConnectionDuration", "idleTimeout"])?;
             out.max_connections = limit(t, "maxConnections", u32::MAX)?;
-            if let Some(d) = at_least_1ms(t, "connectTimeout")? {
-                out.connect_timeout = d;
-            }
-            if let Some(k) = read::map(t, "tcpKeepalive")? {
-                read::only(k, &["probes", "time", "interval"])?;
-                let seconds = |key: &str, default: u64| -> Read<'p, Duration> {
-                    let found = read::duration(k, key)?;
-                    if found.is_some_and(|d| !d.is_zero() && d < Duration::from_secs(1)) {
-                        return Err(Bad::value(k.get(key).unwrap_or(k), "the kernel counts in seconds", "write at least `1s`"));
-                    }
-                    Ok(found.filter(|d| !d.is_zero()).unwrap_or(Duration::from_secs(default)))
-                };
-                // Where nothing is said, Linux's own values.
-                out.keepalive = Some(TcpKeepalive {
-                    probes: limit(k, "probes", 9)?,
-                    time: seconds("time", 7200)?,
-                    interval: seconds("interval", 75)?,
-                });
-            }
+            pool.connect_timeout = at_least_1ms(t, "connectTimeout")?;
+            pool.keepalive = read::map(t, "tcpKeepalive")?.map(Keepalive::read).transpose()?;
             out.max_connection_duration = at_least_1ms(t, "maxConnectionDuration")?;
             if let Some(idle) = read::duration(t, "idleTimeout")? {
                 out.tcp_idle_timeout = Some(idle).filter(|d| !d.is_zero());
@@ -478,11 +490,12 @@ impl<'p> Dr<'_, '_, 'p> {
             if let Some(idle) = read::duration(h, "idleTimeout")? {
                 out.http_idle_timeout = Some(idle).filter(|d| !d.is_zero());
             }
-            out.h2_upgrade = match h.get("h2UpgradePolicy") {
-                None => false,
+            pool.h2_upgrade = match h.get("h2UpgradePolicy") {
+                None => None,
                 Some(at) => match read::scalar(at)? {
-                    "DEFAULT" | "DO_NOT_UPGRADE" => false,
-                    "UPGRADE" => true,
+                    "DEFAULT" => None,
+                    "DO_NOT_UPGRADE" => Some(false),
+                    "UPGRADE" => Some(true),
                     t => {
                         return Err(Bad::value(
                             at,
@@ -493,12 +506,12 @@ impl<'p> Dr<'_, '_, 'p> {
                 },
             };
             out.use_client_protocol = read::flag(h, "useClientProtocol")?;
-            if let (true, true, Some(at)) = (out.h2_upgrade, out.use_client_protocol, h.get("useClientProtocol")) {
+            if let (Some(true), true, Some(at)) = (pool.h2_upgrade, out.use_client_protocol, h.get("useClientProtocol")) {
                 return Err(Bad::value(at, "`useClientProtocol` cannot go with `h2UpgradePolicy: UPGRADE`", "keep one of them"));
             }
             out.max_concurrent_streams = limit(h, "maxConcurrentStreams", (1 << 31) - 1)?.min((1 << 31) - 1);
         }
-        Ok(out)
+        Ok(pool)
     }
 
     fn outlier(&mut self, n: &'p Node<'p>) -> Read<'p, OutlierPolicy> {
@@ -517,7 +530,7 @@ impl<'p> Dr<'_, '_, 'p> {
                 "outlierDetectionHttpErrorCodes",
             ],
         )?;
-        self.without_effect(n, &["consecutiveErrors", "outlierDetectionHttpErrorCodes"]);
+        self.without_effect(n, &["consecutiveErrors"]);
         let mut out = OutlierPolicy::default();
         if let Some(v) = read::number(n, "consecutive5xxErrors")? {
             out.consecutive_5xx = v;
@@ -540,7 +553,55 @@ impl<'p> Dr<'_, '_, 'p> {
             out.max_ejection_percent = p;
         }
         out.min_health_percent = percent(n, "minHealthPercent")?.unwrap_or(0);
+        for at in read::list(n, "outlierDetectionHttpErrorCodes")? {
+            let text = read::scalar(at)?;
+            let status = text.parse::<u16>().ok().filter(|status| (100..=599).contains(status));
+            let bad = || Bad::value(at, format!("`{text}` is not a status of HTTP"), "write a number from 100 to 599");
+            out.error_statuses.push(status.ok_or_else(bad)?);
+        }
         Ok(out)
+    }
+}
+
+impl Pool {
+    /// The limits of a destination with this pool, or with none.
+    fn limits(pool: Option<&Self>, mesh: &MeshTraffic) -> PoolLimits {
+        let Some(pool) = pool.or(mesh.pool.as_deref()) else { return Self::default().joined(mesh) };
+        pool.joined(mesh)
+    }
+    fn joined(&self, mesh: &MeshTraffic) -> PoolLimits {
+        let connect_timeout = self.connect_timeout.or(mesh.connect_timeout).unwrap_or(self.limits.connect_timeout);
+        let written = [self.keepalive, mesh.keepalive];
+        PoolLimits {
+            connect_timeout,
+            keepalive: written.iter().any(Option::is_some).then(|| Keepalive::first(written.into_iter().flatten())),
+            h2_upgrade: self.h2_upgrade == Some(true),
+            h2_upgrade_of_http: self.h2_upgrade.is_none() && mesh.h2_upgrade,
+            ..self.limits.clone()
+        }
+    }
+}
+impl Keepalive {
+    fn read<'p>(n: &'p Node<'p>) -> Read<'p, Self> {
+        read::only(n, &["probes", "time", "interval"])?;
+        let seconds = |key: &str| -> Read<'p, Option<Duration>> {
+            let found = read::duration(n, key)?.filter(|d| !d.is_zero());
+            if found.is_some_and(|d| d < Duration::from_secs(1)) {
+                return Err(Bad::value(n.get(key).unwrap_or(n), "the kernel counts in seconds", "write at least `1s`"));
+            }
+            Ok(found)
+        };
+        let probes = read::number::<u32>(n, "probes")?.filter(|v| *v != 0);
+        Ok(Self { probes, time: seconds("time")?, interval: seconds("interval")? })
+    }
+    /// Each number of the first that says one; where nothing is said, Linux's own.
+    fn first(written: impl Iterator<Item = Self> + Clone) -> TcpKeepalive {
+        let seconds = |of: fn(Self) -> Option<Duration>, or| written.clone().find_map(of).unwrap_or(Duration::from_secs(or));
+        TcpKeepalive {
+            probes: written.clone().find_map(|k| k.probes).unwrap_or(9),
+            time: seconds(|k| k.time, 7200),
+            interval: seconds(|k| k.interval, 75),
+        }
     }
 }
 
@@ -596,8 +657,29 @@ fn warmup<'p>(n: &'p Node<'p>) -> Read<'p, Warmup> {
         aggression_milli: (decimal("aggression", 1.0, 1.0, 1000.0)? * 1000.0).round() as u32,
     })
 }
+/// What another proxy is asked for.
+fn tunnel<'p>(n: &'p Node<'p>) -> Read<'p, ForwardTunnel> {
+    read::only(n, &["protocol", "targetHost", "targetPort"])?;
+    let post = match read::text_or_empty(n, "protocol")? {
+        "" | "CONNECT" => false,
+        "POST" => true,
+        t => {
+            let at = n.get("protocol").unwrap_or(n);
+            return Err(Bad::value(at, format!("`{t}` is not a way to ask a proxy"), "write CONNECT or POST"));
+        }
+    };
+    let Some(host) = n.get("targetHost") else {
+        return Err(Bad::missing(n, "targetHost", "the proxy is asked for a host"));
+    };
+    let port = read::port_at(n, "targetPort")?;
+    let target = match read::scalar(host)?.parse::<IpAddr>() {
+        Ok(ip) => SocketAddr::new(ip, port).to_string(),
+        Err(_) => format!("{}:{port}", host_name(host, false)?),
+    };
+    Ok(ForwardTunnel { target: target.into(), post })
+}
 fn retry_budget<'p>(n: &'p Node<'p>) -> Read<'p, RetryBudget> {
-    read::only(n, &["percent", "minRetryConcurrency"])?;
+    read::only(n, &["percent", "minRetryConcurrency", "budgetInterval"])?;
     let percent = read::decimal(n, "percent")?.unwrap_or(20.0);
     if !(0.0..=100.0).contains(&percent) {
         return Err(Bad::value(
@@ -607,6 +689,7 @@ fn retry_budget<'p>(n: &'p Node<'p>) -> Read<'p, RetryBudget> {
         ));
     }
     Ok(RetryBudget {
+        interval: read::duration(n, "budgetInterval")?.filter(|d| !d.is_zero()),
         // In range by the check above.
         percent_hundredths: (percent * 100.0).round() as u32,
         min_concurrency: read::number(n, "minRetryConcurrency")?.unwrap_or(3),

@@ -587,6 +587,7 @@ fn upstream_tls(join: &mut Join<'_>, ns: &Arc<str>, slot: &Slot<TlsPolicy>) -> U
         sni: (!v.hostname.is_empty()).then(|| Arc::clone(&v.hostname)),
         sans: v.sans.clone(),
         roots,
+        crl: None,
         client: None,
         skip_verify: false,
         alpn: Vec::new(),
@@ -804,7 +805,7 @@ fn clients(
     let mut take = |entries: &PemEntries, root: &Arc<str>| {
         roots.push_str(root.trim_end());
         roots.push('\n');
-        if let Some(crl) = entries.get("ca.crl") {
+        if let Some(crl) = entries.lists() {
             lists.push_str(crl.trim_end());
             lists.push('\n');
         }

@@ -21,7 +21,7 @@ use mesh_model::service::{Service, ServiceKey};
 use mesh_model::telemetry::TelemetryRules;
 use mesh_model::{Change, Origin};
 
-use super::destination_rule::{self, DestinationRule};
+use super::destination_rule::{self, DestinationRule, MeshTraffic};
 use super::gateway_api::{self, GatewayApi, RouteId, Tables};
 use super::object::{Body, Kind, ObjectId};
 use super::pem::PemEntries;
@@ -70,6 +70,8 @@ pub(super) struct Touched {
     needs: BTreeSet<Need>,
     /// A Telemetry object, or MeshConfig.
     telemetry: bool,
+    /// What MeshConfig says of all destinations.
+    destinations: bool,
     /// Hosts of VirtualServices and DestinationRules, wildcards included.
     routes_of: BTreeSet<Arc<str>>,
     destinations_of: BTreeSet<Arc<str>>,
@@ -231,7 +233,10 @@ impl Layer7 {
                     _ => None,
                 };
                 if !same_or_stand_in(objects.mesh_config.as_ref(), new.as_ref(), |_| false) {
+                    let traffic =
+                        |slot: &Option<Slot<MeshConfig>>| slot.as_ref().map(|s| s.obj.traffic.clone()).unwrap_or_default();
                     touched.telemetry = true;
+                    touched.destinations |= traffic(&objects.mesh_config) != traffic(&new);
                     objects.mesh_config = new;
                 }
             }
@@ -456,6 +461,9 @@ impl Layer7 {
                 namespaces.map(|ns| ServiceKey { namespace: Arc::clone(ns), hostname: Arc::clone(pattern) }).collect()
             }
         };
+        if touched.destinations {
+            outputs.extend(self.destinations_out.keys().cloned().map(Output::Destination));
+        }
         outputs.extend(touched.routes_of.iter().flat_map(keys_of).map(Output::Routes));
         let mut needs = touched.needs;
         for key in touched.destinations_of.iter().flat_map(keys_of) {
@@ -611,6 +619,10 @@ impl<'a> Join<'a> {
             namespaces.filter_map(|ns| t.services_out.get(&ServiceKey { namespace: Arc::clone(ns), hostname: Arc::clone(host) }))
         };
         all().find(|s| *s.key.namespace == *from).or_else(|| all().find(|s| s.canonical)).or_else(|| all().next())
+    }
+    /// What MeshConfig says of all destinations. Not remembered: they are all made again when it says something else.
+    pub(super) fn mesh_traffic(&self) -> Option<&'a MeshTraffic> {
+        self.objects.mesh_config.as_ref().map(|config| &config.obj.traffic)
     }
     /// The PEM entries of a Secret.
     pub(super) fn find_secret(&mut self, namespace: &str, name: &str) -> Option<&'a PemEntries> {

@@ -9,7 +9,7 @@ use super::read::{self, Bad, Read};
 use crate::yaml::Node;
 
 /// Entries kept: those of `kubernetes.io/tls`, revocation lists, and the older names Istio reads.
-const KEPT: &[&str] = &["tls.crt", "tls.key", "ca.crt", "cert", "key", "cacert", "ca.crl"];
+const KEPT: &[&str] = &["tls.crt", "tls.key", "ca.crt", "cert", "key", "cacert", "ca.crl", "crl"];
 
 /// The PEM entries of one object, by name.
 #[derive(Clone, Default, PartialEq, Eq)]
@@ -23,6 +23,10 @@ impl PemEntries {
     /// One entry.
     pub(super) fn get(&self, name: &str) -> Option<&Arc<str>> {
         self.0.iter().find(|(have, _)| *have == name).map(|(_, text)| text)
+    }
+    /// Its revocation lists, by either name.
+    pub(super) fn lists(&self) -> Option<&Arc<str>> {
+        self.get("ca.crl").or_else(|| self.get("crl"))
     }
     fn put(&mut self, name: &str, text: &str) {
         if let Some(name) = KEPT.iter().copied().find(|k| *k == name) {

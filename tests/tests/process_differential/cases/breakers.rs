@@ -11,6 +11,18 @@ fn limits(patch: Value) -> Value {
     json!({"circuit_breakers": {"thresholds": [one]}})
 }
 
+/// A fifth of the requests may be tried again: of those under way there is one only, of those that came lately there are five.
+fn budget(name: &'static str, more: &str, patch: Value) -> Scenario {
+    let mut one = json!({"budget_percent": {"value": 20.0}, "min_retry_concurrency": 0});
+    crate::istiod::merge(&mut one, patch);
+    scenario(name)
+        .virtual_service("- retries: { attempts: 2, retryOn: 5xx }\n  route: [{ destination: { host: $HOST } }]\n")
+        .destination_rule(&format!("retryBudget: {{ percent: 20, minRetryConcurrency: 0{more} }}"))
+        .route(catch_all().to("").action(json!({"retry_policy": retry(2, "5xx")})))
+        .cluster(limits(json!({"retry_budget": one})))
+        .case(case("one of five fails", get("/")).times(4).then(get("/").script("503|200")))
+}
+
 /// Requests at once at an endpoint that takes no connection: as many as may wait do, until it is given up.
 fn cold(name: &'static str, port: &'static str, waiting: u32) -> Scenario {
     scenario(name)
@@ -60,6 +72,8 @@ pub fn all() -> Vec<Scenario> {
             .route(catch_all().to("").action(json!({"retry_policy": retry(2, "5xx")})))
             .cluster(limits(json!({"max_retries": 1})))
             .case(case("one alone retries", get("/").script("503|200"))),
+        budget("breaker-budget", "", json!({})),
+        budget("breaker-budget-interval", ", budgetInterval: 20s", json!({"budget_interval": "20s"})),
         scenario("breaker-per-connection")
             .destination_rule("connectionPool: { http: { maxRequestsPerConnection: 1 } }")
             .cluster(json!({"typed_extension_protocol_options": {"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {

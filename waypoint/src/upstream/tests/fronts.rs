@@ -28,8 +28,15 @@ async fn a_gateway_asks_the_waypoint_and_a_waypoint_the_endpoints() {
     world.put(w);
     world.endpoint("a", "10.9.0.1:8080".parse().unwrap());
     // What is said of endpoints is the waypoint's to keep: nothing here speaks TLS.
-    let tls =
-        UpstreamTls { sni: None, sans: Vec::new(), roots: Roots::System, client: None, skip_verify: false, alpn: Vec::new() };
+    let tls = UpstreamTls {
+        sni: None,
+        sans: Vec::new(),
+        roots: Roots::System,
+        crl: None,
+        client: None,
+        skip_verify: false,
+        alpn: Vec::new(),
+    };
     world.policy(TrafficPolicy { tls: Some(tls.into()), ..TrafficPolicy::default() });
     fronted(&mut world, Some(waypoint.ip));
     let of = |world: &World, role| world.upstreams.renew(&world.snap, &cluster_key(), role);

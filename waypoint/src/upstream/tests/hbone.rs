@@ -127,8 +127,10 @@ async fn a_raw_stream_tells_the_client_and_carries_bytes() {
     });
     let cluster = world.cluster();
     let client: SocketAddr = "10.1.2.3:4567".parse().unwrap();
-    let stream = connect(&cluster, &pick(&cluster), Some(client), None).await.unwrap();
-    assert!(matches!(stream, Stream::Hbone(..)));
+    let Carrier::Straight(stream @ Stream::Hbone(..)) = connect(&cluster, &pick(&cluster), Some(client), None).await.unwrap()
+    else {
+        panic!("not through a tunnel");
+    };
     let mut io = stream.into_io();
     io.write_all(b"there").await.unwrap();
     let mut back = [0; 11];

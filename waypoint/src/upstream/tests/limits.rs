@@ -129,14 +129,36 @@ async fn retries_are_limited_by_number_or_budget() {
     assert!(cluster.admit_retry().is_none());
     drop(first);
     assert!(cluster.admit_retry().is_some());
-    let retry_budget = Some(RetryBudget { percent_hundredths: 2000, min_concurrency: 1 });
+    let retry_budget = Some(RetryBudget { interval: None, percent_hundredths: 2000, min_concurrency: 1 });
     world.policy(TrafficPolicy { retry_budget, ..TrafficPolicy::default() });
     let cluster = world.cluster();
     let requests: Vec<_> = (0..10).map(|_| cluster.admit().unwrap()).collect();
     let retries: Vec<_> = (0..3).filter_map(|_| cluster.admit_retry()).collect();
     assert_eq!(retries.len(), 2, "a fifth of ten");
     drop((requests, retries));
-    assert!(cluster.admit_retry().is_some(), "one is always allowed");
+    let one = cluster.admit_retry().expect("one is always allowed");
+    assert!(cluster.admit_retry().is_none(), "none of those under way is there any more");
+    drop(one);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_budget_may_go_by_the_requests_of_an_interval() {
+    use mesh_model::l7::destination::RetryBudget;
+    let mut world = World::new();
+    let interval = Some(Duration::from_secs(15));
+    let retry_budget = Some(RetryBudget { interval, percent_hundredths: 2000, min_concurrency: 0 });
+    world.policy(TrafficPolicy { retry_budget, ..TrafficPolicy::default() });
+    let cluster = world.cluster();
+    assert!(cluster.admit_retry().is_none());
+    for _ in 0..10 {
+        drop(cluster.admit().unwrap());
+    }
+    tokio::time::sleep(Duration::from_secs(14)).await;
+    let retries: Vec<_> = (0..3).filter_map(|_| cluster.admit_retry()).collect();
+    assert_eq!(retries.len(), 2, "a fifth of the ten that are over");
+    drop(retries);
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert!(cluster.admit_retry().is_none(), "they count no more");
 }
 
 #[tokio::test]
@@ -148,12 +170,86 @@ async fn raw_connections_count_and_overflow_at_once() {
     let cluster = world.cluster();
     let host = pick(&cluster);
     let first = connect(&cluster, &host, None, None).await.unwrap();
-    assert!(matches!(first, Stream::Tcp(..)));
+    assert!(matches!(first, Carrier::Straight(Stream::Tcp(..))));
     assert_eq!((host.active(), connect(&cluster, &host, None, None).await.unwrap_err().failure), (1, Failure::Overflow));
     // A pool always gets its first connection.
     fetch(&cluster, false).await.unwrap();
     drop(first);
     assert_eq!(host.active(), 0);
+}
+
+/// Whether it is not over when it is looked at once.
+async fn is_waiting<T>(mut future: std::pin::Pin<&mut impl Future<Output = T>>) -> bool {
+    std::future::poll_fn(|cx| std::task::Poll::Ready(future.as_mut().poll(cx).is_pending())).await
+}
+/// A listener that accepts nobody: the kernel's queue is full, and who connects waits.
+async fn full() -> (tokio::net::TcpListener, Vec<tokio::net::TcpStream>) {
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let listener = socket.listen(1).unwrap();
+    let addr = listener.local_addr().unwrap();
+    let mut queued = Vec::new();
+    while let Ok(stream) = tokio::time::timeout(Duration::from_millis(100), tokio::net::TcpStream::connect(addr)).await {
+        queued.push(stream.unwrap());
+    }
+    (listener, queued)
+}
+
+#[tokio::test]
+async fn who_connects_alone_is_pending_until_it_is_connected() {
+    let (listener, _queued) = full().await;
+    let mut world = World::new();
+    world.endpoint("a", listener.local_addr().unwrap());
+    world.policy(limited(PoolLimits { max_pending: 1, ..PoolLimits::default() }));
+    let cluster = world.cluster();
+    let host = pick(&cluster);
+    let pending = || world.upstreams.clusters()[0].counts.pending;
+    let raw = || connect(&cluster, &host, None, None);
+    let upgrade = || send(&cluster, &host, get(), SendOptions { upgrade: true, ..SendOptions::default() });
+    {
+        let mut first = std::pin::pin!(raw());
+        assert!(is_waiting(first.as_mut()).await);
+        assert_eq!((pending(), raw().await.unwrap_err().failure), (1, Failure::Overflow));
+        assert_eq!(upgrade().await.unwrap_err().failure, Failure::Overflow);
+    }
+    assert_eq!(pending(), 0, "given up");
+    {
+        let mut first = std::pin::pin!(upgrade());
+        assert!(is_waiting(first.as_mut()).await);
+        assert_eq!((pending(), raw().await.unwrap_err().failure), (1, Failure::Overflow));
+    }
+    // One that is connected waits no more.
+    let server = Server::open().await;
+    world.endpoint("a", server.addr);
+    let cluster = world.cluster();
+    let host = pick(&cluster);
+    let _held = (connect(&cluster, &host, None, None).await.unwrap(), connect(&cluster, &host, None, None).await.unwrap());
+    assert_eq!(world.upstreams.clusters()[0].counts.pending, 0);
+}
+
+/// The place of one that waited is free when it is given a connection, not when it comes to know.
+#[tokio::test]
+async fn who_is_given_a_connection_waits_no_more() {
+    let server = Server::gated().await;
+    let mut world = World::new();
+    world.endpoint("a", server.addr);
+    world.policy(limited(PoolLimits { max_connections: 1, max_pending: 1, ..PoolLimits::default() }));
+    let cluster = world.cluster();
+    let first = {
+        let cluster = Arc::clone(&cluster);
+        tokio::spawn(async move { fetch(&cluster, false).await })
+    };
+    server.until(|s| s.requests() == 1).await;
+    let mut second = std::pin::pin!(fetch(&cluster, false));
+    assert!(is_waiting(second.as_mut()).await);
+    let pending = || world.upstreams.clusters()[0].counts.pending;
+    assert_eq!((pending(), fetch(&cluster, false).await.unwrap_err().failure), (1, Failure::Overflow));
+    server.gate.add_permits(1);
+    first.await.unwrap().unwrap();
+    settle().await;
+    assert_eq!(pending(), 0, "it was given the connection, and nobody asked it yet");
+    server.gate.add_permits(1);
+    second.await.unwrap();
 }
 
 #[tokio::test]

@@ -1,7 +1,8 @@
 //! TLS and PROXY protocol towards endpoints.
 use super::*;
-use mesh_model::l7::destination::{ClientCertificate, KeyPair as Pair, ProxyVersion, Roots, UpstreamTls};
-use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, SanType};
+use mesh_model::l7::destination::{ClientCertificate, KeyPair as Pair, ProxyVersion, RevocationLists, Roots, UpstreamTls};
+use rcgen::{BasicConstraints, CertificateParams, CertificateRevocationListParams, IsCa, Issuer, KeyIdMethod, KeyPair};
+use rcgen::{RevokedCertParams, SanType};
 use rustls::server::WebPkiClientVerifier;
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
@@ -16,6 +17,7 @@ impl Authority {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::default();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.distinguished_name.push(rcgen::DnType::CommonName, format!("authority {:x}", rand::random::<u64>()));
         let pem = params.self_signed(&key).unwrap().pem();
         Self { pem, issuer: Issuer::new(params, key) }
     }
@@ -23,10 +25,36 @@ impl Authority {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::default();
         params.subject_alt_names = names;
+        params.serial_number = Some(SERIAL.into());
         let chain = params.signed_by(&key, &self.issuer).unwrap().pem();
         Pair { chain: chain.into(), key: key.serialize_pem().into() }
     }
+    /// PEM of a list with this certificate, that is in date or no more.
+    fn list(&self, serial: u64, in_date: bool) -> String {
+        self.older_list(serial, 2, in_date)
+    }
+    /// The same, of so many hours ago.
+    fn older_list(&self, serial: u64, hours: u32, in_date: bool) -> String {
+        let (now, hour) = (std::time::SystemTime::now(), Duration::from_hours(1));
+        let revoked = RevokedCertParams {
+            serial_number: serial.into(),
+            revocation_time: now.into(),
+            reason_code: None,
+            invalidity_date: None,
+        };
+        let params = CertificateRevocationListParams {
+            this_update: (now - hour * hours).into(),
+            next_update: if in_date { now + hour } else { now - hour }.into(),
+            crl_number: 1u64.into(),
+            issuing_distribution_point: None,
+            revoked_certs: vec![revoked],
+            key_identifier_method: KeyIdMethod::Sha256,
+        };
+        params.signed_by(&self.issuer).unwrap().pem().unwrap()
+    }
 }
+/// Number of every certificate.
+const SERIAL: u64 = 7;
 fn dns(name: &str) -> SanType {
     SanType::DnsName(name.try_into().unwrap())
 }
@@ -89,6 +117,7 @@ fn simple(ca: &Authority) -> UpstreamTls {
         sni: Some("web.example".into()),
         sans: Vec::new(),
         roots: Roots::Pem(ca.pem.as_str().into()),
+        crl: None,
         client: None,
         skip_verify: false,
         alpn: Vec::new(),
@@ -112,7 +141,7 @@ async fn both_protocols_are_offered_as_they_are_spoken() {
     // A raw stream offers nothing.
     let cluster = world.cluster();
     let stream = connect(&cluster, &pick(&cluster), None, None).await.unwrap();
-    assert!(matches!(&stream, Stream::Tls(io, _) if io.get_ref().1.alpn_protocol().is_none()));
+    assert!(matches!(&stream, Carrier::Straight(Stream::Tls(io, _)) if io.get_ref().1.alpn_protocol().is_none()));
 }
 
 #[tokio::test]
@@ -153,6 +182,56 @@ async fn only_who_was_meant_is_believed() {
         let error = over(&mut world, tls.clone(), false).await.expect_err(&format!("{tls:?}"));
         assert_eq!(error.failure, Failure::Connect, "{tls:?}");
         assert!(error.detail.starts_with("TLS error: "), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn a_certificate_that_was_taken_back_is_not_believed() {
+    let (ca, other) = (Authority::new(), Authority::new());
+    let (addr, _) = https(&ca, false).await;
+    let mut world = World::new();
+    world.endpoint("a", addr);
+    let dir = tempfile::tempdir().unwrap();
+    let file = |name: &str, text: &str| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        RevocationLists::File(path.to_str().unwrap().into())
+    };
+    let pem = |text: String| RevocationLists::Pem(text.into());
+    let with = |lists: RevocationLists| UpstreamTls { crl: Some(lists), ..simple(&ca) };
+    let sans = |names: &[&str], tls: UpstreamTls| UpstreamTls { sans: names.iter().map(|n| Arc::from(*n)).collect(), ..tls };
+    let good = ca.list(SERIAL + 1, true);
+    let revoked = ca.list(SERIAL, true);
+    for tls in [
+        with(pem(good.clone())),
+        with(file("good", &good)),
+        with(pem(other.list(SERIAL, true) + &good)),
+        with(pem(ca.older_list(SERIAL, 3, true) + &good)),
+        sans(&["nobody.example", "web.example"], with(pem(good.clone()))),
+        sans(&["spiffe://x/ns/a/sa/b"], with(pem(good.clone()))),
+        UpstreamTls { skip_verify: true, ..with(pem(revoked.clone())) },
+    ] {
+        over(&mut world, tls.clone(), false).await.unwrap_or_else(|e| panic!("{tls:?}: {e}"));
+    }
+    for (tls, word) in [
+        (with(pem(revoked.clone())), "Revoked"),
+        (with(file("revoked", &revoked)), "Revoked"),
+        (with(pem(ca.older_list(SERIAL + 1, 3, true) + &revoked)), "Revoked"),
+        (sans(&["web.example"], with(pem(revoked.clone()))), "Revoked"),
+        (sans(&["spiffe://x/ns/a/sa/b"], with(pem(revoked))), "Revoked"),
+        (with(pem(ca.list(SERIAL + 1, false))), "CrlExpired"),
+        (with(pem(other.list(SERIAL + 1, true))), "UnknownRevocationStatus"),
+        (with(RevocationLists::File("/no/such/file".into())), "/no/such/file"),
+        (with(file("empty", "")), "revocation lists"),
+        (with(pem("nothing".into())), "revocation lists"),
+        // And its name is asked for as ever.
+        (UpstreamTls { sni: Some("other.example".into()), ..with(pem(good.clone())) }, "not valid for name"),
+        (sans(&["nobody.example"], with(pem(good.clone()))), "NotValidForName"),
+        (UpstreamTls { roots: Roots::Pem(other.pem.as_str().into()), ..with(pem(good)) }, "UnknownIssuer"),
+    ] {
+        let error = over(&mut world, tls.clone(), false).await.expect_err(&format!("{tls:?}"));
+        assert_eq!(error.failure, Failure::Connect, "{tls:?}");
+        assert!(error.detail.starts_with("TLS error: ") && error.detail.contains(word), "{word}: {error}");
     }
 }
 

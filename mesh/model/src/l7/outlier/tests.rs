@@ -1,5 +1,5 @@
 use super::*;
-use Seen::{Broken, Connected, Status, Timeout, Unconnected};
+use Seen::{Broken, Connected, Grpc, Status, Timeout, Unconnected};
 
 fn policy() -> OutlierPolicy {
     OutlierPolicy { consecutive_5xx: 3, ..OutlierPolicy::default() }
@@ -13,6 +13,9 @@ fn counts_fill_and_reset() {
     let split = OutlierPolicy { split_external_local: true, consecutive_local: 2, ..policy() };
     let gateway = OutlierPolicy { consecutive_gateway: 2, ..policy() };
     let only_gateway = OutlierPolicy { consecutive_5xx: 0, ..gateway.clone() };
+    let named = OutlierPolicy { error_statuses: vec![404, 503], ..policy() };
+    let named_gateway = OutlierPolicy { consecutive_5xx: 0, consecutive_gateway: 2, ..named.clone() };
+    let named_split = OutlierPolicy { error_statuses: vec![404], ..split.clone() };
     let table: &[(&str, &OutlierPolicy, &[Seen], Option<Cause>)] = &[
         ("three in a row", &policy(), &[Status(500), Status(503), Status(500)], Some(Cause::Consecutive5xx)),
         ("a success between", &policy(), &[Status(500), Status(500), Status(200), Status(500)], None),
@@ -30,6 +33,18 @@ fn counts_fill_and_reset() {
         ("split: an answer is a connection", &split, &[Unconnected, Status(500), Unconnected], None),
         ("split: so is one of bytes", &split, &[Unconnected, Connected, Unconnected], None),
         ("split: so is one that was let down", &split, &[Unconnected, Timeout, Broken], None),
+        ("gRPC: as what it stands for", &policy(), &[Grpc(503); 3], Some(Cause::Consecutive5xx)),
+        ("gRPC: a client's error is a success", &policy(), &[Grpc(500), Grpc(500), Grpc(404), Grpc(500)], None),
+        ("named: whatever their hundred", &named, &[Status(404), Status(503), Status(404)], Some(Cause::Consecutive5xx)),
+        ("named: another 5xx is a success", &named, &[Status(404), Status(404), Status(500), Status(404)], None),
+        ("named: our failures count still", &named, &[Unconnected, Status(404), Timeout], Some(Cause::Consecutive5xx)),
+        ("named: gateway errors are those of them", &named_gateway, &[Status(503), Status(503)], Some(Cause::ConsecutiveGateway)),
+        ("named: 502 is not among them", &named_gateway, &[Status(503), Status(502), Status(503)], None),
+        ("named: nor is what is below a gateway error", &named_gateway, &[Status(503), Status(404), Status(503)], None),
+        ("named: not of gRPC", &named, &[Grpc(503), Grpc(500), Grpc(503)], Some(Cause::Consecutive5xx)),
+        ("named: nor what is none of its errors", &named, &[Grpc(404); 3], None),
+        ("named and split: an answer is a connection", &named_split, &[Unconnected, Status(404), Unconnected], None),
+        ("named and split: their own count", &named_split, &[Status(404); 3], Some(Cause::Consecutive5xx)),
         ("split: which counts itself", &split, &[Timeout, Unconnected], Some(Cause::ConsecutiveLocal)),
     ];
     for (what, policy, seen, want) in table {

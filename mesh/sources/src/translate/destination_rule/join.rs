@@ -12,7 +12,7 @@ use super::super::http_text::exported;
 use super::super::layer7::{Join, Need, patterns};
 use super::super::{Name, Slot};
 use super::tls::TlsBlock;
-use super::{Balancing, Blocks, DestinationRule, Policy, SubsetRule, tls};
+use super::{Balancing, Blocks, DestinationRule, MeshTraffic, Policy, Pool, SubsetRule, tls};
 use crate::diagnostics::Severity;
 
 /// A service's rules: of one namespace and one host as written, oldest first.
@@ -47,9 +47,11 @@ struct Merged {
     ports: BTreeMap<u16, Blocks>,
 }
 impl Merged {
-    /// `policy` over `self`: block by block; a port's own settings replace the blocks a port may have as a whole.
+    /// `policy` over `self`: block by block; a port's own settings replace the blocks a port may have as a whole. Another proxy is
+    /// asked only where `policy` itself says so (as in Istio).
     fn over(&self, policy: Option<&Policy>) -> Self {
-        let Some(policy) = policy else { return self.clone() };
+        let nothing = Policy::default();
+        let policy = policy.unwrap_or(&nothing);
         let laid = |under: &Blocks| {
             let over = policy.blocks.clone();
             Blocks {
@@ -59,12 +61,18 @@ impl Merged {
                 tls: over.tls.or_else(|| under.tls.clone()),
                 proxy_protocol: over.proxy_protocol.or(under.proxy_protocol),
                 retry_budget: over.retry_budget.or(under.retry_budget),
+                tunnel: over.tunnel,
             }
         };
         let mut out = Self { blocks: laid(&self.blocks), ports: self.ports.iter().map(|(p, b)| (*p, laid(b))).collect() };
         for (port, own) in &policy.ports {
             let under = out.ports.get(port).unwrap_or(&out.blocks);
-            let replaced = Blocks { proxy_protocol: under.proxy_protocol, retry_budget: under.retry_budget, ..own.clone() };
+            let replaced = Blocks {
+                proxy_protocol: under.proxy_protocol,
+                retry_budget: under.retry_budget,
+                tunnel: under.tunnel.clone(),
+                ..own.clone()
+            };
             out.ports.insert(*port, replaced);
         }
         out
@@ -109,17 +117,21 @@ impl Merged {
         (policy, ports)
     }
 }
+/// Where nothing is said, what MeshConfig says.
 fn done(join: &mut Join<'_>, blocks: Blocks, namespace: &str, session: Option<&Arc<Session>>) -> TrafficPolicy {
+    let nothing = MeshTraffic::default();
+    let mesh = join.mesh_traffic().unwrap_or(&nothing);
     let Balancing { balance, locality, warmup } = blocks.balance.unwrap_or_default();
     TrafficPolicy {
         balance,
-        locality,
+        locality: locality.unwrap_or_else(|| mesh.locality()),
         warmup,
-        pool: blocks.pool.unwrap_or_default(),
-        outlier: blocks.outlier,
+        pool: Pool::limits(blocks.pool.as_ref(), mesh),
+        outlier: blocks.outlier.or_else(|| mesh.outlier.clone()),
         tls: blocks.tls.as_ref().and_then(|t| tls::resolve(join, t, namespace)),
         proxy_protocol: blocks.proxy_protocol,
         retry_budget: blocks.retry_budget,
+        tunnel: blocks.tunnel,
         session: session.cloned(),
     }
 }

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use mesh_model::l7::destination::{
-    Balance, ClientCertificate, Destination, HashAlgorithm, HashKey, Http2Keepalive, LocalityPolicy, OutlierPolicy, PoolLimits,
-    ProxyVersion, RetryBudget, Roots, TcpKeepalive, TrafficPolicy, Warmup,
+    Balance, ClientCertificate, Destination, ForwardTunnel, HashAlgorithm, HashKey, Http2Keepalive, LocalityPolicy,
+    OutlierPolicy, PoolLimits, ProxyVersion, RetryBudget, RevocationLists, Roots, TcpKeepalive, TrafficPolicy, Warmup,
 };
 
 use super::super::tests::{State, mesh7, pod, service};
@@ -174,14 +174,19 @@ fn pools_and_ejection() {
             max_ejection: secs(600),
             max_ejection_percent: 100,
             min_health_percent: 30,
+            error_statuses: Vec::new(),
         })
     );
+    assert_eq!(outlier("outlierDetectionHttpErrorCodes: [404, 503]").unwrap().error_statuses, [404, 503]);
     assert_eq!(policy("proxyProtocol: {version: V2}").proxy_protocol, Some(ProxyVersion::V2));
     assert_eq!(policy("proxyProtocol: {}").proxy_protocol, Some(ProxyVersion::V1));
-    assert_eq!(policy("retryBudget: {}").retry_budget, Some(RetryBudget { percent_hundredths: 2000, min_concurrency: 3 }));
     assert_eq!(
-        policy("retryBudget: {percent: 12.5, minRetryConcurrency: 10}").retry_budget,
-        Some(RetryBudget { percent_hundredths: 1250, min_concurrency: 10 })
+        policy("retryBudget: {}").retry_budget,
+        Some(RetryBudget { interval: None, percent_hundredths: 2000, min_concurrency: 3 })
+    );
+    assert_eq!(
+        policy("retryBudget: {percent: 12.5, minRetryConcurrency: 10, budgetInterval: 5s}").retry_budget,
+        Some(RetryBudget { interval: Some(secs(5)), percent_hundredths: 1250, min_concurrency: 10 })
     );
 }
 
@@ -201,6 +206,10 @@ fn tls_towards_the_endpoint() {
     let t = policy("tls: {mode: MUTUAL, clientCertificate: /c, privateKey: /k}").tls.unwrap();
     assert_eq!(t.client, Some(ClientCertificate::Files { chain: "/c".into(), key: "/k".into() }));
 
+    assert_eq!(t.crl, None);
+    let t = policy("tls: {mode: SIMPLE, caCrl: /crl}").tls.unwrap();
+    assert_eq!((&t.roots, &t.crl), (&Roots::System, &Some(RevocationLists::File("/crl".into()))));
+
     // From a Secret of the rule's namespace.
     let secret = |data: &str| {
         format!("---\n{{apiVersion: v1, kind: Secret, metadata: {{name: s, namespace: a}}, stringData: {{{data}}}}}\n")
@@ -218,7 +227,11 @@ fn tls_towards_the_endpoint() {
         matches!((&t.roots, &t.client), (Roots::Pem(a), Some(ClientCertificate::Pem(k))) if &**a == "A" && (&*k.chain, &*k.key) == ("C", "K"))
     );
     let t = tls(&secret("cacert: A"), "SIMPLE");
-    assert!(matches!((&t.roots, &t.client), (Roots::Pem(_), None)));
+    assert!(matches!((&t.roots, &t.client, &t.crl), (Roots::Pem(_), None, None)));
+    for entries in ["cacert: A, crl: L", "ca.crt: A, ca.crl: L", "ca.crt: A, ca.crl: L, crl: M"] {
+        let t = tls(&secret(entries), "SIMPLE");
+        assert_eq!(t.crl, Some(RevocationLists::Pem("L".into())), "{entries}");
+    }
     let t = tls(&secret("tls.crt: C"), "SIMPLE");
     assert!(matches!(&t.roots, Roots::Missing(why) if why.contains("a/s has no entry ca.crt")), "{t:?}");
     assert!(!format!("{:?}", tls(&secret("tls.crt: C, tls.key: HUSH"), "MUTUAL")).contains("HUSH"));
@@ -257,6 +270,98 @@ subsets:
     assert_eq!(say(Some("own"), 80), (Balance::LeastRequest, u32::MAX, true, v2));
     assert_eq!(d.policy(Some("none"), 80), None);
     assert_eq!(d.subsets["plain"].labels.get("version").map(|v| &**v), Some("v1"));
+}
+
+#[test]
+fn another_proxy_is_asked_where_it_is_written() {
+    for (fields, target, post) in [
+        ("targetHost: x.com, targetPort: 443", "x.com:443", false),
+        ("protocol: CONNECT, targetHost: X.com, targetPort: 443", "x.com:443", false),
+        ("protocol: POST, targetHost: 10.0.0.1, targetPort: 80", "10.0.0.1:80", true),
+        ("targetHost: 'fd00::1', targetPort: 80", "[fd00::1]:80", false),
+    ] {
+        let got = policy(&format!("tunnel: {{{fields}}}")).tunnel;
+        assert_eq!(got, Some(ForwardTunnel { target: target.into(), post }), "{fields}");
+    }
+    let d = destination(&dr("\
+host: api
+trafficPolicy:
+  tunnel: {targetHost: top, targetPort: 1}
+  portLevelSettings:
+  - {port: {number: 81}, connectionPool: {tcp: {maxConnections: 2}}}
+subsets:
+- {name: plain, labels: {version: v1}}
+- {name: other, labels: {version: v1}, trafficPolicy: {loadBalancer: {simple: RANDOM}}}
+- {name: own, labels: {version: v2}, trafficPolicy: {tunnel: {targetHost: own, targetPort: 2}}}"));
+    let of = |subset: Option<&str>, port: u16| d.policy(subset, port).unwrap().tunnel.as_ref().map(|t| t.target.to_string());
+    let (top, own) = (Some("top:1".to_owned()), Some("own:2".to_owned()));
+    assert_eq!([of(None, 80), of(None, 81)], [top.clone(), top]);
+    for subset in ["plain", "other"] {
+        assert_eq!([of(Some(subset), 80), of(Some(subset), 81)], [None, None], "{subset}");
+    }
+    assert_eq!([of(Some("own"), 80), of(Some("own"), 81)], [own.clone(), own]);
+}
+
+/// What MeshConfig says is under what a rule says, block by block.
+#[test]
+fn where_a_rule_says_nothing_mesh_config_counts() {
+    const MESH: &str = "---
+apiVersion: v1
+kind: ConfigMap
+metadata: {name: istio, namespace: istio-system}
+data:
+  mesh: |
+    connectTimeout: 1s
+    tcpKeepalive: {probes: 2, time: 60s, interval: 5s}
+    h2UpgradePolicy: UPGRADE
+    localityLbSetting: {failover: [{from: a, to: b}]}
+    defaultTrafficPolicy:
+      connectionPool: {tcp: {maxConnections: 5}, http: {http1MaxPendingRequests: 6}}
+      outlierDetection: {consecutive5xxErrors: 7}
+";
+    let mesh = |fields: &str| destination(&(MESH.to_owned() + &dr(&format!("host: api\ntrafficPolicy: {{{fields}}}"))));
+    let of = |fields: &str| (*mesh(fields).policy).clone();
+    let told = |p: &TrafficPolicy| (p.pool.max_connections, p.pool.max_pending, p.outlier.as_ref().map(|o| o.consecutive_5xx));
+    let none = u32::MAX;
+    for (fields, want) in [
+        ("loadBalancer: {}", (5, 6, Some(7))),
+        ("connectionPool: {}", (none, none, Some(7))),
+        ("connectionPool: {tcp: {maxConnections: 9}}", (9, none, Some(7))),
+        ("outlierDetection: {consecutive5xxErrors: 0}", (5, 6, Some(0))),
+        ("connectionPool: {}, outlierDetection: {}", (none, none, Some(5))),
+    ] {
+        assert_eq!(told(&of(fields)), want, "{fields}");
+    }
+    // Of all pools, whoever wrote them.
+    let pool = |fields: &str| of(&format!("connectionPool: {{{fields}}}")).pool;
+    let keepalive = |probes, time, interval| Some(TcpKeepalive { probes, time: secs(time), interval: secs(interval) });
+    for (got, timeout, keepalive, upgrade) in [
+        (of("loadBalancer: {}").pool, 1, keepalive(2, 60, 5), true),
+        (pool(""), 1, keepalive(2, 60, 5), true),
+        (pool("tcp: {connectTimeout: 3s, tcpKeepalive: {time: 9s}}"), 3, keepalive(2, 9, 5), true),
+        (pool("http: {h2UpgradePolicy: DEFAULT}"), 1, keepalive(2, 60, 5), true),
+        (pool("http: {h2UpgradePolicy: DO_NOT_UPGRADE}"), 1, keepalive(2, 60, 5), false),
+    ] {
+        assert_eq!((got.connect_timeout, got.keepalive, got.h2_upgrade_of_http), (secs(timeout), keepalive, upgrade));
+    }
+    let upgraded = pool("http: {h2UpgradePolicy: UPGRADE}");
+    assert!(upgraded.h2_upgrade && !upgraded.h2_upgrade_of_http);
+    let locality = of("loadBalancer: {simple: RANDOM}").locality;
+    assert!(locality.mesh_wide && locality.failover.len() == 1);
+    assert_eq!(of("loadBalancer: {localityLbSetting: {}}").locality, LocalityPolicy::default());
+    // Ports and subsets too, each by its own.
+    let d = destination(
+        &(MESH.to_owned()
+            + &dr("\
+host: api
+trafficPolicy:
+  connectionPool: {}
+  portLevelSettings: [{port: {number: 81}, outlierDetection: {}}]
+subsets: [{name: v1, labels: {v: '1'}, trafficPolicy: {outlierDetection: {consecutive5xxErrors: 3}}}]")),
+    );
+    let at = |subset, port| told(d.policy(subset, port).unwrap());
+    assert_eq!([at(None, 80), at(None, 81)], [(none, none, Some(7)), (5, 6, Some(5))]);
+    assert_eq!(at(Some("v1"), 80), (none, none, Some(3)));
 }
 
 #[test]
@@ -392,6 +497,12 @@ fn mistakes_are_told_with_line_and_field_and_close_the_host() {
             "at least 1ms",
         ),
         (
+            "host: api\ntrafficPolicy: {outlierDetection: {outlierDetectionHttpErrorCodes: [503, 600]}}",
+            6,
+            "spec.trafficPolicy.outlierDetection.outlierDetectionHttpErrorCodes[1]",
+            "not a status of HTTP",
+        ),
+        (
             "host: api\ntrafficPolicy: {outlierDetection: {consecutive5xx: 5}}",
             6,
             "spec.trafficPolicy.outlierDetection.consecutive5xx",
@@ -399,14 +510,44 @@ fn mistakes_are_told_with_line_and_field_and_close_the_host() {
         ),
         ("host: api\ntrafficPolicy: {tls: {mode: PLAIN}}", 6, "spec.trafficPolicy.tls.mode", "not a TLS mode"),
         ("host: api\ntrafficPolicy: {tls: {mode: MUTUAL}}", 6, "spec.trafficPolicy.tls.clientCertificate", "needs a certificate"),
-        ("host: api\ntrafficPolicy: {tls: {mode: SIMPLE, caCrl: /x}}", 6, "spec.trafficPolicy.tls.caCrl", "not checked"),
+        (
+            "host: api\ntrafficPolicy: {tls: {mode: SIMPLE, credentialName: x, caCrl: /x}}",
+            6,
+            "spec.trafficPolicy.tls.caCrl",
+            "cannot go with",
+        ),
         (
             "host: api\ntrafficPolicy: {tls: {mode: SIMPLE, credentialName: x, caCertificates: /y}}",
             6,
             "spec.trafficPolicy.tls.caCertificates",
             "cannot go with",
         ),
-        ("host: api\ntrafficPolicy: {tunnel: {targetHost: x, targetPort: 1}}", 6, "spec.trafficPolicy.tunnel", "not supported"),
+        (
+            "host: api\ntrafficPolicy: {tunnel: {targetHost: x, targetPort: 1}, proxyProtocol: {}}",
+            6,
+            "spec.trafficPolicy.tunnel",
+            "cannot both",
+        ),
+        (
+            "host: api\ntrafficPolicy: {tunnel: {protocol: SOCKS, targetHost: x, targetPort: 1}}",
+            6,
+            "spec.trafficPolicy.tunnel.protocol",
+            "not a way",
+        ),
+        ("host: api\ntrafficPolicy: {tunnel: {targetPort: 1}}", 6, "spec.trafficPolicy.tunnel.targetHost", "asked for a host"),
+        (
+            "host: api\ntrafficPolicy: {tunnel: {targetHost: '*.x', targetPort: 1}}",
+            6,
+            "spec.trafficPolicy.tunnel.targetHost",
+            "not a host name",
+        ),
+        ("host: api\ntrafficPolicy: {tunnel: {targetHost: x}}", 6, "spec.trafficPolicy.tunnel.targetPort", "a port is needed"),
+        (
+            "host: api\nsubsets: [{name: a, trafficPolicy: {tunnel: {targetHost: x, targetPort: 0}}}]",
+            6,
+            "spec.subsets[0].trafficPolicy.tunnel.targetPort",
+            "port",
+        ),
         (
             "host: api\ntrafficPolicy: {portLevelSettings: [{}]}",
             6,
@@ -445,6 +586,8 @@ fn what_has_no_effect_is_told() {
         ("host: api\ntrafficPolicy: {loadBalancer: {simple: RANDOM, warmup: {duration: 1s}}}", "no-effect"),
         ("host: api\ntrafficPolicy: {tls: {mode: ISTIO_MUTUAL, sni: a.b}}", "no-effect"),
         ("host: api\ntrafficPolicy: {tls: {mode: DISABLE, insecureSkipVerify: true}}", "no-effect"),
+        ("host: api\ntrafficPolicy: {tls: {mode: DISABLE, caCrl: /x}}", "no-effect"),
+        ("host: api\ntrafficPolicy: {tls: {mode: SIMPLE, insecureSkipVerify: true, caCrl: /x}}", "no-effect"),
     ] {
         let (_, problems) = mesh7(&(world() + &dr(spec)));
         assert_eq!(codes(&problems), [(Severity::Warning, code)], "{spec}");

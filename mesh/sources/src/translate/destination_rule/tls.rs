@@ -1,11 +1,11 @@
 //! `tls` of a DestinationRule.
 //!
 //! Inside the mesh's tunnel ISTIO_MUTUAL and DISABLE mean the same: nothing more. What cannot be verified as asked is not
-//! sent: a missing Secret trusts nobody, revocation lists are refused.
+//! sent: a missing Secret trusts nobody.
 
 use std::sync::Arc;
 
-use mesh_model::l7::destination::{ClientCertificate, KeyPair, Roots, UpstreamTls};
+use mesh_model::l7::destination::{ClientCertificate, KeyPair, RevocationLists, Roots, UpstreamTls};
 
 use super::super::istio::host_name;
 use super::super::layer7::Join;
@@ -54,9 +54,6 @@ pub(super) fn read<'p>(n: &'p Node<'p>) -> Read<'p, TlsBlock> {
             t => return Err(Bad::value(at, format!("`{t}` is not a TLS mode"), "write DISABLE, SIMPLE, MUTUAL or ISTIO_MUTUAL")),
         },
     };
-    if let Some(at) = n.get("caCrl") {
-        return Err(Bad::value(at, "revocation lists are not checked", "remove it"));
-    }
     let file = |key: &str| -> Read<'p, Option<&'p str>> { Ok(read::text(n, key)?.filter(|t| !t.is_empty())) };
     let (chain, key, ca) = (file("clientCertificate")?, file("privateKey")?, file("caCertificates")?);
     let credential = file("credentialName")?.map(|t| t.strip_prefix("kubernetes://").unwrap_or(t));
@@ -76,6 +73,11 @@ pub(super) fn read<'p>(n: &'p Node<'p>) -> Read<'p, TlsBlock> {
     {
         return Err(Bad::value(at, "files cannot go with `credentialName`", "keep one of them"));
     }
+    let crl = file("caCrl")?;
+    if let (Some(_), Some(_), Some(at)) = (credential, crl, n.get("caCrl")) {
+        let fix = "remove it, and put the lists into the Secret, as `ca.crl`";
+        return Err(Bad::value(at, "revocation lists of a file cannot go with `credentialName`", fix));
+    }
     let mut sans = Vec::new();
     for s in read::list(n, "subjectAltNames")? {
         match read::scalar(s)? {
@@ -91,6 +93,7 @@ pub(super) fn read<'p>(n: &'p Node<'p>) -> Read<'p, TlsBlock> {
             None | Some("system") => Roots::System,
             Some(path) => Roots::File(path.into()),
         },
+        crl: crl.map(|path| RevocationLists::File(path.into())),
         client: None,
         skip_verify: read::flag(n, "insecureSkipVerify")?,
         alpn: Vec::new(),
@@ -123,6 +126,7 @@ pub(super) fn resolve(join: &mut Join<'_>, block: &TlsBlock, namespace: &str) ->
     let secret = join.find_secret(namespace, name);
     let mut tls = (**tls).clone();
     tls.roots = roots(secret, namespace, name, mutual);
+    tls.crl = secret.and_then(PemEntries::lists).map(|lists| RevocationLists::Pem(Arc::clone(lists)));
     if mutual {
         tls.client = Some(client(secret, namespace, name));
     }

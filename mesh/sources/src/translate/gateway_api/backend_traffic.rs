@@ -1,6 +1,7 @@
 //! XBackendTrafficPolicy: how much is tried again at a Service, and how sessions stay with its endpoints.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use mesh_model::l7::destination::RetryBudget;
 use mesh_model::l7::session::Session;
@@ -52,17 +53,19 @@ pub(super) fn read<'p>(r: &mut Reader<'_>, node: &'p Node<'p>, id: &ObjectId) ->
     Ok(TrafficRules { targets, created: r.pool.text(read::text_or_empty(meta, "creationTimestamp")?), budget, session })
 }
 
-/// A retry constraint as Istio translates it: a share of the requests that are under way, and a number that always may. The
-/// API counts both over intervals.
+/// A retry constraint as Istio translates it: a share of the requests of an interval, and a number that may always be under way. The
+/// API counts that over an interval too.
 fn budget<'p>(r: &mut Reader<'_>, root: &'p Node<'p>, constraint: &'p Node<'p>) -> Read<'p, RetryBudget> {
     read::only(constraint, &["budget", "minRetryRate"])?;
-    let (mut percent, mut least) = (20, 10);
+    let (mut percent, mut least, mut interval) = (20, 10, Duration::from_secs(10));
     for (key, number) in [("budget", "percent"), ("minRetryRate", "count")] {
         let Some(part) = read::map(constraint, key)? else { continue };
         read::only(part, &[number, "interval"])?;
-        if let Some(at) = part.get("interval") {
+        if let Some(at) = part.get("interval").filter(|_| key == "budget") {
+            interval = route::duration(at)?;
+        } else if let Some(at) = part.get("interval") {
             route::duration(at)?;
-            let message = "retries are counted while they are under way, not over an interval; this field has no effect".into();
+            let message = "so many retries may be under way, whenever they began; this field has no effect".into();
             let bad = Bad { at, missing: None, message, fix: "leave it out", code: "no-effect" };
             r.report(root, &bad, Severity::Warning);
         }
@@ -74,5 +77,9 @@ fn budget<'p>(r: &mut Reader<'_>, root: &'p Node<'p>, constraint: &'p Node<'p>) 
         }
         if number == "percent" { percent = n } else { least = n }
     }
-    Ok(RetryBudget { percent_hundredths: percent * 100, min_concurrency: least })
+    Ok(RetryBudget {
+        interval: Some(interval).filter(|d| !d.is_zero()),
+        percent_hundredths: percent * 100,
+        min_concurrency: least,
+    })
 }

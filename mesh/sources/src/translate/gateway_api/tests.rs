@@ -421,7 +421,10 @@ fn backend_traffic_policies() {
         let spec = format!("spec: {{host: s, trafficPolicy: {{{spec}}}}}");
         object("DestinationRule", "networking.istio.io/v1", "a", "d", "", &spec)
     };
-    let budget = |percent_hundredths, min_concurrency| Some(RetryBudget { percent_hundredths, min_concurrency });
+    let lasting = |interval, percent_hundredths, min_concurrency| {
+        Some(RetryBudget { interval: Some(Duration::from_secs(interval)), percent_hundredths, min_concurrency })
+    };
+    let budget = |percent_hundredths, min_concurrency| lasting(10, percent_hundredths, min_concurrency);
     let of = |text: &str| {
         let (state, problems) = mesh(&(services("a") + text));
         let d = state.destinations.get(S).map(|d| (d.policy.retry_budget, d.policy.session.clone(), d.origins.len()));
@@ -432,11 +435,8 @@ fn backend_traffic_policies() {
         ("", budget(2000, 10), vec![]),
         ("budget: {percent: 5}", budget(500, 10), vec![]),
         ("minRetryRate: {count: 0}", budget(2000, 0), vec![]),
-        (
-            "budget: {percent: 100, interval: 10s}, minRetryRate: {count: 3, interval: 1s}",
-            budget(10_000, 3),
-            vec!["no-effect"; 2],
-        ),
+        ("budget: {percent: 100, interval: 5s}, minRetryRate: {count: 3}", lasting(5, 10_000, 3), vec![]),
+        ("minRetryRate: {count: 3, interval: 1s}", budget(2000, 3), vec!["no-effect"]),
     ] {
         let (found, problems) = of(&traffic_policy("p", "", &format!("{ON_S}, retryConstraint: {{{constraint}}}")));
         assert_eq!((found, problems), ((want, None, 1), told.iter().map(ToString::to_string).collect()), "{constraint}");
@@ -444,7 +444,8 @@ fn backend_traffic_policies() {
     // A DestinationRule's own budget counts, for ports too; its other words do not matter.
     let p = traffic_policy("p", "", &format!("{ON_S}, retryConstraint: {{}}, sessionPersistence: {{sessionName: x}}"));
     let ((found, session, origins), _) = of(&(p.clone() + &rule("retryBudget: {percent: 1}")));
-    assert_eq!((found, origins, session.is_some()), (budget(100, 3), 2, true));
+    let own = RetryBudget { interval: None, percent_hundredths: 100, min_concurrency: 3 };
+    assert_eq!((found, origins, session.is_some()), (Some(own), 2, true));
     let ((found, ..), _) = of(&(p.clone() + &rule("loadBalancer: {simple: RANDOM}")));
     assert_eq!(found, budget(2000, 10));
     // The oldest counts for what it says, the others for the rest.
@@ -1729,6 +1730,7 @@ fn backend_tls_policies() {
         sni: Some("s.example.com".into()),
         sans: vec![],
         roots: Roots::System,
+        crl: None,
         client: None,
         skip_verify: false,
         alpn: vec![],

@@ -1,5 +1,5 @@
-//! The parts of MeshConfig that speak of telemetry, of external authorizers, of all requests and of services for other networks:
-//! ConfigMap `istio` of the root namespace, entry `mesh`.
+//! The parts of MeshConfig that speak of telemetry, of external authorizers, of all requests and destinations, and of services for
+//! other networks: ConfigMap `istio` of the root namespace, entry `mesh`.
 //!
 //! What else in it would be for data planes and is not read is reported ([`UNREAD`]); the rest is for the control plane. A section
 //! that is wrong is left out and reported; the others count.
@@ -16,6 +16,7 @@ use mesh_model::telemetry::tracing::Collector;
 use super::Named;
 use super::tracing::{self, Defaults};
 use crate::diagnostics::Severity;
+use crate::translate::destination_rule::MeshTraffic;
 use crate::translate::object::Reader;
 use crate::translate::read::{self, Bad, Read};
 use crate::translate::scopes::{self, Global};
@@ -30,13 +31,9 @@ pub(super) const ENVOY: &str = "envoy";
 const STDOUT: &str = "/dev/stdout";
 
 /// What data planes of Istio are told of by istiod and ours do not read, with what to write instead.
-const UNREAD: [(&str, &str); 6] = [
+const UNREAD: [(&str, &str); 2] = [
     ("defaultVirtualServiceExportTo", "write `exportTo` in each VirtualService that is not for every namespace"),
     ("defaultDestinationRuleExportTo", "write `exportTo` in each DestinationRule that is not for every namespace"),
-    ("localityLbSetting", "write `localityLbSetting` in the DestinationRule of a host, or `trafficDistribution` in its Service"),
-    ("connectTimeout", "write `connectionPool.tcp.connectTimeout` in the DestinationRule of a host"),
-    ("tcpKeepalive", "write `connectionPool.tcp.tcpKeepalive` in the DestinationRule of a host"),
-    ("h2UpgradePolicy", "write `connectionPool.http.h2UpgradePolicy` in the DestinationRule of a host"),
 ];
 
 /// What MeshConfig says of telemetry, of whom CUSTOM policies ask, of all requests, and of services for other networks.
@@ -54,6 +51,8 @@ pub struct MeshConfig {
     pub(in crate::translate) authorizers: Arc<Authorizers>,
     /// What requests follow where no object says otherwise.
     pub(in crate::translate) defaults: Arc<MeshDefaults>,
+    /// How destinations are reached where no DestinationRule says otherwise.
+    pub(in crate::translate) traffic: MeshTraffic,
     /// `serviceScopeConfigs`, where it is there.
     pub(in crate::translate) scopes: Option<Arc<[Global]>>,
 }
@@ -105,12 +104,13 @@ pub(in crate::translate) fn read<'p>(r: &mut Reader<'_>, node: &'p Node<'p>) -> 
     let mut defaults = MeshDefaults::default();
     section(paths(&mesh, &mut defaults));
     section(retry(&mesh, &mut defaults));
-    section(traffic(&mesh));
     for (key, fix) in UNREAD {
         if let Some(at) = mesh.get(key) {
             section(Err(Bad::value(at, format!("not read: `{key}` of all the mesh has no effect"), fix)));
         }
     }
+    collect.traffic = MeshTraffic::read(r, &mesh);
+    defaults.traffic = Arc::new(collect.traffic.policy());
     collect.defaults = Arc::new(defaults);
     collect.authorizers = Arc::new(authorizers::read(r, &mesh));
     collect.scopes = scopes::read(r, &mesh);
@@ -184,14 +184,6 @@ fn retry<'p>(mesh: &'p Node<'p>, out: &mut MeshDefaults) -> Read<'p, ()> {
     out.retry = Arc::new(RetryPolicy::none());
     out.retry = Arc::new(virtual_service::retries(policy)?);
     Ok(())
-}
-fn traffic<'p>(mesh: &'p Node<'p>) -> Read<'p, ()> {
-    let Some(at) = mesh.get("defaultTrafficPolicy") else { return Ok(()) };
-    Err(Bad::value(
-        at,
-        "not read: limits and ejection for all destinations have no effect",
-        "write a DestinationRule for each host",
-    ))
 }
 
 fn provider<'p>(p: &'p Node<'p>, out: &mut MeshConfig) -> Read<'p, ()> {

@@ -3,6 +3,7 @@ use crate::diagnostics::{Problem, Severity};
 use http::{HeaderName, HeaderValue};
 use mesh_model::Change;
 use mesh_model::defaults::MeshDefaults;
+use mesh_model::l7::destination::{LocalityPolicy, OutlierPolicy, PoolLimits, TcpKeepalive, TrafficPolicy};
 use mesh_model::l7::gateway::GatewayKey;
 use mesh_model::l7::path::PathNormalization;
 use mesh_model::l7::route::{RetryOn, RetryPolicy};
@@ -12,6 +13,7 @@ use mesh_model::telemetry::format::{Format, Json};
 use mesh_model::telemetry::tracing::{Otlp, Tag, Tracing};
 use mesh_model::telemetry::{Metric, Place, Sides, TelemetryRules};
 use std::sync::Arc;
+use std::time::Duration;
 
 fn rules(text: &str) -> (Arc<TelemetryRules>, Vec<Problem>) {
     let (changes, problems) = changes(text);
@@ -117,8 +119,71 @@ fn mesh_config_says_what_is_tried_again() {
     assert_eq!(of("defaultHttpRetryPolicy: { attempts: 4, retryOn: 5xx }"), (four, vec![]));
     let told = vec![(8, "defaultHttpRetryPolicy.retryOn".into())];
     assert_eq!(of("defaultHttpRetryPolicy: { attempts: 4, retryOn: 5xy }"), (none, told));
-    assert_eq!(of("defaultTrafficPolicy: {}"), (default.clone(), vec![(8, "defaultTrafficPolicy".into())]));
     assert_eq!(of("defaultDestinationRuleExportTo: ['.']"), (default, vec![(8, "defaultDestinationRuleExportTo".into())]));
+}
+#[test]
+fn mesh_config_says_how_services_are_reached() {
+    let of = |mesh: &str| {
+        let (changes, problems) = changes(&mesh_config(mesh));
+        let policy = TrafficPolicy::clone(&defaults(&changes).traffic);
+        (policy, problems.into_iter().map(|p| (p.origin.line, p.field)).collect::<Vec<_>>())
+    };
+    let (plain, pool) = (TrafficPolicy::default(), PoolLimits::default());
+    let with = |pool: PoolLimits| TrafficPolicy { pool, ..plain.clone() };
+    let (second, minute) = (Duration::from_secs(1), Duration::from_mins(1));
+    let keepalive = |probes, time, interval| Some(TcpKeepalive { probes, time, interval });
+    let locality = LocalityPolicy { failover: vec![("a".into(), "b".into())], mesh_wide: true, ..LocalityPolicy::default() };
+    for (mesh, want) in [
+        ("defaultTrafficPolicy: {}", plain.clone()),
+        ("connectTimeout: 1s", with(PoolLimits { connect_timeout: second, ..pool.clone() })),
+        (
+            "tcpKeepalive: { probes: 3, time: 60s }",
+            with(PoolLimits { keepalive: keepalive(3, minute, Duration::from_secs(75)), ..pool.clone() }),
+        ),
+        ("h2UpgradePolicy: UPGRADE", with(PoolLimits { h2_upgrade_of_http: true, ..pool.clone() })),
+        ("h2UpgradePolicy: DO_NOT_UPGRADE", plain.clone()),
+        (
+            "defaultTrafficPolicy: { connectionPool: { tcp: { maxConnections: 5, tcpKeepalive: { time: 1s } }, http: { h2UpgradePolicy: DO_NOT_UPGRADE } }, outlierDetection: {} }\nconnectTimeout: 60s\ntcpKeepalive: { probes: 2, time: 60s }\nh2UpgradePolicy: UPGRADE",
+            TrafficPolicy {
+                pool: PoolLimits {
+                    max_connections: 5,
+                    connect_timeout: minute,
+                    keepalive: keepalive(2, second, Duration::from_secs(75)),
+                    ..pool.clone()
+                },
+                outlier: Some(OutlierPolicy::default()),
+                ..plain.clone()
+            },
+        ),
+        ("localityLbSetting: { failover: [ { from: a, to: b } ] }", TrafficPolicy { locality, ..plain.clone() }),
+        (
+            "localityLbSetting: { enabled: false }",
+            TrafficPolicy {
+                locality: LocalityPolicy { disabled: true, mesh_wide: true, ..LocalityPolicy::default() },
+                ..plain.clone()
+            },
+        ),
+    ] {
+        assert_eq!(of(mesh), (want, vec![]), "{mesh}");
+    }
+    // What is wrong is left out, the rest counts.
+    for (wrong, field) in [
+        ("defaultTrafficPolicy: { loadBalancer: {} }", "defaultTrafficPolicy.loadBalancer"),
+        (
+            "defaultTrafficPolicy: { connectionPool: { tcp: { maxConnections: -1 } } }",
+            "defaultTrafficPolicy.connectionPool.tcp.maxConnections",
+        ),
+        ("defaultTrafficPolicy: { outlierDetection: { interval: 0s } }", "defaultTrafficPolicy.outlierDetection.interval"),
+        ("connectTimeout: 10", "connectTimeout"),
+        ("tcpKeepalive: { time: 10ms }", "tcpKeepalive.time"),
+        ("h2UpgradePolicy: DEFAULT", "h2UpgradePolicy"),
+        ("localityLbSetting: { failover: [ { from: a, to: a } ] }", "localityLbSetting.failover[0]"),
+    ] {
+        assert_eq!(of(wrong), (plain.clone(), vec![(8, field.into())]), "{wrong}");
+    }
+    let (both, told) =
+        of("defaultTrafficPolicy: { connectionPool: { tcp: { maxConnections: 5 } }, outlierDetection: { interval: 0s } }");
+    assert_eq!((both.pool.max_connections, both.outlier, told.len()), (5, None, 1));
 }
 #[test]
 fn mesh_config_says_how_paths_are_normalised() {
