@@ -2,6 +2,7 @@
 mod answers;
 mod authorizers;
 mod breakers;
+mod bytes;
 mod callers;
 mod cors;
 mod ejection;
@@ -41,6 +42,7 @@ pub fn all() -> Vec<Scenario> {
         cors::all(),
         weights::all(),
         breakers::all(),
+        bytes::all(),
         ejection::all(),
         hashing::all(),
         upstream::all(),
