@@ -17,7 +17,7 @@ use crate::nft::Table;
 use crate::node::Node;
 use crate::own::{self, Own};
 use crate::pod::Shared;
-use crate::pods::{PodSupervisor, PodTable};
+use crate::pods::{PodSupervisor, PodTable, Take};
 use crate::settings::{OnAgentDeath, RedirectMode, Settings, Udp};
 use crate::spans::Tracing;
 use crate::zds;
@@ -64,6 +64,8 @@ const STOP_LIMIT: Duration = Duration::from_secs(2);
 const WORTH_RETURNING: usize = 500;
 /// How long an agent that ends may ask whether it is uninstalled: API servers believe a token that was taken back for ten seconds.
 const ASK_WHETHER_UNINSTALLED: Duration = Duration::from_secs(12);
+/// How often the agent before this one is asked whom it serves that is not served here.
+const ASK_AGAIN: Duration = Duration::from_millis(500);
 /// Series of metrics nobody used for this long are dropped.
 const SERIES_UNUSED: Duration = Duration::from_mins(10);
 
@@ -161,6 +163,8 @@ pub async fn serve(mut settings: Settings, logging: &Logging) -> Result<()> {
     if let Some(predecessor) = &predecessor {
         supervisor = supervisor.after(Arc::clone(predecessor), is_alone.clone());
     }
+    let (takes, taking) = mpsc::channel(1);
+    let supervisor = supervisor.taking(taking);
     let mut looked = supervisor.looked();
     let control = tokio::spawn({
         let (mesh, readiness, zds) = (mesh.clone(), readiness.clone(), settings.zds.clone());
@@ -206,8 +210,7 @@ pub async fn serve(mut settings: Settings, logging: &Logging) -> Result<()> {
     let succession = async {
         if let Some(predecessor) = predecessor {
             tokio::select! {
-                // Also with a pod that nobody can serve.
-                () = readiness.ready_otherwise() => {}
+                () = all_taken(&predecessor, &readiness, takes) => {}
                 () = predecessor.gone() => {}
             }
             succeed(predecessor, later, &faces).await?;
@@ -249,10 +252,32 @@ pub async fn serve(mut settings: Settings, logging: &Logging) -> Result<()> {
     Ok(())
 }
 
+/// Resolves when every pod that the agent before this one serves is served here too. One that neither can serve does not matter.
+async fn all_taken(predecessor: &Arc<Predecessor>, readiness: &Readiness, takes: mpsc::Sender<Take>) {
+    loop {
+        readiness.ready_otherwise().await;
+        let agent = Arc::clone(predecessor);
+        match tokio::task::spawn_blocking(move || agent.pods()).await {
+            Ok(Ok(Some(pods))) => {
+                let (reply, served) = oneshot::channel();
+                if takes.send(Take { pods, reply }).await.is_ok() && served.await.unwrap_or(false) {
+                    return;
+                }
+            }
+            // Of that somebody else tells.
+            Ok(Ok(None)) | Err(_) => {}
+            Ok(Err(error)) => {
+                tracing::debug!(error = format!("{error:#}"), "the agent before this one does not say whom it serves");
+            }
+        }
+        tokio::time::sleep(ASK_AGAIN).await;
+    }
+}
+
 /// Takes over from the agent before this one, now that every pod is served here too.
 async fn succeed(predecessor: Arc<Predecessor>, faces: Vec<(SocketAddr, HttpServer)>, drain: &Drain) -> Result<()> {
     if let Err(error) = tokio::task::spawn_blocking(move || predecessor.release()).await? {
-        tracing::warn!(%error, "the agent before this one ended early");
+        tracing::warn!(error = format!("{error:#}"), "the agent before this one ended early");
     }
     for (addr, server) in faces {
         let mut tries = 0;

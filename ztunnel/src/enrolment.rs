@@ -153,8 +153,8 @@ pub struct ByKubernetes {
     places: Arc<Mutex<Places>>,
     /// Pods that wait to be captured; `None` where none does.
     arrivals: Option<mpsc::Receiver<Arrival>>,
-    /// Whether there are enrolled pods without an address, of which nobody says where they are.
-    unplaced: bool,
+    /// Enrolled pods without an address, of which nobody says where they are.
+    unplaced: HashSet<Arc<str>>,
 }
 
 impl ByKubernetes {
@@ -170,7 +170,7 @@ impl ByKubernetes {
             return Err(SourceError::Died);
         }
         let places = Arc::new(Mutex::new(Places::new(proc_dir)));
-        Ok(Self { pods, served: Some(served), places, arrivals: None, unplaced: false })
+        Ok(Self { pods, served: Some(served), places, arrivals: None, unplaced: HashSet::new() })
     }
 
     /// All pods of this node, as the API server tells of them.
@@ -210,7 +210,12 @@ impl ByKubernetes {
 
     /// Whether a pod may be somewhere that nobody knows of: an agent before this one may have captured it as it started.
     pub fn has_unplaced(&self) -> bool {
-        self.unplaced && self.arrivals.is_some()
+        !self.unplaced.is_empty() && self.arrivals.is_some()
+    }
+
+    /// Whether it is enrolled, and not known where.
+    pub fn is_unplaced(&self, uid: &str) -> bool {
+        self.unplaced.contains(uid)
     }
 
     /// The pods enrolled now.
@@ -222,7 +227,7 @@ impl ByKubernetes {
             // One without an address may not start for long: it is not looked for among all processes until then.
             enrolled.partition(|pod| !pod.workload.ips.is_empty() || places.get(&pod.cgroup).is_some())
         };
-        self.unplaced = !unplaced.is_empty();
+        self.unplaced = unplaced.into_iter().map(|pod| Arc::clone(&pod.uid)).collect();
         let (cgroups, places) = (wanted.iter().map(|pod| Arc::clone(&pod.cgroup)).collect(), Arc::clone(&self.places));
         // It may have to read something of every process of the machine.
         let looked = tokio::task::spawn_blocking(move || places.lock().look(&cgroups)).await;

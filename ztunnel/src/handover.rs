@@ -2,9 +2,9 @@
 //! finds nobody.
 //!
 //! The new agent connects to the old one's Unix socket (`SOCK_SEQPACKET`), gets one message per pod with the pod's
-//! sockets attached, serves them beside the old one, and says when it is ready. Only then does the old one stop accepting;
-//! its connections live on in it. A new agent that dies before that word changes nothing; one that finds a pod's ports taken asks again on
-//! a new connection, as the old one goes on enrolling meanwhile.
+//! sockets attached, serves them beside the old one, asks again as the old one goes on enrolling meanwhile, and says when it serves them all.
+//! Only then does the old one stop accepting, and hang up; its connections live on in it. A new agent that dies before that word changes
+//! nothing: the old one puts its listeners where they were.
 //!
 //! Owns the protocol. Refuses peers of another user. Upstream: `app`. Downstream: `pods`, which answers what is [`Ask`]ed.
 use crate::sockets::Sockets;
@@ -24,13 +24,15 @@ use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot};
 
 /// What a new agent says first; the number changes with the protocol.
 const HELLO: &[u8] = b"culvert handover 2";
 /// Ends the list of pods.
 const END: &[u8] = b"end";
+/// The new agent wants the list once more.
+const AGAIN: &[u8] = b"again";
 /// The new agent serves every pod.
 const READY: &[u8] = b"ready";
 /// Before the id of a pod.
@@ -41,6 +43,8 @@ const LONGEST: usize = 4096;
 const MOST_SOCKETS: usize = 7;
 /// How often it is looked whether the agent before this one is still there.
 const LOOK: Duration = Duration::from_millis(250);
+/// How long it may take to stop accepting: it may be beginning pods.
+const MOST_PATIENCE: Duration = Duration::from_mins(1);
 /// How long one answer may take.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -52,8 +56,10 @@ pub type Inherited = HashMap<WorkloadUid, Sockets>;
 pub enum Ask {
     /// Copies of the listeners of every pod it serves.
     Listeners(oneshot::Sender<Vec<(WorkloadUid, Sockets)>>),
-    /// To stop accepting: the next agent serves them all.
-    Release,
+    /// To stop accepting: the next agent serves them all. Answered when it is done.
+    Release(oneshot::Sender<()>),
+    /// To go on: who was to take over hung up, and may have put its own listeners in the place of these.
+    Stay,
 }
 
 /// The agent before this one, still serving, and enrolling pods until it is released.
@@ -85,23 +91,39 @@ impl Predecessor {
     /// Asks again, for the listeners of one pod; `None` if it does not serve it, or is gone or released. Blocks for as long as the
     /// answer takes.
     pub(crate) fn sockets_of(&self, pod: &str) -> Option<Sockets> {
-        let mut line = self.line.lock();
-        if matches!(*line, Line::Released) {
-            return None;
-        }
-        // It hears one connection at a time.
-        *line = Line::Lost;
-        match greet(&self.path) {
-            Ok(Some((socket, mut pods))) => {
-                *line = Line::Open(socket);
-                pods.remove(pod)
-            }
-            Ok(None) => None,
+        match self.pods() {
+            Ok(pods) => pods?.remove(pod),
             Err(error) => {
                 tracing::warn!(pod, error = format!("{error:#}"), "the agent before this one was asked for the pod's listeners");
                 None
             }
         }
+    }
+
+    /// Asks again for all listeners; `None` if it is gone or released. Blocks for as long as the answer takes.
+    ///
+    /// # Errors
+    /// It does not answer in time.
+    pub fn pods(&self) -> Result<Option<Inherited>> {
+        let mut line = self.line.lock();
+        // What asking it fails with is as good as lost: one of an older version hangs up.
+        match std::mem::replace(&mut *line, Line::Lost) {
+            Line::Released => {
+                *line = Line::Released;
+                return Ok(None);
+            }
+            Line::Open(socket) => {
+                if let Ok(pods) = ask_again(&socket) {
+                    *line = Line::Open(socket);
+                    return Ok(Some(pods));
+                }
+            }
+            Line::Lost => {}
+        }
+        Ok(greet(&self.path)?.map(|(socket, pods)| {
+            *line = Line::Open(socket);
+            pods
+        }))
     }
 
     /// Whether it has ended without a word: nobody is left to tell when to stop. Not while it is being asked something, nor once it was
@@ -134,20 +156,42 @@ impl Predecessor {
         }
     }
 
-    /// Tells it to stop accepting. Blocks while it is being asked.
+    /// Tells it to stop accepting, and waits until it has. Blocks while it is being asked, and while it has yet to begin pods.
     ///
     /// # Errors
-    /// It is gone, which comes to the same.
+    /// It is gone, which comes to the same; or it is there and did not answer for long.
     pub fn release(&self) -> Result<()> {
         let mut line = self.line.lock();
-        let socket = match std::mem::replace(&mut *line, Line::Released) {
-            Line::Open(socket) => socket,
-            Line::Lost => greet(&self.path)?.context("nobody is there any more")?.0,
-            Line::Released => return Ok(()),
-        };
-        send(&socket, READY, SendFlags::NOSIGNAL)?;
-        Ok(())
+        let end = Instant::now() + MOST_PATIENCE;
+        loop {
+            let told = match std::mem::replace(&mut *line, Line::Released) {
+                Line::Open(socket) => tell_ready(&socket, end),
+                Line::Lost => match greet(&self.path) {
+                    Ok(Some((socket, _))) => tell_ready(&socket, end),
+                    Ok(None) => bail!("nobody is there any more"),
+                    Err(error) => Err(error),
+                },
+                Line::Released => return Ok(()),
+            };
+            match told {
+                Err(error) if Instant::now() < end => {
+                    tracing::debug!(error = format!("{error:#}"), "the agent before this one is told again to stop accepting");
+                    *line = Line::Lost;
+                    std::thread::sleep(LOOK);
+                }
+                told => return told,
+            }
+        }
     }
+}
+
+/// Says that every pod is served, and waits until it hangs up, which it does when it has stopped accepting.
+fn tell_ready(socket: &OwnedFd, end: Instant) -> Result<()> {
+    let left = end.saturating_duration_since(Instant::now()).max(PATIENCE);
+    set_socket_timeout(socket, Timeout::Recv, Some(left))?;
+    send(socket, READY, SendFlags::NOSIGNAL)?;
+    recv(socket, &mut [0], RecvFlags::empty()).context("it was told to stop accepting and does not answer")?;
+    Ok(())
 }
 
 /// Whether the other end of a socket, which says nothing unless it is asked, is closed.
@@ -165,11 +209,22 @@ fn greet(path: &Path) -> Result<Option<(OwnedFd, Inherited)>> {
     check_peer(&socket)?;
     set_socket_timeout(&socket, Timeout::Recv, Some(PATIENCE))?;
     send(&socket, HELLO, SendFlags::NOSIGNAL)?;
+    let inherited = receive_pods(&socket)?;
+    Ok(Some((socket, inherited)))
+}
+
+/// The list once more, on the same connection.
+fn ask_again(socket: &OwnedFd) -> Result<Inherited> {
+    send(socket, AGAIN, SendFlags::NOSIGNAL)?;
+    receive_pods(socket)
+}
+
+fn receive_pods(socket: &OwnedFd) -> Result<Inherited> {
     let mut inherited = Inherited::new();
-    while let Some((uid, sockets)) = receive_pod(&socket)? {
+    while let Some((uid, sockets)) = receive_pod(socket)? {
         inherited.insert(uid, sockets);
     }
-    Ok(Some((socket, inherited)))
+    Ok(inherited)
 }
 
 /// Answers the next agent, on a thread of its own, until one has taken over. `released` resolves then.
@@ -211,6 +266,30 @@ fn answer(listener: &OwnedFd, asks: &mpsc::Sender<Ask>) -> Result<bool> {
         Ok(word.get(..length).unwrap_or_default().to_vec())
     };
     ensure!(hear()? == HELLO, "the other side speaks another protocol");
+    let outcome = (|| {
+        loop {
+            send_pods(&peer, asks)?;
+            // As long as it takes: both serve meanwhile.
+            let word = hear()?;
+            if word == READY {
+                let (done, is_done) = oneshot::channel();
+                asks.blocking_send(Ask::Release(done)).context("the agent is ending")?;
+                is_done.blocking_recv().context("the agent is ending")?;
+                return Ok(true);
+            }
+            if word != AGAIN {
+                return Ok(false);
+            }
+        }
+    })();
+    if !matches!(outcome, Ok(true)) {
+        asks.blocking_send(Ask::Stay).context("the agent is ending")?;
+    }
+    outcome
+}
+
+/// The listeners of every pod, one message each.
+fn send_pods(peer: &OwnedFd, asks: &mpsc::Sender<Ask>) -> Result<()> {
     let (reply, pods) = oneshot::channel();
     asks.blocking_send(Ask::Listeners(reply)).context("the agent is ending")?;
     for (uid, sockets) in pods.blocking_recv().context("the agent is ending")? {
@@ -219,15 +298,10 @@ fn answer(listener: &OwnedFd, asks: &mpsc::Sender<Ask>) -> Result<bool> {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_SOCKETS))];
         let mut control = SendAncillaryBuffer::new(&mut space);
         ensure!(control.push(SendAncillaryMessage::ScmRights(&fds)), "no room for all descriptors");
-        sendmsg(&peer, &[IoSlice::new(&body)], &mut control, SendFlags::NOSIGNAL)?;
+        sendmsg(peer, &[IoSlice::new(&body)], &mut control, SendFlags::NOSIGNAL)?;
     }
-    send(&peer, END, SendFlags::NOSIGNAL)?;
-    // As long as it takes: both serve meanwhile.
-    if hear()? != READY {
-        return Ok(false);
-    }
-    asks.blocking_send(Ask::Release).context("the agent is ending")?;
-    Ok(true)
+    send(peer, END, SendFlags::NOSIGNAL)?;
+    Ok(())
 }
 
 /// The next pod of the list; `None` at its end.

@@ -34,7 +34,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 
 /// How long after a failure a pod is tried again.
@@ -45,6 +45,9 @@ const AT_ONCE: usize = 4;
 
 /// How long connections that were cut may take to end before the redirection is removed under them.
 const TAKE_DOWN: Duration = Duration::from_secs(1);
+
+/// How long the agent before this one may serve what is not to be served here, before that is taken for what it has not heard.
+const HEARSAY: Duration = Duration::from_secs(10);
 
 /// Connections of an agent that was replaced live until it is told to end, which sets the deadline.
 const UNTIL_TOLD: Duration = Duration::from_hours(24 * 365);
@@ -131,8 +134,6 @@ struct Started {
     enrolled: Enrolled,
     /// When it was known that it is to be served.
     learned: Instant,
-    /// Whether it is known where and who it is.
-    is_servable: bool,
     outcome: Result<Running, String>,
 }
 
@@ -141,11 +142,27 @@ struct Before {
     agent: Arc<Predecessor>,
     /// Whether this one is alone.
     alone: watch::Receiver<bool>,
-    /// The pods it served when it was found.
-    served: HashSet<WorkloadUid>,
-    /// Pods that it may have begun to serve in the moment in which this agent did: whoever came last is who their programs and rules hand
-    /// connections to.
-    contested: HashSet<WorkloadUid>,
+    /// Pods it serves that are not to be served here, and since when that is known.
+    strangers: HashMap<WorkloadUid, Instant>,
+}
+
+/// What the agent before this one serves now.
+#[derive(Debug)]
+pub struct Take {
+    /// Its listeners.
+    pub pods: Inherited,
+    /// Whether it is all served here.
+    pub reply: oneshot::Sender<bool>,
+}
+
+/// The next question what is taken; never, if nobody asks.
+async fn next_take(takes: Option<&mut mpsc::Receiver<Take>>) -> Take {
+    if let Some(takes) = takes
+        && let Some(take) = takes.recv().await
+    {
+        return take;
+    }
+    std::future::pending().await
 }
 
 /// Resolves when the agent before this one has stopped accepting; never, if there was none.
@@ -204,6 +221,14 @@ pub struct PodSupervisor {
     inherited: Inherited,
     /// The agent before this one, until it is released.
     before: Option<Before>,
+    takes: Option<mpsc::Receiver<Take>>,
+    /// Who is to be served.
+    wanted: HashSet<WorkloadUid>,
+    /// Pods that another agent may have begun to serve in the moment in which this one did, or may have meant to take over: whoever came last
+    /// is who their programs and rules hand connections to.
+    contested: HashSet<WorkloadUid>,
+    /// Those of them that could not be had.
+    unclaimed: HashMap<WorkloadUid, ReadyTask>,
     handed_over: bool,
     cni: Option<Cni>,
     kubernetes: Option<ByKubernetes>,
@@ -229,6 +254,10 @@ impl PodSupervisor {
             pins,
             inherited,
             before: None,
+            takes: None,
+            wanted: HashSet::new(),
+            contested: HashSet::new(),
+            unclaimed: HashMap::new(),
             handed_over: false,
             cni: None,
             kubernetes: None,
@@ -248,8 +277,14 @@ impl PodSupervisor {
     /// which `alone` tells.
     #[must_use]
     pub fn after(mut self, agent: Arc<Predecessor>, alone: watch::Receiver<bool>) -> Self {
-        let served = self.inherited.keys().cloned().collect();
-        self.before = Some(Before { agent, alone, served, contested: HashSet::new() });
+        self.before = Some(Before { agent, alone, strangers: HashMap::new() });
+        self
+    }
+
+    /// Answers whether all is served here that the agent before this one serves.
+    #[must_use]
+    pub fn taking(mut self, takes: mpsc::Receiver<Take>) -> Self {
+        self.takes = Some(takes);
         self
     }
 
@@ -288,18 +323,22 @@ impl PodSupervisor {
                 changed = versions.changed() => if changed.is_err() { break draining.await },
                 // Also without a new version: pods that failed are tried again, and a namespace that was replaced under its
                 // path is noticed.
-                () = tokio::time::sleep(RETRY) => {}
+                () = tokio::time::sleep(RETRY) => self.contested.extend(self.unclaimed.keys().cloned()),
                 Some(ask) = successor.recv() => match ask {
                     Ask::Listeners(reply) => {
-                        self.reclaim().await;
+                        while self.may_reclaim() {
+                            self.reclaim().await;
+                        }
                         self.leave_unsettled().await;
                         drop(reply.send(self.listeners()));
                     }
-                    Ask::Release => {
+                    Ask::Release(done) => {
                         self.leave_unsettled().await;
                         self.hand_over();
+                        let _ = done.send(());
                         settled = Some(tokio::time::Instant::now() + self.shared.settings.handshake_timeout);
                     }
+                    Ask::Stay => self.contested.extend(self.running.keys().cloned()),
                 },
                 () = tokio::time::sleep_until(settled.unwrap_or(tokio::time::Instant::now())), if settled.is_some() => {
                     settled = None;
@@ -313,7 +352,9 @@ impl PodSupervisor {
                 order = next_order(self.cni.as_mut()) => self.obey(order).await,
                 Some(uid) = self.changed.1.recv() => self.recapture(&uid).await,
                 Ok(()) = bundles.changed() => self.rejudge_tunnels(&bundles.borrow_and_update().clone()),
-                () = is_alone(self.before.as_mut()) => self.reclaim().await,
+                () = is_alone(self.before.as_mut()) => self.before = None,
+                Take { pods, reply } = next_take(self.takes.as_mut()) => drop(reply.send(self.has_taken(pods))),
+                () = std::future::ready(()), if self.may_reclaim() => self.reclaim().await,
             }
         };
         let mode = match ended.mode {
@@ -347,31 +388,72 @@ impl PodSupervisor {
             Err(RedirectError::LoopbackDown) => return,
             Err(error) => return tracing::error!(pod = %uid, %error, "an interface of the pod may not be captured"),
         }
-        if let Some(before) = &mut self.before {
+        if self.before.is_some() {
             // It does so too.
-            before.contested.insert(Arc::clone(uid));
+            self.contested.insert(Arc::clone(uid));
         }
-        match running.capture_again(&self.shared.settings, Some(pins)).await {
-            Ok(interfaces) => tracing::info!(pod = %uid, ?interfaces, "the pod's new interface is captured"),
+        match running.capture_again(uid, &self.shared.settings, Some(pins)).await {
+            Ok(interfaces) => {
+                running.settle(&self.settler);
+                tracing::info!(pod = %uid, ?interfaces, "the pod's new interface is captured");
+            }
             Err(error) => tracing::error!(pod = %uid, error, "an interface of the pod may not be captured"),
         }
     }
 
-    /// Has the pods that the agent before this one may have captured as well hand their connections to this one.
+    /// Whether all is served here that the agent before this one serves; what is not is tried with its listeners.
+    fn has_taken(&mut self, pods: Inherited) -> bool {
+        let Some(before) = &mut self.before else { return true };
+        before.strangers.retain(|uid, _| pods.contains_key(uid));
+        let (mut all, now) = (true, Instant::now());
+        for (uid, sockets) in pods {
+            if self.running.contains_key(&uid) {
+                continue;
+            }
+            let is_wanted = self.wanted.contains(&uid) || self.kubernetes.as_ref().is_some_and(|pods| pods.is_unplaced(&uid));
+            if is_wanted {
+                all = false;
+                self.inherited.entry(uid).or_insert(sockets);
+            } else {
+                // One of the two has yet to hear of the pod, or that it left.
+                all &= *before.strangers.entry(uid).or_insert(now) + HEARSAY < now;
+            }
+        }
+        all
+    }
+
+    fn may_reclaim(&self) -> bool {
+        self.before.is_none() && !self.handed_over && !self.contested.is_empty()
+    }
+
+    /// Has some of the pods that another agent may have captured as well hand their connections to this one.
     async fn reclaim(&mut self) {
-        let Some(Before { contested, .. }) = self.before.take() else { return };
-        for uid in contested {
-            let Some(running) = self.running.get_mut(&uid) else { continue };
+        let some: Vec<_> = self.contested.iter().take(AT_ONCE).cloned().collect();
+        for uid in some {
+            self.contested.remove(&uid);
+            let failed = self.unclaimed.remove(&uid);
+            let Some(running) = self.running.get_mut(&uid) else {
+                if let Some(task) = failed {
+                    task.ready();
+                }
+                continue;
+            };
             if let Some(redirect) = &running.redirect {
                 let unsettled = redirect.unsettled();
                 let _ = tokio::task::spawn_blocking(move || unsettled.leave()).await;
             }
-            match running.capture_again(&self.shared.settings, self.pins.clone()).await {
+            match running.capture_again(&uid, &self.shared.settings, self.pins.clone()).await {
                 Ok(_) => {
-                    tracing::debug!(pod = %uid, "captured again: the agent before this one may have begun it in the same moment");
+                    running.settle(&self.settler);
+                    tracing::debug!(pod = %uid, "captured again: another agent may have done so in the same moment");
+                    if let Some(task) = failed {
+                        task.ready();
+                    }
                 }
                 Err(error) => {
-                    tracing::error!(pod = %uid, error, "the pod may still hand its connections to the agent before this one");
+                    tracing::error!(pod = %uid, error, "the pod may still hand its connections to another agent, trying again");
+                    let task = failed.unwrap_or_else(|| self.readiness.pending_alone(&format!("connections of {uid}")));
+                    self.unclaimed.insert(uid, task);
                 }
             }
         }
@@ -484,12 +566,14 @@ impl PodSupervisor {
         let learned = Instant::now();
         self.shared.metrics.config_version.set(self.shared.mesh.load().version() as i64);
         let desired = self.dismiss_left().await;
+        self.wanted = desired.iter().map(|enrolled| Arc::clone(&enrolled.key)).collect();
         if self.handed_over {
             return;
         }
         if self.cni.is_none() {
             let keys: HashSet<&Arc<str>> = desired.iter().map(|e| &e.key).collect();
-            self.inherited.retain(|key, _| keys.contains(key));
+            let kubernetes = self.kubernetes.as_ref();
+            self.inherited.retain(|key, _| keys.contains(key) || kubernetes.is_some_and(|pods| pods.is_unplaced(key)));
         }
         self.serve(&desired, learned).await;
         if let Some(kubernetes) = &self.kubernetes {
@@ -574,19 +658,24 @@ impl PodSupervisor {
         self.shared.metrics.pending_pods.set(self.pending.len() as i64);
     }
 
-    /// Removes the redirections an earlier agent left for pods that are no longer in the mesh. Not before every pod is
-    /// served: one that is not may be among those closed.
+    /// Removes the redirections an earlier agent left for pods that are no longer in the mesh. Where a pod is not served yet, not its own,
+    /// nor rules, of which is not known whose they are.
     fn sweep(&mut self) {
         let unplaced = self.kubernetes.as_ref().is_some_and(ByKubernetes::has_unplaced);
         // What the agent before this one enrols meanwhile is its own.
-        if !self.unswept || !self.pending.is_empty() || unplaced || self.before.is_some() {
+        if !self.unswept || unplaced || self.before.is_some() {
             return;
         }
         let kept = self.running.values().filter_map(|r| r.redirect.as_ref()).map(Redirect::netns);
-        match self.pins.as_ref().map_or(Ok(0), |pins| pins.sweep(kept)) {
+        let waiting: Vec<&str> = self.pending.keys().map(|uid| &**uid).collect();
+        let swept = |pins: &PinRoot| if waiting.is_empty() { pins.sweep(kept) } else { pins.sweep_but(kept, &waiting) };
+        match self.pins.as_ref().map_or(Ok(0), swept) {
             Ok(0) => {}
             Ok(removed) => tracing::info!(removed, "redirections of pods that left the mesh while no agent ran are removed"),
             Err(error) => tracing::warn!(%error, "redirections of pods that left the mesh may remain"),
+        }
+        if !waiting.is_empty() {
+            return;
         }
         if self.shared.settings.redirect != RedirectMode::None {
             let (table, proc_dir) = (table_of(&self.shared.settings), self.shared.settings.proc_dir.clone());
@@ -635,21 +724,19 @@ impl PodSupervisor {
         };
         self.starting.insert(Arc::clone(key), starting);
         let inherited = self.inherited.remove(key);
-        if let (Some(before), None) = (&mut self.before, &inherited) {
-            before.contested.insert(Arc::clone(key));
+        if self.before.is_some() && inherited.is_none() {
+            self.contested.insert(Arc::clone(key));
         }
         let (starter, enrolled) = (self.starter(), enrolled.clone());
         Some(async move {
             if let Some(down) = down {
                 let _ = down.await;
             }
-            // Nor can another agent serve what is nowhere, or nobody.
-            let is_servable = place.is_ok() && enrolled.identity.is_ok();
             let outcome = match place {
                 Ok(netns) => starter.start(&enrolled, netns, inherited).await,
                 Err(error) => Err(error),
             };
-            Started { enrolled, learned, is_servable, outcome }
+            Started { enrolled, learned, outcome }
         })
     }
 
@@ -667,7 +754,7 @@ impl PodSupervisor {
 
     /// Enters what became of it.
     fn finish(&mut self, started: Started) -> Result<(), String> {
-        let Started { enrolled, learned, is_servable, outcome } = started;
+        let Started { enrolled, learned, outcome } = started;
         let key = &enrolled.key;
         self.starting.remove(key);
         let outcome = match outcome {
@@ -687,10 +774,7 @@ impl PodSupervisor {
             Err(error) => {
                 if !self.pending.contains_key(key) {
                     tracing::error!(pod = %enrolled.label(), %error, "pod cannot be served, trying again");
-                    // The agent before this one goes on serving what only it can.
-                    let is_served = is_servable || self.before.as_ref().is_some_and(|before| before.served.contains(key));
-                    let name = format!("pod {}", enrolled.label());
-                    let task = if is_served { self.readiness.pending(&name) } else { self.readiness.pending_alone(&name) };
+                    let task = self.readiness.pending_alone(&format!("pod {}", enrolled.label()));
                     self.pending.insert(Arc::clone(key), (task, enrolled.identity.as_ref().ok().cloned()));
                 }
                 if let Ok(id) = &enrolled.identity {

@@ -1,7 +1,7 @@
 //! Ring 2: the whole agent but capture, in one process on loopback. Each pod has an address of 127.1.0.0/16 of its own;
 //! connections are brought to the outbound side by the test, with the destination a capture would have found.
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails, also outside its own function")]
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use clap::Parser;
 use http::HeaderValue;
 use mesh_hbone::{ConnectRequest, Incoming, headers};
@@ -643,6 +643,51 @@ async fn the_pod_drains_and_tells_its_peers() -> Result<()> {
     echo_once(&mut client).await?;
     drop(client);
     timeout(LIMIT, lab.drain.finished()).await?;
+    Ok(())
+}
+
+/// The old agent is asked as often as is wanted on one connection, is done when it is said to be, and hears of a successor that is gone.
+#[tokio::test]
+async fn the_old_agent_is_asked_again_waited_for_and_told_to_stay() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let path = dir.path().join("n.handover");
+    let (asks, mut asked) = mpsc::channel(1);
+    let (released, is_released) = tokio::sync::oneshot::channel();
+    handover::serve(&path, asks, released)?;
+    let find = |path: std::path::PathBuf| async move {
+        tokio::task::spawn_blocking(move || Predecessor::find(&path)).await??.context("the old agent is there")
+    };
+    let answer_list = async |asked: &mut mpsc::Receiver<Ask>| match timeout(LIMIT, asked.recv()).await? {
+        Some(Ask::Listeners(reply)) => {
+            let _ = reply.send(Vec::new());
+            Ok(())
+        }
+        other => Err(anyhow::anyhow!("{other:?}")),
+    };
+    let found = tokio::spawn(find(path.clone()));
+    answer_list(&mut asked).await?;
+    let first = Arc::new(found.await??.0);
+    for _ in 0..2 {
+        let again = tokio::task::spawn_blocking({
+            let first = Arc::clone(&first);
+            move || first.pods()
+        });
+        answer_list(&mut asked).await?;
+        ensure!(again.await??.is_some_and(|pods| pods.is_empty()));
+    }
+    drop(first);
+    ensure!(matches!(timeout(LIMIT, asked.recv()).await?, Some(Ask::Stay)), "it does not hear that its successor is gone");
+
+    let found = tokio::spawn(find(path));
+    answer_list(&mut asked).await?;
+    let second = found.await??.0;
+    let release = tokio::task::spawn_blocking(move || second.release());
+    let Some(Ask::Release(done)) = timeout(LIMIT, asked.recv()).await? else { bail!("it is not told") };
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    ensure!(!release.is_finished(), "the successor goes on before the old agent has stopped");
+    let _ = done.send(());
+    timeout(LIMIT, release).await???;
+    timeout(LIMIT, is_released).await??;
     Ok(())
 }
 

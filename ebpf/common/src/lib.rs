@@ -31,6 +31,10 @@ pub mod program {
     pub const IP_EGRESS: &str = "ip_egress";
     /// tc ingress of those.
     pub const IP_INGRESS: &str = "ip_ingress";
+    /// tc egress of the pod's interfaces of other kinds: drops everything.
+    pub const CLOSED_EGRESS: &str = "closed_egress";
+    /// tc ingress of those.
+    pub const CLOSED_INGRESS: &str = "closed_ingress";
     /// Keeps a tc hook of an interface while the others are made ready: every packet passes.
     pub const IDLE: &str = "idle";
     /// `sk_lookup` of the pod's network namespace.

@@ -30,14 +30,16 @@ use crate::{
 pub struct PodSpec<'a> {
     /// Its network namespace, as a file of `/proc/<pid>/ns/net` or a bind mount of it.
     pub netns: BorrowedFd<'a>,
-    /// The interfaces to capture on; `None` for every Ethernet interface besides `lo`, up or not, and every tunnel device that is up. With
-    /// `None`, an interface that is up and of another kind is an error, because what passes through it would not be captured.
+    /// The interfaces to capture on; `None` for every Ethernet interface besides `lo`, up or not, and every other that is up: tunnel
+    /// devices are captured on, and one of which the frames cannot be read is closed.
     pub interfaces: Option<Vec<String>>,
     /// What the programs do; see [`Redirect::set_config`].
     pub config: Config,
     /// Where the redirection is kept, so that it outlives this process; `None` ends it with the process. What an earlier
     /// agent kept there for the pod is taken over.
     pub pins: Option<&'a PinRoot>,
+    /// Whose it is, by whatever name does not change with the agent: kept with the pins, for [`PinRoot::sweep_but`].
+    pub owner: &'a str,
 }
 
 /// The agent's listeners of the pod; see the crate's documentation for what they must be.
@@ -139,6 +141,10 @@ impl Redirect {
                 }),
                 None => attach_programs(netns.as_fd(), config, listeners, &hooks, pins_of),
             };
+            let attached = attached.and_then(|attached| match &pins {
+                Some(pins) => pins.own(spec.owner).map(|()| attached),
+                None => Ok(attached),
+            });
             match attached {
                 Ok(Attached { links, maps, early }) => {
                     let attachment = pins.map_or(Attachment::Held { _links: links }, Attachment::Pinned);
@@ -269,7 +275,10 @@ fn choose(all: Vec<Interface>, wanted: Option<&[String]>) -> Result<Vec<Interfac
                     // The tunnel devices some kernels put in every namespace.
                     _ if !interface.up => {}
                     Frames::Bare => chosen.push(interface),
-                    Frames::Unknown => return Err(interface.unsupported()),
+                    Frames::Unknown => {
+                        tracing::warn!(reason = %interface.unsupported(), "an interface of a pod is closed");
+                        chosen.push(interface);
+                    }
                 }
             }
         }

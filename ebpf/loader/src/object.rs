@@ -21,7 +21,7 @@ use ebpf_common::{ASK, COUNTERS, Config, Counter, DENIED, Tally, map, program, s
 
 use crate::{
     error::{RedirectError, map_error, program_error},
-    pins::{Hook, MAPS, PodPins},
+    pins::{EGRESS, Hook, INGRESS, MAPS, PodPins},
 };
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!("../obj/redirect.bpf.o");
@@ -256,8 +256,11 @@ impl Instance {
         }
         let mut all: HashMap<&str, &mut Program> = self.ebpf.programs_mut().collect();
         let steer_lookup = of(&mut all, program::STEER_LOOKUP)?;
-        let ends = [program::ETH_EGRESS, program::ETH_INGRESS, program::IP_EGRESS, program::IP_INGRESS];
-        let classifiers = ends.into_iter().map(|name| Ok((name, of(&mut all, name)?))).collect::<Result<_, RedirectError>>()?;
+        let classifiers = EGRESS
+            .into_iter()
+            .chain(INGRESS)
+            .map(|name| Ok((name, of(&mut all, name)?)))
+            .collect::<Result<_, RedirectError>>()?;
         Ok(Programs { steer_lookup, classifiers: Classifiers(classifiers) })
     }
 }

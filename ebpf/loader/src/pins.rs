@@ -88,8 +88,22 @@ impl PinRoot {
 /// The maps of a pod, by the names of their pins.
 pub(crate) const MAPS: [&str; 5] = [map::SOCKS, map::CONFIG, map::TRAFFIC, map::STEER, map::SOURCES];
 
+/// The programs of hooks, which begin the names of their links' pins.
+pub(crate) const INGRESS: [&str; 3] = [program::ETH_INGRESS, program::IP_INGRESS, program::CLOSED_INGRESS];
+pub(crate) const EGRESS: [&str; 3] = [program::ETH_EGRESS, program::IP_EGRESS, program::CLOSED_EGRESS];
+
 /// Begins the name of the mark that says of which object the programs in the links are.
 const OBJECT: &str = "object-";
+
+/// Begins the name of the mark that says whose the pod is.
+const OWNER: &str = "of-";
+
+/// That mark. Agents of every version make the same of the same name (FNV-1a).
+fn owner_mark(owner: &str) -> String {
+    let hash =
+        owner.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
+    format!("{OWNER}{hash:016x}")
+}
 
 fn is_mark(entry: &fs::DirEntry) -> bool {
     entry.file_name().to_string_lossy().starts_with(OBJECT)
@@ -150,6 +164,27 @@ impl PodPins {
         config.pin(self.dir.join(format!("{OBJECT}{digest}"))).map_err(|e| self.error("pin in", io::Error::other(e)))
     }
 
+    /// Says whose the pod is.
+    pub(crate) fn own(&self, owner: &str) -> Result<(), RedirectError> {
+        let mark = owner_mark(owner);
+        if self.dir.join(&mark).exists() {
+            return Ok(());
+        }
+        let listing = fs::read_dir(&self.dir).map_err(|e| self.error("list", e))?;
+        let mut before = listing.filter_map(Result::ok).filter(|entry| entry.file_name().to_string_lossy().starts_with(OWNER));
+        before.try_for_each(|entry| fs::remove_file(entry.path())).map_err(|e| self.error("remove from", e))?;
+        let config = MapData::from_pin(self.map(map::CONFIG)).map_err(|e| map_error(map::CONFIG, e))?;
+        config.pin(self.dir.join(mark)).map_err(|e| self.error("pin in", io::Error::other(e)))
+    }
+
+    /// Whether it is known whose the pod is, and that it is of none of these.
+    pub(crate) fn is_of_others(&self, owners: &[&str]) -> bool {
+        let marks: Vec<String> = owners.iter().map(|owner| owner_mark(owner)).collect();
+        let names = || fs::read_dir(&self.dir).into_iter().flatten().flatten().map(|entry| entry.file_name());
+        let owned = names().any(|name| name.to_string_lossy().starts_with(OWNER));
+        owned && !names().any(|name| marks.iter().any(|mark| name == **mark))
+    }
+
     /// Says so no longer, of any object.
     pub(crate) fn unmark(&self) -> Result<(), RedirectError> {
         let listing = fs::read_dir(&self.dir).map_err(|e| self.error("list", e))?;
@@ -174,6 +209,7 @@ impl PodPins {
         for entry in listing.filter_map(Result::ok) {
             let name = entry.file_name();
             let known = hooks.iter().any(|hook| name == *hook.pin) || MAPS.iter().any(|map| name == **map);
+            let known = known || name.to_string_lossy().starts_with(OWNER);
             if !known && name != program::STEER_LOOKUP {
                 fs::remove_file(entry.path()).map_err(|e| self.error("remove from", e))?;
             }
@@ -184,7 +220,7 @@ impl PodPins {
     /// Whether there is the link of a hook, of whatever interface.
     pub(crate) fn has_places(&self) -> bool {
         let is_place = |entry: io::Result<fs::DirEntry>| {
-            let of = |name: &str| [program::ETH_INGRESS, program::ETH_EGRESS].iter().any(|hook| name.starts_with(hook));
+            let of = |name: &str| INGRESS.iter().chain(&EGRESS).any(|program| name.starts_with(program));
             entry.is_ok_and(|entry| of(&entry.file_name().to_string_lossy()))
         };
         fs::read_dir(&self.dir).is_ok_and(|mut listing| listing.any(is_place))
@@ -203,10 +239,10 @@ impl PodPins {
             Err(e) => return Err(self.error("list", e)),
         };
         let mut names: Vec<_> = listing.filter_map(Result::ok).map(|entry| entry.file_name()).collect();
-        let order = [program::ETH_EGRESS, program::ETH_INGRESS, program::STEER_LOOKUP];
+        let order: [&[&str]; 3] = [&EGRESS, &INGRESS, &[program::STEER_LOOKUP]];
         names.sort_by_key(|name| {
             let name = name.to_string_lossy();
-            order.iter().position(|program| name.starts_with(program)).unwrap_or(order.len())
+            order.iter().position(|programs| programs.iter().any(|program| name.starts_with(program))).unwrap_or(order.len())
         });
         for name in names {
             fs::remove_file(self.dir.join(name)).map_err(|e| self.error("remove", e))?;

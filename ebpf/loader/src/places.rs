@@ -12,19 +12,20 @@ use nix::net::if_::if_indextoname;
 use crate::{
     error::{RedirectError, program_error},
     object::{self, Classifiers},
-    pins::{Hook, PodPins},
+    pins::{EGRESS, Hook, INGRESS, PodPins},
     plumbing::{Frames, Interface},
 };
 
 /// Every hook, in the order in which programs are put in force: all that receive, then all that turn packets around.
 pub(crate) fn hooks(interfaces: &[Interface]) -> Vec<Hook> {
-    let ends = [
-        (program::ETH_INGRESS, program::IP_INGRESS, TcAttachType::Ingress),
-        (program::ETH_EGRESS, program::IP_EGRESS, TcAttachType::Egress),
-    ];
-    let of = |(framed, bare, direction)| {
+    let ends = [(INGRESS, TcAttachType::Ingress), (EGRESS, TcAttachType::Egress)];
+    let of = |([ethernet, bare, closed], direction): ([&'static str; 3], TcAttachType)| {
         interfaces.iter().map(move |interface| {
-            let program = if interface.frames() == Frames::Bare { bare } else { framed };
+            let program = match interface.frames() {
+                Frames::Ethernet => ethernet,
+                Frames::Bare => bare,
+                Frames::Unknown => closed,
+            };
             let pin = format!("{program}-{}", interface.index);
             Hook { program, pin, interface: interface.name.clone(), index: interface.index, direction }
         })

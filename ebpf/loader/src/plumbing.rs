@@ -32,6 +32,7 @@ const ARPHRD_PPP: u16 = 512;
 const ARPHRD_RAWIP: u16 = 519;
 const ARPHRD_TUNNEL: u16 = 768;
 const ARPHRD_TUNNEL6: u16 = 769;
+const ARPHRD_LOOPBACK: u16 = 772;
 const ARPHRD_SIT: u16 = 776;
 const ARPHRD_IPGRE: u16 = 778;
 const ARPHRD_IP6GRE: u16 = 823;
@@ -53,7 +54,6 @@ pub(crate) struct Interface {
 impl Interface {
     /// `lo`.
     pub(crate) fn loopback() -> Self {
-        const ARPHRD_LOOPBACK: u16 = 772;
         Self { index: LO_INDEX, name: "lo".to_owned(), up: true, kind: ARPHRD_LOOPBACK }
     }
 
@@ -64,7 +64,7 @@ impl Interface {
 
     pub(crate) fn frames(&self) -> Frames {
         match self.kind {
-            ARPHRD_ETHER => Frames::Ethernet,
+            ARPHRD_ETHER | ARPHRD_LOOPBACK => Frames::Ethernet,
             // Those that the kernel knows to have no header (`dev_is_mac_header_xmit`). What does not begin with IP's is dropped.
             ARPHRD_NONE | ARPHRD_RAWIP | ARPHRD_PPP | ARPHRD_TUNNEL | ARPHRD_TUNNEL6 | ARPHRD_SIT | ARPHRD_IPGRE
             | ARPHRD_IP6GRE => Frames::Bare,

@@ -12,9 +12,23 @@ impl PinRoot {
     /// Removes every redirection but those of the namespaces `held`; the traffic of the others is direct from then on. Answers
     /// how many there were.
     pub fn sweep(&self, held: impl IntoIterator<Item = NetnsCookie>) -> Result<usize, RedirectError> {
+        self.remove(held, |_| true)
+    }
+
+    /// The same while pods of these owners ([`crate::PodSpec::owner`]) have yet to be captured again, who knows where: what is theirs stays,
+    /// and what is not known whose it is.
+    pub fn sweep_but(&self, held: impl IntoIterator<Item = NetnsCookie>, waiting: &[&str]) -> Result<usize, RedirectError> {
+        self.remove(held, |pod| pod.is_of_others(waiting))
+    }
+
+    fn remove(
+        &self,
+        held: impl IntoIterator<Item = NetnsCookie>,
+        is_left: impl Fn(&PodPins) -> bool,
+    ) -> Result<usize, RedirectError> {
         let held: HashSet<PodPins> = held.into_iter().map(|netns| self.pod(netns)).collect();
         let mut removed = 0;
-        for pod in self.pods()?.iter().filter(|pod| !held.contains(pod)) {
+        for pod in self.pods()?.iter().filter(|pod| !held.contains(pod) && is_left(pod)) {
             let_go(pod);
             pod.remove()?;
             removed += 1;

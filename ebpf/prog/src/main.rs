@@ -7,6 +7,7 @@
 
 mod assign;
 mod captured;
+mod closed;
 mod eth_egress;
 mod eth_ingress;
 mod idle;

@@ -363,11 +363,12 @@ pub(crate) fn where_bpf_is_refused_rules_redirect(mesh: &mut Mesh) -> anyhow::Re
 /// One that has never been ready has listeners too, and a pod that nobody can serve keeps neither from anything else.
 pub(crate) fn an_agent_that_is_not_ready_is_replaced_too(mesh: &mut Mesh) -> anyhow::Result<()> {
     const FILE: &str = "pod-unwell.yaml";
+    const LOOSE: &str = "pod-loose.yaml";
     let (netns, node) = (mesh.pod("web1").netns.path().display().to_string(), "node-b");
     let unwell = mesh.topology().pod_yaml("web1", &[]).replace("name: web1", "name: unwell").replace(&netns, "/nowhere");
     let v4 = mesh.pod("web1").v4.to_string();
     mesh.dir.put(FILE, &unwell.replace(&v4, "10.255.255.1").replace(&mesh.pod("web1").v6.to_string(), "fd00:ffff::1"))?;
-    let seen = (|| {
+    let seen = (|| -> anyhow::Result<()> {
         mesh.agent_b = None;
         mesh.agent_b = Some(mesh.spec(node).start(mesh.topology().node(node))?);
         let web1 = mesh.pod("web1").at(PORT);
@@ -383,8 +384,20 @@ pub(crate) fn an_agent_that_is_not_ready_is_replaced_too(mesh: &mut Mesh) -> any
         held.finish()?;
         mesh.b().wait_end(Duration::from_secs(30))?;
         mesh.agent_b = Some(next);
-        mesh.call("client", web1)
+        mesh.call("client", web1)?;
+        // What leaves the mesh while no agent runs is let go, whoever else cannot be served.
+        mesh.b().signal(Signal::SIGKILL)?;
+        mesh.b().wait_end(Duration::from_secs(30))?;
+        mesh.dir.remove(LOOSE);
+        let (loose, visitor) = (mesh.pod("loose").at(PORT), Arc::clone(mesh.topology().host("visitor")));
+        let direct = || visitor.netns.connect(loose, Duration::from_millis(300)).is_ok();
+        ensure!(!direct(), "the pod is open without an agent");
+        mesh.agent_b = Some(mesh.spec(node).start(mesh.topology().node(node))?);
+        wait::until_true("the pod to be let go", direct)?;
+        ensure!(mesh.b().wait_ready(Duration::from_millis(200)).is_err(), "ready with a pod it cannot serve");
+        Ok(())
     })();
+    mesh.dir.put(LOOSE, &mesh.topology().pod_yaml("loose", &[]))?;
     mesh.dir.remove(FILE);
     seen.context("with a pod that cannot be served")?;
     mesh.b().wait_ready(Duration::from_secs(40))

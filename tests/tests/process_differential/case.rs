@@ -24,8 +24,6 @@ pub struct Scenario {
     pub last_filters: Vec<Value>,
     /// What is merged into Envoy's connection manager.
     pub manager: Value,
-    /// It is carried as bytes: to which versions Envoy sends connections, by weight.
-    pub bytes: Option<Vec<(&'static str, u32)>>,
     /// How paths are normalised.
     pub paths: Paths,
     /// Lines of the access log beside the one every request has: formats (text, or an object), and which requests they tell.
@@ -72,7 +70,6 @@ pub fn scenario(name: &'static str) -> Scenario {
         filters: Vec::new(),
         last_filters: Vec::new(),
         manager: json!({}),
-        bytes: None,
         paths: Paths::Base,
         lines: Vec::new(),
         providers: Vec::new(),
@@ -105,19 +102,6 @@ impl Scenario {
         let body = indent(&http.replace("$HOST", &host), 2);
         self.object(&format!(
             "apiVersion: networking.istio.io/v1\nkind: VirtualService\nmetadata: {{ name: {name}, namespace: d }}\nspec:\n  hosts: [{host}]\n  http:\n{body}"
-        ))
-    }
-
-    /// Carries connections as bytes, with a VirtualService of this `tcp` list if there is any; Envoy sends them to these versions.
-    pub fn bytes(mut self, tcp: &str, targets: &[(&'static str, u32)]) -> Self {
-        self.bytes = Some(targets.to_vec());
-        self.port_name = "tcp";
-        if tcp.is_empty() {
-            return self;
-        }
-        let body = indent(&tcp.replace("$HOST", &self.host()), 2);
-        self.object(&format!(
-            "apiVersion: networking.istio.io/v1\nkind: VirtualService\nmetadata: {{ name: $NAME, namespace: d }}\nspec:\n  hosts: [$HOST]\n  tcp:\n{body}"
         ))
     }
 

@@ -2,7 +2,6 @@
 mod answers;
 mod authorizers;
 mod breakers;
-mod bytes;
 mod callers;
 mod cors;
 mod ejection;
@@ -42,7 +41,6 @@ pub fn all() -> Vec<Scenario> {
         cors::all(),
         weights::all(),
         breakers::all(),
-        bytes::all(),
         ejection::all(),
         hashing::all(),
         upstream::all(),

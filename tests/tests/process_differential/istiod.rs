@@ -213,13 +213,9 @@ pub fn listener(scenario: &Scenario, at: SocketAddr, log: &Path) -> Value {
     ]);
     filters.extend(last_filters.iter().cloned());
     filters.push(plain("envoy.filters.http.router", "router.v3.Router"));
-    let address = json!({"socket_address": {"address": at.ip().to_string(), "port_value": at.port()}});
-    if let Some(targets) = &scenario.bytes {
-        return json!({"name": name, "address": address, "filter_chains": [{"filters": [tcp_proxy(service, targets)]}]});
-    }
     let mut listener = json!({
         "name": name,
-        "address": address,
+        "address": {"socket_address": {"address": at.ip().to_string(), "port_value": at.port()}},
         "filter_chains": [{"filters": [{
             "name": "envoy.filters.network.http_connection_manager",
             "typed_config": {
@@ -252,17 +248,6 @@ pub fn listener(scenario: &Scenario, at: SocketAddr, log: &Path) -> Value {
     merge(hcm, path_options(scenario.paths));
     merge(hcm, manager.clone());
     listener
-}
-
-/// Carries connections to versions of a service by weight.
-fn tcp_proxy(service: &str, targets: &[(&str, u32)]) -> Value {
-    let clusters: Vec<Value> =
-        targets.iter().map(|(version, weight)| json!({"name": cluster_name(service, version), "weight": weight})).collect();
-    json!({"name": "envoy.filters.network.tcp_proxy", "typed_config": {
-        "@type": "type.googleapis.com/envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy",
-        "stat_prefix": cluster_name(service, ""),
-        "weighted_clusters": {"clusters": clusters},
-    }})
 }
 
 /// What a mode of `pathNormalization` is to the connection manager.

@@ -71,7 +71,12 @@ impl Running {
 
     /// Puts its redirection in force anew: on all interfaces there are, and with this agent's listeners. Answers which interfaces. Keeps
     /// what it has where that fails.
-    pub(super) async fn capture_again(&mut self, settings: &Settings, pins: Option<PinRoot>) -> Result<Vec<String>, String> {
+    pub(super) async fn capture_again(
+        &mut self,
+        key: &WorkloadUid,
+        settings: &Settings,
+        pins: Option<PinRoot>,
+    ) -> Result<Vec<String>, String> {
         let (Some(netns), Some(sockets)) = (self.pod.netns.clone(), &self.sockets) else { return Ok(Vec::new()) };
         if let Some(Rules { table, .. }) = &self.rules {
             let (table, netns) = (table.clone(), Arc::clone(&netns));
@@ -84,10 +89,17 @@ impl Running {
             return Ok(Vec::new());
         }
         let dns = self.rules.as_ref().is_some_and(|rules| rules.table.dns);
-        let whole = attach(netns, sockets, pins, programs(settings, dns)).await?;
+        let whole = attach(netns, sockets, pins, programs(settings, dns), key).await?;
         let interfaces = whole.interfaces().to_vec();
         self.redirect = Some(whole);
         Ok(interfaces)
+    }
+
+    /// Has the pod given its lasting places, if it has none yet.
+    pub(super) fn settle(&self, settler: &Settler) {
+        if let Some(redirect) = &self.redirect {
+            settler.add(&self.pod.uid, redirect.unsettled());
+        }
     }
 
     /// Closes the listeners, unless another agent has them too.
@@ -159,24 +171,26 @@ impl Starter {
         let pod = Pod::new(&self.shared, enrolled, identity, (netns.clone(), ports), watch);
         let name = enrolled.label();
         // Neither waits for the other: one has the kernel wait for its readers, the other is a program that is started.
-        let (redirect, rules) =
-            match tokio::join!(self.redirect(netns.as_ref(), &sockets), self.rules(netns.as_ref(), &name, ports)) {
-                (Ok(Some(mut redirect)), Ok(rules)) => {
-                    if rules.as_ref().is_some_and(|rules| rules.table.dns) {
-                        redirect.set_config(programs(&self.shared.settings, true)).map_err(|e| format!("redirection: {e}"))?;
-                    }
-                    (Some(redirect), rules)
+        let (redirect, rules) = match tokio::join!(
+            self.redirect(&enrolled.key, netns.as_ref(), &sockets),
+            self.rules(netns.as_ref(), &name, ports)
+        ) {
+            (Ok(Some(mut redirect)), Ok(rules)) => {
+                if rules.as_ref().is_some_and(|rules| rules.table.dns) {
+                    redirect.set_config(programs(&self.shared.settings, true)).map_err(|e| format!("redirection: {e}"))?;
                 }
-                (Ok(None), Ok(rules)) => (None, rules),
-                (Err(error), Ok(Some(Rules { table, .. }))) => {
-                    // Nobody would answer the questions they hand over.
-                    if let Some(netns) = netns {
-                        let _ = tokio::task::spawn_blocking(move || table.unload(&netns)).await;
-                    }
-                    return Err(error);
+                (Some(redirect), rules)
+            }
+            (Ok(None), Ok(rules)) => (None, rules),
+            (Err(error), Ok(Some(Rules { table, .. }))) => {
+                // Nobody would answer the questions they hand over.
+                if let Some(netns) = netns {
+                    let _ = tokio::task::spawn_blocking(move || table.unload(&netns)).await;
                 }
-                (Err(error), _) | (_, Err(error)) => return Err(error),
-            };
+                return Err(error);
+            }
+            (Err(error), _) | (_, Err(error)) => return Err(error),
+        };
         let workers = self.shared.threads.workers();
         // Pods spread over the threads by a number that does not depend on the order they came in.
         let home = enrolled.key.bytes().fold(0usize, |h, b| h.wrapping_mul(31).wrapping_add(usize::from(b))) % workers.len();
@@ -212,9 +226,6 @@ impl Starter {
                 dns::run_tcp(Arc::clone(&pod), tcp, accept.clone()),
             )));
         }
-        if let Some(redirect) = &redirect {
-            self.settler.add(&name, redirect.unsettled());
-        }
         let ready = Arc::new(self.readiness.pending(&format!("certificate of {name}")));
         let links = match (&self.pins, &netns) {
             (Some(_), Some(netns)) => {
@@ -222,7 +233,7 @@ impl Starter {
             }
             _ => None,
         };
-        Ok(Running {
+        let running = Running {
             pod,
             place: netns.map(|n| n.id()),
             redirect,
@@ -234,7 +245,9 @@ impl Starter {
             accepting,
             drain,
             ready,
-        })
+        };
+        running.settle(&self.settler);
+        Ok(running)
     }
 
     async fn sockets(
@@ -260,11 +273,16 @@ impl Starter {
     }
 
     /// The programs, where they redirect.
-    async fn redirect(&self, netns: Option<&Arc<NetnsFd>>, sockets: &Sockets) -> Result<Option<Redirect>, String> {
+    async fn redirect(
+        &self,
+        key: &WorkloadUid,
+        netns: Option<&Arc<NetnsFd>>,
+        sockets: &Sockets,
+    ) -> Result<Option<Redirect>, String> {
         match (self.shared.settings.redirect, netns) {
             (RedirectMode::Ebpf, Some(netns)) if !self.by_cni => {
                 let config = programs(&self.shared.settings, false);
-                attach(Arc::clone(netns), sockets, self.pins.clone(), config).await.map(Some)
+                attach(Arc::clone(netns), sockets, self.pins.clone(), config, key).await.map(Some)
             }
             _ => Ok(None),
         }
@@ -338,10 +356,12 @@ pub(super) async fn attach(
     sockets: &Sockets,
     pins: Option<PinRoot>,
     config: Config,
+    owner: &WorkloadUid,
 ) -> Result<Redirect, String> {
     let Sockets { outbound, plain, hbone, .. } = sockets.try_clone().map_err(|e| format!("redirection: {e}"))?;
+    let owner = Arc::clone(owner);
     tokio::task::spawn_blocking(move || {
-        let spec = PodSpec { netns: netns.as_fd(), interfaces: None, config, pins: pins.as_ref() };
+        let spec = PodSpec { netns: netns.as_fd(), interfaces: None, config, pins: pins.as_ref(), owner: &owner };
         let listeners = Listeners { outbound: outbound.as_fd(), inbound: plain.as_fd(), hbone: hbone.as_fd() };
         Redirect::attach(&spec, &listeners)
     })

@@ -72,7 +72,7 @@ impl Agent {
         for (listener, direction) in [(&out, Direction::Out), (&inbound, Direction::In), (&hbone, Direction::Hbone)] {
             serve(pod, listener.try_clone().expect("descriptor"), direction, sender.clone());
         }
-        let spec = PodSpec { netns: pod.fd(), interfaces: None, config, pins };
+        let spec = PodSpec { netns: pod.fd(), interfaces: None, config, pins, owner: "pod" };
         let redirect =
             Redirect::attach(&spec, &Listeners { outbound: out.as_fd(), inbound: inbound.as_fd(), hbone: hbone.as_fd() })?;
         Ok(Self { redirect: Some(redirect), captured, listeners: vec![out, inbound, hbone] })

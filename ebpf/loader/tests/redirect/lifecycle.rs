@@ -235,7 +235,8 @@ fn pinned(pins: &PinRoot) -> Vec<String> {
         let names = std::fs::read_dir(pod.expect("entry").path()).expect("list");
         names.map(|name| name.expect("entry").file_name().into_string().expect("text")).collect::<Vec<_>>()
     };
-    let mut names: Vec<_> = pods.flat_map(of).filter(|name| !name.starts_with("object-")).collect();
+    let marks = ["object-", "of-"];
+    let mut names: Vec<_> = pods.flat_map(of).filter(|name| !marks.iter().any(|mark| name.starts_with(mark))).collect();
     names.sort();
     names
 }
@@ -342,7 +343,8 @@ fn programs_are_replaced_without_a_gap() {
         for _ in 0..5 {
             // With the same listeners: what is replaced here are the programs.
             let listeners = first.listeners();
-            let spec = PodSpec { netns: net.pod.fd(), interfaces: None, config: Config::default(), pins: Some(&pins.0) };
+            let spec =
+                PodSpec { netns: net.pod.fd(), interfaces: None, config: Config::default(), pins: Some(&pins.0), owner: "pod" };
             forget_object(&pins.0);
             drop(Redirect::attach(&spec, &listeners).expect("take over"));
             std::thread::sleep(Duration::from_millis(20));
@@ -774,6 +776,29 @@ fn the_same_programs_are_not_loaded_again() {
     assert!(!pinned(&pins.0).iter().any(|name| name.ends_with(&format!("-{number}"))), "{:?}", pinned(&pins.0));
 }
 
+/// While some have yet to be captured again, what others left is removed all the same.
+#[test]
+fn pins_of_those_who_are_waited_for_stay() {
+    require_root!("pins_of_those_who_are_waited_for_stay");
+    let pins = Pins::new("waited");
+    let net = Topology::new();
+    drop(Agent::start_pinned(&net.pod, &pins.0));
+    assert_eq!(pins.0.sweep_but([], &["another", "pod"]).expect("sweep"), 0, "its own");
+    let mark = |pod: std::fs::DirEntry| {
+        let names = std::fs::read_dir(pod.path()).expect("list").map(|name| name.expect("entry").path());
+        names.filter(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("of-"))).collect::<Vec<_>>()
+    };
+    let marks: Vec<_> = std::fs::read_dir(pins.0.dir()).expect("list").flat_map(|pod| mark(pod.expect("entry"))).collect();
+    let [only] = &marks[..] else { panic!("{marks:?}") };
+    // That every version of the agent makes of the name.
+    assert!(only.ends_with("of-779b4c19564f1aec"), "{only:?}");
+    std::fs::remove_file(only).expect("remove");
+    assert_eq!(pins.0.sweep_but([], &["another"]).expect("sweep"), 0, "an older agent did not say whose");
+    drop(Agent::start_pinned(&net.pod, &pins.0));
+    assert_eq!(pins.0.sweep_but([], &["another"]).expect("sweep"), 1);
+    assert!(pinned(&pins.0).is_empty());
+}
+
 #[test]
 fn pins_nobody_holds_are_swept() {
     require_root!("pins_nobody_holds_are_swept");
@@ -840,7 +865,7 @@ fn listeners_that_break_the_contract_are_refused() {
     let net = Topology::new();
     let before = remains(&net.pod);
     let fault_of = |outbound: &TcpListener, inbound: &TcpListener, hbone: &TcpListener| {
-        let spec = PodSpec { netns: net.pod.fd(), interfaces: None, config: Config::default(), pins: None };
+        let spec = PodSpec { netns: net.pod.fd(), interfaces: None, config: Config::default(), pins: None, owner: "pod" };
         let listeners = Listeners { outbound: outbound.as_fd(), inbound: inbound.as_fd(), hbone: hbone.as_fd() };
         match Redirect::attach(&spec, &listeners) {
             Err(RedirectError::Listener { fault, .. }) => fault,
@@ -871,7 +896,7 @@ fn unusable_namespaces_are_refused() {
     let [out, inbound, hbone] = listeners_in(&net.pod);
     let listeners = Listeners { outbound: out.as_fd(), inbound: inbound.as_fd(), hbone: hbone.as_fd() };
     let attach = |interfaces: Option<Vec<String>>| {
-        let spec = PodSpec { netns: net.pod.fd(), interfaces, config: Config::default(), pins: None };
+        let spec = PodSpec { netns: net.pod.fd(), interfaces, config: Config::default(), pins: None, owner: "pod" };
         Redirect::attach(&spec, &listeners).map(drop)
     };
     assert!(matches!(attach(Some(vec!["eth9".into()])), Err(RedirectError::UnknownInterface(_))));
@@ -947,7 +972,7 @@ fn enrolment_time() {
     for _ in 0..5 {
         let pins = Pins::new("time");
         for pins in [None, Some(&pins.0)] {
-            let spec = PodSpec { netns: net.pod.fd(), interfaces: None, config: Config::default(), pins };
+            let spec = PodSpec { netns: net.pod.fd(), interfaces: None, config: Config::default(), pins, owner: "pod" };
             let start = Instant::now();
             let redirect = Redirect::attach(&spec, &listeners).expect("attach");
             let (attached, start) = (start.elapsed(), Instant::now());

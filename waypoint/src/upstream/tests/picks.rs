@@ -1,6 +1,5 @@
 //! Which endpoints a cluster has and chooses, and how traffic changes that. Time stands still where it matters.
 use super::*;
-use mesh_model::defaults::MeshDefaults;
 use mesh_model::l7::destination::{Balance, HashAlgorithm, HashKey, LocalityPolicy, OutlierPolicy, Subset, Warmup};
 use mesh_model::labels::Labels;
 use mesh_model::service::{LbMode, LbScope};
@@ -336,45 +335,6 @@ async fn localities_are_preferred_as_policies_say() {
     service.lb.scopes = vec![LbScope::Region, LbScope::Zone];
     world.apply(vec![Change::Service(Arc::new(service))]);
     assert_eq!(seen(&world.cluster()), set(&["near"]));
-}
-
-#[tokio::test(start_paused = true)]
-async fn what_the_mesh_says_of_all_counts_where_nothing_else_is_said() {
-    let says = |traffic: TrafficPolicy| {
-        vec![Change::Defaults(Arc::new(MeshDefaults { traffic: Arc::new(traffic), ..MeshDefaults::default() }))]
-    };
-    let mut world = World::new();
-    let place = |zone: &str| Locality { region: "r1".into(), zone: zone.into(), subzone: "".into() };
-    world.apply(vec![Change::OwnLocality(place("z1"))]);
-    for (n, zone) in ["z1", "z2"].into_iter().enumerate() {
-        let mut w = pod(zone, at(n as u8 + 1));
-        w.locality = place(zone);
-        world.put(w);
-    }
-    let before = world.cluster();
-    assert_eq!(seen(&before), set(&["z1", "z2"]));
-    world.apply(says(TrafficPolicy::default()));
-    assert!(Arc::ptr_eq(&before, &world.cluster()), "nothing new is said");
-    // Ejection, and with it failover by distance.
-    world.apply(says(outlier(1, 100)));
-    let cluster = world.cluster();
-    assert_eq!(seen(&cluster), set(&["z1"]));
-    cluster.report(&named(&cluster, "z1"), Observed::Status(500));
-    assert_eq!(seen(&cluster), set(&["z2"]));
-    let off = LocalityPolicy { disabled: true, mesh_wide: true, ..LocalityPolicy::default() };
-    world.apply(says(TrafficPolicy { locality: off.clone(), ..TrafficPolicy::default() }));
-    assert_eq!(seen(&world.cluster()), set(&["z1", "z2"]));
-    world.apply(says(TrafficPolicy { locality: off, ..outlier(1, 100) }));
-    assert_eq!(seen(&world.cluster()), set(&["z1", "z2"]), "no failover by distance");
-    // The service's own word goes before it.
-    let mut service = (**world.snap.find_service(&key()).unwrap()).clone();
-    service.lb.mode = LbMode::Failover;
-    service.lb.scopes = vec![LbScope::Region, LbScope::Zone];
-    world.apply(vec![Change::Service(Arc::new(service))]);
-    assert_eq!(seen(&world.cluster()), set(&["z1"]));
-    // What a DestinationRule says was joined with it when translated.
-    world.policy(TrafficPolicy::default());
-    assert!(world.cluster().policy().outlier.is_none());
 }
 
 #[tokio::test(start_paused = true)]
