@@ -48,7 +48,7 @@ pub(super) fn resolve<'p>(r: &mut Reader<'_>, n: &'p Node<'p>, namespace: &str, 
     Ok(r.pool.text(&full))
 }
 
-/// Whom an object is exported to; empty: everybody.
+/// Whom an object is exported to; empty: whomever MeshConfig says, or else everybody.
 pub(super) fn exports<'p>(r: &mut Reader<'_>, spec: &'p Node<'p>, namespace: &str) -> Read<'p, Vec<Arc<str>>> {
     let mut out = Vec::new();
     for n in read::list(spec, "exportTo")? {
@@ -60,9 +60,11 @@ pub(super) fn exports<'p>(r: &mut Reader<'_>, spec: &'p Node<'p>, namespace: &st
     }
     Ok(out)
 }
-/// Whether an object with these exports is seen in a namespace.
-pub(super) fn exported(exports: &[Arc<str>], namespace: &str) -> bool {
-    exports.is_empty() || exports.iter().any(|e| &**e == "*" || **e == *namespace)
+/// Whether an object of namespace `own` with these exports is seen in a namespace. `default`: what MeshConfig says.
+pub(super) fn exported(exports: &[Arc<str>], own: &str, default: &[Arc<str>], namespace: &str) -> bool {
+    let exports = if exports.is_empty() { default } else { exports };
+    let to = |e: &str| e == "*" || e == namespace || (e == "." && own == namespace);
+    exports.is_empty() || exports.iter().any(|e| to(e))
 }
 
 /// `headers` of a route or of one of its destinations; `root` is the object.

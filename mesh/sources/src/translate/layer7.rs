@@ -27,7 +27,7 @@ use super::object::{Body, Kind, ObjectId};
 use super::pem::PemEntries;
 use super::scopes::Global;
 use super::targets::{self, Bindings, TargetedAuth};
-use super::telemetry::{self, MeshConfig, Telemetry};
+use super::telemetry::{self, Exports, MeshConfig, Telemetry};
 use super::traffic::Traffic;
 use super::virtual_service::{self, VirtualService};
 use super::{Dirty, HashMap, Name, Slot, Translator};
@@ -72,6 +72,8 @@ pub(super) struct Touched {
     telemetry: bool,
     /// What MeshConfig says of all destinations.
     destinations: bool,
+    /// What it says of whom objects are exported to.
+    exports: bool,
     /// Hosts of VirtualServices and DestinationRules, wildcards included.
     routes_of: BTreeSet<Arc<str>>,
     destinations_of: BTreeSet<Arc<str>>,
@@ -236,7 +238,10 @@ impl Layer7 {
                     let traffic =
                         |slot: &Option<Slot<MeshConfig>>| slot.as_ref().map(|s| s.obj.traffic.clone()).unwrap_or_default();
                     touched.telemetry = true;
+                    let exports =
+                        |slot: &Option<Slot<MeshConfig>>| slot.as_ref().map(|s| s.obj.exports.clone()).unwrap_or_default();
                     touched.destinations |= traffic(&objects.mesh_config) != traffic(&new);
+                    touched.exports |= exports(&objects.mesh_config) != exports(&new);
                     objects.mesh_config = new;
                 }
             }
@@ -441,7 +446,7 @@ impl Layer7 {
     fn marked(&mut self, t: &Translator, dirty: &Dirty) -> BTreeSet<Output> {
         let touched = std::mem::take(&mut self.touched);
         let mut outputs = touched.outputs;
-        if dirty.all {
+        if dirty.all || touched.exports {
             for key in t.services_out.keys() {
                 outputs.insert(Output::Routes(key.clone()));
                 outputs.insert(Output::Destination(key.clone()));
@@ -623,6 +628,11 @@ impl<'a> Join<'a> {
     /// What MeshConfig says of all destinations. Not remembered: they are all made again when it says something else.
     pub(super) fn mesh_traffic(&self) -> Option<&'a MeshTraffic> {
         self.objects.mesh_config.as_ref().map(|config| &config.obj.traffic)
+    }
+    /// Whom objects are exported to that do not say it. Not remembered: everything is made again when it says something else.
+    pub(super) fn default_exports(&self) -> &'a Exports {
+        static ALL: Exports = Exports { virtual_services: Vec::new(), destination_rules: Vec::new() };
+        self.objects.mesh_config.as_ref().map_or(&ALL, |config| &config.obj.exports)
     }
     /// The PEM entries of a Secret.
     pub(super) fn find_secret(&mut self, namespace: &str, name: &str) -> Option<&'a PemEntries> {

@@ -17,6 +17,7 @@ use mesh_model::telemetry::expression::{Expression, JQ_FIX};
 use mesh_model::telemetry::{Metric, Target};
 
 pub(super) use merge::rules;
+pub(super) use mesh_config::Exports;
 pub use mesh_config::MeshConfig;
 pub(crate) use mesh_config::NAME as MESH_CONFIG;
 pub(super) use mesh_config::read as read_mesh_config;

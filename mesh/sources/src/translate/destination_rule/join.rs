@@ -20,11 +20,13 @@ type Rules<'a> = Vec<(&'a Name, &'a Slot<DestinationRule>)>;
 
 fn rules<'a>(join: &Join<'a>, service: &Service) -> Rules<'a> {
     let root = &join.t.view.root_namespace;
+    let default = &join.default_exports().destination_rules;
     let spaces = [Some(&service.key.namespace), Some(root).filter(|r| **r != service.key.namespace)];
     for namespace in spaces.into_iter().flatten() {
         for pattern in patterns(&service.key.hostname) {
             let mut found = join.destination_rules_of(namespace, &pattern);
-            found.retain(|(_, r)| !r.obj.for_workloads && exported(&r.obj.exports, &service.key.namespace));
+            let seen = |of: &DestinationRule| exported(&of.exports, namespace, default, &service.key.namespace);
+            found.retain(|(_, r)| !r.obj.for_workloads && seen(&r.obj));
             if !found.is_empty() {
                 found.sort_by_key(|((_, name), r)| (r.obj.created.is_empty(), &r.obj.created, name));
                 return found;

@@ -391,6 +391,18 @@ fn which_rules_count() {
         Some(7)
     );
 
+    // Where it does not say whom it is exported to, MeshConfig does.
+    let default = |to: &str| {
+        format!(
+            "---\n{{apiVersion: v1, kind: ConfigMap, metadata: {{name: istio, namespace: {root}}}, data: {{mesh: 'defaultDestinationRuleExportTo: [{to}]'}}}}\n"
+        )
+    };
+    for (to, seen) in [(".", None), ("b", None), ("b, a", Some(2)), ("\"*\"", Some(2)), ("\"~\"", None)] {
+        assert_eq!(limit(default(to) + &one(root, "x", full, 2, "")), seen, "{to}");
+        assert_eq!(limit(default(to) + &one(root, "x", full, 2, "\nexportTo: ['*']")), Some(2), "{to}");
+    }
+    assert_eq!(limit(default(".") + &one("a", "x", full, 2, "")), Some(2), "its own namespace");
+
     // Several of one host: the oldest policy, all subsets.
     let old = dr_at(
         "a",

@@ -1,8 +1,7 @@
 //! The parts of MeshConfig that speak of telemetry, of external authorizers, of all requests and destinations, and of services for
 //! other networks: ConfigMap `istio` of the root namespace, entry `mesh`.
 //!
-//! What else in it would be for data planes and is not read is reported ([`UNREAD`]); the rest is for the control plane. A section
-//! that is wrong is left out and reported; the others count.
+//! The rest is for the control plane. A section that is wrong is left out and reported; the others count.
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -30,12 +29,6 @@ pub(super) const ENVOY: &str = "envoy";
 /// The only file lines go to: ours are written by one thread, to one place.
 const STDOUT: &str = "/dev/stdout";
 
-/// What data planes of Istio are told of by istiod and ours do not read, with what to write instead.
-const UNREAD: [(&str, &str); 2] = [
-    ("defaultVirtualServiceExportTo", "write `exportTo` in each VirtualService that is not for every namespace"),
-    ("defaultDestinationRuleExportTo", "write `exportTo` in each DestinationRule that is not for every namespace"),
-];
-
 /// What MeshConfig says of telemetry, of whom CUSTOM policies ask, of all requests, and of services for other networks.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct MeshConfig {
@@ -53,8 +46,18 @@ pub struct MeshConfig {
     pub(in crate::translate) defaults: Arc<MeshDefaults>,
     /// How destinations are reached where no DestinationRule says otherwise.
     pub(in crate::translate) traffic: MeshTraffic,
+    /// Whom objects are exported to that do not say it.
+    pub(in crate::translate) exports: Exports,
     /// `serviceScopeConfigs`, where it is there.
     pub(in crate::translate) scopes: Option<Arc<[Global]>>,
+}
+/// Whom objects are exported to that do not say it: namespaces, `.` for their own, `*` for all; nothing: all.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(in crate::translate) struct Exports {
+    /// `defaultVirtualServiceExportTo`.
+    pub(in crate::translate) virtual_services: Vec<Arc<str>>,
+    /// `defaultDestinationRuleExportTo`.
+    pub(in crate::translate) destination_rules: Vec<Arc<str>>,
 }
 /// One of `extensionProviders`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -104,11 +107,8 @@ pub(in crate::translate) fn read<'p>(r: &mut Reader<'_>, node: &'p Node<'p>) -> 
     let mut defaults = MeshDefaults::default();
     section(paths(&mesh, &mut defaults));
     section(retry(&mesh, &mut defaults));
-    for (key, fix) in UNREAD {
-        if let Some(at) = mesh.get(key) {
-            section(Err(Bad::value(at, format!("not read: `{key}` of all the mesh has no effect"), fix)));
-        }
-    }
+    section(exports(&mesh, "defaultVirtualServiceExportTo", &mut collect.exports.virtual_services));
+    section(exports(&mesh, "defaultDestinationRuleExportTo", &mut collect.exports.destination_rules));
     collect.traffic = MeshTraffic::read(r, &mesh);
     defaults.traffic = Arc::new(collect.traffic.policy());
     collect.defaults = Arc::new(defaults);
@@ -146,6 +146,18 @@ fn access<'p>(mesh: &'p Node<'p>, out: &mut MeshConfig) -> Read<'p, ()> {
         text_format(at)?
     };
     out.providers.insert(ENVOY.into(), Provider::Lines(Some(format)));
+    Ok(())
+}
+
+fn exports<'p>(mesh: &'p Node<'p>, key: &str, out: &mut Vec<Arc<str>>) -> Read<'p, ()> {
+    let mut all = Vec::new();
+    for n in read::list(mesh, key)? {
+        match read::scalar(n)? {
+            "" => return Err(Bad::value(n, "expected `.`, `*` or a namespace", "write `.` for an object's own namespace")),
+            t => all.push(t.into()),
+        }
+    }
+    *out = all;
     Ok(())
 }
 

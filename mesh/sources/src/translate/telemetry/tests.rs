@@ -21,7 +21,10 @@ fn rules(text: &str) -> (Arc<TelemetryRules>, Vec<Problem>) {
     (rules.unwrap_or_default(), problems)
 }
 fn changes(text: &str) -> (Vec<Change>, Vec<Problem>) {
-    let mut t = Translator::new(Viewpoint::default(), &Settings { layer7: true, ..Settings::default() });
+    more(&mut Translator::new(Viewpoint::default(), &Settings { layer7: true, ..Settings::default() }), text)
+}
+/// What is made of more objects, or of others of the same names.
+fn more(t: &mut Translator, text: &str) -> (Vec<Change>, Vec<Problem>) {
     let mut problems = Vec::new();
     for doc in crate::yaml::documents(text) {
         let root = crate::yaml::parse_whole(doc).unwrap_or_else(|e| panic!("{e}\n{text}"));
@@ -119,7 +122,8 @@ fn mesh_config_says_what_is_tried_again() {
     assert_eq!(of("defaultHttpRetryPolicy: { attempts: 4, retryOn: 5xx }"), (four, vec![]));
     let told = vec![(8, "defaultHttpRetryPolicy.retryOn".into())];
     assert_eq!(of("defaultHttpRetryPolicy: { attempts: 4, retryOn: 5xy }"), (none, told));
-    assert_eq!(of("defaultDestinationRuleExportTo: ['.']"), (default, vec![(8, "defaultDestinationRuleExportTo".into())]));
+    assert_eq!(of("defaultDestinationRuleExportTo: ['.', '*', b]"), (default.clone(), vec![]));
+    assert_eq!(of("defaultDestinationRuleExportTo: ['']"), (default, vec![(8, "defaultDestinationRuleExportTo[0]".into())]));
 }
 #[test]
 fn mesh_config_says_how_services_are_reached() {
@@ -184,6 +188,37 @@ fn mesh_config_says_how_services_are_reached() {
     let (both, told) =
         of("defaultTrafficPolicy: { connectionPool: { tcp: { maxConnections: 5 } }, outlierDetection: { interval: 0s } }");
     assert_eq!((both.pool.max_connections, both.outlier, told.len()), (5, None, 1));
+}
+#[test]
+fn what_mesh_config_says_of_destinations_is_joined_anew_when_it_changes() {
+    const RULES: &str = "\
+apiVersion: v1
+kind: Service
+metadata: { name: api, namespace: a }
+spec: { clusterIP: 10.1.0.1, ports: [ { port: 80, name: http } ] }
+---
+apiVersion: networking.istio.io/v1
+kind: DestinationRule
+metadata: { name: all, namespace: istio-system }
+spec: { host: '*.local', trafficPolicy: { loadBalancer: { simple: RANDOM } } }
+---
+";
+    let mut t = Translator::new(Viewpoint::default(), &Settings { layer7: true, ..Settings::default() });
+    let mut of = |text: &str| {
+        let (changes, problems) = more(&mut t, text);
+        assert!(problems.is_empty(), "{problems:#?}");
+        changes.into_iter().find_map(|change| match change {
+            Change::Destination(new) => Some(Some(new.policy.pool.connect_timeout.as_secs())),
+            Change::DestinationGone(_) => Some(None),
+            _ => None,
+        })
+    };
+    assert_eq!(of(RULES), Some(Some(10)));
+    assert_eq!(of(&mesh_config("connectTimeout: 3s")), Some(Some(3)));
+    assert_eq!(of(&mesh_config("connectTimeout: 3s\naccessLogFile: /dev/stdout")), None);
+    let own = "connectTimeout: 3s\ndefaultDestinationRuleExportTo: ['.']";
+    assert_eq!(of(&mesh_config(own)), Some(None));
+    assert_eq!(of(&mesh_config("connectTimeout: 4s")), Some(Some(4)));
 }
 #[test]
 fn mesh_config_says_how_paths_are_normalised() {

@@ -185,7 +185,8 @@ impl<'a> Making<'_, 'a, '_> {
                 format!("{named} has hosts of its own and is no delegate; requests that match are answered 503"),
             ));
         }
-        if !exported(&slot.obj.exports, &self.id.0) {
+        let default = &self.join.default_exports().virtual_services;
+        if !exported(&slot.obj.exports, &to.0, default, &self.id.0) {
             return Err((
                 NO_CLUSTER,
                 format!("the delegate {named} is not exported to namespace {}; requests that match are answered 503", self.id.0),

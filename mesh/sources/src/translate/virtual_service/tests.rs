@@ -732,6 +732,12 @@ fn delegates_are_merged() {
         (String::new(), 503, "does not exist"),
         (vs_at("b", "leaf", "", "hosts: [other]\nhttp:\n- directResponse: {status: 200}"), 503, "is no delegate"),
         (
+            vs_at("b", "leaf", "", "http:\n- directResponse: {status: 200}")
+                + "---\n{apiVersion: v1, kind: ConfigMap, metadata: {name: istio, namespace: istio-system}, data: {mesh: 'defaultVirtualServiceExportTo: [.]'}}\n",
+            503,
+            "not exported",
+        ),
+        (
             vs_at("b", "leaf", "", "exportTo: ['.']\nhttp:\n- directResponse: {status: 200}"),
             503,
             "is not exported to namespace a",
