@@ -20,7 +20,7 @@ use anyhow::{Context, Result};
 use mesh_identity::cache::CacheSettings;
 use mesh_identity::clock::SystemClock;
 use mesh_identity::live::LivePeers;
-use mesh_identity::{IdentitySource, SvidCache, TlsContext, crl_file};
+use mesh_identity::{IdentitySource, SvidCache, TlsContext, crl_file, federation};
 use mesh_model::explain;
 use mesh_model::inbound::is_instance;
 use mesh_model::l7::gateway::GatewayKey;
@@ -231,6 +231,10 @@ fn assemble(
 ) -> Result<Arc<Shared>> {
     let workers = worker_count(settings.worker_threads.as_deref().or(Some("0")), cores())?;
     let control = tokio::runtime::Handle::current();
+    let source = match settings.federation() {
+        Some(others) => federation::over(source, others, &control, registry)?,
+        None => source,
+    };
     let source = match settings.crl_file() {
         Some(file) => crl_file::over(source, file, &control),
         None => source,

@@ -26,8 +26,8 @@ use ebpf_loader::PinRoot;
 use http::Method;
 use mesh_identity::cache::CacheSettings;
 use mesh_identity::clock::SystemClock;
-use mesh_identity::crl_file;
 use mesh_identity::{IdentitySource, SvidCache, TlsContext};
+use mesh_identity::{crl_file, federation};
 use mesh_model::explain;
 use mesh_model::snapshot::{MissingWaypoint, Viewpoint};
 use mesh_model::workload::Locality;
@@ -386,6 +386,10 @@ pub fn assemble(
 ) -> Result<Arc<Shared>> {
     let workers = settings.workers.count()?;
     let control = tokio::runtime::Handle::current();
+    let source = match settings.federation() {
+        Some(others) => federation::over(source, others, &control, registry)?,
+        None => source,
+    };
     let source = match settings.crl_file() {
         Some(file) => crl_file::over(source, file, &control),
         None => source,

@@ -8,6 +8,7 @@ use crate::trace::TracingSettings;
 use clap::Args;
 use mesh_identity::crl_file::CrlFile;
 use mesh_identity::crypto::Compliance;
+use mesh_identity::federation::{Federated, Federation};
 use mesh_identity::revocation::Unknown;
 use mesh_model::snapshot::MissingWaypoint;
 use mesh_runtime::control_plane::{Roots, Token};
@@ -68,6 +69,17 @@ pub struct Settings {
     /// date too, as istio/ztunnel does.
     #[arg(long, env = "CULVERT_CRL_UNKNOWN", default_value = "deny")]
     pub crl_unknown: Unknown,
+    /// Other trust domains that are believed, by SPIFFE federation: `DOMAIN=URL` of a bundle endpoint that proves itself as the web
+    /// does (`https_web`), `DOMAIN=URL=SPIFFE-ID` of one that proves itself by a certificate with that id (`https_spiffe`).
+    #[arg(long, env = "CULVERT_FEDERATION", value_delimiter = ',', value_name = "DOMAIN=URL")]
+    pub federation: Vec<Federated>,
+    /// Whom to believe that it is a bundle endpoint of the web: a PEM file, `SYSTEM`, or PEM.
+    #[arg(long, env = "CULVERT_FEDERATION_ROOTS", default_value = "SYSTEM", value_name = "FILE")]
+    pub federation_roots: Roots,
+    /// Folder that keeps the last bundle of each federated domain (`DOMAIN.json`), which is what counts until it is fetched; the
+    /// first one of a domain that proves itself by SPIFFE is put there by hand.
+    #[arg(long, env = "CULVERT_FEDERATION_DIR", value_name = "DIR")]
+    pub federation_dir: Option<PathBuf>,
     /// Rules that the cryptography must obey: `pqc` (no key exchange but X25519MLKEM768) or `fips-140-2` (a library's module for FIPS
     /// 140 and what is approved of it: a program built with `--features tls-fips`, else the start is refused).
     #[arg(long, env = "COMPLIANCE_POLICY", default_value = "", hide_default_value = true)]
@@ -217,6 +229,15 @@ impl Settings {
     /// Where revocation lists are read, if they are.
     pub fn crl_file(&self) -> Option<CrlFile> {
         self.crl_path.clone().map(|path| CrlFile { path, unknown: self.crl_unknown })
+    }
+    /// Which other trust domains are asked for their roots, if any.
+    pub fn federation(&self) -> Option<Federation> {
+        (!self.federation.is_empty()).then(|| Federation {
+            domains: self.federation.clone(),
+            roots: self.federation_roots.clone(),
+            keep: self.federation_dir.clone(),
+            tls: self.compliance.into(),
+        })
     }
     /// How long connections may live on after SIGTERM.
     pub fn deadline(&self) -> Duration {

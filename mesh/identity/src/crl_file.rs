@@ -9,15 +9,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use mesh_model::SpiffeId;
 use tokio::runtime::Handle;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 
 use crate::bundle::TrustBundles;
-use crate::error::IdentityError;
 use crate::look::{Stamp, looks, stamp};
 use crate::revocation::{Revocation, Unknown};
-use crate::source::{BoxFuture, Facts, IdentitySource, IssuedSvid};
+use crate::source::{IdentitySource, WithBundles};
 
 /// Where lists are read.
 #[derive(Clone, Debug)]
@@ -37,33 +35,7 @@ pub fn over(source: Arc<dyn IdentitySource>, file: CrlFile, control: &Handle) ->
     let sender = watch::Sender::new(with);
     let receiver = sender.subscribe();
     control.spawn(follow.run(bundles, sender));
-    Arc::new(Revoking { source, bundles: receiver })
-}
-
-struct Revoking {
-    source: Arc<dyn IdentitySource>,
-    bundles: watch::Receiver<Arc<TrustBundles>>,
-}
-
-impl IdentitySource for Revoking {
-    fn issue<'a>(&'a self, id: &'a SpiffeId) -> BoxFuture<'a, Result<IssuedSvid, IdentityError>> {
-        self.source.issue(id)
-    }
-    fn bundle(&self) -> watch::Receiver<Arc<TrustBundles>> {
-        self.bundles.clone()
-    }
-    fn renewals(&self) -> Option<mpsc::UnboundedReceiver<SpiffeId>> {
-        self.source.renewals()
-    }
-    fn introduce(&self, id: &SpiffeId, key: &Arc<str>, facts: &Facts) {
-        self.source.introduce(id, key, facts);
-    }
-    fn dismiss(&self, id: &SpiffeId, key: &str) {
-        self.source.dismiss(id, key);
-    }
-    fn forget(&self, id: &SpiffeId) {
-        self.source.forget(id);
-    }
+    Arc::new(WithBundles { source, bundles: receiver })
 }
 
 /// The lists of the file; `None`, and a word in the log, where they cannot be read.

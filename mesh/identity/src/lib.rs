@@ -22,6 +22,7 @@ pub mod clock;
 pub mod crl_file;
 pub mod crypto;
 pub mod error;
+pub mod federation;
 pub mod forwarded;
 mod handshakes;
 pub mod istio_ca;

@@ -90,3 +90,30 @@ pub trait IdentitySource: Send + Sync {
     /// The last workload of `id` has left this node.
     fn forget(&self, _id: &SpiffeId) {}
 }
+
+/// A source whose bundles are added to by somebody else.
+pub(crate) struct WithBundles {
+    pub(crate) source: Arc<dyn IdentitySource>,
+    pub(crate) bundles: watch::Receiver<Arc<TrustBundles>>,
+}
+
+impl IdentitySource for WithBundles {
+    fn issue<'a>(&'a self, id: &'a SpiffeId) -> BoxFuture<'a, Result<IssuedSvid, IdentityError>> {
+        self.source.issue(id)
+    }
+    fn bundle(&self) -> watch::Receiver<Arc<TrustBundles>> {
+        self.bundles.clone()
+    }
+    fn renewals(&self) -> Option<mpsc::UnboundedReceiver<SpiffeId>> {
+        self.source.renewals()
+    }
+    fn introduce(&self, id: &SpiffeId, key: &Arc<str>, facts: &Facts) {
+        self.source.introduce(id, key, facts);
+    }
+    fn dismiss(&self, id: &SpiffeId, key: &str) {
+        self.source.dismiss(id, key);
+    }
+    fn forget(&self, id: &SpiffeId) {
+        self.source.forget(id);
+    }
+}

@@ -328,7 +328,7 @@ impl ClientCertVerifier for PeerVerifier {
     }
 }
 
-fn tls12() -> rustls::Error {
+pub(crate) fn tls12() -> rustls::Error {
     rustls::Error::PeerIncompatible(rustls::PeerIncompatible::Tls12NotOffered)
 }
 

@@ -358,7 +358,11 @@ impl Address {
 }
 
 impl Roots {
-    fn load(&self) -> Result<RootCertStore, ControlError> {
+    /// Reads them, now.
+    ///
+    /// # Errors
+    /// They cannot be read, or there are none.
+    pub fn load(&self) -> Result<RootCertStore, ControlError> {
         let mut store = RootCertStore::empty();
         let (from, pem) = match self {
             Self::System => {

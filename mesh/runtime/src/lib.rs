@@ -10,6 +10,7 @@ pub mod allocator;
 pub mod control_plane;
 pub mod copies;
 pub mod drain;
+pub mod fetch;
 pub mod gate;
 pub mod logging;
 pub mod memory;

@@ -11,18 +11,26 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
 use mesh_proto::istio::security::{self, Authorization, Group, Match, Rules, StringMatch, string_match::MatchType};
 use mesh_proto::istio::workload::{Extension, NetworkAddress, Port, PortList, Service, TunnelProtocol, Workload};
 use mesh_proto::{ADDRESS_TYPE, AUTHORIZATION_TYPE};
 use mesh_tests::agent::{Agent, AgentSpec, Metrics, find_program};
 use mesh_tests::cni::{self, CniAgent, CniPod, Connection};
+use mesh_tests::dev_ca::TestCa;
+use mesh_tests::hbone::{self, Tunnel};
+use mesh_tests::issuer::{Authority, KeyServer, Manner};
 use mesh_tests::istiod::{CaManner, Istiod};
 use mesh_tests::load::Pace;
 use mesh_tests::program::{Client, Server};
 use mesh_tests::suite::{self, CannotRun, Test, test};
 use mesh_tests::topology::{Place, Plan, Topology};
 use mesh_tests::{netns, skip, wait};
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject as _;
+use serde_json::json;
 use tempfile::TempDir;
 
 const PORT: u16 = 8080;
@@ -47,6 +55,7 @@ const TESTS: &[Test<World>] = &[
     test("short_lived_certificates_change_under_load", short_lived_certificates_change_under_load),
     test("on_demand_what_is_called_is_asked_for", on_demand_what_is_called_is_asked_for),
     test("a_wrong_cluster_id_is_told_and_keeps_nobody_out", a_wrong_cluster_id_is_told_and_keeps_nobody_out),
+    test("a_federated_domain_is_believed_by_what_it_tells", a_federated_domain_is_believed_by_what_it_tells),
     test("a_restarted_agent_waits_for_the_control_plane", a_restarted_agent_waits_for_the_control_plane),
     test("an_agent_of_istios_chart_serves", stock::an_agent_of_istios_chart_serves),
     test("a_waypoint_of_istiods_template_serves", waypoint::a_waypoint_of_istiods_template_serves),
@@ -570,6 +579,68 @@ fn a_wrong_cluster_id_is_told_and_keeps_nobody_out(world: &mut World) -> anyhow:
     world.a = None;
     world.istiod.workload(workload(world.topology.pod("other"), "node-a"));
     world.a = Some(world.start("node-a", &["client", "other"])?);
+    Ok(())
+}
+
+/// A peer of another trust domain gets in once that domain has told its roots at its endpoint, where a policy names it; and still does while
+/// the endpoint is away.
+fn a_federated_domain_is_believed_by_what_it_tells(world: &mut World) -> anyhow::Result<()> {
+    const ENDPOINT: u16 = 8443;
+    let peer = TestCa::unknown()?.issue("spiffe://far.example/ns/f/sa/traveller")?;
+    let (web, outside) = (Authority::make()?, Arc::clone(world.topology.host("outside")));
+    let endpoint = KeyServer::start(&outside, ENDPOINT, Some(&web))?;
+    endpoint.behave(Manner::Status(503));
+    world.b = None;
+    let cni = CniAgent::listen(&world.files.path().join("node-b.sock"))?;
+    let federation = format!("far.example=https://{}:{ENDPOINT}/bundle", outside.v4);
+    // No list speaks of its certificates.
+    let spec = world.spec("node-b").env("CULVERT_CRL_UNKNOWN", "allow");
+    let spec = spec.env("CULVERT_FEDERATION", &federation).env("CULVERT_FEDERATION_ROOTS", web.pem());
+    let agent = spec.start(world.topology.node("node-b"))?;
+    world.b = Some(world.enrol("node-b", agent, cni, &ON_B)?);
+    let mut allowed = from("client");
+    allowed.principals.push(StringMatch { match_type: Some(MatchType::Exact("far.example/ns/f/sa/traveller".into())) });
+    world.istiod.policy(&policy("t", "web-allow", security::Action::Allow, allowed));
+    wait::until_true("the others to be served", || world.call("client", world.web()).is_ok())?;
+    let travel = || -> anyhow::Result<()> {
+        let tls = hbone::client_tls(&peer)?;
+        let to = world.topology.pod("web");
+        outside.netns.enter(|| {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            runtime.block_on(async {
+                let tunnel = Tunnel::connect(to.at(15008), &tls).await?;
+                tunnel.open(&to.at(PORT).to_string()).await.map(drop)
+            })
+        })
+    };
+    let agent = world.agent("node-b")?;
+    let is_up = |value: i64| {
+        wait::until_true("the metric", || {
+            agent
+                .metrics()
+                .is_ok_and(|page| page.sum("culvert_federation_up", &[("trust_domain", "far.example")]) as i64 == value)
+        })
+    };
+    is_up(0)?;
+    ensure!(agent.whole_log().contains("bundle of a federated trust domain cannot be had"), "{}", agent.log_tail(20));
+    ensure!(travel().is_err(), "nobody told its roots");
+    let root = CertificateDer::from_pem_slice(peer.root.as_bytes())?;
+    let key = json!({ "kty": "EC", "use": "x509-svid", "crv": "P-256", "x": "", "y": "", "x5c": [STANDARD.encode(&root)] });
+    endpoint.behave(Manner::With(json!({ "keys": [key], "spiffe_sequence": 1, "spiffe_refresh_hint": 1 }).to_string()));
+    let mark = agent.mark();
+    // Until then it is tried more and more seldom.
+    wait::until("the peer to be believed", Duration::from_mins(1), || travel().ok()).with_context(|| agent.log_tail(20))?;
+    agent.wait_access("who it was", mark, |r| {
+        r["src.identity"] == "spiffe://far.example/ns/f/sa/traveller" && r["dst.hbone_addr"].is_string()
+    })?;
+    is_up(1)?;
+    endpoint.behave(Manner::Status(503));
+    is_up(0)?;
+    travel().context("what it told last counts")?;
+    world.istiod.policy(&policy("t", "web-allow", security::Action::Allow, from("client")));
+    wait::until_true("it to be refused where no policy names it", || travel().is_err())?;
+    world.b = None;
+    world.b = Some(world.start("node-b", &ON_B)?);
     Ok(())
 }
 

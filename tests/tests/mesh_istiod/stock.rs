@@ -89,6 +89,9 @@ pub(crate) fn an_agent_of_istios_chart_serves(world: &mut World) -> anyhow::Resu
     let root = volumes(world)?;
     let _servers = [Server::start(world.topology.pod("client"), ALSO)?, Server::start(world.topology.pod("stock"), ALSO)?];
     world.istiod.workload(workload(world.topology.pod("stock"), "node-c"));
+    let knows_it =
+        |dump: &serde_json::Value| dump["workloads"].as_array().is_some_and(|all| all.iter().any(|w| w["name"] == "stock"));
+    world.agent("node-a")?.wait_config("the pod", knows_it)?;
     let cni = CniAgent::listen(&root.join("cni-ztunnel-sock-dir/ztunnel.sock"))?;
     let enrol = |agent: &Agent| -> anyhow::Result<_> {
         let connection = cni.accept().with_context(|| format!("its log:\n{}", agent.log_tail(20)))?;
