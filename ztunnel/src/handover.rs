@@ -24,6 +24,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot};
 
@@ -67,6 +68,7 @@ pub enum Ask {
 pub struct Predecessor {
     path: PathBuf,
     line: Mutex<Line>,
+    was_lost: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -85,7 +87,9 @@ impl Predecessor {
     /// Somebody is there and does not keep to the protocol in time.
     pub fn find(path: &Path) -> Result<Option<(Self, Inherited)>> {
         let found = greet(path)?;
-        Ok(found.map(|(socket, pods)| (Self { path: path.to_owned(), line: Mutex::new(Line::Open(socket)) }, pods)))
+        Ok(found.map(|(socket, pods)| {
+            (Self { path: path.to_owned(), line: Mutex::new(Line::Open(socket)), was_lost: AtomicBool::new(false) }, pods)
+        }))
     }
 
     /// Asks again, for the listeners of one pod; `None` if it does not serve it, or is gone or released. Blocks for as long as the
@@ -120,10 +124,20 @@ impl Predecessor {
             }
             Line::Lost => {}
         }
-        Ok(greet(&self.path)?.map(|(socket, pods)| {
+        Ok(self.greet_again()?.map(|(socket, pods)| {
             *line = Line::Open(socket);
             pods
         }))
+    }
+
+    fn greet_again(&self) -> Result<Option<(OwnedFd, Inherited)>> {
+        self.was_lost.store(true, Ordering::Relaxed);
+        greet(&self.path)
+    }
+
+    /// Whether it may have taken this agent for gone at some time.
+    pub(crate) fn was_lost(&self) -> bool {
+        self.was_lost.load(Ordering::Relaxed)
     }
 
     /// Whether it has ended without a word: nobody is left to tell when to stop. Not while it is being asked something, nor once it was
@@ -136,7 +150,7 @@ impl Predecessor {
             Line::Open(_) | Line::Lost => {}
         }
         *line = Line::Lost;
-        match greet(&self.path) {
+        match self.greet_again() {
             Ok(Some((socket, _))) => *line = Line::Open(socket),
             Ok(None) => return true,
             Err(error) => tracing::debug!(error = format!("{error:#}"), "the agent before this one hung up"),
@@ -166,7 +180,7 @@ impl Predecessor {
         loop {
             let told = match std::mem::replace(&mut *line, Line::Released) {
                 Line::Open(socket) => tell_ready(&socket, end),
-                Line::Lost => match greet(&self.path) {
+                Line::Lost => match self.greet_again() {
                     Ok(Some((socket, _))) => tell_ready(&socket, end),
                     Ok(None) => bail!("nobody is there any more"),
                     Err(error) => Err(error),
@@ -266,9 +280,11 @@ fn answer(listener: &OwnedFd, asks: &mpsc::Sender<Ask>) -> Result<bool> {
         Ok(word.get(..length).unwrap_or_default().to_vec())
     };
     ensure!(hear()? == HELLO, "the other side speaks another protocol");
+    let mut told = false;
     let outcome = (|| {
         loop {
             send_pods(&peer, asks)?;
+            told = true;
             // As long as it takes: both serve meanwhile.
             let word = hear()?;
             if word == READY {
@@ -282,7 +298,7 @@ fn answer(listener: &OwnedFd, asks: &mpsc::Sender<Ask>) -> Result<bool> {
             }
         }
     })();
-    if !matches!(outcome, Ok(true)) {
+    if told && !matches!(outcome, Ok(true)) {
         asks.blocking_send(Ask::Stay).context("the agent is ending")?;
     }
     outcome

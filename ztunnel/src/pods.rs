@@ -29,7 +29,7 @@ use mesh_runtime::sockets::{NetnsFd, NetnsId};
 use parking_lot::Mutex;
 use settle::Settler;
 pub use start::Counts;
-use start::{Rules, Running, Starter, table_of};
+use start::{Owner, Rules, Running, Starter, table_of};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
 use std::sync::Arc;
@@ -218,6 +218,8 @@ pub struct PodSupervisor {
     pins: Option<PinRoot>,
     /// Whether redirections that an earlier agent left for pods that are gone may still be there.
     unswept: bool,
+    /// Whether those are removed of which is known that they are no pod's that is waited for.
+    swept_but: bool,
     inherited: Inherited,
     /// The agent before this one, until it is released.
     before: Option<Before>,
@@ -229,6 +231,8 @@ pub struct PodSupervisor {
     contested: HashSet<WorkloadUid>,
     /// Those of them that could not be had.
     unclaimed: HashMap<WorkloadUid, ReadyTask>,
+    /// Whether a successor is about to take over.
+    succeeded: bool,
     handed_over: bool,
     cni: Option<Cni>,
     kubernetes: Option<ByKubernetes>,
@@ -252,12 +256,14 @@ impl PodSupervisor {
             table,
             unswept: pins.is_some() || shared.settings.redirect == RedirectMode::Nftables,
             pins,
+            swept_but: false,
             inherited,
             before: None,
             takes: None,
             wanted: HashSet::new(),
             contested: HashSet::new(),
             unclaimed: HashMap::new(),
+            succeeded: false,
             handed_over: false,
             cni: None,
             kubernetes: None,
@@ -311,6 +317,7 @@ impl PodSupervisor {
         tokio::pin!(draining);
         // Set when another agent accepts: handshakes under way end before the tunnels are told to go.
         let mut settled = None;
+        let mut retry = tokio::time::Instant::now() + RETRY;
         let ended = loop {
             versions.mark_unchanged();
             // First what must end, then what takes time to begin.
@@ -323,12 +330,13 @@ impl PodSupervisor {
                 changed = versions.changed() => if changed.is_err() { break draining.await },
                 // Also without a new version: pods that failed are tried again, and a namespace that was replaced under its
                 // path is noticed.
-                () = tokio::time::sleep(RETRY) => self.contested.extend(self.unclaimed.keys().cloned()),
+                () = tokio::time::sleep_until(retry) => {
+                    retry = tokio::time::Instant::now() + RETRY;
+                    self.contested.extend(self.unclaimed.keys().cloned());
+                }
                 Some(ask) = successor.recv() => match ask {
                     Ask::Listeners(reply) => {
-                        while self.may_reclaim() {
-                            self.reclaim().await;
-                        }
+                        self.succeeded = true;
                         self.leave_unsettled().await;
                         drop(reply.send(self.listeners()));
                     }
@@ -338,7 +346,10 @@ impl PodSupervisor {
                         let _ = done.send(());
                         settled = Some(tokio::time::Instant::now() + self.shared.settings.handshake_timeout);
                     }
-                    Ask::Stay => self.contested.extend(self.running.keys().cloned()),
+                    Ask::Stay => {
+                        self.succeeded = false;
+                        self.contested.extend(self.running.keys().cloned());
+                    }
                 },
                 () = tokio::time::sleep_until(settled.unwrap_or(tokio::time::Instant::now())), if settled.is_some() => {
                     settled = None;
@@ -352,7 +363,12 @@ impl PodSupervisor {
                 order = next_order(self.cni.as_mut()) => self.obey(order).await,
                 Some(uid) = self.changed.1.recv() => self.recapture(&uid).await,
                 Ok(()) = bundles.changed() => self.rejudge_tunnels(&bundles.borrow_and_update().clone()),
-                () = is_alone(self.before.as_mut()) => self.before = None,
+                () = is_alone(self.before.as_mut()) => {
+                    if self.before.take().is_some_and(|before| before.agent.was_lost()) {
+                        // It took this one for gone, and captured its pods again.
+                        self.contested.extend(self.running.keys().cloned());
+                    }
+                }
                 Take { pods, reply } = next_take(self.takes.as_mut()) => drop(reply.send(self.has_taken(pods))),
                 () = std::future::ready(()), if self.may_reclaim() => self.reclaim().await,
             }
@@ -363,11 +379,14 @@ impl PodSupervisor {
             }
             DrainMode::Immediate => DrainMode::Immediate,
         };
+        // Who would take over hears that nobody is left to ask.
+        drop(successor);
         self.drain_all(mode, versions, bundles).await;
     }
 
     /// Captures on interfaces that the pod was given after it was enrolled.
     async fn recapture(&mut self, uid: &WorkloadUid) {
+        let owner = self.owner(uid);
         let (Some(pins), Some(running), false) = (self.pins.clone(), self.running.get_mut(uid), self.handed_over) else { return };
         let Some(redirect) = running.redirect.take() else { return };
         let check = move || {
@@ -392,7 +411,7 @@ impl PodSupervisor {
             // It does so too.
             self.contested.insert(Arc::clone(uid));
         }
-        match running.capture_again(uid, &self.shared.settings, Some(pins)).await {
+        match running.capture_again(&owner, &self.shared.settings, Some(pins)).await {
             Ok(interfaces) => {
                 running.settle(&self.settler);
                 tracing::info!(pod = %uid, ?interfaces, "the pod's new interface is captured");
@@ -431,7 +450,7 @@ impl PodSupervisor {
         let some: Vec<_> = self.contested.iter().take(AT_ONCE).cloned().collect();
         for uid in some {
             self.contested.remove(&uid);
-            let failed = self.unclaimed.remove(&uid);
+            let (failed, owner) = (self.unclaimed.remove(&uid), self.owner(&uid));
             let Some(running) = self.running.get_mut(&uid) else {
                 if let Some(task) = failed {
                     task.ready();
@@ -442,7 +461,7 @@ impl PodSupervisor {
                 let unsettled = redirect.unsettled();
                 let _ = tokio::task::spawn_blocking(move || unsettled.leave()).await;
             }
-            match running.capture_again(&uid, &self.shared.settings, self.pins.clone()).await {
+            match running.capture_again(&owner, &self.shared.settings, self.pins.clone()).await {
                 Ok(_) => {
                     running.settle(&self.settler);
                     tracing::debug!(pod = %uid, "captured again: another agent may have done so in the same moment");
@@ -663,18 +682,25 @@ impl PodSupervisor {
     fn sweep(&mut self) {
         let unplaced = self.kubernetes.as_ref().is_some_and(ByKubernetes::has_unplaced);
         // What the agent before this one enrols meanwhile is its own.
-        if !self.unswept || unplaced || self.before.is_some() {
+        self.ending.retain(|_, down| !down.is_finished());
+        // Nor what a successor captures meanwhile, or what is about to be taken away in its order.
+        if !self.unswept || unplaced || self.before.is_some() || self.succeeded || !self.ending.is_empty() {
+            return;
+        }
+        if self.swept_but && !self.pending.is_empty() {
             return;
         }
         let kept = self.running.values().filter_map(|r| r.redirect.as_ref()).map(Redirect::netns);
         let waiting: Vec<&str> = self.pending.keys().map(|uid| &**uid).collect();
-        let swept = |pins: &PinRoot| if waiting.is_empty() { pins.sweep(kept) } else { pins.sweep_but(kept, &waiting) };
+        let names = self.names();
+        let swept = |pins: &PinRoot| if waiting.is_empty() { pins.sweep(kept) } else { pins.sweep_but(kept, names, &waiting) };
         match self.pins.as_ref().map_or(Ok(0), swept) {
             Ok(0) => {}
             Ok(removed) => tracing::info!(removed, "redirections of pods that left the mesh while no agent ran are removed"),
             Err(error) => tracing::warn!(%error, "redirections of pods that left the mesh may remain"),
         }
         if !waiting.is_empty() {
+            self.swept_but = true;
             return;
         }
         if self.shared.settings.redirect != RedirectMode::None {
@@ -749,7 +775,21 @@ impl PodSupervisor {
             predecessor: self.before.as_ref().map(|before| Arc::clone(&before.agent)),
             changed: self.changed.0.clone(),
             settler: self.settler.clone(),
+            names: self.names(),
         }
+    }
+
+    /// What kind of names pods have here.
+    fn names(&self) -> &'static str {
+        match (&self.cni, &self.kubernetes) {
+            (Some(_), _) => "cni",
+            (None, Some(_)) => "kubernetes",
+            (None, None) => "mesh",
+        }
+    }
+
+    fn owner(&self, key: &WorkloadUid) -> Owner {
+        Owner { kind: self.names(), name: Arc::clone(key) }
     }
 
     /// Enters what became of it.
@@ -857,6 +897,9 @@ impl PodSupervisor {
     /// Ends one pod at once: it is no longer ours, its network may be gone.
     fn stop(&mut self, uid: &str, why: &'static str, after: After) {
         let Some(mut running) = self.running.remove(uid) else { return };
+        if let Some(task) = self.unclaimed.remove(uid) {
+            task.ready();
+        }
         running.stop_accepting();
         self.table.remove(uid);
         running.ready.ready();

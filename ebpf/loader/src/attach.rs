@@ -20,7 +20,7 @@ use crate::{
     netlink::Netlink,
     netns::{self, beside, joined},
     object::{self, Instance, Maps, Programs, Source, Traffic},
-    pins::{Hook, PinRoot, PodPins},
+    pins::{Hook, Owner, PinRoot, PodPins},
     places::{hooks, put_in_force, take_place},
     plumbing::{Frames, Interface, LO_INDEX, Plumbing, Setting, interfaces},
 };
@@ -38,8 +38,8 @@ pub struct PodSpec<'a> {
     /// Where the redirection is kept, so that it outlives this process; `None` ends it with the process. What an earlier
     /// agent kept there for the pod is taken over.
     pub pins: Option<&'a PinRoot>,
-    /// Whose it is, by whatever name does not change with the agent: kept with the pins, for [`PinRoot::sweep_but`].
-    pub owner: &'a str,
+    /// Whose it is: kept with the pins, for [`PinRoot::sweep_but`].
+    pub owner: Owner<'a>,
 }
 
 /// The agent's listeners of the pod; see the crate's documentation for what they must be.

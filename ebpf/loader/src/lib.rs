@@ -78,7 +78,7 @@ pub use error::{ListenerFault, RedirectError, Unsupported};
 pub use listener::NetnsCookie;
 pub use netlink::watch_links;
 pub use object::{Source, Traffic};
-pub use pins::PinRoot;
+pub use pins::{Owner, PinRoot};
 pub use probe::probe;
 
 /// Ports to deliver from with a client's address: below what clients are given by default (32768 and up) and below node ports.

@@ -8,6 +8,7 @@
 //! `eth_egress-<interface>`, `eth_ingress-<interface>`, and `object-<digest>` once all of them are attached: the next agent with that
 //! very object need not load and replace what is there. Names in a BPF filesystem have no dots.
 use std::{
+    collections::HashSet,
     fs, io,
     path::{Path, PathBuf},
 };
@@ -95,14 +96,28 @@ pub(crate) const EGRESS: [&str; 3] = [program::ETH_EGRESS, program::IP_EGRESS, p
 /// Begins the name of the mark that says of which object the programs in the links are.
 const OBJECT: &str = "object-";
 
+/// Whose a pod is: a name that does not change with the agent, among names of one kind.
+#[derive(Clone, Copy, Debug)]
+pub struct Owner<'a> {
+    /// Of letters only.
+    pub kind: &'a str,
+    /// Anything.
+    pub name: &'a str,
+}
+
 /// Begins the name of the mark that says whose the pod is.
 const OWNER: &str = "of-";
 
 /// That mark. Agents of every version make the same of the same name (FNV-1a).
-fn owner_mark(owner: &str) -> String {
+fn owner_mark(owner: Owner<'_>) -> String {
     let hash =
-        owner.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
-    format!("{OWNER}{hash:016x}")
+        owner.name.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
+    format!("{}{hash:016x}", owner_kind(owner.kind))
+}
+
+/// What that mark begins with for owners of one kind.
+fn owner_kind(kind: &str) -> String {
+    format!("{OWNER}{kind}-")
 }
 
 fn is_mark(entry: &fs::DirEntry) -> bool {
@@ -165,24 +180,33 @@ impl PodPins {
     }
 
     /// Says whose the pod is.
-    pub(crate) fn own(&self, owner: &str) -> Result<(), RedirectError> {
-        let mark = owner_mark(owner);
-        if self.dir.join(&mark).exists() {
+    pub(crate) fn own(&self, owner: Owner<'_>) -> Result<(), RedirectError> {
+        let mark = self.dir.join(owner_mark(owner));
+        if mark.exists() {
             return Ok(());
         }
         let listing = fs::read_dir(&self.dir).map_err(|e| self.error("list", e))?;
-        let mut before = listing.filter_map(Result::ok).filter(|entry| entry.file_name().to_string_lossy().starts_with(OWNER));
-        before.try_for_each(|entry| fs::remove_file(entry.path())).map_err(|e| self.error("remove from", e))?;
+        for entry in listing.filter_map(Result::ok).filter(|entry| entry.file_name().to_string_lossy().starts_with(OWNER)) {
+            match fs::remove_file(entry.path()) {
+                // Two agents may do so at a time.
+                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(self.error("remove from", e)),
+                _ => {}
+            }
+        }
         let config = MapData::from_pin(self.map(map::CONFIG)).map_err(|e| map_error(map::CONFIG, e))?;
-        config.pin(self.dir.join(mark)).map_err(|e| self.error("pin in", io::Error::other(e)))
+        match config.pin(&mark) {
+            Err(e) if !mark.exists() => Err(self.error("pin in", io::Error::other(e))),
+            _ => Ok(()),
+        }
     }
 
-    /// Whether it is known whose the pod is, and that it is of none of these.
-    pub(crate) fn is_of_others(&self, owners: &[&str]) -> bool {
-        let marks: Vec<String> = owners.iter().map(|owner| owner_mark(owner)).collect();
-        let names = || fs::read_dir(&self.dir).into_iter().flatten().flatten().map(|entry| entry.file_name());
-        let owned = names().any(|name| name.to_string_lossy().starts_with(OWNER));
-        owned && !names().any(|name| marks.iter().any(|mark| name == **mark))
+    /// Whether it is known whose the pod is, an owner's of this kind, and that it is none of these. What cannot be told is not so.
+    pub(crate) fn is_of_others(&self, kind: &str, names: &[&str]) -> bool {
+        let marks: HashSet<String> = names.iter().map(|name| owner_mark(Owner { kind, name })).collect();
+        let Ok(listing) = fs::read_dir(&self.dir) else { return false };
+        let there: io::Result<Vec<_>> = listing.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect();
+        let (kind, there) = (owner_kind(kind), there.unwrap_or_default());
+        there.iter().any(|name| name.starts_with(&kind)) && !there.iter().any(|name| marks.contains(name))
     }
 
     /// Says so no longer, of any object.

@@ -16,9 +16,14 @@ impl PinRoot {
     }
 
     /// The same while pods of these owners ([`crate::PodSpec::owner`]) have yet to be captured again, who knows where: what is theirs stays,
-    /// and what is not known whose it is.
-    pub fn sweep_but(&self, held: impl IntoIterator<Item = NetnsCookie>, waiting: &[&str]) -> Result<usize, RedirectError> {
-        self.remove(held, |pod| pod.is_of_others(waiting))
+    /// and what is not known whose it is, by a name of this kind.
+    pub fn sweep_but(
+        &self,
+        held: impl IntoIterator<Item = NetnsCookie>,
+        kind: &str,
+        waiting: &[&str],
+    ) -> Result<usize, RedirectError> {
+        self.remove(held, |pod| pod.is_of_others(kind, waiting))
     }
 
     fn remove(

@@ -73,7 +73,7 @@ impl Running {
     /// what it has where that fails.
     pub(super) async fn capture_again(
         &mut self,
-        key: &WorkloadUid,
+        owner: &Owner,
         settings: &Settings,
         pins: Option<PinRoot>,
     ) -> Result<Vec<String>, String> {
@@ -89,7 +89,7 @@ impl Running {
             return Ok(Vec::new());
         }
         let dns = self.rules.as_ref().is_some_and(|rules| rules.table.dns);
-        let whole = attach(netns, sockets, pins, programs(settings, dns), key).await?;
+        let whole = attach(netns, sockets, pins, programs(settings, dns), owner).await?;
         let interfaces = whole.interfaces().to_vec();
         self.redirect = Some(whole);
         Ok(interfaces)
@@ -150,9 +150,22 @@ pub(super) struct Starter {
     /// Is told of pods whose interfaces change.
     pub(super) changed: mpsc::Sender<WorkloadUid>,
     pub(super) settler: Settler,
+    /// What kind of names pods have.
+    pub(super) names: &'static str,
+}
+
+/// Whose a redirection is.
+#[derive(Clone)]
+pub(super) struct Owner {
+    pub(super) kind: &'static str,
+    pub(super) name: WorkloadUid,
 }
 
 impl Starter {
+    fn owner(&self, key: &WorkloadUid) -> Owner {
+        Owner { kind: self.names, name: Arc::clone(key) }
+    }
+
     /// Listeners, redirection, accept loops: all or nothing. `inherited` are listeners of the agent before this one.
     pub(super) async fn start(
         &self,
@@ -282,7 +295,7 @@ impl Starter {
         match (self.shared.settings.redirect, netns) {
             (RedirectMode::Ebpf, Some(netns)) if !self.by_cni => {
                 let config = programs(&self.shared.settings, false);
-                attach(Arc::clone(netns), sockets, self.pins.clone(), config, key).await.map(Some)
+                attach(Arc::clone(netns), sockets, self.pins.clone(), config, &self.owner(key)).await.map(Some)
             }
             _ => Ok(None),
         }
@@ -356,12 +369,18 @@ pub(super) async fn attach(
     sockets: &Sockets,
     pins: Option<PinRoot>,
     config: Config,
-    owner: &WorkloadUid,
+    owner: &Owner,
 ) -> Result<Redirect, String> {
     let Sockets { outbound, plain, hbone, .. } = sockets.try_clone().map_err(|e| format!("redirection: {e}"))?;
-    let owner = Arc::clone(owner);
+    let owner = owner.clone();
     tokio::task::spawn_blocking(move || {
-        let spec = PodSpec { netns: netns.as_fd(), interfaces: None, config, pins: pins.as_ref(), owner: &owner };
+        let spec = PodSpec {
+            netns: netns.as_fd(),
+            interfaces: None,
+            config,
+            pins: pins.as_ref(),
+            owner: ebpf_loader::Owner { kind: owner.kind, name: &owner.name },
+        };
         let listeners = Listeners { outbound: outbound.as_fd(), inbound: plain.as_fd(), hbone: hbone.as_fd() };
         Redirect::attach(&spec, &listeners)
     })

@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use ebpf_loader::{Config, Listeners, PinRoot, PodSpec, Redirect, RedirectError};
+use ebpf_loader::{Config, Listeners, Owner, PinRoot, PodSpec, Redirect, RedirectError};
 
 use crate::{net::Netns, sock};
 
@@ -28,6 +28,9 @@ pub struct Captured {
     /// Why its dial failed, if it did.
     pub refused: Option<io::ErrorKind>,
 }
+
+/// Whose the pods of these tests are.
+pub const OWNER: Owner<'static> = Owner { kind: "test", name: "pod" };
 
 pub struct Agent {
     pub redirect: Option<Redirect>,
@@ -72,7 +75,7 @@ impl Agent {
         for (listener, direction) in [(&out, Direction::Out), (&inbound, Direction::In), (&hbone, Direction::Hbone)] {
             serve(pod, listener.try_clone().expect("descriptor"), direction, sender.clone());
         }
-        let spec = PodSpec { netns: pod.fd(), interfaces: None, config, pins, owner: "pod" };
+        let spec = PodSpec { netns: pod.fd(), interfaces: None, config, pins, owner: OWNER };
         let redirect =
             Redirect::attach(&spec, &Listeners { outbound: out.as_fd(), inbound: inbound.as_fd(), hbone: hbone.as_fd() })?;
         Ok(Self { redirect: Some(redirect), captured, listeners: vec![out, inbound, hbone] })

@@ -17,7 +17,7 @@ use aya::{
 use ebpf_loader::{CaptureRoutes, Config, ListenerFault, Listeners, PinRoot, PodSpec, Redirect, RedirectError, Source};
 
 use crate::{
-    agent::{Agent, Direction},
+    agent::{Agent, Direction, OWNER},
     capture::{Client, echo_server},
     net::{Netns, POD4, POD6, SERVICE4, SERVICE6, Topology, eventually, ip, timed_out},
     require_root,
@@ -344,7 +344,7 @@ fn programs_are_replaced_without_a_gap() {
             // With the same listeners: what is replaced here are the programs.
             let listeners = first.listeners();
             let spec =
-                PodSpec { netns: net.pod.fd(), interfaces: None, config: Config::default(), pins: Some(&pins.0), owner: "pod" };
+                PodSpec { netns: net.pod.fd(), interfaces: None, config: Config::default(), pins: Some(&pins.0), owner: OWNER };
             forget_object(&pins.0);
             drop(Redirect::attach(&spec, &listeners).expect("take over"));
             std::thread::sleep(Duration::from_millis(20));
@@ -783,7 +783,7 @@ fn pins_of_those_who_are_waited_for_stay() {
     let pins = Pins::new("waited");
     let net = Topology::new();
     drop(Agent::start_pinned(&net.pod, &pins.0));
-    assert_eq!(pins.0.sweep_but([], &["another", "pod"]).expect("sweep"), 0, "its own");
+    assert_eq!(pins.0.sweep_but([], "test", &["another", "pod"]).expect("sweep"), 0, "its own");
     let mark = |pod: std::fs::DirEntry| {
         let names = std::fs::read_dir(pod.path()).expect("list").map(|name| name.expect("entry").path());
         names.filter(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("of-"))).collect::<Vec<_>>()
@@ -791,11 +791,12 @@ fn pins_of_those_who_are_waited_for_stay() {
     let marks: Vec<_> = std::fs::read_dir(pins.0.dir()).expect("list").flat_map(|pod| mark(pod.expect("entry"))).collect();
     let [only] = &marks[..] else { panic!("{marks:?}") };
     // That every version of the agent makes of the name.
-    assert!(only.ends_with("of-779b4c19564f1aec"), "{only:?}");
+    assert!(only.ends_with("of-test-779b4c19564f1aec"), "{only:?}");
     std::fs::remove_file(only).expect("remove");
-    assert_eq!(pins.0.sweep_but([], &["another"]).expect("sweep"), 0, "an older agent did not say whose");
+    assert_eq!(pins.0.sweep_but([], "test", &["another"]).expect("sweep"), 0, "an older agent did not say whose");
     drop(Agent::start_pinned(&net.pod, &pins.0));
-    assert_eq!(pins.0.sweep_but([], &["another"]).expect("sweep"), 1);
+    assert_eq!(pins.0.sweep_but([], "other", &["another"]).expect("sweep"), 0, "it may be of another name of that kind");
+    assert_eq!(pins.0.sweep_but([], "test", &["another"]).expect("sweep"), 1);
     assert!(pinned(&pins.0).is_empty());
 }
 
@@ -865,7 +866,7 @@ fn listeners_that_break_the_contract_are_refused() {
     let net = Topology::new();
     let before = remains(&net.pod);
     let fault_of = |outbound: &TcpListener, inbound: &TcpListener, hbone: &TcpListener| {
-        let spec = PodSpec { netns: net.pod.fd(), interfaces: None, config: Config::default(), pins: None, owner: "pod" };
+        let spec = PodSpec { netns: net.pod.fd(), interfaces: None, config: Config::default(), pins: None, owner: OWNER };
         let listeners = Listeners { outbound: outbound.as_fd(), inbound: inbound.as_fd(), hbone: hbone.as_fd() };
         match Redirect::attach(&spec, &listeners) {
             Err(RedirectError::Listener { fault, .. }) => fault,
@@ -896,7 +897,7 @@ fn unusable_namespaces_are_refused() {
     let [out, inbound, hbone] = listeners_in(&net.pod);
     let listeners = Listeners { outbound: out.as_fd(), inbound: inbound.as_fd(), hbone: hbone.as_fd() };
     let attach = |interfaces: Option<Vec<String>>| {
-        let spec = PodSpec { netns: net.pod.fd(), interfaces, config: Config::default(), pins: None, owner: "pod" };
+        let spec = PodSpec { netns: net.pod.fd(), interfaces, config: Config::default(), pins: None, owner: OWNER };
         Redirect::attach(&spec, &listeners).map(drop)
     };
     assert!(matches!(attach(Some(vec!["eth9".into()])), Err(RedirectError::UnknownInterface(_))));
@@ -972,7 +973,7 @@ fn enrolment_time() {
     for _ in 0..5 {
         let pins = Pins::new("time");
         for pins in [None, Some(&pins.0)] {
-            let spec = PodSpec { netns: net.pod.fd(), interfaces: None, config: Config::default(), pins, owner: "pod" };
+            let spec = PodSpec { netns: net.pod.fd(), interfaces: None, config: Config::default(), pins, owner: OWNER };
             let start = Instant::now();
             let redirect = Redirect::attach(&spec, &listeners).expect("attach");
             let (attached, start) = (start.elapsed(), Instant::now());
