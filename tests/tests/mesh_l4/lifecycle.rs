@@ -332,6 +332,29 @@ pub(crate) fn an_agent_killed_while_it_enrols_is_taken_over(mesh: &mut Mesh) -> 
     holds_no_more_than(&before, mesh)
 }
 
+/// `COMPLIANCE_POLICY=pqc`: no key exchange but X25519MLKEM768, which agents of the usual settings have too.
+pub(crate) fn pqc_leaves_no_other_key_exchange(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let at = format!("{}:15008", mesh.pod("web1").v4);
+    let classical = |mesh: &Mesh| -> anyhow::Result<String> {
+        let mut openssl = Command::new("openssl");
+        openssl
+            .args(["s_client", "-connect", &at, "-alpn", "h2", "-tls1_3", "-groups", "X25519:P-256"])
+            .stdin(std::process::Stdio::null());
+        let out = mesh.outside().netns.output(&mut openssl)?;
+        Ok(String::from_utf8_lossy(&[out.stdout, out.stderr].concat()).into_owned())
+    };
+    let usual = classical(mesh)?;
+    ensure!(usual.contains("Server Temp Key: X25519"), "{usual}");
+    // Calls come through agent a, as it always is.
+    let seen = restart_b_as(mesh, mesh.spec("node-b").env("COMPLIANCE_POLICY", "pqc")).and_then(|()| {
+        let refused = classical(mesh)?;
+        ensure!(refused.contains("handshake failure") && !refused.contains("Server Temp Key"), "{refused}");
+        Ok(())
+    });
+    restart_b(mesh)?;
+    seen
+}
+
 /// Nobody has to say so: where the kernel refuses programs, rules redirect, and the log tells why.
 pub(crate) fn where_bpf_is_refused_rules_redirect(mesh: &mut Mesh) -> anyhow::Result<()> {
     mesh.b().terminate(Duration::from_secs(30))?;

@@ -80,6 +80,7 @@ const TESTS: &[Test<Mesh>] = &[
     test("an_upgrade_loses_nothing", lifecycle::an_upgrade_loses_nothing),
     test("an_agent_that_is_not_ready_is_replaced_too", lifecycle::an_agent_that_is_not_ready_is_replaced_too),
     test("an_agent_takes_over_what_the_one_before_it_has_alone", lifecycle::an_agent_takes_over_what_the_one_before_it_has_alone),
+    test("pqc_leaves_no_other_key_exchange", lifecycle::pqc_leaves_no_other_key_exchange),
     test("where_bpf_is_refused_rules_redirect", lifecycle::where_bpf_is_refused_rules_redirect),
     test("fifty_restarts_leave_nothing_behind", lifecycle::fifty_restarts_leave_nothing_behind),
     test("an_agent_killed_while_it_enrols_is_taken_over", lifecycle::an_agent_killed_while_it_enrols_is_taken_over),

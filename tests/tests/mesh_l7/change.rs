@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, ensure};
 use mesh_tests::agent::{Agent, is_clean};
 use mesh_tests::bench::process::raise_open_files;
+use mesh_tests::dev_ca::TestCa;
 use mesh_tests::load::Load;
 use mesh_tests::raw::Raw;
 use mesh_tests::wait;
@@ -126,6 +127,49 @@ pub(crate) fn a_waypoint_is_restarted(mesh: &mut Mesh) -> anyhow::Result<()> {
         load.wait(so_far + 200)?;
     }
     load.finish(REQUESTS)?.all_well(REQUESTS, 2 * CALLERS)
+}
+
+/// As cert-manager mounts it: replaced under traffic, kept while what is there is no certificate.
+pub(crate) fn a_waypoint_has_its_certificate_from_files(mesh: &mut Mesh) -> anyhow::Result<()> {
+    let dir = mesh.logs.path().join("mounted");
+    std::fs::create_dir_all(&dir)?;
+    let put = |name: &str, text: &str| -> anyhow::Result<()> {
+        std::fs::write(dir.join(".next"), text)?;
+        Ok(std::fs::rename(dir.join(".next"), dir.join(name))?)
+    };
+    let mount = |mesh: &Mesh| -> anyhow::Result<()> {
+        let issued = TestCa::of_dir(mesh.ca.path())?.issue("spiffe://test.local/ns/t/sa/wp")?;
+        [("tls.key", &issued.key), ("tls.crt", &issued.cert), ("ca.crt", &issued.root)]
+            .iter()
+            .try_for_each(|(name, text)| put(name, text))
+    };
+    mount(mesh)?;
+    let mounted = mesh.start_with("wp2", &[("CULVERT_CERTIFICATE_DIR", &dir.display().to_string())])?;
+    mounted.wait_ready(Duration::from_secs(40))?;
+    mesh.proxies.insert("wp2", mounted);
+    ready(mesh, "wp2", true)?;
+    ready(mesh, "wp", false)?;
+    let seen = (|| {
+        let load = load(mesh, SPAN)?;
+        let proxy = mesh.proxy("wp2");
+        let mark = proxy.mark();
+        mount(mesh)?;
+        wait::until_true("the next certificate to be read", || proxy.log_since(mark).contains("certificate read"))?;
+        let so_far = load.done();
+        load.wait(so_far + 200)?;
+        put("tls.crt", "no certificate")?;
+        wait::until_true("the broken one to be told", || {
+            proxy.log_since(mark).contains("the mounted certificate cannot be used")
+        })?;
+        let so_far = load.done();
+        load.wait(so_far + 200)?;
+        load.finish(REQUESTS)?.all_well(REQUESTS, 0)
+    })();
+    ready(mesh, "wp", true)?;
+    ready(mesh, "wp2", false)?;
+    mesh.proxy("wp2").terminate(Duration::from_secs(30))?;
+    mesh.proxies.remove("wp2");
+    seen
 }
 
 /// The next agent takes the pods over from the one that serves: first where the endpoints are, then where the client is. What

@@ -105,6 +105,7 @@ const TESTS: &[Test<Mesh>] = &[
     test("an_endpoint_dies_unannounced", change::an_endpoint_dies_unannounced),
     test("a_route_is_replaced_and_removed", change::a_route_is_replaced_and_removed),
     test("a_waypoint_is_restarted", change::a_waypoint_is_restarted),
+    test("a_waypoint_has_its_certificate_from_files", change::a_waypoint_has_its_certificate_from_files),
     test("agents_are_upgraded", change::agents_are_upgraded),
     test("one_tunnel_carries_thousands_of_streams", change::one_tunnel_carries_thousands_of_streams),
     test("the_agent_of_the_client_is_restarted", change::the_agent_of_the_client_is_restarted),
