@@ -1,6 +1,6 @@
 //! Packets in forms the programs do not follow, or of kinds they refuse: dropped and counted, never passed around the agent.
 use std::{
-    io,
+    io::{self, Read as _, Write as _},
     net::{IpAddr, Ipv6Addr, SocketAddr, UdpSocket},
     os::fd::{AsRawFd, OwnedFd},
     time::Duration,
@@ -9,7 +9,7 @@ use std::{
 use ebpf_loader::{Config, Source};
 
 use crate::{
-    agent::Agent,
+    agent::{Agent, Direction},
     capture::{Client, echo_server},
     net::{HOST4, HOST6, Netns, POD4, POD6, SERVICE4, SERVICE6, Topology, eventually, ip, timed_out},
     require_root, sock,
@@ -532,4 +532,73 @@ fn send_frame(frame: &[u8]) -> io::Result<()> {
     address.extend([0, 0, 0, 6]);
     address.extend([0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0]);
     send_to(&socket, frame, &address)
+}
+
+/// A connection that is captured cannot change into one that is not.
+#[test]
+fn options_in_the_middle_of_a_connection_are_no_way_around() {
+    require_root!("options_in_the_middle_of_a_connection_are_no_way_around");
+    let net = Topology::new();
+    echo_server(&net.host, 8080);
+    let agent = Agent::start(&net.pod);
+    let mut client = Client::connect(&net.pod, SocketAddr::new(ip(SERVICE4), 8080)).expect("captured");
+    client.echo("plain");
+    assert_eq!(agent.next().local.ip(), ip(SERVICE4));
+    let before = agent.count("odd_tcp4");
+    let stream = client.stream.get_mut();
+    sock::set(stream, libc::SOL_IP, libc::IP_OPTIONS, &[1, 1, 1, 0]).expect("options");
+    stream.write_all(b"with options").expect("write");
+    stream.set_read_timeout(Some(DROPPED_AFTER)).expect("timeout");
+    let error = stream.read(&mut [0; 16]).expect_err("dropped");
+    assert!(timed_out(&error), "{error}");
+    assert!(agent.count("odd_tcp4") > before && agent.nothing_captured());
+}
+
+/// Memberships are no traffic of applications: they pass, with the options and extension headers they always have.
+#[test]
+fn memberships_of_groups_are_told() {
+    require_root!("memberships_of_groups_are_told");
+    let net = Topology::new();
+    let agent = Agent::start(&net.pod);
+    let before = agent.count("odd_other");
+    let joined = net.pod.run(|| {
+        let v4 = UdpSocket::bind("0.0.0.0:0")?;
+        v4.join_multicast_v4(&"239.1.2.3".parse().expect("a group"), &POD4.parse().expect("an address"))?;
+        let v6 = UdpSocket::bind("[::]:0")?;
+        v6.join_multicast_v6(&"ff15::123".parse().expect("a group"), nix::net::if_::if_nametoindex("eth0")?)?;
+        Ok::<_, io::Error>((v4, v6))
+    });
+    assert!(eventually(|| agent.count("odd_other") >= before + 2), "{:?}", agent.all_counts());
+    drop(joined.expect("join"));
+}
+
+/// A pod whose own rules follow connections sees nothing invalid in what is captured.
+#[test]
+fn rules_that_follow_connections_are_no_obstacle() {
+    require_root!("rules_that_follow_connections_are_no_obstacle");
+    let net = Topology::new();
+    if !net.pod.can("nft --version") {
+        eprintln!("skipped: no nft");
+        return;
+    }
+    echo_server(&net.host, 8080);
+    echo_server(&net.pod, 9090);
+    let rules = "table inet own { chain in { type filter hook input priority 0; policy drop; ct state invalid drop; \
+                 ct state established,related accept; iif lo accept; meta l4proto { icmp, icmpv6 } accept; tcp dport { 9090, 15006, 8080 } accept; }; \
+                 chain out { type filter hook output priority 0; policy accept; ct state invalid drop; }; }";
+    let loaded = net.pod.run(move || std::process::Command::new("nft").arg(rules).output()).expect("nft");
+    assert!(loaded.status.success(), "{}", String::from_utf8_lossy(&loaded.stderr));
+    let agent = Agent::start(&net.pod);
+    for to in [SERVICE4, SERVICE6] {
+        let mut client = Client::connect(&net.pod, SocketAddr::new(ip(to), 8080)).expect("out");
+        client.echo("out");
+        client.finish();
+        assert_eq!(agent.next().direction, Direction::Out);
+    }
+    for to in [POD4, POD6] {
+        let mut client = Client::connect(&net.host, SocketAddr::new(ip(to), 9090)).expect("in");
+        client.echo("in");
+        client.finish();
+        assert_eq!(agent.next().direction, Direction::In);
+    }
 }
