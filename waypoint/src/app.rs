@@ -231,12 +231,13 @@ fn assemble(
 ) -> Result<Arc<Shared>> {
     let workers = worker_count(settings.worker_threads.as_deref().or(Some("0")), cores())?;
     let control = tokio::runtime::Handle::current();
-    let source = match settings.federation() {
-        Some(others) => federation::over(source, others, &control, registry)?,
-        None => source,
-    };
     let source = match settings.crl_file() {
         Some(file) => crl_file::over(source, file, &control),
+        None => source,
+    };
+    // Over the lists: bundle endpoints are looked up in them too.
+    let source = match settings.federation() {
+        Some(others) => federation::over(source, others, &control, registry)?,
         None => source,
     };
     let tls = TlsContext::new(&settings.compliance.into(), source.as_ref(), Arc::new(SystemClock))?;

@@ -386,12 +386,13 @@ pub fn assemble(
 ) -> Result<Arc<Shared>> {
     let workers = settings.workers.count()?;
     let control = tokio::runtime::Handle::current();
-    let source = match settings.federation() {
-        Some(others) => federation::over(source, others, &control, registry)?,
-        None => source,
-    };
     let source = match settings.crl_file() {
         Some(file) => crl_file::over(source, file, &control),
+        None => source,
+    };
+    // Over the lists: bundle endpoints are looked up in them too.
+    let source = match settings.federation() {
+        Some(others) => federation::over(source, others, &control, registry)?,
         None => source,
     };
     let tls = TlsContext::new(&settings.compliance.into(), source.as_ref(), Arc::new(SystemClock))?;

@@ -9,6 +9,8 @@ mod document;
 mod endpoint;
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
@@ -114,6 +116,7 @@ pub fn over(
     let news = told.subscribe();
     for Federated { domain, endpoint } in federation.domains {
         let follow = Follow {
+            kept: Mutex::new(told.borrow().get(&domain).cloned()),
             domain,
             endpoint,
             roots: federation.roots.clone(),
@@ -133,6 +136,11 @@ pub fn over(
 fn merged(base: &TrustBundles, told: &Told) -> Arc<TrustBundles> {
     let mut all = base.clone();
     for (domain, document) in told {
+        // A source may tell its aliases later than its first bundle.
+        if domain == base.ours() || base.aliases().any(|alias| alias == domain) {
+            tracing::error!(trust_domain = %domain, "its roots count for nothing: it is a name of our own trust domain");
+            continue;
+        }
         match all.clone().with_domain(domain.clone(), document.roots.clone()) {
             Ok(with) => all = with,
             Err(error) => tracing::error!(trust_domain = %domain, %error, "its roots cannot be used"),
@@ -185,6 +193,8 @@ struct Follow {
     crypto: Arc<rustls::crypto::CryptoProvider>,
     bundles: watch::Receiver<Arc<TrustBundles>>,
     told: Arc<watch::Sender<Told>>,
+    /// What is in the folder.
+    kept: Mutex<Option<Document>>,
     standing: Arc<Mutex<BTreeMap<TrustDomain, Standing>>>,
 }
 
@@ -220,11 +230,7 @@ impl Follow {
 
     async fn fetch(&self) -> Result<Document, String> {
         let text = self.endpoint.fetch(&self.crypto, &self.roots, &self.bundles).await?;
-        let document = Document::read(&text)?;
-        // What can be read may still be nothing that verifies.
-        let nobody = TrustBundles::new(self.domain.clone(), Vec::new()).map_err(|error| error.to_string())?;
-        nobody.with_domain(self.domain.clone(), document.roots.clone()).map_err(|error| error.to_string())?;
-        Ok(document)
+        usable(&self.domain, &text)
     }
 
     async fn take(&self, document: Document) {
@@ -232,12 +238,15 @@ impl Follow {
         let is_new = self.told.borrow().get(&self.domain).is_none_or(|had| had.roots != document.roots);
         let (count, sequence) = (document.roots.len(), document.sequence);
         if let Some(folder) = &self.keep
-            && self.told.borrow().get(&self.domain) != Some(&document)
+            && self.kept.lock().as_ref() != Some(&document)
         {
             let (folder, domain, text) = (folder.clone(), self.domain.clone(), document.text.clone());
-            let kept = tokio::task::spawn_blocking(move || keep(&folder, &domain, &text)).await;
-            if let Ok(Err(error)) = kept {
-                tracing::warn!(trust_domain = %self.domain, %error, "the bundle cannot be kept for the next start");
+            match tokio::task::spawn_blocking(move || keep(&folder, &domain, &text)).await {
+                Ok(Ok(())) => *self.kept.lock() = Some(document.clone()),
+                Ok(Err(error)) => {
+                    tracing::warn!(trust_domain = %self.domain, %error, "the bundle cannot be kept for the next start, trying again with the next");
+                }
+                Err(_) => {}
             }
         }
         self.told.send_if_modified(|told| told.insert(self.domain.clone(), document).is_none() || is_new);
@@ -251,6 +260,14 @@ impl Follow {
             change(standing);
         }
     }
+}
+
+/// Reads a bundle. One of which nothing can be verified by is none.
+fn usable(domain: &TrustDomain, text: &str) -> Result<Document, String> {
+    let document = Document::read(text)?;
+    let nobody = TrustBundles::new(domain.clone(), Vec::new()).map_err(|error| error.to_string())?;
+    nobody.with_domain(domain.clone(), document.roots.clone()).map_err(|error| error.to_string())?;
+    Ok(document)
 }
 
 fn place(folder: &Path, domain: &TrustDomain) -> PathBuf {
@@ -268,7 +285,7 @@ fn kept(folder: &Path, domain: &TrustDomain) -> Option<Document> {
             return None;
         }
     };
-    let read = Document::read(&text);
+    let read = usable(domain, &text);
     if let Err(why) = &read {
         tracing::warn!(path = %path.display(), why, "the bundle that was kept cannot be read");
     }
@@ -279,8 +296,18 @@ fn keep(folder: &Path, domain: &TrustDomain, text: &str) -> std::io::Result<()> 
     std::fs::create_dir_all(folder)?;
     let path = place(folder, domain);
     let aside = path.with_extension(format!("{:016x}.tmp", rand::random::<u64>()));
-    std::fs::write(&aside, text)?;
-    std::fs::rename(aside, path)
+    let written = (|| {
+        let mut file = File::create(&aside)?;
+        file.write_all(text.as_bytes())?;
+        // A name that survives a loss of power before its content does would be an empty bundle.
+        file.sync_all()?;
+        std::fs::rename(&aside, path)?;
+        File::open(folder)?.sync_all()
+    })();
+    if written.is_err() {
+        let _ = std::fs::remove_file(&aside);
+    }
+    written
 }
 
 #[cfg(test)]

@@ -155,18 +155,19 @@ fn id_of(certificate: &X509Certificate<'_>) -> Result<SpiffeId, VerifyError> {
         more => return Err(VerifyError::SeveralUris(more + 1)),
     }
     let id: SpiffeId = uri.parse().map_err(|error| VerifyError::BadId { uri: uri.chars().take(128).collect(), error })?;
-    if certificate.basic_constraints().map_err(unreadable)?.is_some_and(|constraints| constraints.value.ca) {
+    if is_authority(certificate).map_err(unreadable)? {
         return Err(VerifyError::Authority(id));
     }
-    if let Some(usage) = certificate.key_usage().map_err(unreadable)? {
-        if usage.value.key_cert_sign() || usage.value.crl_sign() {
-            return Err(VerifyError::Authority(id));
-        }
-        if !usage.value.digital_signature() {
-            return Err(VerifyError::KeyUsage(id));
-        }
+    if certificate.key_usage().map_err(unreadable)?.is_some_and(|usage| !usage.value.digital_signature()) {
+        return Err(VerifyError::KeyUsage(id));
     }
     Ok(id)
+}
+
+/// Whether it is one that may sign others, which a leaf is not (SPIFFE X.509-SVID §4, §5.2).
+pub(crate) fn is_authority(certificate: &X509Certificate<'_>) -> Result<bool, x509_parser::error::X509Error> {
+    let signs = certificate.key_usage()?.is_some_and(|usage| usage.value.key_cert_sign() || usage.value.crl_sign());
+    Ok(signs || certificate.basic_constraints()?.is_some_and(|constraints| constraints.value.ca))
 }
 
 /// What the peer's certificate is used for: the peer's side, not ours.

@@ -22,12 +22,17 @@ use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, DuplexStream, ReadBuf, duplex};
+use tokio::sync::oneshot;
+use tokio::time::Sleep;
 
 /// What of an upload may wait to be sent.
 const UPLOAD: usize = 64 << 10;
 /// Of which so much is sent at once.
 const PIECE: usize = 16 << 10;
+/// How long what is left may take to be sent: a proxy that takes nothing must not keep the connection's place for ever.
+const LEFT: Duration = Duration::from_secs(10);
 
 /// A connection through another proxy.
 pub struct Forwarded {
@@ -36,6 +41,71 @@ pub struct Forwarded {
     ahead: Bytes,
     /// HTTP/2 ends a connection that nobody may ask for anything more.
     _asker: Option<SendRequest<Body>>,
+    /// Tells what is under the connection that nobody wants it any more, whatever it has left to send.
+    give_up: Option<oneshot::Sender<()>>,
+    /// Whether everything was given to be sent.
+    is_shut: bool,
+}
+impl Drop for Forwarded {
+    /// One that is given up in the middle ends with its connection: an end of its stream would look like that of the whole.
+    fn drop(&mut self) {
+        if let Some(give_up) = self.give_up.take()
+            && !self.is_shut
+        {
+            let _ended_already = give_up.send(());
+        }
+    }
+}
+
+/// What is under the connection: fails once nobody wants that any more. (HTTP/2's own tasks wait for a proxy that takes nothing as long
+/// as that does.)
+struct Wanted<I> {
+    io: I,
+    given_up: Option<oneshot::Receiver<()>>,
+    /// Until when what is left may be sent.
+    left: Option<Pin<Box<Sleep>>>,
+    is_over: bool,
+}
+impl<I> Wanted<I> {
+    /// Whether it is still wanted; its task is told when it is not.
+    fn check(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
+        if let Some(given_up) = &mut self.given_up
+            && let Poll::Ready(said) = Pin::new(given_up).poll(cx)
+        {
+            self.given_up = None;
+            self.is_over = said.is_ok();
+            self.left = Some(Box::pin(tokio::time::sleep(LEFT)));
+        }
+        self.is_over |= self.left.as_mut().is_some_and(|left| left.as_mut().poll(cx).is_ready());
+        if self.is_over { Err(io::ErrorKind::ConnectionAborted.into()) } else { Ok(()) }
+    }
+}
+impl<I: AsyncRead + Unpin> AsyncRead for Wanted<I> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        self.check(cx)?;
+        Pin::new(&mut self.io).poll_read(cx, buf)
+    }
+}
+impl<I: AsyncWrite + Unpin> AsyncWrite for Wanted<I> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        self.check(cx)?;
+        Pin::new(&mut self.io).poll_write(cx, buf)
+    }
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.check(cx)?;
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.check(cx)?;
+        Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+    fn poll_write_vectored(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bufs: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        self.check(cx)?;
+        Pin::new(&mut self.io).poll_write_vectored(cx, bufs)
+    }
+    fn is_write_vectored(&self) -> bool {
+        self.io.is_write_vectored()
+    }
 }
 impl std::fmt::Debug for Forwarded {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -74,11 +144,13 @@ async fn ask(
     limits: &PoolLimits,
 ) -> Result<Forwarded, UpstreamError> {
     let failed = |e: hyper::Error| UpstreamError::new(Failure::Connect, format!("the proxy: {e}"));
-    let io = TokioIo::new(stream.into_io());
+    let (give_up, given_up) = oneshot::channel();
+    let io = TokioIo::new(Wanted { io: stream.into_io(), given_up: Some(given_up), left: None, is_over: false });
     let whole = Arc::<AtomicBool>::default();
     let (body, upload) = if tunnel.post {
         let (ours, theirs) = duplex(UPLOAD);
-        (Body::Boxed(UnsyncBoxBody::new(Upload { bytes: theirs, whole: Arc::clone(&whole) })), Some(ours))
+        let upload = Upload { bytes: theirs, spare: BytesMut::new(), whole: Arc::clone(&whole) };
+        (Body::Boxed(UnsyncBoxBody::new(upload)), Some(ours))
     } else {
         (Body::Empty, None)
     };
@@ -100,7 +172,7 @@ async fn ask(
         None => Box::new(TokioIo::new(hyper::upgrade::on(answer).await.map_err(failed)?)),
         Some(upload) => Box::new(Posted { upload, whole, download: answer.into_body(), left: Bytes::new() }),
     };
-    Ok(Forwarded { io, ahead: Bytes::new(), _asker: asker })
+    Ok(Forwarded { io, ahead: Bytes::new(), _asker: asker, give_up: Some(give_up), is_shut: false })
 }
 
 /// What the proxy is asked.
@@ -124,6 +196,8 @@ fn question(tunnel: &ForwardTunnel, (http2, secure): (bool, bool), body: Body) -
 /// What the client sends, as the body of a POST.
 struct Upload {
     bytes: DuplexStream,
+    /// Room for what comes: small pieces share it.
+    spare: BytesMut,
     /// Its end is the end, and not because the connection was given up.
     whole: Arc<AtomicBool>,
 }
@@ -133,12 +207,14 @@ impl HttpBody for Upload {
 
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let this = self.get_mut();
-        let mut buf = BytesMut::with_capacity(PIECE);
+        if this.spare.capacity() < PIECE / 16 {
+            this.spare.reserve(PIECE);
+        }
         // `read_buf` keeps no state between polls.
-        Poll::Ready(match ready!(pin!(this.bytes.read_buf(&mut buf)).poll(cx)) {
+        Poll::Ready(match ready!(pin!(this.bytes.read_buf(&mut this.spare)).poll(cx)) {
             Ok(0) if this.whole.load(Relaxed) => None,
             Ok(0) | Err(_) => Some(Err(BodyError::Gone("given up"))),
-            Ok(_) => Some(Ok(Frame::data(buf.freeze()))),
+            Ok(_) => Some(Ok(Frame::data(this.spare.split().freeze()))),
         })
     }
 }
@@ -202,7 +278,10 @@ impl AsyncWrite for Forwarded {
         Pin::new(&mut self.get_mut().io).poll_flush(cx)
     }
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().io).poll_shutdown(cx)
+        let this = self.get_mut();
+        let shut = ready!(Pin::new(&mut this.io).poll_shutdown(cx));
+        this.is_shut = shut.is_ok();
+        Poll::Ready(shut)
     }
     fn poll_write_vectored(self: Pin<&mut Self>, cx: &mut Context<'_>, bufs: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.get_mut().io).poll_write_vectored(cx, bufs)

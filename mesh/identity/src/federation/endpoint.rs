@@ -15,6 +15,7 @@ use webpki::{EndEntityCert, KeyUsage};
 use x509_parser::extensions::GeneralName;
 
 use crate::bundle::TrustBundles;
+use crate::revocation::Revocation;
 use crate::verify;
 
 /// A bundle endpoint.
@@ -109,14 +110,21 @@ impl ServerCertVerifier for ByItsId {
         if ids != [&*self.id] {
             return Err(refuse(format!("it is {}, not {}", ids.join(", "), self.id)));
         }
+        if verify::is_authority(&read).map_err(|error| refuse(error.to_string()))? {
+            return Err(refuse(format!("{} is the certificate of an authority", self.id)));
+        }
         let domain = domain_of(&self.id).unwrap_or_default();
         let Some(bundle) = self.bundles.find(domain) else {
             return Err(refuse(format!("no roots of {domain} are known yet")));
         };
         let algorithms = self.crypto.signature_verification_algorithms.all;
-        EndEntityCert::try_from(leaf)
-            .and_then(|leaf| {
-                leaf.verify_for_usage(algorithms, bundle.anchors(), intermediates, now, KeyUsage::server_auth(), None, None)
+        let revocation = self.bundles.revocation();
+        let lists = revocation.map(Revocation::lists).unwrap_or_default();
+        revocation
+            .map_or(Ok(None), |revocation| revocation.options(&lists))
+            .and_then(|lists| {
+                let leaf = EndEntityCert::try_from(leaf)?;
+                leaf.verify_for_usage(algorithms, bundle.anchors(), intermediates, now, KeyUsage::server_auth(), lists, None)
                     .map(drop)
             })
             .map_err(|error| refuse(error.to_string()))?;

@@ -211,6 +211,17 @@ async fn our_own_domain_is_nobodys_to_tell() {
     assert!(over_it(&["a.b=https://x/", "a.b=https://y/"]).unwrap().contains("twice"));
 }
 
+/// SPIRE's first bundle has no aliases yet.
+#[test]
+fn a_name_that_becomes_ours_is_nobodys_to_tell_any_more() {
+    let base = TrustBundles::new(TrustDomain::default(), Vec::new()).unwrap();
+    let domain = TrustDomain::parse(FAR).unwrap();
+    let told = Told::from([(domain.clone(), usable(&domain, &bundle(&[&TestCa::new("far")])).unwrap())]);
+    let roots = |base: &TrustBundles| merged(base, &told).find(FAR).unwrap().roots().len();
+    assert_eq!(roots(&base), 1);
+    assert_eq!(roots(&base.with_alias(domain)), 0, "ours, which are none here");
+}
+
 #[test]
 fn endpoints_are_written_like_this() {
     let read = |text: &str| text.parse::<Federated>();

@@ -179,6 +179,45 @@ async fn an_upload_that_is_given_up_is_not_taken_for_a_whole_one() {
     assert!(seen.ends_with("\r\n\r\n4\r\nhalf\r\n"), "{seen:?}");
 }
 
+/// A proxy that takes nothing more keeps no connection, and is told no end that would look like that of the whole.
+#[tokio::test]
+async fn what_a_proxy_does_not_take_keeps_no_connection() {
+    for post in [false, true] {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let world = world(listener.local_addr().unwrap(), post, true);
+        let proxy = tokio::spawn(async move {
+            let (tcp, _) = listener.accept().await.unwrap();
+            let mut connection = h2::server::handshake(tcp).await.unwrap();
+            let (request, mut answer) = connection.accept().await.unwrap().unwrap();
+            let driving = tokio::spawn(async move { while let Some(Ok(_)) = connection.accept().await {} });
+            let _down = answer.send_response(Response::new(()), false).unwrap();
+            let mut up = request.into_body();
+            // Nothing is released, so the stream's window is used up.
+            let end = loop {
+                match up.data().await {
+                    Some(Ok(_)) => {}
+                    other => break other,
+                }
+            };
+            assert!(end.is_some_and(|end| end.is_err()), "post: {post}: an end");
+            driving.await.unwrap();
+        });
+        let mut io = open(&world).await.unwrap();
+        let much = async {
+            for _ in 0..256 {
+                // A piece of whatever size is taken at once.
+                io.write_all(&[0; 16 << 10]).await.unwrap();
+            }
+        };
+        let blocked = tokio::time::timeout(Duration::from_millis(200), much).await;
+        assert!(blocked.is_err(), "post: {post}: {blocked:?}");
+        drop(io);
+        tokio::time::timeout(PATIENCE, proxy).await.expect("the connection is ended").unwrap();
+        settle().await;
+        assert_eq!(world.upstreams.clusters()[0].counts.connections, 0, "post: {post}");
+    }
+}
+
 /// Requests go to the proxy as to any endpoint.
 #[tokio::test]
 async fn requests_are_not_forwarded_so() {

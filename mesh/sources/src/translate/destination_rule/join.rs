@@ -61,7 +61,8 @@ impl Merged {
                 pool: over.pool.or_else(|| under.pool.clone()),
                 outlier: over.outlier.or_else(|| under.outlier.clone()),
                 tls: over.tls.or_else(|| under.tls.clone()),
-                proxy_protocol: over.proxy_protocol.or(under.proxy_protocol),
+                // The proxy in between is not who the header of those below is for.
+                proxy_protocol: over.proxy_protocol.or(under.proxy_protocol.filter(|_| over.tunnel.is_none())),
                 retry_budget: over.retry_budget.or(under.retry_budget),
                 tunnel: over.tunnel,
             }
