@@ -389,15 +389,7 @@ impl PodSupervisor {
         let owner = self.owner(uid);
         let (Some(pins), Some(running), false) = (self.pins.clone(), self.running.get_mut(uid), self.handed_over) else { return };
         let Some(redirect) = running.redirect.take() else { return };
-        let check = move || {
-            let outdated = redirect.is_outdated();
-            if matches!(outdated, Ok(true)) {
-                // All places are taken then, not two at a time.
-                redirect.unsettled().leave();
-            }
-            (outdated, redirect)
-        };
-        let checked = tokio::task::spawn_blocking(check).await;
+        let checked = tokio::task::spawn_blocking(move || (redirect.is_outdated(), redirect)).await;
         let Ok((outdated, redirect)) = checked else { return };
         running.redirect = Some(redirect);
         match outdated {
@@ -411,11 +403,8 @@ impl PodSupervisor {
             // It does so too.
             self.contested.insert(Arc::clone(uid));
         }
-        match running.capture_again(&owner, &self.shared.settings, Some(pins)).await {
-            Ok(interfaces) => {
-                running.settle(&self.settler);
-                tracing::info!(pod = %uid, ?interfaces, "the pod's new interface is captured");
-            }
+        match running.capture_again(&owner, &self.shared.settings, Some(pins), &self.settler).await {
+            Ok(interfaces) => tracing::info!(pod = %uid, ?interfaces, "the pod's new interface is captured"),
             Err(error) => tracing::error!(pod = %uid, error, "an interface of the pod may not be captured"),
         }
     }
@@ -457,13 +446,8 @@ impl PodSupervisor {
                 }
                 continue;
             };
-            if let Some(redirect) = &running.redirect {
-                let unsettled = redirect.unsettled();
-                let _ = tokio::task::spawn_blocking(move || unsettled.leave()).await;
-            }
-            match running.capture_again(&owner, &self.shared.settings, self.pins.clone()).await {
+            match running.capture_again(&owner, &self.shared.settings, self.pins.clone(), &self.settler).await {
                 Ok(_) => {
-                    running.settle(&self.settler);
                     tracing::debug!(pod = %uid, "captured again: another agent may have done so in the same moment");
                     if let Some(task) = failed {
                         task.ready();
@@ -681,9 +665,9 @@ impl PodSupervisor {
     /// nor rules, of which is not known whose they are.
     fn sweep(&mut self) {
         let unplaced = self.kubernetes.as_ref().is_some_and(ByKubernetes::has_unplaced);
-        // What the agent before this one enrols meanwhile is its own.
         self.ending.retain(|_, down| !down.is_finished());
-        // Nor what a successor captures meanwhile, or what is about to be taken away in its order.
+        // What the agent before this one enrols meanwhile is its own, and so is what a successor captures; what is being taken down goes in
+        // its order.
         if !self.unswept || unplaced || self.before.is_some() || self.succeeded || !self.ending.is_empty() {
             return;
         }

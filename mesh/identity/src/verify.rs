@@ -21,7 +21,7 @@ use webpki::{EndEntityCert, KeyUsage};
 use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
-use crate::bundle::TrustBundles;
+use crate::bundle::{TrustBundle, TrustBundles};
 use crate::clock::date;
 use crate::revocation::{self, Revocation};
 pub(crate) use proven::Proven;
@@ -196,16 +196,26 @@ pub fn verify_chain(
         PeerRole::Client => KeyUsage::client_auth(),
         PeerRole::Server => KeyUsage::server_auth(),
     };
-    let revocation = bundles.revocation();
-    let lists = revocation.map(Revocation::lists).unwrap_or_default();
-    let verified = revocation.map_or(Ok(None), |revocation| revocation.options(&lists)).and_then(|lists| {
-        let leaf = EndEntityCert::try_from(leaf)?;
-        leaf.verify_for_usage(algorithms.all, bundle.anchors(), intermediates, now, usage, lists, None).map(drop)
-    });
-    match verified {
+    match leads_to(bundle, bundles.revocation(), leaf, intermediates, usage, algorithms, now) {
         Ok(()) => Ok(id),
         Err(error) => Err(VerifyError::Chain { id, error }),
     }
+}
+
+/// Whether a chain leads to one of these roots, for this usage and at this time, and none of it was taken back.
+pub(crate) fn leads_to(
+    bundle: &TrustBundle,
+    revocation: Option<&Revocation>,
+    leaf: &CertificateDer<'_>,
+    intermediates: &[CertificateDer<'_>],
+    usage: KeyUsage,
+    algorithms: &WebPkiSupportedAlgorithms,
+    now: UnixTime,
+) -> Result<(), webpki::Error> {
+    let lists = revocation.map(Revocation::lists).unwrap_or_default();
+    let lists = revocation.map_or(Ok(None), |revocation| revocation.options(&lists))?;
+    let leaf = EndEntityCert::try_from(leaf)?;
+    leaf.verify_for_usage(algorithms.all, bundle.anchors(), intermediates, now, usage, lists, None).map(drop)
 }
 
 /// Verifies peers on both sides, always against the newest bundles: a rotation of roots needs no new TLS configuration.

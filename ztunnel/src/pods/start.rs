@@ -76,6 +76,7 @@ impl Running {
         owner: &Owner,
         settings: &Settings,
         pins: Option<PinRoot>,
+        settler: &Settler,
     ) -> Result<Vec<String>, String> {
         let (Some(netns), Some(sockets)) = (self.pod.netns.clone(), &self.sockets) else { return Ok(Vec::new()) };
         if let Some(Rules { table, .. }) = &self.rules {
@@ -85,18 +86,20 @@ impl Running {
         }
         // Both begin with no sources.
         self.denied = None;
-        if self.redirect.is_none() {
-            return Ok(Vec::new());
-        }
+        let Some(redirect) = &self.redirect else { return Ok(Vec::new()) };
+        // All places are taken then, not two at a time.
+        let unsettled = redirect.unsettled();
+        let _ = tokio::task::spawn_blocking(move || unsettled.leave()).await;
         let dns = self.rules.as_ref().is_some_and(|rules| rules.table.dns);
         let whole = attach(netns, sockets, pins, programs(settings, dns), owner).await?;
         let interfaces = whole.interfaces().to_vec();
         self.redirect = Some(whole);
+        self.settle(settler);
         Ok(interfaces)
     }
 
     /// Has the pod given its lasting places, if it has none yet.
-    pub(super) fn settle(&self, settler: &Settler) {
+    fn settle(&self, settler: &Settler) {
         if let Some(redirect) = &self.redirect {
             settler.add(&self.pod.uid, redirect.unsettled());
         }

@@ -11,11 +11,10 @@ use rustls::crypto::{CryptoProvider, verify_tls13_signature};
 use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, OtherError, SignatureScheme};
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 use tokio::sync::watch;
-use webpki::{EndEntityCert, KeyUsage};
+use webpki::KeyUsage;
 use x509_parser::extensions::GeneralName;
 
 use crate::bundle::TrustBundles;
-use crate::revocation::Revocation;
 use crate::verify;
 
 /// A bundle endpoint.
@@ -117,16 +116,8 @@ impl ServerCertVerifier for ByItsId {
         let Some(bundle) = self.bundles.find(domain) else {
             return Err(refuse(format!("no roots of {domain} are known yet")));
         };
-        let algorithms = self.crypto.signature_verification_algorithms.all;
-        let revocation = self.bundles.revocation();
-        let lists = revocation.map(Revocation::lists).unwrap_or_default();
-        revocation
-            .map_or(Ok(None), |revocation| revocation.options(&lists))
-            .and_then(|lists| {
-                let leaf = EndEntityCert::try_from(leaf)?;
-                leaf.verify_for_usage(algorithms, bundle.anchors(), intermediates, now, KeyUsage::server_auth(), lists, None)
-                    .map(drop)
-            })
+        let (usage, algorithms) = (KeyUsage::server_auth(), &self.crypto.signature_verification_algorithms);
+        verify::leads_to(bundle, self.bundles.revocation(), leaf, intermediates, usage, algorithms, now)
             .map_err(|error| refuse(error.to_string()))?;
         Ok(ServerCertVerified::assertion())
     }
